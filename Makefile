@@ -1,0 +1,44 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each installs what is missing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint format types install bench clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: install
+	$(BIN)/fedsieve fetch minilm-l6 20newsgroups
+	$(BIN)/fedsieve run demo --out runs/demo --overwrite
+
+test: install lint types
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install lint types
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: install
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: install
+	$(BIN)/fedsieve fetch minilm-l6 20newsgroups
+	$(BIN)/python benchmarks/round.py --json runs/bench-round.json
+	$(BIN)/python benchmarks/wire.py --json runs/bench-wire.json
+	$(BIN)/python benchmarks/convergence.py --json runs/bench-convergence.json
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,0 +1,38 @@
+"""Randomness by name.
+
+Every random choice of a run (a cohort, a sketch, the order of a client's examples, a rounding)
+draws from its own stream, named by what the choice is for. Nothing draws from a stream that
+another part has used before, so the order in which clients run changes nothing, and a resumed run
+makes the same choices as one that was never stopped.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+
+
+class Key(NamedTuple):
+    """The name of a random stream. Two keys that differ in any field give independent streams."""
+
+    seed: int
+    round: int = 0
+    client: str = ""
+    purpose: str = ""
+
+    def at(self, purpose: str) -> "Key":
+        """The stream for another purpose, within the same round and client."""
+        return self._replace(purpose=purpose)
+
+
+def word(key: Key) -> int:
+    """64 bits that only this key gives: an unsigned integer below 2**64."""
+    # The lengths keep ("ab", "c") and ("a", "bc") apart.
+    text = f"{key.seed}|{key.round}|{len(key.client)}|{key.client}|{key.purpose}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def generator(key: Key) -> torch.Generator:
+    """A torch generator on the CPU, at the start of the key's stream."""
+    # torch takes a signed 64-bit seed.
+    return torch.Generator().manual_seed(word(key) >> 1)

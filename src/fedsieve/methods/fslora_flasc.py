@@ -1,0 +1,36 @@
+"""FSLoRA and FLASC together: sketch the rank, then send the largest entries of the slices.
+
+A client gets the top d_down entries of its own k slices, trains an adapter of rank k with the scale
+(r / k) s, and returns the top d_up entries of its change. Memory and compute follow the ratio k / r
+as in FSLoRA; bytes follow ratio times density. Neither paper tests the download half; FSLoRA's
+ablation compresses the uploaded slices only, which is down = 1 here.
+"""
+
+from typing import Literal
+
+from fedsieve.method import Method, Weighting, compose, r_over_k
+from fedsieve.optim import Optimizer
+from fedsieve.payload import Form
+from fedsieve.sieve import sketch, top_k, within
+
+
+def method(
+    *,
+    server: Optimizer | None = None,
+    shared: bool = True,
+    head: Literal["sieved", "whole"] = "sieved",
+    weighting: Weighting = "uniform",
+    down_values: Form = "float32",
+    up_values: Form = "float32",
+) -> Method:
+    """The combination. Options as in `fslora` and `flasc`."""
+    return compose(
+        down=within(sketch(shared=shared), top_k("down", head=head)),
+        up=top_k("up", head=head),
+        knobs=frozenset({"ratio", "down", "up"}),
+        rescale=r_over_k,
+        server=server,
+        weighting=weighting,
+        down_values=down_values,
+        up_values=up_values,
+    )

@@ -1,0 +1,90 @@
+"""Server optimizers: what the mean of the clients' changes does to the global adapter.
+
+Each takes the pseudo-gradient (the mean of what clients moved AWAY from, so that descent subtracts
+it) and gives new tensors; none keeps anything hidden. Three variants that papers call "Adam" on the
+server differ, so they have different names here: `adam` corrects the bias of its moments as torch
+does, `fedadam` does not (Reddi et al. 2021, arXiv 2003.00295), and neither decays weights.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from fedsieve.adapter import Tree
+
+Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
+
+
+class Optimizer(NamedTuple):
+    """init(params) -> slots; step(params, gradient, slots) -> (params, slots)."""
+
+    init: Callable[[Tree], Slots]
+    step: Callable[[Tree, Tree, Slots], tuple[Tree, Slots]]
+
+
+def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
+    """x <- x - lr * u with u = momentum * u + g. lr = 1 without momentum is FedAvg."""
+
+    def init(params: Tree) -> Slots:
+        return {"velocity": _zeros(params)} if momentum else {}
+
+    def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
+        if not momentum:
+            return {n: p - lr * gradient[n] for n, p in params.items()}, slots
+        velocity = {n: momentum * u + gradient[n] for n, u in slots["velocity"].items()}
+        return {n: p - lr * velocity[n] for n, p in params.items()}, {"velocity": velocity}
+
+    return Optimizer(init, step)
+
+
+def adam(
+    lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
+) -> Optimizer:
+    """Adam with bias correction (Kingma and Ba 2015), equal to torch.optim.Adam."""
+
+    def init(params: Tree) -> Slots:
+        return {"m": _zeros(params), "v": _zeros(params), "count": {"steps": torch.zeros(())}}
+
+    def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
+        m, v = _moments(gradient, slots, beta1, beta2)
+        count = slots["count"]["steps"] + 1
+        steps = float(count)
+        scale = lr / (1 - beta1**steps)
+        unbias = 1 - beta2**steps
+        moved = {n: p - scale * m[n] / ((v[n] / unbias).sqrt() + eps) for n, p in params.items()}
+        return moved, {"m": m, "v": v, "count": {"steps": count}}
+
+    return Optimizer(init, step)
+
+
+def fedadam(
+    lr: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
+) -> Optimizer:
+    """FedAdam (Reddi et al. 2021, Algorithm 2): no bias correction, v starts at tau**2.
+
+    x <- x - lr m / (sqrt(v) + tau): tau bounds the push on a coordinate that hardly moved.
+    """
+
+    def init(params: Tree) -> Slots:
+        return {
+            "m": _zeros(params),
+            "v": {n: torch.full_like(p, tau**2) for n, p in params.items()},
+        }
+
+    def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
+        m, v = _moments(gradient, slots, beta1, beta2)
+        moved = {n: p - lr * m[n] / (v[n].sqrt() + tau) for n, p in params.items()}
+        return moved, {"m": m, "v": v}
+
+    return Optimizer(init, step)
+
+
+def _moments(gradient: Tree, slots: Slots, beta1: float, beta2: float) -> tuple[Tree, Tree]:
+    m = {n: beta1 * slots["m"][n] + (1 - beta1) * g for n, g in gradient.items()}
+    v = {n: beta2 * slots["v"][n] + (1 - beta2) * g * g for n, g in gradient.items()}
+    return m, v
+
+
+def _zeros(params: Tree) -> Tree:
+    return {n: torch.zeros_like(p) for n, p in params.items()}
