@@ -1,0 +1,1 @@
+"""From files to client batches: sources, partitions, tasks."""

