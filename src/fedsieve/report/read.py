@@ -1,0 +1,256 @@
+"""Reading run directories: files on disk to the few values that a report shows.
+
+A run may still be going on, or may have been killed, so a last line that was cut is left out and
+clients of a round that has not finished are not counted. Any other damage is refused: a report
+that quietly skips lines would show sums that are wrong.
+"""
+
+import json
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedsieve.errors import FedSieveError
+from fedsieve.report.words import count
+
+
+class Round(NamedTuple):
+    """One line of metrics.jsonl. Round 0 is the model before training."""
+
+    round: int
+    down_bytes: int
+    up_bytes: int
+    total_bytes: int  # since the start, both ways
+    dense_bytes: int | None  # since the start, what dense float32 LoRA would have sent
+    loss: float
+    seconds: float
+    accuracy: float | None
+    eval_loss: float | None
+    eval_examples: int | None
+    dropped: int
+
+
+class Budget(NamedTuple):
+    """What the clients of one budget sent: means over their client-rounds."""
+
+    label: str
+    client_rounds: int
+    down_bytes: float
+    up_bytes: float
+
+
+class Clients(NamedTuple):
+    """clients.jsonl, summed up."""
+
+    distinct: int
+    merged: int  # updates that reached the server and were used
+    dropped: dict[str, int]  # reason -> how often
+    budgets: tuple[Budget, ...]  # the dearest first
+
+
+class Run(NamedTuple):
+    path: Path
+    name: str
+    method: str
+    recipe: dict[str, Any]
+    recipe_text: str
+    start: Round | None  # round 0, where it was evaluated
+    rounds: tuple[Round, ...]  # at least one
+    clients: Clients | None  # None where there is no clients.jsonl
+    notes: tuple[str, ...]  # what the reader should be warned of
+
+
+class Evaluation(NamedTuple):
+    round: int
+    total_bytes: int
+    value: float
+
+
+def evaluations(run: Run, measure: str) -> list[Evaluation]:
+    """The rounds in which `measure`, "accuracy" or "eval_loss", was taken; round 0 included."""
+    rows = (run.start, *run.rounds) if run.start else run.rounds
+    values = ((row, row.accuracy if measure == "accuracy" else row.eval_loss) for row in rows)
+    return [Evaluation(row.round, row.total_bytes, v) for row, v in values if v is not None]
+
+
+def best(found: Sequence[Evaluation], measure: str) -> Evaluation | None:
+    """The best evaluation, the earliest of equals; None where all are NaN or infinite."""
+    finite = [e for e in found if math.isfinite(e.value)]
+    if measure == "accuracy":
+        return max(finite, key=lambda e: e.value, default=None)
+    return min(finite, key=lambda e: e.value, default=None)
+
+
+def load_all(paths: Sequence[Path]) -> list[Run]:
+    """Load runs and name them apart: by recipe, else by directory, else by path as given."""
+    distinct = list({path.resolve(): path for path in paths}.values())
+    if not distinct:
+        raise FedSieveError("No run directory was given: name at least one.")
+    runs = [load(path) for path in distinct]
+    for names in (
+        [run.name for run in runs],
+        [run.path.resolve().name for run in runs],
+        [str(run.path) for run in runs],
+    ):
+        if len(set(names)) == len(runs):
+            break
+    return [run._replace(name=name) for run, name in zip(runs, names, strict=True)]
+
+
+def load(path: Path) -> Run:
+    """Read one run directory.
+
+    Raises FedSieveError where `path` is not a run directory, where no round has finished, or
+    where a file is damaged elsewhere than in its last line.
+    """
+    if not path.is_dir():
+        raise FedSieveError(f"{path} is not a run directory: there is no such directory.")
+    missing = [name for name in ("recipe.toml", "metrics.jsonl") if not (path / name).is_file()]
+    if missing:
+        raise FedSieveError(f"{path} is not a run directory: it has no {' and no '.join(missing)}.")
+    try:
+        text = (path / "recipe.toml").read_text(encoding="utf-8")
+        recipe = tomllib.loads(text)
+    except ValueError as error:
+        raise FedSieveError(f"{path / 'recipe.toml'} is not TOML: {error}") from error
+
+    notes: list[str] = []
+    rows = _rounds(path / "metrics.jsonl", notes)
+    start, rounds = (rows[0], rows[1:]) if rows and rows[0].round == 0 else (None, rows)
+    if not rounds:
+        raise FedSieveError(
+            f"{path} has no finished round yet: metrics.jsonl holds none. Wait for the first "
+            "round, or see with `fedsieve resume` why the run stopped."
+        )
+    clients = None
+    if (path / "clients.jsonl").is_file():
+        clients = _clients(path / "clients.jsonl", rounds[-1].round, notes)
+    else:
+        notes.append("There is no clients.jsonl: nothing can be said about single clients.")
+    notes += _doubts(recipe, start, rounds)
+    method = recipe.get("method")
+    return Run(
+        path,
+        str(recipe.get("name") or path.resolve().name),
+        str(method.get("name", "unnamed")) if isinstance(method, dict) else "unnamed",
+        recipe,
+        text,
+        start,
+        tuple(rounds),
+        clients,
+        tuple(notes),
+    )
+
+
+def _doubts(recipe: dict[str, Any], start: Round | None, rounds: list[Round]) -> list[str]:
+    """What a careful reader would want to know before trusting the numbers."""
+    doubts = []
+    last, planned = rounds[-1], recipe.get("rounds")
+    if isinstance(planned, int) and last.round < planned:
+        doubts.append(f"{last.round} of {planned} rounds are done: the run goes on or was stopped.")
+    told = sum(row.down_bytes + row.up_bytes for row in rounds)
+    if told != last.total_bytes:
+        doubts.append(
+            f"The rounds add up to {told:,} bytes, but the last total_bytes is "
+            f"{last.total_bytes:,}: metrics.jsonl lacks rounds or counts other bytes."
+        )
+    if all(row.accuracy is None and row.eval_loss is None for row in rounds):
+        doubts.append("No round was evaluated: there is neither accuracy nor evaluation loss.")
+    if dropped := sum(row.dropped for row in rounds):
+        doubts.append(f"{count(dropped, 'client update')} dropped: see the summary.")
+    return doubts
+
+
+def _rounds(path: Path, notes: list[str]) -> list[Round]:
+    rounds: list[Round] = []
+    for number, row in _objects(path, notes):
+        where = f"{path}, line {number}"
+        loss = _real(row, "loss", where)
+        new = Round(
+            round=_integer(row, "round", where),
+            down_bytes=_optional_integer(row, "down_bytes", where) or 0,
+            up_bytes=_optional_integer(row, "up_bytes", where) or 0,
+            total_bytes=_integer(row, "total_bytes", where),
+            dense_bytes=_optional_integer(row, "dense_bytes", where),
+            loss=math.nan if loss is None else loss,
+            seconds=_real(row, "seconds", where) or 0.0,
+            accuracy=_real(row, "accuracy", where),
+            eval_loss=_real(row, "eval_loss", where),
+            eval_examples=_optional_integer(row, "eval_examples", where),
+            dropped=_optional_integer(row, "dropped", where) or 0,
+        )
+        if rounds and new.round <= rounds[-1].round:
+            raise FedSieveError(
+                f"{where}: round {new.round} comes after round {rounds[-1].round}. "
+                "Two runs seem to have written into one directory."
+            )
+        rounds.append(new)
+    return rounds
+
+
+def _clients(path: Path, last_round: int, notes: list[str]) -> Clients:
+    seen: set[str] = set()
+    merged = 0
+    dropped: Counter[str] = Counter()
+    sums: dict[str, list[int]] = {}  # label -> client-rounds, down, up
+    for number, row in _objects(path, notes):
+        where = f"{path}, line {number}"
+        if _integer(row, "round", where) > last_round:
+            continue
+        seen.add(str(row.get("client")))
+        if row.get("dropped"):
+            dropped[str(row["dropped"])] += 1
+        else:
+            merged += 1
+        total = sums.setdefault(str(row.get("budget") or "all clients"), [0, 0, 0])
+        total[0] += 1
+        total[1] += _integer(row, "down_bytes", where)
+        total[2] += _optional_integer(row, "up_bytes", where) or 0
+    budgets = [Budget(label, n, down / n, up / n) for label, (n, down, up) in sums.items()]
+    budgets.sort(key=lambda b: (-b.down_bytes - b.up_bytes, b.label))
+    return Clients(len(seen), merged, dict(dropped.most_common()), tuple(budgets))
+
+
+def _objects(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers and objects of a JSON-lines file; a last line that was cut is noted."""
+    broken = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            if broken:
+                raise FedSieveError(f"{path}, line {broken} is not JSON: the file is damaged.")
+            try:
+                row = json.loads(line)
+            except ValueError:
+                broken = number
+                continue
+            if not isinstance(row, dict):
+                raise FedSieveError(f"{path}, line {number} is not a JSON object.")
+            yield number, row
+    if broken:
+        notes.append(f"The last line of {path.name} was cut and is left out.")
+
+
+def _integer(row: dict[str, Any], key: str, where: str) -> int:
+    value = _optional_integer(row, key, where)
+    if value is None:
+        raise FedSieveError(f"{where}: there is no {key!r}.")
+    return value
+
+
+def _optional_integer(row: dict[str, Any], key: str, where: str) -> int | None:
+    value = row.get(key)
+    if value is None or (type(value) is int and value >= 0):
+        return value
+    raise FedSieveError(f"{where}: {key!r} is {value!r}, not a whole number from 0 up.")
+
+
+def _real(row: dict[str, Any], key: str, where: str) -> float | None:
+    value = row.get(key)
+    if value is None or type(value) in (int, float):
+        return value
+    raise FedSieveError(f"{where}: {key!r} is {value!r}, not a number.")

@@ -1,0 +1,49 @@
+"""How the report writes numbers: the same number reads the same in a plot, a caption and a table.
+
+MB is 10^6 bytes everywhere, as network tariffs count, not 2^20.
+"""
+
+import math
+
+
+def significant(x: float) -> str:
+    """Three significant digits, never an exponent: 0.0123, 4.21, 160, 12,345."""
+    if x == 0 or not math.isfinite(x):
+        return f"{x:.0f}"
+    return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x))))}f}"
+
+
+def megabytes(n: float) -> str:
+    """Bytes as "4.21 MB"."""
+    return f"{significant(n / 1e6)} MB"
+
+
+def score(x: float) -> str:
+    """An accuracy or a loss, to four places."""
+    return f"{x:.4f}"
+
+
+def fewer(sent: float, dense: float) -> str:
+    """How the bytes sent compare with those of dense LoRA: "38x fewer", "about as many"."""
+    if min(sent, dense) <= 0:
+        return "no ratio"
+    ratio = max(sent, dense) / min(sent, dense)
+    if ratio < 1.05:
+        return "about as many"
+    size = f"{ratio:,.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
+    return f"{size}x {'fewer' if sent < dense else 'more'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "41.3 s", "2 min 05 s" or "3 h 07 min"."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def count(n: int, thing: str) -> str:
+    """ "1 round", "1,000 rounds"."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"

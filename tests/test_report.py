@@ -1,0 +1,341 @@
+"""The report, made from run directories that the tests write: it shows the files' numbers."""
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsieve.errors import FedSieveError
+from fedsieve.report import load, load_all, write
+from fedsieve.report.words import duration, fewer, megabytes, significant
+
+VOID = {"meta", "br", "link", "img", "hr"}
+RECIPE = """name = {name}
+rounds = {rounds}
+
+[model]
+name = "tiny"
+
+[method]
+name = "{method}"
+
+[environment]
+torch = "2.13.0"
+commit = "abc1234"
+"""
+ROUNDS: list[dict[str, Any]] = [
+    {"round": 0, "total_bytes": 0, "accuracy": 0.05, "eval_loss": 3.0},
+    {
+        "round": 1, "loss": 2.5, "down_bytes": 1_000_000, "up_bytes": 200_000, "clients": 2,
+        "total_bytes": 1_200_000, "dense_bytes": 20_000_000, "dropped": 0, "seconds": 30.0,
+        "accuracy": 0.6125, "eval_loss": 1.5, "eval_examples": 1234,
+    },
+    {
+        "round": 2, "loss": 2.0, "down_bytes": 800_000, "up_bytes": 50_000, "clients": 2,
+        "total_bytes": 2_050_000, "dense_bytes": 40_000_000, "dropped": 1, "seconds": 35.5,
+        "accuracy": 0.5875, "eval_loss": 1.6, "eval_examples": 1234, "later": "a new key",
+    },
+]  # fmt: skip
+CLIENTS: list[dict[str, Any]] = [
+    {"round": 1, "client": "0001", "budget": "rank 8", "down_bytes": 600_000, "up_bytes": 150_000},
+    {"round": 1, "client": "0002", "budget": "rank 4", "down_bytes": 400_000, "up_bytes": 50_000},
+    {"round": 2, "client": "0001", "budget": "rank 8", "down_bytes": 500_000, "up_bytes": 50_000},
+    {"round": 2, "client": "0003", "budget": "rank 4", "down_bytes": 300_000, "up_bytes": 0,
+     "dropped": "the loss became NaN"},
+]  # fmt: skip
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def make(
+    path: Path,
+    name: str = "demo",
+    rounds: list[dict[str, Any]] = ROUNDS,
+    clients: list[dict[str, Any]] = CLIENTS,
+    method: str = "flasc",
+) -> Path:
+    path.mkdir(parents=True)
+    recipe = RECIPE.format(name=json.dumps(name), rounds=2, method=method)
+    (path / "recipe.toml").write_text(recipe)
+    (path / "metrics.jsonl").write_text(lines(rounds))
+    (path / "clients.jsonl").write_text(lines(clients))
+    return path
+
+
+class Reader(HTMLParser):
+    """Checks that tags close in order; keeps what the tests ask for."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.labels: list[str] = []
+        self.data: list[str] = []
+        self.text = ""
+        self.drawn: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+        for key, value in attrs:
+            kinds = {"id": self.ids, "aria-label": self.labels, "value": self.data}
+            kinds |= dict.fromkeys(("src", "href", "xlink:href", "srcset", "action"), self.links)
+            kinds.get(key, []).append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if self.open and self.open[-1] == "text":
+            self.drawn.append(data.strip())
+        if self.rows and self.open and {"th", "td"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    def row(self, head: str) -> list[str]:
+        (found,) = (row[1:] for row in self.rows if row[0] == head)
+        return found
+
+
+def report(*runs: Path) -> Reader:
+    out = runs[0].parent / "report.html"
+    write(runs, out)
+    return Reader(out.read_text(encoding="utf-8"))
+
+
+def test_the_summary_holds_the_numbers_of_the_files(tmp_path: Path) -> None:
+    page = report(make(tmp_path / "a"))
+    assert page.row("Method") == ["flasc"]
+    assert page.row("Rounds") == ["2"]
+    assert page.row("Final accuracy") == ["0.5875 (round 2)"]
+    assert page.row("Best accuracy") == ["0.6125 (round 1)"]
+    assert page.row("Best evaluation loss") == ["1.5000 (round 1)"]
+    assert page.row("Evaluated on") == ["1,234 examples"]
+    assert page.row("Sent down") == ["1.80 MB"]
+    assert page.row("Sent up") == ["0.250 MB"]
+    assert page.row("Sent in all") == ["2.05 MB"]
+    assert page.row("Dense float32 LoRA, same rounds") == ["40.0 MB"]
+    assert page.row("Against dense LoRA") == ["20x fewer"]
+    assert page.row("Clients trained") == ["3 clients, 3 updates merged"]
+    assert page.row("Updates dropped") == ["1 × the loss became NaN"]  # noqa: RUF001
+    assert page.row("Training time") == ["1 min 06 s"]
+    assert {"1800000", "250000", "2050000", "40000000"} <= set(page.data)  # exact, for machines
+    assert page.row("torch") == ["2.13.0"]
+    assert '[model]\nname = "tiny"' in page.text
+    assert "1 client update dropped" in page.text
+
+
+def test_budgets_are_means_over_client_rounds(tmp_path: Path) -> None:
+    page = report(make(tmp_path / "a"))
+    assert page.row("rank 8") == ["2", "0.550 MB", "0.100 MB"]
+    assert page.row("rank 4") == ["2", "0.350 MB", "0.0250 MB"]
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    page = report(make(tmp_path / "a"), make(tmp_path / "b", "other", method="fedit"))
+    assert not {"script", "link", "img", "iframe", "object"} & page.tags
+    assert page.links, "the plots' markers are used by reference"
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert len(page.ids) == len(set(page.ids))
+    text = (tmp_path / "report.html").read_text()
+    assert "http" not in text
+    assert "@import" not in text
+    used = re.findall(r"url\((.*?)\)", text)
+    assert used
+    assert all(url.startswith("#") and url[1:] in page.ids for url in used)
+
+
+def test_several_runs_overlay(tmp_path: Path) -> None:
+    worse = [dict(row, accuracy=row["accuracy"] - 0.01) for row in ROUNDS]
+    page = report(make(tmp_path / "a"), make(tmp_path / "b", "slow", worse, method="fedit"))
+    assert page.row("Method") == ["flasc", "fedit"]
+    assert page.row("Best accuracy") == ["0.6125 (round 1)", "0.6025 (round 1)"]
+    assert page.row("method.name") == ["flasc", "fedit"]  # where the recipes differ
+    (label,) = (text for text in page.labels if text.startswith("Accuracy against traffic"))
+    assert "demo 1.20 MB, slow 1.20 MB" in label
+    for run in ("--run-0", "--run-1"):
+        drawn = re.findall(rf"stroke: var\({run}\)", (tmp_path / "report.html").read_text())
+        assert len(drawn) >= 4  # one line in every line plot
+
+
+def test_png_files_lie_beside_the_page(tmp_path: Path) -> None:
+    written = write([make(tmp_path / "a")], tmp_path / "new" / "r.html")
+    assert written[0] == tmp_path / "new" / "r.html"
+    assert sorted(written) == sorted((tmp_path / "new").iterdir())
+    assert [path.name for path in written[1:]] == [
+        "r-accuracy-bytes.png", "r-accuracy-rounds.png", "r-train-loss.png",
+        "r-bytes-round.png", "r-bytes-budget.png",
+    ]  # fmt: skip
+    for path in written[1:]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5_000
+
+
+def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
+    run = make(tmp_path / "a")
+    write([run], tmp_path / "x.html")
+    write([run], tmp_path / "y.html")
+    assert (tmp_path / "x.html").read_bytes() == (tmp_path / "y.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["<script>alert(1)</script>", "--><script>", "$5 or $6", "_x", '" onload="x', "$title ${x}"],
+)
+@pytest.mark.filterwarnings("error")
+def test_any_name_is_taken_as_it_stands(tmp_path: Path, name: str) -> None:
+    bad = [dict(row, dropped=name, budget=name) for row in CLIENTS]
+    page = report(
+        make(tmp_path / "a", name, clients=bad, method=name.replace('"', "'")),
+        make(tmp_path / "b", "other"),
+    )
+    assert "script" not in page.tags
+    assert page.row("Rounds") == ["2", "2"]
+    assert page.rows[0][0] == "Budget"
+    assert page.rows[1][:2] == [name, name]
+    assert page.drawn.count(name) == 6  # four legends, a heading and a label of the bars
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "x" / "a"), make(tmp_path / "x" / "b")
+    assert [run.name for run in load_all([a, b])] == ["a", "b"]
+    c = make(tmp_path / "y" / "a")
+    assert [run.name for run in load_all([a, c])] == [str(a), str(c)]
+    assert [run.name for run in load_all([a, a])] == ["demo"]
+
+
+def test_a_cut_last_line_and_an_unfinished_round_are_left_out(tmp_path: Path) -> None:
+    run = make(tmp_path / "a", rounds=ROUNDS[:2])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 2, "loss": 2.0, "down_by')
+    with (run / "clients.jsonl").open("a") as file:
+        file.write('{"round": 2, "client": "9')
+    loaded = load(run)
+    assert [row.round for row in loaded.rounds] == [1]
+    assert loaded.clients is not None
+    assert (loaded.clients.distinct, loaded.clients.merged) == (2, 2)  # those of round 1
+    page = report(run)
+    assert page.row("Sent in all") == ["1.20 MB"]
+    assert "The last line of metrics.jsonl was cut" in page.text
+    assert "1 of 2 rounds are done" in page.text
+
+
+def test_without_accuracy_the_evaluation_loss_is_plotted(tmp_path: Path) -> None:
+    rounds = [{k: v for k, v in row.items() if k != "accuracy"} for row in ROUNDS]
+    written = write([make(tmp_path / "a", rounds=rounds)], tmp_path / "r.html")
+    assert {"r-eval-loss-bytes.png", "r-eval-loss-rounds.png"} <= {p.name for p in written}
+    page = Reader((tmp_path / "r.html").read_text())
+    assert page.row("Final evaluation loss") == ["1.6000 (round 2)"]
+    assert "Best evaluation loss: 1.5000, after 1.20 MB." in page.text
+    assert "Final accuracy" not in page.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bare_run_still_has_a_report(tmp_path: Path) -> None:
+    rounds = [{"round": 1, "loss": None, "total_bytes": 0}]
+    run = make(tmp_path / "bare", rounds=rounds)
+    (run / "clients.jsonl").unlink()
+    (run / "recipe.toml").write_text("")
+    page = report(run)
+    assert page.row("Method") == ["unnamed"]
+    assert page.row("Sent in all") == ["0 MB"]
+    assert "No round was evaluated" in page.text
+    assert "There is no clients.jsonl" in page.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_are_not_finite_are_shown_not_hidden(tmp_path: Path) -> None:
+    rounds = [dict(row, loss=float("nan"), eval_loss=float("inf")) for row in ROUNDS]
+    rounds[2]["accuracy"] = float("nan")
+    page = report(make(tmp_path / "a", rounds=rounds), make(tmp_path / "b", "fine"))
+    assert page.row("Final accuracy") == ["nan (round 2)", "0.5875 (round 2)"]
+    assert page.row("Best accuracy") == ["0.6125 (round 1)", "0.6125 (round 1)"]
+    assert page.row("Best evaluation loss") == ["–", "1.5000 (round 1)"]  # noqa: RUF001
+
+
+def test_sums_that_disagree_are_told(tmp_path: Path) -> None:
+    rounds = [ROUNDS[1], dict(ROUNDS[2], total_bytes=2_050_001)]
+    assert "add up to 2,050,000 bytes" in report(make(tmp_path / "a", rounds=rounds)).text
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("metrics.jsonl", "", "no finished round yet"),
+        ("metrics.jsonl", lines(ROUNDS[:1]), "no finished round yet"),
+        ("metrics.jsonl", "{cut\n" + lines(ROUNDS), "line 1 is not JSON"),
+        ("metrics.jsonl", "[]\n", "line 1 is not a JSON object"),
+        ("metrics.jsonl", lines([ROUNDS[2], ROUNDS[1]]), "round 1 comes after round 2"),
+        ("metrics.jsonl", '{"round": 1}\n', "there is no 'total_bytes'"),
+        ("metrics.jsonl", '{"round": 1, "total_bytes": -4}\n', "'total_bytes' is -4"),
+        ("metrics.jsonl", '{"round": 1, "total_bytes": 4, "loss": "x"}\n', "'loss' is 'x'"),
+        ("clients.jsonl", '{"round": 1}\n', "there is no 'down_bytes'"),
+        ("recipe.toml", "name = ", "is not TOML"),
+    ],
+)
+def test_damage_is_refused(tmp_path: Path, file: str, text: str, message: str) -> None:
+    run = make(tmp_path / "a")
+    (run / file).write_text(text)
+    with pytest.raises(FedSieveError, match=re.escape(message)):
+        write([run], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedSieveError, match="no such directory"):
+        load(tmp_path / "absent")
+    with pytest.raises(FedSieveError, match=r"no recipe\.toml and no metrics\.jsonl"):
+        load(tmp_path)
+    with pytest.raises(FedSieveError, match="name at least one"):
+        write([], tmp_path / "r.html")
+    with pytest.raises(FedSieveError, match="is a directory"):
+        write([make(tmp_path / "a")], tmp_path)
+
+
+def test_a_long_run_is_read_in_seconds(tmp_path: Path) -> None:
+    """10^5 client lines: about half a second here; the limit leaves room for a busy machine."""
+    rounds = [dict(ROUNDS[1], round=i + 1, total_bytes=1_200_000 * (i + 1)) for i in range(10_000)]
+    clients = [dict(CLIENTS[0], round=i // 10 + 1, client=str(i % 500)) for i in range(100_000)]
+    run = make(tmp_path / "a", rounds=rounds, clients=clients)
+    start = time.process_time()
+    loaded = load(run)
+    assert time.process_time() - start < 5
+    assert loaded.clients is not None
+    assert (loaded.clients.distinct, loaded.clients.merged) == (500, 100_000)
+
+
+def test_numbers_read_the_same_everywhere() -> None:
+    assert [significant(x) for x in (0, 0.0012345, 4.2146, 160.4, 12345.6)] == [
+        "0", "0.00123", "4.21", "160", "12,346",
+    ]  # fmt: skip
+    assert megabytes(2**20) == "1.05 MB"  # 10^6 bytes, not 2^20
+    assert fewer(1e6, 38.2e6) == "38x fewer"
+    assert fewer(2e6, 5e6) == "2.5x fewer"
+    assert fewer(3e6, 1e6) == "3.0x more"
+    assert fewer(100, 101) == "about as many"
+    assert fewer(0, 101) == "no ratio"
+    assert [duration(s) for s in (3.25, 59.97, 125, 7620)] == [
+        "3.2 s", "1 min 00 s", "2 min 05 s", "2 h 07 min",
+    ]  # fmt: skip
