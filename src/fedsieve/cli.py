@@ -1,0 +1,291 @@
+"""The command line. Exit codes: 0 done, 2 bad input (one clear message), 130 stopped."""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TextIO
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from fedsieve.errors import FedSieveError
+
+if TYPE_CHECKING:
+    from fedsieve.engine.loop import Receipt, Round
+
+# Heavy imports (torch, transformers) wait inside the commands that need them, so that --help and
+# a misspelt command answer at once.
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated LoRA fine-tuning over clients that differ in memory, speed and bandwidth.",
+)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
+problems = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")]
+MB = 1e6
+
+
+def main() -> None:
+    """Run a command, and turn errors that the user can mend into one message and exit code 2."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except FedSieveError as error:
+        problems.print(f"[bold red]error:[/] {escape(str(error))}")
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        console.print(f"fedsieve {installed('fedsieve')}")
+        raise typer.Exit()
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's directory; default runs/<name of the recipe>.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that is there.")] = False,
+) -> None:
+    """Run a recipe: train, evaluate, and leave adapter, metrics and report in a directory."""
+    from fedsieve import recipe as recipes
+
+    given = recipes.load(recipe, overrides or [])
+    folder = out or Path("runs") / given.name
+    _quiet()
+    from fedsieve import runner
+
+    title = f"{given.name}: {given.method.name}, {given.rounds} rounds, into {folder}"
+    console.print(escape(title))
+    with _Live(given.rounds) as live:
+        _guarded(lambda: runner.start(given, folder, live.show, overwrite=overwrite))
+    _summary(folder)
+
+
+@app.command()
+def resume(folder: Folder) -> None:
+    """Go on with a run that was stopped, as if nothing had happened."""
+    _quiet()
+    from fedsieve import runner
+
+    with _Live(runner.rounds_of(folder)) as live:
+        _guarded(lambda: runner.resume(folder, live.show))
+    _summary(folder)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs to overlay.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; default report.html in the first run.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML report, and its plots as PNG, from one or several runs."""
+    from fedsieve import report as reports
+    from fedsieve import rundir
+
+    written = reports.write(folders, out or folders[0] / rundir.REPORT)
+    for path in written:
+        console.print(escape(str(path)))
+
+
+@app.command()
+def export(
+    folder: Folder,
+    to: Annotated[Path, typer.Option(help="The folder to write; must be empty or not there.")],
+    merge: Annotated[bool, typer.Option(help="The whole model, adapter merged in.")] = False,
+) -> None:
+    """Write a run's adapter in PEFT's format, or the merged model, from its newest checkpoint."""
+    _quiet()
+    from fedsieve import runner
+
+    number = runner.export(folder, to, merge=merge)
+    what = "the merged model" if merge else "the adapter"
+    console.print(escape(f"{to}: {what} after round {number}"))
+
+
+@app.command()
+def fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="What to fetch.")],
+    again: Annotated[bool, typer.Option(help="Download again, e.g. after damage.")] = False,
+) -> None:
+    """Fetch small models and data sets, pinned and checked, into a cache for offline use."""
+    from fedsieve import fetch as fetching
+
+    for name in names:
+        folder = fetching.fetch(name, again=again, log=console.print)
+        console.print(escape(f"{name}: {folder}"))
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes that ship with FedSieve."""
+    from fedsieve import recipe as recipes
+
+    for name, text in recipes.shipped().items():
+        first = text.splitlines()[0].removeprefix("#").strip()
+        console.print(f"[bold]{name}[/]  {escape(first)}")
+
+
+@app.command("methods")
+def list_methods() -> None:
+    """List the methods and their options."""
+    import inspect
+
+    from fedsieve import methods
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("method", "what it is", "budgets", "options"):
+        table.add_column(title)
+    for name in methods.names():
+        build = methods.load(name)
+        first = (inspect.getdoc(inspect.getmodule(build)) or "").splitlines()[0]
+        options = ", ".join(p for p in inspect.signature(build).parameters if p != "server")
+        table.add_row(f"[bold]{name}[/]", first, ", ".join(sorted(build().knobs)) or "-", options)
+    Console(highlight=False).print(table)
+
+
+class _Live:
+    """Progress: a line for every evaluated round, and on a terminal a bar with the time left."""
+
+    def __init__(self, rounds: int) -> None:
+        self._rounds = rounds
+        self._started = 0.0
+        self._begun: int | None = None
+        self._bar = Progress(
+            TextColumn("round {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("loading", total=rounds)
+
+    def __enter__(self) -> "_Live":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, summary: "Round", receipts: Sequence["Receipt"]) -> None:
+        now = time.monotonic()
+        if self._begun is None:
+            # Where this process began: the first round that it is told of.
+            self._begun, self._started = summary.round, now
+        done = summary.round - self._begun
+        left = (now - self._started) / done * (self._rounds - summary.round) if done else None
+        for receipt in receipts:
+            if receipt.dropped is not None:
+                _warn(f"round {summary.round}, client {receipt.client} dropped: {receipt.dropped}")
+        line = _line(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
+        if summary.accuracy is not None or not console.is_terminal:
+            console.print(line)
+        self._bar.update(self._task, completed=summary.round, description=line)
+
+
+def _line(summary: "Round", rounds: int) -> str:
+    parts = [f"round {summary.round:>{len(str(rounds))}}/{rounds}"]
+    if summary.loss is not None:
+        parts.append(f"loss {summary.loss:.3f}")
+    if summary.accuracy is not None:
+        parts.append(f"accuracy {summary.accuracy:.3f}")
+        loss = "not finite" if summary.eval_loss is None else f"{summary.eval_loss:.3f}"
+        parts.append(f"eval loss {loss}")
+    if summary.round:
+        parts.append(f"down {summary.down_bytes / MB:.3f} MB  up {summary.up_bytes / MB:.3f} MB")
+        parts.append(f"total {summary.total_bytes / MB:.2f} MB")
+    return "  ".join(parts)
+
+
+def _summary(folder: Path) -> None:
+    import json
+
+    from fedsieve import rundir
+
+    lines = (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
+    rounds = [json.loads(line) for line in lines]
+    last = rounds[-1]
+    scores = [entry["accuracy"] for entry in rounds if "accuracy" in entry]
+    total, dense = last["total_bytes"], last["dense_bytes"]
+    console.print()
+    if scores:
+        console.print(f"accuracy       {scores[-1]:.4f} (best {max(scores):.4f})")
+    if "eval_loss" in last:
+        console.print(f"eval loss      {last['eval_loss']:.4f}")
+    console.print(f"payload bytes  {total:,} ({total / MB:.2f} MB, both ways)")
+    if total:
+        console.print(
+            f"dense LoRA     {dense:,} ({dense / MB:.2f} MB in float32 for the same messages): "
+            f"[bold]{dense / total:.1f}x fewer[/]"
+        )
+    dropped = sum(entry["dropped"] for entry in rounds)
+    if dropped:
+        console.print(f"dropped        {dropped} updates (see {rundir.CLIENTS})")
+    console.print(escape(f"adapter        {folder / rundir.ADAPTER}"))
+    console.print(escape(f"report         {folder / rundir.REPORT}"))
+
+
+def _guarded(work: Callable[[], object]) -> None:
+    from fedsieve.runner import Stopped
+
+    try:
+        work()
+    except Stopped as stop:
+        problems.print(escape(str(stop)))
+        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        problems.print("stopped while loading: no round was lost")
+        raise typer.Exit(130) from None
+
+
+def _quiet() -> None:
+    """Loading bars and reports of other libraries have no place among ours."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _warn(text: str) -> None:
+    problems.print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if issubclass(category, UserWarning):
+        _warn(str(message))

@@ -1,0 +1,1 @@
+"""The round loop, and who carries its bytes."""

@@ -1,0 +1,81 @@
+"""A client's side of a round: bytes in, bytes out.
+
+Every engine runs this same function on its clients, and training starts from the DECODED bytes, so
+a simulation cannot be better than the deployment.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from fedsieve.adapter import Adapter, Layout
+from fedsieve.budget import Client
+from fedsieve.keys import Key
+from fedsieve.method import Memory, Method
+from fedsieve.train.local import Fit
+from fedsieve.wire import decode, encode
+
+Train = Callable[[Adapter, Client, Key], Fit]
+
+
+class Reply(NamedTuple):
+    """What a client sends back.
+
+    update:  the encoded payload, or None when there is nothing to merge; `reason` then says why
+    loss:    mean training loss
+    compute: seconds in forward, backward and optimizer step; `seconds`: in all, the wire included
+    wire:    seconds in decode and encode
+    """
+
+    client: Client
+    update: bytes | None
+    reason: str | None
+    loss: float
+    steps: int
+    seconds: float
+    compute: float
+    wire: float
+
+
+def take_part(
+    method: Method,
+    train: Train,
+    layout: Layout,
+    client: Client,
+    memory: Memory,
+    key: Key,
+    message: bytes,
+) -> tuple[Reply, Memory]:
+    """Decode, train, report, encode. A client whose training diverged keeps its old memory.
+
+    Raises WireError if the message does not fit the layout.
+    """
+    start = time.perf_counter()
+    payload = decode(message, layout)
+    decoded = time.perf_counter()
+    view, begun = method.view(payload, memory)
+    fit = train(view.adapter, client, key)
+    reason = _unusable(fit)
+    update = None
+    wire = decoded - start
+    if reason is None:
+        report, memory = method.report(view, fit.tensors, client, begun, key)
+        reported = time.perf_counter()
+        update = encode(report)
+        wire += time.perf_counter() - reported
+    seconds = time.perf_counter() - start
+    reply = Reply(client, update, reason, fit.loss, fit.steps, seconds, fit.compute, wire)
+    return reply, memory
+
+
+def _unusable(fit: Fit) -> str | None:
+    if not math.isfinite(fit.loss):
+        return f"the training loss became {fit.loss}"
+    # The sum is not finite if any entry is not; one pass, no mask.
+    for name, tensor in fit.tensors.items():
+        if not torch.isfinite(tensor.sum()):
+            return f"the trained {name} holds numbers that are not finite"
+    return None

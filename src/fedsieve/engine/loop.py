@@ -1,0 +1,253 @@
+"""The round loop, the same for every engine.
+
+An engine is an `Exchange`: it carries messages to clients and brings their replies. Everything else
+of a round is here: the cohort, publishing, decoding, merging, counting, evaluating. Messages are
+made as the engine asks for them and replies are merged as they come, so that one client's update is
+in memory at a time.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from fedsieve.adapter import Adapter
+from fedsieve.budget import Client, cohort
+from fedsieve.engine.client import Reply
+from fedsieve.errors import NoUsableUpdate, WireError
+from fedsieve.keys import Key
+from fedsieve.method import Method, State
+from fedsieve.payload import Payload, rounded
+from fedsieve.support import Support, everything, gather
+from fedsieve.train.local import Score
+from fedsieve.wire import decode, encode
+
+Exchange = Callable[[Iterable[tuple[Client, bytes]], Key], Iterator[Reply]]
+
+
+class Progress(NamedTuple):
+    """Where a federation stands after some rounds: all that the next round depends on.
+
+    total_bytes: payload bytes so far, both ways
+    dense_bytes: what dense float32 LoRA would have sent for the same messages
+    """
+
+    round: int
+    state: State
+    total_bytes: int = 0
+    dense_bytes: int = 0
+
+
+class Receipt(NamedTuple):
+    """One client's part in one round, as clients.jsonl keeps it. Times in seconds.
+
+    compute: in forward, backward and optimizer step; wire: in encode and decode, both ends
+    dropped: why the update was not merged, or None
+    """
+
+    round: int
+    client: str
+    budget: str
+    rank: int
+    down_density: float
+    up_density: float
+    examples: int
+    steps: int
+    loss: float | None
+    down_bytes: int
+    up_bytes: int
+    seconds: float
+    compute: float
+    wire: float
+    dropped: str | None
+
+
+class Round(NamedTuple):
+    """One round, as metrics.jsonl keeps it. Bytes are payload bytes, times are in seconds.
+
+    loss: mean training loss of the clients that were merged, weighted by their steps
+    accuracy, eval_loss, eval_examples: None in rounds without an evaluation; a loss that is not
+        finite is None too. A causal LM counts tokens, not examples.
+    """
+
+    round: int
+    loss: float | None
+    down_bytes: int
+    up_bytes: int
+    total_bytes: int
+    dense_bytes: int
+    clients: int
+    dropped: int
+    seconds: float
+    compute_seconds: float
+    evaluation_seconds: float
+    wire_seconds: float
+    accuracy: float | None
+    eval_loss: float | None
+    eval_examples: int | None
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What stays the same over the rounds."""
+
+    method: Method
+    clients: Sequence[Client]
+    cohort: int
+    seed: int
+    exchange: Exchange
+    evaluate: Callable[[Adapter], Score] | None = None
+    evaluate_every: int = 1
+
+
+def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
+    """Round 0: the adapter before any training, evaluated; nothing is sent."""
+    progress = Progress(0, federation.method.init(adapter))
+    score, seconds = _evaluate(federation, progress.state)
+    first = Round(0, None, 0, 0, 0, 0, 0, 0, seconds, 0.0, seconds, 0.0, *_figures(score))
+    return first, progress
+
+
+def rounds(
+    federation: Federation, progress: Progress, last: int
+) -> Iterator[tuple[Round, list[Receipt], Progress]]:
+    """The rounds after `progress`, up to round `last`.
+
+    Raises NoUsableUpdate from a round in which no client returned an update; the progress before
+    it is the last one that was given.
+    """
+    while progress.round < last:
+        final = progress.round + 1 == last
+        result = one_round(federation, progress, evaluate=final)
+        progress = result[2]
+        yield result
+
+
+def one_round(
+    federation: Federation, progress: Progress, *, evaluate: bool = False
+) -> tuple[Round, list[Receipt], Progress]:
+    """One round, evaluated when it is due or when `evaluate` says so."""
+    start = time.perf_counter()
+    method, state = federation.method, progress.state
+    number = progress.round + 1
+    key = Key(federation.seed, number)
+    chosen = cohort(federation.clients, federation.cohort, key)
+    plan = method.plan(state, key)
+    sent: dict[str, tuple[int, float, Support]] = {}
+    receipts: list[Receipt] = []
+
+    def messages() -> Iterator[tuple[Client, bytes]]:
+        for client in chosen:
+            payload = method.publish(plan, client, key._replace(client=client.id))
+            began = time.perf_counter()
+            message = encode(payload)
+            sent[client.id] = len(message), time.perf_counter() - began, payload.support
+            yield client, message
+
+    def updates() -> Iterator[tuple[Client, Payload]]:
+        for reply in federation.exchange(messages(), key):
+            down_bytes, seconds, support = sent.pop(reply.client.id)
+            began = time.perf_counter()
+            payload, reason = None, reply.reason
+            if reply.update is not None:
+                try:
+                    payload = decode(reply.update, state.layout, support)
+                except WireError as error:
+                    reason = f"its update was refused: {error}"
+            wire = seconds + reply.wire + time.perf_counter() - began
+            receipts.append(_receipt(number, state.layout.rank, reply, down_bytes, wire, reason))
+            if payload is not None:
+                yield reply.client, payload
+
+    try:
+        state = method.merge(state, updates())
+    except NoUsableUpdate as error:
+        # The round leaves no line in the logs, so the error says what the clients ran into.
+        shown = [f"client {r.client}: {r.dropped}" for r in receipts[:3]]
+        more = [f"{len(receipts) - 3} more"] if len(receipts) > 3 else []
+        raise NoUsableUpdate(f"{error} ({'; '.join(shown + more)})") from error
+    down = sum(r.down_bytes for r in receipts)
+    up = sum(r.up_bytes for r in receipts)
+    # Both ways, for the messages that were really sent.
+    messages_sent = len(receipts) + sum(r.up_bytes > 0 for r in receipts)
+    dense = messages_sent * dense_bytes(method.export(state))
+    progress = Progress(
+        number, state, progress.total_bytes + down + up, progress.dense_bytes + dense
+    )
+    due = evaluate or number % federation.evaluate_every == 0
+    score, evaluation_seconds = _evaluate(federation, state) if due else (None, 0.0)
+    merged = [r for r in receipts if r.dropped is None]
+    steps = sum(r.steps for r in merged)
+    summary = Round(
+        round=number,
+        loss=sum((r.loss or 0.0) * r.steps for r in merged) / steps if steps else None,
+        down_bytes=down,
+        up_bytes=up,
+        total_bytes=progress.total_bytes,
+        dense_bytes=progress.dense_bytes,
+        clients=len(receipts),
+        dropped=len(receipts) - len(merged),
+        seconds=time.perf_counter() - start,
+        compute_seconds=sum(r.compute for r in receipts),
+        evaluation_seconds=evaluation_seconds,
+        wire_seconds=sum(r.wire for r in receipts),
+        **_figures(score)._asdict(),
+    )
+    return summary, receipts, progress
+
+
+def dense_bytes(adapter: Adapter) -> int:
+    """The length of one message with the whole adapter in float32, really encoded."""
+    layout = adapter.layout
+    support = everything(layout)
+    numbers = gather(adapter.tensors, support)
+    values = rounded(numbers.cpu(), "float32", torch.Generator())
+    return len(encode(Payload(layout, support, values, "known", "known")))
+
+
+class _Figures(NamedTuple):
+    accuracy: float | None
+    eval_loss: float | None
+    eval_examples: int | None
+
+
+def _figures(score: Score | None) -> _Figures:
+    if score is None:
+        return _Figures(None, None, None)
+    loss = score.loss if math.isfinite(score.loss) else None
+    return _Figures(score.accuracy, loss, score.counted)
+
+
+def _evaluate(federation: Federation, state: State) -> tuple[Score | None, float]:
+    if federation.evaluate is None:
+        return None, 0.0
+    start = time.perf_counter()
+    score = federation.evaluate(federation.method.export(state))
+    return score, time.perf_counter() - start
+
+
+def _receipt(
+    number: int, rank: int, reply: Reply, down_bytes: int, wire: float, dropped: str | None
+) -> Receipt:
+    client, budget = reply.client, reply.client.budget
+    kept = budget.ranks(rank) if rank else 0
+    return Receipt(
+        round=number,
+        client=client.id,
+        budget=f"rank {kept}, down {budget.down:g}, up {budget.up:g}",
+        rank=kept,
+        down_density=budget.down,
+        up_density=budget.up,
+        examples=client.examples,
+        steps=reply.steps,
+        loss=reply.loss if math.isfinite(reply.loss) else None,
+        down_bytes=down_bytes,
+        up_bytes=0 if reply.update is None else len(reply.update),
+        seconds=reply.seconds,
+        compute=reply.compute,
+        wire=wire,
+        dropped=dropped,
+    )

@@ -1,0 +1,230 @@
+"""From a recipe, or from data sets in a notebook, to a federation that is ready to run."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedsieve import fetch
+from fedsieve.adapter import Adapter
+from fedsieve.budget import Budget, Client, assign
+from fedsieve.data import partition, sources, tasks
+from fedsieve.data.tasks import Examples
+from fedsieve.engine.client import Train
+from fedsieve.engine.local import in_process
+from fedsieve.engine.loop import Federation
+from fedsieve.errors import FedSieveError
+from fedsieve.keys import Key, generator, word
+from fedsieve.method import Memory, Method
+from fedsieve.recipe import Recipe, build_method
+from fedsieve.train.local import Fit, Score, Training, evaluate, fit
+from fedsieve.train.model import Bench, attach, load_base, load_tokenizer, pick_device
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A federation in this process, with the model that it trains.
+
+    recipe:   what was asked for, with what the data told filled in; None in a notebook
+    start:    the adapter before the first round
+    memories: what clients keep between rounds, by id
+    notes:    what a user should know about how it was set up
+    """
+
+    recipe: Recipe | None
+    federation: Federation
+    bench: Bench
+    start: Adapter
+    memories: dict[str, Memory]
+    notes: tuple[str, ...]
+
+
+def assemble(
+    bench: Bench,
+    method: Method,
+    examples: Mapping[str, Callable[[], Examples]],
+    counts: Mapping[str, int],
+    budgets: Mapping[str, Budget],
+    *,
+    training: Training,
+    cohort: int,
+    seed: int,
+    test: Examples | None,
+    evaluate_every: int = 1,
+    evaluate_batch: int = 64,
+    notes: Sequence[str] = (),
+    recipe: Recipe | None = None,
+) -> Experiment:
+    """Clients, trainer and evaluation around a model that has its adapter in it.
+
+    examples: id -> a function that gives the client's examples; counts: id -> how many those are.
+    A client without examples is left out with a warning.
+    """
+    notes = list(notes)
+    empty = sorted(id for id, count in counts.items() if count == 0)
+    if empty:
+        shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        note = f"{len(empty)} of {len(counts)} clients have no data and are left out: {shown}"
+        warnings.warn(note, stacklevel=3)
+        notes.append(note)
+    clients = [Client(id, count, budgets[id]) for id, count in sorted(counts.items()) if count]
+    if not clients:
+        raise FedSieveError("no client has any data")
+
+    def train(adapter: Adapter, client: Client, key: Key) -> Fit:
+        return fit(bench, adapter, examples[client.id](), training, key)
+
+    def score(adapter: Adapter) -> Score:
+        assert test is not None
+        return evaluate(bench, adapter, test, batch=evaluate_batch, precision=training.precision)
+
+    memories: dict[str, Memory] = {}
+    trained: Train = train
+    federation = Federation(
+        method=method,
+        clients=clients,
+        cohort=cohort,
+        seed=seed,
+        exchange=in_process(method, trained, bench.layout, memories),
+        evaluate=None if test is None else score,
+        evaluate_every=evaluate_every,
+    )
+    return Experiment(recipe, federation, bench, bench.adapter(), memories, tuple(notes))
+
+
+def from_recipe(recipe: Recipe) -> Experiment:
+    """Load model and data, split the data over clients, and set up the federation.
+
+    Raises FedSieveError for whatever of the recipe does not fit the model or the data.
+    """
+    method = build_method(recipe)
+    key = Key(recipe.seed)
+    device = pick_device(recipe.device)
+    tokenizer = load_tokenizer(locate(recipe.model.source))
+    note = tasks.ensure_pad_token(tokenizer)
+    notes = [note] if note else []
+    if note:
+        warnings.warn(note, stacklevel=2)
+    data = recipe.data
+    rows = sources.load(
+        data.train, data.train_split, config=data.config, names=data.names, separator=data.separator
+    )
+    test_rows = None
+    if data.test is not None or data.test_split is not None:
+        test_rows = sources.load(
+            data.test or data.train,
+            data.test_split,
+            config=data.config,
+            names=data.names,
+            separator=data.separator,
+        )
+        limit = recipe.evaluation.limit
+        if limit is not None and limit < len(test_rows):
+            order = torch.randperm(len(test_rows), generator=generator(key.at("evaluation")))
+            test_rows = test_rows.select(order[:limit].tolist())
+    test: Examples | None = None
+    classes: tuple[str, ...] = ()
+    kept: Tensor | None = None
+    if recipe.model.task == "classification":
+        if data.text is None or data.label is None:
+            raise FedSieveError("data.text and data.label are needed for classification")
+        classify = partial(
+            tasks.classification,
+            tokenizer=tokenizer,
+            text=data.text,
+            label=data.label,
+            text_b=data.text_b,
+            max_length=data.max_length,
+        )
+        examples, classes = classify(rows, classes=data.classes)
+        recipe = recipe.model_copy(update={"data": data.model_copy(update={"classes": classes})})
+        if test_rows is not None:
+            test, _ = classify(test_rows, classes=classes)
+    else:
+        continued = partial(
+            tasks.causal_lm,
+            tokenizer=tokenizer,
+            text=data.text,
+            prompt=data.prompt,
+            completion=data.completion,
+            max_length=data.max_length,
+        )
+        examples, came_from = continued(rows)
+        kept = torch.from_numpy(came_from)
+        if test_rows is not None:
+            test, _ = continued(test_rows)
+    parts = _parts(recipe, rows, examples, kept)
+    bench = set_up_bench(recipe, tokenizer, device)
+    tiers = [(t.share, Budget(t.ratio, t.down, t.up)) for t in recipe.budgets]
+    return assemble(
+        bench,
+        method,
+        {id: _taker(examples, index) for id, index in parts.items()},
+        {id: index.numel() for id, index in parts.items()},
+        assign(list(parts), tiers, key),
+        training=recipe.training,
+        cohort=recipe.cohort,
+        seed=recipe.seed,
+        test=test,
+        evaluate_every=recipe.evaluation.every,
+        evaluate_batch=recipe.evaluation.batch,
+        notes=notes,
+        recipe=recipe,
+    )
+
+
+def set_up_bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Bench:
+    """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in."""
+    base = load_base(
+        locate(recipe.model.source),
+        recipe.model.task,
+        recipe.data.classes or (),
+        key=Key(recipe.seed),
+        dtype=recipe.model.dtype,
+        pad_token_id=tokenizer.pad_token_id,
+        settings=recipe.model.settings,
+    )
+    return attach(base, recipe.model.task, recipe.lora, key=Key(recipe.seed), device=device)
+
+
+def locate(source: str) -> str:
+    """Where a model is: a fetched name's folder, else the name itself (a folder or the hub)."""
+    if source in fetch.PACKAGES and not Path(source).exists():
+        return str(fetch.cached(source))
+    return source
+
+
+def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
+    return lambda: tasks.take(examples, index)
+
+
+def _parts(
+    recipe: Recipe, rows: Dataset, examples: Examples, kept: Tensor | None
+) -> dict[str, Tensor]:
+    """Client id -> the numbers of its examples."""
+    chosen = recipe.partition
+    count = examples.labels.shape[0]
+    seed = word(Key(recipe.seed, purpose="partition")) % 2**32
+    if chosen.kind == "column":
+        assert chosen.column is not None
+        values = sources.column(rows, chosen.column)
+        split = partition.natural(values if kept is None else [values[i] for i in kept.tolist()])
+    elif chosen.kind == "iid":
+        assert chosen.clients is not None
+        split = partition.iid(count, chosen.clients, seed)
+    else:
+        assert chosen.clients is not None
+        assert chosen.alpha is not None
+        if examples.labels.ndim > 1:
+            raise FedSieveError(
+                "partition.kind: 'dirichlet' splits by label and a causal-lm task has none: "
+                "use 'column' or 'iid'"
+            )
+        split = partition.dirichlet(examples.labels, chosen.clients, chosen.alpha, seed)
+    return {id: torch.as_tensor(index) for id, index in split.items()}

@@ -1,0 +1,172 @@
+"""One client's local training, and the evaluation of an adapter.
+
+The client's adapter is put into the resident model, a fresh optimizer takes its steps, and the
+tensors are read out again. The order of examples and the dropout come from the client's key, so a
+client trains the same in whatever order clients run.
+"""
+
+import math
+import time
+from contextlib import nullcontext
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from fedsieve.adapter import Adapter, Tree
+from fedsieve.data.tasks import Examples, take
+from fedsieve.keys import Key, generator, word
+from fedsieve.train.model import Bench
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Training:
+    """A client's local training.
+
+    epochs: passes over the client's examples; not used when `steps` is given
+    steps:  H, a fixed number of optimizer steps (the examples are gone through again as needed)
+    clip:   largest norm of the gradient over all trained tensors; None clips nothing
+    precision: "bf16" runs the model under autocast; "auto" does so where the device is fast at it
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 5e-2
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 0.0
+    epochs: PositiveInt = 1
+    steps: PositiveInt | None = None
+    batch: PositiveInt = 16
+    clip: PositiveFloat | None = None
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+class Fit(NamedTuple):
+    """What local training gives back.
+
+    loss:    mean over the steps; not finite if training broke off at a loss that was not
+    compute: seconds inside forward, backward and optimizer step
+    """
+
+    tensors: Tree
+    loss: float
+    steps: int
+    compute: float
+
+
+class Score(NamedTuple):
+    """An adapter's evaluation: means over examples (classification) or tokens (causal LM)."""
+
+    loss: float
+    accuracy: float
+    counted: int
+
+
+def fit(bench: Bench, adapter: Adapter, examples: Examples, training: Training, key: Key) -> Fit:
+    """Train a client's adapter on its examples. The adapter's own tensors are left as they are."""
+    bench.put(adapter)
+    model = bench.model
+    model.train()
+    parameters = [p for _, p in bench.parameters()]
+    optimizer = _optimizer(parameters, training)
+    order = _order(examples.labels.shape[0], training, generator(key.at("order")))
+    devices = [bench.device] if bench.device.type == "cuda" else []
+    total, compute = 0.0, 0.0
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(word(key.at("dropout")))
+        for index in order:
+            batch = _inputs(take(examples, index), bench.device)
+            start = time.perf_counter()
+            with _precision(bench.device, training.precision):
+                loss = model(**batch).loss
+            value = loss.item()
+            if not math.isfinite(value):
+                total = value
+                break
+            loss.backward()
+            if training.clip is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, training.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if bench.device.type == "cuda":
+                torch.cuda.synchronize()
+            compute += time.perf_counter() - start
+            total += value
+    tensors = {name: p.detach() for name, p in bench.parameters()}
+    return Fit(tensors, total / max(1, len(order)), len(order), compute)
+
+
+def evaluate(
+    bench: Bench,
+    adapter: Adapter,
+    examples: Examples,
+    *,
+    batch: int = 64,
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+) -> Score:
+    """Loss and accuracy of an adapter, dropout off."""
+    bench.put(adapter)
+    bench.model.eval()
+    rows = torch.arange(examples.labels.shape[0])
+    loss, right, count = 0.0, 0, 0
+    with torch.inference_mode(), _precision(bench.device, precision):
+        for index in rows.split(batch):
+            inputs = _inputs(take(examples, index), bench.device)
+            labels = inputs.pop("labels")
+            logits = bench.model(**inputs).logits.float()
+            if bench.task == "causal-lm":
+                logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+            counted = labels != -100
+            logits, labels = logits[counted], labels[counted]
+            loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+            right += int((logits.argmax(-1) == labels).sum())
+            count += labels.numel()
+    return Score(loss / count, right / count, count)
+
+
+def runs_in_bf16(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> bool:
+    """Whether autocast to bfloat16 is used on this device."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    # The CPU counts only where it multiplies bfloat16 itself; elsewhere autocast is slower.
+    checks = (torch.cpu._is_avx512_bf16_supported, torch.cpu._is_amx_tile_supported)
+    return device.type == "cpu" and any(bool(check()) for check in checks)
+
+
+def _precision(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> Any:
+    if runs_in_bf16(device, precision):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def _optimizer(parameters: list[Tensor], training: Training) -> torch.optim.Optimizer:
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters, lr=training.lr, weight_decay=training.weight_decay, foreach=True
+        )
+    return torch.optim.SGD(
+        parameters,
+        lr=training.lr,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+        foreach=True,
+    )
+
+
+def _order(count: int, training: Training, draws: torch.Generator) -> list[Tensor]:
+    """The rows of each batch: passes over fresh shuffles; the last batch of a pass may be small."""
+    batches: list[Tensor] = []
+    wanted = training.steps
+    passes = 0
+    while len(batches) < wanted if wanted is not None else passes < training.epochs:
+        batches.extend(torch.randperm(count, generator=draws).split(training.batch))
+        passes += 1
+    return batches[:wanted]
+
+
+def _inputs(examples: Examples, device: torch.device) -> dict[str, Tensor]:
+    given = {name: value for name, value in examples._asdict().items() if value is not None}
+    return {name: value.to(device, non_blocking=True) for name, value in given.items()}

@@ -1,0 +1,252 @@
+"""The one resident base model, with one LoRA adapter in it that can be exchanged.
+
+A client's adapter is put INTO the model: PEFT's LoRA layers get parameters of the client's own rank
+k, so memory, compute and optimizer state follow k, and no client needs a copy of the base. PEFT's
+layers need no patch for that: their forward pass uses the weights' shapes and a scale.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from fedsieve.adapter import Adapter, Layout, layout_of
+from fedsieve.errors import FedSieveError, nearest
+from fedsieve.keys import Key, word
+from fedsieve.train.dropout import speed_up
+
+Task = Literal["classification", "causal-lm"]
+_NAME = "default"  # PEFT's name of the adapter inside the model
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Lora:
+    """What to train: PEFT's LoRA settings, by PEFT's names where it has them.
+
+    targets: names of modules (their last parts), "all-linear", or None for PEFT's choice for the
+             model's family
+    whole:   modules trained whole beside the pairs (PEFT's modules_to_save); a classifier's head is
+             always among them
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    targets: tuple[str, ...] | Literal["all-linear"] | None = None
+    whole: tuple[str, ...] = ()
+    rslora: bool = False
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model with an adapter in it, and where each of the adapter's tensors sits.
+
+    layout: of the full adapter, at the server's rank
+    slots:  tensor name -> (module, attribute) that holds the parameter
+    loras:  PEFT's LoRA layers
+    """
+
+    model: PeftModel
+    task: Task
+    layout: Layout
+    slots: dict[str, tuple[nn.Module, str]]
+    loras: tuple[LoraLayer, ...]
+    device: torch.device
+
+    def adapter(self) -> Adapter:
+        """A copy of the adapter that is in the model."""
+        return Adapter(self.layout, {name: p.detach().clone() for name, p in self.parameters()})
+
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        """The trained parameters by adapter name, in sorted order; the model's own, not copies."""
+        return [(name, getattr(*self.slots[name])) for name in self.layout.names]
+
+    def put(self, adapter: Adapter) -> None:
+        """Put an adapter of any rank into the model; its scale too."""
+        for name, tensor in adapter.tensors.items():
+            module, attribute = self.slots[name]
+            # A copy: training must not write into the caller's tensors.
+            value = tensor.detach().to(self.device, torch.float32, copy=True)
+            setattr(module, attribute, nn.Parameter(value))
+        for module in self.loras:
+            module.scaling[_NAME] = adapter.layout.scale
+            module.r[_NAME] = adapter.layout.rank
+
+    def save(self, adapter: Adapter, folder: Path) -> None:
+        """Write an adapter in PEFT's format: `PeftModel.from_pretrained` reads it."""
+        self.put(adapter)
+        config = self.model.peft_config[_NAME]
+        rank, scale = adapter.layout.rank, adapter.layout.scale
+        config.r = rank
+        config.lora_alpha = scale * (rank**0.5 if config.use_rslora else rank)
+        self.model.save_pretrained(str(folder))
+
+    def merge(self, adapter: Adapter, folder: Path) -> None:
+        """Write the whole model with the adapter added into its weights. Uses up the bench."""
+        self.put(adapter)
+        self.model.merge_and_unload().save_pretrained(str(folder))
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or the best there is: CUDA, Apple's MPS, the CPU."""
+    if name != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise FedSieveError(f"device {name!r} cannot be used here: {error}") from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub model or a local folder."""
+    return _pretrained(AutoTokenizer, name)
+
+
+def load_base(
+    name: str,
+    task: Task,
+    classes: Sequence[str] = (),
+    *,
+    key: Key,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    pad_token_id: int | None = None,
+    settings: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A pretrained model, ready for the task.
+
+    classes:  names of the labels; a classifier without a head of that size gets a new one, drawn
+              from `key`
+    settings: changes to the model's configuration, such as its dropout rates
+    Raises FedSieveError if the model cannot be found or read.
+    """
+    given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
+    kind = AutoModelForCausalLM
+    if task == "classification":
+        kind = AutoModelForSequenceClassification
+        given["id2label"] = dict(enumerate(classes))
+        given["label2id"] = {label: number for number, label in enumerate(classes)}
+    given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(word(key.at("head")))
+        model, info = _pretrained(kind, name, **given)
+    # A head of another size is drawn anew, nothing else: a base of random weights is no base.
+    odd = sorted(n for n, *_ in info["mismatched_keys"] if n.startswith(model.base_model_prefix))
+    if odd:
+        raise FedSieveError(
+            f"model {name!r}: the weights of {odd[0]} have another shape than its configuration "
+            "says; see model.settings"
+        )
+    if model.config.pad_token_id is None:
+        # Classifiers of the GPT kind find the last token by it.
+        model.config.pad_token_id = pad_token_id
+    return model
+
+
+def attach(
+    base: PreTrainedModel, task: Task, lora: Lora, *, key: Key, device: torch.device
+) -> Bench:
+    """Put a fresh LoRA adapter into a base model: A random from `key`, B zero.
+
+    Raises FedSieveError if no module can take LoRA, a target does not exist, or the rank is larger
+    than a side of a target's weight.
+    """
+    _check_targets(base, lora)
+    kinds = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+    targets = lora.targets
+    config = LoraConfig(
+        task_type=kinds[task],
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
+        modules_to_save=list(lora.whole) or None,
+        use_rslora=lora.rslora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+    )
+    # Random numbers are drawn on the CPU, so that every device starts from the same adapter.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(word(key.at("adapter")))
+        try:
+            model = get_peft_model(base, config)
+        except ValueError as error:
+            raise FedSieveError(f"LoRA cannot be added to the model: {error}") from error
+    slots = _slots(model)
+    published = set(get_peft_model_state_dict(model))
+    if published != set(slots):
+        odd = sorted(published ^ set(slots))
+        raise FedSieveError(f"PEFT would save other tensors than those trained: {odd[:4]}")
+    tensors = {name: getattr(*slot) for name, slot in slots.items()}
+    for tensor in tensors.values():
+        tensor.data = tensor.data.float()
+    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+    layout = layout_of(tensors, scale)
+    for pair in layout.pairs:
+        side = min(tensors[pair.a].shape[1], tensors[pair.b].shape[0])
+        if lora.rank > side:
+            raise FedSieveError(
+                f"lora.rank {lora.rank} is larger than a side of {pair.module} ({side}): lower it"
+            )
+    model.to(device)
+    if device.type == "cpu":
+        speed_up(model)
+    loras = tuple(module for module in model.modules() if isinstance(module, LoraLayer))
+    return Bench(model, task, layout, slots, loras, device)
+
+
+def _pretrained(kind: Any, name: str, **given: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, **given)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise FedSieveError(
+            f"model {name!r} cannot be loaded: {first} (give a folder that exists, a name on the "
+            "hub, or a name that `fedsieve fetch` knows)"
+        ) from error
+
+
+def _check_targets(base: nn.Module, lora: Lora) -> None:
+    able = {
+        name.rsplit(".", 1)[-1]
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d | Conv1D)
+    }
+    if not able:
+        raise FedSieveError("the model has no module that can take LoRA (linear, embedding, conv)")
+    if lora.targets is None or isinstance(lora.targets, str):
+        return
+    for target in lora.targets:
+        if target.rsplit(".", 1)[-1] not in able:
+            raise FedSieveError(
+                f"lora.targets names {target!r}, which no module that can take LoRA is called"
+                + nearest(target.rsplit(".", 1)[-1], able)
+            )
+
+
+def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Where each trained parameter sits, by the name under which PEFT saves it."""
+    slots: dict[str, tuple[nn.Module, str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            holder, attribute = name.rsplit(".", 1)
+            public = name.replace(f".modules_to_save.{_NAME}", "").replace(f".{_NAME}", "")
+            slots[public] = (model.get_submodule(holder), attribute)
+    return dict(sorted(slots.items()))
