@@ -16,10 +16,13 @@ class NoUsableUpdate(FedSieveError):
     """A round in which no client returned an update that can be merged."""
 
 
-def nearest(word: str, known: Iterable[str], most: int = 3) -> str:
-    """The tail of an error message that names what was perhaps meant: "; did you mean 'rank'?"."""
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The tail of a message about an unknown name: " (did you mean 'rank'?)".
+
+    Where nothing known is near, the known names are listed, unless they are many.
+    """
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=most, cutoff=0.5)
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     if close:
-        return "; did you mean " + " or ".join(repr(name) for name in close) + "?"
-    return f"; known are {', '.join(names)}" if names else ""
+        return " (did you mean " + " or ".join(repr(name) for name in close) + "?)"
+    return f" (known are {', '.join(names)})" if 0 < len(names) <= 20 else ""

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -194,8 +193,11 @@ def set_up_bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: tor
 
 
 def locate(source: str) -> str:
-    """Where a model is: a fetched name's folder, else the name itself (a folder or the hub)."""
-    if source in fetch.PACKAGES and not Path(source).exists():
+    """Where a model is: a fetched name's folder, else the name itself (a folder or the hub).
+
+    Fetched names come first, as for data: write `./name` for a folder that is called like one.
+    """
+    if source in fetch.PACKAGES:
         return str(fetch.cached(source))
     return source
 

@@ -10,7 +10,6 @@ A name is cached as one folder, which appears by a rename once it is complete an
 interrupted fetch leaves nothing that could be taken for a cached name.
 """
 
-import difflib
 import fnmatch
 import hashlib
 import json
@@ -25,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import NamedTuple
 
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, nearest
 
 MANIFEST = ".manifest.json"
 DOWNLOAD_SECONDS = 900
@@ -169,11 +168,7 @@ def fetch(
 
 def _package(name: str, packages: Mapping[str, Package]) -> Package:
     if name not in packages:
-        near = difflib.get_close_matches(name, packages, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise FedSieveError(
-            f"nothing to fetch is called {name!r}: {hint}(known: {', '.join(packages)})"
-        )
+        raise FedSieveError(f"nothing to fetch is called {name!r}{nearest(name, packages)}")
     return packages[name]
 
 

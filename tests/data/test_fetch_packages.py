@@ -146,7 +146,7 @@ def test_a_wheel_whose_file_is_not_the_pinned_one_is_not_kept(store: Store) -> N
 
 def test_unknown_and_unfetched_names(store: Store) -> None:
     for use in (store.fetch, store.cached):
-        with pytest.raises(FedSieveError, match=r"'toi': did you mean toy"):
+        with pytest.raises(FedSieveError, match=r"'toi' \(did you mean 'toy'"):
             use("toi")
     with pytest.raises(FedSieveError, match="run `fedsieve fetch toy`"):
         store.cached()

@@ -152,8 +152,8 @@ NAMED = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes
     ("dataset", "options", "message"),
     [
         (rows(text=[], label=[]), {}, "no rows"),
-        (rows(text=["a", "b"], label=[0, 1]), {"text": "txt"}, "did you mean text"),
-        (rows(text=["a"], label=[0]), {"label": "labl"}, "did you mean label"),
+        (rows(text=["a", "b"], label=[0, 1]), {"text": "txt"}, "did you mean 'text'"),
+        (rows(text=["a"], label=[0]), {"label": "labl"}, "did you mean 'label'"),
         (rows(text=["a", "b"], label=["x", "x"]), {}, "at least two different classes"),
         (rows(text=["a"], label=["x"]), {"classes": ("x", "x")}, "at least two different"),
         (rows(text=["a", "b"], label=["x", None]), {}, "row 1 of column 'label' has no label"),

@@ -7,7 +7,6 @@ there a quotation mark is part of the sentence. `.tab` is Orange's format, with 
 names, types, roles. Any of them may be gzipped.
 """
 
-import difflib
 import gzip
 import json
 import re
@@ -25,7 +24,7 @@ import pyarrow.parquet as pa_parquet
 from datasets import Dataset, DatasetDict
 
 from fedsieve import fetch
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, nearest
 
 EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 _DELIMITED = {".csv": ",", ".tsv": "\t"}
@@ -75,10 +74,7 @@ def load(
 def column(dataset: Dataset, name: str) -> list[Any]:
     """The values of one column, in row order. Raises FedSieveError when there is no such column."""
     if name not in dataset.column_names:
-        raise FedSieveError(
-            f"no column {name!r}{_nearest(name, dataset.column_names)}: "
-            f"the columns are {', '.join(dataset.column_names)}"
-        )
+        raise FedSieveError(f"no column {name!r}{nearest(name, dataset.column_names)}")
     values: list[Any] = dataset.with_format(None)[name][:]
     return values
 
@@ -139,7 +135,7 @@ def _hub(name: str, config: str | None, split: str | None) -> Dataset:
     # Whatever goes wrong in there (network, scripts, parsers), the user has to see it.
     except Exception as error:
         raise FedSieveError(
-            f"{name!r} is no file, folder or fetched name here{_nearest(name, fetch.PACKAGES)}, "
+            f"{name!r} is no file, folder or fetched name here{nearest(name, fetch.PACKAGES)}, "
             f"and loading it as a data set of the hub failed: {type(error).__name__}: {error}"
         ) from error
     return _pick(loaded, split if isinstance(loaded, DatasetDict) else None, name)
@@ -286,12 +282,7 @@ def _existing(path: Path) -> Path:
         return path
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     where = "" if path.parent.is_dir() else f" (nor the folder {path.parent})"
-    raise FedSieveError(f"there is no file {path}{where}{_nearest(path.name, beside)}")
-
-
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise FedSieveError(f"there is no file {path}{where}{nearest(path.name, beside)}")
 
 
 @contextmanager
