@@ -75,13 +75,22 @@ def exact(values: Values) -> Tensor:
     return values.data.float() * steps
 
 
+def _bfloat16_above(scales: Tensor) -> Tensor:
+    """The next float32 at or above, for numbers from zero up, whose lower half is zero.
+
+    The wire sends such a scale as 2 bytes instead of 4. Upwards, so that no entry needs more than
+    127 steps.
+    """
+    return ((scales.view(torch.int32) + 0xFFFF) & ~0xFFFF).view(torch.float32)
+
+
 def _int8(numbers: Tensor, draws: torch.Generator) -> Values:
     count = numbers.numel()
     blocks = -(-count // BLOCK)
     padded = torch.zeros(blocks * BLOCK)
     padded[:count] = numbers
     table = padded.view(blocks, BLOCK)
-    scales = table.abs().amax(dim=1) / 127
+    scales = _bfloat16_above(table.abs().amax(dim=1) / 127)
     # A block of zeros, or of numbers so small that the step underflows, is sent as zeros.
     steps = torch.where(scales > 0, scales, torch.inf)
     lift = torch.rand(table.shape, generator=draws)

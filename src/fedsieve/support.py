@@ -8,9 +8,11 @@ adapter of rank k; the server's tree keeps the full ones.
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from math import ceil
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,31 +69,39 @@ def add_back(total: Tree, part: Tree, layout: Layout, ranks: Tensor | None, weig
 
 def gather(tree: Tree, support: Support) -> Tensor:
     """The entries of a narrowed tree that travel, in order of name and then of place: (n,)."""
-    parts = []
-    for name in support.names:
-        mask = support.masks.get(name)
-        tensor = tree[name]
-        parts.append(tensor.reshape(-1) if mask is None else tensor[mask])
-    return torch.cat(parts) if parts else torch.empty(0)
+    if not support.names:
+        return torch.empty(0)
+    flat = torch.cat([tree[name].reshape(-1) for name in support.names])
+    mask = _flat_mask(support, {name: tree[name].shape for name in support.names})
+    return flat if mask is None else flat.masked_select(mask.to(flat.device))
 
 
 def scatter(values: Tensor, support: Support, layout: Layout) -> Tree:
     """The narrowed tree that has `values` (n,) on the support and zeros off it; undoes `gather`."""
-    shapes = narrowed(layout, support.ranks).shapes
+    shapes_of = narrowed(layout, support.ranks).shapes
+    shapes = {name: torch.Size(shapes_of[name]) for name in support.names}
+    mask = _flat_mask(support, shapes)
+    if mask is not None:
+        values = torch.zeros(mask.numel(), dtype=values.dtype).masked_scatter_(mask, values)
     tree: Tree = {}
     start = 0
-    for name in support.names:
-        mask = support.masks.get(name)
-        shape = shapes[name]
-        count = torch.Size(shape).numel() if mask is None else int(mask.sum())
-        part = values[start : start + count]
-        start += count
-        if mask is None:
-            tree[name] = part.reshape(shape)
-        else:
-            tree[name] = torch.zeros(shape, dtype=values.dtype, device=values.device)
-            tree[name][mask] = part
+    for name, shape in shapes.items():
+        tree[name] = values[start : start + shape.numel()].reshape(shape)
+        start += shape.numel()
     return tree
+
+
+def _flat_mask(support: Support, shapes: Mapping[str, torch.Size]) -> Tensor | None:
+    """One mask over all tensors that travel, end to end; None if they travel whole."""
+    if not support.masks:
+        return None
+    parts = [
+        support.masks[name].reshape(-1)
+        if name in support.masks
+        else torch.ones(shapes[name].numel(), dtype=torch.bool)
+        for name in support.names
+    ]
+    return torch.cat(parts)
 
 
 def top_k(tree: Tree, density: float, among: tuple[str, ...]) -> dict[str, Tensor]:
@@ -99,15 +109,23 @@ def top_k(tree: Tree, density: float, among: tuple[str, ...]) -> dict[str, Tenso
 
     FLASC ranks the flattened, concatenated weights, not each tensor apart (arXiv 2406.05233,
     Algorithm 1). Density 1 gives no masks: whole tensors need none.
+    Masks are on the CPU, where messages are made; of equal magnitudes the first ones are kept.
     """
     if density >= 1 or not among:
         return {}
     flat = torch.cat([tree[name].reshape(-1) for name in among]).abs()
     keep = max(1, ceil(density * flat.numel()))
-    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
-    mask[flat.topk(keep, sorted=False).indices] = True
+    if flat.device.type == "cpu":
+        # A partition finds the smallest magnitude that is kept in half the time of torch's topk.
+        least = torch.as_tensor(np.partition(flat.numpy(), -keep)[-keep])
+    else:
+        least = flat.topk(keep, sorted=False).values.min()
+    mask = flat > least
+    ties = (flat == least).nonzero()[: keep - int(mask.sum()), 0]
+    mask[ties] = True
     masks = {}
     start = 0
+    mask = mask.cpu()
     for name in among:
         shape = tree[name].shape
         masks[name] = mask[start : start + shape.numel()].reshape(shape)

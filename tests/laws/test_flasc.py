@@ -90,3 +90,11 @@ def test_with_feedback_nothing_of_a_change_is_lost() -> None:
     total = {n: sent[n] + held[n] for n in sent}
     assert toy.distance(total, changed) <= 1e-6  # int8 steps are float32
     assert max(float(t.abs().max()) for t in held.values()) > 1e-3
+
+
+def test_ties_at_the_limit_are_broken_by_place() -> None:
+    tree = {"a": torch.tensor([1.0, -2.0, 2.0]), "b": torch.tensor([[2.0, 0.5], [-2.0, 3.0]])}
+    masks = top_k(tree, 4 / 7, ("a", "b"))
+    assert masks["a"].tolist() == [False, True, True]
+    assert masks["b"].tolist() == [[True, False], [False, True]]
+    assert top_k({"a": torch.zeros(4)}, 0.5, ("a",))["a"].tolist() == [True, True, False, False]

@@ -45,6 +45,7 @@ class Training:
 class Fit(NamedTuple):
     """What local training gives back.
 
+    tensors: the trained adapter, on the CPU
     loss:    mean over the steps; not finite if training broke off at a loss that was not
     compute: seconds inside forward, backward and optimizer step
     """
@@ -93,7 +94,7 @@ def fit(bench: Bench, adapter: Adapter, examples: Examples, training: Training, 
                 torch.cuda.synchronize()
             compute += time.perf_counter() - start
             total += value
-    tensors = {name: p.detach() for name, p in bench.parameters()}
+    tensors = {name: p.detach().cpu() for name, p in bench.parameters()}
     return Fit(tensors, total / max(1, len(order)), len(order), compute)
 
 

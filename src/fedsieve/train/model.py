@@ -69,8 +69,9 @@ class Bench:
     device: torch.device
 
     def adapter(self) -> Adapter:
-        """A copy of the adapter that is in the model."""
-        return Adapter(self.layout, {name: p.detach().clone() for name, p in self.parameters()})
+        """A copy, on the CPU, of the adapter that is in the model."""
+        tensors = {name: p.detach().clone().cpu() for name, p in self.parameters()}
+        return Adapter(self.layout, tensors)
 
     def parameters(self) -> list[tuple[str, Tensor]]:
         """The trained parameters by adapter name, in sorted order; the model's own, not copies."""

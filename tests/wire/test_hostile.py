@@ -1,0 +1,283 @@
+"""Whatever bytes come, `decode` gives a payload that fits the layout, or a WireError.
+
+The checksum keeps out damage, but not malice: here it is mended after each change, so that what
+stands behind it must hold by itself. benchmarks/hostile.py tries a great many more.
+"""
+
+import random
+import tracemalloc
+from contextlib import suppress
+from zlib import crc32
+
+import pytest
+import torch
+
+from fedsieve.adapter import Layout
+from fedsieve.errors import WireError
+from fedsieve.payload import Payload, Seed, Values
+from fedsieve.support import Support, draw_ranks
+from fedsieve.wire import decode, encode
+from tests.wire.cases import (
+    counted,
+    golden_payloads,
+    layout_of_pairs,
+    random_masks,
+    random_values,
+    same,
+)
+from tests.wire.reader import packed
+
+SMALL = layout_of_pairs(2, 3, 6, 5, (4,))
+
+
+def small_messages() -> dict[str, bytes]:
+    """Short messages that tell all they can, in all forms."""
+    messages = {}
+    ranks = torch.tensor([[0, 2], [1, 2]])
+    seeded = draw_ranks(5, 2, 3, 2, shared=False)
+    some = Support(SMALL.names[1:], ranks, {})
+    half = random_masks(SMALL, some, 0.4, 1)
+    half.masks.pop(SMALL.names[1])
+    for form in ("float32", "bfloat16", "int8"):
+        for name, support, told in (
+            ("half", half, "sent"),
+            ("seed", random_masks(SMALL, Support(SMALL.names, seeded, {}), 0.4, 2), Seed(5, False)),
+            ("dense", Support(SMALL.names, None, {}), "known"),
+        ):
+            values = random_values(form, counted(SMALL, support), 3)
+            payload = Payload(SMALL, support, values, told, "sent")  # type: ignore[arg-type]
+            messages[f"{name}-{form}"] = encode(payload)
+    return messages
+
+
+def mended(data: bytes) -> bytes:
+    """The message with the checksum that belongs to it, for a receiver that knows nothing."""
+    return data[:-4] + crc32(data[:-4]).to_bytes(4, "little")
+
+
+def refused_or_whole(data: bytes, layout: Layout) -> bool:
+    """True if the bytes are accepted; then they are the one message of a payload that fits."""
+    try:
+        payload = decode(data, layout)
+    except WireError:
+        return False
+    assert payload.layout == layout
+    assert payload.values.data.numel() == counted(layout, payload.support)
+    assert all(tensor.isfinite().all() for tensor in payload.tree().values())
+    assert encode(payload) == data
+    return True
+
+
+@pytest.mark.parametrize("name", small_messages())
+def test_every_flipped_bit(name: str) -> None:
+    data = small_messages()[name]
+    assert refused_or_whole(data, SMALL)
+    for place in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        with pytest.raises(WireError):  # the checksum sees every single flip
+            decode(bytes(flipped), SMALL)
+        if place < 8 * (len(data) - 4):
+            refused_or_whole(mended(bytes(flipped)), SMALL)
+
+
+@pytest.mark.parametrize("name", small_messages())
+def test_every_truncation_and_one_byte_more(name: str) -> None:
+    data = small_messages()[name]
+    for size in range(len(data)):
+        with pytest.raises(WireError):
+            decode(data[:size], SMALL)
+        if size >= 4:
+            with pytest.raises(WireError):
+                decode(mended(data[:size]), SMALL)
+    for more in (b"\0", b"\1", b"\0\0\0\0"):
+        with pytest.raises(WireError):
+            decode(data + more, SMALL)
+        with pytest.raises(WireError):
+            decode(mended(data[:-4] + more + data[-4:]), SMALL)
+
+
+def test_random_bytes() -> None:
+    draws = random.Random(0)
+    for _ in range(500):
+        assert not refused_or_whole(draws.randbytes(draws.randrange(60)), SMALL)
+
+
+def test_random_bytes_behind_a_true_head() -> None:
+    draws = random.Random(1)
+    heads = [data[:10] for data in small_messages().values()]
+    for _ in range(3000):
+        body = draws.randbytes(draws.randrange(40))
+        coded = draws.randrange(12).to_bytes(4, "little") + body
+        refused_or_whole(mended(draws.choice(heads) + coded + bytes(4)), SMALL)
+
+
+def test_random_changes_of_larger_messages() -> None:
+    draws = random.Random(2)
+    payloads = [p for p in golden_payloads().values() if p.masks_told == "sent"]
+    messages = [encode(p) for p in payloads if p.ranks_told != "known" or p.support.ranks is None]
+    layout = payloads[0].layout
+    for _ in range(2000):
+        changed = bytearray(draws.choice(messages))
+        for _ in range(draws.randint(1, 3)):
+            changed[draws.randrange(len(changed))] = draws.randrange(256)
+        refused_or_whole(mended(bytes(changed)), layout)
+
+
+def test_random_changes_of_a_message_to_one_who_knows() -> None:
+    payload = golden_payloads()["known-int8"]
+    known, data = payload.support, encode(payload)
+    assert known.ranks is not None
+    sets = [int(rank in row) for row in known.ranks.tolist() for rank in range(4)]
+    check = crc32(packed(sets))
+    for mask in known.masks.values():
+        check = crc32(packed(mask.reshape(-1).int().tolist()), check)
+    assert crc32(data[:-4], check).to_bytes(4, "little") == data[-4:]
+    draws = random.Random(4)
+    for _ in range(2000):
+        changed = bytearray(data[:-4])
+        changed[draws.randrange(len(changed))] = draws.randrange(256)
+        message = bytes(changed) + crc32(changed, check).to_bytes(4, "little")
+        try:
+            decoded = decode(message, payload.layout, known)
+        except WireError:
+            continue
+        assert encode(decoded) == message
+
+
+def test_no_message_makes_the_decoder_allocate_beyond_its_layout() -> None:
+    """Sizes that a message claims are held against the layout before anything is made of them."""
+    draws = random.Random(3)
+    full = Support(SMALL.names, None, {})
+    dense = encode(Payload(SMALL, full, random_values("float32", SMALL.size, 0), "known", "sent"))
+    messages = list(small_messages().values())
+    for data in [dense, *messages]:
+        for place in range(4, len(data) - 8):  # 4 GiB claimed wherever a size may stand
+            messages.append(mended(data[:place] + b"\xff\xff\xff\xff" + data[place + 4 :]))
+    for _ in range(500):
+        head = draws.choice(messages[:9])[:10]
+        messages.append(mended(head + draws.randbytes(300)))
+    for data in messages:  # models are made once, and kept
+        refused_or_whole(data, SMALL)
+    tracemalloc.start()
+    try:
+        for data in messages:
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            with suppress(WireError):
+                decode(data, SMALL)
+            peak = tracemalloc.get_traced_memory()[1] - before
+            assert peak < 64 * 1024  # names, shapes and views; nothing that a message could size
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tiny_message_for_a_large_layout_stays_within_a_few_times_its_size() -> None:
+    layout = layout_of_pairs(2, 16, 4096, 4096)
+    full = {name: torch.ones(layout.shapes[name], dtype=torch.bool) for name in layout.names}
+    count = layout.size
+    values = Values("int8", torch.zeros(count, dtype=torch.int8), torch.zeros(-(-count // 128)))
+    payload = Payload(layout, Support(layout.names, None, full), values, "known", "sent")
+    data = encode(payload)
+    assert same(decode(data, layout), payload)
+    tracemalloc.start()
+    decode(data, layout)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 8 * count
+
+
+def test_another_layout_is_refused_by_name() -> None:
+    data = small_messages()["dense-int8"]
+    other = layout_of_pairs(2, 4, 6, 5, (4,))
+    with pytest.raises(WireError, match=f"for the layout {SMALL.fingerprint:08x}"):
+        decode(data, other)
+
+
+def test_other_knowledge_is_refused_by_the_checksum() -> None:
+    """Two ends that hold different ranks or masks for known find out before they use the values."""
+    ranks = torch.tensor([[0, 2], [0, 2]])
+    sketch = random_masks(SMALL, Support(SMALL.names, ranks, {}), 0.5, 0)
+    values = random_values("float32", counted(SMALL, sketch), 0)
+    data = encode(Payload(SMALL, sketch, values, "known", "known"))
+    decode(data, SMALL, sketch)
+    moved = dict(sketch.masks)
+    name = SMALL.names[1]
+    moved[name] = moved[name].flip(1)
+    assert not torch.equal(moved[name], sketch.masks[name])
+    for other in (
+        None,
+        sketch._replace(ranks=torch.tensor([[0, 1], [0, 1]])),
+        sketch._replace(ranks=None, masks={}),
+        sketch._replace(masks=moved),
+    ):
+        with pytest.raises(WireError, match="knows other ranks or masks"):
+            decode(data, SMALL, other)
+
+
+@pytest.mark.parametrize("form", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_refused_by_name(form: str, wrong: float) -> None:
+    support = Support(SMALL.names, None, {})
+    values = random_values(form, SMALL.size, 0)  # type: ignore[arg-type]
+    place = SMALL.shapes[SMALL.names[0]][0] + 2
+    values.data[place] = wrong
+    payload = Payload(SMALL, support, values, "known", "sent")
+    with pytest.raises(WireError, match=f"{SMALL.names[1]} is not finite"):
+        encode(payload)
+
+
+@pytest.mark.parametrize(("form", "width"), [("float64", 8), ("float32", 4)])
+def test_a_message_cannot_carry_what_is_not_finite(form: str, width: int) -> None:
+    values = random_values(form, SMALL.size, 0)  # type: ignore[arg-type]
+    data = encode(Payload(SMALL, Support(SMALL.names, None, {}), values, "known", "sent"))
+    for last in (b"\x7f\xf0", b"\xff\xf8", b"\x7f\x80", b"\xff\xc0"):
+        nan = bytes(width - 2) + last[::-1]
+        bad = torch.frombuffer(bytearray(nan), dtype=values.data.dtype)
+        if not bad.isfinite().all():
+            with pytest.raises(WireError, match="not finite"):
+                decode(mended(data[: -4 - width] + nan + data[-4:]), SMALL)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0, -0.0, 3e36])
+def test_scales_that_are_not_usable_are_refused(scale: float) -> None:
+    values = random_values("int8", SMALL.size, 0)
+    payload = Payload(SMALL, Support(SMALL.names, None, {}), values, "known", "sent")
+    data = encode(payload)
+    with pytest.raises(WireError, match="scale of"):
+        encode(payload._replace(values=values._replace(scales=torch.tensor([scale]))))
+    true = values.scales.numpy().tobytes()
+    assert data.count(true) == 1
+    false = torch.tensor([scale]).numpy().tobytes()
+    with pytest.raises(WireError, match="scale"):
+        decode(mended(data.replace(true, false)), SMALL)
+
+
+def test_payloads_that_do_not_fit_their_layout_are_refused() -> None:
+    support = Support(SMALL.names, None, {})
+    values = random_values("int8", SMALL.size, 0)
+    good = Payload(SMALL, support, values, "known", "sent")
+    encode(good)
+    name = SMALL.names[1]
+    shape = SMALL.shapes[name]
+    ranks = draw_ranks(5, 2, 3, 2, shared=True)
+    low = values.data.clone()
+    low[0] = -128
+    for bad in (
+        good._replace(values=values._replace(data=values.data[:-1])),
+        good._replace(values=values._replace(data=values.data.float())),
+        good._replace(values=values._replace(data=low)),
+        good._replace(values=values._replace(scales=torch.ones(2))),
+        good._replace(support=support._replace(names=(*SMALL.names[::-1],))),
+        good._replace(support=support._replace(names=(*SMALL.names, "zebra"))),
+        good._replace(support=support._replace(masks={"zebra": torch.ones(1, dtype=torch.bool)})),
+        good._replace(support=support._replace(masks={name: torch.ones(shape)})),
+        good._replace(support=support._replace(masks={name: torch.ones(1, dtype=torch.bool)})),
+        good._replace(support=support._replace(ranks=torch.tensor([[0, 1]]))),
+        good._replace(support=support._replace(ranks=torch.tensor([[1, 0], [0, 1]]))),
+        good._replace(support=support._replace(ranks=torch.tensor([[0, 3], [0, 1]]))),
+        good._replace(support=support._replace(ranks=ranks), ranks_told=Seed(6, True)),
+        good._replace(ranks_told=Seed(2**64, True)),
+    ):
+        with pytest.raises(WireError):
+            encode(bad)
