@@ -16,7 +16,7 @@ from fedsieve.data.tasks import Examples
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError
-from fedsieve.experiment import Experiment, assemble, locate
+from fedsieve.experiment import Experiment, assemble, check_length, locate
 from fedsieve.keys import Key
 from fedsieve.method import Method
 from fedsieve.train.local import Training
@@ -40,8 +40,19 @@ class Run:
 
     def __iter__(self) -> Iterator[Round]:
         """Train the rounds that are left, giving each one's metrics as it ends."""
-        federation = self._experiment.federation
-        for summary, receipts, progress in loop.rounds(federation, self._progress, self._last):
+        federation, memories = self._experiment.federation, self._experiment.memories
+        while self._progress.round < self._last:
+            before = dict(memories)
+            final = self._progress.round + 1 == self._last
+            try:
+                summary, receipts, progress = loop.one_round(
+                    federation, self._progress, evaluate=final
+                )
+            except BaseException:
+                # The round did not happen: it can be tried again by iterating again.
+                memories.clear()
+                memories.update(before)
+                raise
             self._progress = progress
             self.metrics.append(summary)
             self.receipts.extend(receipts)
@@ -126,6 +137,8 @@ def finetune(
         locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
     )
     bench = attach(base, task, lora, key=key, device=pick_device(device))
+    for each in examples.values():
+        check_length(bench, each)
     if not isinstance(budgets, Mapping):
         budgets = dict.fromkeys(given, budgets or Budget())
     missing = sorted(set(given) - set(budgets))

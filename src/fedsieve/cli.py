@@ -172,8 +172,7 @@ class _Live:
         self._started = 0.0
         self._begun: int | None = None
         self._bar = Progress(
-            TextColumn("round {task.completed}/{task.total}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TextColumn("{task.description}"),
             console=console,
             transient=True,

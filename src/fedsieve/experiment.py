@@ -1,9 +1,11 @@
 """From a recipe, or from data sets in a notebook, to a federation that is ready to run."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -22,7 +24,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.keys import Key, generator, word
 from fedsieve.method import Memory, Method
 from fedsieve.recipe import Recipe, build_method
-from fedsieve.train.local import Fit, Score, Training, evaluate, fit
+from fedsieve.train.local import Fit, Score, Training, evaluate, fit, runs_in_bf16
 from fedsieve.train.model import Bench, attach, load_base, load_tokenizer, pick_device
 
 
@@ -105,6 +107,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
     method = build_method(recipe)
     key = Key(recipe.seed)
     device = pick_device(recipe.device)
+    recipe = _settled(recipe, device)
     tokenizer = load_tokenizer(locate(recipe.model.source))
     note = tasks.ensure_pad_token(tokenizer)
     notes = [note] if note else []
@@ -160,6 +163,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
             test, _ = continued(test_rows)
     parts = _parts(recipe, rows, examples, kept)
     bench = set_up_bench(recipe, tokenizer, device)
+    check_length(bench, examples)
     tiers = [(t.share, Budget(t.ratio, t.down, t.up)) for t in recipe.budgets]
     return assemble(
         bench,
@@ -192,6 +196,16 @@ def set_up_bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: tor
     return attach(base, recipe.model.task, recipe.lora, key=Key(recipe.seed), device=device)
 
 
+def check_length(bench: Bench, examples: Examples) -> None:
+    """Raises FedSieveError if the texts are longer than the model has positions for."""
+    length = examples.input_ids.shape[1]
+    most = getattr(bench.model.config, "max_position_embeddings", None) or length
+    if length > most:
+        raise FedSieveError(
+            f"data.max_length: texts of {length} tokens do not fit the model's {most} positions"
+        )
+
+
 def locate(source: str) -> str:
     """Where a model is: a fetched name's folder, else the name itself (a folder or the hub).
 
@@ -200,6 +214,28 @@ def locate(source: str) -> str:
     if source in fetch.PACKAGES:
         return str(fetch.cached(source))
     return source
+
+
+def _settled(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe without what depends on this machine or on the working directory.
+
+    Resuming elsewhere then trains in the same precision, on the same files.
+    """
+    in_bf16 = runs_in_bf16(device, recipe.training.precision)
+    training = dataclasses.replace(recipe.training, precision="bf16" if in_bf16 else "fp32")
+    model = recipe.model.model_copy(update={"source": _absolute(recipe.model.source)})
+    data = recipe.data.model_copy(
+        update={
+            "train": _absolute(recipe.data.train),
+            "test": None if recipe.data.test is None else _absolute(recipe.data.test),
+        }
+    )
+    return recipe.model_copy(update={"training": training, "model": model, "data": data})
+
+
+def _absolute(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source not in fetch.PACKAGES and path.exists() else source
 
 
 def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:

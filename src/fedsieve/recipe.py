@@ -272,7 +272,7 @@ def _override(table: dict[str, Any], override: str) -> None:
 def _explain(detail: Any) -> str:
     place = ".".join(str(step) for step in detail["loc"])
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{place}: unknown key{nearest(str(detail['loc'][-1]), _keys(detail['loc'][:-1]))}"
+        return f"{place}: unknown key{nearest(str(detail['loc'][-1]), keys_of(detail['loc'][:-1]))}"
     if detail["type"] in ("missing", "missing_argument"):
         return f"{place}: this key is needed"
     message = detail["msg"].removeprefix("Value error, ")
@@ -281,7 +281,7 @@ def _explain(detail: Any) -> str:
     return f"{place}: {message}" if place else message
 
 
-def _keys(path: Sequence[str | int]) -> list[str]:
+def keys_of(path: Sequence[str | int]) -> list[str]:
     """The keys of the table at a place of the recipe."""
     table: Any = Recipe
     for step in path:

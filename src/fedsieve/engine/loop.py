@@ -1,9 +1,9 @@
 """The round loop, the same for every engine.
 
-An engine is an `Exchange`: it carries messages to clients and brings their replies. Everything else
-of a round is here: the cohort, publishing, decoding, merging, counting, evaluating. Messages are
-made as the engine asks for them and replies are merged as they come, so that one client's update is
-in memory at a time.
+An engine is an `Exchange`: it carries messages to clients and brings their replies, in the order of
+the messages (a sum of floats depends on its order). Everything else of a round is here: the cohort,
+publishing, decoding, merging, counting, evaluating. Messages are made as the engine asks for them
+and replies are merged as they come, so that one client's update is in memory at a time.
 """
 
 import math

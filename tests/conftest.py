@@ -1,0 +1,236 @@
+"""What many tests share: models so small that a round takes milliseconds, and a data set that they
+can learn. Nothing is fetched: everything is made here, from fixed seeds, once a session.
+"""
+
+import os
+
+# Before torch and transformers are imported. Nothing may wait for a network, and one thread makes
+# the tiny models both faster and the same in every process.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # some tests fork
+
+import csv
+import random
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import pytest
+import tomli_w
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<end>")
+LABELS = ("cars", "space", "wine")
+OWN = {label: [f"{label}{number}" for number in range(6)] for label in LABELS}
+COMMON = [f"word{number}" for number in range(16)]
+VOCABULARY = [*SPECIAL, *COMMON, *(word for label in LABELS for word in OWN[label])]
+
+
+class Tiny(NamedTuple):
+    """Files for a tiny experiment. `gpt2` has a tokenizer without a padding token."""
+
+    bert: Path
+    gpt2: Path
+    train: Path
+    test: Path
+
+    def table(self, **changes: Any) -> dict[str, Any]:
+        """A recipe that trains in a second: FSLoRA + FLASC, 4 rounds of 3 of 12 unequal clients.
+
+        changes: dotted keys, `training__lr=0.1`; None removes the key.
+        """
+        table: dict[str, Any] = {
+            "name": "tiny",
+            "rounds": 4,
+            "cohort": 3,
+            "device": "cpu",
+            "model": {"source": str(self.bert)},
+            "lora": {"rank": 4, "alpha": 8.0, "targets": ["query", "value"]},
+            "data": {
+                "train": str(self.train),
+                "test": str(self.test),
+                "text": "text",
+                "label": "label",
+                "max_length": 16,
+            },
+            "partition": {"kind": "dirichlet", "clients": 12, "alpha": 1.0},
+            "budgets": [
+                {"ratio": 0.25, "down": 0.5, "up": 0.25},
+                {"ratio": 0.5, "down": 1.0, "up": 0.5},
+                {"ratio": 1.0},
+            ],
+            "method": {"name": "fslora_flasc"},
+            "server": {"optimizer": "adam", "lr": 0.02},
+            "training": {"optimizer": "adamw", "lr": 0.03, "batch": 8, "precision": "fp32"},
+            "evaluation": {"every": 2},
+        }
+        for key, value in changes.items():
+            *path, last = key.split("__")
+            place = table
+            for step in path:
+                place = place.setdefault(step, {})
+            if value is None:
+                del place[last]
+            else:
+                place[last] = value
+        return table
+
+    def write(self, path: Path, **changes: Any) -> Path:
+        """The same as a TOML file."""
+        path.write_text(tomli_w.dumps(self.table(**changes)), encoding="utf-8")
+        return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    made = Tiny(folder / "bert", folder / "gpt2", folder / "train.csv", folder / "test.csv")
+    write_rows(made.train, 240, seed=1)
+    write_rows(made.test, 60, seed=2)
+    size: dict[str, Any] = {"vocab_size": len(VOCABULARY)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        # Weights larger than a real model's start: features that a head can learn from at once.
+        bert = BertForSequenceClassification(
+            BertConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                max_position_embeddings=32,
+                initializer_range=0.3,
+                num_labels=len(LABELS),
+                pad_token_id=0,
+                **size,
+            )
+        )
+        gpt2 = GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=16,
+                n_layer=2,
+                n_head=2,
+                n_positions=32,
+                initializer_range=0.2,
+                bos_token_id=4,
+                eos_token_id=4,
+                pad_token_id=None,
+                **size,
+            )
+        )
+        # What pretraining would have learned: words of one subject lie near each other.
+        words = bert.bert.embeddings.word_embeddings.weight.data
+        for label in LABELS:
+            words[[VOCABULARY.index(word) for word in OWN[label]]] += torch.randn(16)
+    bert.save_pretrained(made.bert)
+    tokenizer(bert=True).save_pretrained(made.bert)
+    gpt2.save_pretrained(made.gpt2)
+    tokenizer(bert=False).save_pretrained(made.gpt2)
+    return made
+
+
+def tokenizer(*, bert: bool) -> PreTrainedTokenizerFast:
+    """One word, one token. The BERT kind puts [CLS] and [SEP] around; the other cannot pad."""
+    words = Tokenizer(
+        WordLevel({word: number for number, word in enumerate(VOCABULARY)}, unk_token="[UNK]")
+    )
+    words.pre_tokenizer = Whitespace()
+    if not bert:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, unk_token="[UNK]", eos_token="<end>", bos_token="<end>"
+        )
+    words.post_processor = TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+
+
+def texts(count: int, seed: int) -> Iterator[tuple[str, str]]:
+    """Texts and their labels: some of a text's words occur with its label only."""
+    draw = random.Random(seed)
+    for number in range(count):
+        label = LABELS[number % len(LABELS)]
+        words = draw.choices(OWN[label], k=draw.randint(2, 4)) + draw.choices(COMMON, k=4)
+        draw.shuffle(words)
+        yield " ".join(words), label
+
+
+def write_rows(path: Path, count: int, seed: int, authors: Sequence[str] = ()) -> Path:
+    """A CSV file of texts, labels and authors."""
+    authors = authors or [f"author{number}" for number in range(12)]
+    draw = random.Random(seed)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        out = csv.writer(file)
+        out.writerow(["text", "label", "author"])
+        out.writerows([text, label, draw.choice(authors)] for text, label in texts(count, seed))
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run of `tiny.table()` that was never stopped. Not to be changed."""
+    from tests.engines import runs
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    runs.start(tiny, folder)
+    return folder
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most runs of the tests need no report, which takes longer than they do."""
+    monkeypatch.setattr("fedsieve.report.write", lambda *_: [])
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Command(Protocol):
+    def __call__(self, *arguments: str | Path) -> Ran: ...
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the `fedsieve` command in this process, from its entry point to its exit code."""
+
+    def call(*arguments: str | Path) -> Ran:
+        from fedsieve import cli
+
+        monkeypatch.setattr(sys, "argv", ["fedsieve", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        # Warnings are shown as a user sees them, not raised as elsewhere in the tests.
+        with warnings.catch_warnings():
+            warnings.resetwarnings()
+            try:
+                cli.main()
+            except SystemExit as stop:
+                code = stop.code or 0
+        out, err = capsys.readouterr()
+        return Ran(code, out, err)
+
+    return call

@@ -1,0 +1,100 @@
+"""The docs are tested: their code runs, and what they list is what there is."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import fedsieve
+from fedsieve import methods, recipe
+from tests.conftest import Tiny
+from tests.laws import test_methods as laws
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The page's code blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_readmes_notebook_code_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Tiny,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a small model in the place of the hub's, and a CSV file of reviews."""
+    (code,) = blocks(ROOT / "README.md", "python")
+    assert len(code.splitlines()) <= 15
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    assert name in code
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reviews.csv").write_bytes(tiny.train.read_bytes())
+    exec(compile(code.replace(name, str(tiny.bert)), "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == ["1", "2", "3", "4", "5"]
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_adding_a_method_is_one_file_one_row_and_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What docs/methods.md says is done here: the file is written, its row obeys every law."""
+    page = ROOT / "docs" / "methods.md"
+    (code,) = blocks(page, "python")
+    (tmp_path / "leading.py").write_text(code, encoding="utf-8")
+    monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "fedsieve.methods.leading", raising=False)
+    assert "leading" in methods.names()
+    (row,) = re.findall(
+        r'^    (Row\("leading"\)),$', page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    new = eval(row, {"Row": laws.Row})
+    for law in laws.LAWS:
+        law(new)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_has_its_line(name: str) -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert len(re.findall(rf"^\| `{name}` \|", text, re.MULTILINE)) == 1
+    assert f"| `{name}` |" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_docs_of_recipes_name_every_key() -> None:
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert recipe.keys_of(()) != recipe.keys_of(("lora",))
+    for key in recipe.keys_of(()):
+        assert f"`{key}`" in text or f"[{key}]" in text, key
+        if f"[{key}]" in text and key not in ("method", "server"):
+            for inner in recipe.keys_of((key,)):
+                assert f"`{inner}`" in text or f"`{key}.{inner}`" in text, (key, inner)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+?)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("name", recipe.shipped())
+def test_recipes_that_ship_are_valid_and_say_what_they_are(name: str) -> None:
+    assert recipe.shipped()[name].startswith("# ")
+    assert recipe.load(name).name == name
+
+
+def test_the_public_names_exist_and_are_all_there_is() -> None:
+    for name in fedsieve.__all__:
+        assert getattr(fedsieve, name) is not None
+    assert sorted(fedsieve.__all__) == fedsieve.__all__
+    with pytest.raises(AttributeError):
+        _ = fedsieve.no_such_name
+
+
+def test_no_fixed_path_of_one_machine_is_in_the_docs() -> None:
+    for page in PAGES:
+        assert "/root/" not in page.read_text(encoding="utf-8")
