@@ -339,3 +339,12 @@ def test_numbers_read_the_same_everywhere() -> None:
     assert [duration(s) for s in (3.25, 59.97, 125, 7620)] == [
         "3.2 s", "1 min 00 s", "2 min 05 s", "2 h 07 min",
     ]  # fmt: skip
+
+
+def test_what_the_run_said_of_its_own_setting_up_is_shown(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text() + 'notes = ["2 of 9 clients have <no> data"]\n')
+    assert load(run).notes[0] == "2 of 9 clients have <no> data"
+    (out, *_) = write([run], tmp_path / "report.html")
+    assert "2 of 9 clients have &lt;no&gt; data</li>" in out.read_text()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.flasc import method as flasc
     from fedsieve.methods.fslora import method as fslora
     from fedsieve.methods.fslora_flasc import method as fslora_flasc
-    from fedsieve.optim import adam, fedadam, sgd
+    from fedsieve.optim import adam, fading, fedadam, sgd
     from fedsieve.train.local import Training
     from fedsieve.train.model import Lora
 
@@ -31,6 +31,7 @@ __all__ = [
     "Run",
     "Training",
     "adam",
+    "fading",
     "fedadam",
     "fedit",
     "finetune",
@@ -46,7 +47,7 @@ _HOMES = {
     "api": ("Run", "finetune"),
     "budget": ("Budget", "Client"),
     "errors": ("FedSieveError",),
-    "optim": ("adam", "fedadam", "sgd"),
+    "optim": ("adam", "fading", "fedadam", "sgd"),
     "train.local": ("Training",),
     "train.model": ("Lora",),
 }

@@ -80,6 +80,27 @@ def fedadam(
     return Optimizer(init, step)
 
 
+def fading(optimizer: Optimizer, decay: float) -> Optimizer:
+    """The same optimizer with its learning rate multiplied by `decay` after every round.
+
+    All optimizers here move by lr times something, so it is the move that is scaled. A cohort of
+    few clients with few labels pulls the model to and fro; smaller steps at the end settle it.
+    """
+
+    def init(params: Tree) -> Slots:
+        return {**optimizer.init(params), "fading": {"rounds": torch.zeros(())}}
+
+    def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
+        rounds = slots["fading"]["rounds"]
+        inner = {name: tree for name, tree in slots.items() if name != "fading"}
+        moved, inner = optimizer.step(params, gradient, inner)
+        share = decay ** float(rounds)
+        faded = {n: p + share * (moved[n] - p) for n, p in params.items()}
+        return faded, {**inner, "fading": {"rounds": rounds + 1}}
+
+    return Optimizer(init, step)
+
+
 def _moments(gradient: Tree, slots: Slots, beta1: float, beta2: float) -> tuple[Tree, Tree]:
     m = {n: beta1 * slots["m"][n] + (1 - beta1) * g for n, g in gradient.items()}
     v = {n: beta2 * slots["v"][n] + (1 - beta2) * g * g for n, g in gradient.items()}

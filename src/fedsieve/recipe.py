@@ -114,10 +114,14 @@ class MethodTable(BaseModel):
 
 
 class ServerTable(BaseModel):
-    """The server optimizer's name (sgd, adam, fedadam); its parameters stand beside it."""
+    """The server optimizer's name; its parameters stand beside it.
+
+    decay: its learning rate is multiplied by this after every round
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     optimizer: Literal["sgd", "adam", "fedadam"] = "sgd"
+    decay: Share = 1.0
 
 
 class Evaluation(_Table):
@@ -220,6 +224,8 @@ def build_method(recipe: Recipe) -> Method:
     server_options = dict(recipe.server.model_extra or {})
     make_server = getattr(optim, recipe.server.optimizer)
     server = make_server(**_options(make_server, server_options, "server"))
+    if recipe.server.decay < 1:
+        server = optim.fading(server, recipe.server.decay)
     build = methods.load(recipe.method.name)
     options = dict(recipe.method.model_extra or {})
     method: Method = build(server=server, **_options(build, options, "method"))

@@ -2,7 +2,7 @@
 
 import gc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from fedsieve.budget import Budget, Client, assign, cohort
 from fedsieve.errors import NoUsableUpdate
 from fedsieve.keys import Key, generator, word
 from fedsieve.methods import fedit
-from fedsieve.optim import Optimizer, adam, fedadam, sgd
+from fedsieve.optim import Optimizer, adam, fading, fedadam, sgd
 from fedsieve.payload import BLOCK, Payload, Values, exact, rounded
 from fedsieve.support import everything
 from tests.laws import toy
@@ -120,6 +120,23 @@ def test_fedadam_equals_reddi_et_al_by_hand() -> None:
     # m = 0.5 - 2 = -1.5, v = 0.75 * 1.75 + 0.25 * 16 = 5.3125
     first = 1 - 0.1 / (1.75**0.5 + 1)
     assert x["x"].item() == pytest.approx(first + 0.15 / (5.3125**0.5 + 1), abs=1e-15)
+
+
+@pytest.mark.parametrize("make", [sgd, lambda lr: sgd(lr, 0.9), adam, fedadam])
+def test_fading_is_a_learning_rate_that_torch_would_schedule(
+    make: Callable[[float], Optimizer],
+) -> None:
+    """The same as making the optimizer anew with a smaller rate each round, on the same slots."""
+    draws = torch.Generator().manual_seed(2)
+    start = {"x": torch.randn(6, generator=draws, dtype=torch.float64)}
+    fading_one = fading(make(0.3), 0.5)
+    params, slots = start, fading_one.init(start)
+    mirror, mirror_slots = start, make(0.3).init(start)
+    for number in range(4):
+        gradient = {"x": torch.randn(6, generator=draws, dtype=torch.float64)}
+        params, slots = fading_one.step(params, gradient, slots)
+        mirror, mirror_slots = make(0.3 / 2**number).step(mirror, gradient, mirror_slots)
+    assert toy.distance(params, mirror) <= 1e-12
 
 
 def test_a_merge_of_nothing_is_refused() -> None:

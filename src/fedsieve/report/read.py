@@ -117,7 +117,10 @@ def load(path: Path) -> Run:
     except ValueError as error:
         raise FedSieveError(f"{path / 'recipe.toml'} is not TOML: {error}") from error
 
-    notes: list[str] = []
+    # What the run itself said while it was set up, such as clients without data.
+    environment = recipe.get("environment")
+    said = environment.pop("notes", []) if isinstance(environment, dict) else []
+    notes = [str(note) for note in said] if isinstance(said, list) else []
     rows = _rounds(path / "metrics.jsonl", notes)
     start, rounds = (rows[0], rows[1:]) if rows and rows[0].round == 0 else (None, rows)
     if not rounds:

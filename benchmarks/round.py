@@ -1,0 +1,99 @@
+"""Where a round's time goes: what FedSieve adds to training and evaluation, on the demo's setting.
+
+Runs the demo's recipe for a few rounds as `fedsieve run` does, logs and checkpoints included, and
+takes the wall clock from the end of round 1 (a warm-up) to the end of the last. What is neither
+forward, backward, optimizer step nor evaluation is overhead. Encode and decode, at both ends, are
+compared with the clients' training time. Needs `fedsieve fetch minilm-l6 20newsgroups`.
+
+    python benchmarks/round.py [--rounds 7] [--json FILE] [key=value ...]
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from fedsieve import recipe as recipes
+from fedsieve import runner
+from fedsieve.engine.loop import Receipt, Round
+from fedsieve.errors import FedSieveError
+
+REACH = {"outside": 0.03, "wire": 0.01}
+
+
+def measure(rounds: int, overrides: Sequence[str]) -> list[dict[str, float]]:
+    """Seconds of each round after the first: wall, compute, evaluation, wire, and bytes."""
+    recipe = recipes.load("demo", [f"rounds={rounds}", *overrides])
+    ends: list[float] = []
+    summaries: list[Round] = []
+
+    def show(summary: Round, receipts: Sequence[Receipt]) -> None:
+        ends.append(time.perf_counter())
+        summaries.append(summary)
+
+    with tempfile.TemporaryDirectory() as folder:
+        runner.start(recipe, Path(folder) / "run", show)
+    return [
+        {
+            "wall": ends[i] - ends[i - 1],
+            "compute": summaries[i].compute_seconds,
+            "evaluation": summaries[i].evaluation_seconds,
+            "wire": summaries[i].wire_seconds,
+            "bytes": summaries[i].down_bytes + summaries[i].up_bytes,
+        }
+        for i in range(2, len(ends))
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Where a round's time goes.")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*", help="key=value, changes to the demo's recipe")
+    given = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        rows = measure(given.rounds, given.overrides)
+    except FedSieveError as error:
+        sys.exit(f"skipped: {error}")
+    total = {key: sum(row[key] for row in rows) for key in rows[0]}
+    shares = {
+        "outside": 1 - (total["compute"] + total["evaluation"]) / total["wall"],
+        "wire": total["wire"] / total["compute"],
+    }
+    outside = [1 - (row["compute"] + row["evaluation"]) / row["wall"] for row in rows]
+    wire = [row["wire"] / row["compute"] for row in rows]
+
+    console = Console(highlight=False)
+    table = Table("seconds a round", "min", "median", "max", box=None)
+    for key in ("wall", "compute", "evaluation", "wire"):
+        values = sorted(row[key] for row in rows)
+        middle = values[len(values) // 2]
+        table.add_row(key, f"{values[0]:.3f}", f"{middle:.3f}", f"{values[-1]:.3f}")
+    console.print(table)
+    for name, parts, what in (
+        ("outside", outside, "of a round outside forward, backward, optimizer and evaluation"),
+        ("wire", wire, "of training time for encode and decode, both ends"),
+    ):
+        spread = f"rounds {min(parts):.2%} to {max(parts):.2%}"
+        console.print(f"{shares[name]:.2%} {what} ({spread}; to stay under {REACH[name]:.0%})")
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    console.print(f"{len(rows)} rounds after a warm-up; {machine}")
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        result = {"shares": shares, "reach": REACH, "rounds": rows, "machine": machine}
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
