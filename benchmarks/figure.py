@@ -1,4 +1,4 @@
-"""The README's figure: accuracy against bytes for the four methods, on the demo's setting.
+"""The README's figure: accuracy against bytes for the methods, on the demo's setting.
 
 Each method runs the demo's recipe, same seed and same rounds, into a directory of its own; a run
 that is there already is resumed, so the script can be stopped at any time. Learning rates are the
@@ -6,7 +6,8 @@ demo's for all, chosen on validation data for `fslora_flasc` alone: the figure s
 which method learns best. Needs `fedsieve fetch minilm-l6 20newsgroups`; takes 2 to 3 minutes a
 method.
 
-    python benchmarks/figure.py [--runs runs/figure] [--plot docs/bytes.png] [--seed 0]
+    python benchmarks/figure.py [--runs runs/figure] [--plot docs/bytes.png] [--seed 0] \
+        [--methods fedit fslora_flasc]
 """
 
 import argparse
@@ -54,18 +55,19 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/figure"))
     parser.add_argument("--plot", type=Path, default=Path("docs/bytes.png"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     console = Console(highlight=False)
-    folders = [given.runs / method for method in METHODS]
+    folders = [given.runs / method for method in given.methods]
 
     def show(summary: Round, receipts: Sequence[Receipt]) -> None:
         if summary.accuracy is not None:
             megabytes = summary.total_bytes / 1e6
             console.print(f"  round {summary.round}: {summary.accuracy:.4f}, {megabytes:.2f} MB")
 
-    for method, folder in zip(METHODS, folders, strict=True):
+    for method, folder in zip(given.methods, folders, strict=True):
         console.print(method)
         try:
             if (folder / rundir.RECIPE).exists():
@@ -79,7 +81,7 @@ def main() -> None:
     (plot,) = [path for path in written if path.name.endswith("accuracy-bytes.png")]
     shutil.copyfile(plot, given.plot)
     table = Table("method", "accuracy", "MB down", "MB up", "MB in all", "fewer", box=None)
-    for method, folder in zip(METHODS, folders, strict=True):
+    for method, folder in zip(given.methods, folders, strict=True):
         lines = (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         down, up = (sum(row[f"{way}_bytes"] for row in rows) / 1e6 for way in ("down", "up"))
