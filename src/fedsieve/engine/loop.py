@@ -44,7 +44,7 @@ class Progress(NamedTuple):
 class Receipt(NamedTuple):
     """One client's part in one round, as clients.jsonl keeps it. Times in seconds.
 
-    compute: in forward, backward and optimizer step; wire: in encode and decode, both ends
+    compute: in forward, backward and optimizer step; wire: in decode and encode, at the client
     dropped: why the update was not merged, or None
     """
 
@@ -68,6 +68,7 @@ class Receipt(NamedTuple):
 class Round(NamedTuple):
     """One round, as metrics.jsonl keeps it. Bytes are payload bytes, times are in seconds.
 
+    wire_seconds: in encode and decode, at both ends
     loss: mean training loss of the clients that were merged, weighted by their steps
     accuracy, eval_loss, eval_examples: None in rounds without an evaluation; a loss that is not
         finite is None too. A causal LM counts tokens, not examples.
@@ -136,20 +137,24 @@ def one_round(
     key = Key(federation.seed, number)
     chosen = cohort(federation.clients, federation.cohort, key)
     plan = method.plan(state, key)
-    sent: dict[str, tuple[int, float, Support]] = {}
+    sent: dict[str, tuple[int, Support]] = {}
     receipts: list[Receipt] = []
+    server_wire = 0.0
 
     def messages() -> Iterator[tuple[Client, bytes]]:
+        nonlocal server_wire
         for client in chosen:
             payload = method.publish(plan, client, key._replace(client=client.id))
             began = time.perf_counter()
             message = encode(payload)
-            sent[client.id] = len(message), time.perf_counter() - began, payload.support
+            server_wire += time.perf_counter() - began
+            sent[client.id] = len(message), payload.support
             yield client, message
 
     def updates() -> Iterator[tuple[Client, Payload]]:
+        nonlocal server_wire
         for reply in federation.exchange(messages(), key):
-            down_bytes, seconds, support = sent.pop(reply.client.id)
+            down_bytes, support = sent.pop(reply.client.id)
             began = time.perf_counter()
             payload, reason = None, reply.reason
             if reply.update is not None:
@@ -157,8 +162,8 @@ def one_round(
                     payload = decode(reply.update, state.layout, support)
                 except WireError as error:
                     reason = f"its update was refused: {error}"
-            wire = seconds + reply.wire + time.perf_counter() - began
-            receipts.append(_receipt(number, state.layout.rank, reply, down_bytes, wire, reason))
+            server_wire += time.perf_counter() - began
+            receipts.append(_receipt(number, state.layout.rank, reply, down_bytes, reason))
             if payload is not None:
                 yield reply.client, payload
 
@@ -193,7 +198,7 @@ def one_round(
         seconds=time.perf_counter() - start,
         compute_seconds=sum(r.compute for r in receipts),
         evaluation_seconds=evaluation_seconds,
-        wire_seconds=sum(r.wire for r in receipts),
+        wire_seconds=server_wire + sum(r.wire for r in receipts),
         **_figures(score)._asdict(),
     )
     return summary, receipts, progress
@@ -229,9 +234,7 @@ def _evaluate(federation: Federation, state: State) -> tuple[Score | None, float
     return score, time.perf_counter() - start
 
 
-def _receipt(
-    number: int, rank: int, reply: Reply, down_bytes: int, wire: float, dropped: str | None
-) -> Receipt:
+def _receipt(number: int, rank: int, reply: Reply, down_bytes: int, dropped: str | None) -> Receipt:
     client, budget = reply.client, reply.client.budget
     kept = budget.ranks(rank) if rank else 0
     return Receipt(
@@ -248,6 +251,6 @@ def _receipt(
         up_bytes=0 if reply.update is None else len(reply.update),
         seconds=reply.seconds,
         compute=reply.compute,
-        wire=wire,
+        wire=reply.wire,
         dropped=dropped,
     )
