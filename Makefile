@@ -36,6 +36,7 @@ format: install
 
 bench: install
 	$(BIN)/fedsieve fetch minilm-l6 20newsgroups
+	mkdir -p runs
 	$(BIN)/python benchmarks/round.py --json runs/bench-round.json
 	$(BIN)/python benchmarks/wire.py --json runs/bench-wire.json
 	$(BIN)/python benchmarks/convergence.py --json runs/bench-convergence.json
