@@ -43,10 +43,9 @@ class Run:
         federation, memories = self._experiment.federation, self._experiment.memories
         while self._progress.round < self._last:
             before = dict(memories)
-            final = self._progress.round + 1 == self._last
             try:
-                summary, receipts, progress = loop.one_round(
-                    federation, self._progress, evaluate=final
+                summary, receipts, progress = next(
+                    loop.rounds(federation, self._progress, self._last)
                 )
             except BaseException:
                 # The round did not happen: it can be tried again by iterating again.

@@ -17,7 +17,6 @@ from fedsieve.adapter import Adapter
 from fedsieve.budget import Budget, Client, assign
 from fedsieve.data import partition, sources, tasks
 from fedsieve.data.tasks import Examples
-from fedsieve.engine.client import Train
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError
@@ -86,13 +85,12 @@ def assemble(
         return evaluate(bench, adapter, test, batch=evaluate_batch, precision=training.precision)
 
     memories: dict[str, Memory] = {}
-    trained: Train = train
     federation = Federation(
         method=method,
         clients=clients,
         cohort=cohort,
         seed=seed,
-        exchange=in_process(method, trained, bench.layout, memories),
+        exchange=in_process(method, train, bench.layout, memories),
         evaluate=None if test is None else score,
         evaluate_every=evaluate_every,
     )
@@ -114,18 +112,11 @@ def from_recipe(recipe: Recipe) -> Experiment:
     if note:
         warnings.warn(note, stacklevel=2)
     data = recipe.data
-    rows = sources.load(
-        data.train, data.train_split, config=data.config, names=data.names, separator=data.separator
-    )
+    read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
+    rows = read(data.train, data.train_split)
     test_rows = None
     if data.test is not None or data.test_split is not None:
-        test_rows = sources.load(
-            data.test or data.train,
-            data.test_split,
-            config=data.config,
-            names=data.names,
-            separator=data.separator,
-        )
+        test_rows = read(data.test or data.train, data.test_split)
         limit = recipe.evaluation.limit
         if limit is not None and limit < len(test_rows):
             order = torch.randperm(len(test_rows), generator=generator(key.at("evaluation")))
