@@ -74,10 +74,15 @@ class Layout:
 
 
 class Adapter(NamedTuple):
-    """A layout and the numbers that fill it."""
+    """A layout and the numbers that fill it.
+
+    base: what has been added to the frozen weights since the start, `<module>.base` -> the shape of
+          B A; only FLoRA and FedEx-LoRA change them
+    """
 
     layout: Layout
     tensors: Tree
+    base: Tree = {}  # noqa: RUF012
 
 
 def layout_of(tensors: Mapping[str, Tensor], scale: float) -> Layout:
@@ -91,6 +96,25 @@ def layout_of(tensors: Mapping[str, Tensor], scale: float) -> Layout:
         raise ValueError(f"pairs of different ranks {sorted(ranks)} in one adapter: use one rank")
     shapes = {name: tuple(tensors[name].shape) for name in sorted(tensors)}
     return Layout(shapes, pairs, ranks.pop() if ranks else 0, scale)
+
+
+def base_layout(layout: Layout, rank: int) -> Layout:
+    """The layout of a change of the frozen weights under an adapter's pairs, at scale 1.
+
+    rank K >= 1: the pairs alone, at rank K, which may exceed the adapter's own; B A is the change.
+    rank 0: no pairs, but for each a tensor `<module>.base` of the product's shape: (m, n), or
+    (m, n, kh, kw) where A has the axes of a convolution. It is the change itself.
+
+    Raises ValueError if the rank is not within 0..65535, the most that a message can tell.
+    """
+    if not 0 <= rank <= 0xFFFF:
+        raise ValueError(f"a base change of rank {rank}: must be within 0..65535")
+    shapes = layout.shapes
+    if rank == 0:
+        products = {f"{p.module}.base": (shapes[p.b][0], *shapes[p.a][1:]) for p in layout.pairs}
+        return Layout(products, (), 0, 1.0)
+    factors = {name: shapes[name] for name in layout.names if name in layout.rank_axis}
+    return Layout(factors, layout.pairs, layout.rank, 1.0).narrow(rank, 1.0)
 
 
 def _pairs(names: Iterable[str]) -> Iterable[Pair]:

@@ -36,11 +36,30 @@ class Seed(NamedTuple):
     shared: bool
 
 
+class Base(NamedTuple):
+    """A change of the frozen weights that the adapter's pairs sit on, for clients to catch up.
+
+    Methods such as FLoRA and FedEx-LoRA fold products into these weights, and a client that was
+    away must do the same before it trains.
+
+    since:  the round from which the change counts: what the receiver's weights must stand at; 0 is
+            the very start
+    change: a whole payload (all names, all ranks, no masks, both told "known", no base of its own)
+            on `adapter.base_layout(layout, K)` of the payload that it comes with: factors of rank
+            K, whose product is added; or, for K = 0, the dense change since the very start, so
+            that `since` is 0
+    """
+
+    since: int
+    change: "Payload"
+
+
 class Payload(NamedTuple):
     """Values on a support of a layout.
 
     ranks_told, masks_told: how the receiver learns the support. "known": it knows already, nothing
     is sent; "sent": the message holds it; a Seed: the message holds 8 bytes.
+    base: a change of the frozen weights that travels beside the values; None, mostly, for none
     """
 
     layout: Layout
@@ -48,6 +67,7 @@ class Payload(NamedTuple):
     values: Values
     ranks_told: Literal["known", "sent"] | Seed
     masks_told: Literal["known", "sent"]
+    base: "Base | None" = None
 
     def tree(self) -> Tree:
         """The tensors, at the narrowed shapes, with zeros where nothing travelled."""

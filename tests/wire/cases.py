@@ -6,8 +6,8 @@ import struct
 import torch
 from torch import Tensor
 
-from fedsieve.adapter import Layout, Pair
-from fedsieve.payload import BLOCK, Form, Payload, Seed, Values
+from fedsieve.adapter import Layout, Pair, base_layout
+from fedsieve.payload import BLOCK, Base, Form, Payload, Seed, Values
 from fedsieve.support import Support, draw_ranks, narrowed
 
 DTYPES = {
@@ -67,6 +67,20 @@ def random_values(form: Form, count: int, seed: int) -> Values:
     return Values(form, numbers.to(DTYPES[form]), torch.empty(0))
 
 
+def random_base(layout: Layout, since: int, rank: int, form: Form, seed: int) -> Base:
+    """A change of the base under a layout: factors of some rank, or a dense one for rank 0."""
+    theirs = base_layout(layout, rank)
+    values = random_values(form, theirs.size, seed)
+    return Base(since, Payload(theirs, Support(theirs.names, None, {}), values, "known", "known"))
+
+
+def silent(base: Base) -> Base:
+    """The same change with all its values zero: what int8 sends in next to no bytes."""
+    _, data, scales = base.change.values
+    values = Values(base.change.values.form, data * 0, scales * 0)
+    return base._replace(change=base.change._replace(values=values))
+
+
 def golden_payloads() -> dict[str, Payload]:
     """The payloads whose bytes are kept in tests/golden, by the names of their files."""
     layout = layout_of_pairs(3, 4, 70, 50, (5, 9), (5,))
@@ -85,6 +99,10 @@ def golden_payloads() -> dict[str, Payload]:
         values = random_values(form, counted(layout, support), seed)
         return Payload(layout, support, values, ranks, masks)  # type: ignore[arg-type]
 
+    dense = payload(full, "int8", "known", "sent", 11)
+    known = payload(sieved, "int8", "known", "known", 12)
+    factors_base = random_base(layout, 2**31 + 3, 6, "bfloat16", 13)
+    dense_base = random_base(layout, 0, 0, "int8", 14)
     return {
         "dense-float64": payload(full, "float64", "known", "known", 3),
         "dense-float32": payload(full, "float32", "known", "sent", 4),
@@ -94,6 +112,9 @@ def golden_payloads() -> dict[str, Payload]:
         "known-int8": payload(sieved, "int8", "known", "known", 8),
         "sieved-int8": payload(sieved, "int8", "sent", "sent", 9),
         "partly-bfloat16": payload(partly, "bfloat16", "sent", "sent", 10),
+        "base-bfloat16": known._replace(base=factors_base),
+        "base-dense-int8": dense._replace(base=dense_base),
+        "base-filled-int8": dense._replace(base=silent(random_base(layout, 4, 20, "int8", 15))),
     }
 
 
@@ -115,8 +136,15 @@ def same(one: Payload, other: Payload) -> bool:
         and one.values.form == other.values.form
         and _same(one.values.data, other.values.data)
         and _same(one.values.scales, other.values.scales)
-        and one[3:] == other[3:]
+        and one[3:5] == other[3:5]
+        and _same_base(one.base, other.base)
     )
+
+
+def _same_base(one: Base | None, other: Base | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.since == other.since and same(one.change, other.change)
 
 
 def _same_ranks(one: Tensor | None, other: Tensor | None) -> bool:

@@ -171,6 +171,49 @@ def read(
     return Message(names, ranks, masks, values, scales)
 
 
+class Envelope(NamedTuple):
+    """A message with a change of the base: factors of the rank, or dense if it is 0."""
+
+    since: int
+    rank: int
+    change: Message
+    message: Message
+
+
+def read_envelope(
+    data: bytes,
+    spec: Spec,
+    known_ranks: list[list[int]] | None = None,
+    known_masks: dict[str, list[int]] | None = None,
+) -> Envelope:
+    """The content of a message that starts with FSB; asserts that it is one."""
+    assert data[:4] == b"FSB\1"
+    since, rank, size = struct.unpack("<IHQ", data[4:18])
+    assert int.from_bytes(data[-4:], "little") == crc32(data[:-4])
+    theirs = base_spec(spec, rank)
+    numbers = sum(map(prod, theirs.shapes.values()))
+    stop = 18 + size + max(0, (numbers + 1) // 2 - sum(map(prod, spec.shapes.values())) - size)
+    assert not any(data[18 + size : stop])
+    base = data[18 : 18 + size]
+    assert base[4] >> 4 == 0
+    assert base[5] == 0
+    change = read(base, theirs)
+    return Envelope(since, rank, change, read(data[stop:-4], spec, known_ranks, known_masks))
+
+
+def base_spec(spec: Spec, rank: int) -> Spec:
+    if rank == 0:
+        dense = {
+            f"{module}.base": spec.shapes[b][:1] + spec.shapes[a][1:] for module, a, b in spec.pairs
+        }
+        return Spec(dense, [], 0)
+    factors = {}
+    for _, a, b in spec.pairs:
+        factors[a] = (rank, *spec.shapes[a][1:])
+        factors[b] = (spec.shapes[b][0], rank, *spec.shapes[b][2:])
+    return Spec(factors, spec.pairs, rank)
+
+
 def narrow(name: str, spec: Spec, keep: int) -> Shape:
     shape = list(spec.shapes[name])
     for _, a, b in spec.pairs:

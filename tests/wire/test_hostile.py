@@ -5,6 +5,7 @@ stands behind it must hold by itself. benchmarks/hostile.py tries a great many m
 """
 
 import random
+import struct
 import tracemalloc
 from contextlib import suppress
 from zlib import crc32
@@ -12,18 +13,20 @@ from zlib import crc32
 import pytest
 import torch
 
-from fedsieve.adapter import Layout
+from fedsieve.adapter import Layout, base_layout
 from fedsieve.errors import WireError
-from fedsieve.payload import Payload, Seed, Values
+from fedsieve.payload import Base, Payload, Seed, Values
 from fedsieve.support import Support, draw_ranks
 from fedsieve.wire import decode, encode
 from tests.wire.cases import (
     counted,
     golden_payloads,
     layout_of_pairs,
+    random_base,
     random_masks,
     random_values,
     same,
+    silent,
 )
 from tests.wire.reader import packed
 
@@ -63,6 +66,11 @@ def refused_or_whole(data: bytes, layout: Layout) -> bool:
         return False
     assert payload.layout == layout
     assert payload.values.data.numel() == counted(layout, payload.support)
+    if payload.base is not None:
+        change = payload.base.change
+        assert change.layout == base_layout(layout, change.layout.rank)
+        assert all(tensor.shape == change.layout.shapes[n] for n, tensor in change.tree().items())
+        assert all(tensor.isfinite().all() for tensor in change.tree().values())
     assert all(tensor.isfinite().all() for tensor in payload.tree().values())
     assert encode(payload) == data
     return True
@@ -185,6 +193,164 @@ def test_a_tiny_message_for_a_large_layout_stays_within_a_few_times_its_size() -
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 4 * 8 * count
+
+
+def enveloped(since: int, rank: int, base: bytes, zeros: int, message: bytes) -> bytes:
+    """An envelope around two messages, whatever they are, with a true checksum."""
+    body = b"FSB\1" + struct.pack("<IHQ", since, rank, len(base)) + base + bytes(zeros) + message
+    return body + crc32(body).to_bytes(4, "little")
+
+
+def small_envelopes() -> dict[str, Payload]:
+    plain = Payload(SMALL, Support(SMALL.names, None, {}), random_values("int8", SMALL.size, 3),
+                    "known", "sent")  # fmt: skip
+    return {
+        "factors": plain._replace(base=random_base(SMALL, 5, 2, "bfloat16", 1)),
+        "more ranks": plain._replace(base=random_base(SMALL, 5, 4, "int8", 2)),
+        "dense": plain._replace(base=random_base(SMALL, 0, 0, "float32", 3)),
+        "filled": plain._replace(base=silent(random_base(SMALL, 5, 20, "int8", 4))),
+    }
+
+
+@pytest.mark.parametrize("name", small_envelopes())
+def test_every_flipped_bit_of_an_envelope(name: str) -> None:
+    payload = small_envelopes()[name]
+    assert payload.base is not None
+    data = encode(payload)
+    size = len(encode(payload.base.change))
+    message = len(encode(payload._replace(base=None)))
+    assert refused_or_whole(data, SMALL)
+    for place in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        with pytest.raises(WireError):
+            decode(bytes(flipped), SMALL)
+        # All three checksums mended, where the sizes stand that were there before.
+        flipped[18 : 18 + size] = mended(bytes(flipped[18 : 18 + size]))
+        flipped[-4 - message : -4] = mended(bytes(flipped[-4 - message : -4]))
+        refused_or_whole(mended(bytes(flipped)), SMALL)
+
+
+@pytest.mark.parametrize("name", small_envelopes())
+def test_every_truncation_of_an_envelope_and_more(name: str) -> None:
+    data = encode(small_envelopes()[name])
+    for size in range(len(data)):
+        with pytest.raises(WireError):
+            decode(data[:size], SMALL)
+        if size >= 4:
+            with pytest.raises(WireError):
+                decode(mended(data[:size]), SMALL)
+    for place in (18, len(data) // 2, len(data) - 4):
+        with pytest.raises(WireError):
+            decode(mended(data[:place] + b"\0" + data[place:]), SMALL)
+    with pytest.raises(WireError):
+        decode(data + b"\0", SMALL)
+
+
+def test_envelopes_that_a_writer_would_not_make() -> None:
+    payload = small_envelopes()["filled"]
+    assert payload.base is not None
+    base, message = encode(payload.base.change), encode(payload._replace(base=None))
+    zeros = len(encode(payload)) - 22 - len(base) - len(message)
+    assert zeros > 0
+    assert enveloped(5, 20, base, zeros, message) == encode(payload)
+    whole = payload.base.change
+    ranks = whole._replace(ranks_told="sent")
+    masks = whole._replace(masks_told="sent")
+    some = Support(whole.layout.names[:1], None, {})
+    part = whole._replace(
+        support=some, values=random_values("int8", counted(whole.layout, some), 1)
+    )
+    dense = encode(random_base(SMALL, 0, 0, "float32", 1).change)
+    for bad in (
+        enveloped(5, 20, base, zeros - 1, message),
+        enveloped(5, 20, base, zeros + 1, message),
+        enveloped(5, 20, base, 0, message),
+        enveloped(5, 21, base, zeros, message),  # the base message is for another rank
+        enveloped(5, 20, base, zeros, base),
+        enveloped(5, 20, message, zeros, message),
+        enveloped(5, 20, encode(payload), zeros, message),  # envelopes do not nest
+        enveloped(5, 20, base, zeros, encode(payload)),
+        enveloped(5, 20, encode(ranks), zeros, message),
+        enveloped(5, 20, encode(masks), zeros, message),
+        enveloped(5, 20, encode(part), zeros, message),
+        enveloped(5, 0, dense, 0, message),  # dense changes count from the start
+        b"FSB\2" + enveloped(5, 20, base, zeros, message)[4:],
+    ):
+        with pytest.raises(WireError):
+            decode(bad, SMALL)
+        with pytest.raises(WireError):
+            decode(mended(bad), SMALL)
+    refused_or_whole(enveloped(0, 0, dense, 0, message), SMALL)
+
+
+def test_base_changes_that_do_not_fit_are_refused() -> None:
+    good = small_envelopes()["factors"]
+    assert good.base is not None
+    since, change = good.base
+    name = change.layout.names[0]
+    some = Support(change.layout.names[:1], None, {})
+    masked = change.support._replace(masks={name: torch.ones(change.layout.shapes[name]).bool()})
+    numbers = change.values.data.clone()
+    numbers[3] = float("nan")
+    other = layout_of_pairs(2, 3, 6, 7)
+    heads = layout_of_pairs(0, 0, 0, 0, (4,))
+    narrow = change.support._replace(ranks=torch.zeros(2, 1, dtype=torch.int64))
+    fewer = random_values("bfloat16", counted(change.layout, some), 1)
+    scaled = Layout(change.layout.shapes, change.layout.pairs, 2, 2.0)
+    changes = (
+        change._replace(base=good.base),
+        change._replace(ranks_told="sent"),
+        change._replace(masks_told="sent"),
+        change._replace(ranks_told=Seed(1, True)),
+        change._replace(support=masked),
+        change._replace(support=narrow),
+        change._replace(support=some, values=fewer),
+        change._replace(values=change.values._replace(data=numbers)),
+        change._replace(layout=scaled),
+        random_base(SMALL, 0, 0, "float32", 1).change,  # dense, but not since the start
+        random_base(other, 0, 2, "float32", 1).change,
+        good._replace(base=None),  # with the heads
+    )
+    for base in (Base(-1, change), Base(2**32, change), *(Base(since, bad) for bad in changes)):
+        with pytest.raises(WireError):
+            encode(good._replace(base=base))
+    plain = Payload(heads, Support(heads.names, None, {}), random_values("int8", 4, 0),
+                    "known", "sent")  # fmt: skip
+    with pytest.raises(WireError, match="without pairs"):
+        encode(plain._replace(base=random_base(heads, 1, 1, "float32", 1)))
+    with pytest.raises(WireError, match="without pairs"):
+        decode(enveloped(1, 1, encode(plain), 0, encode(plain)), heads)
+
+
+def test_a_claimed_rank_must_be_paid_for_in_bytes() -> None:
+    """The rank is the one size that comes from outside: few bytes must not make many numbers."""
+    layout = layout_of_pairs(2, 4, 512, 512)
+    dense = Support(layout.names, None, {})
+    values = random_values("int8", layout.size, 0)
+    message = encode(Payload(layout, dense, values, "known", "known"))
+    for rank in (0, 200):  # what an int8 of zeros at this rank would need, without its zeros
+        base = encode(silent(random_base(layout, 0, rank, "int8", 0)).change)
+        data = enveloped(0, rank, base, 0, message)
+        huge = enveloped(0, 65535, base, 0, message)
+        for bad in (data, huge):
+            with pytest.raises(WireError, match="takes"):
+                decode(bad, layout)  # models are made once, and kept
+            tracemalloc.start()
+            with pytest.raises(WireError):
+                decode(bad, layout)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert peak < 64 * 1024
+        paid = Payload(layout, dense, values, "known", "known", silent(
+            random_base(layout, 0, rank, "int8", 0)))  # fmt: skip
+        data = encode(paid)
+        decode(data, layout)
+        tracemalloc.start()
+        decode(data, layout)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 32 * max(len(data), layout.size)
 
 
 def test_another_layout_is_refused_by_name() -> None:

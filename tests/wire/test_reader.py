@@ -13,22 +13,37 @@ from fedsieve.payload import Payload, Seed, Values
 from fedsieve.support import Support, draw_ranks
 from fedsieve.wire import decode, encode
 from tests.wire import reader
-from tests.wire.cases import golden_payloads, knowledge, layout_of_pairs, same
+from tests.wire.cases import (
+    golden_payloads,
+    knowledge,
+    layout_of_pairs,
+    random_base,
+    random_values,
+    same,
+)
 
 DOCS = Path(__file__).parents[2] / "docs" / "wire.md"
 
 
-def read(payload: Payload, data: bytes) -> reader.Message:
-    layout = payload.layout
-    spec = reader.Spec(
-        dict(layout.shapes), [(p.module, p.a, p.b) for p in layout.pairs], layout.rank
-    )
+Known = tuple[list[list[int]] | None, dict[str, list[int]] | None]
+
+
+def spec_of(layout: Layout) -> reader.Spec:
+    pairs = [(pair.module, pair.a, pair.b) for pair in layout.pairs]
+    return reader.Spec(dict(layout.shapes), pairs, layout.rank)
+
+
+def told_before(payload: Payload) -> Known:
     known = knowledge(payload)
     if known is None:
-        return reader.read(data, spec)
+        return None, None
     ranks = None if known.ranks is None else known.ranks.tolist()
     masks = {name: mask.reshape(-1).int().tolist() for name, mask in known.masks.items()}
-    return reader.read(data, spec, ranks, masks)
+    return ranks, masks
+
+
+def read(payload: Payload, data: bytes) -> reader.Message:
+    return reader.read(data, spec_of(payload.layout), *told_before(payload))
 
 
 def assert_read(payload: Payload, message: reader.Message) -> None:
@@ -46,7 +61,30 @@ def assert_read(payload: Payload, message: reader.Message) -> None:
 @pytest.mark.parametrize("name", golden_payloads())
 def test_a_second_reader_reads_our_messages(name: str) -> None:
     payload = golden_payloads()[name]
-    assert_read(payload, read(payload, encode(payload)))
+    data = encode(payload)
+    if payload.base is None:
+        assert_read(payload, read(payload, data))
+        return
+    envelope = reader.read_envelope(data, spec_of(payload.layout), *told_before(payload))
+    assert envelope.since == payload.base.since
+    assert envelope.rank == payload.base.change.layout.rank
+    assert_read(payload.base.change, envelope.change)
+    assert_read(payload, envelope.message)
+
+
+def test_a_second_reader_reads_a_base_under_convolutions_and_heads() -> None:
+    layout = layout_of_pairs(2, 3, 6, 5, (4,))
+    pair = layout.pairs[0]
+    shapes = {**layout.shapes, pair.a: (3, 2, 3, 3), pair.b: (4, 3, 1, 1)}
+    layout = Layout(shapes, layout.pairs, 3, 1.0)
+    values = random_values("bfloat16", layout.size, 0)
+    payload = Payload(layout, Support(layout.names, None, {}), values, "known", "sent")
+    for rank, shape in ((0, (4, 2, 3, 3)), (7, (7, 2, 3, 3))):
+        base = random_base(layout, 0, rank, "float32", 1)
+        assert shape in base.change.layout.shapes.values()
+        envelope = reader.read_envelope(encode(payload._replace(base=base)), spec_of(layout))
+        assert_read(base.change, envelope.change)
+        assert_read(payload, envelope.message)
 
 
 def test_a_second_reader_reads_blocks_of_every_shape() -> None:

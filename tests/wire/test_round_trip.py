@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsieve.adapter import Layout
-from fedsieve.payload import BLOCK, Form, Payload, Seed, Values
+from fedsieve.payload import BLOCK, Base, Form, Payload, Seed, Values
 from fedsieve.support import Support, draw_ranks, narrowed
 from fedsieve.wire import decode, encode
 from tests.wire.cases import (
@@ -15,9 +15,11 @@ from tests.wire.cases import (
     counted,
     knowledge,
     layout_of_pairs,
+    random_base,
     random_masks,
     random_values,
     same,
+    silent,
 )
 
 Told = Literal["known", "sent"]
@@ -61,7 +63,18 @@ def payloads(draw: st.DrawFn) -> Payload:
     support = Support(names, ranks, masks)
     values = draw(finite_values(counted(layout, support)))
     masks_told = draw(st.sampled_from(MASKS_TOLD))
-    return Payload(layout, support, values, draw(st.sampled_from(tellings)), masks_told)
+    base = draw(st.none() | bases(layout)) if layout.pairs else None
+    return Payload(layout, support, values, draw(st.sampled_from(tellings)), masks_told, base)
+
+
+@st.composite
+def bases(draw: st.DrawFn, layout: Layout) -> Base:
+    rank = draw(st.sampled_from([0, 1, layout.rank, 12]))
+    since = draw(st.integers(0, 2**32 - 1)) if rank else 0
+    base = random_base(layout, since, rank, "float32", 0)
+    values = draw(finite_values(base.change.layout.size))
+    base = base._replace(change=base.change._replace(values=values))
+    return silent(base) if draw(st.booleans()) else base
 
 
 @st.composite
@@ -93,6 +106,32 @@ def test_what_is_encoded_is_decoded(payload: Payload) -> None:
     decoded = decode(data, payload.layout, knowledge(payload))
     assert same(decoded, payload)
     assert encode(decoded) == data
+
+
+def test_a_base_change_costs_its_message_and_22_bytes() -> None:
+    layout = layout_of_pairs(4, 8, 100, 60, (20, 100), (20,))
+    values = random_values("float32", layout.size, 0)
+    payload = Payload(layout, Support(layout.names, None, {}), values, "known", "sent")
+    for rank, numbers in ((11, 4 * 11 * (100 + 60)), (0, 4 * 60 * 100)):
+        for form, width in (("float32", 4), ("float64", 8)):
+            base = random_base(layout, 0, rank, form, 1)  # type: ignore[arg-type]
+            cost = len(encode(payload._replace(base=base))) - len(encode(payload))
+            assert cost == 22 + FIXED + width * numbers
+        for form in ("bfloat16", "int8"):  # no zeros are filled in where a change says something
+            base = random_base(layout, 0, rank, form, 1)  # type: ignore[arg-type]
+            cost = len(encode(payload._replace(base=base))) - len(encode(payload))
+            assert cost == 22 + len(encode(base.change))
+
+
+def test_a_base_change_of_int8_zeros_costs_half_a_byte_a_number_beyond_the_layout() -> None:
+    layout = layout_of_pairs(2, 4, 100, 60, (7,))
+    values = random_values("float32", layout.size, 0)
+    payload = Payload(layout, Support(layout.names, None, {}), values, "known", "sent")
+    for rank in (1, 4, 50, 200):
+        base = silent(random_base(layout, 3, rank, "int8", 1))
+        numbers = 2 * rank * (100 + 60)
+        cost = len(encode(payload._replace(base=base))) - len(encode(payload)) - 22
+        assert cost == max(len(encode(base.change)), numbers // 2 - layout.size)
 
 
 def test_dense_float32_costs_four_bytes_a_number() -> None:
