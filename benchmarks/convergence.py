@@ -45,7 +45,7 @@ from torch import Tensor
 from fedsieve.adapter import Adapter, layout_of
 from fedsieve.budget import Budget, Client
 from fedsieve.keys import Key, generator
-from fedsieve.method import Method, State, View
+from fedsieve.method import Method, Seat, State, View
 from fedsieve.methods import fslora
 
 RANK = 8
@@ -217,10 +217,11 @@ def one_round(
     updates = []
     for client in clients:
         own = key._replace(client=client.id)
-        view, memory = method.view(method.publish(plan, client, own), {})
+        seat = Seat(client, method.export(state), own)
+        view, memory = method.view(method.publish(plan, client, own), {}, seat)
         trained = train(p, view, step, local_steps)
-        updates.append((client, method.report(view, trained, client, memory, own)[0]))
-    return method.merge(state, updates)
+        updates.append((client, method.report(view, trained, memory, seat)[0]))
+    return method.merge(state, updates, key)
 
 
 def burden(ranks: tuple[int, ...]) -> float:

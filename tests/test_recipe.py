@@ -53,6 +53,7 @@ def test_overrides_are_toml_or_plain_text(tiny: Tiny, tmp_path: Path) -> None:
     )
     assert (changed.rounds, changed.training.lr, changed.name) == (9, 1e-4, "words without quotes")
     assert changed.lora.rslora is True
+    assert isinstance(changed.budgets, tuple)
     assert [tier.ratio for tier in changed.budgets] == [0.25, 0.75, 1.0]
     assert changed.lora.targets == ("key", "dense")
     assert changed.model.settings == {"hidden_dropout_prob": 0.25}

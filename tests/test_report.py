@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from fedsieve.errors import FedSieveError
-from fedsieve.report import load, load_all, write
+from fedsieve.network import Conditions, Link
+from fedsieve.report import load, load_all, table, write
 from fedsieve.report.words import duration, fewer, megabytes, significant
 
 VOID = {"meta", "br", "link", "img", "hr"}
 RECIPE = """name = {name}
 rounds = {rounds}
+seed = {seed}
 
 [model]
 name = "tiny"
@@ -59,9 +61,10 @@ def make(
     rounds: list[dict[str, Any]] = ROUNDS,
     clients: list[dict[str, Any]] = CLIENTS,
     method: str = "flasc",
+    seed: int = 0,
 ) -> Path:
     path.mkdir(parents=True)
-    recipe = RECIPE.format(name=json.dumps(name), rounds=2, method=method)
+    recipe = RECIPE.format(name=json.dumps(name), rounds=2, method=method, seed=seed)
     (path / "recipe.toml").write_text(recipe)
     (path / "metrics.jsonl").write_text(lines(rounds))
     (path / "clients.jsonl").write_text(lines(clients))
@@ -108,6 +111,7 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        data = data.replace("\xa0", " ")
         self.text += data
         if self.open and self.open[-1] == "text":
             self.drawn.append(data.strip())
@@ -185,8 +189,8 @@ def test_png_files_lie_beside_the_page(tmp_path: Path) -> None:
     assert written[0] == tmp_path / "new" / "r.html"
     assert sorted(written) == sorted((tmp_path / "new").iterdir())
     assert [path.name for path in written[1:]] == [
-        "r-accuracy-bytes.png", "r-accuracy-rounds.png", "r-train-loss.png",
-        "r-bytes-round.png", "r-bytes-budget.png",
+        "r-accuracy-bytes.png", "r-accuracy-rounds.png", "r-accuracy-time.png",
+        "r-train-loss.png", "r-bytes-round.png", "r-bytes-budget.png",
     ]  # fmt: skip
     for path in written[1:]:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -213,9 +217,9 @@ def test_any_name_is_taken_as_it_stands(tmp_path: Path, name: str) -> None:
     )
     assert "script" not in page.tags
     assert page.row("Rounds") == ["2", "2"]
-    assert page.rows[0][0] == "Budget"
-    assert page.rows[1][:2] == [name, name]
-    assert page.drawn.count(name) == 6  # four legends, a heading and a label of the bars
+    (head,) = (i for i, row in enumerate(page.rows) if row[0] == "Budget")
+    assert page.rows[head + 1][:2] == [name, name]
+    assert page.drawn.count(name) == 7  # five legends, a heading and a label of the bars
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -292,6 +296,7 @@ def test_sums_that_disagree_are_told(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"round": 1, "total_bytes": -4}\n', "'total_bytes' is -4"),
         ("metrics.jsonl", '{"round": 1, "total_bytes": 4, "loss": "x"}\n', "'loss' is 'x'"),
         ("clients.jsonl", '{"round": 1}\n', "there is no 'down_bytes'"),
+        ("clients.jsonl", lines([dict(CLIENTS[0], seconds=-1)]), "'seconds' is -1, not a time"),
         ("recipe.toml", "name = ", "is not TOML"),
     ],
 )
@@ -348,3 +353,221 @@ def test_what_the_run_said_of_its_own_setting_up_is_shown(tmp_path: Path) -> Non
     assert load(run).notes[0] == "2 of 9 clients have <no> data"
     (out, *_) = write([run], tmp_path / "report.html")
     assert "2 of 9 clients have &lt;no&gt; data</li>" in out.read_text()
+
+
+# One client a round sends a megabit each way and works for a second: by hand, at 10 Mbit/s down
+# and 10, 2.5 and 0.625 up, a round takes .1 + 1 + .1, .4 or 1.6 seconds.
+MEGABIT = 125_000
+
+
+def timed(accuracies: list[float | None], seconds: float = 1.0) -> tuple[list[Any], list[Any]]:
+    """Rounds of one client each; accuracy None where a round is not evaluated."""
+    rounds, clients = [], []
+    for number, accuracy in enumerate(accuracies, 1):
+        row = {
+            "round": number, "loss": 1.0, "down_bytes": MEGABIT, "up_bytes": MEGABIT,
+            "total_bytes": number * 2 * MEGABIT,
+        }  # fmt: skip
+        rounds.append(row if accuracy is None else row | {"accuracy": accuracy})
+        clients.append(
+            {"round": number, "client": "a", "seconds": seconds, "steps": 4,
+             "down_bytes": MEGABIT, "up_bytes": MEGABIT}
+        )  # fmt: skip
+    return rounds, clients
+
+
+def seeds(folder: Path, name: str, *curves: list[float | None], **more: Any) -> list[Path]:
+    """One run for each curve of accuracies, of seeds 0, 1, ..."""
+    return [
+        make(folder / name / str(seed), name, *timed(found, **more), seed=seed)
+        for seed, found in enumerate(curves)
+    ]
+
+
+def means(found: Any) -> list[float | None]:
+    return [None if one is None else one.mean for one in found]
+
+
+def test_the_table_holds_what_can_be_counted_by_hand(tmp_path: Path) -> None:
+    groups = {
+        "ours": seeds(tmp_path, "ours", [0.5, 0.7], [0.7, 0.6], [0.6, 0.8]),
+        "dense": seeds(tmp_path, "dense", [None, 0.9, 0.8]),
+    }
+    ours, dense = table(groups)
+    assert ours.target is not None
+    assert ours.target == dense.target
+    assert (ours.target.measure, ours.target.value, ours.target.given) == ("accuracy", 0.7, False)
+    assert (ours.label, ours.runs, ours.reached) == ("ours", 3, 3)
+    assert ours.final is not None
+    assert ours.final == pytest.approx((0.7, 0.1, 0.6, 0.8))  # .7, .6, .8
+    assert ours.best == pytest.approx((2.2 / 3, 0.1 / 3**0.5, 0.7, 0.8))
+    # Reached in rounds 2, 1 and 2: 5/3 rounds of two megabits.
+    assert ours.bytes_to_target is not None
+    assert ours.bytes_to_target.mean == pytest.approx(5 / 3 * 2 * MEGABIT)
+    assert means(ours.seconds_to_target) == pytest.approx([2.0, 2.5, 4.5])
+    assert ours.memory_bytes is None
+    # One run: no deviation. Its target is passed in round 2, of which round 1 tells nothing.
+    assert dense.final == (0.8, None, 0.8, 0.8)
+    assert dense.total_bytes.mean == 6 * MEGABIT
+    assert means(dense.seconds_to_target) == pytest.approx([2.4, 3.0, 5.4])
+
+
+def test_a_given_target_says_how_many_runs_reach_it(tmp_path: Path) -> None:
+    groups = {
+        "ours": seeds(tmp_path, "ours", [0.5, 0.7], [0.7, 0.6], [0.6, 0.8]),
+        "never": seeds(tmp_path, "never", [0.1, 0.2]),
+    }
+    ours, never = table(groups, 0.75)
+    assert (ours.reached, never.reached) == (1, 0)
+    assert means(ours.seconds_to_target) == pytest.approx([2.4, 3.0, 5.4])
+    assert (never.bytes_to_target, never.seconds_to_target) == (None, (None, None, None))
+    write([], tmp_path / "r.html", groups=groups, target=0.75)
+    page = Reader((tmp_path / "r.html").read_text())
+    assert "To reach accuracy 0.7500, the target asked for" in page.text
+    costs, summary = (row for row in page.rows if row[0] == "ours")
+    assert costs[1:] == [
+        "0.500 MB (1 of 3 runs)", "2.4 s (1 of 3 runs)", "3.0 s (1 of 3 runs)",
+        "5.4 s (1 of 3 runs)",
+    ]  # fmt: skip
+    assert summary[-4:] == costs[1:]
+    assert next(row[1:] for row in page.rows if row[0] == "never") == ["not reached"] * 4
+
+
+@pytest.mark.parametrize("target", [0.0, 1.5, float("nan"), -0.5])
+def test_a_target_that_cannot_be_is_refused(tmp_path: Path, target: float) -> None:
+    with pytest.raises(FedSieveError, match=r"must be in \(0, 1\]"):
+        write([make(tmp_path / "a")], tmp_path / "r.html", target=target)
+    bare = make(tmp_path / "b", rounds=[{"round": 1, "total_bytes": 0}])
+    with pytest.raises(FedSieveError, match="no run was evaluated"):
+        write([bare], tmp_path / "r.html", target=0.5)
+
+
+def test_time_to_the_target_stands_beside_the_bytes(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", "fast", *timed([0.5, 0.8]))
+    b = make(tmp_path / "b", "slow", *timed([0.5, 0.6], seconds=100.0))
+    page = report(a, b)
+    assert page.row("fast") == ["0.500 MB", "2.4 s", "3.0 s", "5.4 s"]
+    assert page.row("slow") == ["0.500 MB", "3 min 20 s", "3 min 21 s", "3 min 23 s"]
+    (label,) = (text for text in page.labels if "against simulated time" in text)
+    assert "downlink of 10 Mbit/s" in label
+    assert "To reach accuracy 0.6000, which all do" in label
+    panels = [text for text in page.drawn if text.startswith("Uplink")]
+    assert panels == [
+        "Uplink 10 Mbit/s, as the downlink",
+        "Uplink 2.5 Mbit/s, 1/4 of the downlink",
+        "Uplink 0.625 Mbit/s, 1/16 of the downlink",
+    ]
+
+
+def test_other_conditions_can_be_asked_for(tmp_path: Path) -> None:
+    run = make(tmp_path / "a", "it", *timed([0.5, 0.8], seconds=77.0))
+    world = Conditions(Link(1.0, 0.5, 0.25), seconds_per_step=0.125)  # 4 steps: half a second
+    (row,) = table({"it": [run]}, conditions=[world])
+    assert means(row.seconds_to_target) == pytest.approx([2 * (0.25 + 1 + 0.5 + 0.25 + 2)])
+    write([run], tmp_path / "r.html", conditions=[world])
+    page = Reader((tmp_path / "r.html").read_text())
+    assert page.row("it") == ["0.500 MB", "8.0 s"]
+    assert "To reach accuracy 0.8000, its best:" in page.text
+    assert "0.25 s of latency, and takes 0.125 s a step" in page.text
+    with pytest.raises(FedSieveError, match="at least one link"):
+        write([run], tmp_path / "r.html", conditions=[])
+
+
+def test_a_round_waits_for_no_update_that_was_dropped(tmp_path: Path) -> None:
+    rounds, clients = timed([0.5, 0.8])
+    late = dict(clients[0], client="b", seconds=1000.0, up_bytes=0, dropped="late")
+    rounds = [dict(row, down_bytes=2 * MEGABIT) if row["round"] == 1 else row for row in rounds]
+    (row,) = table({"it": [make(tmp_path / "a", "it", rounds, [clients[0], late, clients[1]])]})
+    assert means(row.seconds_to_target) == pytest.approx([2.4, 3.0, 5.4])
+
+
+def test_a_log_that_lacks_clients_or_seconds_says_so(tmp_path: Path) -> None:
+    rounds, clients = timed([0.5, 0.8])
+    told = load(make(tmp_path / "a", rounds=rounds, clients=clients[:1])).notes
+    assert any("different bytes in 1 round, first in round 2" in note for note in told)
+    untimed = [{k: v for k, v in row.items() if k != "seconds"} for row in clients]
+    told = load(make(tmp_path / "b", rounds=rounds, clients=untimed)).notes
+    assert any("lacks the seconds of 2 client-rounds" in note for note in told)
+    assert load(make(tmp_path / "c", rounds=rounds, clients=clients)).notes == ()
+
+
+def test_memory_is_the_largest_of_a_run(tmp_path: Path) -> None:
+    paths = []
+    for seed, most in enumerate((4_000_000, 6_000_000)):
+        rounds, clients = timed([0.5, 0.8])
+        clients = [dict(clients[0], memory_bytes=most), dict(clients[1], memory_bytes=1_000_000)]
+        paths.append(make(tmp_path / str(seed), "it", rounds, clients, seed=seed))
+    (row,) = table({"it": paths})
+    assert row.memory_bytes == pytest.approx((5e6, 2**0.5 * 1e6, 4e6, 6e6))
+    write([], tmp_path / "r.html", groups={"it": paths})
+    page = Reader((tmp_path / "r.html").read_text())
+    assert page.row("Largest client memory") == ["4.00 MB", "6.00 MB"]
+    summary = [row for row in page.rows if row[0] == "it"][-1]
+    assert summary[-1] == "5.00 ± 1.41 MB"
+
+
+def test_groups_are_lines_with_a_band(tmp_path: Path) -> None:
+    groups = {
+        "ours": seeds(tmp_path, "ours", [0.5, 0.7], [0.7, 0.6], [0.6, 0.8]),
+        "dense": seeds(tmp_path, "dense", [0.4, 0.9]),
+    }
+    alone = make(tmp_path / "alone", "alone", *timed([0.3, 0.7]))
+    # A run that is in a group is not drawn a second time.
+    write([groups["ours"][1], alone], tmp_path / "r.html", groups=groups)
+    text = (tmp_path / "r.html").read_text()
+    page = Reader(text)
+    lines = [len(re.findall(rf"stroke: var\(--run-{i}\)", text)) for i in range(4)]
+    assert lines[0] == lines[1] == lines[2] > 0
+    assert lines[3] == 0
+    # Two accuracies and three panels; losses and bytes are the same for all seeds: no band there.
+    assert len(re.findall(r'style="fill: var\(--run-0\); fill-opacity', text)) == 5
+    assert not re.findall(r'style="fill: var\(--run-[12]\); fill-opacity', text)
+    (label,) = (text for text in page.labels if text.startswith("Accuracy against rounds"))
+    assert "ours 0.7000 in round 2, dense 0.9000 in round 2, alone 0.7000 in round 2" in label
+    assert "the mean of 3 runs, and their lowest to highest" in label
+    heads = next(row for row in page.rows if "Runs" in row)
+    ours = [row for row in page.rows if row[0] == "ours"][-1]
+    told = dict(zip(heads, ours, strict=True))
+    assert told["Runs"] == "3"
+    assert told["Final accuracy"] == "0.7000 ± 0.1000"
+    assert told["Sent in all"] == "0.500 ± 0.000 MB"
+    assert told["Time to 0.7000, 2.5 Mbit/s up"] == "2.5 s ± 0.9 s"
+    assert page.row("Rounds") == ["2"] * 5  # each run, folded away
+    assert "ours, seed 2" in page.text
+    assert "differ in more than the seed" not in page.text
+
+
+def test_the_band_reaches_from_the_lowest_to_the_highest(tmp_path: Path) -> None:
+    from fedsieve.report import series
+
+    paths = seeds(tmp_path, "it", [0.5, 0.7, 0.9], [0.7, 0.6], [0.6, float("nan"), 0.8])
+    (one,) = series.gather([], {"it": paths})
+    found = series.curve(one, lambda run: {r.round: r.accuracy or 0.0 for r in run.rounds})
+    assert found.x == [1, 2]  # the rounds that all have
+    assert (found.mean[0], found.low[0], found.high[0]) == pytest.approx((0.6, 0.5, 0.7))
+    assert all(value[1] != value[1] for value in (found.mean, found.low, found.high))
+
+
+def test_groups_that_are_not_of_seeds_alone_are_told(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", "x", *timed([0.5, 0.7]), method="flasc")
+    b = make(tmp_path / "b", "y", *timed([0.5]), method="fedit", seed=1)
+    write([], tmp_path / "r.html", groups={"both": [a, b]})
+    page = Reader((tmp_path / "r.html").read_text())
+    assert "differ in more than the seed (method.name)" in page.text
+    assert "ended after 1 to 2 rounds" in page.text
+    with pytest.raises(FedSieveError, match="'none' has no runs"):
+        write([a], tmp_path / "r.html", groups={"none": []})
+
+
+def test_groups_are_named_as_they_stand(tmp_path: Path) -> None:
+    name = "<b>$x$ & co"
+    write([], tmp_path / "r.html", groups={name: seeds(tmp_path, "x", [0.5], [0.6])})
+    page = Reader((tmp_path / "r.html").read_text())
+    assert [row[0] for row in page.rows].count(name) == 2
+    assert f"{name}, seed 1" in page.text
+
+
+def test_deviations_have_the_places_of_their_means() -> None:
+    assert megabytes(12.34e6, 0.512e6) == "12.3 ± 0.5 MB"
+    assert megabytes(0, 0) == "0 ± 0 MB"
+    assert duration(125, 4.25) == "2 min 05 s ± 4.2 s"

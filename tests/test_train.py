@@ -26,10 +26,12 @@ from fedsieve.data import tasks
 from fedsieve.data.tasks import Examples
 from fedsieve.errors import FedSieveError
 from fedsieve.keys import Key
+from fedsieve.method import Seat, View
 from fedsieve.methods import fslora
+from fedsieve.support import everything
 from fedsieve.train import local
 from fedsieve.train.dropout import Dropout, attention, keep_mask
-from fedsieve.train.local import Training, evaluate, fit
+from fedsieve.train.local import Fit, Training, evaluate
 from fedsieve.train.model import Bench, Lora, Task, attach, load_base, pick_device
 from tests.conftest import LABELS, Tiny, texts
 
@@ -74,6 +76,13 @@ def continued(tiny: Tiny, count: int = 20) -> Examples:
     tokenizer = AutoTokenizer.from_pretrained(tiny.gpt2)
     tasks.ensure_pad_token(tokenizer)
     return tasks.causal_lm(rows, tokenizer, prompt="ask", completion="reply", max_length=16)[0]
+
+
+def fit(bench: Bench, adapter: Adapter, examples: Examples, training: Training, key: Key) -> Fit:
+    """Train all of an adapter."""
+    layout = adapter.layout
+    view = View(adapter, layout, everything(layout), everything(layout))
+    return local.fit(bench, view, examples, training, key)
 
 
 def some(bench: Bench, rank: int | None = None, seed: int = 0) -> Adapter:
@@ -319,7 +328,7 @@ def sketched(bench: Bench) -> tuple[Adapter, Adapter, Tensor]:
     key = Key(11, 1)
     client = Client("c", 20, Budget(ratio=3 / 8))
     payload = method.publish(method.plan(method.init(dense), key), client, key)
-    view, _ = method.view(payload, {})
+    view, _ = method.view(payload, {}, Seat(client, dense, key))
     ranks = payload.support.ranks
     assert ranks is not None
     assert view.adapter.layout.rank == ranks.shape[1] == 3

@@ -19,8 +19,9 @@ from fedsieve.errors import FedSieveError
 from fedsieve.experiment import Experiment, assemble, check_length, locate
 from fedsieve.keys import Key
 from fedsieve.method import Method
+from fedsieve.sampling import Sampling
 from fedsieve.train.local import Training
-from fedsieve.train.model import Lora, Task, attach, load_base, load_tokenizer, pick_device
+from fedsieve.train.model import Lora, Task, load_base, load_tokenizer, pick_device, set_up
 
 
 class Run:
@@ -78,7 +79,7 @@ def finetune(
     method: Method,
     *,
     rounds: int,
-    cohort: int | None = None,
+    cohort: int | Sampling | None = None,
     test: Dataset | None = None,
     task: Task = "classification",
     text: str | None = "text",
@@ -99,7 +100,7 @@ def finetune(
     model:   a name on the hub, a folder, or a name that `fedsieve fetch` knows
     clients: one data set for each client, by id or in a list (ids "0000", "0001", ...)
     method:  e.g. `fedsieve.methods.flasc.method(server=fedsieve.adam(1e-3))`
-    cohort:  clients a round; default all
+    cohort:  clients a round, or a `Sampling` that says how they are drawn; default all
     text, label, prompt, completion: columns. For causal-lm give `text`, or the other two (then
              text is not used). `classes` defaults to the labels that the clients hold.
     budgets: what each client can afford, by id; or one budget for all
@@ -135,7 +136,7 @@ def finetune(
     base = load_base(
         locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
     )
-    bench = attach(base, task, lora, key=key, device=pick_device(device))
+    bench = set_up(base, task, lora, method.trains, key=key, device=pick_device(device))
     for each in examples.values():
         check_length(bench, each)
     if not isinstance(budgets, Mapping):
@@ -143,6 +144,7 @@ def finetune(
     missing = sorted(set(given) - set(budgets))
     if missing:
         raise FedSieveError(f"budgets: none for client {missing[0]!r}")
+    sampling = cohort if isinstance(cohort, Sampling) else Sampling(size=cohort or len(filled))
     experiment = assemble(
         bench,
         method,
@@ -150,7 +152,7 @@ def finetune(
         {id: tasks.count(examples[id]) if id in examples else 0 for id in given},
         budgets,
         training=training,
-        cohort=cohort or len(filled),
+        sampling=sampling,
         seed=seed,
         test=None if test is None else read(test)[0],
         evaluate_every=evaluate_every,

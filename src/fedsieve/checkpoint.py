@@ -48,6 +48,8 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     clients = sorted(snapshot.memories)
     for number, client in enumerate(clients):
         tensors |= _flat(f"memory/{number}", snapshot.memories[client])
+    same = _same(tensors)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in same}
     facts = {
         "format": 1,
         "round": progress.round,
@@ -55,6 +57,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         "dense_bytes": progress.dense_bytes,
         "clients": clients,
         "marks": snapshot.marks,
+        "same": same,
     }
     text = json.dumps(facts, sort_keys=True)
     data = safetensors.torch.save(tensors, {"facts": text, "digest": _digest(tensors, text)})
@@ -138,6 +141,13 @@ def _flat(prefix: str, trees: Mapping[str, Tree]) -> dict[str, Tensor]:
     }
 
 
+def _same(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """name -> an earlier name of the same tensor: what several clients hold is written once."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    return {name: earlier for name, earlier in names.items() if name != earlier}
+
+
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
@@ -160,6 +170,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _snapshot(
     path: Path, facts: dict[str, Any], tensors: dict[str, Tensor], layout: Layout
 ) -> Snapshot:
+    tensors = tensors | {name: tensors[earlier] for name, earlier in facts["same"].items()}
     trees: dict[str, Tree] = {}
     memories: dict[str, Memory] = {}
     for full, tensor in tensors.items():

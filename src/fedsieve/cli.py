@@ -3,9 +3,9 @@
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from fedsieve.errors import FedSieveError
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Receipt, Round
+    from fedsieve.jobs import Job
 
 # Heavy imports (torch, transformers) wait inside the commands that need them, so that --help and
 # a misspelt command answer at once.
@@ -32,11 +33,12 @@ problems = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")]
 MB = 1e6
+T = TypeVar("T")
 
 
 def main() -> None:
     """Run a command, and turn errors that the user can mend into one message and exit code 2."""
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     try:
         app()
     except FedSieveError as error:
@@ -71,7 +73,7 @@ def run(
 
     given = recipes.load(recipe, overrides or [])
     folder = out or Path("runs") / given.name
-    _quiet()
+    quiet()
     from fedsieve import runner
 
     title = f"{given.name}: {given.method.name}, {given.rounds} rounds, into {folder}"
@@ -84,7 +86,7 @@ def run(
 @app.command()
 def resume(folder: Folder) -> None:
     """Go on with a run that was stopped, as if nothing had happened."""
-    _quiet()
+    quiet()
     from fedsieve import runner
 
     with _Live(runner.rounds_of(folder)) as live:
@@ -93,17 +95,99 @@ def resume(folder: Folder) -> None:
 
 
 @app.command()
+def compare(
+    study: Annotated[str, typer.Argument(help="A study (TOML), or a recipe and --methods.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default runs/<name of the study>.")] = None,
+    methods: Annotated[str, typer.Option(help="Methods to compare: a,b,c.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds to run each with: 0,1,2.")] = "",
+    target: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="The accuracy that bytes and time are counted to."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
+) -> None:
+    """Run several methods and seeds, tuned alike, into one table and report; resumable."""
+    from fedsieve import compare as comparing
+    from fedsieve import study as studies
+
+    folder = out or Path("runs") / Path(study).stem
+    quiet()
+    plan = studies.plan(
+        study,
+        folder,
+        methods=[each.strip() for each in methods.split(",") if each.strip()],
+        seeds=_numbers(seeds),
+        target=target,
+        overrides=overrides or [],
+    )
+    console.print(escape(f"{len(plan.entries)} entries, into {folder}"))
+    result = _guarded(lambda: comparing.run(plan, jobs, _show_of_many, _say))
+    _table(result.rows)
+    for note in result.notes:
+        _say(note)
+    for path in result.written:
+        _say(str(path))
+    _report_problems(result.problems)
+
+
+@app.command()
+def search(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")],
+    budget_mb: Annotated[
+        float, typer.Option(help="Megabytes (10^6 bytes) that all trials together may send.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default runs/<recipe>-search.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Where to begin.")] = None,
+    density: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Where to begin, for all clients.")
+    ] = None,
+    max_rank: Annotated[int, typer.Option(min=1, help="The rank to stop at.")] = 64,
+    seeds: Annotated[str, typer.Option(help="Seeds of each trial; default the recipe's.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
+) -> None:
+    """Search rank and density together, at equal bytes, on validation rows only; resumable."""
+    from fedsieve import search as searching
+
+    folder = out or Path("runs") / f"{Path(recipe).stem}-search"
+    quiet()
+    plan = searching.prepare(
+        recipe,
+        folder,
+        budget_mb=budget_mb,
+        rank=rank,
+        density=density,
+        max_rank=max_rank,
+        seeds=_numbers(seeds),
+        overrides=overrides or [],
+    )
+    found = _guarded(lambda: searching.run(plan, jobs, _show_of_many, _say))
+    _table(found.rows)
+    _say(f"ended because {found.reason}")
+    for path in found.written:
+        _say(str(path))
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs to overlay.")],
     out: Annotated[
         Path | None, typer.Option(help="The HTML file; default report.html in the first run.")
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="The accuracy to which bytes and time are told.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML report, and its plots as PNG, from one or several runs."""
     from fedsieve import report as reports
     from fedsieve import rundir
 
-    written = reports.write(folders, out or folders[0] / rundir.REPORT)
+    written = reports.write(folders, out or folders[0] / rundir.REPORT, target=target)
     for path in written:
         console.print(escape(str(path)))
 
@@ -115,7 +199,7 @@ def export(
     merge: Annotated[bool, typer.Option(help="The whole model, adapter merged in.")] = False,
 ) -> None:
     """Write a run's adapter in PEFT's format, or the merged model, from its newest checkpoint."""
-    _quiet()
+    quiet()
     from fedsieve import runner
 
     number = runner.export(folder, to, merge=merge)
@@ -147,8 +231,48 @@ def list_recipes() -> None:
 
 
 @app.command("methods")
-def list_methods() -> None:
-    """List the methods and their options."""
+def list_methods(
+    model: Annotated[
+        str | None, typer.Option(help="Also what each costs a client a round, for this model.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA's rank.")] = 16,
+    targets: Annotated[
+        str | None, typer.Option(help="Modules, as in a recipe: query,value. Default PEFT's.")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1, help="Of the classifier; 1 is a causal LM.")] = 2,
+    ratio: Annotated[float, typer.Option(help="The client's k / r.")] = 0.5,
+    down: Annotated[float, typer.Option(help="The client's download density.")] = 0.25,
+    up: Annotated[float, typer.Option(help="The client's upload density.")] = 0.25,
+    cohort: Annotated[int, typer.Option(min=1, help="Clients a round, all with this budget.")] = 4,
+) -> None:
+    """List the methods and their options; with --model, what each costs a client a round."""
+    if model is not None:
+        quiet()
+        from fedsieve.budget import Budget
+        from fedsieve.costs import of_model
+
+        names = None if targets is None else tuple(targets.split(","))
+        budget = Budget(_share("ratio", ratio), _share("down", down), _share("up", up))
+        found = of_model(model, rank, names, classes, budget, cohort)
+        table = Table(box=None, pad_edge=False)
+        for title in ("method", "rank", "memory", "down", "up"):
+            table.add_column(title, justify="left" if title == "method" else "right")
+        for name, cost in found:
+            if isinstance(cost, str):
+                table.add_row(f"[bold]{name}[/]", "-", "-", "-", escape(cost))
+                continue
+            figures = (f"{part / MB:,.3f} MB" for part in (cost.memory, cost.down, cost.up))
+            table.add_row(f"[bold]{name}[/]", str(cost.rank) if cost.rank else "-", *figures)
+        console.print(
+            escape(
+                f"A client a round, {model}, rank {rank}; budget: ratio {ratio:g}, down {down:g}, "
+                f"up {up:g}, as far as the method uses it;\n{cohort} clients a round, all in every "
+                "round; float32 values; local SGD with momentum. Memory: the adapter,\nits "
+                "gradients, the optimizer's state, and what the client keeps between rounds.\n"
+            )
+        )
+        console.print(table)
+        return
     import inspect
 
     from fedsieve import methods
@@ -159,9 +283,16 @@ def list_methods() -> None:
     for name in methods.names():
         build = methods.load(name)
         first = (inspect.getdoc(inspect.getmodule(build)) or "").splitlines()[0]
+        first = first.split(" (")[0]
         options = ", ".join(p for p in inspect.signature(build).parameters if p != "server")
         table.add_row(f"[bold]{name}[/]", first, ", ".join(sorted(build().knobs)) or "-", options)
     Console(highlight=False).print(table)
+
+
+def _share(option: str, value: float) -> float:
+    if not 0 < value <= 1:
+        raise FedSieveError(f"--{option} {value:g}: it must be above 0 and at most 1")
+    return value
 
 
 class _Live:
@@ -211,6 +342,10 @@ def _line(summary: "Round", rounds: int) -> str:
         parts.append(f"accuracy {summary.accuracy:.3f}")
         loss = "not finite" if summary.eval_loss is None else f"{summary.eval_loss:.3f}"
         parts.append(f"eval loss {loss}")
+    if summary.epsilon is not None:
+        cohort = summary.simulated_cohort
+        simulated = f" (simulated cohort of {cohort})" if cohort else ""
+        parts.append(f"epsilon {summary.epsilon:.3f}{simulated}")
     if summary.round:
         parts.append(f"down {summary.down_bytes / MB:.3f} MB  up {summary.up_bytes / MB:.3f} MB")
         parts.append(f"total {summary.total_bytes / MB:.2f} MB")
@@ -245,11 +380,47 @@ def _summary(folder: Path) -> None:
     console.print(escape(f"report         {folder / rundir.REPORT}"))
 
 
-def _guarded(work: Callable[[], object]) -> None:
+def _show_of_many(job: "Job", summary: "Round") -> None:
+    """A line for every evaluated round of one run among several."""
+    if summary.accuracy is not None:
+        console.print(escape(f"{job.name}  {_line(summary, job.recipe.rounds)}"))
+
+
+def _say(text: str) -> None:
+    console.print(escape(text))
+
+
+def _report_problems(found: Sequence[str]) -> None:
+    """Runs that failed beside others that went well: exit code 1."""
+    for each in found:
+        problems.print(f"[bold red]failed:[/] {escape(each)}")
+    if found:
+        raise typer.Exit(1)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(each) for each in text.split(",") if each.strip()]
+    except ValueError:
+        raise FedSieveError(f"--seeds {text!r}: whole numbers with commas, such as 0,1,2") from None
+
+
+def _table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Print rows of cells, by their heads."""
+    if rows:
+        table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            table.add_row(*map(escape, row.values()))
+        # A file or a pipe has no width to keep to.
+        width = None if console.is_terminal else 250
+        Console(highlight=False, width=width).print(table)
+
+
+def _guarded(work: Callable[[], T]) -> T:
     from fedsieve.runner import Stopped
 
     try:
-        work()
+        return work()
     except Stopped as stop:
         problems.print(escape(str(stop)))
         raise typer.Exit(130) from None
@@ -258,7 +429,7 @@ def _guarded(work: Callable[[], object]) -> None:
         raise typer.Exit(130) from None
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Loading bars and reports of other libraries have no place among ours."""
     import datasets
     import transformers
@@ -278,7 +449,7 @@ def _warn(text: str) -> None:
     problems.print(f"[yellow]warning:[/] {escape(text)}")
 
 
-def _show_warning(
+def show_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,

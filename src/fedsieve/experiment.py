@@ -2,9 +2,10 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
 import torch
@@ -12,19 +13,26 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedsieve import fetch
-from fedsieve.adapter import Adapter
+from fedsieve import budget as laws
+from fedsieve import fetch, personal
+from fedsieve import recipe as recipes
+from fedsieve.adapter import Adapter, Layout
 from fedsieve.budget import Budget, Client, assign
 from fedsieve.data import partition, sources, tasks
 from fedsieve.data.tasks import Examples
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, nearest
 from fedsieve.keys import Key, generator, word
-from fedsieve.method import Memory, Method
+from fedsieve.method import Memory, Method, View
+from fedsieve.network import Link
+from fedsieve.privacy import Cohorts, Plan, settle
 from fedsieve.recipe import Recipe, build_method
+from fedsieve.resources import Resources, Work, choose
+from fedsieve.sampling import Sampling
+from fedsieve.sampling import check as check_sampling
 from fedsieve.train.local import Fit, Score, Training, evaluate, fit, runs_in_bf16
-from fedsieve.train.model import Bench, attach, load_base, load_tokenizer, pick_device
+from fedsieve.train.model import Bench, load_base, load_tokenizer, pick_device, set_up
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Experiment:
     start:    the adapter before the first round
     memories: what clients keep between rounds, by id
     notes:    what a user should know about how it was set up
+    ending:   why there are no more rounds, to be said at the end; or None
     """
 
     recipe: Recipe | None
@@ -43,6 +52,7 @@ class Experiment:
     start: Adapter
     memories: dict[str, Memory]
     notes: tuple[str, ...]
+    ending: str | None = None
 
 
 def assemble(
@@ -53,19 +63,24 @@ def assemble(
     budgets: Mapping[str, Budget],
     *,
     training: Training,
-    cohort: int,
+    sampling: Sampling,
     seed: int,
     test: Examples | None,
     evaluate_every: int = 1,
     evaluate_batch: int = 64,
     notes: Sequence[str] = (),
     recipe: Recipe | None = None,
+    privacy: Plan | None = None,
+    resources: Mapping[str, Resources] | None = None,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
     examples: id -> a function that gives the client's examples; counts: id -> how many those are.
     A client without examples is left out with a warning.
+    resources: what clients have, by id, where it is known
+    Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve.
     """
+    laws.check(budgets, bench.layout.rank)
     notes = list(notes)
     empty = sorted(id for id, count in counts.items() if count == 0)
     if empty:
@@ -76,25 +91,44 @@ def assemble(
     clients = [Client(id, count, budgets[id]) for id, count in sorted(counts.items()) if count]
     if not clients:
         raise FedSieveError("no client has any data")
+    if resources is not None:
+        clients = [
+            c._replace(link=resources[c.id].link, step_seconds=resources[c.id].step_seconds)
+            for c in clients
+        ]
+    check_sampling(sampling, clients)
 
-    def train(adapter: Adapter, client: Client, key: Key) -> Fit:
-        return fit(bench, adapter, examples[client.id](), training, key)
+    def train(view: View, client: Client, key: Key) -> Fit:
+        return fit(bench, view, examples[client.id](), training, key)
+
+    memories: dict[str, Memory] = {}
 
     def score(adapter: Adapter) -> Score:
         assert test is not None
-        return evaluate(bench, adapter, test, batch=evaluate_batch, precision=training.precision)
+        rate = partial(evaluate, bench, batch=evaluate_batch, precision=training.precision)
+        # Before the first round no client has anything of its own.
+        if method.personal is None or not memories:
+            return rate(adapter, test)
+        return personal.mean_score(
+            rate(
+                method.personal(adapter, memory),
+                personal.own_test(test, examples[id](), Key(seed, 0, id)),
+            )
+            for id, memory in personal.some_of(memories, Key(seed))
+        )
 
-    memories: dict[str, Memory] = {}
     federation = Federation(
         method=method,
         clients=clients,
-        cohort=cohort,
+        sampling=sampling,
         seed=seed,
-        exchange=in_process(method, train, bench.layout, memories),
+        exchange=in_process(method, train, bench.adapter(), memories),
         evaluate=None if test is None else score,
         evaluate_every=evaluate_every,
+        privacy=privacy,
     )
-    return Experiment(recipe, federation, bench, bench.adapter(), memories, tuple(notes))
+    ending = None if privacy is None else privacy.ending
+    return Experiment(recipe, federation, bench, bench.adapter(), memories, tuple(notes), ending)
 
 
 def from_recipe(recipe: Recipe) -> Experiment:
@@ -115,7 +149,8 @@ def from_recipe(recipe: Recipe) -> Experiment:
     read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
     rows = read(data.train, data.train_split)
     test_rows = None
-    if data.test is not None or data.test_split is not None:
+    on_validation = recipe.evaluation.on == "validation"
+    if not on_validation and (data.test is not None or data.test_split is not None):
         test_rows = read(data.test or data.train, data.test_split)
         limit = recipe.evaluation.limit
         if limit is not None and limit < len(test_rows):
@@ -152,25 +187,58 @@ def from_recipe(recipe: Recipe) -> Experiment:
         kept = torch.from_numpy(came_from)
         if test_rows is not None:
             test, _ = continued(test_rows)
+    if data.validation is not None:
+        # After the texts became tensors: the classes are those of all rows, held back or not.
+        came = torch.arange(len(rows)) if kept is None else kept
+        held = held_back(len(rows), data.validation)[came]
+        if on_validation:
+            index = held.nonzero().flatten()
+            if index.numel() == 0:
+                raise FedSieveError("data.validation: none of the rows held back can be used")
+            order = torch.randperm(index.numel(), generator=generator(key.at("evaluation")))
+            test = tasks.take(examples, index[order[: recipe.evaluation.limit]])
+        examples, kept = tasks.take(examples, (~held).nonzero().flatten()), came[~held]
     parts = _parts(recipe, rows, examples, kept)
+    plan = None
+    if recipe.privacy is not None:
+        recipe, plan = _privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
+        method = build_method(recipe, partial(plan.around, key=key))
+        notes += [plan.guarantee, *plan.cautions]
+        for caution in plan.cautions:
+            warnings.warn(caution, stacklevel=2)
     bench = set_up_bench(recipe, tokenizer, device)
     check_length(bench, examples)
-    tiers = [(t.share, Budget(t.ratio, t.down, t.up)) for t in recipe.budgets]
+    counts = {id: index.numel() for id, index in parts.items()}
+    resources = _resources(recipe, counts)
     return assemble(
         bench,
         method,
         {id: _taker(examples, index) for id, index in parts.items()},
-        {id: index.numel() for id, index in parts.items()},
-        assign(list(parts), tiers, key),
+        counts,
+        _budgets(recipe, method, bench.layout, counts, resources),
         training=recipe.training,
-        cohort=recipe.cohort,
+        sampling=recipes.sampling(recipe),
         seed=recipe.seed,
         test=test,
         evaluate_every=recipe.evaluation.every,
         evaluate_batch=recipe.evaluation.batch,
         notes=notes,
         recipe=recipe,
+        privacy=plan,
+        resources=resources,
     )
+
+
+def held_back(count: int, share: float) -> Tensor:
+    """Which of the training rows are for validation: (count,) bool, at least one, never all.
+
+    The draw has a key of its own, without the run's seed: what was chosen on these rows with one
+    seed has not been trained on with another.
+    """
+    number = min(max(1, round(share * count)), count - 1)
+    held = torch.zeros(count, dtype=torch.bool)
+    held[torch.randperm(count, generator=generator(Key(0, purpose="validation")))[:number]] = True
+    return held
 
 
 def set_up_bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Bench:
@@ -184,7 +252,8 @@ def set_up_bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: tor
         pad_token_id=tokenizer.pad_token_id,
         settings=recipe.model.settings,
     )
-    return attach(base, recipe.model.task, recipe.lora, key=Key(recipe.seed), device=device)
+    trains = build_method(recipe).trains
+    return set_up(base, recipe.model.task, recipe.lora, trains, key=Key(recipe.seed), device=device)
 
 
 def check_length(bench: Bench, examples: Examples) -> None:
@@ -231,6 +300,109 @@ def _absolute(source: str) -> str:
 
 def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
     return lambda: tasks.take(examples, index)
+
+
+def _privacy(recipe: Recipe, clients: int) -> tuple[Recipe, Plan]:
+    """The recipe with its noise and the rounds that it can afford filled in, and their account.
+
+    clients: how many have data, and so can be drawn
+    """
+    assert recipe.privacy is not None
+    cohorts = Cohorts(recipe.sampling.kind, recipe.cohort, clients)
+    plan = settle(cohorts, rounds=recipe.rounds, **recipe.privacy.model_dump())
+    # Written down, so that a resumed run neither searches again nor finds something else.
+    settled = recipe.privacy.model_copy(update={"noise_multiplier": plan.noise_multiplier})
+    return recipe.model_copy(update={"privacy": settled, "rounds": plan.rounds}), plan
+
+
+def _budgets(
+    recipe: Recipe,
+    method: Method,
+    layout: Layout,
+    counts: Mapping[str, int],
+    resources: Mapping[str, Resources] | None,
+) -> dict[str, Budget]:
+    """The budget of each client, by id. counts: their training examples.
+
+    Raises FedSieveError if a client is not listed, or has too little for any budget.
+    """
+    given, key, ids = recipe.budgets, Key(recipe.seed), sorted(counts)
+    rank = recipe.lora.rank
+    if isinstance(given, tuple):
+        return assign(ids, [(t.share, Budget(t.ratio, t.down, t.up)) for t in given], key)
+    if isinstance(given, recipes.TierBudgets):
+        by_rank = recipes.tiers_differ_in(given, method.knobs) == "rank"
+        make = laws.tiers_by_rank if by_rank else laws.tiers_by_density
+        return assign(ids, make(given.tiers), key)
+    if isinstance(given, recipes.RatioBudgets):
+        drawn = laws.ratios(ids, given.ratios, key)
+        return {id: Budget(ratio, given.down, given.up) for id, ratio in drawn.items()}
+    if isinstance(given, recipes.RankLaw):
+        law = laws.normal if given.kind == "normal" else laws.heavy_tail
+        ranks = law(ids, given.low, given.high, key)
+        return {id: Budget(own / rank, given.down, given.up) for id, own in ranks.items()}
+    if isinstance(given, recipes.ListBudgets):
+        limits = recipes.limits_by_id(given)
+        if not isinstance(given.clients, dict) and len(limits) == len(ids):
+            limits = dict(zip(ids, limits.values(), strict=True))  # in order, whatever the ids
+        _refuse_other_ids("budgets.clients", limits, ids)
+        for id in ids:
+            laws.refuse_rank(id, limits[id].rank or 1, rank)
+        return {
+            id: Budget(own.rank / rank if own.rank else own.ratio or 1.0, own.down, own.up)
+            for id, own in limits.items()
+        }
+    assert resources is not None
+    chosen = partial(choose, deadline=given.deadline, knobs=method.knobs, least=given.least)
+    # A client without data takes no part, so it needs no budget that fits.
+    return {
+        id: chosen(id, resources[id], _work(recipe, layout, count)) if count else Budget()
+        for id, count in counts.items()
+    }
+
+
+def _resources(recipe: Recipe, counts: Mapping[str, int]) -> dict[str, Resources] | None:
+    """What each client has, by id, if the recipe says so."""
+    given = recipe.budgets
+    if not isinstance(given, recipes.ResourceBudgets):
+        return None
+    machines = given.clients
+    if machines is None:
+        tiers = given.tiers or ()
+        places = laws.divide(list(counts), [tier.share for tier in tiers], Key(recipe.seed))
+        machines = {id: tiers[place] for id, place in places.items()}
+    _refuse_other_ids("budgets.clients", machines, counts)
+    return {
+        id: Resources(own.memory, Link(own.down, own.up, own.latency), own.step_seconds)
+        for id, own in machines.items()
+    }
+
+
+def _work(recipe: Recipe, layout: Layout, examples: int) -> Work:
+    """What a client's round is made of. A method's option that is not given has its default."""
+    training, options = recipe.training, recipe.method.model_extra or {}
+    paired = sum(prod(layout.shapes[name]) for name in layout.rank_axis)
+    steps = training.steps or training.epochs * -(-examples // training.batch)
+    moments = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+    return Work(
+        rank=max(1, layout.rank),  # a head alone, or all weights, have none
+        per_rank=paired // max(1, layout.rank),
+        head=layout.size - paired,
+        steps=steps,
+        # What the upload left out stays with the client: one number more for each.
+        moments=moments + bool(options.get("feedback", False)),
+        down_values=options.get("down_values", "float32"),
+        up_values=options.get("up_values", "float32"),
+        sieved_head=options.get("head", "sieved") == "sieved",
+    )
+
+
+def _refuse_other_ids(key: str, given: Iterable[str], ids: Iterable[str]) -> None:
+    listed, known = set(given), set(ids)
+    if missing := sorted(known - listed):
+        raise FedSieveError(f"{key}: none for client {missing[0]!r}")
+    if unknown := sorted(listed - known):
+        raise FedSieveError(f"{key}: there is no client {unknown[0]!r}{nearest(unknown[0], known)}")
 
 
 def _parts(

@@ -6,6 +6,7 @@ server differ, so they have different names here: `adam` corrects the bias of it
 does, `fedadam` does not (Reddi et al. 2021, arXiv 2003.00295), and neither decays weights.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,10 +18,19 @@ Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
 
 
 class Optimizer(NamedTuple):
-    """init(params) -> slots; step(params, gradient, slots) -> (params, slots)."""
+    """init(params) -> slots; step(params, gradient, slots) -> (params, slots).
+
+    How the mean that becomes the gradient is taken belongs to it as well:
+    clip:     the L2 norm, over all values of a client's decoded update together, to which a larger
+              update is scaled down before it is added
+    expected: what the sum of the updates is divided by; None divides by the sum of their weights,
+              and refuses a round without any
+    """
 
     init: Callable[[Tree], Slots]
     step: Callable[[Tree, Tree, Slots], tuple[Tree, Slots]]
+    clip: float = math.inf
+    expected: float | None = None
 
 
 def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
@@ -98,7 +108,7 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
         faded = {n: p + share * (moved[n] - p) for n, p in params.items()}
         return faded, {**inner, "fading": {"rounds": rounds + 1}}
 
-    return Optimizer(init, step)
+    return optimizer._replace(init=init, step=step)
 
 
 def _moments(gradient: Tree, slots: Slots, beta1: float, beta2: float) -> tuple[Tree, Tree]:

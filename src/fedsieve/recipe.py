@@ -7,27 +7,34 @@ training. docs/recipes.md describes the keys.
 
 import inspect
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tomli_w
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     TypeAdapter,
     ValidationError,
     model_validator,
 )
 
 from fedsieve import methods, optim
+from fedsieve.budget import PAPER_RATIOS, refuse_rank
 from fedsieve.errors import FedSieveError, nearest
-from fedsieve.method import Method
+from fedsieve.method import Knob, Method
+from fedsieve.optim import Optimizer
+from fedsieve.privacy import Source
+from fedsieve.sampling import Kind, Sampling
 from fedsieve.train.local import Training
 from fedsieve.train.model import Lora
 
@@ -56,6 +63,7 @@ class Data(_Table):
     train, test: a hub data set, a file, a folder, or a fetched name; test defaults to train's
     names, separator: for CSV and TSV files without a header line, or with another separator
     classes: the labels in the order of the model's outputs; by default those that train holds
+    validation: share of train's rows that no client gets; the same rows whatever the seed
     """
 
     train: str
@@ -72,6 +80,7 @@ class Data(_Table):
     completion: str | None = None
     classes: tuple[str, ...] | None = None
     max_length: PositiveInt = 128
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 class Partition(_Table):
@@ -106,6 +115,144 @@ class Tier(_Table):
     up: Share = 1.0
 
 
+class Limits(_Table):
+    """What one client can afford: its ranks as a share of the server's or in number, densities."""
+
+    ratio: Share | None = None
+    rank: PositiveInt | None = None
+    down: Share = 1.0
+    up: Share = 1.0
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Limits":
+        if self.ratio is not None and self.rank is not None:
+            raise ValueError("give ratio or rank, not both")
+        return self
+
+
+def _by_id(value: Any) -> str:
+    return "by id" if isinstance(value, Mapping) else "in order"
+
+
+class ListBudgets(_Table):
+    """A budget for each client: by its id, or in order of id."""
+
+    kind: Literal["list"]
+    clients: Annotated[
+        Annotated[dict[str, Limits], Tag("by id")] | Annotated[tuple[Limits, ...], Tag("in order")],
+        Discriminator(_by_id),
+    ]
+
+
+class TierBudgets(_Table):
+    """FLASC's tiers (budget.tiers_by_rank and budget.tiers_by_density).
+
+    by: what the tiers differ in; by default the rank if the method uses it, else the density
+    """
+
+    kind: Literal["tiers"]
+    tiers: PositiveInt
+    by: Literal["rank", "density"] | None = None
+
+
+class RatioBudgets(_Table):
+    """A ratio for each client, drawn uniformly from a set; by default FSLoRA's."""
+
+    kind: Literal["ratios"]
+    ratios: Annotated[tuple[Share, ...], Field(min_length=1)] = PAPER_RATIOS
+    down: Share = 1.0
+    up: Share = 1.0
+
+
+class RankLaw(_Table):
+    """A rank for each client from one of FSLoRA's laws on [low, high]; see budget.py."""
+
+    kind: Literal["normal", "heavy-tail"]
+    low: PositiveInt
+    high: PositiveInt
+    down: Share = 1.0
+    up: Share = 1.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "RankLaw":
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low}, above high, which is {self.high}")
+        return self
+
+
+class Machine(_Table):
+    """What a client has (resources.Resources): MB, Mbit/s, seconds. share: of a tier of such."""
+
+    share: PositiveFloat = 1.0
+    memory: PositiveFloat
+    down: PositiveFloat
+    up: PositiveFloat
+    latency: NonNegativeFloat = 0.0
+    step_seconds: NonNegativeFloat
+
+
+class ResourceBudgets(_Table):
+    """Budgets that keep each client's round under a deadline; see resources.py.
+
+    deadline: seconds; least: the smallest density that may be chosen
+    """
+
+    kind: Literal["resources"]
+    deadline: PositiveFloat
+    least: Share = 1 / 64
+    tiers: tuple[Machine, ...] | None = None
+    clients: dict[str, Machine] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "ResourceBudgets":
+        if bool(self.tiers) == bool(self.clients):
+            raise ValueError("give the machines as tiers or as clients (by id): one of the two")
+        return self
+
+
+_BUDGETS: dict[str, type[_Table]] = {
+    "shares": Tier,
+    "list": ListBudgets,
+    "tiers": TierBudgets,
+    "ratios": RatioBudgets,
+    "normal": RankLaw,
+    "heavy-tail": RankLaw,
+    "resources": ResourceBudgets,
+}
+
+
+def _kind_of_budgets(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("kind"))
+    return str(getattr(value, "kind", "shares"))
+
+
+Budgets = Annotated[
+    Annotated[tuple[Tier, ...], Tag("shares")]
+    | Annotated[ListBudgets, Tag("list")]
+    | Annotated[TierBudgets, Tag("tiers")]
+    | Annotated[RatioBudgets, Tag("ratios")]
+    | Annotated[RankLaw, Tag("normal")]
+    | Annotated[RankLaw, Tag("heavy-tail")]
+    | Annotated[ResourceBudgets, Tag("resources")],
+    Discriminator(
+        _kind_of_budgets,
+        custom_error_type="budgets",
+        custom_error_message="a list of tiers is needed, or a table whose kind is "
+        + ", ".join(repr(kind) for kind in _BUDGETS if kind != "shares"),
+    ),
+]
+
+
+class SamplingTable(_Table):
+    """Who takes part in a round (sampling.Sampling); its size is the recipe's `cohort`."""
+
+    kind: Kind = "uniform"
+    availability: float | dict[str, float] = 1.0
+    extra: NonNegativeInt = 0
+    quorum: NonNegativeInt = 0
+
+
 class MethodTable(BaseModel):
     """The method's name; its options stand beside it and are checked against its signature."""
 
@@ -124,12 +271,40 @@ class ServerTable(BaseModel):
     decay: Share = 1.0
 
 
+class Privacy(_Table):
+    """Client-level differential privacy with a trusted server; see privacy.py and docs/privacy.md.
+
+    clip: the L2 norm to which a client's update is scaled down
+    epsilon, delta: the target; epsilon alone finds the noise for all rounds
+    noise_multiplier: the noise on the sum of updates over clip; with epsilon too, the run ends
+        before the round that would pass it
+    simulated_cohort, simulated_population: noise as if so many of so many clients took part
+    noise_from: "seed" repeats with the recipe, for simulation; "system" is what deployments need
+    """
+
+    clip: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    simulated_cohort: PositiveInt | None = None
+    simulated_population: PositiveInt | None = None
+    noise_from: Source = "seed"
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Privacy":
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("give 'epsilon', 'noise_multiplier', or both")
+        return self
+
+
 class Evaluation(_Table):
     """every: rounds between evaluations (the last round is always evaluated)
 
+    on: "validation" takes the rows that data.validation holds back; the test rows are not read
     limit: evaluate on the first so many rows, after a shuffle by the seed; None takes all
     """
 
+    on: Literal["test", "validation"] = "test"
     every: PositiveInt = 1
     batch: PositiveInt = 64
     limit: PositiveInt | None = None
@@ -153,12 +328,59 @@ class Recipe(_Table):
     lora: Lora = Lora()
     data: Data
     partition: Partition
-    budgets: tuple[Tier, ...] = (Tier(),)
+    budgets: Budgets = (Tier(),)
+    sampling: SamplingTable = SamplingTable()
     method: MethodTable
     server: ServerTable = ServerTable()
+    privacy: Privacy | None = None
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _has_validation_rows(self) -> "Recipe":
+        if self.evaluation.on == "validation" and self.data.validation is None:
+            raise ValueError(
+                "evaluation.on: 'validation' needs data.validation, the share of the training "
+                "rows to hold back (0.1, say)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_that_the_server_has(self) -> "Recipe":
+        rank = self.lora.rank
+        if isinstance(self.budgets, ListBudgets):
+            for id, limits in limits_by_id(self.budgets).items():
+                refuse_rank(id, limits.rank or 1, rank)
+        if isinstance(self.budgets, RankLaw) and self.budgets.high > rank:
+            raise ValueError(
+                f"budgets.high: clients of rank {self.budgets.high} are above the server's {rank}: "
+                "lower it or raise lora.rank"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_that_can_be(self) -> "Recipe":
+        sampling(self)  # raises if it cannot
+        if self.sampling.extra and not isinstance(self.budgets, ResourceBudgets):
+            raise ValueError(
+                "sampling.extra: who is late follows from each client's link and seconds a step: "
+                "give them in budgets of kind 'resources', or leave extra out"
+            )
+        return self
+
+
+def sampling(recipe: Recipe) -> Sampling:
+    """The sampling that the recipe's `cohort` and its [sampling] table describe."""
+    return Sampling(size=recipe.cohort, **recipe.sampling.model_dump())
+
+
+def limits_by_id(budgets: ListBudgets) -> dict[str, Limits]:
+    """The listed limits by id; a list in order is taken to be of the ids "0000", "0001", ..."""
+    if isinstance(budgets.clients, dict):
+        return budgets.clients
+    width = max(4, len(str(len(budgets.clients) - 1)))
+    return {f"{number:0{width}d}": each for number, each in enumerate(budgets.clients)}
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -166,6 +388,14 @@ def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
     overrides: "key=value" each; the key is dotted ("training.lr"), the value is TOML, or plain text
     Raises FedSieveError for anything that is not right, naming the key.
+    """
+    return check(read(source, overrides), source)
+
+
+def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load` checks: the recipe's keys as they are written, changed by the overrides.
+
+    Raises FedSieveError if there is no such recipe, or if it or an override is not TOML.
     """
     path = Path(source)
     if path.suffix == ".toml" or path.is_file():
@@ -181,21 +411,26 @@ def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise FedSieveError(f"the recipe {source} is not valid TOML: {error}") from error
-    for override in overrides:
-        _override(table, override)
+    for given in overrides:
+        override(table, given)
     table.pop("environment", None)
-    return check(table, source)
+    return table
 
 
 def check(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """The recipe that a table of plain values describes; raises FedSieveError, naming the key."""
+    recipe = parse(table, source)
+    build_method(recipe)  # its options are checked now, not after the data are loaded
+    return recipe
+
+
+def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+    """`check`, less the options of method and server, and whether the budgets fit the method."""
     try:
-        recipe = Recipe.model_validate(table)
+        return Recipe.model_validate(table)
     except ValidationError as error:
         lines = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
         raise FedSieveError(f"{source}:\n{lines}") from error
-    build_method(recipe)  # its options are checked now, not after the data are loaded
-    return recipe
 
 
 def dump(recipe: Recipe, environment: Mapping[str, Any]) -> str:
@@ -215,9 +450,10 @@ def shipped() -> dict[str, str]:
     }
 
 
-def build_method(recipe: Recipe) -> Method:
+def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None = None) -> Method:
     """The method that the recipe's [method], [server] and [[budgets]] tables describe.
 
+    around: what the server optimizer is put into (`privacy.Plan.around`, once it is known)
     Raises FedSieveError for an option that the method lacks, a value that it does not take, or
     budgets that it would ignore.
     """
@@ -226,22 +462,103 @@ def build_method(recipe: Recipe) -> Method:
     server = make_server(**_options(make_server, server_options, "server"))
     if recipe.server.decay < 1:
         server = optim.fading(server, recipe.server.decay)
+    if around is not None:
+        server = around(server)
     build = methods.load(recipe.method.name)
     options = dict(recipe.method.model_extra or {})
     method: Method = build(server=server, **_options(build, options, "method"))
-    for knob in ("ratio", "down", "up"):
-        values = {getattr(tier, knob) for tier in recipe.budgets}
-        if values != {1.0} and knob not in method.knobs:
+    for knob in limited(recipe.budgets, method.knobs):
+        if knob not in method.knobs:
             raise FedSieveError(
                 f"budgets.{knob}: the method {recipe.method.name!r} makes no use of it (clients "
                 f"would get {knob} 1 whatever the recipe says): remove it or choose another method"
             )
+    if recipe.privacy is not None:
+        _refuse_what_privacy_cannot_cover(recipe, recipe.privacy, method)
     return method
+
+
+def knobs(recipe: Recipe) -> frozenset[Knob]:
+    """The budgets that the recipe's method uses, whatever budgets the recipe gives.
+
+    Raises FedSieveError for an option that the method lacks or a value that it does not take.
+    """
+    build = methods.load(recipe.method.name)
+    method: Method = build(**_options(build, recipe.method.model_extra or {}, "method"))
+    return method.knobs
+
+
+def _refuse_what_privacy_cannot_cover(recipe: Recipe, privacy: Privacy, method: Method) -> None:
+    """Raises FedSieveError where the guarantee of [privacy] would not hold; see docs/privacy.md."""
+    options = recipe.method.model_extra or {}
+    if options.get("weighting", "uniform") != "uniform":
+        raise FedSieveError(
+            "method.weighting: with [privacy] it must be 'uniform': a client's number of examples "
+            "is its own secret, and would weigh its update beyond the clip"
+        )
+    if not method.linear:
+        raise FedSieveError(
+            f"privacy: the server of the method {recipe.method.name!r} does not move by a mean of "
+            "the clients' changes, so clipping these bounds nothing: choose a method that does "
+            "(fedit, fslora, flasc, ...), or remove [privacy]"
+        )
+    drawn = sampling(recipe)
+    if not drawn.plain or drawn.quorum:
+        key = "quorum" if drawn.plain else "extra" if drawn.extra else "availability"
+        raise FedSieveError(
+            f"sampling.{key}: the accountant of [privacy] does not cover it: it counts on clients "
+            "that are drawn by kind and size alone, and on rounds that end with whoever answers"
+        )
+    keeps = method.personal is not None or options.get("feedback", False)
+    if keeps and drawn.kind == "uniform":
+        raise FedSieveError(
+            "sampling.kind: with [privacy], clients that keep something between their rounds (as "
+            f"{recipe.method.name!r} lets them) need 'poisson' or 'all': for 'uniform' no bound is "
+            "known to hold then"
+        )
+    if privacy.noise_from == "system" and recipe.checkpoint.every != 1:
+        raise FedSieveError(
+            "checkpoint.every: privacy.noise_from = 'system' needs 1: a round that was given out "
+            "and is done again with new noise would be spent twice"
+        )
+
+
+def limited(budgets: Budgets, knobs: frozenset[Knob]) -> list[Knob]:
+    """What some client's budget says that is not 1, for a method that uses `knobs`."""
+    if isinstance(budgets, ResourceBudgets):
+        return []  # only what the method uses is chosen
+    if isinstance(budgets, TierBudgets):
+        if budgets.tiers == 1:
+            return []
+        return ["ratio"] if tiers_differ_in(budgets, knobs) == "rank" else ["down", "up"]
+    said: list[Knob] = []
+    given: Sequence[Any] = budgets if isinstance(budgets, tuple) else [budgets]
+    if isinstance(budgets, ListBudgets):
+        given = list(limits_by_id(budgets).values())
+        if any(each.rank is not None or each.ratio not in (None, 1) for each in given):
+            said.append("ratio")
+    elif not isinstance(budgets, tuple) or any(tier.ratio != 1 for tier in budgets):
+        said.append("ratio")
+    if any(each.down != 1 for each in given):
+        said.append("down")
+    if any(each.up != 1 for each in given):
+        said.append("up")
+    return said
+
+
+def tiers_differ_in(budgets: TierBudgets, knobs: frozenset[Knob]) -> Literal["rank", "density"]:
+    """What FLASC's tiers differ in, for a method that uses `knobs`."""
+    return budgets.by or ("rank" if "ratio" in knobs else "density")
+
+
+def options_of(build: Any) -> list[str]:
+    """The names of the options that a method's `method`, or an optimizer's function, takes."""
+    return [name for name in inspect.signature(build).parameters if name != "server"]
 
 
 def _options(build: Any, given: Mapping[str, Any], table: str) -> dict[str, Any]:
     hints = get_type_hints(build)
-    known = [name for name in inspect.signature(build).parameters if name != "server"]
+    known = options_of(build)
     checked = {}
     for name, value in given.items():
         if name not in known:
@@ -253,15 +570,24 @@ def _options(build: Any, given: Mapping[str, Any], table: str) -> dict[str, Any]
     return checked
 
 
-def _override(table: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(table: dict[str, Any], given: str) -> None:
+    """Apply one "key=value" to a recipe's table, in place; see `load`."""
+    key, equals, text = given.partition("=")
     if not equals or not key:
-        raise FedSieveError(f"{override!r} is not of the form key=value")
+        raise FedSieveError(f"{given!r} is not of the form key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *path, last = key.strip().split(".")
+    put(table, key.strip(), value, repr(given))
+
+
+def put(table: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Set a dotted key ("training.lr", "budgets.0.up") of a recipe's table, in place.
+
+    Raises FedSieveError, beginning with `said`, if the key leads nowhere.
+    """
+    *path, last = key.split(".")
     place: Any = table
     for step in path:
         if isinstance(place, list) and step.isdigit() and int(step) < len(place):
@@ -269,14 +595,14 @@ def _override(table: dict[str, Any], override: str) -> None:
         elif isinstance(place, dict):
             place = place.setdefault(step, {})
         else:
-            raise FedSieveError(f"{override!r}: {step!r} is not a table of the recipe")
+            raise FedSieveError(f"{said}: {step!r} is not a table of the recipe")
     if not isinstance(place, dict):
-        raise FedSieveError(f"{override!r}: {last!r} is not a key of a table")
+        raise FedSieveError(f"{said}: {last!r} is not a key of a table")
     place[last] = value
 
 
 def _explain(detail: Any) -> str:
-    place = ".".join(str(step) for step in detail["loc"])
+    place = ".".join(_path(detail["loc"]))
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{place}: unknown key{nearest(str(detail['loc'][-1]), keys_of(detail['loc'][:-1]))}"
     if detail["type"] in ("missing", "missing_argument"):
@@ -287,15 +613,34 @@ def _explain(detail: Any) -> str:
     return f"{place}: {message}" if place else message
 
 
+def _path(loc: Sequence[str | int]) -> list[str]:
+    """The steps to a place as a user writes them: without the tags of unions."""
+    path = [str(step) for step in loc]
+    if path[:1] == ["budgets"]:
+        tag = path[1:2]
+        del path[1:2]
+        if tag == ["list"] and path[1:2] == ["clients"]:
+            del path[2:3]
+    return path
+
+
 def keys_of(path: Sequence[str | int]) -> list[str]:
     """The keys of the table at a place of the recipe."""
     table: Any = Recipe
-    for step in path:
-        if isinstance(step, int):
-            continue  # an entry of a list has the list's own type
-        table = table.__pydantic_fields__[step].annotation
-        table = Tier if step == "budgets" else table
+    for place, step in enumerate(path):
+        if path[0] == "budgets" and place == 1 and step in _BUDGETS:
+            table = _BUDGETS[str(step)]
+        elif step in table.__pydantic_fields__:
+            table = _table_in(table.__pydantic_fields__[step].annotation) or table
     return list(table.__pydantic_fields__)
+
+
+def _table_in(annotation: Any) -> Any:
+    """The first table that an annotation names, in whatever list, union or dict."""
+    if hasattr(annotation, "__pydantic_fields__"):
+        return annotation
+    found = (_table_in(inner) for inner in get_args(annotation))
+    return next((table for table in found if table is not None), None)
 
 
 def _without_none(value: Any) -> Any:

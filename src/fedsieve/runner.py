@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,7 +107,7 @@ def _go_on(
 ) -> Adapter:
     """Train the rounds that are left, from a snapshot that is on the disk, or from none."""
     checkpoints = folder / rundir.CHECKPOINTS
-    with _sigterm_as_ctrl_c():
+    with sigterm_as_ctrl_c():
         if snapshot is None:
             first, progress = loop.begin(experiment.federation, experiment.start)
             rundir.append(folder, rundir.METRICS, [first])
@@ -130,6 +131,8 @@ def _go_on(
             adapter = experiment.federation.method.export(snapshot.progress.state)
             _save_adapter(experiment, adapter, folder / rundir.ADAPTER)
             report.write([folder], folder / rundir.REPORT)
+            if experiment.ending:
+                warnings.warn(experiment.ending, stacklevel=2)
         except NoUsableUpdate as error:
             if snapshot is not saved:
                 checkpoint.save(checkpoints, snapshot)
@@ -174,7 +177,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
+def sigterm_as_ctrl_c() -> Iterator[None]:
     """A machine that is taken away sends SIGTERM: keep the state then too."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:

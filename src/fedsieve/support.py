@@ -7,6 +7,7 @@ adapter of rank k; the server's tree keeps the full ones.
 """
 
 import hashlib
+import math
 import struct
 from collections.abc import Mapping
 from math import ceil
@@ -65,6 +66,11 @@ def add_back(total: Tree, part: Tree, layout: Layout, ranks: Tensor | None, weig
             total[name].index_add_(axis, index, tensor.to(total[name].dtype), alpha=weight)
         else:
             total[name].add_(tensor, alpha=weight)
+
+
+def norm(tree: Tree) -> float:
+    """The L2 norm over all entries of a tree together, in float64."""
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tree.values()))
 
 
 def gather(tree: Tree, support: Support) -> Tensor:

@@ -18,6 +18,7 @@ from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.experiment import Experiment, from_recipe
 from fedsieve.keys import Key
+from fedsieve.sampling import Sampling
 from tests.conftest import Command, Tiny, write_rows
 from tests.engines import runs
 from tests.engines.conftest import FLASC
@@ -171,7 +172,7 @@ def test_a_diverged_client_is_dropped_and_the_mean_is_over_the_others(
     # The same federation had that client never existed.
     without = experiment_of(tiny, **few)
     clients = [c for c in without.federation.clients if c.id != "0003"]
-    federation = replace(without.federation, clients=clients, cohort=4)
+    federation = replace(without.federation, clients=clients, sampling=Sampling(size=4))
     expected, others, _ = train(replace(without, federation=federation), 1)
     assert same(got, expected)
     assert others[1].loss == summaries[1].loss

@@ -1,7 +1,6 @@
-"""Laws of the parts: keys, cohorts, budgets, rounding, server optimizers, the merge's memory."""
+"""Laws of the parts: keys, rounding, server optimizers, the merge's memory."""
 
 import gc
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsieve.adapter import Adapter, layout_of
-from fedsieve.budget import Budget, Client, assign, cohort
+from fedsieve.budget import Client
 from fedsieve.errors import NoUsableUpdate
 from fedsieve.keys import Key, generator, word
 from fedsieve.methods import fedit
@@ -35,36 +34,6 @@ def test_different_keys_have_different_streams(left: Key, right: Key) -> None:
         torch.rand(4, generator=generator(left)), torch.rand(4, generator=generator(right))
     )
     assert same == (left == right)
-
-
-def test_cohorts_are_uniform_and_do_not_depend_on_the_order_of_clients() -> None:
-    clients = [Client(f"{i}", 1) for i in range(10)]
-    seen: Counter[str] = Counter()
-    for number in range(2000):
-        chosen = cohort(clients, 3, Key(0, number))
-        assert chosen == cohort(clients[::-1], 3, Key(0, number))
-        assert len({c.id for c in chosen}) == 3
-        seen.update(c.id for c in chosen)
-    # 600 expected each; the standard deviation is sqrt(2000 * 0.3 * 0.7) = 20.5.
-    assert all(abs(count - 600) < 5 * 20.5 for count in seen.values())
-
-
-@given(st.lists(st.floats(0.05, 1), min_size=1, max_size=4), st.integers(1, 60))
-def test_budgets_follow_the_shares(shares: list[float], clients: int) -> None:
-    ids = [f"{i:03d}" for i in range(clients)]
-    tiers = [(share, Budget(up=(i + 1) / 8)) for i, share in enumerate(shares)]
-    budgets = assign(ids, tiers, Key(1))
-    assert sorted(budgets) == ids
-    counts = Counter(budgets.values())
-    for share, budget in tiers:
-        assert abs(counts[budget] - clients * share / sum(shares)) <= 1
-
-
-@given(st.floats(0.001, 1), st.integers(1, 64))
-def test_a_ratio_gives_the_nearest_rank_and_never_none(ratio: float, rank: int) -> None:
-    kept = Budget(ratio).ranks(rank)
-    assert 1 <= kept <= rank
-    assert abs(kept - ratio * rank) <= max(0.5, 1 - ratio * rank)
 
 
 def test_int8_rounding_is_unbiased_and_within_a_step() -> None:
@@ -142,7 +111,7 @@ def test_fading_is_a_learning_rate_that_torch_would_schedule(
 def test_a_merge_of_nothing_is_refused() -> None:
     method = fedit.method()
     with pytest.raises(NoUsableUpdate):
-        method.merge(method.init(toy.start()), iter(()))
+        method.merge(method.init(toy.start()), iter(()), Key(0, 1))
 
 
 def test_weighting_by_examples() -> None:
@@ -157,7 +126,7 @@ def test_weighting_by_examples() -> None:
         )
 
     merged = method.merge(
-        state, iter([(Client("a", 30), update(1.0)), (Client("b", 10), update(5.0))])
+        state, iter([(Client("a", 30), update(1.0)), (Client("b", 10), update(5.0))]), Key(0, 1)
     )
     moved = {n: state.trees["adapter"][n] - t for n, t in merged.trees["adapter"].items()}
     assert all((t - 2.0).abs().max() <= 1e-12 for t in moved.values())
@@ -189,9 +158,9 @@ def test_memory_of_a_merge_does_not_grow_with_the_clients() -> None:
             peaks.append(live())
 
     before = live()
-    method.merge(state, updates(3))
+    method.merge(state, updates(3), Key(0, 1))
     few = max(peaks) - before
     peaks.clear()
-    method.merge(state, updates(40))
+    method.merge(state, updates(40), Key(0, 1))
     assert max(peaks) - before <= few + size / 100
     assert few <= 3.1 * size

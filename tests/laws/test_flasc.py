@@ -29,7 +29,7 @@ def test_a_round_equals_algorithm_1_written_out_by_hand() -> None:
             parts = start.split([shapes[n].numel() for n in names])
             tree = {n: p.reshape(shapes[n]) for n, p in zip(names, parts, strict=True)}
             adapter = Adapter(toy.start().layout, tree)
-            trained = toy.train(adapter, Client(client, 6), Key(0)).tensors
+            trained = toy.train(toy.whole(adapter), Client(client, 6), Key(0)).tensors
             change = start - torch.cat([trained[n].flatten() for n in names])
             cut = change.abs().sort(descending=True).values[-(-flat.numel() // 8) - 1]
             gradient += change * (change.abs() >= cut) / 3
@@ -60,13 +60,20 @@ def test_what_did_not_travel_down_starts_at_zero_and_is_trained_all_the_same() -
     method = flasc.method(down_values="float64", up_values="float64")
     plan = method.plan(method.init(toy.start()), Key(0, 1))
     client = Client("0000", 6, Budget(1, 0.1, 1.0))
-    payload = method.publish(plan, client, Key(0, 1, "0000"))
-    view, _ = method.view(payload, {})
+    key = Key(0, 1, "0000")
+    payload = method.publish(plan, client, key)
+    view, _ = method.view(payload, {}, toy.seat(client, key))
     held = torch.cat([t.flatten() for t in view.adapter.tensors.values()])
     assert int((held != 0).sum()) == payload.values.data.numel() < held.numel() / 9
-    trained = toy.train(view.adapter, client, Key(0)).tensors
+    trained = toy.train(view, client, key).tensors
     moved = torch.cat([(trained[n] - view.adapter.tensors[n]).flatten() for n in trained])
     assert (moved != 0).float().mean() > 0.9
+
+
+def test_a_whole_upload_is_not_read_with_the_masks_of_the_download() -> None:
+    method = flasc.method(down_values="float64", up_values="float64")
+    _, receipts, _ = toy.after(method, toy.clients([Budget(1, 0.25, 1.0)] * 2), 2)
+    assert [receipt.dropped for receipt in receipts] == [None] * 4
 
 
 def test_with_feedback_nothing_of_a_change_is_lost() -> None:
@@ -80,9 +87,9 @@ def test_with_feedback_nothing_of_a_change_is_lost() -> None:
     for number in range(4):
         key = Key(0, number, "0000")
         plan = method.plan(method.init(toy.start(number)), key)
-        view, memory = method.view(method.publish(plan, client, key), memory)
-        trained = toy.train(view.adapter, client, key).tensors
-        payload, memory = method.report(view, trained, client, memory, key)
+        view, memory = method.view(method.publish(plan, client, key), memory, toy.seat(client, key))
+        trained = toy.train(view, client, key).tensors
+        payload, memory = method.report(view, trained, memory, toy.seat(client, key))
         for name, tensor in payload.tree().items():
             sent[name] += tensor
             changed[name] += view.adapter.tensors[name] - trained[name]

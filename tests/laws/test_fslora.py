@@ -85,8 +85,9 @@ def test_a_rank_k_adapter_has_the_gradients_of_the_masked_one(ratio: float, rslo
     layout = layout_of(adapter.tensors, scale)
     method = fslora.method(down_values="float64", up_values="float64")
     plan = method.plan(method.init(adapter._replace(layout=layout)), Key(3, 1))
-    payload = method.publish(plan, Client("0002", 5, Budget(ratio)), Key(3, 1, "0002"))
-    view, _ = method.view(payload, {})
+    client = Client("0002", 5, Budget(ratio))
+    payload = method.publish(plan, client, Key(3, 1, "0002"))
+    view, _ = method.view(payload, {}, toy.seat(client))
     assert payload.support.ranks is not None
     index = payload.support.ranks[0]
     s = sketch_matrix(index, toy.RANK)
@@ -127,9 +128,10 @@ def test_the_server_adds_the_mean_and_counts_zeros() -> None:
     for client in members:
         own = key._replace(client=client.id)
         payload = method.publish(plan, client, own)
-        view, _ = method.view(payload, {})
-        trained = toy.train(view.adapter, client, own).tensors
-        updates.append((client, method.report(view, trained, client, {}, own)[0]))
+        seat = toy.seat(client, own)
+        view, _ = method.view(payload, {}, seat)
+        trained = toy.train(view, client, own).tensors
+        updates.append((client, method.report(view, trained, {}, seat)[0]))
         rows = list(range(toy.RANK))
         if payload.support.ranks is not None:
             rows = payload.support.ranks[0].tolist()
@@ -139,7 +141,7 @@ def test_the_server_adds_the_mean_and_counts_zeros() -> None:
             for name in (toy.B1, toy.B2):
                 total[name][:, j] += trained[name][:, place] - view.adapter.tensors[name][:, place]
         total[toy.HEAD] += trained[toy.HEAD] - view.adapter.tensors[toy.HEAD]
-    merged = method.export(method.merge(state, iter(updates))).tensors
+    merged = method.export(method.merge(state, iter(updates), key)).tensors
     expected = {n: t + total[n] / 3 for n, t in adapter.tensors.items()}
     assert toy.distance(merged, expected) <= 1e-12
 

@@ -146,7 +146,7 @@ def _mean_over_holders() -> Method:
     """Equation 5 misread: a rank's mean over those clients that held it."""
     method = _right()
 
-    def merge(state: State, updates: Iterable[tuple[Client, Payload]]) -> State:
+    def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
         returned = list(updates)
         layout = state.layout
         total = {n: torch.zeros_like(p) for n, p in state.trees["adapter"].items()}

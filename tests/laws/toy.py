@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedsieve.adapter import Adapter, Layout, Tree, layout_of
+from fedsieve.adapter import Adapter, Tree, layout_of
 from fedsieve.budget import Budget, Client
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, Progress, Receipt, begin, rounds
 from fedsieve.keys import Key
-from fedsieve.method import Memory, Method
+from fedsieve.method import Memory, Method, Seat, View
+from fedsieve.sampling import Sampling
+from fedsieve.support import everything
 from fedsieve.train.local import Fit
 
 RANK, INPUTS, HIDDEN, OUTPUTS = 8, 12, 10, 3
@@ -55,24 +57,35 @@ def data(client: str) -> tuple[Tensor, Tensor]:
     return x, torch.randn(6, OUTPUTS, generator=draws, dtype=torch.float64)
 
 
-def loss(tree: Tree, scale: float, x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error of the network with W0 + scale * B A in both layers."""
+def weights(tree: Tree, scale: float, base: Tree) -> tuple[Tensor, Tensor]:
+    """What the two layers really multiply by: W0 + base + scale * B A."""
     first, second = frozen()
-    hidden = torch.tanh(x @ (first + scale * tree[B1] @ tree[A1]).T)
-    hidden = torch.tanh(hidden @ (second + scale * tree[B2] @ tree[A2]).T)
+    first = first + base.get("m.first.base", 0) + scale * tree[B1] @ tree[A1]
+    return first, second + base.get("m.second.base", 0) + scale * tree[B2] @ tree[A2]
+
+
+def loss(tree: Tree, scale: float, x: Tensor, y: Tensor, *, base: Tree | None = None) -> Tensor:
+    """Mean squared error of the network."""
+    first, second = weights(tree, scale, base or {})
+    hidden = torch.tanh(x @ first.T)
+    hidden = torch.tanh(hidden @ second.T)
     return ((hidden @ tree[HEAD].T - y) ** 2).mean()
 
 
-def train(adapter: Adapter, client: Client, key: Key, *, steps: int = 3, lr: float = 0.1) -> Fit:
-    """Plain gradient descent on all of a client's tensors."""
+def train(view: View, client: Client, key: Key, *, steps: int = 3, lr: float = 0.1) -> Fit:
+    """Plain gradient descent on those of a client's entries that the view lets move."""
+    adapter = view.adapter
     tree = {n: t.clone().requires_grad_(True) for n, t in adapter.tensors.items()}
     value = torch.zeros(())
     for _ in range(steps):
-        value = loss(tree, adapter.layout.scale, *data(client.id))
+        value = loss(tree, adapter.layout.scale, *data(client.id), base=adapter.base)
+        if view.penalty is not None:
+            value = value + view.penalty(tree)
         gradients = torch.autograd.grad(value, list(tree.values()))
         with torch.no_grad():
-            for tensor, gradient in zip(tree.values(), gradients, strict=True):
-                tensor -= lr * gradient
+            for (name, tensor), gradient in zip(tree.items(), gradients, strict=True):
+                if name in view.moves.names:
+                    tensor -= lr * gradient * view.moves.masks.get(name, torch.ones(()))
     return Fit({n: t.detach() for n, t in tree.items()}, float(value.detach()), steps, 0.0)
 
 
@@ -88,12 +101,12 @@ def federation(
     cohort: int | None = None,
     seed: int = 7,
     memories: dict[str, Memory] | None = None,
-    layout: Layout | None = None,
+    adapter: Adapter | None = None,
 ) -> Federation:
     """The clients in this process, every message really encoded and decoded."""
-    layout = layout or start().layout
-    exchange = in_process(method, train, layout, {} if memories is None else memories)
-    return Federation(method, members, cohort or len(members), seed, exchange)
+    exchange = in_process(method, train, adapter or start(), {} if memories is None else memories)
+    sampling = Sampling(size=cohort or len(members))
+    return Federation(method, members, sampling, seed, exchange)
 
 
 def after(
@@ -104,15 +117,27 @@ def after(
     cohort: int | None = None,
     seed: int = 7,
     zero_b: bool = False,
+    memories: dict[str, Memory] | None = None,
 ) -> tuple[Tree, list[Receipt], Progress]:
     """The adapter, all receipts and the progress after some rounds."""
-    setup = federation(method, members, cohort=cohort, seed=seed)
-    _, progress = begin(setup, start(zero_b=zero_b))
+    begun = start(zero_b=zero_b)
+    setup = federation(method, members, cohort=cohort, seed=seed, adapter=begun, memories=memories)
+    _, progress = begin(setup, begun)
     receipts: list[Receipt] = []
     for _, part, now in rounds(setup, progress, number):
         receipts.extend(part)
         progress = now
     return method.export(progress.state).tensors, receipts, progress
+
+
+def whole(adapter: Adapter) -> View:
+    """All of an adapter, to be trained."""
+    return View(adapter, adapter.layout, everything(adapter.layout), everything(adapter.layout))
+
+
+def seat(client: Client, key: Key | None = None) -> Seat:
+    """A client's own end."""
+    return Seat(client, start(), key or Key(7, 1, client.id))
 
 
 def distance(left: Tree, right: Tree) -> float:

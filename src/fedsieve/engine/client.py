@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from fedsieve.adapter import Adapter, Layout
+from fedsieve.adapter import Adapter
 from fedsieve.budget import Client
 from fedsieve.keys import Key
-from fedsieve.method import Memory, Method
+from fedsieve.method import Memory, Method, Seat, View
 from fedsieve.train.local import Fit
 from fedsieve.wire import decode, encode
 
-Train = Callable[[Adapter, Client, Key], Fit]
+Train = Callable[[View, Client, Key], Fit]
 
 
 class Reply(NamedTuple):
@@ -28,6 +28,8 @@ class Reply(NamedTuple):
     loss:    mean training loss
     compute: seconds in forward, backward and optimizer step; `seconds`: in all, the wire included
     wire:    seconds in decode and encode
+    memory:  bytes of the adapter, its gradients and the optimizer's state, and of what the client
+             keeps between rounds
     """
 
     client: Client
@@ -38,12 +40,13 @@ class Reply(NamedTuple):
     seconds: float
     compute: float
     wire: float
+    memory: int
 
 
 def take_part(
     method: Method,
     train: Train,
-    layout: Layout,
+    start: Adapter,
     client: Client,
     memory: Memory,
     key: Key,
@@ -51,23 +54,26 @@ def take_part(
 ) -> tuple[Reply, Memory]:
     """Decode, train, report, encode. A client whose training diverged keeps its old memory.
 
+    start: the adapter before the first round, which the client drew from the recipe's seed
     Raises WireError if the message does not fit the layout.
     """
-    start = time.perf_counter()
-    payload = decode(message, layout)
+    began = time.perf_counter()
+    seat = Seat(client, start, key)
+    payload = decode(message, start.layout)
     decoded = time.perf_counter()
-    view, begun = method.view(payload, memory)
-    fit = train(view.adapter, client, key)
+    view, caught_up = method.view(payload, memory, seat)
+    fit = train(view, client, key)
     reason = _unusable(fit)
     update = None
-    wire = decoded - start
+    wire = decoded - began
     if reason is None:
-        report, memory = method.report(view, fit.tensors, client, begun, key)
+        report, memory = method.report(view, fit.tensors, caught_up, seat)
         reported = time.perf_counter()
         update = encode(report)
         wire += time.perf_counter() - reported
-    seconds = time.perf_counter() - start
-    reply = Reply(client, update, reason, fit.loss, fit.steps, seconds, fit.compute, wire)
+    seconds = time.perf_counter() - began
+    held = fit.memory + sum(t.nbytes for group in memory.values() for t in group.values())
+    reply = Reply(client, update, reason, fit.loss, fit.steps, seconds, fit.compute, wire, held)
     return reply, memory
 
 

@@ -8,19 +8,22 @@ and replies are merged as they come, so that one client's update is in memory at
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from fedsieve.adapter import Adapter
-from fedsieve.budget import Client, cohort
+from fedsieve.budget import Client
 from fedsieve.engine.client import Reply
-from fedsieve.errors import NoUsableUpdate, WireError
+from fedsieve.errors import FedSieveError, NoUsableUpdate, WireError
 from fedsieve.keys import Key
 from fedsieve.method import Method, State
+from fedsieve.network import client_time
 from fedsieve.payload import Payload, rounded
+from fedsieve.privacy import Plan
+from fedsieve.sampling import Sampling, cohort, late
 from fedsieve.support import Support, everything, gather
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
@@ -45,6 +48,7 @@ class Receipt(NamedTuple):
     """One client's part in one round, as clients.jsonl keeps it. Times in seconds.
 
     compute: in forward, backward and optimizer step; wire: in decode and encode, at the client
+    memory_bytes: of adapter, gradients, optimizer state, and what the client keeps between rounds
     dropped: why the update was not merged, or None
     """
 
@@ -62,6 +66,7 @@ class Receipt(NamedTuple):
     seconds: float
     compute: float
     wire: float
+    memory_bytes: int
     dropped: str | None
 
 
@@ -72,6 +77,8 @@ class Round(NamedTuple):
     loss: mean training loss of the clients that were merged, weighted by their steps
     accuracy, eval_loss, eval_examples: None in rounds without an evaluation; a loss that is not
         finite is None too. A causal LM counts tokens, not examples.
+    epsilon: spent up to and with this round, where updates are made private; where there is a
+        simulated_cohort, it is that of the simulated federation (see privacy.py)
     """
 
     round: int
@@ -89,6 +96,8 @@ class Round(NamedTuple):
     accuracy: float | None
     eval_loss: float | None
     eval_examples: int | None
+    epsilon: float | None = None
+    simulated_cohort: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,11 +106,12 @@ class Federation:
 
     method: Method
     clients: Sequence[Client]
-    cohort: int
+    sampling: Sampling
     seed: int
     exchange: Exchange
     evaluate: Callable[[Adapter], Score] | None = None
     evaluate_every: int = 1
+    privacy: Plan | None = None
 
 
 def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
@@ -117,8 +127,8 @@ def rounds(
 ) -> Iterator[tuple[Round, list[Receipt], Progress]]:
     """The rounds after `progress`, up to round `last`.
 
-    Raises NoUsableUpdate from a round in which no client returned an update; the progress before
-    it is the last one that was given.
+    Raises NoUsableUpdate from a round in which no client returned an update, or fewer than the
+    quorum did; the progress before it is the last one that was given.
     """
     while progress.round < last:
         final = progress.round + 1 == last
@@ -135,7 +145,7 @@ def one_round(
     method, state = federation.method, progress.state
     number = progress.round + 1
     key = Key(federation.seed, number)
-    chosen = cohort(federation.clients, federation.cohort, key)
+    chosen = cohort(federation.clients, federation.sampling, key)
     plan = method.plan(state, key)
     sent: dict[str, tuple[int, Support]] = {}
     receipts: list[Receipt] = []
@@ -153,11 +163,15 @@ def one_round(
 
     def updates() -> Iterator[tuple[Client, Payload]]:
         nonlocal server_wire
-        for reply in federation.exchange(messages(), key):
+        replies = federation.exchange(messages(), key)
+        if federation.sampling.extra:
+            replies = _without_late(replies, federation.sampling.size, sent)
+        merged = 0
+        for reply in replies:
             down_bytes, support = sent.pop(reply.client.id)
             began = time.perf_counter()
             payload, reason = None, reply.reason
-            if reply.update is not None:
+            if reply.update is not None and reason is None:
                 try:
                     payload = decode(reply.update, state.layout, support)
                 except WireError as error:
@@ -165,15 +179,22 @@ def one_round(
             server_wire += time.perf_counter() - began
             receipts.append(_receipt(number, state.layout.rank, reply, down_bytes, reason))
             if payload is not None:
+                merged += 1
                 yield reply.client, payload
+        if merged < federation.sampling.quorum:
+            raise NoUsableUpdate(
+                f"{merged} updates can be merged, and the quorum is {federation.sampling.quorum}"
+            )
 
     try:
-        state = method.merge(state, updates())
+        state = method.merge(state, updates(), key)
     except NoUsableUpdate as error:
         # The round leaves no line in the logs, so the error says what the clients ran into.
-        shown = [f"client {r.client}: {r.dropped}" for r in receipts[:3]]
-        more = [f"{len(receipts) - 3} more"] if len(receipts) > 3 else []
-        raise NoUsableUpdate(f"{error} ({'; '.join(shown + more)})") from error
+        dropped = [r for r in receipts if r.dropped is not None]
+        shown = [f"client {r.client}: {r.dropped}" for r in dropped[:3]]
+        more = [f"{len(dropped) - 3} more"] if len(dropped) > 3 else []
+        why = "; ".join(shown + more) or f"{len(chosen)} clients were asked"
+        raise NoUsableUpdate(f"{error} ({why})") from error
     down = sum(r.down_bytes for r in receipts)
     up = sum(r.up_bytes for r in receipts)
     # Both ways, for the messages that were really sent.
@@ -200,8 +221,36 @@ def one_round(
         evaluation_seconds=evaluation_seconds,
         wire_seconds=server_wire + sum(r.wire for r in receipts),
         **_figures(score)._asdict(),
+        **_spent(federation.privacy, number)._asdict(),
     )
     return summary, receipts, progress
+
+
+def _without_late(
+    replies: Iterable[Reply], size: int, sent: Mapping[str, tuple[int, Support]]
+) -> Iterator[Reply]:
+    """The replies in their order, those that came after the first `size` updates with a reason.
+
+    Clients run one after another here, so when a reply would have come is worked out from its bytes
+    and steps, and all encoded updates are held until it is known. A client that has no update says
+    so at once and keeps nobody waiting.
+    """
+    held = list(replies)
+    seconds = {}
+    for reply in held:
+        link, step = reply.client.link, reply.client.step_seconds
+        if link is None or step is None:
+            raise FedSieveError(
+                f"client {reply.client.id!r} has no link or no seconds a step: with sampling.extra "
+                "every client needs both"
+            )
+        if reply.update is not None:
+            down_bytes = sent[reply.client.id][0]
+            work = reply.steps * step
+            seconds[reply.client.id] = client_time(link, down_bytes, len(reply.update), work)
+    reasons = late(seconds, size)
+    for reply in held:
+        yield reply._replace(reason=reasons.get(reply.client.id, reply.reason))
 
 
 def dense_bytes(adapter: Adapter) -> int:
@@ -224,6 +273,17 @@ def _figures(score: Score | None) -> _Figures:
         return _Figures(None, None, None)
     loss = score.loss if math.isfinite(score.loss) else None
     return _Figures(score.accuracy, loss, score.counted)
+
+
+class _Spent(NamedTuple):
+    epsilon: float | None
+    simulated_cohort: int | None
+
+
+def _spent(plan: Plan | None, rounds: int) -> _Spent:
+    if plan is None:
+        return _Spent(None, None)
+    return _Spent(plan.spent(rounds) if plan.spent else None, plan.simulated_cohort)
 
 
 def _evaluate(federation: Federation, state: State) -> tuple[Score | None, float]:
@@ -252,5 +312,6 @@ def _receipt(number: int, rank: int, reply: Reply, down_bytes: int, dropped: str
         seconds=reply.seconds,
         compute=reply.compute,
         wire=reply.wire,
+        memory_bytes=reply.memory,
         dropped=dropped,
     )

@@ -6,21 +6,33 @@
     the server steps      on P, which stays dense, with the gradient mean_i D_i
 
 The two densities are each client's own, so a slow uplink can be given a sparser upload. The paper
-ranks a classifier head together with the LoRA weights, and so does `head = "sieved"`.
+ranks a classifier head together with the LoRA weights, and so does `head = "sieved"`. The variants
+of the paper and its code: densities that decay from round to round, all weights instead of LoRA's
+(`weights = "all"`), and evaluation of P itself or of P masked as a client would get it.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from fedsieve.method import Method, Weighting, compose
+from pydantic import Field
+
+from fedsieve.adapter import Adapter
+from fedsieve.method import Method, State, Weighting, compose
 from fedsieve.optim import Optimizer
 from fedsieve.payload import Form
 from fedsieve.sieve import top_k
+from fedsieve.support import top_k as largest
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 def method(
     *,
     server: Optimizer | None = None,
     head: Literal["sieved", "whole"] = "sieved",
+    weights: Literal["lora", "all"] = "lora",
+    decay: Share = 1.0,
+    least: Share = 1 / 256,
+    evaluated: Share = 1.0,
     weighting: Weighting = "uniform",
     down_values: Form = "float32",
     up_values: Form = "float32",
@@ -28,16 +40,29 @@ def method(
 ) -> Method:
     """FLASC. The paper's server is `optim.adam`; densities come from each client's budget.
 
+    weights: "lora" trains LoRA pairs and the head, "all" every weight of the model
+    decay, least: both densities are multiplied by decay after each round, but not below `least`
+    evaluated: the density at which the evaluated and saved P is masked; 1 masks nothing. The
+        published code evaluates P masked at the download's density.
     feedback: clients keep what their upload left out and add it next time (error feedback, not in
     the paper; Karimireddy et al. 2019, arXiv 1901.09847).
     """
-    return compose(
-        down=top_k("down", head=head),
-        up=top_k("up", head=head),
+    inner = compose(
+        down=top_k("down", head=head, decay=decay, least=least),
+        up=top_k("up", head=head, decay=decay, least=least),
         knobs=frozenset({"down", "up"}),
         server=server,
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,
         feedback=feedback,
+        trains=weights,
     )
+
+    def export(state: State) -> Adapter:
+        layout, tensors = state.layout, state.trees["adapter"]
+        among = tuple(n for n in layout.names if head == "sieved" or n in layout.rank_axis)
+        masks = largest(tensors, evaluated, among)
+        return Adapter(layout, {n: t * masks[n] if n in masks else t for n, t in tensors.items()})
+
+    return inner._replace(export=export)

@@ -2,32 +2,51 @@
 
 A report is made from run directories alone, so it can be made again at any time, on any machine,
 for one run or for several that overlay, and while a run is still going on. The same directories
-give the same page: it holds no date of its own. `read` turns a directory into values, `plots`
-draws them, `page` sets them in HTML.
+give the same page: it holds no date of its own. `read` turns a directory into values, `series`
+puts runs of different seeds together, `plots` draws them, `page` sets them in HTML.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedsieve.errors import FedSieveError
+from fedsieve.network import REFERENCE, Conditions
+from fedsieve.report import series as _series
 from fedsieve.report.page import page
 from fedsieve.report.plots import draw, save_png, to_svg
-from fedsieve.report.read import Run, load, load_all
+from fedsieve.report.read import Run, evaluations, load, load_all
+from fedsieve.report.series import Row, Spread, Target, table
 
-__all__ = ["Run", "load", "load_all", "write"]
+__all__ = ["Row", "Run", "Spread", "Target", "evaluations", "load", "load_all", "table", "write"]
 
 
-def write(runs: Sequence[Path], out: Path) -> list[Path]:
+def write(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    target: float | None = None,
+    groups: Mapping[str, Sequence[Path]] | None = None,
+    conditions: Sequence[Conditions] = REFERENCE,
+) -> list[Path]:
     """Write the report of these run directories to `out`, and every plot to `<stem>-<plot>.png`.
+
+    target: the accuracy (where no run has any: the evaluation loss) whose cost in bytes and time is
+        told; None takes the best that all runs reach
+    groups: label -> the runs of its seeds, drawn as one line with a band. A run of `runs` that is
+        in a group is drawn there alone; `runs` may be empty where there are groups
+    conditions: of the network, for accuracy against simulated time: a panel each
 
     Returns the paths written, the HTML file first. The HTML does not need the PNG files.
     Raises FedSieveError where a directory is not a run, has no finished round or holds a damaged
-    file, or where `out` cannot be written.
+    file, where a target or a link cannot be, or where `out` cannot be written.
     """
-    loaded = load_all(runs)
+    if not conditions:
+        raise FedSieveError("No conditions were given: time needs at least one link.")
+    series = _series.gather(runs, groups or {})
+    rows = _series.rows(series, _series.find_target(series, target), conditions)
     if out.is_dir():
         raise FedSieveError(f"{out} is a directory: name a file, such as {out / 'report.html'}")
-    plots = draw(loaded)
+    plots = draw(series, rows, conditions)
     written = [out]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +54,8 @@ def write(runs: Sequence[Path], out: Path) -> list[Path]:
             path = out.with_name(f"{out.stem}-{plot.key}.png")
             save_png(plot, path)
             written.append(path)
-        out.write_text(page(loaded, [(plot, to_svg(plot)) for plot in plots]), encoding="utf-8")
+        drawn = [(plot, to_svg(plot)) for plot in plots]
+        out.write_text(page(series, rows, conditions, drawn), encoding="utf-8")
     except OSError as error:
         raise FedSieveError(f"The report {out} cannot be written: {error}") from error
     return written

@@ -1,8 +1,9 @@
 """The page: HTML that needs nothing but itself.
 
 No script, no font and no picture comes from outside, so the file can be mailed, archived and
-opened offline. Every text of a run is escaped on its way in. The summary has its measures as rows
-and the runs as columns: one run reads well on a phone, several compare line by line.
+opened offline. Every text of a run is escaped on its way in. The summary of runs has its measures
+as rows and the runs as columns: one run reads well on a phone, several compare line by line. Groups
+of runs have a line each, as in a paper's table, and the summary of their runs is folded away.
 """
 
 import html
@@ -10,8 +11,22 @@ from collections.abc import Sequence
 from string import Template
 from typing import Any
 
-from fedsieve.report.plots import COLOURS, Plot, shown_measure
+from fedsieve.network import Conditions
+from fedsieve.report.plots import COLOURS, Plot, reached, to_reach
 from fedsieve.report.read import Budget, Run, best, evaluations
+from fedsieve.report.series import (
+    MEASURES,
+    Row,
+    Series,
+    Spread,
+    Target,
+    budgets,
+    doubts,
+    every_run,
+    flatten,
+    shown_measure,
+    spread,
+)
 from fedsieve.report.words import count, duration, fewer, megabytes, score
 
 NONE = "–"  # noqa: RUF001
@@ -20,21 +35,37 @@ SHOWN_ROWS = 12  # of budgets; more are folded away
 DARK_COLOURS = ("#4ba3df", "#f07b3a", "#2fc79a", "#e39ac2", "#f0b53a", "#8ecff5", "#a6a6a6")
 
 
-def page(runs: Sequence[Run], plots: Sequence[tuple[Plot, str]]) -> str:
-    """The whole HTML document; `plots` come with their SVG elements."""
-    title = "FedSieve: " + ", ".join(run.name for run in runs)
+def page(
+    series: Sequence[Series],
+    rows: Sequence[Row],
+    conditions: Sequence[Conditions],
+    plots: Sequence[tuple[Plot, str]],
+) -> str:
+    """The whole HTML document; `rows` are the series' table, `plots` come with their SVG."""
+    title = "FedSieve: " + ", ".join(one.label for one in series)
     return _PAGE.substitute(
         title=_text(title),
         light="".join(f"--run-{i}:{c};" for i, c in enumerate(COLOURS)),
         dark="".join(f"--run-{i}:{c};" for i, c in enumerate(DARK_COLOURS)),
-        heading=_text(runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"),
-        leads="".join(_lead(i, run) for i, run in enumerate(runs)),
-        warnings=_warnings(runs),
-        plots="".join(_plot(plot, svg, runs) for plot, svg in plots),
-        summary=_summary(runs),
-        differences=_differences(runs),
-        recipes="".join(_recipe(run) for run in runs),
+        heading=_text(_heading(series)),
+        leads="".join(_lead(i, one) for i, one in enumerate(series)),
+        warnings=_warnings(series),
+        plots="".join(_plot(plot, svg, series, rows, conditions) for plot, svg in plots),
+        summary=_summary(series, rows, conditions),
+        differences=_differences(series),
+        recipes="".join(_recipes(one) for one in series),
     )
+
+
+def _heading(series: Sequence[Series]) -> str:
+    if len(series) == 1:
+        return series[0].label
+    runs = f"{len(every_run(series))} runs"
+    return f"{runs} compared" if not _grouped(series) else f"{runs} in {len(series)} groups"
+
+
+def _grouped(series: Sequence[Series]) -> bool:
+    return any(len(one.runs) > 1 for one in series)
 
 
 def _text(value: object) -> str:
@@ -50,23 +81,30 @@ def _swatch(index: int) -> str:
     return f'<i class="swatch" style="background:var(--run-{index % len(COLOURS)})"></i>'
 
 
-def _lead(index: int, run: Run) -> str:
-    last = run.rounds[-1]
+def _lead(index: int, series: Series) -> str:
+    ends = [run.rounds[-1] for run in series.runs]
     parts = []
     for measure, word in (("accuracy", "accuracy"), ("eval_loss", "evaluation loss")):
-        if found := evaluations(run, measure):
-            parts.append(f"{word} <b>{score(found[-1].value)}</b>")
+        found = [evaluations(run, measure) for run in series.runs]
+        if final := spread([rows[-1].value for rows in found if rows]):
+            parts.append(f"{word} <b>{score(final.mean, final.deviation)}</b>")
             break
-    parts.append(f"after {count(last.round, 'round')} and <b>{megabytes(last.total_bytes)}</b>")
-    if last.dense_bytes:
-        ratio = fewer(last.total_bytes, last.dense_bytes)
-        parts.append(f"(dense float32 LoRA: {megabytes(last.dense_bytes)}; <b>{ratio}</b>)")
-    return f"<li>{_swatch(index)}<strong>{_text(run.name)}</strong>: {' '.join(parts)}</li>"
+    sent = sum(end.total_bytes for end in ends) / len(ends)
+    rounds = count(max(end.round for end in ends), "round")
+    parts.append(f"after {rounds} and <b>{megabytes(sent)}</b>")
+    known = [end.dense_bytes for end in ends if end.dense_bytes]
+    if len(known) == len(ends):
+        dense = sum(known) / len(known)
+        parts.append(f"(dense float32 LoRA: {megabytes(dense)}; <b>{fewer(sent, dense)}</b>)")
+    mean = f", mean of {len(ends)} runs" if len(ends) > 1 else ""
+    said = " ".join(parts) + mean
+    return f"<li>{_swatch(index)}<strong>{_text(series.label)}</strong>: {said}</li>"
 
 
-def _warnings(runs: Sequence[Run]) -> str:
-    notes = [f"<b>{_text(run.name)}</b>: {_text(note)}" for run in runs for note in run.notes]
-    measure = shown_measure(runs)
+def _warnings(series: Sequence[Series]) -> str:
+    notes = [note for one in series for note in _notes(one)]
+    measure = shown_measure(series)
+    runs = every_run(series)
     if measure:
         without = [run.name for run in runs if not evaluations(run, measure)]
         if without and len(runs) > 1:
@@ -84,15 +122,36 @@ def _warnings(runs: Sequence[Run]) -> str:
     return f'<section class="warnings" aria-label="Warnings"><ul>{items}</ul></section>'
 
 
+def _notes(series: Series) -> list[str]:
+    """A note that all runs of a series share is said once."""
+    by_note: dict[str, list[str]] = {}
+    for run in series.runs:
+        for note in run.notes:
+            by_note.setdefault(note, []).append(run.name)
+    said = [(series.label, note) for note in doubts(series)]
+    for note, names in by_note.items():
+        shared = len(names) == len(series.runs)
+        said += [(name, note) for name in ([series.label] if shared else names)]
+    return [f"<b>{_text(name)}</b>: {_text(note)}" for name, note in said]
+
+
 def _list(names: Any) -> str:
     return ", ".join(_text(name) for name in names)
 
 
-def _plot(plot: Plot, svg: str, runs: Sequence[Run]) -> str:
+def _plot(
+    plot: Plot,
+    svg: str,
+    series: Sequence[Series],
+    rows: Sequence[Row],
+    conditions: Sequence[Conditions],
+) -> str:
     label = _text(f"{plot.title}. {plot.caption}")
     wide, numbers = "", ""
     if plot.key == "bytes-budget":
-        wide, numbers = ' class="wide"', _budgets(runs)
+        wide, numbers = ' class="wide"', _budgets(series)
+    elif plot.key.endswith("-time"):
+        wide, numbers = ' class="wide"', _costs(rows, conditions)
     return (
         f'<figure id="{plot.key}"{wide}>'
         f"<h3>{_text(plot.title)}</h3>"
@@ -101,19 +160,54 @@ def _plot(plot: Plot, svg: str, runs: Sequence[Run]) -> str:
     )
 
 
-def _budgets(runs: Sequence[Run]) -> str:
-    rows = [(run, b) for run in runs if run.clients for b in run.clients.budgets]
-    several = len(runs) > 1
+def _costs(rows: Sequence[Row], conditions: Sequence[Conditions]) -> str:
+    """What the target costs: bytes, and time under each of the conditions."""
+    if not rows[0].target:
+        return ""
+    heads = ["", "Traffic", *(f"{world.link.up:g} Mbit/s up" for world in conditions)]
+    body = "".join(
+        f'<tr><th scope="row">{_swatch(i)}{_text(row.label)}</th>{_cost_cells(row)}</tr>'
+        for i, row in enumerate(rows)
+        if row.final
+    )
+    return _table(heads, body, to_reach(rows[0].target, rows))
 
-    def row(run: Run, b: Budget) -> str:
-        name = f"<td>{_text(run.name)}</td>" if several else ""
+
+def _cost_cells(row: Row) -> str:
+    cells = [_exact(row.bytes_to_target, reached(row, row.bytes_to_target, megabytes), "bytes")]
+    cells += [
+        _exact(cost, reached(row, cost, duration), "seconds") for cost in row.seconds_to_target
+    ]
+    return "".join(f"<td>{cell}</td>" for cell in cells)
+
+
+def _exact(found: Spread | None, said: str, unit: str) -> str:
+    """A number to read; the exact one for machines, and with its range for those who point."""
+    if found is None:
+        return _text(said)
+    places = 0 if unit == "bytes" else 3
+    title = f"{found.mean:,.{places}f} {unit}"
+    if found.deviation is not None:
+        title += f" ({found.low:,.{places}f} to {found.high:,.{places}f})"
+    # A line may break before the deviation and nowhere else.
+    said = _text(said).replace(" ", "&nbsp;").replace("&nbsp;±", " ±").replace("&nbsp;(", " (")
+    return f'<data class="cost" value="{found.mean:.{places}f}" title="{title}">{said}</data>'
+
+
+def _budgets(series: Sequence[Series]) -> str:
+    rows = [(one, b) for one in series for b in budgets(one)]
+    several = len(series) > 1
+
+    def row(one: Series, b: Budget) -> str:
+        name = f"<td>{_text(one.label)}</td>" if several else ""
         return (
             f'<tr><th scope="row">{_text(b.label)}</th>{name}<td>{b.client_rounds:,}</td>'
             f"<td>{_mb(b.down_bytes)}</td><td>{_mb(b.up_bytes)}</td></tr>"
         )
 
-    heads = ["Budget", *(["Run"] if several else []), "Client-rounds", "Down", "Up"]
-    table = _table(heads, "".join(row(run, b) for run, b in rows), "Traffic by client budget")
+    who = "Group" if _grouped(series) else "Run"
+    heads = ["Budget", *([who] if several else []), "Client-rounds", "Down", "Up"]
+    table = _table(heads, "".join(row(one, b) for one, b in rows), "Traffic by client budget")
     if len(rows) <= SHOWN_ROWS:
         return table
     return f"<details><summary>{len(rows):,} budgets in numbers</summary>{table}</details>"
@@ -128,7 +222,62 @@ def _table(heads: Sequence[str], body: str, label: str) -> str:
     )
 
 
-def _summary(runs: Sequence[Run]) -> str:
+def _summary(
+    series: Sequence[Series], rows: Sequence[Row], conditions: Sequence[Conditions]
+) -> str:
+    runs = every_run(series)
+    if not _grouped(series):
+        return f'<div class="card">{_summary_of_runs(runs)}</div>'
+    return (
+        f'<div class="card">{_summary_of_groups(rows, conditions)}</div>'
+        f"<details><summary>Each of the {len(runs)} runs</summary>"
+        f"{_summary_of_runs(runs)}</details>"
+    )
+
+
+def _summary_of_groups(rows: Sequence[Row], conditions: Sequence[Conditions]) -> str:
+    target = rows[0].target
+    heads = ["", "Runs", "Sent in all"]
+    note = "Mean ± standard deviation of the sample, over runs; point at a number for its range."
+    if target:
+        word, at = MEASURES[target.measure].lower(), f"to {score(target.value)}"
+        heads += [f"Final {word}", f"Best {word}", f"Sent {at}"]
+        heads += [f"Time {at}, {world.link.up:g} Mbit/s up" for world in conditions]
+        note = f"{_reason(target)} {note}"
+    memory = any(row.memory_bytes for row in rows)
+    if memory:
+        heads.append("Largest client memory")
+    body = ""
+    for i, row in enumerate(rows):
+        body += f'<tr><th scope="row">{_swatch(i)}{_text(row.label)}</th><td>{row.runs}</td>'
+        body += f"<td>{_size(row.total_bytes)}</td>"
+        if target:
+            body += f"<td>{_score(row.final)}</td><td>{_score(row.best)}</td>{_cost_cells(row)}"
+        body += f"<td>{_size(row.memory_bytes)}</td></tr>" if memory else "</tr>"
+    table = _table(heads, body, "Summary")
+    return f'<div class="groups">{table}</div><p class="note">{_text(note)}</p>'
+
+
+def _reason(target: Target) -> str:
+    """Where the table's target comes from."""
+    word = MEASURES[target.measure].lower()
+    if target.given:
+        return f"The target, {word} {score(target.value)}, was asked for."
+    return f"The target, {word} {score(target.value)}, is the best that all runs reach."
+
+
+def _score(found: Spread | None) -> str:
+    if found is None:
+        return NONE
+    title = f"{found.low:.4f} to {found.high:.4f}"
+    return f'<span class="score" title="{title}">{score(found.mean, found.deviation)}</span>'
+
+
+def _size(found: Spread | None) -> str:
+    return NONE if found is None else _exact(found, megabytes(found.mean, found.deviation), "bytes")
+
+
+def _summary_of_runs(runs: Sequence[Run]) -> str:
     columns = [_facts(run) for run in runs]
     body = "".join(
         f'<tr><th scope="row">{name}</th>'
@@ -137,7 +286,7 @@ def _summary(runs: Sequence[Run]) -> str:
         for name in columns[0]
         if any(column[name] != NONE for column in columns)
     )
-    return _table(["", *(run.name for run in runs)], body, "Summary")
+    return _table(["", *(run.name for run in runs)], body, "Summary of runs")
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -161,7 +310,10 @@ def _facts(run: Run) -> dict[str, str]:
         NONE if dense is None else f"<b>{fewer(last.total_bytes, dense)}</b>"
     )
     facts["Clients trained"], facts["Updates dropped"] = NONE, NONE
+    facts["Largest client memory"] = NONE
     if run.clients:
+        if run.clients.memory_bytes:
+            facts["Largest client memory"] = _mb(run.clients.memory_bytes)
         facts["Clients trained"] = (
             f"{count(run.clients.distinct, 'client')}, {count(run.clients.merged, 'update')} merged"
         )
@@ -180,9 +332,9 @@ def _drops(dropped: dict[str, int]) -> str:
     return "<br>".join(said)
 
 
-def _differences(runs: Sequence[Run]) -> str:
-    """The keys in which the recipes of several runs differ; the environment apart."""
-    flat = [_flatten({k: v for k, v in r.recipe.items() if k != "environment"}) for r in runs]
+def _differences(series: Sequence[Series]) -> str:
+    """The keys in which the recipes of several series differ; the environment apart."""
+    flat = [_joined(one) for one in series]
     keys = [key for key in dict.fromkeys(k for f in flat for k in f) if len(_values(flat, key)) > 1]
     if not keys:
         return ""
@@ -192,22 +344,27 @@ def _differences(runs: Sequence[Run]) -> str:
         + "</tr>"
         for key in keys
     )
-    table = _table(["Key", *(run.name for run in runs)], body, "Where the recipes differ")
+    table = _table(["Key", *(one.label for one in series)], body, "Where the recipes differ")
     return f'<h2>Where the recipes differ</h2><div class="card">{table}</div>'
+
+
+def _joined(series: Series) -> dict[str, str]:
+    """The recipe's keys; several values where the runs of a series have them."""
+    flat = [flatten(run.recipe) for run in series.runs]
+    keys = dict.fromkeys(key for of_run in flat for key in of_run)
+    return {key: " | ".join(dict.fromkeys(f.get(key, NONE) for f in flat)) for key in keys}
 
 
 def _values(flat: Sequence[dict[str, str]], key: str) -> set[str | None]:
     return {f.get(key) for f in flat}
 
 
-def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
+def _recipes(series: Series) -> str:
+    folded = "".join(_recipe(run) for run in series.runs)
+    if len(series.runs) == 1:
+        return folded
+    heading = f"{_text(series.label)}: {len(series.runs)} runs"
+    return f"<details><summary>{heading}</summary>{folded}</details>"
 
 
 def _recipe(run: Run) -> str:
@@ -216,7 +373,7 @@ def _recipe(run: Run) -> str:
     if isinstance(environment, dict) and environment:
         body = "".join(
             f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>'
-            for key, value in _flatten(environment).items()
+            for key, value in flatten(environment).items()
         )
         versions = f"<h3>Versions</h3>{_table(['What', 'Version'], body, 'Versions')}"
     return (
@@ -269,10 +426,12 @@ figure, .card { margin: 0; padding: 1.1rem; min-width: 0; background: var(--card
 .drawing svg text { font-family: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif
   !important; }
 figcaption { color: var(--quiet); font-size: .88rem; margin-top: .6rem; }
+.note { color: var(--quiet); font-size: .88rem; margin: .6rem 0 0; }
 figcaption .scroll { margin-top: .75rem; color: var(--ink); }
 @media (min-width: 60rem) {
   .plots { grid-template-columns: 1fr 1fr; }
-  .wide { grid-column: 1 / -1; display: grid; grid-template-columns: 1fr 1fr;
+  .wide { grid-column: 1 / -1; display: grid;
+    grid-template-columns: minmax(0, 1fr) minmax(0, 1fr);
     column-gap: 2rem; align-items: start; }
   .wide h3 { grid-column: 1 / -1; }
   .wide figcaption { margin-top: 0; }
@@ -293,9 +452,11 @@ td b { font-weight: 650; }
 .card { width: fit-content; max-width: 100%; }
 .card th:last-child, .card td:last-child, figcaption td:last-child { padding-right: 0; }
 figcaption table { width: 100%; }
-figcaption th:first-child { min-width: 8rem; }
+figcaption th:first-child, .groups th:first-child { min-width: 8rem; }
+.groups th, .groups td { padding-right: 1rem; }
 figcaption th, figcaption td { padding-right: .9rem; }
-data { white-space: nowrap; }
+data, .score { white-space: nowrap; }
+data.cost { white-space: normal; }
 details { margin: .6rem 0; padding: .7rem 1.1rem; background: var(--card);
   border: 1px solid var(--grid); border-radius: 10px; }
 summary { cursor: pointer; font-weight: 600; }
@@ -325,7 +486,7 @@ $warnings
 $plots
 </section>
 <h2>Summary</h2>
-<div class="card">$summary</div>
+$summary
 $differences
 <h2>Recipe and versions</h2>
 $recipes

@@ -1,17 +1,17 @@
-"""The plots: one colour and one marker a run, the same in every plot.
+"""The plots: one colour and one marker a series, the same in every plot.
 
 Figures are made as objects, without pyplot and its global state, so that a notebook's own plots
 are left alone. Each figure is drawn twice: as PNG on white, and as SVG whose text is text and
 whose colours are CSS variables, so that in the page it takes the reader's font and dark mode.
-Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; markers tell runs apart
-in print.
+Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; markers tell series apart
+in print. A series of several runs has a band from their lowest to their highest around their mean.
 """
 
 import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +23,28 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fedsieve.report.read import Evaluation, Run, best, evaluations
-from fedsieve.report.words import megabytes, score, significant
+from fedsieve.network import Conditions, clock
+from fedsieve.report.read import Run, evaluations
+from fedsieve.report.series import (
+    MEASURES,
+    Curve,
+    Row,
+    Series,
+    Spread,
+    Target,
+    budgets,
+    curve,
+    every_run,
+    shown_measure,
+)
+from fedsieve.report.words import count, megabytes, score, significant
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # 8 and 7 share no factor: 56 pairs
 INK, GRID = "#24292f", "#d8dde3"
 CSS_VARIABLES = {INK: "--ink", GRID: "--grid"} | {c: f"--run-{i}" for i, c in enumerate(COLOURS)}
-SHOWN_BUDGETS = 12  # bars per run; clients with a budget each would make an endless plot
-SHOWN_NAMES = 6  # runs named in one caption; the summary has them all
-MEASURES = {"accuracy": "Accuracy", "eval_loss": "Evaluation loss"}
+SHOWN_BUDGETS = 12  # bars per series; clients with a budget each would make an endless plot
+SHOWN_NAMES = 6  # series named in one caption; the summary has them all
 
 
 class Plot(NamedTuple):
@@ -43,7 +55,7 @@ class Plot(NamedTuple):
 
 
 class Look(NamedTuple):
-    """How a run looks in every plot."""
+    """How a series looks in every plot."""
 
     colour: str
     marker: str
@@ -53,22 +65,21 @@ def look(index: int) -> Look:
     return Look(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
 
 
-def draw(runs: Sequence[Run]) -> list[Plot]:
-    """All plots for which the runs have numbers."""
+def draw(
+    series: Sequence[Series], rows: Sequence[Row], conditions: Sequence[Conditions]
+) -> list[Plot]:
+    """All plots for which the runs have numbers. `rows`: the table of these series."""
     with _style():
         plots = []
-        measure = shown_measure(runs)
+        measure = shown_measure(series)
         if measure:
-            plots += [_score_by_bytes(runs, measure), _score_by_rounds(runs, measure)]
-        plots += [_train_loss(runs), _bytes_by_round(runs)]
-        if any(run.clients and run.clients.budgets for run in runs):
-            plots.append(_bytes_by_budget(runs))
+            plots += [_score_by_bytes(series, rows, measure), _score_by_rounds(series, measure)]
+        if measure and any(run.clients for run in every_run(series)):
+            plots.append(_score_by_time(series, rows, conditions, measure))
+        plots += [_train_loss(series), _bytes_by_round(series)]
+        if any(budgets(one) for one in series):
+            plots.append(_bytes_by_budget(series))
         return plots
-
-
-def shown_measure(runs: Sequence[Run]) -> str | None:
-    """Accuracy if any run has it, else the evaluation loss if any run has that."""
-    return next((m for m in MEASURES if any(evaluations(run, m) for run in runs)), None)
 
 
 def save_png(plot: Plot, path: Path) -> None:
@@ -97,89 +108,211 @@ def _use_variables(style: re.Match[str]) -> str:
     return text
 
 
-def _score_by_bytes(runs: Sequence[Run], measure: str) -> Plot:
+def _score_by_bytes(series: Sequence[Series], rows: Sequence[Row], measure: str) -> Plot:
     figure, ax = _one_axes(MEASURES[measure], "Total traffic, down and up (MB)")
-    for i, run in enumerate(runs):
-        found = evaluations(run, measure)
-        _points(ax, [e.total_bytes / 1e6 for e in found], [e.value for e in found], look(i))
-    ends = [run.rounds[-1].total_bytes for run in runs]
+    for i, one in enumerate(series):
+        _points(ax, curve(one, _scores(measure), _sent), look(i))
+    ends = [run.rounds[-1].total_bytes for run in every_run(series)]
     if min(ends) > 0 and max(ends) >= 4 * min(ends):
         _log_scale(ax, "x")
-    _legend(figure, runs)
+    _mark_target(ax, rows)
+    _legend(figure, series)
     return Plot(
         "accuracy-bytes" if measure == "accuracy" else "eval-loss-bytes",
         f"{MEASURES[measure]} against traffic",
-        _price(runs, measure),
+        f"{_price(rows)} {_bands(series)}".rstrip(),
         figure,
     )
 
 
-def _price(runs: Sequence[Run], measure: str) -> str:
+def _scores(measure: str) -> Callable[[Run], dict[int, float]]:
+    return lambda run: {e.round: e.value for e in evaluations(run, measure)}
+
+
+def _sent(run: Run) -> dict[int, float]:
+    return {0: 0.0} | {row.round: row.total_bytes / 1e6 for row in run.rounds}
+
+
+def _price(rows: Sequence[Row]) -> str:
     """What the score that every run reaches costs each: the fair comparison of the papers."""
-    found = {run.name: evaluations(run, measure) for run in runs}
-    tops = {name: top for name, rows in found.items() if (top := best(rows, measure))}
-    if not tops:
+    target = rows[0].target
+    if not target:
         return "No evaluation gave a finite number."
-    name = MEASURES[measure].lower()
-    if len(tops) == 1:
-        top = next(iter(tops.values()))
-        return f"Best {name}: {score(top.value)}, after {megabytes(top.total_bytes)}."
-    weakest = (min if measure == "accuracy" else max)(top.value for top in tops.values())
-    prices = [f"{n} {megabytes(_first(found[n], measure, weakest).total_bytes)}" for n in tops]
-    return f"To reach {name} {score(weakest)}, which all do: {_said(prices)}."
+    if len(rows) == 1 and rows[0].runs == 1 and not target.given and rows[0].bytes_to_target:
+        name = MEASURES[target.measure].lower()
+        cost = megabytes(rows[0].bytes_to_target.mean)
+        return f"Best {name}: {score(target.value)}, after {cost}."
+    prices = [
+        f"{row.label} {reached(row, row.bytes_to_target, megabytes)}" for row in rows if row.final
+    ]
+    return f"{to_reach(target, rows)}: {_said(prices)}."
 
 
-def _first(rows: Iterable[Evaluation], measure: str, target: float) -> Evaluation:
-    sign = 1 if measure == "accuracy" else -1
-    return next(row for row in rows if sign * row.value >= sign * target)
+def to_reach(target: Target, rows: Sequence[Row]) -> str:
+    """The target of the rows in words, as captions and tables name it."""
+    why = "which all do" if sum(row.runs for row in rows) > 1 else "its best"
+    if target.given:
+        why = "the target asked for"
+    return f"To reach {MEASURES[target.measure].lower()} {score(target.value)}, {why}"
 
 
-def _score_by_rounds(runs: Sequence[Run], measure: str) -> Plot:
+def reached(row: Row, cost: Spread | None, form: Callable[[float, float | None], str]) -> str:
+    """A cost of the target in words, and how many runs reached it where not all did."""
+    if cost is None:
+        return "not reached" if row.reached == 0 else "not known"
+    said = form(cost.mean, cost.deviation)
+    return said if row.reached == row.runs else f"{said} ({row.reached} of {row.runs} runs)"
+
+
+def _marked(rows: Sequence[Row]) -> bool:
+    """Whether a line shows the target: not where it would mark nothing but one run's own best."""
+    target = rows[0].target
+    return target is not None and (len(rows) > 1 or rows[0].runs > 1 or target.given)
+
+
+def _mark_target(ax: Axes, rows: Sequence[Row]) -> None:
+    target = rows[0].target
+    if target and _marked(rows):
+        ax.axhline(target.value, color=INK, linewidth=0.9, linestyle=(0, (4, 4)), alpha=0.6)
+
+
+def _dashed(rows: Sequence[Row]) -> str:
+    """The last words of a caption that a table follows."""
+    if not rows[0].target:
+        return ""
+    if not _marked(rows):
+        return f"{to_reach(rows[0].target, rows)}:"
+    return f"{to_reach(rows[0].target, rows)} (dashed):"
+
+
+def _score_by_time(
+    series: Sequence[Series],
+    rows: Sequence[Row],
+    conditions: Sequence[Conditions],
+    measure: str,
+) -> Plot:
+    figure = _figure(0.7 + 2.2 * len(conditions))
+    column = figure.subplots(len(conditions), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    curves = [
+        (ax, i, curve(one, _scores(measure), _passed(world)))
+        for ax, world in zip(column, conditions, strict=True)
+        for i, one in enumerate(series)
+        if all(run.clients for run in one.runs)
+    ]
+    ends = [found.x[-1] for _, _, found in curves if found.x]
+    unit, seconds = _time_unit(max(ends, default=0.0))
+    for ax, i, found in curves:
+        _points(ax, found._replace(x=[x / seconds for x in found.x]), look(i))
+    for ax, world in zip(column, conditions, strict=True):
+        ax.set_title(_uplink(world), loc="left", fontsize=10)
+        _mark_target(ax, rows)
+    if ends and min(ends) > 0 and max(ends) >= 4 * min(ends):
+        _log_scale(column[0], "x")
+    column[-1].set_xlabel(f"Simulated time ({unit})")
+    figure.supylabel(MEASURES[measure], fontsize=10.5)
+    _legend(figure, series)
+    return Plot(
+        "accuracy-time" if measure == "accuracy" else "eval-loss-time",
+        f"{MEASURES[measure]} against simulated time",
+        f"{_world(conditions)} {_bands(series)} {_dashed(rows)}".strip(),
+        figure,
+    )
+
+
+def _passed(world: Conditions) -> Callable[[Run], dict[int, float]]:
+    return lambda run: clock(run.clients.parts, world) if run.clients else {}
+
+
+def _time_unit(longest: float) -> tuple[str, float]:
+    if longest < 300:
+        return "seconds", 1.0
+    return ("minutes", 60.0) if longest < 3 * 3600 else ("hours", 3600.0)
+
+
+def _uplink(world: Conditions) -> str:
+    down, up = world.link.down, world.link.up
+    said = f"Uplink {up:g} Mbit/s"
+    if down == up:
+        return f"{said}, as the downlink"
+    if down > up and (down / up).is_integer():
+        return f"{said}, 1/{down / up:.0f} of the downlink"
+    return f"{said}, downlink {down:g} Mbit/s"
+
+
+def _world(conditions: Sequence[Conditions]) -> str:
+    """What the clock is made of, so that nobody takes it for one that was read."""
+    first = conditions[0]
+    downs = dict.fromkeys(f"{world.link.down:g}" for world in conditions)
+    latencies = dict.fromkeys(f"{world.link.latency:g} s" for world in conditions)
+    step = first.seconds_per_step
+    work = "the seconds of work that were measured" if step is None else f"{step:g} s a step"
+    lines = f"Simulated: every client has a downlink of {' or '.join(downs)} Mbit/s"
+    if any(world.links for world in conditions):
+        lines += " (some have a link of their own)"
+    lag = f", {' or '.join(latencies)} of latency" if list(latencies) != ["0 s"] else ""
+    slow = f", slowed down at random (spread {first.spread:g})" if first.spread else ""
+    return (
+        f"{lines} and the uplink shown{lag}, and takes {work}{slow}; a round lasts until the "
+        "slowest client that was merged has answered."
+    )
+
+
+def _score_by_rounds(series: Sequence[Series], measure: str) -> Plot:
     figure, ax = _one_axes(MEASURES[measure], "Round")
     ax.xaxis.set_major_locator(_whole_numbers())
     ends = []
-    for i, run in enumerate(runs):
-        found = evaluations(run, measure)
-        _points(ax, [e.round for e in found], [e.value for e in found], look(i))
-        if found:
-            ends.append(f"{_named(run, runs)}{score(found[-1].value)} in round {found[-1].round}")
-    _legend(figure, runs)
+    for i, one in enumerate(series):
+        found = curve(one, _scores(measure))
+        _points(ax, found, look(i))
+        if found.x:
+            ends.append(f"{_named(one, series)}{score(found.mean[-1])} in round {found.x[-1]:.0f}")
+    _legend(figure, series)
     return Plot(
         "accuracy-rounds" if measure == "accuracy" else "eval-loss-rounds",
         f"{MEASURES[measure]} against rounds",
-        f"At the end: {_said(ends)}.",
+        f"At the end: {_said(ends)}. {_bands(series)}".rstrip(),
         figure,
     )
 
 
-def _train_loss(runs: Sequence[Run]) -> Plot:
+def _train_loss(series: Sequence[Series]) -> Plot:
     figure, ax = _one_axes("Training loss", "Round")
     ax.xaxis.set_major_locator(_whole_numbers())
-    for i, run in enumerate(runs):
-        _trend(ax, [r.round for r in run.rounds], [r.loss for r in run.rounds], look(i))
-    _legend(figure, runs)
-    falls = [
-        f"{_named(run, runs)}from {score(run.rounds[0].loss)} to {score(run.rounds[-1].loss)}"
-        for run in runs
-    ]
+    falls = []
+    for i, one in enumerate(series):
+        _trend(ax, one, _losses, look(i))
+        loss = curve(one, _losses).mean
+        falls.append(f"{_named(one, series)}from {score(loss[0])} to {score(loss[-1])}")
+    _legend(figure, series)
     return Plot(
         "train-loss",
         "Training loss against rounds",
-        f"First to last round: {_said(falls)}. {_thin(runs)}",
+        f"First to last round: {_said(falls)}. {_thin(series)} {_bands(series)}".rstrip(),
         figure,
     )
 
 
-def _bytes_by_round(runs: Sequence[Run]) -> Plot:
+def _losses(run: Run) -> dict[int, float]:
+    return {row.round: row.loss for row in run.rounds}
+
+
+def _downs(run: Run) -> dict[int, float]:
+    return {row.round: row.down_bytes / 1e6 for row in run.rounds}
+
+
+def _ups(run: Run) -> dict[int, float]:
+    return {row.round: row.up_bytes / 1e6 for row in run.rounds}
+
+
+def _bytes_by_round(series: Sequence[Series]) -> Plot:
     figure = _figure(3.9)
     down, up = figure.subplots(2, 1, sharex=True)
-    for ax, way in ((down, "down_bytes"), (up, "up_bytes")):
-        means = []
-        for i, run in enumerate(runs):
-            sent = [getattr(row, way) / 1e6 for row in run.rounds]
-            _trend(ax, [row.round for row in run.rounds], sent, look(i))
-            means.append(_mean(sent))
-        if min(means) > 0 and max(means) >= 10 * min(means):
+    means: list[list[float]] = []
+    for ax, way in ((down, _downs), (up, _ups)):
+        for i, one in enumerate(series):
+            _trend(ax, one, way, look(i))
+        means.append([_mean([n for run in one.runs for n in way(run).values()]) for one in series])
+        if min(means[-1]) > 0 and max(means[-1]) >= 10 * min(means[-1]):
             _log_scale(ax, "y")
         else:
             ax.set_ylim(bottom=0)
@@ -188,60 +321,58 @@ def _bytes_by_round(runs: Sequence[Run]) -> Plot:
     up.set_ylabel("Up (MB)")
     up.set_xlabel("Round")
     up.xaxis.set_major_locator(_whole_numbers())
-    _legend(figure, runs)
+    _legend(figure, series)
     said = [
-        f"{_named(run, runs)}{megabytes(_mean([r.down_bytes for r in run.rounds]))} down "
-        f"and {megabytes(_mean([r.up_bytes for r in run.rounds]))} up"
-        for run in runs
+        f"{_named(one, series)}{megabytes(1e6 * sent)} down and {megabytes(1e6 * back)} up"
+        for one, sent, back in zip(series, *means, strict=True)
     ]
     return Plot(
         "bytes-round",
         "Traffic of a round",
-        f"All clients of the round together. Mean: {_said(said)}. {_thin(runs)}",
+        f"All clients of the round together. Mean: {_said(said)}. {_thin(series)} "
+        f"{_bands(series)}".rstrip(),
         figure,
     )
 
 
-def _bytes_by_budget(runs: Sequence[Run]) -> Plot:
-    shown = [
-        (i, run, run.clients.budgets[:SHOWN_BUDGETS])
-        for i, run in enumerate(runs)
-        if run.clients and run.clients.budgets
-    ]
-    rows = sum(len(budgets) for _, _, budgets in shown)
+def _bytes_by_budget(series: Sequence[Series]) -> Plot:
+    every = [(i, one, budgets(one)) for i, one in enumerate(series)]
+    shown = [(i, one, found[:SHOWN_BUDGETS]) for i, one, found in every if found]
+    rows = sum(len(found) for _, _, found in shown)
     figure = _figure(1.2 + 0.52 * rows + 0.35 * len(shown))
-    heights = [len(budgets) for _, _, budgets in shown]
+    heights = [len(found) for _, _, found in shown]
     column = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    longest = max(max(b.down_bytes, b.up_bytes) for _, _, budgets in shown for b in budgets) / 1e6
-    for ax, (i, run, budgets) in zip(column, shown, strict=True):
+    longest = max(max(b.down_bytes, b.up_bytes) for _, _, found in shown for b in found) / 1e6
+    for ax, (i, one, found) in zip(column, shown, strict=True):
         colour = look(i).colour
-        for y, budget in enumerate(budgets):
+        for y, budget in enumerate(found):
             _bar(ax, y - 0.2, budget.down_bytes / 1e6, colour, 1.0)
             _bar(ax, y + 0.2, budget.up_bytes / 1e6, colour, 0.5)
-        labels = [_short(budget.label, 34) for budget in budgets]
-        ax.set_yticks(range(len(budgets)), labels, parse_math=False)
-        ax.set_ylim(len(budgets) - 0.4, -0.6)
+        labels = [_short(budget.label, 34) for budget in found]
+        ax.set_yticks(range(len(found)), labels, parse_math=False)
+        ax.set_ylim(len(found) - 0.4, -0.6)
         ax.grid(False)
         ax.tick_params(axis="y", length=0)
-        if len(runs) > 1:
+        if len(series) > 1:
             title = ax.set_title("", loc="left", fontsize=10, color=colour, fontweight="bold")
             title.set_parse_math(False)
-            title.set_text(_short(run.name, 40))
+            title.set_text(_short(one.label, 40))
     column[-1].set_xlim(0, 1.16 * longest or 1)
     column[-1].set_xlabel("Mean traffic of one client in one round (MB)")
     bars = [Patch(color=INK, label="Down"), Patch(color=INK, alpha=0.5, linewidth=0, label="Up")]
     figure.legend(handles=bars, loc="outside lower center", ncols=2)
-    every = [b for run in runs if run.clients for b in run.clients.budgets]
-    dear = max(every, key=lambda b: b.down_bytes + b.up_bytes)
-    cheap = min(every, key=lambda b: b.down_bytes + b.up_bytes)
+    told = [b for _, _, found in every for b in found]
+    dear = max(told, key=lambda b: b.down_bytes + b.up_bytes)
+    cheap = min(told, key=lambda b: b.down_bytes + b.up_bytes)
     caption = (
         f"The dearest budget ({dear.label}) costs a client "
         f"{megabytes(dear.down_bytes + dear.up_bytes)} a round, both ways together"
     )
     if cheap is not dear:
         caption += f"; the cheapest ({cheap.label}) {megabytes(cheap.down_bytes + cheap.up_bytes)}"
-    if rows < len(every):
-        caption += f". Drawn: the {SHOWN_BUDGETS} dearest of a run"
+    if rows < len(told):
+        what = "run" if len(every_run(series)) == len(series) else "group"
+        caption += f". Drawn: the {SHOWN_BUDGETS} dearest of a {what}"
     return Plot("bytes-budget", "Traffic by client budget", f"{caption}.", figure)
 
 
@@ -299,19 +430,53 @@ def _whole_numbers() -> MaxNLocator:
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
 
 
-def _points(ax: Axes, x: Sequence[float], y: Sequence[float], style: Look) -> None:
-    """Few values that are all worth seeing: a line through markers."""
-    size = 5 if len(x) <= 40 else 0
-    ax.plot(x, y, color=style.colour, marker=style.marker, markersize=size, markeredgewidth=0)
+def _points(ax: Axes, found: Curve, style: Look) -> None:
+    """Few values that are all worth seeing: a line through markers, and its band."""
+    size = 5 if len(found.x) <= 40 else 0
+    _band(ax, found, style)
+    ax.plot(
+        found.x,
+        found.mean,
+        color=style.colour,
+        marker=style.marker,
+        markersize=size,
+        markeredgewidth=0,
+    )
 
 
-def _trend(ax: Axes, x: Sequence[int], y: Sequence[float], style: Look) -> None:
-    """Values that jump from cohort to cohort: pale, under the mean of the rounds around each."""
-    reach = _reach(len(x))
-    if reach:
-        ax.plot(x, y, color=style.colour, alpha=0.3, linewidth=0.9)
-    mean = [_mean(y[max(0, i - reach) : i + reach + 1]) for i in range(len(y))]
-    ax.plot(x, mean, color=style.colour, marker=style.marker, markevery=[len(x) - 1], markersize=5)
+def _trend(
+    ax: Axes, series: Series, values: Callable[[Run], dict[int, float]], style: Look
+) -> None:
+    """Values that jump from cohort to cohort: the mean of the rounds around each.
+
+    One run's own values lie pale below; several runs have the band of their trends.
+    """
+
+    def smooth(run: Run) -> dict[int, float]:
+        told = values(run)
+        y, reach = list(told.values()), _reach(len(told))
+        means = [_mean(y[max(0, i - reach) : i + reach + 1]) for i in range(len(y))]
+        return dict(zip(told, means, strict=True))
+
+    if len(series.runs) == 1 and _reach(len(series.runs[0].rounds)):
+        raw = curve(series, values)
+        ax.plot(raw.x, raw.mean, color=style.colour, alpha=0.3, linewidth=0.9)
+    found = curve(series, smooth)
+    _band(ax, found, style)
+    last = [len(found.x) - 1] if found.x else []
+    ax.plot(
+        found.x,
+        found.mean,
+        color=style.colour,
+        marker=style.marker,
+        markevery=last,
+        markersize=5,
+    )
+
+
+def _band(ax: Axes, found: Curve, style: Look) -> None:
+    if found.low != found.high:  # NaN included: those leave a gap
+        ax.fill_between(found.x, found.low, found.high, color=style.colour, alpha=0.22, linewidth=0)
 
 
 def _reach(rounds: int) -> int:
@@ -324,10 +489,21 @@ def _mean(values: Sequence[float]) -> float:
     return sum(finite) / len(finite) if finite else math.nan
 
 
-def _thin(runs: Sequence[Run]) -> str:
-    if not any(_reach(len(run.rounds)) for run in runs):
+def _thin(series: Sequence[Series]) -> str:
+    reach = [len(one.runs) for one in series for run in one.runs if _reach(len(run.rounds))]
+    if not reach:
         return ""
-    return "Pale: each round; strong: the mean of the rounds around it."
+    if 1 in reach:
+        return "Pale: each round; strong: the mean of the rounds around it."
+    return "Lines are means of the rounds around each."
+
+
+def _bands(series: Sequence[Series]) -> str:
+    sizes = sorted({len(one.runs) for one in series if len(one.runs) > 1})
+    if not sizes:
+        return ""
+    runs = f"{sizes[0]} to {sizes[-1]} runs" if len(sizes) > 1 else count(sizes[0], "run")
+    return f"Lines with a band: the mean of {runs}, and their lowest to highest."
 
 
 def _log_scale(ax: Axes, which: str) -> None:
@@ -340,9 +516,9 @@ def _log_scale(ax: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _named(run: Run, runs: Sequence[Run]) -> str:
-    """A caption names its runs only where there are several."""
-    return f"{run.name} " if len(runs) > 1 else ""
+def _named(one: Series, series: Sequence[Series]) -> str:
+    """A caption names its series only where there are several."""
+    return f"{one.label} " if len(series) > 1 else ""
 
 
 def _short(name: str, length: int) -> str:
@@ -356,18 +532,21 @@ def _said(parts: Sequence[str]) -> str:
     return f"{', '.join(parts[:SHOWN_NAMES])} and {len(parts) - SHOWN_NAMES} more"
 
 
-def _legend(figure: Figure, runs: Sequence[Run]) -> None:
-    """Name the runs below the plot, and grow the figure so that the plot keeps its height."""
-    if len(runs) == 1:
+def _legend(figure: Figure, series: Sequence[Series]) -> None:
+    """Name the series below the plot, and grow the figure so that the plot keeps its height."""
+    if len(series) == 1:
         return
-    names = [_short(run.name, 40) for run in runs]
+    names = [_short(one.label, 40) for one in series]
     lines = [
         Line2D([], [], color=look(i).colour, marker=look(i).marker, markersize=5)
-        for i in range(len(runs))
+        for i in range(len(series))
     ]
-    columns = max(1, min(len(runs), 4, 70 // (max(map(len, names)) + 8)))
-    legend = figure.legend(lines, ["run"] * len(runs), loc="outside lower center", ncols=columns)
-    rows = math.ceil(len(runs) / columns)
+    columns = max(1, min(len(series), 4, 70 // (max(map(len, names)) + 8)))
+    rows = math.ceil(len(series) / columns)
+    columns = math.ceil(len(series) / rows)
+    legend = figure.legend(
+        lines, ["series"] * len(series), loc="outside lower center", ncols=columns
+    )
     figure.set_figheight(figure.get_figheight() + 0.21 * (rows - 1))
     # A name is set late so that one with $ or a leading underscore is taken as it stands.
     for text, name in zip(legend.get_texts(), names, strict=True):

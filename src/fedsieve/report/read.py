@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsieve.errors import FedSieveError
+from fedsieve.network import Part
 from fedsieve.report.words import count
 
 
@@ -43,12 +44,14 @@ class Budget(NamedTuple):
 
 
 class Clients(NamedTuple):
-    """clients.jsonl, summed up."""
+    """clients.jsonl, summed up, and the parts that the network model needs."""
 
     distinct: int
     merged: int  # updates that reached the server and were used
     dropped: dict[str, int]  # reason -> how often
     budgets: tuple[Budget, ...]  # the dearest first
+    parts: dict[int, list[Part]]  # round -> its clients; every round of metrics.jsonl is there
+    memory_bytes: int | None  # the most that a client needed, where the log tells
 
 
 class Run(NamedTuple):
@@ -130,7 +133,7 @@ def load(path: Path) -> Run:
         )
     clients = None
     if (path / "clients.jsonl").is_file():
-        clients = _clients(path / "clients.jsonl", rounds[-1].round, notes)
+        clients = _clients(path / "clients.jsonl", rounds, notes)
     else:
         notes.append("There is no clients.jsonl: nothing can be said about single clients.")
     notes += _doubts(recipe, start, rounds)
@@ -154,7 +157,7 @@ def _doubts(recipe: dict[str, Any], start: Round | None, rounds: list[Round]) ->
     last, planned = rounds[-1], recipe.get("rounds")
     if isinstance(planned, int) and last.round < planned:
         doubts.append(f"{last.round} of {planned} rounds are done: the run goes on or was stopped.")
-    told = sum(row.down_bytes + row.up_bytes for row in rounds)
+    told = sum(_both_ways(row) for row in rounds)
     if told != last.total_bytes:
         doubts.append(
             f"The rounds add up to {told:,} bytes, but the last total_bytes is "
@@ -194,27 +197,66 @@ def _rounds(path: Path, notes: list[str]) -> list[Round]:
     return rounds
 
 
-def _clients(path: Path, last_round: int, notes: list[str]) -> Clients:
+def _clients(path: Path, rounds: Sequence[Round], notes: list[str]) -> Clients:
     seen: set[str] = set()
-    merged = 0
     dropped: Counter[str] = Counter()
     sums: dict[str, list[int]] = {}  # label -> client-rounds, down, up
+    parts: dict[int, list[Part]] = {row.round: [] for row in rounds}
+    memory: int | None = None
+    untimed = 0
     for number, row in _objects(path, notes):
         where = f"{path}, line {number}"
-        if _integer(row, "round", where) > last_round:
+        at = _integer(row, "round", where)
+        if at > rounds[-1].round:
             continue
-        seen.add(str(row.get("client")))
-        if row.get("dropped"):
-            dropped[str(row["dropped"])] += 1
-        else:
-            merged += 1
+        reason, client = row.get("dropped"), str(row.get("client"))
+        down = _integer(row, "down_bytes", where)
+        up = _optional_integer(row, "up_bytes", where) or 0
+        seconds = _real(row, "seconds", where)
+        steps = _optional_integer(row, "steps", where) or 0
+        needs = _optional_integer(row, "memory_bytes", where)
+        if seconds is not None and not 0 <= seconds < math.inf:
+            raise FedSieveError(f"{where}: 'seconds' is {seconds}, not a time.")
+        seen.add(client)
+        untimed += seconds is None
+        if needs is not None:
+            memory = max(memory or 0, needs)
+        if reason:
+            dropped[str(reason)] += 1
         total = sums.setdefault(str(row.get("budget") or "all clients"), [0, 0, 0])
         total[0] += 1
-        total[1] += _integer(row, "down_bytes", where)
-        total[2] += _optional_integer(row, "up_bytes", where) or 0
+        total[1] += down
+        total[2] += up
+        parts.setdefault(at, []).append(Part(client, down, up, seconds or 0.0, steps, not reason))
+    if untimed:
+        notes.append(
+            f"clients.jsonl lacks the seconds of {count(untimed, 'client-round')}: simulated time "
+            "counts their transfer alone."
+        )
+    strange = [row.round for row in rounds if _traffic(parts[row.round]) != _both_ways(row)]
+    if strange:
+        notes.append(
+            "clients.jsonl and metrics.jsonl count different bytes in "
+            f"{count(len(strange), 'round')}, first in round {strange[0]}: simulated time is that "
+            "of the clients in clients.jsonl."
+        )
     budgets = [Budget(label, n, down / n, up / n) for label, (n, down, up) in sums.items()]
-    budgets.sort(key=lambda b: (-b.down_bytes - b.up_bytes, b.label))
-    return Clients(len(seen), merged, dict(dropped.most_common()), tuple(budgets))
+    budgets.sort(key=dearest_first)
+    merged = sum(part.merged for row in parts.values() for part in row)
+    return Clients(len(seen), merged, dict(dropped.most_common()), tuple(budgets), parts, memory)
+
+
+def dearest_first(budget: Budget) -> tuple[float, str]:
+    """The order in which budgets are shown."""
+    return -budget.down_bytes - budget.up_bytes, budget.label
+
+
+def _traffic(parts: Sequence[Part]) -> int:
+    return sum(part.down_bytes + part.up_bytes for part in parts)
+
+
+def _both_ways(row: Round) -> int:
+    return row.down_bytes + row.up_bytes
 
 
 def _objects(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:

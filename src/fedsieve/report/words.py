@@ -13,14 +13,18 @@ def significant(x: float) -> str:
     return f"{x:,.{max(0, 2 - math.floor(math.log10(abs(x))))}f}"
 
 
-def megabytes(n: float) -> str:
-    """Bytes as "4.21 MB"."""
-    return f"{significant(n / 1e6)} MB"
+def megabytes(n: float, deviation: float | None = None) -> str:
+    """Bytes as "4.21 MB", or with how they vary as "4.21 ± 0.35 MB"."""
+    mean = significant(n / 1e6)
+    if deviation is None:
+        return f"{mean} MB"
+    places = len(mean.partition(".")[2])
+    return f"{mean} ± {deviation / 1e6:,.{places}f} MB"
 
 
-def score(x: float) -> str:
-    """An accuracy or a loss, to four places."""
-    return f"{x:.4f}"
+def score(x: float, deviation: float | None = None) -> str:
+    """An accuracy or a loss, to four places: "0.6125", or with how it varies "0.6125 ± 0.0100"."""
+    return f"{x:.4f}" if deviation is None else f"{x:.4f} ± {deviation:.4f}"
 
 
 def fewer(sent: float, dense: float) -> str:
@@ -34,8 +38,10 @@ def fewer(sent: float, dense: float) -> str:
     return f"{size}x {'fewer' if sent < dense else 'more'}"
 
 
-def duration(seconds: float) -> str:
-    """Seconds as "41.3 s", "2 min 05 s" or "3 h 07 min"."""
+def duration(seconds: float, deviation: float | None = None) -> str:
+    """Seconds as "41.3 s", "2 min 05 s" or "3 h 07 min", or as "41.3 s ± 2.0 s"."""
+    if deviation is not None:
+        return f"{duration(seconds)} ± {duration(deviation)}"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fedsieve.adapter import Adapter, Tree
 from fedsieve.data.tasks import Examples, take
 from fedsieve.keys import Key, generator, word
+from fedsieve.method import View
 from fedsieve.train.model import Bench
 
 
@@ -48,12 +49,15 @@ class Fit(NamedTuple):
     tensors: the trained adapter, on the CPU
     loss:    mean over the steps; not finite if training broke off at a loss that was not
     compute: seconds inside forward, backward and optimizer step
+    memory:  bytes of what training allocates beside the base model and its activations: the
+             adapter, its gradients and the optimizer's state
     """
 
     tensors: Tree
     loss: float
     steps: int
     compute: float
+    memory: int = 0
 
 
 class Score(NamedTuple):
@@ -64,16 +68,29 @@ class Score(NamedTuple):
     counted: int
 
 
-def fit(bench: Bench, adapter: Adapter, examples: Examples, training: Training, key: Key) -> Fit:
-    """Train a client's adapter on its examples. The adapter's own tensors are left as they are."""
-    bench.put(adapter)
+def fit(bench: Bench, view: View, examples: Examples, training: Training, key: Key) -> Fit:
+    """Train a client's adapter on its examples. The adapter's own tensors are left as they are.
+
+    Tensors that the view does not let move take no gradient; of entries that it does not let move
+    the gradient is zero, and those are zero themselves in the methods that have them, so that
+    weight decay leaves them alone too.
+    """
+    bench.put(view.adapter)
     model = bench.model
     model.train()
-    parameters = [p for _, p in bench.parameters()]
+    everything = dict(bench.parameters())
+    parameters = []
+    for name, parameter in everything.items():
+        parameter.requires_grad_(name in view.moves.names)
+        if name in view.moves.names:
+            parameters.append(parameter)
+        if name in view.moves.masks:
+            mask = view.moves.masks[name].to(bench.device)
+            parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
     optimizer = _optimizer(parameters, training)
     order = _order(examples.labels.shape[0], training, generator(key.at("order")))
     devices = [bench.device] if bench.device.type == "cuda" else []
-    total, compute = 0.0, 0.0
+    total, compute, memory = 0.0, 0.0, 0
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(word(key.at("dropout")))
         for index in order:
@@ -81,6 +98,8 @@ def fit(bench: Bench, adapter: Adapter, examples: Examples, training: Training, 
             start = time.perf_counter()
             with _precision(bench.device, training.precision):
                 loss = model(**batch).loss
+            if view.penalty is not None:
+                loss = loss + view.penalty(everything)
             value = loss.item()
             if not math.isfinite(value):
                 total = value
@@ -89,13 +108,14 @@ def fit(bench: Bench, adapter: Adapter, examples: Examples, training: Training, 
             if training.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, training.clip)
             optimizer.step()
+            memory = memory or _allocated(list(everything.values()), optimizer)
             optimizer.zero_grad(set_to_none=True)
             if bench.device.type == "cuda":
                 torch.cuda.synchronize()
             compute += time.perf_counter() - start
             total += value
     tensors = {name: p.detach().cpu() for name, p in bench.parameters()}
-    return Fit(tensors, total / max(1, len(order)), len(order), compute)
+    return Fit(tensors, total / max(1, len(order)), len(order), compute, memory)
 
 
 def evaluate(
@@ -155,6 +175,14 @@ def _optimizer(parameters: list[Tensor], training: Training) -> torch.optim.Opti
         weight_decay=training.weight_decay,
         foreach=True,
     )
+
+
+def _allocated(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of parameters, gradients and optimizer state, after a step."""
+    tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+    for state in optimizer.state.values():
+        tensors += [t for t in state.values() if isinstance(t, Tensor)]
+    return sum(t.nbytes for t in tensors)
 
 
 def _order(count: int, training: Training, draws: torch.Generator) -> list[Tensor]:

@@ -5,6 +5,7 @@ k, so memory, compute and optimizer state follow k, and no client needs a copy o
 layers need no patch for that: their forward pass uses the weights' shapes and a scale.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -25,9 +27,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedsieve.adapter import Adapter, Layout, layout_of
+from fedsieve.adapter import Adapter, Layout, Tree, layout_of
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.keys import Key, word
+from fedsieve.method import Trained
 from fedsieve.train.dropout import speed_up
 
 Task = Literal["classification", "causal-lm"]
@@ -58,15 +61,17 @@ class Bench:
 
     layout: of the full adapter, at the server's rank
     slots:  tensor name -> (module, attribute) that holds the parameter
-    loras:  PEFT's LoRA layers
+    loras:  PEFT's LoRA layers; none where the head alone or all weights are trained
+    frozen: `<module>.base` -> the base's own weight, kept from when it was first changed
     """
 
-    model: PeftModel
+    model: PeftModel | PreTrainedModel
     task: Task
     layout: Layout
     slots: dict[str, tuple[nn.Module, str]]
     loras: tuple[LoraLayer, ...]
     device: torch.device
+    frozen: Tree
 
     def adapter(self) -> Adapter:
         """A copy, on the CPU, of the adapter that is in the model."""
@@ -87,10 +92,38 @@ class Bench:
         for module in self.loras:
             module.scaling[_NAME] = adapter.layout.scale
             module.r[_NAME] = adapter.layout.rank
+        self._put_base(adapter.base)
+
+    def _put_base(self, base: Tree) -> None:
+        for name in base.keys() | self.frozen.keys():
+            layer = self.model.get_submodule(name.removesuffix(".base"))
+            weight = layer.get_base_layer().weight
+            own = self.frozen.setdefault(name, weight.detach().clone())
+            if name not in base:
+                weight.data.copy_(own)
+                continue
+            change = base[name].to(self.device)
+            turned = change.T if layer.fan_in_fan_out else change
+            if turned.shape != own.shape:
+                raise FedSieveError(
+                    f"the base weight of {name.removesuffix('.base')} cannot be changed: this "
+                    "method needs LoRA on linear layers alone; choose other lora.targets"
+                )
+            weight.data.copy_((own.float() + turned.float()).to(own.dtype))
 
     def save(self, adapter: Adapter, folder: Path) -> None:
-        """Write an adapter in PEFT's format: `PeftModel.from_pretrained` reads it."""
+        """Write an adapter in PEFT's format: `PeftModel.from_pretrained` reads it.
+
+        Where more than an adapter was trained (all weights, the head alone, a changed base), the
+        whole model is written, for `from_pretrained` of its own class.
+        """
         self.put(adapter)
+        if not isinstance(self.model, PeftModel):
+            self.model.save_pretrained(str(folder))
+            return
+        if adapter.base:
+            copy.deepcopy(self.model).merge_and_unload().save_pretrained(str(folder))
+            return
         config = self.model.peft_config[_NAME]
         rank, scale = adapter.layout.rank, adapter.layout.scale
         config.r = rank
@@ -100,7 +133,10 @@ class Bench:
     def merge(self, adapter: Adapter, folder: Path) -> None:
         """Write the whole model with the adapter added into its weights. Uses up the bench."""
         self.put(adapter)
-        self.model.merge_and_unload().save_pretrained(str(folder))
+        if isinstance(self.model, PeftModel):
+            self.model.merge_and_unload().save_pretrained(str(folder))
+        else:
+            self.model.save_pretrained(str(folder))
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -162,6 +198,55 @@ def load_base(
     return model
 
 
+def shape_of(name: str, task: Task, classes: int) -> PreTrainedModel:
+    """A model without numbers, on the meta device, from its configuration alone."""
+    config = _pretrained(AutoConfig, name)
+    config.num_labels = classes
+    kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    with torch.device("meta"):
+        model: PreTrainedModel = kind.from_config(config)
+    return model
+
+
+def set_up(
+    base: PreTrainedModel,
+    task: Task,
+    lora: Lora,
+    trains: Trained,
+    *,
+    key: Key,
+    device: torch.device,
+) -> Bench:
+    """A base model with what a method trains: a fresh LoRA adapter, the head alone, or all."""
+    if trains == "lora":
+        return attach(base, task, lora, key=key, device=device)
+    return whole(base, task, lora, trains, device=device)
+
+
+def whole(
+    base: PreTrainedModel, task: Task, lora: Lora, trains: Trained, *, device: torch.device
+) -> Bench:
+    """A base model of which the head, or all, is trained itself, without LoRA.
+
+    The head is what lies outside the model's body, and the modules that lora.whole names.
+    Raises FedSieveError if there is none.
+    """
+    body = f"{base.base_model_prefix}."
+    for name, parameter in base.named_parameters():
+        named = any(part in lora.whole for part in name.split("."))
+        parameter.requires_grad_(trains == "all" or named or not name.startswith(body))
+    slots = _slots(base)
+    if not slots:
+        raise FedSieveError("the model has no head outside its body: name modules in lora.whole")
+    tensors = {name: getattr(*slot) for name, slot in slots.items()}
+    for tensor in tensors.values():
+        tensor.data = tensor.data.float()
+    base.to(device)
+    if device.type == "cpu":
+        speed_up(base)
+    return Bench(base, task, layout_of(tensors, 1.0), slots, (), device, {})
+
+
 def attach(
     base: PreTrainedModel, task: Task, lora: Lora, *, key: Key, device: torch.device
 ) -> Bench:
@@ -210,7 +295,7 @@ def attach(
     if device.type == "cpu":
         speed_up(model)
     loras = tuple(module for module in model.modules() if isinstance(module, LoraLayer))
-    return Bench(model, task, layout, slots, loras, device)
+    return Bench(model, task, layout, slots, loras, device, {})
 
 
 def _pretrained(kind: Any, name: str, **given: Any) -> Any:

@@ -1,0 +1,52 @@
+"""Adapter LTH: prune a little after every round (the lottery ticket hypothesis, Frankle and Carbin
+2019, arXiv 1803.03635), as the FLASC paper compares with it (arXiv 2406.05233, section 4).
+
+    M_1 = everything
+    after round t:   M_{t+1} = the top `keep` share of |P| among M_t;   P <- P * M_{t+1}
+
+Clients get P * M_t, train the entries of M_t alone and return exactly these. With keep = 0.98 half
+of the weights are left after 34 rounds, so little is saved. Weights are not rewound to their start,
+as they are in the original ticket search.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedsieve.budget import Client
+from fedsieve.keys import Key
+from fedsieve.method import Method, State, Weighting, compose
+from fedsieve.optim import Optimizer
+from fedsieve.payload import Form, Payload
+from fedsieve.pruning import pruned, publish_live
+from fedsieve.sieve import dense
+
+
+def method(
+    *,
+    server: Optimizer | None = None,
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.98,
+    head: Literal["sieved", "whole"] = "sieved",
+    weighting: Weighting = "uniform",
+    down_values: Form = "float32",
+    up_values: Form = "float32",
+) -> Method:
+    """Adapter LTH. Budgets have no say.
+
+    keep: the share of the live entries that stays live after a round
+    """
+    inner = compose(
+        down=dense,
+        up=dense,
+        freeze_absent=True,
+        server=server,
+        weighting=weighting,
+        down_values=down_values,
+        up_values=up_values,
+    )
+
+    def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
+        return pruned(inner.merge(state, updates, key), keep, head)
+
+    return inner._replace(publish=publish_live(inner.publish, down_values), merge=merge)

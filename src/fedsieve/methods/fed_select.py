@@ -1,0 +1,44 @@
+"""Federated Select: clients train only what they download (Charles et al. 2022, arXiv 2208.09432),
+as the FLASC paper compares with it (arXiv 2406.05233, section 4).
+
+    kind = "entries": the server sends the top d_down of |P|; the client trains and returns exactly
+                      these; the mask is chosen anew every round
+    kind = "ranks":   the k ranks of each pair with the largest ||A_j||^2 + ||B_j||^2, whole
+
+    P <- P - step( mean_i D_i ),  D_i zero where client i trained nothing
+
+An upload's mask costs nothing: the server chose it. Departure: as LoRA starts with B = 0, the top
+entries of |P| would all lie in A, whose gradient is then zero for ever; so the first
+`dense_rounds` rounds are dense (kind = "entries").
+"""
+
+from typing import Literal
+
+from fedsieve.method import Method, Weighting, compose
+from fedsieve.optim import Optimizer
+from fedsieve.payload import Form
+from fedsieve.sieve import after, dense, top_k, top_ranks
+
+
+def method(
+    *,
+    server: Optimizer | None = None,
+    kind: Literal["entries", "ranks"] = "entries",
+    dense_rounds: int = 1,
+    head: Literal["sieved", "whole"] = "sieved",
+    weighting: Weighting = "uniform",
+    down_values: Form = "float32",
+    up_values: Form = "float32",
+) -> Method:
+    """Federated Select. Densities (entries) or ratios (ranks) come from each client's budget."""
+    by_rank = kind == "ranks"
+    return compose(
+        down=top_ranks if by_rank else after(dense_rounds, top_k("down", head=head)),
+        up=dense,
+        knobs=frozenset({"ratio"} if by_rank else {"down"}),
+        freeze_absent=True,
+        server=server,
+        weighting=weighting,
+        down_values=down_values,
+        up_values=up_values,
+    )

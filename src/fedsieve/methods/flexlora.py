@@ -1,0 +1,120 @@
+"""FlexLoRA: average the products, cut the mean by SVD (Bai et al. 2024, arXiv 2402.11505).
+
+    M = sum_i w_i s_i B_i A_i          w_i = 1/n, or by examples; s_i the client's own scale
+    M = U D V^T,   B = U_r D_r^(1/2) / s^(1/2),   A = D_r^(1/2) V_r^T / s^(1/2)
+
+so that s B A is the best approximation of M at the server's rank r, and its first k ranks, which a
+client of rank k gets, the best at rank k. M is never formed: the clients' factors stand side by
+side, two thin QRs and the SVD of a small core do it (`lowrank`). Factors of an SVD have no fixed
+direction from round to round, so the server optimizer moves the head alone; pairs are replaced.
+
+Clients return their trained values, not changes. Memory while merging is that of the clients'
+factors together, which an exact mean needs; `most` bounds it.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from fedsieve import lowrank
+from fedsieve.adapter import Tree
+from fedsieve.budget import Client
+from fedsieve.errors import NoUsableUpdate
+from fedsieve.keys import Key
+from fedsieve.method import (
+    SCALINGS,
+    Method,
+    Scaling,
+    State,
+    Weighting,
+    compose,
+    own_layout,
+    pack,
+    step,
+)
+from fedsieve.optim import Optimizer, sgd
+from fedsieve.payload import Form, Payload
+from fedsieve.sieve import dense, leading, no_pairs
+
+
+def method(
+    *,
+    server: Optimizer | None = None,
+    scaling: Scaling = "server",
+    most: PositiveInt | None = None,
+    weighting: Weighting = "uniform",
+    down_values: Form = "float32",
+    up_values: Form = "float32",
+) -> Method:
+    """FlexLoRA. Each client's ratio k / r comes from its budget.
+
+    scaling: the scale at which clients train: the server's, or alpha / k or alpha / sqrt(k) of
+             their own rank, for LoRA and rank-stabilised LoRA
+    most:    the stack of factors is cut to this many ranks whenever it is longer; None never cuts,
+             and the mean is exact
+    """
+    rescale = SCALINGS[scaling]
+    optimizer = sgd() if server is None else server
+    inner = compose(
+        down=leading,
+        up=dense,
+        knobs=frozenset({"ratio"}),
+        rescale=rescale,
+        returns="values",
+        server=server,
+        weighting=weighting,
+        down_values=down_values,
+        up_values=up_values,
+    )
+
+    def publish(plan: State, client: Client, key: Key) -> Payload:
+        layout, tree = plan.layout, plan.trees["adapter"]
+        passed = leading(tree, layout, client, key)
+        own = own_layout(layout, passed.support, rescale)
+        # The client multiplies by its own scale, so its factors are smaller by the root of that.
+        shrink = (layout.scale / own.scale) ** 0.5
+        tree = {n: t * shrink if n in layout.rank_axis else t for n, t in tree.items()}
+        return pack(layout, tree, passed, down_values, key.at("round down values"))
+
+    def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
+        layout, params = state.layout, state.trees["adapter"]
+        heads = no_pairs(layout, key.round)
+        change: Tree = {n: params[n] * 0 for n in heads}
+        stacks: dict[str, list[tuple[float, Tensor, Tensor]]] = {p.module: [] for p in layout.pairs}
+        weight = 0.0
+        for client, payload in updates:
+            part = payload.tree()
+            share = float(client.examples) if weighting == "examples" else 1.0
+            weight += share
+            scale = own_layout(layout, payload.support, rescale).scale
+            for n in heads:
+                change[n] = change[n] + share * (params[n] - part[n])
+            for pair in layout.pairs:
+                stack = stacks[pair.module]
+                stack.append((share * scale / layout.scale, part[pair.b], part[pair.a]))
+                if most is not None:
+                    stack[:] = [_cut(stack, most)]
+        if weight == 0:
+            raise NoUsableUpdate("no client returned an update that can be merged")
+        state = step(optimizer, state, {n: t / weight for n, t in change.items()}, heads)
+        tree = dict(state.trees["adapter"])
+        for pair in layout.pairs:
+            b, a = lowrank.stacked(stacks[pair.module])
+            tree[pair.b], a = lowrank.best_of_rank(b / weight, a, layout.rank)
+            # A rank that the mean does not need has a zero column in B, and with a zero row in A it
+            # could never learn again: it keeps the row that it had, which changes no product.
+            unused = (a.flatten(1) == 0).all(1).reshape(-1, *[1] * (a.ndim - 1))
+            tree[pair.a] = torch.where(unused, tree[pair.a], a)
+        return State(layout, {**state.trees, "adapter": tree})
+
+    return inner._replace(publish=publish, merge=merge)
+
+
+def _cut(stack: list[tuple[float, Tensor, Tensor]], most: int) -> tuple[float, Tensor, Tensor]:
+    """The stack as one product of at most `most` ranks."""
+    b, a = lowrank.stacked(stack)
+    if a.shape[0] > most:
+        b, a = lowrank.best_of_rank(b, a, most)
+    return 1.0, b, a

@@ -1,0 +1,54 @@
+"""SparseAdapter: one dense round, then one mask for ever (He et al. 2022, arXiv 2210.04284), as the
+FLASC paper compares with it (arXiv 2406.05233, section 4).
+
+    round 1     dense LoRA
+    after it    M = the top d entries of |P|;  P <- P * M
+    later       clients get P * M, train the entries of M alone, and return exactly these
+
+Pruned entries are zero and stay so, whatever the server optimizer's momentum says. The density is
+the method's own option, the same for all clients: one mask serves everyone. The mask is told with
+every download, since a client may come in for the first time; an upload's costs nothing.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from fedsieve.budget import Client
+from fedsieve.keys import Key
+from fedsieve.method import Method, State, Weighting, compose
+from fedsieve.optim import Optimizer
+from fedsieve.payload import Form, Payload
+from fedsieve.pruning import pruned, publish_live
+from fedsieve.sieve import dense
+
+
+def method(
+    *,
+    server: Optimizer | None = None,
+    density: Annotated[float, Field(gt=0, le=1)] = 0.25,
+    head: Literal["sieved", "whole"] = "sieved",
+    weighting: Weighting = "uniform",
+    down_values: Form = "float32",
+    up_values: Form = "float32",
+) -> Method:
+    """SparseAdapter. Budgets have no say.
+
+    density: the share of the entries that the mask keeps; head = "whole" leaves the head out of it
+    """
+    inner = compose(
+        down=dense,
+        up=dense,
+        freeze_absent=True,
+        server=server,
+        weighting=weighting,
+        down_values=down_values,
+        up_values=up_values,
+    )
+
+    def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
+        merged = inner.merge(state, updates, key)
+        return pruned(merged, 1.0 if "live" in merged.trees else density, head)
+
+    return inner._replace(publish=publish_live(inner.publish, down_values), merge=merge)
