@@ -89,6 +89,11 @@ def resume(folder: Folder) -> None:
     quiet()
     from fedsieve import runner
 
+    if (folder / "app" / "pyproject.toml").is_file():
+        raise FedSieveError(
+            f"{folder} holds a federation: go on with `fedsieve federate --resume {folder}`"
+        )
+
     with _Live(runner.rounds_of(folder)) as live:
         _guarded(lambda: runner.resume(folder, live.show))
     _summary(folder)
@@ -171,6 +176,82 @@ def search(
     _say(f"ended because {found.reason}")
     for path in found.written:
         _say(str(path))
+
+
+@app.command()
+def federate(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's directory; default runs/<name of the recipe>.")
+    ] = None,
+    sites: Annotated[int, typer.Option(min=1, help="Wait for so many before round 1.")] = 2,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds a round may take.")] = 600.0,
+    setup: Annotated[
+        float, typer.Option(min=1, help="Seconds a site has to load model and data.")
+    ] = 900.0,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for enough sites.")] = 600.0,
+    extra: Annotated[
+        int, typer.Option(min=0, help="Ask so many more sites, and leave the slowest out.")
+    ] = 0,
+    host: Annotated[str, typer.Option(help="Where the server listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the server listens.")] = 8000,
+    certificates: Annotated[
+        Path | None, typer.Option(help="A folder with ca.crt, server.pem and server.key.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option(help="Let other machines in without TLS and without keys.")
+    ] = False,
+    again: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with a federation.")
+    ] = None,
+) -> None:
+    """Prepare a federation across machines, on Flower, and say how to start it."""
+    quiet()
+    from fedsieve import federate as federating
+    from fedsieve import recipe as recipes
+
+    if again is not None:
+        if recipe is not None:
+            raise FedSieveError("--resume goes on with the recipe in its directory: give no other")
+        _go_on_with(again)
+        return
+    if recipe is None:
+        raise FedSieveError("give a recipe, or --resume and a federation's directory")
+    given = recipes.load(recipe, overrides or [])
+    patience = federating.Patience(sites, deadline, setup, wait, extra)
+    listen = federating.Listen(host, port, certificates, insecure)
+    folder = out or Path("runs") / given.name
+    commands = federating.prepare(given, folder, patience, listen)
+    titles = (
+        "on the server:",
+        "at each site, beside `fedsieve worker site.toml`:",
+        "on the server, to begin:",
+    )
+    for title, command in zip(titles, commands, strict=True):
+        _say(f"{title}\n  {command}\n")
+    for caution in federating.cautions(listen):
+        _warn(caution)
+
+
+@app.command()
+def worker(
+    site: Annotated[Path, typer.Argument(metavar="SITE.TOML", help="What this site has.")],
+) -> None:
+    """Hold a site's model, data and memory, and train when the site's node is asked to."""
+    quiet()
+    from fedsieve.engine import resident
+    from fedsieve.runner import sigterm_as_ctrl_c
+
+    try:
+        with sigterm_as_ctrl_c():
+            resident.run(site, typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("stopped: what was kept of finished rounds is on the disk")
 
 
 @app.command()
@@ -378,6 +459,24 @@ def _summary(folder: Path) -> None:
         console.print(f"dropped        {dropped} updates (see {rundir.CLIENTS})")
     console.print(escape(f"adapter        {folder / rundir.ADAPTER}"))
     console.print(escape(f"report         {folder / rundir.REPORT}"))
+
+
+def _go_on_with(folder: Path) -> None:
+    """Start a Flower run that goes on with a federation, and show what it says."""
+    import os
+    import subprocess
+
+    from fedsieve import federate as federating
+
+    command = federating.begin_again(folder)
+    done = subprocess.run(
+        command, env={**os.environ, **federating.environment(folder)}, check=False
+    )
+    if done.returncode:
+        raise FedSieveError(
+            f"`flwr run` could not go on with {folder}: is the SuperLink running? (see "
+            "docs/deploy.md)"
+        )
 
 
 def _show_of_many(job: "Job", summary: "Round") -> None:

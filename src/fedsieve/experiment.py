@@ -20,7 +20,7 @@ from fedsieve.adapter import Adapter, Layout
 from fedsieve.budget import Budget, Client, assign
 from fedsieve.data import partition, sources, tasks
 from fedsieve.data.tasks import Examples
-from fedsieve.engine.local import in_process
+from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.keys import Key, generator, word
@@ -117,12 +117,13 @@ def assemble(
             for id, memory in personal.some_of(memories, Key(seed))
         )
 
+    exchange = in_process(method, train, bench.adapter(), memories)
     federation = Federation(
         method=method,
         clients=clients,
         sampling=sampling,
         seed=seed,
-        exchange=in_process(method, train, bench.adapter(), memories),
+        exchange=punctual(exchange, sampling.size) if sampling.extra else exchange,
         evaluate=None if test is None else score,
         evaluate_every=evaluate_every,
         privacy=privacy,
@@ -201,7 +202,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
     parts = _parts(recipe, rows, examples, kept)
     plan = None
     if recipe.privacy is not None:
-        recipe, plan = _privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
+        recipe, plan = with_privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
         method = build_method(recipe, partial(plan.around, key=key))
         notes += [plan.guarantee, *plan.cautions]
         for caution in plan.cautions:
@@ -283,17 +284,17 @@ def _settled(recipe: Recipe, device: torch.device) -> Recipe:
     """
     in_bf16 = runs_in_bf16(device, recipe.training.precision)
     training = dataclasses.replace(recipe.training, precision="bf16" if in_bf16 else "fp32")
-    model = recipe.model.model_copy(update={"source": _absolute(recipe.model.source)})
+    model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
     data = recipe.data.model_copy(
         update={
-            "train": _absolute(recipe.data.train),
-            "test": None if recipe.data.test is None else _absolute(recipe.data.test),
+            "train": absolute(recipe.data.train),
+            "test": None if recipe.data.test is None else absolute(recipe.data.test),
         }
     )
     return recipe.model_copy(update={"training": training, "model": model, "data": data})
 
 
-def _absolute(source: str) -> str:
+def absolute(source: str) -> str:
     path = Path(source).expanduser()
     return str(path.resolve()) if source not in fetch.PACKAGES and path.exists() else source
 
@@ -302,7 +303,7 @@ def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
     return lambda: tasks.take(examples, index)
 
 
-def _privacy(recipe: Recipe, clients: int) -> tuple[Recipe, Plan]:
+def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, Plan]:
     """The recipe with its noise and the rounds that it can afford filled in, and their account.
 
     clients: how many have data, and so can be drawn

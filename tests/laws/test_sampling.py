@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedsieve import recipe as recipes
 from fedsieve.budget import Budget, Client
 from fedsieve.engine.client import Reply
+from fedsieve.engine.local import punctual
 from fedsieve.engine.loop import Receipt, begin, one_round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.experiment import from_recipe
@@ -176,7 +177,8 @@ def round_of(
             broke = reply.client.id in lost
             yield reply._replace(update=None, reason="it broke") if broke else reply
 
-    federation = replace(federation, exchange=breaking)
+    in_time = punctual(breaking, sampling.size) if sampling.extra else breaking
+    federation = replace(federation, exchange=in_time)
     _, progress = begin(federation, toy.start())
     return one_round(federation, progress)
 

@@ -30,6 +30,7 @@ class Reply(NamedTuple):
     wire:    seconds in decode and encode
     memory:  bytes of the adapter, its gradients and the optimizer's state, and of what the client
              keeps between rounds
+    transport: bytes of the messages that carried payload and reply; None where nothing did
     """
 
     client: Client
@@ -41,6 +42,7 @@ class Reply(NamedTuple):
     compute: float
     wire: float
     memory: int
+    transport: int | None = None
 
 
 def take_part(

@@ -8,7 +8,7 @@ and replies are merged as they come, so that one client's update is in memory at
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,13 +17,12 @@ import torch
 from fedsieve.adapter import Adapter
 from fedsieve.budget import Client
 from fedsieve.engine.client import Reply
-from fedsieve.errors import FedSieveError, NoUsableUpdate, WireError
+from fedsieve.errors import NoUsableUpdate, WireError
 from fedsieve.keys import Key
 from fedsieve.method import Method, State
-from fedsieve.network import client_time
 from fedsieve.payload import Payload, rounded
 from fedsieve.privacy import Plan
-from fedsieve.sampling import Sampling, cohort, late
+from fedsieve.sampling import Sampling, cohort
 from fedsieve.support import Support, everything, gather
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
@@ -50,6 +49,7 @@ class Receipt(NamedTuple):
     compute: in forward, backward and optimizer step; wire: in decode and encode, at the client
     memory_bytes: of adapter, gradients, optimizer state, and what the client keeps between rounds
     dropped: why the update was not merged, or None
+    transport_bytes: of the messages that carried both payloads, where a network did
     """
 
     round: int
@@ -68,6 +68,7 @@ class Receipt(NamedTuple):
     wire: float
     memory_bytes: int
     dropped: str | None
+    transport_bytes: int | None = None
 
 
 class Round(NamedTuple):
@@ -79,6 +80,7 @@ class Round(NamedTuple):
         finite is None too. A causal LM counts tokens, not examples.
     epsilon: spent up to and with this round, where updates are made private; where there is a
         simulated_cohort, it is that of the simulated federation (see privacy.py)
+    transport_bytes: of the messages that carried the payloads, where a network did
     """
 
     round: int
@@ -98,20 +100,26 @@ class Round(NamedTuple):
     eval_examples: int | None
     epsilon: float | None = None
     simulated_cohort: int | None = None
+    transport_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Federation:
-    """What stays the same over the rounds."""
+    """What stays the same over the rounds.
+
+    evaluate: may give None where nobody could be asked
+    there: who can be drawn now, where clients come and go; None where they do not
+    """
 
     method: Method
     clients: Sequence[Client]
     sampling: Sampling
     seed: int
     exchange: Exchange
-    evaluate: Callable[[Adapter], Score] | None = None
+    evaluate: Callable[[Adapter], Score | None] | None = None
     evaluate_every: int = 1
     privacy: Plan | None = None
+    there: Callable[[], Sequence[Client]] | None = None
 
 
 def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
@@ -145,7 +153,8 @@ def one_round(
     method, state = federation.method, progress.state
     number = progress.round + 1
     key = Key(federation.seed, number)
-    chosen = cohort(federation.clients, federation.sampling, key)
+    clients = federation.clients if federation.there is None else federation.there()
+    chosen = cohort(clients, federation.sampling, key)
     plan = method.plan(state, key)
     sent: dict[str, tuple[int, Support]] = {}
     receipts: list[Receipt] = []
@@ -163,11 +172,8 @@ def one_round(
 
     def updates() -> Iterator[tuple[Client, Payload]]:
         nonlocal server_wire
-        replies = federation.exchange(messages(), key)
-        if federation.sampling.extra:
-            replies = _without_late(replies, federation.sampling.size, sent)
         merged = 0
-        for reply in replies:
+        for reply in federation.exchange(messages(), key):
             down_bytes, support = sent.pop(reply.client.id)
             began = time.perf_counter()
             payload, reason = None, reply.reason
@@ -222,35 +228,9 @@ def one_round(
         wire_seconds=server_wire + sum(r.wire for r in receipts),
         **_figures(score)._asdict(),
         **_spent(federation.privacy, number)._asdict(),
+        transport_bytes=_transport(receipts),
     )
     return summary, receipts, progress
-
-
-def _without_late(
-    replies: Iterable[Reply], size: int, sent: Mapping[str, tuple[int, Support]]
-) -> Iterator[Reply]:
-    """The replies in their order, those that came after the first `size` updates with a reason.
-
-    Clients run one after another here, so when a reply would have come is worked out from its bytes
-    and steps, and all encoded updates are held until it is known. A client that has no update says
-    so at once and keeps nobody waiting.
-    """
-    held = list(replies)
-    seconds = {}
-    for reply in held:
-        link, step = reply.client.link, reply.client.step_seconds
-        if link is None or step is None:
-            raise FedSieveError(
-                f"client {reply.client.id!r} has no link or no seconds a step: with sampling.extra "
-                "every client needs both"
-            )
-        if reply.update is not None:
-            down_bytes = sent[reply.client.id][0]
-            work = reply.steps * step
-            seconds[reply.client.id] = client_time(link, down_bytes, len(reply.update), work)
-    reasons = late(seconds, size)
-    for reply in held:
-        yield reply._replace(reason=reasons.get(reply.client.id, reply.reason))
 
 
 def dense_bytes(adapter: Adapter) -> int:
@@ -286,6 +266,11 @@ def _spent(plan: Plan | None, rounds: int) -> _Spent:
     return _Spent(plan.spent(rounds) if plan.spent else None, plan.simulated_cohort)
 
 
+def _transport(receipts: Sequence[Receipt]) -> int | None:
+    carried = [r.transport_bytes for r in receipts if r.transport_bytes is not None]
+    return sum(carried) if carried else None
+
+
 def _evaluate(federation: Federation, state: State) -> tuple[Score | None, float]:
     if federation.evaluate is None:
         return None, 0.0
@@ -314,4 +299,5 @@ def _receipt(number: int, rank: int, reply: Reply, down_bytes: int, dropped: str
         wire=reply.wire,
         memory_bytes=reply.memory,
         dropped=dropped,
+        transport_bytes=reply.transport,
     )

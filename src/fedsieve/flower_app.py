@@ -1,0 +1,111 @@
+"""The two ends of a Flower app: `server` runs the federation, `client` carries bytes to a worker.
+
+Flower starts a new client process for every message, so nothing heavy is imported here: the model
+and the data stay in the site's worker. Which worker that is comes from the node's own
+configuration, never from a message.
+
+A message is one opaque array of bytes, a frame of worker.py: Flower moves many arrays slowly, and
+has no business with what is in them. Its `Message` works only inside a task of Flower's, which is
+why it is nowhere else in FedSieve.
+"""
+
+import sys
+from collections.abc import Collection
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedsieve.errors import FedSieveError, WireError
+from fedsieve.worker import carry, pack, refusal
+
+if TYPE_CHECKING:
+    from fedsieve.engine.flower import Arrival, Carrier, Node, Ticket
+
+FORM = "fedsieve/1"
+RECORD, ARRAY = "fedsieve", "frame"
+SOCKET = "socket"  # in the node's configuration: the path of its worker's socket
+
+
+def relay(message: Message, context: Context) -> Message:
+    """A client's whole work: the bytes to the worker, the worker's bytes back."""
+    path = context.node_config.get(SOCKET)
+    try:
+        if not isinstance(path, str):
+            raise FedSieveError(
+                "this node knows no worker: start flower-supernode with --node-config "
+                "'socket=\"<folder of the site>/worker.sock\"'"
+            )
+        answer = carry(Path(path), frame_of(message))
+    except FedSieveError as error:
+        answer = pack(refusal(str(error)))
+    return Message(content_of(answer), reply_to=message)
+
+
+def content_of(frame: bytes) -> RecordDict:
+    """A frame as the content of a message."""
+    array = Array("uint8", (len(frame),), FORM, frame)
+    return RecordDict({RECORD: ArrayRecord({ARRAY: array})})
+
+
+def frame_of(message: Message) -> bytes:
+    """The frame that a message holds. Raises WireError if it holds anything else."""
+    if message.has_error():
+        raise WireError(message.error.reason or f"Flower's error {message.error.code}")
+    record = message.content.array_records.get(RECORD)
+    array = None if record is None else record.get(ARRAY)
+    if array is None or array.stype != FORM or len(message.content) != 1:
+        raise WireError("a message that holds no frame of this version of FedSieve")
+    return bytes(array.data)
+
+
+def size_of(part: Any) -> int:
+    """Bytes of a message as Flower sends it: each of its parts is an object of its own."""
+    return len(part.deflate()) + sum(size_of(child) for child in (part.children or {}).values())
+
+
+def carrier(grid: Grid) -> "Carrier":
+    """Flower's Grid as the engine knows it."""
+    from fedsieve.engine.flower import Arrival, Carrier, Node, Ticket
+
+    def nodes() -> "list[Node]":
+        return [Node(node.node_id, node.last_activated_at) for node in grid.get_nodes()]
+
+    def send(node: int, kind: str, frame: bytes, seconds: float) -> "Ticket | None":
+        message = Message(content_of(frame), node, kind, ttl=seconds)
+        size = size_of(message)
+        (ticket,) = grid.push_messages([message]) or (None,)
+        return None if ticket is None else Ticket(ticket, size)
+
+    def collect(tickets: Collection[str]) -> "list[Arrival]":
+        return [arrival(message) for message in grid.pull_messages(list(tickets))]
+
+    def arrival(message: Message) -> "Arrival":
+        ticket = message.metadata.reply_to_message_id
+        try:
+            return Arrival(ticket, frame_of(message), "", size_of(message))
+        except WireError as error:
+            return Arrival(ticket, None, str(error), size_of(message))
+
+    return Carrier(nodes, send, collect)
+
+
+def main(grid: Grid, context: Context) -> None:
+    """The server's whole work."""
+    from fedsieve import federate
+
+    config = context.run_config
+    if config["tls"] and "--insecure" in sys.argv:
+        raise FedSieveError("this federation was prepared for TLS, and the SuperLink has none")
+    patience = federate.Patience(**{name: config[name] for name in federate.Patience._fields})
+    federate.serve(Path(str(config["folder"])), carrier(grid), patience, partial(print, flush=True))
+
+
+server = ServerApp()
+server.main()(main)
+client = ClientApp()
+for _kind in (client.train, client.evaluate, client.query):
+    _kind()(relay)
