@@ -40,6 +40,8 @@ bench: install
 	$(BIN)/python benchmarks/round.py --json runs/bench-round.json
 	$(BIN)/python benchmarks/wire.py --json runs/bench-wire.json
 	$(BIN)/python benchmarks/convergence.py --json runs/bench-convergence.json
+	$(BIN)/python benchmarks/flexlora.py --json runs/bench-flexlora.json
+	$(BIN)/python benchmarks/server.py --json runs/bench-server.json
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -180,8 +180,11 @@ def test_a_target_that_one_round_passes_is_refused(tiny: Tiny, tmp_path: Path) -
         start(tiny, tmp_path, privacy={**CLIP, "epsilon": 0.01, "noise_multiplier": 0.5})
 
 
-def test_a_resumed_run_has_the_same_noise(tiny: Tiny, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"privacy": TARGET, "sampling": {"kind": "poisson"}}
+@pytest.mark.parametrize("more", [{}, {"quantile": 0.5, "count_noise": 4.0}])
+def test_a_resumed_run_has_the_same_noise(
+    tiny: Tiny, tmp_path: Path, more: dict[str, float]
+) -> None:
+    changes: dict[str, Any] = {"privacy": {**TARGET, **more}, "sampling": {"kind": "poisson"}}
     start(tiny, tmp_path / "whole", **changes)
     with pytest.raises(runner.Stopped):
         start(tiny, tmp_path / "stopped", stop_at(2), **changes)

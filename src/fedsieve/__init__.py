@@ -15,11 +15,24 @@ if TYPE_CHECKING:
     from fedsieve.api import Run, finetune
     from fedsieve.budget import Budget, Client
     from fedsieve.errors import FedSieveError
+    from fedsieve.methods.adapter_lth import method as adapter_lth
+    from fedsieve.methods.fed_select import method as fed_select
+    from fedsieve.methods.fedex_lora import method as fedex_lora
     from fedsieve.methods.fedit import method as fedit
+    from fedsieve.methods.fedsa_lora import method as fedsa_lora
+    from fedsieve.methods.ffa_lora import method as ffa_lora
     from fedsieve.methods.flasc import method as flasc
+    from fedsieve.methods.flexlora import method as flexlora
+    from fedsieve.methods.flora import method as flora
     from fedsieve.methods.fslora import method as fslora
     from fedsieve.methods.fslora_flasc import method as fslora_flasc
+    from fedsieve.methods.full import method as full
+    from fedsieve.methods.head import method as head
+    from fedsieve.methods.hetlora import method as hetlora
+    from fedsieve.methods.rolora import method as rolora
+    from fedsieve.methods.sparse_adapter import method as sparse_adapter
     from fedsieve.optim import adam, fading, fedadam, sgd
+    from fedsieve.sampling import Sampling
     from fedsieve.train.local import Training
     from fedsieve.train.model import Lora
 
@@ -29,16 +42,29 @@ __all__ = [
     "FedSieveError",
     "Lora",
     "Run",
+    "Sampling",
     "Training",
     "adam",
+    "adapter_lth",
     "fading",
+    "fed_select",
     "fedadam",
+    "fedex_lora",
     "fedit",
+    "fedsa_lora",
+    "ffa_lora",
     "finetune",
     "flasc",
+    "flexlora",
+    "flora",
     "fslora",
     "fslora_flasc",
+    "full",
+    "head",
+    "hetlora",
+    "rolora",
     "sgd",
+    "sparse_adapter",
 ]
 
 # Importing torch and transformers takes seconds, which `fedsieve --help` must not: a name is looked
@@ -48,6 +74,7 @@ _HOMES = {
     "budget": ("Budget", "Client"),
     "errors": ("FedSieveError",),
     "optim": ("adam", "fading", "fedadam", "sgd"),
+    "sampling": ("Sampling",),
     "train.local": ("Training",),
     "train.model": ("Lora",),
 }

@@ -2,10 +2,9 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from pathlib import Path
 
 import torch
@@ -13,22 +12,21 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from fedsieve import allot, fetch, personal
 from fedsieve import budget as laws
-from fedsieve import fetch, personal
 from fedsieve import recipe as recipes
-from fedsieve.adapter import Adapter, Layout
-from fedsieve.budget import Budget, Client, assign
+from fedsieve.adapter import Adapter
+from fedsieve.budget import Budget, Client
 from fedsieve.data import partition, sources, tasks
 from fedsieve.data.tasks import Examples
 from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError
 from fedsieve.keys import Key, generator, word
 from fedsieve.method import Memory, Method, View
-from fedsieve.network import Link
 from fedsieve.privacy import Cohorts, Plan, settle
 from fedsieve.recipe import Recipe, build_method
-from fedsieve.resources import Resources, Work, choose
+from fedsieve.resources import Resources
 from fedsieve.sampling import Sampling
 from fedsieve.sampling import check as check_sampling
 from fedsieve.train.local import Fit, Score, Training, evaluate, fit, runs_in_bf16
@@ -210,13 +208,13 @@ def from_recipe(recipe: Recipe) -> Experiment:
     bench = set_up_bench(recipe, tokenizer, device)
     check_length(bench, examples)
     counts = {id: index.numel() for id, index in parts.items()}
-    resources = _resources(recipe, counts)
+    machines = allot.resources(recipe, counts)
     return assemble(
         bench,
         method,
         {id: _taker(examples, index) for id, index in parts.items()},
         counts,
-        _budgets(recipe, method, bench.layout, counts, resources),
+        allot.budgets(recipe, method, bench.layout, counts, machines),
         training=recipe.training,
         sampling=recipes.sampling(recipe),
         seed=recipe.seed,
@@ -226,7 +224,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
         notes=notes,
         recipe=recipe,
         privacy=plan,
-        resources=resources,
+        resources=machines,
     )
 
 
@@ -314,96 +312,6 @@ def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, Plan]:
     # Written down, so that a resumed run neither searches again nor finds something else.
     settled = recipe.privacy.model_copy(update={"noise_multiplier": plan.noise_multiplier})
     return recipe.model_copy(update={"privacy": settled, "rounds": plan.rounds}), plan
-
-
-def _budgets(
-    recipe: Recipe,
-    method: Method,
-    layout: Layout,
-    counts: Mapping[str, int],
-    resources: Mapping[str, Resources] | None,
-) -> dict[str, Budget]:
-    """The budget of each client, by id. counts: their training examples.
-
-    Raises FedSieveError if a client is not listed, or has too little for any budget.
-    """
-    given, key, ids = recipe.budgets, Key(recipe.seed), sorted(counts)
-    rank = recipe.lora.rank
-    if isinstance(given, tuple):
-        return assign(ids, [(t.share, Budget(t.ratio, t.down, t.up)) for t in given], key)
-    if isinstance(given, recipes.TierBudgets):
-        by_rank = recipes.tiers_differ_in(given, method.knobs) == "rank"
-        make = laws.tiers_by_rank if by_rank else laws.tiers_by_density
-        return assign(ids, make(given.tiers), key)
-    if isinstance(given, recipes.RatioBudgets):
-        drawn = laws.ratios(ids, given.ratios, key)
-        return {id: Budget(ratio, given.down, given.up) for id, ratio in drawn.items()}
-    if isinstance(given, recipes.RankLaw):
-        law = laws.normal if given.kind == "normal" else laws.heavy_tail
-        ranks = law(ids, given.low, given.high, key)
-        return {id: Budget(own / rank, given.down, given.up) for id, own in ranks.items()}
-    if isinstance(given, recipes.ListBudgets):
-        limits = recipes.limits_by_id(given)
-        if not isinstance(given.clients, dict) and len(limits) == len(ids):
-            limits = dict(zip(ids, limits.values(), strict=True))  # in order, whatever the ids
-        _refuse_other_ids("budgets.clients", limits, ids)
-        for id in ids:
-            laws.refuse_rank(id, limits[id].rank or 1, rank)
-        return {
-            id: Budget(own.rank / rank if own.rank else own.ratio or 1.0, own.down, own.up)
-            for id, own in limits.items()
-        }
-    assert resources is not None
-    chosen = partial(choose, deadline=given.deadline, knobs=method.knobs, least=given.least)
-    # A client without data takes no part, so it needs no budget that fits.
-    return {
-        id: chosen(id, resources[id], _work(recipe, layout, count)) if count else Budget()
-        for id, count in counts.items()
-    }
-
-
-def _resources(recipe: Recipe, counts: Mapping[str, int]) -> dict[str, Resources] | None:
-    """What each client has, by id, if the recipe says so."""
-    given = recipe.budgets
-    if not isinstance(given, recipes.ResourceBudgets):
-        return None
-    machines = given.clients
-    if machines is None:
-        tiers = given.tiers or ()
-        places = laws.divide(list(counts), [tier.share for tier in tiers], Key(recipe.seed))
-        machines = {id: tiers[place] for id, place in places.items()}
-    _refuse_other_ids("budgets.clients", machines, counts)
-    return {
-        id: Resources(own.memory, Link(own.down, own.up, own.latency), own.step_seconds)
-        for id, own in machines.items()
-    }
-
-
-def _work(recipe: Recipe, layout: Layout, examples: int) -> Work:
-    """What a client's round is made of. A method's option that is not given has its default."""
-    training, options = recipe.training, recipe.method.model_extra or {}
-    paired = sum(prod(layout.shapes[name]) for name in layout.rank_axis)
-    steps = training.steps or training.epochs * -(-examples // training.batch)
-    moments = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
-    return Work(
-        rank=max(1, layout.rank),  # a head alone, or all weights, have none
-        per_rank=paired // max(1, layout.rank),
-        head=layout.size - paired,
-        steps=steps,
-        # What the upload left out stays with the client: one number more for each.
-        moments=moments + bool(options.get("feedback", False)),
-        down_values=options.get("down_values", "float32"),
-        up_values=options.get("up_values", "float32"),
-        sieved_head=options.get("head", "sieved") == "sieved",
-    )
-
-
-def _refuse_other_ids(key: str, given: Iterable[str], ids: Iterable[str]) -> None:
-    listed, known = set(given), set(ids)
-    if missing := sorted(known - listed):
-        raise FedSieveError(f"{key}: none for client {missing[0]!r}")
-    if unknown := sorted(listed - known):
-        raise FedSieveError(f"{key}: there is no client {unknown[0]!r}{nearest(unknown[0], known)}")
 
 
 def _parts(

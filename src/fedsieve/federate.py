@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import tomli_w
 import torch
 
+from fedsieve import checkpoint, rundir, runner
 from fedsieve import recipe as recipes
-from fedsieve import rundir, runner
 from fedsieve.adapter import Adapter
 from fedsieve.budget import Budget, Client
 from fedsieve.data import sources, tasks
@@ -191,7 +191,7 @@ def serve(
     board: list[Sites] = []
 
     def build(recipe: Recipe) -> Experiment:
-        experiment, sites = on_network(recipe, text, carrier, patience, say)
+        experiment, sites = on_network(recipe, text, carrier, patience, say, _merged(folder))
         board.append(sites)
         return experiment
 
@@ -212,11 +212,17 @@ def serve(
 
 
 def on_network(
-    recipe: Recipe, text: str, carrier: Carrier, patience: Patience, say: Callable[[str], None]
+    recipe: Recipe,
+    text: str,
+    carrier: Carrier,
+    patience: Patience,
+    say: Callable[[str], None],
+    merged: Mapping[str, int],
 ) -> tuple[Experiment, Sites]:
     """A federation whose clients are the sites that the carrier reaches, once they are there.
 
     text: the recipe as the sites are told it
+    merged: the last round in which each site's update was merged
     Raises FedSieveError if too few sites come, or for what of the recipe does not fit.
     """
     method = build_method(recipe)
@@ -242,7 +248,7 @@ def on_network(
     )
     digest = hashlib.sha256(text.encode()).hexdigest()
     welcome = partial(_welcome, method=method, base=base_digest(bench), say=say)
-    sites = Sites(carrier, text, digest, welcome, terms, say)
+    sites = Sites(carrier, text, digest, welcome, terms, say, merged=merged)
     say(f"waiting for {terms.sites} sites")
     clients = sites.there()
     there = sites.there
@@ -459,3 +465,15 @@ def _line(summary: Round, rounds: int) -> str:
     }
     known = {name: value for name, value in figures.items() if value is not None}
     return f"round {summary.round}/{rounds} {json.dumps(known)}"
+
+
+def _merged(folder: Path) -> dict[str, int]:
+    """site -> the last round in which its update was merged, from the newest whole checkpoint on.
+
+    The log may hold lines of a round after the checkpoint: that round is done again.
+    """
+    last = checkpoint.newest_round(folder / rundir.CHECKPOINTS)
+    log = folder / rundir.CLIENTS
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    receipts = [json.loads(line) for line in lines if line.endswith("}")]
+    return {r["client"]: r["round"] for r in receipts if "dropped" not in r and r["round"] <= last}

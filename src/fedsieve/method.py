@@ -209,7 +209,8 @@ def compose(
         params = state.trees["adapter"]
         names = shared(state.layout, key.round)
         total = {n: torch.zeros_like(p) for n, p in params.items()}
-        weight = 0.0
+        clip = optimizer.clip(state.trees)
+        weight, merged, inside = 0.0, 0, 0
         for client, payload in updates:
             part = payload.tree()
             if callable(weighting):
@@ -218,8 +219,9 @@ def compose(
             else:
                 share = float(client.examples) if weighting == "examples" else 1.0
             weight += share
-            limit = share if optimizer.clip == math.inf else share * within(part, optimizer.clip)
-            add_back(total, part, state.layout, payload.support.ranks, limit)
+            limit = 1.0 if clip == math.inf else within(part, clip)
+            merged, inside = merged + 1, inside + (limit == 1.0)
+            add_back(total, part, state.layout, payload.support.ranks, share * limit)
             del payload, part  # before the next one comes: one client's update in memory at a time
         divisor = weight if optimizer.expected is None else optimizer.expected
         if divisor == 0:
@@ -230,7 +232,8 @@ def compose(
             tensor.div_(divisor)
             if returns == "values":
                 tensor.neg_().add_(params[name])
-        return step(optimizer, state, total, names)
+        after = step(optimizer, state, total, names)
+        return State(after.layout, optimizer.settle(after.trees, inside, merged))
 
     def export(state: State) -> Adapter:
         return Adapter(state.layout, state.trees["adapter"])

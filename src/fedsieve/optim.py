@@ -17,20 +17,33 @@ from fedsieve.adapter import Tree
 Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
 
 
+def unlimited(slots: Slots) -> float:
+    """No update is too large."""
+    return math.inf
+
+
+def unchanged(slots: Slots, within: int, merged: int) -> Slots:
+    """Nothing is learned from how many updates were within the limit."""
+    return slots
+
+
 class Optimizer(NamedTuple):
     """init(params) -> slots; step(params, gradient, slots) -> (params, slots).
 
     How the mean that becomes the gradient is taken belongs to it as well:
-    clip:     the L2 norm, over all values of a client's decoded update together, to which a larger
-              update is scaled down before it is added
+    clip:     slots -> the L2 norm, over all values of a client's decoded update together, to which
+              a larger update is scaled down before it is added
     expected: what the sum of the updates is divided by; None divides by the sum of their weights,
               and refuses a round without any
+    settle:   (slots after the step, how many updates were within the clip, how many there were) ->
+              slots; where a clip that adapts learns from the round
     """
 
     init: Callable[[Tree], Slots]
     step: Callable[[Tree, Tree, Slots], tuple[Tree, Slots]]
-    clip: float = math.inf
+    clip: Callable[[Slots], float] = unlimited
     expected: float | None = None
+    settle: Callable[[Slots, int, int], Slots] = unchanged
 
 
 def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:

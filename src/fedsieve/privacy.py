@@ -10,6 +10,9 @@ nothing of any one client. Two things bring that about, and neither knows of a m
              anything: which coordinates were sent is a secret of the clients too. n is a fixed
              number, not the count of those who answered, which is a secret as well
 
+C may follow a quantile of the updates' norms (`Adaptive`), found from a noised count of the updates
+that were within it, whose privacy is paid for out of the same z.
+
 `private` puts both around a server optimizer, so DP-FedAvg is `private(sgd(), ...)` (McMahan et al.
 2018, arXiv 1710.06963) and DP-FedAdam is `private(fedadam(...), ...)`; what comes after the noise
 (moments, masks, pruning, what the next round sends) is post-processing and costs nothing.
@@ -57,13 +60,29 @@ class Cohorts(NamedTuple):
     clients: int
 
 
+class Adaptive(NamedTuple):
+    """A clip that follows a quantile of the updates' norms (Andrew et al. 2021, arXiv 1905.03871).
+
+    C <- C exp(-rate (b - quantile)), b the noised share of updates whose norm is at most C
+
+    quantile:    the share of updates that is to be within the clip
+    rate:        eta_C of the paper
+    count_noise: sigma_b: the standard deviation of the noise on the sum of (b_i - 1/2), which one
+                 client moves by at most 1/2
+    """
+
+    quantile: float = 0.5
+    rate: float = 0.2
+    count_noise: float = 1.0
+
+
 class Plan(NamedTuple):
     """A run's privacy, settled: what `private` needs, and what is to be told.
 
     noise_multiplier: z; the noise on the sum of updates has the standard deviation z * clip
     expected:   n, what the sum is divided by
     simulated_cohort: the cohort that the noise is for, where that is not the real one; else None
-    noise_from: see `private`
+    noise_from, adaptive: see `private`
     spent:      rounds -> epsilon; None where there is no noise
     rounds:     how many rounds are within the target, at most those that were asked for
     guarantee:  one sentence for everyone who reads the results
@@ -81,6 +100,7 @@ class Plan(NamedTuple):
     guarantee: str
     cautions: tuple[str, ...]
     ending: str | None
+    adaptive: Adaptive | None = None
 
     def around(self, optimizer: Optimizer, key: Key) -> Optimizer:
         """The server optimizer, made private as this plan says."""
@@ -92,6 +112,7 @@ class Plan(NamedTuple):
             key=key,
             simulated_cohort=self.simulated_cohort,
             noise_from=self.noise_from,
+            adaptive=self.adaptive,
         )
 
 
@@ -104,6 +125,7 @@ def private(
     key: Key,
     simulated_cohort: float | None = None,
     noise_from: Source = "seed",
+    adaptive: Adaptive | None = None,
 ) -> Optimizer:
     """The same optimizer, on clipped updates with Gaussian noise on their mean.
 
@@ -116,6 +138,8 @@ def private(
                       a larger federation had answered. This is NOT private for the clients at hand
     noise_from:       "seed" repeats with the recipe; "system" takes it from the operating system's
                       entropy, as a deployment must
+    adaptive:         clip is where C starts; z is then shared between the sum and the count, so
+                      that both together are as private as the sum alone would be
 
     Put it outermost: private(fading(adam())), so that the noise comes before all else.
     Raises FedSieveError for numbers that make no sense, or where the optimizer is private already.
@@ -131,26 +155,60 @@ def private(
     over = expected if simulated_cohort is None else simulated_cohort
     if not (expected > 0 and over > 0):
         raise FedSieveError(f"privacy: a cohort of {min(expected, over)}; it must be above 0")
-    deviation = noise_multiplier * clip / over if noise_multiplier else 0.0
+    on_sum = noise_multiplier
+    if adaptive is not None and noise_multiplier:
+        on_sum = _beside_the_count(noise_multiplier, adaptive.count_noise)
+
+    def now(slots: Slots) -> float:
+        return clip if adaptive is None else float(slots[_SLOT]["clip"])
 
     def init(params: Tree) -> Slots:
         slots = optimizer.init(params)
         if _SLOT in slots:
             raise FedSieveError("privacy: the server optimizer adds noise already")
-        return {**slots, _SLOT: {"rounds": torch.zeros(())}}
+        own = {"rounds": torch.zeros(())}
+        if adaptive is not None:
+            own["clip"] = torch.tensor(clip, dtype=torch.float64)
+        return {**slots, _SLOT: own}
 
     def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
         rounds = slots[_SLOT]["rounds"] + 1
-        if deviation:
-            here = key._replace(round=int(rounds))
+        if on_sum:
+            here, deviation = key._replace(round=int(rounds)), on_sum * now(slots) / over
             gradient = {
                 n: g + _noise(g, deviation, here, n, noise_from) for n, g in gradient.items()
             }
         inner = {name: tree for name, tree in slots.items() if name != _SLOT}
         moved, inner = optimizer.step(params, gradient, inner)
-        return moved, {**inner, _SLOT: {"rounds": rounds}}
+        return moved, {**inner, _SLOT: {**slots[_SLOT], "rounds": rounds}}
 
-    return Optimizer(init, step, clip=clip, expected=expected)
+    def settle(slots: Slots, within: int, merged: int) -> Slots:
+        if adaptive is None:
+            return slots
+        own = slots[_SLOT]
+        share = 0.5 + (within - merged / 2) / expected
+        if noise_multiplier:
+            here = key._replace(round=int(own["rounds"]))
+            noise = _noise(own["clip"], adaptive.count_noise, here, "count", noise_from)
+            share += float(noise) / over
+        moved = own["clip"] * math.exp(-adaptive.rate * (share - adaptive.quantile))
+        return {**slots, _SLOT: {**own, "clip": moved}}
+
+    return Optimizer(init, step, clip=now, expected=expected, settle=settle)
+
+
+def _beside_the_count(noise_multiplier: float, count_noise: float) -> float:
+    """z of the sum, so that it and the count together are as private as z alone (their Theorem 1).
+
+    Raises FedSieveError if the count alone spends more than that.
+    """
+    left = noise_multiplier**-2 - (2 * count_noise) ** -2
+    if left <= 0:
+        raise FedSieveError(
+            f"privacy.count_noise: {count_noise:g} is too little: with a noise multiplier of "
+            f"{noise_multiplier:g} it must be above {noise_multiplier / 2:g}"
+        )
+    return float(left**-0.5)
 
 
 def ledger(cohorts: Cohorts, noise_multiplier: float, delta: float) -> Spent:
@@ -260,6 +318,9 @@ def settle(
     simulated_cohort: int | None = None,
     simulated_population: int | None = None,
     noise_from: Source = "seed",
+    quantile: float | None = None,
+    clip_rate: float = 0.2,
+    count_noise: float | None = None,
 ) -> Plan:
     """Work out a run's privacy from a target epsilon, a noise multiplier, or both.
 
@@ -267,11 +328,16 @@ def settle(
     epsilon: the target. Without noise_multiplier the noise is what `rounds` rounds need; with it,
              the run ends before the round that would pass the target.
     simulated_cohort, simulated_population: of the federation that is pretended (see `private`)
+    quantile: of the updates' norms, which the clip then follows, from `clip` on (see `Adaptive`);
+             count_noise is by default a 20th of the cohort, as in the paper
     Raises FedSieveError for what makes no sense, or if not one round is within the target.
     """
     expected = cohorts.clients if cohorts.kind == "all" else min(cohorts.size, cohorts.clients)
     real = Cohorts(cohorts.kind, expected, cohorts.clients)
     counted = _pretended(real, simulated_cohort, simulated_population)
+    adaptive = None
+    if quantile is not None:
+        adaptive = Adaptive(quantile, clip_rate, count_noise or counted.size / 20)
     if noise_multiplier is None:
         if epsilon is None:
             raise FedSieveError("privacy: give epsilon, noise_multiplier, or both")
@@ -281,8 +347,20 @@ def settle(
             raise FedSieveError("privacy: without noise there is no epsilon: remove one of them")
         said = f"Privacy: NONE; updates are clipped to {clip:g}, but no noise is added."
         return Plan(
-            clip, 0.0, expected, simulated_cohort, noise_from, None, rounds, said, (said,), None
+            clip=clip,
+            noise_multiplier=0.0,
+            expected=expected,
+            simulated_cohort=simulated_cohort,
+            noise_from=noise_from,
+            spent=None,
+            rounds=rounds,
+            guarantee=said,
+            cautions=(said,),
+            ending=None,
+            adaptive=adaptive,
         )
+    if adaptive is not None:
+        _beside_the_count(noise_multiplier, adaptive.count_noise)  # refused before training
     spent = ledger(counted, noise_multiplier, delta)
     asked, ending = rounds, None
     if epsilon is not None:
@@ -313,6 +391,9 @@ def settle(
         )
     if rounds < asked:
         cautions.append(f"Privacy: {rounds} of the {asked} rounds asked for are within the target.")
+    clipped = f"updates clipped to {clip:g}"
+    if adaptive is not None:
+        clipped += f" at first, then to the {adaptive.quantile:g} quantile of their norms"
     return Plan(
         clip,
         noise_multiplier,
@@ -321,9 +402,10 @@ def settle(
         noise_from,
         spent,
         rounds,
-        _guarantee(counted, clip, noise_multiplier, delta, rounds, spent, simulated_cohort),
+        _guarantee(counted, clipped, noise_multiplier, delta, rounds, spent, simulated_cohort),
         tuple(cautions),
         ending,
+        adaptive,
     )
 
 
@@ -355,7 +437,7 @@ def _pretended(real: Cohorts, cohort: int | None, population: int | None) -> Coh
 
 def _guarantee(
     counted: Cohorts,
-    clip: float,
+    clipped: str,
     noise_multiplier: float,
     delta: float,
     rounds: int,
@@ -372,8 +454,8 @@ def _guarantee(
     whose = "" if simulated is None else " IN THE SIMULATED FEDERATION"
     return (
         f"Privacy{whose}: client-level, trusted server, epsilon {spent(rounds):.4g} at delta "
-        f"{delta:g} after {rounds} rounds, for the models alone ({drawn}; updates clipped to "
-        f"{clip:g}, noise multiplier {noise_multiplier:g}; Renyi accounting)."
+        f"{delta:g} after {rounds} rounds, for the models alone ({drawn}; {clipped}, "
+        f"noise multiplier {noise_multiplier:g}; Renyi accounting)."
     )
 
 

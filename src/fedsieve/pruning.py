@@ -5,21 +5,17 @@ state's tree "live", without the tensors that nothing was pruned from; there is 
 the first pruning.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import ceil
 from typing import Literal
 
-import torch
-
-from fedsieve.adapter import Tree
 from fedsieve.budget import Client
 from fedsieve.keys import Key
-from fedsieve.method import State, pack
+from fedsieve.method import Method, State, Weighting, compose, pack
+from fedsieve.optim import Optimizer
 from fedsieve.payload import Form, Payload
-from fedsieve.sieve import Passed
+from fedsieve.sieve import Passed, dense
 from fedsieve.support import Support, top_k
-
-Publish = Callable[[State, Client, Key], Payload]
 
 
 def pruned(state: State, keep: float, head: Literal["sieved", "whole"]) -> State:
@@ -42,16 +38,38 @@ def pruned(state: State, keep: float, head: Literal["sieved", "whole"]) -> State
     return State(layout, {**trees, "live": live} if live else trees)
 
 
-def publish_live(publish: Publish, form: Form) -> Publish:
-    """Publish the live entries alone, once there are any that are not."""
+def live_only(
+    prune: Callable[[State], State],
+    *,
+    server: Optimizer | None,
+    weighting: Weighting,
+    down_values: Form,
+    up_values: Form,
+) -> Method:
+    """Clients get the live entries, train these alone and return exactly these.
 
-    def publish_pruned(plan: State, client: Client, key: Key) -> Payload:
-        live: Tree = plan.trees.get("live", {})
+    prune: what the server does to its state after each round. An upload's masks cost nothing: the
+           server sent them.
+    """
+    inner = compose(
+        down=dense,
+        up=dense,
+        freeze_absent=True,
+        server=server,
+        weighting=weighting,
+        down_values=down_values,
+        up_values=up_values,
+    )
+
+    def publish(plan: State, client: Client, key: Key) -> Payload:
+        live = plan.trees.get("live", {})
         if not live:
-            return publish(plan, client, key)
-        masks = {n: m.to(torch.bool) for n, m in live.items()}
-        passed = Passed(Support(plan.layout.names, None, masks), "known", "sent")
+            return inner.publish(plan, client, key)
+        passed = Passed(Support(plan.layout.names, None, live), "known", "sent")
         key = key.at("round down values")
-        return pack(plan.layout, plan.trees["adapter"], passed, form, key)
+        return pack(plan.layout, plan.trees["adapter"], passed, down_values, key)
 
-    return publish_pruned
+    def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
+        return prune(inner.merge(state, updates, key))
+
+    return inner._replace(publish=publish, merge=merge)

@@ -280,6 +280,7 @@ class Privacy(_Table):
         before the round that would pass it
     simulated_cohort, simulated_population: noise as if so many of so many clients took part
     noise_from: "seed" repeats with the recipe, for simulation; "system" is what deployments need
+    quantile, clip_rate, count_noise: a clip that follows this quantile of the updates' norms
     """
 
     clip: PositiveFloat
@@ -289,6 +290,9 @@ class Privacy(_Table):
     simulated_cohort: PositiveInt | None = None
     simulated_population: PositiveInt | None = None
     noise_from: Source = "seed"
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_rate: PositiveFloat = 0.2
+    count_noise: PositiveFloat | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> "Privacy":

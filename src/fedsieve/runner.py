@@ -139,8 +139,7 @@ def _go_on(
                 checkpoint.save(checkpoints, snapshot)
             raise FedSieveError(
                 f"round {snapshot.progress.round + 1}: {error}. The state after round "
-                f"{snapshot.progress.round} is kept in {folder} (a lower training.lr, or "
-                "training.clip, may help)"
+                f"{snapshot.progress.round} is kept in {folder}"
             ) from error
         except KeyboardInterrupt:
             if snapshot is not saved:

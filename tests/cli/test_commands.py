@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForSequenceClassification
 
 import fedsieve
-from fedsieve import cli
+from fedsieve import cli, methods
 from fedsieve.engine.loop import Round
 from tests.conftest import Command, Tiny
 from tests.engines import runs
@@ -63,12 +63,31 @@ def test_the_lists(command: Command) -> None:
     recipes = command("recipes")
     assert recipes.code == 0
     assert "demo  MiniLM-L6 on 20 Newsgroups" in recipes.out
-    methods = command("methods")
-    assert methods.code == 0
-    for name in ("fedit", "fslora", "flasc", "fslora_flasc"):
-        assert f"\n{name} " in methods.out
-    assert "FLASC: dense training" in methods.out
-    assert "feedback" in methods.out
+    ran = command("methods")
+    assert ran.code == 0
+    for name in methods.names():
+        assert f"\n{name} " in ran.out
+    assert "FLASC: dense training" in ran.out
+    assert "feedback" in ran.out
+
+
+def test_what_methods_cost(command: Command, tiny: Tiny) -> None:
+    model = ("methods", "--model", str(tiny.bert), "--rank", "4", "--targets", "query,value")
+    ran = command(*model, "--classes", "3", "--ratio", "0.5", "--cohort", "2")
+    assert ran.code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in ran.out.splitlines() if "MB" in line}
+    assert set(rows) == set(methods.names())
+    assert rows["fslora"][0] == "2"  # half of the ranks
+    assert rows["fedit"][0] == "4"
+    assert float(rows["fslora"][1]) < float(rows["fedit"][1]) < float(rows["full"][1])
+
+    ran = command(*model, "--classes", "3", "--down", "1.5")
+    assert (ran.code, "--down 1.5" in ran.err) == (2, True)
+    ran = command("methods", "--model", str(tiny.bert), "--rank", "400", "--targets", "query")
+    assert (ran.code, "lora.rank 400 is larger" in ran.err) == (2, True)
+    ran = command("methods", "--model", str(tiny.gpt2), "--classes", "1")
+    assert ran.code == 0
+    assert "no head" in ran.out  # of a causal LM
 
 
 def test_names_that_cannot_be_fetched(command: Command) -> None:

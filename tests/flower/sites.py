@@ -117,7 +117,7 @@ def exchange(asks: Mapping[str, Ask], text: bytes) -> Exchange:
             loss = math.nan if said["loss"] is None else said["loss"]
             yield Reply(client, answer.body or None, **{**said, "loss": loss})
 
-    return carry
+    return Exchange(carry, lambda merged: None)
 
 
 @contextmanager

@@ -9,20 +9,21 @@ from typing import Any
 import dp_accounting
 import pytest
 import torch
-from dp_accounting import pld
+from dp_accounting import pld, rdp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedsieve.adapter import Tree
+from fedsieve.adapter import Layout, Tree
 from fedsieve.budget import Budget, Client
 from fedsieve.errors import FedSieveError
 from fedsieve.keys import Key
 from fedsieve.method import Method, State, compose
 from fedsieve.methods import ffa_lora, flasc, fslora
 from fedsieve.optim import Optimizer, adam, fading, fedadam, sgd
-from fedsieve.payload import Form, Payload, rounded
+from fedsieve.payload import Form, Payload, Values, rounded
 from fedsieve.privacy import (
+    Adaptive,
     Cohorts,
     Source,
     affordable,
@@ -33,7 +34,7 @@ from fedsieve.privacy import (
 )
 from fedsieve.sampling import Kind
 from fedsieve.sieve import dense
-from fedsieve.support import Support, draw_ranks, gather, narrowed
+from fedsieve.support import Support, draw_ranks, everything, gather, narrowed
 from tests.laws import toy
 
 KEY = Key(3)
@@ -232,7 +233,7 @@ def test_a_simulated_cohort_scales_the_noise_and_nothing_else() -> None:
     simulated = plain(1.0, 2.0, 10.0, simulated_cohort=1000.0)
     (scaled,) = noise_of(simulated, tree, 1)
     assert torch.allclose(scaled["x"], real["x"] * (10 / 1000), rtol=1e-12)
-    assert (simulated.clip, simulated.expected) == (1.0, 10.0)
+    assert (simulated.clip(simulated.init(tree)), simulated.expected) == (1.0, 10.0)
 
 
 # Nothing else changes ---------------------------------------------------------------------------
@@ -515,3 +516,81 @@ def test_with_everyone_there_is_no_larger_cohort_to_simulate() -> None:
             simulated_cohort=80,
             simulated_population=80,
         )
+
+
+# A clip that adapts -----------------------------------------------------------------------------
+
+
+def test_the_clip_goes_to_the_quantile_of_the_norms() -> None:
+    """Without noise, over updates of norms 1 to 9: the median is 5, whatever the clip began at."""
+    layout = toy.start().layout
+    for quantile, expected in ((0.5, 5.0), (0.8, 7.5)):
+        for begin in (0.05, 400.0):
+            adaptive = Adaptive(quantile, rate=0.2)
+            server = private(
+                sgd(), clip=begin, noise_multiplier=0, expected=9.0, key=KEY, adaptive=adaptive
+            )
+            method = method_with(server)
+            state = method.init(toy.start())
+            for number in range(1, 150):
+                updates = [
+                    (Client(str(size), 1), update_of_norm(layout, float(size)))
+                    for size in range(1, 10)
+                ]
+                state = method.merge(state, iter(updates), Key(0, number))
+            assert server.clip(state.trees) == pytest.approx(expected, abs=0.7)
+
+
+def update_of_norm(layout: Layout, size: float) -> Payload:
+    numbers = torch.randn(layout.size, generator=torch.Generator().manual_seed(int(size)))
+    values = Values("float64", numbers.double() * size / numbers.double().norm(), torch.empty(0))
+    return Payload(layout, everything(layout), values, "known", "known")
+
+
+def test_sum_and_count_together_are_as_private_as_the_sum_alone() -> None:
+    """Measured noise on both, given to an accountant that knows nothing of how z is shared."""
+    z, count_noise, clip, expected = 1.3, 0.8, 2.0, 1.0
+    adaptive = Adaptive(0.5, rate=1.0, count_noise=count_noise)
+    server = private(
+        sgd(), clip=clip, noise_multiplier=z, expected=expected, key=KEY, adaptive=adaptive
+    )
+    params = {"x": torch.zeros(40_000, dtype=torch.float64)}
+    slots = server.init(params)
+    moved, slots = server.step(params, params, slots)
+    on_sum = float(moved["x"].std()) / clip
+    counts = []
+    for number in range(4000):
+        own = {**slots["privacy"], "rounds": torch.tensor(float(number))}
+        settled = server.settle({**slots, "privacy": own}, 0, 0)
+        counts.append(-math.log(float(settled["privacy"]["clip"]) / clip))
+    assert abs(float(torch.tensor(counts).mean())) < 5 * count_noise / 4000**0.5
+    on_count = float(torch.tensor(counts).std())
+
+    def epsilon(*multipliers: float) -> float:
+        accountant = rdp.RdpAccountant()
+        for multiplier in multipliers:
+            accountant.compose(dp_accounting.GaussianDpEvent(multiplier))
+        return float(accountant.get_epsilon(1e-5))
+
+    # The count moves by 1/2 at most, the sum by the clip.
+    assert epsilon(on_sum, 2 * on_count) == pytest.approx(epsilon(z), rel=0.02)
+
+
+def test_a_count_that_spends_everything_is_refused() -> None:
+    for noise in (0.3, 0.5):
+        with pytest.raises(FedSieveError, match=r"count_noise: .* must be above 0.5"):
+            plain(1.0, 1.0, adaptive=Adaptive(count_noise=noise))
+    with pytest.raises(FedSieveError, match="count_noise"):
+        settle(
+            Cohorts("poisson", 4, 40),
+            rounds=5,
+            clip=1.0,
+            delta=1e-3,
+            noise_multiplier=1.0,
+            quantile=0.5,
+        )
+    plan = settle(
+        Cohorts("poisson", 40, 400), rounds=5, clip=1.0, delta=1e-3, epsilon=8, quantile=0.5
+    )
+    assert plan.adaptive == Adaptive(0.5, 0.2, 2.0)
+    assert "0.5 quantile" in plan.guarantee

@@ -15,12 +15,12 @@ from fedsieve import recipe as recipes
 from fedsieve.budget import Budget, Client
 from fedsieve.engine.client import Reply
 from fedsieve.engine.local import punctual
-from fedsieve.engine.loop import Receipt, begin, one_round
+from fedsieve.engine.loop import Receipt, begin, one_round, rounds
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.experiment import from_recipe
 from fedsieve.keys import Key
-from fedsieve.method import Method
-from fedsieve.methods import fedit, flasc
+from fedsieve.method import Memory, Method
+from fedsieve.methods import fedit, flasc, flora
 from fedsieve.network import Link
 from fedsieve.sampling import Sampling, check, cohort, late
 from tests.conftest import Tiny
@@ -173,11 +173,12 @@ def round_of(
     exchange, lost = federation.exchange, set(lost)
 
     def breaking(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
-        for reply in exchange(messages, key):
+        for reply in exchange.carry(messages, key):
             broke = reply.client.id in lost
             yield reply._replace(update=None, reason="it broke") if broke else reply
 
-    in_time = punctual(breaking, sampling.size) if sampling.extra else breaking
+    broken = exchange._replace(carry=breaking)
+    in_time = punctual(broken, sampling.size) if sampling.extra else broken
     federation = replace(federation, exchange=in_time)
     _, progress = begin(federation, toy.start())
     return one_round(federation, progress)
@@ -320,3 +321,27 @@ def test_an_availability_of_nobody_is_refused_with_its_id(tiny: Tiny) -> None:
     recipe = recipes.check(tiny.table(sampling__availability={"00003": 0.5}))
     with pytest.raises(FedSieveError, match=r"names client '00003'.*did you mean '0003'"):
         from_recipe(recipe)
+
+
+@pytest.mark.parametrize("method", [flora.method(**DOUBLE), flasc.method(feedback=True, **DOUBLE)])
+def test_a_late_client_remembers_nothing_of_the_round(method: Method) -> None:
+    """What it sent was not merged, so what it keeps must be what the server believes it to keep."""
+    clients = members([1.0, 9.0, 2.0], [Budget(0.5, 0.5, 0.5)] * 3)
+    memories: dict[str, Memory] = {}
+    federation = toy.federation(method, clients, memories=memories)
+    alone = federation.exchange
+    federation = replace(
+        federation, sampling=Sampling("uniform", 2, extra=1), exchange=punctual(alone, 2)
+    )
+    _, progress = begin(federation, toy.start())
+    for number, (_, receipts, now) in enumerate(rounds(federation, progress, 3), 1):
+        assert [r.client for r in receipts if r.dropped] == ["0001"]
+        assert all("late" in r.dropped for r in receipts if r.dropped)
+        assert "0001" not in memories
+        assert now.round == number
+    # When it is on time at last, it catches up from the very start.
+    quick = [client._replace(step_seconds=1.0) for client in clients]
+    federation = replace(federation, clients=quick, sampling=Sampling("all"), exchange=alone)
+    _, receipts, _ = one_round(federation, now)
+    assert all(r.dropped is None for r in receipts)
+    assert "0001" in memories

@@ -81,7 +81,9 @@ def take_part(
 
 def _unusable(fit: Fit) -> str | None:
     if not math.isfinite(fit.loss):
-        return f"the training loss became {fit.loss}"
+        return (
+            f"the training loss became {fit.loss} (a lower training.lr or training.clip may help)"
+        )
     # The sum is not finite if any entry is not; one pass, no mask.
     for name, tensor in fit.tensors.items():
         if not torch.isfinite(tensor.sum()):

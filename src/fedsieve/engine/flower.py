@@ -15,10 +15,12 @@ and what it sends afterwards is counted and thrown away. Until then its site is 
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from fedsieve.budget import Client
 from fedsieve.engine.client import Reply
+from fedsieve.engine.loop import Exchange
 from fedsieve.errors import FedSieveError, WireError
 from fedsieve.keys import Key
 from fedsieve.train.local import Score
@@ -130,11 +132,13 @@ class Sites:
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        merged: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         """
         recipe, digest: the recipe's text, which every site is told, and what requests call it
         welcome: a site's description -> the client that it is. Asked again with that client when
             the site is ready for the recipe and says how. Raises FedSieveError to refuse it
+        merged: the last round in which each site's update was merged
         """
         self._carrier, self._recipe, self._digest = carrier, recipe, digest
         self._welcome, self._terms, self._say = welcome, terms, say
@@ -147,6 +151,7 @@ class Sites:
         self._stray: dict[str, int] = {}  # transport of what came too late, by site
         self._begun = False
         self._number = 0
+        self._merged = dict(merged)
 
     def there(self) -> list[Client]:
         """The sites that can be drawn now, in order of id; waits until there are enough.
@@ -175,10 +180,19 @@ class Sites:
         self._begun = True
         return free
 
-    def exchange(self, messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
+    @property
+    def exchange(self) -> Exchange:
+        """What the round loop needs of the sites."""
+        return Exchange(self.carry, self.settle)
+
+    def settle(self, merged: Collection[str]) -> None:
+        """Note whose updates of the last round were merged: what a site keeps begins there."""
+        self._merged |= dict.fromkeys(merged, self._number)
+
+    def carry(self, messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
         """The round's messages to their sites, all at once, and a reply for each, in their order.
 
-        This is a `loop.Exchange`. A site that gives nothing to merge has a reply that says why.
+        A site that gives nothing to merge has a reply that says why.
         """
         terms = self._terms
         self._number = key.round
@@ -190,7 +204,8 @@ class Sites:
         for client, message in messages:
             asked.append(client)
             stray = self._stray.pop(client.id, 0)
-            ticket, errand = self._go(client, "train", Frame(head, message), terms.deadline, stray)
+            own = {**head, "after": self._merged.get(client.id, 0)}
+            ticket, errand = self._go(client, "train", Frame(own, message), terms.deadline, stray)
             if ticket is None:
                 reply = _nothing(client, "its node could not be reached")
                 replies[client.id] = reply._replace(transport=errand.transport)

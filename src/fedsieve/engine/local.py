@@ -3,7 +3,7 @@
 The bytes go nowhere, but they are really encoded and decoded, and each client sees only them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
@@ -24,12 +24,12 @@ def in_process(
     """An exchange that trains each client when its message comes.
 
     start: the adapter before the first round
-    memories: what each client keeps between rounds, by id. It changes only when a round is through,
-    so that a round which was broken off leaves no trace.
+    memories: what each client keeps between rounds, by id
     """
+    fresh: dict[str, Memory] = {}
 
-    def exchange(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
-        fresh: dict[str, Memory] = {}
+    def carry(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
+        fresh.clear()
         for client, message in messages:
             own = key._replace(client=client.id)
             memory = memories.get(client.id, {})
@@ -37,9 +37,11 @@ def in_process(
             if memory:
                 fresh[client.id] = _held_once(memory, [*fresh.values(), *memories.values()])
             yield reply
-        memories.update(fresh)
 
-    return exchange
+    def settle(merged: Collection[str]) -> None:
+        memories.update({id: memory for id, memory in fresh.items() if id in merged})
+
+    return Exchange(carry, settle)
 
 
 def punctual(exchange: Exchange, size: int) -> Exchange:
@@ -51,7 +53,7 @@ def punctual(exchange: Exchange, size: int) -> Exchange:
     a step.
     """
 
-    def chosen(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
+    def carry(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
         down: dict[str, int] = {}
 
         def counted() -> Iterator[tuple[Client, bytes]]:
@@ -59,7 +61,7 @@ def punctual(exchange: Exchange, size: int) -> Exchange:
                 down[client.id] = len(message)
                 yield client, message
 
-        held = list(exchange(counted(), key))
+        held = list(exchange.carry(counted(), key))
         seconds = {}
         for reply in held:
             link, step = reply.client.link, reply.client.step_seconds
@@ -76,7 +78,7 @@ def punctual(exchange: Exchange, size: int) -> Exchange:
         for reply in held:
             yield reply._replace(reason=reasons.get(reply.client.id, reply.reason))
 
-    return chosen
+    return exchange._replace(carry=carry)
 
 
 def _held_once(memory: Memory, others: Iterable[Memory]) -> Memory:

@@ -1,14 +1,15 @@
 """The round loop, the same for every engine.
 
 An engine is an `Exchange`: it carries messages to clients and brings their replies, in the order of
-the messages (a sum of floats depends on its order). Everything else of a round is here: the cohort,
-publishing, decoding, merging, counting, evaluating. Messages are made as the engine asks for them
-and replies are merged as they come, so that one client's update is in memory at a time.
+the messages (a sum of floats depends on its order), and is told whose updates were merged.
+Everything else of a round is here: the cohort, publishing, decoding, merging, counting, evaluating.
+Messages are made as the engine asks for them and replies are merged as they come, so that one
+client's update is in memory at a time.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,7 +28,18 @@ from fedsieve.support import Support, everything, gather
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
 
-Exchange = Callable[[Iterable[tuple[Client, bytes]], Key], Iterator[Reply]]
+
+class Exchange(NamedTuple):
+    """Who carries the bytes of a round.
+
+    carry:  (messages to clients, the round's key) -> their replies, in the same order
+    settle: told, once a round is through, the ids of the clients whose updates were merged. Only
+            their memories move on: a round that was broken off leaves no trace, and a client that
+            was late or refused holds what the server believes it to hold.
+    """
+
+    carry: Callable[[Iterable[tuple[Client, bytes]], Key], Iterator[Reply]]
+    settle: Callable[[Collection[str]], None]
 
 
 class Progress(NamedTuple):
@@ -173,7 +185,7 @@ def one_round(
     def updates() -> Iterator[tuple[Client, Payload]]:
         nonlocal server_wire
         merged = 0
-        for reply in federation.exchange(messages(), key):
+        for reply in federation.exchange.carry(messages(), key):
             down_bytes, support = sent.pop(reply.client.id)
             began = time.perf_counter()
             payload, reason = None, reply.reason
@@ -201,6 +213,8 @@ def one_round(
         more = [f"{len(dropped) - 3} more"] if len(dropped) > 3 else []
         why = "; ".join(shown + more) or f"{len(chosen)} clients were asked"
         raise NoUsableUpdate(f"{error} ({why})") from error
+    merged = [r for r in receipts if r.dropped is None]
+    federation.exchange.settle({r.client for r in merged})
     down = sum(r.down_bytes for r in receipts)
     up = sum(r.up_bytes for r in receipts)
     # Both ways, for the messages that were really sent.
@@ -211,7 +225,6 @@ def one_round(
     )
     due = evaluate or number % federation.evaluate_every == 0
     score, evaluation_seconds = _evaluate(federation, state) if due else (None, 0.0)
-    merged = [r for r in receipts if r.dropped is None]
     steps = sum(r.steps for r in merged)
     summary = Round(
         round=number,

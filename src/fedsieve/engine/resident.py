@@ -265,12 +265,16 @@ class Offer(_Asked):
 
 
 class Train(_Asked):
-    """One round. recipe: SHA-256 of its text; budget: where it is not the site's own."""
+    """One round. recipe: SHA-256 of its text; budget: where it is not the site's own.
+
+    after: the last round of this site that the server merged: what it kept since then is void
+    """
 
     do: Literal["train"]
     recipe: Digest
     seed: NonNegativeInt
     round: PositiveInt
+    after: NonNegativeInt | None = None
     budget: Offer | None = None
 
 
@@ -343,7 +347,8 @@ def _train(resident: Resident, request: Frame) -> Frame:
     if done is None or done.asked != digest:
         client = Client(site.name, _count(desk.examples), budget, link_of(site), site.step_seconds)
         key = Key(recipe.seed, number, site.name)
-        done = _round(desk, client, history.memories(folder, number), key, request.body)
+        since = number if asked.after is None else min(number, asked.after + 1)
+        done = _round(desk, client, history.memories(folder, since), key, request.body)
         done = done._replace(asked=digest)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
         history.write(folder, done, keep=2 * recipe.checkpoint.every)

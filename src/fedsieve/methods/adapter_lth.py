@@ -9,18 +9,14 @@ of the weights are left after 34 rounds, so little is saved. Weights are not rew
 as they are in the original ticket search.
 """
 
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsieve.budget import Client
-from fedsieve.keys import Key
-from fedsieve.method import Method, State, Weighting, compose
+from fedsieve.method import Method, State, Weighting
 from fedsieve.optim import Optimizer
-from fedsieve.payload import Form, Payload
-from fedsieve.pruning import pruned, publish_live
-from fedsieve.sieve import dense
+from fedsieve.payload import Form
+from fedsieve.pruning import live_only, pruned
 
 
 def method(
@@ -36,17 +32,14 @@ def method(
 
     keep: the share of the live entries that stays live after a round
     """
-    inner = compose(
-        down=dense,
-        up=dense,
-        freeze_absent=True,
+
+    def prune(state: State) -> State:
+        return pruned(state, keep, head)
+
+    return live_only(
+        prune,
         server=server,
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,
     )
-
-    def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
-        return pruned(inner.merge(state, updates, key), keep, head)
-
-    return inner._replace(publish=publish_live(inner.publish, down_values), merge=merge)

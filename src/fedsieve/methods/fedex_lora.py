@@ -13,17 +13,17 @@ server's rank. Pairs are replaced by their means; the server optimizer moves the
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
-from fedsieve.adapter import Adapter, Tree
+from fedsieve import lowrank
+from fedsieve.adapter import Adapter
 from fedsieve.budget import Client
 from fedsieve.catchup import catch_up, fold, missing
-from fedsieve.errors import NoUsableUpdate
 from fedsieve.keys import Key
-from fedsieve.method import Memory, Method, Seat, State, View, Weighting, compose, step
+from fedsieve.method import Memory, Method, Seat, State, View, Weighting, compose, unscaled
 from fedsieve.optim import Optimizer, sgd
 from fedsieve.payload import Form, Payload
-from fedsieve.sieve import dense, no_pairs
+from fedsieve.replacing import collect
+from fedsieve.sieve import dense
 
 
 def method(
@@ -55,33 +55,18 @@ def method(
         return seen._replace(adapter=seen.adapter._replace(base=memory.get("base", {}))), memory
 
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
-        layout, params = state.layout, state.trees["adapter"]
-        total: Tree = {n: p * 0 for n, p in params.items()}
-        stacks: dict[str, list[Tensor]] = {n: [] for n in layout.rank_axis}
-        members: list[str] = []
-        weight = 0.0
-        for client, payload in updates:
-            part = payload.tree()
-            share = float(client.examples) if weighting == "examples" else 1.0
-            weight += share
-            members.append(client.id)
-            total = {n: t + share * part[n] for n, t in total.items()}
-            for pair in layout.pairs:
-                stacks[pair.b].append(share * part[pair.b])
-                stacks[pair.a].append(part[pair.a])
-        if weight == 0:
-            raise NoUsableUpdate("no client returned an update that can be merged")
-        mean = {n: t / weight for n, t in total.items()}
-        heads = no_pairs(layout, key.round)
-        state = step(optimizer, state, {n: params[n] - mean[n] for n in heads}, heads)
-        factors: Tree = {}
-        for pair in layout.pairs:
-            b = torch.cat([*stacks[pair.b], -weight * mean[pair.b]], dim=1)
-            factors[pair.b] = b * (layout.scale / weight)
-            factors[pair.a] = torch.cat([*stacks[pair.a], mean[pair.a]], dim=0)
-        pairs = {n: mean[n] for n in layout.rank_axis}
-        tree = {**state.trees["adapter"], **pairs}
-        state = State(layout, {**state.trees, "adapter": dict(sorted(tree.items()))})
+        state, stacks, members = collect(
+            optimizer, state, updates, key, weighting=weighting, rescale=unscaled
+        )
+        tree, factors = dict(state.trees["adapter"]), {}
+        for pair in state.layout.pairs:
+            stack = stacks[pair.module]
+            mean_b = torch.stack([w * b for w, b, _ in stack]).sum(0)
+            mean_a = torch.stack([w * a for w, _, a in stack]).sum(0)
+            b, factors[pair.a] = lowrank.stacked([*stack, (-1.0, mean_b, mean_a)])
+            factors[pair.b] = state.layout.scale * b
+            tree[pair.b], tree[pair.a] = mean_b, mean_a
+        state = State(state.layout, {**state.trees, "adapter": tree})
         return fold(state, factors, members, key.round)
 
     def export(state: State) -> Adapter:

@@ -16,12 +16,9 @@ from collections.abc import Iterable
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
 
 from fedsieve import lowrank
-from fedsieve.adapter import Tree
 from fedsieve.budget import Client
-from fedsieve.errors import NoUsableUpdate
 from fedsieve.keys import Key
 from fedsieve.method import (
     SCALINGS,
@@ -32,11 +29,11 @@ from fedsieve.method import (
     compose,
     own_layout,
     pack,
-    step,
 )
 from fedsieve.optim import Optimizer, sgd
 from fedsieve.payload import Form, Payload
-from fedsieve.sieve import dense, leading, no_pairs
+from fedsieve.replacing import collect
+from fedsieve.sieve import dense, leading
 
 
 def method(
@@ -79,42 +76,17 @@ def method(
         return pack(layout, tree, passed, down_values, key.at("round down values"))
 
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
-        layout, params = state.layout, state.trees["adapter"]
-        heads = no_pairs(layout, key.round)
-        change: Tree = {n: params[n] * 0 for n in heads}
-        stacks: dict[str, list[tuple[float, Tensor, Tensor]]] = {p.module: [] for p in layout.pairs}
-        weight = 0.0
-        for client, payload in updates:
-            part = payload.tree()
-            share = float(client.examples) if weighting == "examples" else 1.0
-            weight += share
-            scale = own_layout(layout, payload.support, rescale).scale
-            for n in heads:
-                change[n] = change[n] + share * (params[n] - part[n])
-            for pair in layout.pairs:
-                stack = stacks[pair.module]
-                stack.append((share * scale / layout.scale, part[pair.b], part[pair.a]))
-                if most is not None:
-                    stack[:] = [_cut(stack, most)]
-        if weight == 0:
-            raise NoUsableUpdate("no client returned an update that can be merged")
-        state = step(optimizer, state, {n: t / weight for n, t in change.items()}, heads)
+        state, stacks, _ = collect(
+            optimizer, state, updates, key, weighting=weighting, rescale=rescale, most=most
+        )
         tree = dict(state.trees["adapter"])
-        for pair in layout.pairs:
-            b, a = lowrank.stacked(stacks[pair.module])
-            tree[pair.b], a = lowrank.best_of_rank(b / weight, a, layout.rank)
+        for pair in state.layout.pairs:
+            stacked = lowrank.stacked(stacks[pair.module])
+            tree[pair.b], a = lowrank.best_of_rank(*stacked, state.layout.rank)
             # A rank that the mean does not need has a zero column in B, and with a zero row in A it
             # could never learn again: it keeps the row that it had, which changes no product.
             unused = (a.flatten(1) == 0).all(1).reshape(-1, *[1] * (a.ndim - 1))
             tree[pair.a] = torch.where(unused, tree[pair.a], a)
-        return State(layout, {**state.trees, "adapter": tree})
+        return State(state.layout, {**state.trees, "adapter": tree})
 
     return inner._replace(publish=publish, merge=merge)
-
-
-def _cut(stack: list[tuple[float, Tensor, Tensor]], most: int) -> tuple[float, Tensor, Tensor]:
-    """The stack as one product of at most `most` ranks."""
-    b, a = lowrank.stacked(stack)
-    if a.shape[0] > most:
-        b, a = lowrank.best_of_rank(b, a, most)
-    return 1.0, b, a

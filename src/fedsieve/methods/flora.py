@@ -16,10 +16,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fedsieve import lowrank
 from fedsieve.adapter import Adapter, Tree
 from fedsieve.budget import Client
 from fedsieve.catchup import catch_up, fold, missing
-from fedsieve.errors import NoUsableUpdate
 from fedsieve.keys import Key, generator
 from fedsieve.method import (
     SCALINGS,
@@ -31,12 +31,11 @@ from fedsieve.method import (
     View,
     Weighting,
     compose,
-    own_layout,
     pack,
-    step,
 )
 from fedsieve.optim import Optimizer, sgd
 from fedsieve.payload import Form, Payload
+from fedsieve.replacing import collect
 from fedsieve.sieve import dense, leading, no_pairs, only
 from fedsieve.support import Support
 
@@ -88,30 +87,13 @@ def method(
         return seen._replace(adapter=Adapter(seen.adapter.layout, tensors, base)), memory
 
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
-        layout, params = state.layout, state.trees["adapter"]
-        heads = no_pairs(layout, key.round)
-        change: Tree = {n: params[n] * 0 for n in heads}
-        stacks: dict[str, list[Tensor]] = {n: [] for n in layout.rank_axis}
-        members: list[str] = []
-        weight = 0.0
-        for client, payload in updates:
-            part = payload.tree()
-            share = float(client.examples) if weighting == "examples" else 1.0
-            weight += share
-            members.append(client.id)
-            scale = own_layout(layout, payload.support, rescale).scale
-            for n in heads:
-                change[n] = change[n] + share * (params[n] - part[n])
-            for pair in layout.pairs:
-                stacks[pair.b].append(share * scale * part[pair.b])
-                stacks[pair.a].append(part[pair.a])
-        if weight == 0:
-            raise NoUsableUpdate("no client returned an update that can be merged")
-        state = step(optimizer, state, {n: t / weight for n, t in change.items()}, heads)
+        state, stacks, members = collect(
+            optimizer, state, updates, key, weighting=weighting, rescale=rescale
+        )
         factors: Tree = {}
-        for pair in layout.pairs:
-            factors[pair.b] = torch.cat(stacks[pair.b], dim=1) / weight
-            factors[pair.a] = torch.cat(stacks[pair.a], dim=0)
+        for pair in state.layout.pairs:
+            b, factors[pair.a] = lowrank.stacked(stacks[pair.module])
+            factors[pair.b] = state.layout.scale * b
         return fold(state, factors, members, key.round)
 
     def export(state: State) -> Adapter:

@@ -10,18 +10,14 @@ the method's own option, the same for all clients: one mask serves everyone. The
 every download, since a client may come in for the first time; an upload's costs nothing.
 """
 
-from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsieve.budget import Client
-from fedsieve.keys import Key
-from fedsieve.method import Method, State, Weighting, compose
+from fedsieve.method import Method, State, Weighting
 from fedsieve.optim import Optimizer
-from fedsieve.payload import Form, Payload
-from fedsieve.pruning import pruned, publish_live
-from fedsieve.sieve import dense
+from fedsieve.payload import Form
+from fedsieve.pruning import live_only, pruned
 
 
 def method(
@@ -37,18 +33,14 @@ def method(
 
     density: the share of the entries that the mask keeps; head = "whole" leaves the head out of it
     """
-    inner = compose(
-        down=dense,
-        up=dense,
-        freeze_absent=True,
+
+    def prune(state: State) -> State:
+        return pruned(state, 1.0 if "live" in state.trees else density, head)
+
+    return live_only(
+        prune,
         server=server,
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,
     )
-
-    def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
-        merged = inner.merge(state, updates, key)
-        return pruned(merged, 1.0 if "live" in merged.trees else density, head)
-
-    return inner._replace(publish=publish_live(inner.publish, down_values), merge=merge)

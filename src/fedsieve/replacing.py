@@ -1,0 +1,89 @@
+"""Merges that put new factors in the place of the old ones, made of all clients' products.
+
+FlexLoRA, FLoRA and FedEx-LoRA average products s_i B_i A_i, which no step along a mean of factors
+can do. They share how the updates come in: the clients return their trained values, the tensors
+outside the pairs take a step of the server optimizer, and the factors are collected, each with its
+weight in the mean.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedsieve import lowrank
+from fedsieve.adapter import Tree
+from fedsieve.budget import Client
+from fedsieve.errors import NoUsableUpdate
+from fedsieve.keys import Key
+from fedsieve.method import State, Weighting, own_layout, step
+from fedsieve.optim import Optimizer
+from fedsieve.payload import Payload
+from fedsieve.sieve import no_pairs
+
+Stack = list[tuple[float, Tensor, Tensor]]  # (weight, B, A), whose weighted products are summed
+
+
+class Collected(NamedTuple):
+    """What a merge starts from.
+
+    state:   the head has moved
+    stacks:  module -> the clients' factors; the weights, times the layout's scale, make the mean of
+             the s_i B_i A_i
+    members: ids of the clients
+    """
+
+    state: State
+    stacks: dict[str, Stack]
+    members: list[str]
+
+
+def collect(
+    optimizer: Optimizer,
+    state: State,
+    updates: Iterable[tuple[Client, Payload]],
+    key: Key,
+    *,
+    weighting: Weighting,
+    rescale: Callable[[int, int], float],
+    most: int | None = None,
+) -> Collected:
+    """Move the head along its mean change, and collect the factors.
+
+    most: a stack is cut to this many ranks whenever it is longer; None never cuts
+    Raises NoUsableUpdate if there is no update.
+    """
+    layout, params = state.layout, state.trees["adapter"]
+    heads = no_pairs(layout, key.round)
+    change: Tree = {n: torch.zeros_like(params[n]) for n in heads}
+    stacks: dict[str, Stack] = {pair.module: [] for pair in layout.pairs}
+    members: list[str] = []
+    weight = 0.0
+    for client, payload in updates:
+        part = payload.tree()
+        share = float(client.examples) if weighting == "examples" else 1.0
+        own = own_layout(layout, payload.support, rescale)
+        weight += share
+        members.append(client.id)
+        for n in heads:
+            change[n].add_(params[n] - part[n], alpha=share)
+        for pair in layout.pairs:
+            stack = stacks[pair.module]
+            stack.append((share * own.scale / layout.scale, part[pair.b], part[pair.a]))
+            if most is not None:
+                stack[:] = [_cut(stack, most)]
+        del payload, part
+    if weight == 0:
+        raise NoUsableUpdate("no client returned an update that can be merged")
+    moved = step(optimizer, state, {n: t / weight for n, t in change.items()}, heads)
+    shares = {m: [(w / weight, b, a) for w, b, a in stack] for m, stack in stacks.items()}
+    return Collected(moved, shares, members)
+
+
+def _cut(stack: Stack, most: int) -> tuple[float, Tensor, Tensor]:
+    """The stack as one product of at most `most` ranks."""
+    b, a = lowrank.stacked(stack)
+    if a.shape[0] > most:
+        b, a = lowrank.best_of_rank(b, a, most)
+    return 1.0, b, a
