@@ -21,7 +21,7 @@ from fedsieve.keys import Key, generator
 from fedsieve.optim import Optimizer, sgd
 from fedsieve.payload import Form, Payload, rounded
 from fedsieve.sieve import Choice, Passed, Sieve, every_name
-from fedsieve.support import Support, add_back, cut, gather, narrowed, norm
+from fedsieve.support import Support, add_back, cut, gather, narrowed, norm, top_k
 
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
 Weighting = Literal["uniform", "examples"]
@@ -264,6 +264,23 @@ def within(part: Tree, clip: float) -> float:
     """The factor, at most 1, that brings a tree's L2 norm down to `clip`."""
     size = norm(part)
     return 1.0 if size <= clip else clip / size
+
+
+def evaluated_at(method: Method, density: float, head: Literal["sieved", "whole"]) -> Method:
+    """The same method, with a global model of its largest entries alone; density 1 masks nothing.
+
+    Clients that get a masked adapter train around its gaps. The entries that never pass still move
+    on the server, a little in every round, and a client never sees them: evaluated with them, the
+    model is another one than clients train (docs/results.md has both).
+    """
+
+    def export(state: State) -> Adapter:
+        layout, tensors = state.layout, state.trees["adapter"]
+        among = tuple(n for n in layout.names if head == "sieved" or n in layout.rank_axis)
+        masks = top_k(tensors, density, among)
+        return Adapter(layout, {n: t * masks[n] if n in masks else t for n, t in tensors.items()})
+
+    return method._replace(export=export)
 
 
 def own_layout(layout: Layout, support: Support, rescale: Callable[[int, int], float]) -> Layout:
