@@ -33,8 +33,7 @@ def fold(state: State, factors: Tree, clients: Iterable[str], number: int) -> St
     factors: by the adapter's names, B (m, K, ...) and A (K, n, ...)
     clients: those that took part, and so held the base as it was before this round
     """
-    before = state.trees.get("base", {})
-    base = {n: before[n] + p if n in before else p for n, p in _products(state.layout, factors)}
+    base = _added(state.trees.get("base", {}), state.layout, factors)
     seen = dict(state.trees.get("seen", {}))
     for client in clients:
         seen[client] = torch.tensor(number - 1)
@@ -65,9 +64,8 @@ def missing(state: State, client: Client, number: int) -> Base | None:
     for pair in state.layout.pairs:
         factors[pair.a] = torch.cat([f[pair.a] for f in known], dim=0)
         factors[pair.b] = torch.cat([f[pair.b] for f in known], dim=1)
+    # Shorter than the whole change, or `fold` would not have kept them.
     layout = base_layout(state.layout, factors[state.layout.pairs[0].a].shape[0])
-    if layout.size >= base_layout(state.layout, 0).size:
-        return _dense(state)
     return Base(since, _payload(layout, factors))
 
 
@@ -85,19 +83,19 @@ def catch_up(base: Base | None, memory: Memory, layout: Layout, number: int) -> 
             raise WireError(
                 f"a change of the base since round {base.since}; this client is at round {at}"
             )
-        held = memory.get("base", {})
-        tree = {n: held[n] + p if n in held else p for n, p in _products(layout, tree)}
+        tree = _added(memory.get("base", {}), layout, tree)
     return {**memory, "base": tree, "seen": {"round": torch.tensor(number - 1)}}
 
 
-def _products(layout: Layout, factors: Tree) -> list[tuple[str, torch.Tensor]]:
+def _added(base: Tree, layout: Layout, factors: Tree) -> Tree:
+    """A change of the base, empty at first, with the products of the factors added."""
     shapes = base_layout(layout, 0).shapes
-    products = []
+    added: Tree = {}
     for pair in layout.pairs:
         name = f"{pair.module}.base"
-        product = factors[pair.b].flatten(1) @ factors[pair.a].flatten(1)
-        products.append((name, product.reshape(shapes[name])))
-    return products
+        product = (factors[pair.b].flatten(1) @ factors[pair.a].flatten(1)).reshape(shapes[name])
+        added[name] = base[name] + product if name in base else product
+    return added
 
 
 def _dense(state: State) -> Base:

@@ -20,8 +20,8 @@ from fedsieve.errors import NoUsableUpdate
 from fedsieve.keys import Key, generator
 from fedsieve.optim import Optimizer, sgd
 from fedsieve.payload import Form, Payload, rounded
-from fedsieve.sieve import Choice, Passed, Sieve, every_name
-from fedsieve.support import Support, add_back, cut, gather, narrowed, norm
+from fedsieve.sieve import Choice, Passed, Sieve, competing, every_name
+from fedsieve.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
 
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
 Weighting = Literal["uniform", "examples"]
@@ -174,10 +174,9 @@ def compose(
         layout, support = payload.layout, payload.support
         own = own_layout(layout, support, rescale)
         tensors = {**held(seat.start, support), **payload.tree()}
-        names = tuple(n for n in trained(layout, seat.key.round) if n in tensors)
-        moves = Support(names, None, {})
+        moves = Support(trained(layout, seat.key.round), None, {})
         if freeze_absent:
-            names = tuple(n for n in names if n in support.names)
+            names = tuple(n for n in moves.names if n in support.names)
             masks = {n: m for n, m in support.masks.items() if n in names}
             moves = Support(names, None, masks)
         return View(Adapter(own, dict(sorted(tensors.items()))), layout, support, moves), memory
@@ -217,7 +216,7 @@ def compose(
                 own = own_layout(state.layout, payload.support, rescale)
                 share = weighting(part, own)
             else:
-                share = float(client.examples) if weighting == "examples" else 1.0
+                share = share_of(client, weighting)
             weight += share
             limit = 1.0 if clip == math.inf else within(part, clip)
             merged, inside = merged + 1, inside + (limit == 1.0)
@@ -260,10 +259,31 @@ def step(optimizer: Optimizer, state: State, gradient: Tree, names: tuple[str, .
     return State(state.layout, {**slots, **after, "adapter": {**params, **moved}})
 
 
+def share_of(client: Client, weighting: Weighting) -> float:
+    """What a client's update counts for in a mean."""
+    return float(client.examples) if weighting == "examples" else 1.0
+
+
 def within(part: Tree, clip: float) -> float:
     """The factor, at most 1, that brings a tree's L2 norm down to `clip`."""
     size = norm(part)
     return 1.0 if size <= clip else clip / size
+
+
+def evaluated_at(method: Method, density: float, head: Literal["sieved", "whole"]) -> Method:
+    """The same method, with a global model of its largest entries alone; density 1 masks nothing.
+
+    Clients that get a masked adapter train around its gaps. The entries that never pass still move
+    on the server, a little in every round, and a client never sees them: evaluated with them, the
+    model is another one than clients train (docs/results.md has both).
+    """
+
+    def export(state: State) -> Adapter:
+        layout, tensors = state.layout, state.trees["adapter"]
+        masks = top_k(tensors, density, competing(layout.names, layout, head))
+        return Adapter(layout, masked(tensors, masks))
+
+    return method._replace(export=export)
 
 
 def own_layout(layout: Layout, support: Support, rescale: Callable[[int, int], float]) -> Layout:

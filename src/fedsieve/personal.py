@@ -27,13 +27,14 @@ def some_of(memories: Mapping[str, Memory], key: Key) -> list[tuple[str, Memory]
 
 
 def own_test(test: Examples, own: Examples, key: Key) -> Examples:
-    """`ROWS` test rows in a client's own mix of labels; any rows where there are no labels."""
+    """`ROWS` test rows in a client's own mix of labels; any rows where none has such a label."""
     weights = torch.ones(test.labels.shape[0])
     if own.labels.ndim == 1:
         classes = int(max(test.labels.max(), own.labels.max())) + 1
         mine = torch.bincount(own.labels, minlength=classes).double()
         there = torch.bincount(test.labels, minlength=classes).double()
-        weights = (mine / there.clamp(min=1))[test.labels]
+        fitting = (mine / there.clamp(min=1))[test.labels]
+        weights = fitting if fitting.any() else weights
     rows = min(ROWS, int((weights > 0).sum()))
     draws = generator(key.at("personal"))
     return take(test, torch.multinomial(weights, rows, replacement=False, generator=draws))

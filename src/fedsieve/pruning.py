@@ -14,8 +14,8 @@ from fedsieve.keys import Key
 from fedsieve.method import Method, State, Weighting, compose, pack
 from fedsieve.optim import Optimizer
 from fedsieve.payload import Form, Payload
-from fedsieve.sieve import Passed, dense
-from fedsieve.support import Support, top_k
+from fedsieve.sieve import Passed, competing, dense
+from fedsieve.support import Support, masked, top_k
 
 
 def pruned(state: State, keep: float, head: Literal["sieved", "whole"]) -> State:
@@ -24,16 +24,16 @@ def pruned(state: State, keep: float, head: Literal["sieved", "whole"]) -> State
     All tensors compete together; head = "whole" leaves those outside the LoRA pairs alone.
     """
     layout, tree = state.layout, state.trees["adapter"]
-    among = tuple(n for n in layout.names if head == "sieved" or n in layout.rank_axis)
+    among = competing(layout.names, layout, head)
     live = state.trees.get("live", {})
-    tree = {n: t * live[n] if n in live else t for n, t in tree.items()}
+    tree = masked(tree, live)
     if keep < 1:
         size = sum(tree[n].numel() for n in among)
         before = sum(int(live[n].sum()) for n in among) if live else size
         masks = top_k(tree, ceil(keep * before) / size, among)
         # Among equals (zeros) top_k takes the first ones: what is dead stays dead.
         live = {n: m & live[n] if live else m for n, m in masks.items()}
-        tree = {n: t * live[n] if n in live else t for n, t in tree.items()}
+        tree = masked(tree, live)
     trees = {**state.trees, "adapter": tree}
     return State(layout, {**trees, "live": live} if live else trees)
 

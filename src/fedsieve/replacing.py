@@ -17,7 +17,7 @@ from fedsieve.adapter import Tree
 from fedsieve.budget import Client
 from fedsieve.errors import NoUsableUpdate
 from fedsieve.keys import Key
-from fedsieve.method import State, Weighting, own_layout, step
+from fedsieve.method import State, Weighting, own_layout, share_of, step
 from fedsieve.optim import Optimizer
 from fedsieve.payload import Payload
 from fedsieve.sieve import no_pairs
@@ -58,32 +58,28 @@ def collect(
     heads = no_pairs(layout, key.round)
     change: Tree = {n: torch.zeros_like(params[n]) for n in heads}
     stacks: dict[str, Stack] = {pair.module: [] for pair in layout.pairs}
+    sums: dict[str, lowrank.RunningSum] = {}
     members: list[str] = []
     weight = 0.0
     for client, payload in updates:
         part = payload.tree()
-        share = float(client.examples) if weighting == "examples" else 1.0
+        share = share_of(client, weighting)
         own = own_layout(layout, payload.support, rescale)
         weight += share
         members.append(client.id)
         for n in heads:
             change[n].add_(params[n] - part[n], alpha=share)
         for pair in layout.pairs:
-            stack = stacks[pair.module]
-            stack.append((share * own.scale / layout.scale, part[pair.b], part[pair.a]))
-            if most is not None:
-                stack[:] = [_cut(stack, most)]
+            name, factors = pair.module, (part[pair.b], part[pair.a])
+            own_share = share * own.scale / layout.scale
+            if most is None:
+                stacks[name].append((own_share, *factors))
+            else:
+                sums[name] = lowrank.add(sums.get(name), own_share, *factors, most)
+                stacks[name] = [(1.0, sums[name].b, sums[name].a)]
         del payload, part
     if weight == 0:
         raise NoUsableUpdate("no client returned an update that can be merged")
     moved = step(optimizer, state, {n: t / weight for n, t in change.items()}, heads)
     shares = {m: [(w / weight, b, a) for w, b, a in stack] for m, stack in stacks.items()}
     return Collected(moved, shares, members)
-
-
-def _cut(stack: Stack, most: int) -> tuple[float, Tensor, Tensor]:
-    """The stack as one product of at most `most` ranks."""
-    b, a = lowrank.stacked(stack)
-    if a.shape[0] > most:
-        b, a = lowrank.best_of_rank(b, a, most)
-    return 1.0, b, a

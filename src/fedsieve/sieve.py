@@ -110,6 +110,13 @@ def sketch(*, shared: bool = True) -> Sieve:
     return sieve
 
 
+def competing(
+    names: tuple[str, ...], layout: Layout, head: Literal["sieved", "whole"]
+) -> tuple[str, ...]:
+    """The tensors whose entries compete for a density: all, or those of the pairs alone."""
+    return tuple(n for n in names if head == "sieved" or n in layout.rank_axis)
+
+
 def top_k(
     way: Literal["down", "up"],
     *,
@@ -126,7 +133,7 @@ def top_k(
 
     def sieve(tree: Tree, layout: Layout, client: Client, key: Key) -> Passed:
         names = tuple(sorted(tree))
-        among = tuple(n for n in names if head == "sieved" or n in layout.rank_axis)
+        among = competing(names, layout, head)
         density = max(least, getattr(client.budget, way) * decay ** max(0, key.round - 1))
         masks = largest(tree, min(density, getattr(client.budget, way)), among)
         # "sent" even where there are none: the other end may hold masks of the way here.

@@ -73,6 +73,11 @@ def norm(tree: Tree) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tree.values()))
 
 
+def masked(tree: Tree, masks: Mapping[str, Tensor]) -> Tree:
+    """The tree with zeros off the masks; tensors without a mask are as they are."""
+    return {n: t * masks[n] if n in masks else t for n, t in tree.items()}
+
+
 def gather(tree: Tree, support: Support) -> Tensor:
     """The entries of a narrowed tree that travel, in order of name and then of place: (n,)."""
     if not support.names:

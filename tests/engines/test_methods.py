@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fedsieve import methods, recipe, rundir, runner
+from fedsieve import methods, personal, recipe, rundir, runner
+from fedsieve.data.tasks import Examples
 from fedsieve.engine.loop import begin, rounds
 from fedsieve.experiment import from_recipe
+from fedsieve.keys import Key
 from fedsieve.train.model import Bench
 from tests.conftest import Tiny
 from tests.engines import runs
@@ -103,3 +105,12 @@ def test_clients_that_caught_up_share_what_they_hold(tiny: Tiny) -> None:
     versions = {int(m["seen"]["round"]) for m in experiment.memories.values() if "seen" in m}
     assert len(held) > len(versions)
     assert len({id(tree) for tree in held}) == len(versions)
+
+
+def test_a_client_whose_labels_the_test_lacks_is_evaluated_on_any_rows() -> None:
+    ids = torch.zeros(6, 2, dtype=torch.int64)
+    test = Examples(ids, ids, torch.tensor([0, 0, 0, 1, 1, 1]))
+    own = Examples(ids[:2], ids[:2], torch.tensor([1, 1]))
+    assert personal.own_test(test, own, Key(0)).labels.tolist() == [1, 1, 1]
+    strange = own._replace(labels=torch.tensor([2, 2]))
+    assert sorted(personal.own_test(test, strange, Key(0)).labels.tolist()) == [0, 0, 0, 1, 1, 1]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from fedsieve.adapter import Adapter
+from fedsieve.adapter import Adapter, Layout
 from fedsieve.budget import Client
 from fedsieve.engine.client import Reply
 from fedsieve.errors import NoUsableUpdate, WireError
@@ -24,7 +24,7 @@ from fedsieve.method import Method, State
 from fedsieve.payload import Payload, rounded
 from fedsieve.privacy import Plan
 from fedsieve.sampling import Sampling, cohort
-from fedsieve.support import Support, everything, gather
+from fedsieve.support import Support, everything
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
 
@@ -219,7 +219,7 @@ def one_round(
     up = sum(r.up_bytes for r in receipts)
     # Both ways, for the messages that were really sent.
     messages_sent = len(receipts) + sum(r.up_bytes > 0 for r in receipts)
-    dense = messages_sent * dense_bytes(method.export(state))
+    dense = messages_sent * dense_bytes(state.layout)
     progress = Progress(
         number, state, progress.total_bytes + down + up, progress.dense_bytes + dense
     )
@@ -246,12 +246,13 @@ def one_round(
     return summary, receipts, progress
 
 
-def dense_bytes(adapter: Adapter) -> int:
-    """The length of one message with the whole adapter in float32, really encoded."""
-    layout = adapter.layout
+def dense_bytes(layout: Layout) -> int:
+    """The length of one message with a whole adapter in float32, really encoded.
+
+    Floats are sent as they are: the length is the same for all numbers, so zeros do.
+    """
     support = everything(layout)
-    numbers = gather(adapter.tensors, support)
-    values = rounded(numbers.cpu(), "float32", torch.Generator())
+    values = rounded(torch.zeros(layout.size), "float32", torch.Generator())
     return len(encode(Payload(layout, support, values, "known", "known")))
 
 

@@ -12,9 +12,11 @@ entries of |P| would all lie in A, whose gradient is then zero for ever; so the 
 `dense_rounds` rounds are dense (kind = "entries").
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from fedsieve.method import Method, Weighting, compose
+from pydantic import Field
+
+from fedsieve.method import Method, Weighting, compose, evaluated_at
 from fedsieve.optim import Optimizer
 from fedsieve.payload import Form
 from fedsieve.sieve import after, dense, top_k, top_ranks
@@ -26,13 +28,17 @@ def method(
     kind: Literal["entries", "ranks"] = "entries",
     dense_rounds: int = 1,
     head: Literal["sieved", "whole"] = "sieved",
+    evaluated: Annotated[float, Field(gt=0, le=1)] = 1.0,
     weighting: Weighting = "uniform",
     down_values: Form = "float32",
     up_values: Form = "float32",
 ) -> Method:
-    """Federated Select. Densities (entries) or ratios (ranks) come from each client's budget."""
+    """Federated Select. Densities (entries) or ratios (ranks) come from each client's budget.
+
+    dense_rounds: rounds before the first mask; evaluated: as in `flasc`
+    """
     by_rank = kind == "ranks"
-    return compose(
+    inner = compose(
         down=top_ranks if by_rank else after(dense_rounds, top_k("down", head=head)),
         up=dense,
         knobs=frozenset({"ratio"} if by_rank else {"down"}),
@@ -42,3 +48,4 @@ def method(
         down_values=down_values,
         up_values=up_values,
     )
+    return evaluated_at(inner, evaluated, head)

@@ -15,12 +15,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsieve.adapter import Adapter
-from fedsieve.method import Method, State, Weighting, compose
+from fedsieve.method import Method, Weighting, compose, evaluated_at
 from fedsieve.optim import Optimizer
 from fedsieve.payload import Form
 from fedsieve.sieve import top_k
-from fedsieve.support import top_k as largest
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -43,7 +41,8 @@ def method(
     weights: "lora" trains LoRA pairs and the head, "all" every weight of the model
     decay, least: both densities are multiplied by decay after each round, but not below `least`
     evaluated: the density at which the evaluated and saved P is masked; 1 masks nothing. The
-        published code evaluates P masked at the download's density.
+        published code evaluates P masked at the download's density, and so should a run whose
+        clients all have one: `method.evaluated_at` says why.
     feedback: clients keep what their upload left out and add it next time (error feedback, not in
     the paper; Karimireddy et al. 2019, arXiv 1901.09847).
     """
@@ -58,11 +57,4 @@ def method(
         feedback=feedback,
         trains=weights,
     )
-
-    def export(state: State) -> Adapter:
-        layout, tensors = state.layout, state.trees["adapter"]
-        among = tuple(n for n in layout.names if head == "sieved" or n in layout.rank_axis)
-        masks = largest(tensors, evaluated, among)
-        return Adapter(layout, {n: t * masks[n] if n in masks else t for n, t in tensors.items()})
-
-    return inner._replace(export=export)
+    return evaluated_at(inner, evaluated, head)

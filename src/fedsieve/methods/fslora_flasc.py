@@ -6,9 +6,11 @@ as in FSLoRA; bytes follow ratio times density. Neither paper tests the download
 ablation compresses the uploaded slices only, which is down = 1 here.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from fedsieve.method import Method, Weighting, compose, r_over_k
+from pydantic import Field
+
+from fedsieve.method import Method, Weighting, compose, evaluated_at, r_over_k
 from fedsieve.optim import Optimizer
 from fedsieve.payload import Form
 from fedsieve.sieve import sketch, top_k, within
@@ -19,12 +21,13 @@ def method(
     server: Optimizer | None = None,
     shared: bool = True,
     head: Literal["sieved", "whole"] = "sieved",
+    evaluated: Annotated[float, Field(gt=0, le=1)] = 1.0,
     weighting: Weighting = "uniform",
     down_values: Form = "float32",
     up_values: Form = "float32",
 ) -> Method:
     """The combination. Options as in `fslora` and `flasc`."""
-    return compose(
+    inner = compose(
         down=within(sketch(shared=shared), top_k("down", head=head)),
         up=top_k("up", head=head),
         knobs=frozenset({"ratio", "down", "up"}),
@@ -34,3 +37,4 @@ def method(
         down_values=down_values,
         up_values=up_values,
     )
+    return evaluated_at(inner, evaluated, head)
