@@ -4,6 +4,7 @@
 
     app/       a Flower app of one file: it names this package's two ends and this directory
     flower/    what Flower's command line needs to know of the server
+    sites.json the key of each site's node, from when it was first met, where nodes have keys
 
 and `serve` is what the app's server end does: the same run as in one process (runner.py), with the
 same checkpoints and logs, but clients that are sites (engine/flower.py). Flower itself cannot go on
@@ -60,6 +61,7 @@ from fedsieve.wire.format import VERSION
 FLOWER = (1, 41)
 APP = "app"
 HOME = "flower"  # of Flower's command line
+KEYS = "sites.json"  # site -> its node's public key
 CONNECTION = "fedsieve"  # what that calls this server
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # No word to anyone about what runs here.
@@ -191,7 +193,9 @@ def serve(
     board: list[Sites] = []
 
     def build(recipe: Recipe) -> Experiment:
-        experiment, sites = on_network(recipe, text, carrier, patience, say, _merged(folder))
+        experiment, sites = on_network(
+            recipe, text, carrier, patience, say, _merged(folder), folder / KEYS
+        )
         board.append(sites)
         return experiment
 
@@ -218,11 +222,13 @@ def on_network(
     patience: Patience,
     say: Callable[[str], None],
     merged: Mapping[str, int],
+    keys: Path,
 ) -> tuple[Experiment, Sites]:
     """A federation whose clients are the sites that the carrier reaches, once they are there.
 
     text: the recipe as the sites are told it
     merged: the last round in which each site's update was merged
+    keys: the file with the key of each site's node; new sites are added to it
     Raises FedSieveError if too few sites come, or for what of the recipe does not fit.
     """
     method = build_method(recipe)
@@ -248,7 +254,12 @@ def on_network(
     )
     digest = hashlib.sha256(text.encode()).hexdigest()
     welcome = partial(_welcome, method=method, base=base_digest(bench), say=say)
-    sites = Sites(carrier, text, digest, welcome, terms, say, merged=merged)
+    known = json.loads(keys.read_text(encoding="utf-8")) if keys.exists() else {}
+
+    def pin(all_keys: Mapping[str, str]) -> None:
+        checkpoint.write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
+
+    sites = Sites(carrier, text, digest, welcome, terms, say, merged=merged, keys=known, pin=pin)
     say(f"waiting for {terms.sites} sites")
     clients = sites.there()
     there = sites.there

@@ -67,12 +67,15 @@ def size_of(part: Any) -> int:
     return len(part.deflate()) + sum(size_of(child) for child in (part.children or {}).values())
 
 
-def carrier(grid: Grid) -> "Carrier":
-    """Flower's Grid as the engine knows it."""
+def carrier(grid: Grid, proved: bool) -> "Carrier":
+    """Flower's Grid as the engine knows it. proved: nodes have proved that they hold their keys."""
     from fedsieve.engine.flower import Arrival, Carrier, Node, Ticket
 
     def nodes() -> "list[Node]":
-        return [Node(node.node_id, node.last_activated_at) for node in grid.get_nodes()]
+        return [
+            Node(n.node_id, n.last_activated_at, n.public_key.hex() if proved else "")
+            for n in grid.get_nodes()
+        ]
 
     def send(node: int, kind: str, frame: bytes, seconds: float) -> "Ticket | None":
         message = Message(content_of(frame), node, kind, ttl=seconds)
@@ -101,7 +104,8 @@ def main(grid: Grid, context: Context) -> None:
     if config["tls"] and "--insecure" in sys.argv:
         raise FedSieveError("this federation was prepared for TLS, and the SuperLink has none")
     patience = federate.Patience(**{name: config[name] for name in federate.Patience._fields})
-    federate.serve(Path(str(config["folder"])), carrier(grid), patience, partial(print, flush=True))
+    reach = carrier(grid, proved=bool(config["tls"]))
+    federate.serve(Path(str(config["folder"])), reach, patience, partial(print, flush=True))
 
 
 server = ServerApp()

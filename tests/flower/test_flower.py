@@ -42,6 +42,7 @@ class Net:
     answers: dict[int, Answer] = field(default_factory=dict)
     slow: dict[int, float] = field(default_factory=dict)
     since: dict[int, str] = field(default_factory=dict)
+    keys: dict[int, str] = field(default_factory=dict)
     losing: dict[int, int] = field(default_factory=dict)
     now: float = 0.0
     asked: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
@@ -51,7 +52,7 @@ class Net:
         return Carrier(self.nodes, self.send, self.collect)
 
     def nodes(self) -> list[Node]:
-        return [Node(id, self.since.get(id, "")) for id in self.answers]
+        return [Node(id, self.since.get(id, ""), self.keys.get(id, "")) for id in self.answers]
 
     def send(self, node: int, kind: str, data: bytes, seconds: float) -> Ticket | None:
         if node not in self.answers:
@@ -311,6 +312,39 @@ def test_two_nodes_of_one_name() -> None:
     setup = federation(sites, method, size=1)
     run(setup, 1)
     assert {n for n, head in net.asked if head["do"] == "train"} == {5, 6}
+
+
+def test_a_site_keeps_the_key_that_it_was_first_met_with() -> None:
+    method = flasc.method(**EXACT)
+    (client,) = toy.clients([Budget()])
+    net = Net({5: site(client, method)}, keys={5: "one", 6: "two", 7: "one"})
+    pinned: list[dict[str, str]] = []
+    said: list[str] = []
+
+    def sites(known: Mapping[str, str]) -> Sites:
+        terms = Terms(sites=1, patience=30.0)
+        keep = lambda keys: pinned.append(dict(keys))  # noqa: E731
+        carrier, clock = net.carrier(), lambda: net.now
+        return Sites(
+            carrier, RECIPE, "digest", welcome, terms, said.append, clock, net.sleep,
+            keys=known, pin=keep,
+        )  # fmt: skip
+
+    first = sites({})
+    assert [c.id for c in first.there()] == ["0000"]
+    assert pinned == [{"0000": "one"}]
+    # Another node takes the name while the first is away: in this run, and in one that goes on.
+    net.answers = {6: site(client, method)}
+    for each in (first, sites(pinned[0])):
+        with pytest.raises(FedSieveError, match="0 sites are there"):
+            each.there()
+        (why,) = [line for line in said if line.startswith("node 6, as site 0000, is not used")]
+        assert "another key than the one that was site '0000' before" in why
+        said.clear()
+    # The right key is let in again, whatever number its node has now.
+    net.answers = {7: site(client, method)}
+    assert [c.id for c in first.there()] == ["0000"]
+    assert pinned == [{"0000": "one"}]
 
 
 def test_site_that_comes_back_is_used_again() -> None:

@@ -35,10 +35,15 @@ TRIES = 3
 
 
 class Node(NamedTuple):
-    """A machine that is connected now. since: changes when it has been away."""
+    """A machine that is connected now.
+
+    since: changes when it has been away
+    key:   the public key that it has proved to hold, where nodes prove one; else nothing
+    """
 
     id: int
     since: str = ""
+    key: str = ""
 
 
 class Ticket(NamedTuple):
@@ -133,12 +138,17 @@ class Sites:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         merged: Mapping[str, int] = MappingProxyType({}),
+        keys: Mapping[str, str] = MappingProxyType({}),
+        pin: Callable[[Mapping[str, str]], None] = lambda keys: None,
     ) -> None:
         """
         recipe, digest: the recipe's text, which every site is told, and what requests call it
         welcome: a site's description -> the client that it is. Asked again with that client when
             the site is ready for the recipe and says how. Raises FedSieveError to refuse it
         merged: the last round in which each site's update was merged
+        keys: site -> the key of its node, as far as they are known. A site that is met for the
+            first time is bound to its node's key; with another one it is refused from then on
+        pin: told all keys whenever one is added
         """
         self._carrier, self._recipe, self._digest = carrier, recipe, digest
         self._welcome, self._terms, self._say = welcome, terms, say
@@ -152,6 +162,7 @@ class Sites:
         self._begun = False
         self._number = 0
         self._merged = dict(merged)
+        self._keys, self._pin = dict(keys), pin
 
     def there(self) -> list[Client]:
         """The sites that can be drawn now, in order of id; waits until there are enough.
@@ -328,23 +339,30 @@ class Sites:
             head = _answer(arrival).header
             if client is None:
                 client = self._welcome(head, None)
-                self._refuse_a_second(client.id, node)
+                self._refuse_another(client.id, node)
                 self._ask(node, Frame({"do": "recipe"}, self._recipe.encode()), client)
                 return
             client = self._welcome(head, client)
-            self._refuse_a_second(client.id, node)
+            self._refuse_another(client.id, node)
         except FedSieveError as error:
             said = self._refused.get(node, (0.0, ""))[1]
             self._refused[node] = self._clock() + RETRY, str(error)
             if str(error) != said:
-                who = f"site {client.id}" if client else f"node {node.id}"
+                who = f"node {node.id}" + (f", as site {client.id}," if client else "")
                 self._say(f"{who} is not used: {error}")
             return
+        if node.key and client.id not in self._keys:
+            self._keys[client.id] = node.key
+            self._pin(self._keys)
         known = client.id in self._sites
         self._sites[client.id] = _Site(client, node)
         self._say(f"site {client.id} is {'back' if known else 'there'}: {client.examples} examples")
 
-    def _refuse_a_second(self, name: str, node: Node) -> None:
+    def _refuse_another(self, name: str, node: Node) -> None:
+        if self._keys.get(name, node.key) != node.key:
+            raise FedSieveError(
+                f"its node has another key than the one that was site {name!r} before"
+            )
         holders = [site.node for site in self._sites.values() if site.client.id == name]
         holders += [a.node for a in self._meeting.values() if a.client and a.client.id == name]
         if any(holder.id != node.id and holder in self._connected for holder in holders):
