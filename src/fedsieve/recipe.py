@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedsieve import methods, optim
+from fedsieve import dotted, methods, optim
 from fedsieve.budget import PAPER_RATIOS, refuse_rank
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.method import Knob, Method
@@ -583,26 +583,7 @@ def override(table: dict[str, Any], given: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    put(table, key.strip(), value, repr(given))
-
-
-def put(table: dict[str, Any], key: str, value: Any, said: str) -> None:
-    """Set a dotted key ("training.lr", "budgets.0.up") of a recipe's table, in place.
-
-    Raises FedSieveError, beginning with `said`, if the key leads nowhere.
-    """
-    *path, last = key.split(".")
-    place: Any = table
-    for step in path:
-        if isinstance(place, list) and step.isdigit() and int(step) < len(place):
-            place = place[int(step)]
-        elif isinstance(place, dict):
-            place = place.setdefault(step, {})
-        else:
-            raise FedSieveError(f"{said}: {step!r} is not a table of the recipe")
-    if not isinstance(place, dict):
-        raise FedSieveError(f"{said}: {last!r} is not a key of a table")
-    place[last] = value
+    dotted.put(table, key.strip(), value, repr(given))
 
 
 def _explain(detail: Any) -> str:
