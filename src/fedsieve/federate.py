@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tomli_w
-import torch
 
 from fedsieve import checkpoint, rundir, runner
 from fedsieve import recipe as recipes
@@ -41,6 +40,7 @@ from fedsieve.engine.flower import Carrier, Sites, Terms, mean_score, number_of
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.engine.resident import base_digest, whole_message
 from fedsieve.errors import FedSieveError
+from fedsieve.examples import sample, tensors
 from fedsieve.experiment import (
     Experiment,
     absolute,
@@ -49,7 +49,7 @@ from fedsieve.experiment import (
     set_up_bench,
     with_privacy,
 )
-from fedsieve.keys import Key, generator
+from fedsieve.keys import Key
 from fedsieve.method import Method
 from fedsieve.privacy import Plan
 from fedsieve.recipe import Recipe, build_method
@@ -380,31 +380,7 @@ def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
         return None
     read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
     rows = read(data.test, data.test_split)
-    limit = recipe.evaluation.limit
-    if limit is not None and limit < len(rows):
-        draw = generator(Key(recipe.seed).at("evaluation"))
-        rows = rows.select(torch.randperm(len(rows), generator=draw)[:limit].tolist())
-    if recipe.model.task == "classification":
-        assert data.text is not None
-        assert data.label is not None
-        examples, _ = tasks.classification(
-            rows,
-            tokenizer=tokenizer,
-            text=data.text,
-            label=data.label,
-            text_b=data.text_b,
-            max_length=data.max_length,
-            classes=data.classes,
-        )
-        return examples
-    examples, _ = tasks.causal_lm(
-        rows,
-        tokenizer=tokenizer,
-        text=data.text,
-        prompt=data.prompt,
-        completion=data.completion,
-        max_length=data.max_length,
-    )
+    examples, _, _ = tensors(recipe, sample(recipe, rows), tokenizer)
     return examples
 
 

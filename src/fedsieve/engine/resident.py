@@ -49,9 +49,10 @@ from fedsieve.data import sources, tasks
 from fedsieve.data.tasks import Examples
 from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError
-from fedsieve.experiment import check_length, held_back, locate, set_up_bench
+from fedsieve.examples import prepare
+from fedsieve.experiment import check_length, locate, set_up_bench
 from fedsieve.history import Entry
-from fedsieve.keys import Key, generator
+from fedsieve.keys import Key
 from fedsieve.method import Memory, Method, View
 from fedsieve.payload import Base, Payload, rounded
 from fedsieve.recipe import Recipe
@@ -302,7 +303,7 @@ def _checked(kind: type[T], request: Frame) -> T:
 def _facts(resident: Resident) -> dict[str, Any]:
     """What the server may know of the site."""
     site, desk, link = resident.site, resident.desk, link_of(resident.site)
-    own = None if desk is None else _count(desk.examples)
+    own = None if desk is None else tasks.count(desk.examples)
     packages = ("fedsieve", "torch", "transformers", "peft")
     versions: dict[str, Any] = {name: metadata.version(name) for name in packages}
     return {
@@ -345,7 +346,9 @@ def _train(resident: Resident, request: Frame) -> Frame:
     digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
     done = history.find(folder, number)
     if done is None or done.asked != digest:
-        client = Client(site.name, _count(desk.examples), budget, link_of(site), site.step_seconds)
+        client = Client(
+            site.name, tasks.count(desk.examples), budget, link_of(site), site.step_seconds
+        )
         key = Key(recipe.seed, number, site.name)
         since = number if asked.after is None else min(number, asked.after + 1)
         done = _round(desk, client, history.memories(folder, since), key, request.body)
@@ -495,7 +498,7 @@ def _sit_down(resident: Resident, run: str, text: bytes) -> None:
     resident.desk = None  # two models at once may be more than the memory holds
     tokenizer = _tokenizer(resident, recipe)
     examples, test = _examples(resident, recipe, tokenizer)
-    _refuse_too_many_steps(recipe, _count(examples), resident.site.most_steps)
+    _refuse_too_many_steps(recipe, tasks.count(examples), resident.site.most_steps)
     bench = _bench(resident, recipe, tokenizer)
     check_length(bench, examples)
     digest = base_digest(bench)
@@ -573,70 +576,20 @@ def _no_model(resident: Resident, error: FedSieveError) -> FedSieveError:
 def _examples(
     resident: Resident, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Examples, Examples | None]:
-    """What the site trains on and what it evaluates on: `experiment.from_recipe`, for one client.
+    """What the site trains on and what it evaluates on.
 
     Errors here may quote rows, so the server is only told that there was one.
     """
     try:
-        return _made(resident, recipe, tokenizer)
+        prepared = prepare(recipe, resident.rows, resident.test_rows, tokenizer)
+        if tasks.count(prepared.train) == 0:
+            raise FedSieveError("no row is left to train on")
     except FedSieveError as error:
         resident.say(f"error: {error}")
         raise FedSieveError(
             "this site's rows do not fit the recipe; its worker's terminal says why"
         ) from None
-
-
-def _made(
-    resident: Resident, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Examples, Examples | None]:
-    rows, test_rows, key = resident.rows, resident.test_rows, Key(recipe.seed).at("evaluation")
-    limit, on_validation = recipe.evaluation.limit, recipe.evaluation.on == "validation"
-    examples, came = _tensors(recipe, rows, tokenizer)
-    test = None
-    if recipe.data.validation is not None:
-        held = held_back(len(rows), recipe.data.validation)[came]
-        if on_validation and held.any():
-            index = held.nonzero().flatten()
-            order = torch.randperm(index.numel(), generator=generator(key))
-            test = tasks.take(examples, index[order[:limit]])
-        examples = tasks.take(examples, (~held).nonzero().flatten())
-    if not on_validation and test_rows is not None:
-        if limit is not None and limit < len(test_rows):
-            order = torch.randperm(len(test_rows), generator=generator(key))
-            test_rows = test_rows.select(order[:limit].tolist())
-        test, _ = _tensors(recipe, test_rows, tokenizer)
-    if _count(examples) == 0:
-        raise FedSieveError("no row is left to train on")
-    return examples, test
-
-
-def _tensors(
-    recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Examples, Tensor]:
-    """Examples, and the row that each came from."""
-    data = recipe.data
-    if recipe.model.task == "classification":
-        if data.text is None or data.label is None:
-            raise FedSieveError("data.text and data.label are needed for classification")
-        examples, _ = tasks.classification(
-            rows,
-            tokenizer,
-            text=data.text,
-            label=data.label,
-            text_b=data.text_b,
-            max_length=data.max_length,
-            classes=data.classes,
-        )
-        return examples, torch.arange(len(rows))
-    examples, came = tasks.causal_lm(
-        rows,
-        tokenizer,
-        text=data.text,
-        prompt=data.prompt,
-        completion=data.completion,
-        max_length=data.max_length,
-    )
-    return examples, torch.from_numpy(came)
+    return prepared.train, prepared.test
 
 
 def _refuse_too_many_steps(recipe: Recipe, examples: int, most: int) -> None:
@@ -655,7 +608,3 @@ def base_digest(bench: Bench) -> str:
             flat = parameter.detach().cpu().contiguous().flatten()
             digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _count(examples: Examples) -> int:
-    return tasks.count(examples)
