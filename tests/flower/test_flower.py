@@ -278,7 +278,7 @@ def test_the_same_answer_again_is_no_update() -> None:
 
     net = Net({i: site(c, method, again if i == 1 else lambda f: f) for i, c in enumerate(members)})
     _, receipts, _ = run(federation(sites_of(net), method), 4)
-    why = "its update is, byte for byte, that of round 1"
+    why = "its update was refused: it is, byte for byte, that of round 1"
     assert [r.dropped for r in receipts if r.client == "0001"] == [None, why, why, None]
     assert all(r.dropped is None for r in receipts if r.client != "0001")
 

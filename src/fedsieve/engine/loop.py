@@ -195,8 +195,11 @@ def one_round(
             payload, size, reason = None, None, reply.reason
             if reply.update is not None and reason is None:
                 try:
-                    payload = _held(decode(reply.update, state.layout, support), state)
-                    size = norm(payload.tree()) if told else None
+                    found = decode(reply.update, state.layout, support)
+                    _refuse_again(reply, found)
+                    _refuse_too_large(found, state)
+                    size = norm(found.tree()) if told else None
+                    payload = found
                 except WireError as error:
                     reason = f"its update was refused: {error}"
             server_wire += time.perf_counter() - began
@@ -252,16 +255,21 @@ def one_round(
     return summary, receipts, progress
 
 
-def _held(payload: Payload, state: State) -> Payload:
-    """The payload, if its numbers are finite in the adapter's own type too, and not only in theirs.
+def _refuse_again(reply: Reply, payload: Payload) -> None:
+    """Raises WireError for an update that was given before; one that changes nothing may be."""
+    if reply.repeats is not None and payload.values.data.any():
+        raise WireError(f"it is, byte for byte, that of round {reply.repeats}")
 
-    Raises WireError if not: scaled down to nothing, infinity is not zero.
+
+def _refuse_too_large(payload: Payload, state: State) -> None:
+    """Raises WireError for numbers that are finite as they travel, but not in the adapter's type.
+
+    No clip can bound them: scaled down to nothing, infinity is not zero.
     """
     numbers = exact(payload.values)
     for dtype in {tensor.dtype for tensor in state.trees["adapter"].values()}:
         if not numbers.to(dtype).isfinite().all():
             raise WireError(f"it holds numbers that are too large for {str(dtype).split('.')[-1]}")
-    return payload
 
 
 def _finite(state: State) -> State:
