@@ -264,11 +264,13 @@ class ServerTable(BaseModel):
     """The server optimizer's name; its parameters stand beside it.
 
     decay: its learning rate is multiplied by this after every round
+    clip: the L2 norm to which a client's update is scaled down; none by default. No privacy
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     optimizer: Literal["sgd", "adam", "fedadam"] = "sgd"
     decay: Share = 1.0
+    clip: PositiveFloat | None = None
 
 
 class Privacy(_Table):
@@ -466,6 +468,8 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
     server = make_server(**_options(make_server, server_options, "server"))
     if recipe.server.decay < 1:
         server = optim.fading(server, recipe.server.decay)
+    if recipe.server.clip is not None:
+        server = optim.bounded(server, recipe.server.clip)
     if around is not None:
         server = around(server)
     build = methods.load(recipe.method.name)
@@ -477,6 +481,10 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
                 f"budgets.{knob}: the method {recipe.method.name!r} makes no use of it (clients "
                 f"would get {knob} 1 whatever the recipe says): remove it or choose another method"
             )
+    if recipe.server.clip is not None:
+        if recipe.privacy is not None:
+            raise FedSieveError("server.clip: [privacy] has its own clip: leave one of them out")
+        _refuse_what_a_clip_cannot_bound(recipe, method, "server.clip")
     if recipe.privacy is not None:
         _refuse_what_privacy_cannot_cover(recipe, recipe.privacy, method)
     return method
@@ -492,20 +500,25 @@ def knobs(recipe: Recipe) -> frozenset[Knob]:
     return method.knobs
 
 
-def _refuse_what_privacy_cannot_cover(recipe: Recipe, privacy: Privacy, method: Method) -> None:
-    """Raises FedSieveError where the guarantee of [privacy] would not hold; see docs/privacy.md."""
-    options = recipe.method.model_extra or {}
-    if options.get("weighting", "uniform") != "uniform":
+def _refuse_what_a_clip_cannot_bound(recipe: Recipe, method: Method, table: str) -> None:
+    """Raises FedSieveError where one client's clipped update can move the server at will."""
+    if (recipe.method.model_extra or {}).get("weighting", "uniform") == "examples":
         raise FedSieveError(
-            "method.weighting: with [privacy] it must be 'uniform': a client's number of examples "
+            f"method.weighting: with {table} it must be 'uniform': a client's number of examples "
             "is its own secret, and would weigh its update beyond the clip"
         )
     if not method.linear:
         raise FedSieveError(
-            f"privacy: the server of the method {recipe.method.name!r} does not move by a mean of "
+            f"{table}: the server of the method {recipe.method.name!r} does not move by a mean of "
             "the clients' changes, so clipping these bounds nothing: choose a method that does "
-            "(fedit, fslora, flasc, ...), or remove [privacy]"
+            f"(fedit, fslora, flasc, ...), or remove {table}"
         )
+
+
+def _refuse_what_privacy_cannot_cover(recipe: Recipe, privacy: Privacy, method: Method) -> None:
+    """Raises FedSieveError where the guarantee of [privacy] would not hold; see docs/privacy.md."""
+    options = recipe.method.model_extra or {}
+    _refuse_what_a_clip_cannot_bound(recipe, method, "[privacy]")
     drawn = sampling(recipe)
     if not drawn.plain or drawn.quorum:
         key = "quorum" if drawn.plain else "extra" if drawn.extra else "availability"

@@ -236,6 +236,14 @@ BAD: dict[str, tuple[Callable[[Frame], Any], str]] = {
     "no update": (lambda frame: frame._replace(body=b""), "without an update"),
     "other round": (lambda f: Frame({**f.header, "round": 9}, f.body), "an answer for round 9"),
     "no number": (_nan, "steps"),
+    "endless number": (lambda f: Frame({**f.header, "steps": 10**400}, f.body), "steps"),
+    "huge number": (lambda f: Frame({**f.header, "loss": 1e308}, f.body), "loss"),
+    "negative number": (lambda f: Frame({**f.header, "steps": -1}, f.body), "steps"),
+    "reason that is no text": (lambda f: Frame({**f.header, "reason": ["x"]}, f.body), "no text"),
+    "reason that steers": (
+        lambda f: Frame({**f.header, "reason": "\x1b[2J\nround 9"}, f.body),
+        "?[2J?round 9",
+    ),
     "refused": (lambda frame: Frame({"ok": False, "error": "disk full"}), "disk full"),
     "other bytes": (lambda f: f._replace(body=f.body[:-9] + b"123456789"), "refused"),
 }
@@ -255,6 +263,45 @@ def test_bad_answers_are_left_out(kind: str) -> None:
     assert why in (receipts[1].dropped or "")
     expected, _, _ = toy.after(method, [members[0], members[2]], 1)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_same_answer_again_is_no_update() -> None:
+    """The update of the round before, called the present one's: refused, whatever it is called."""
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 3)
+    given: list[Frame] = []
+
+    def again(frame: Frame) -> Frame:
+        given.append(frame)
+        if frame.header["round"] in (2, 3):
+            return Frame({**frame.header, "round": frame.header["round"]}, given[0].body)
+        return frame
+
+    net = Net({i: site(c, method, again if i == 1 else lambda f: f) for i, c in enumerate(members)})
+    _, receipts, _ = run(federation(sites_of(net), method), 4)
+    why = "its update was refused: it is, byte for byte, that of round 1"
+    assert [r.dropped for r in receipts if r.client == "0001"] == [None, why, why, None]
+    assert all(r.dropped is None for r in receipts if r.client != "0001")
+
+
+def test_an_answer_that_is_carried_twice_counts_once() -> None:
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 2)
+    expected, _, _ = toy.after(method, members, 2)
+    net = Net({i: site(c, method) for i, c in enumerate(members)})
+    collect = net.collect
+    before: list[Arrival] = []
+
+    def stammering(tickets: Collection[str]) -> list[Arrival]:
+        found = collect(tickets)
+        twice = [*found, *found, *before]
+        before.extend(found)
+        return twice
+
+    net.collect = stammering  # type: ignore[method-assign]
+    found, receipts, _ = run(federation(sites_of(net), method, size=2), 2)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert [r.dropped for r in receipts] == [None] * 4
 
 
 def test_diverged_site_says_why() -> None:

@@ -12,6 +12,7 @@ A round closes when all who were asked have answered, or when as many updates ar
 and what it sends afterwards is counted and thrown away. Until then its site is busy and not drawn.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from fedsieve.worker import Frame, pack, unpack
 SKEW = 60.0
 # Until a node that was refused is asked again: its worker may be running by then.
 RETRY = 10.0
+# Of any figure that a site tells.
+LARGEST = 1e15
 # How often a request is sent that gets lost on its way.
 TRIES = 3
 
@@ -163,6 +166,7 @@ class Sites:
         self._number = 0
         self._merged = dict(merged)
         self._keys, self._pin = dict(keys), pin
+        self._given: dict[tuple[str, bytes], int] = {}  # (site, digest of an update) -> its round
 
     def there(self) -> list[Client]:
         """The sites that can be drawn now, in order of id; waits until there are enough.
@@ -229,6 +233,7 @@ class Sites:
                 reply = _reply(errand.client, arrival, key.round)
                 if _forgotten(arrival):
                     del self._sites[errand.client.id]  # its worker lost its folder: meet it again
+                reply = self._compared(reply, key.round)
                 if updates >= enough:
                     reply = reply._replace(update=None, reason=self._too_late(began, enough))
                 updates += reply.update is not None
@@ -306,6 +311,14 @@ class Sites:
             if not arrived:
                 self._sleep(self._terms.poll)
 
+    def _compared(self, reply: Reply, number: int) -> Reply:
+        """The reply, with the round in which this server process got the same update before."""
+        if reply.update is None:
+            return reply
+        digest = hashlib.blake2b(reply.update, digest_size=16).digest()
+        first = self._given.setdefault((reply.client.id, digest), number)
+        return reply if first == number else reply._replace(repeats=first)
+
     def _too_late(self, began: float, enough: float) -> str:
         seconds = self._clock() - began
         if seconds >= self._terms.deadline:
@@ -369,23 +382,26 @@ class Sites:
             raise FedSieveError(f"another node is the site {name!r} already")
 
     def _ask(self, node: Node, frame: Frame, client: Client | None) -> None:
-        seconds = self._terms.setup
-        ticket = self._carrier.send(node.id, "query", pack(frame), seconds + SKEW)
+        seconds = self._terms.setup + SKEW
+        until = self._clock() + seconds
+        ticket = self._carrier.send(node.id, "query", pack(frame), seconds)
         if ticket is not None:
-            self._meeting[ticket.id] = _Asked(node, self._clock() + seconds + SKEW, client)
+            self._meeting[ticket.id] = _Asked(node, until, client)
 
     def _collect(self, wanted: Collection[str]) -> list[Arrival]:
         """What has come back for these tickets. What came too late for others is counted."""
         if not wanted and not self._owed:
             return []
-        arrived = self._carrier.collect({*wanted, *self._owed})
-        for arrival in arrived:
+        # By ticket: whoever carries an answer twice has brought one answer.
+        tickets = {*wanted, *self._owed}
+        arrived = {a.ticket: a for a in self._carrier.collect(tickets) if a.ticket in tickets}
+        for arrival in arrived.values():
             owed = self._owed.pop(arrival.ticket, None)
             if owed is not None and owed.client is not None and arrival.ticket not in wanted:
                 site = owed.client.id
                 self._stray[site] = self._stray.get(site, 0) + arrival.transport
                 self._say(f"site {site}: an answer came too late and is thrown away")
-        return [a for a in arrived if a.ticket in wanted]
+        return [a for a in arrived.values() if a.ticket in wanted]
 
 
 def mean_score(answers: Mapping[str, Frame], say: Callable[[str], None]) -> Score | None:
@@ -413,8 +429,7 @@ def _answer(arrival: Arrival) -> Frame:
         raise WireError(f"no answer: {arrival.error}")
     frame = unpack(arrival.data)
     if frame.header.get("ok") is not True:
-        # A site is not trusted with the length of a log.
-        raise WireError(f"the site says: {str(frame.header.get('error', 'nothing'))[:500]}")
+        raise WireError(f"the site says: {_words(frame.header.get('error', 'nothing'))}")
     return frame
 
 
@@ -437,7 +452,7 @@ def _reply(client: Client, arrival: Arrival, number: int) -> Reply:
         return Reply(
             client=client,
             update=None if reason is not None else frame.body,
-            reason=None if reason is None else str(reason)[:500],
+            reason=None if reason is None else _words(reason),
             loss=math.nan if head.get("loss") is None else number_of(head, "loss"),
             steps=int(number_of(head, "steps")),
             seconds=number_of(head, "seconds"),
@@ -453,9 +468,20 @@ def _nothing(client: Client, reason: str) -> Reply:
     return Reply(client, None, reason, math.nan, 0, 0.0, 0.0, 0.0, 0)
 
 
+def _words(said: object) -> str:
+    """What a site says, for a log: it is trusted with neither its length nor its characters."""
+    if not isinstance(said, str):
+        return "what it says is no text"
+    return "".join(c if c.isprintable() else "?" for c in said[:500])
+
+
 def number_of(head: Mapping[str, Any], name: str) -> float:
-    """A number of an answer's header. Raises WireError if it is none, or not finite."""
+    """A number of an answer's header, at most so large that sums of them make sense.
+
+    Raises WireError if it is none, below 0, or above.
+    """
     value = head.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise WireError(f"an answer whose {name} is {str(value)[:50]!r}, not a number")
+    # In this order: NaN is not within, and an int may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+        raise WireError(f"an answer whose {name} is no number from 0 to {LARGEST:g}")
     return value

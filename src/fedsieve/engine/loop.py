@@ -21,10 +21,10 @@ from fedsieve.engine.client import Reply
 from fedsieve.errors import NoUsableUpdate, WireError
 from fedsieve.keys import Key
 from fedsieve.method import Method, State
-from fedsieve.payload import Payload, rounded
+from fedsieve.payload import Payload, exact, rounded
 from fedsieve.privacy import Plan
 from fedsieve.sampling import Sampling, cohort
-from fedsieve.support import Support, everything
+from fedsieve.support import Support, everything, norm
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
 
@@ -62,6 +62,7 @@ class Receipt(NamedTuple):
     memory_bytes: of adapter, gradients, optimizer state, and what the client keeps between rounds
     dropped: why the update was not merged, or None
     transport_bytes: of the messages that carried both payloads, where a network did
+    norm: of the decoded update, where server.clip bounds it; the clip is the recipe's
     """
 
     round: int
@@ -81,6 +82,7 @@ class Receipt(NamedTuple):
     memory_bytes: int
     dropped: str | None
     transport_bytes: int | None = None
+    norm: float | None = None
 
 
 class Round(NamedTuple):
@@ -171,6 +173,8 @@ def one_round(
     sent: dict[str, tuple[int, Support]] = {}
     receipts: list[Receipt] = []
     server_wire = 0.0
+    # A private run has a clip too, and how large a client's update was is the client's secret.
+    told = federation.privacy is None and method.clip(state) < math.inf
 
     def messages() -> Iterator[tuple[Client, bytes]]:
         nonlocal server_wire
@@ -188,14 +192,19 @@ def one_round(
         for reply in federation.exchange.carry(messages(), key):
             down_bytes, support = sent.pop(reply.client.id)
             began = time.perf_counter()
-            payload, reason = None, reply.reason
+            payload, size, reason = None, None, reply.reason
             if reply.update is not None and reason is None:
                 try:
-                    payload = decode(reply.update, state.layout, support)
+                    found = decode(reply.update, state.layout, support)
+                    _refuse_again(reply, found)
+                    _refuse_too_large(found, state)
+                    size = norm(found.tree()) if told else None
+                    payload = found
                 except WireError as error:
                     reason = f"its update was refused: {error}"
             server_wire += time.perf_counter() - began
-            receipts.append(_receipt(number, state.layout.rank, reply, down_bytes, reason))
+            receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
+            receipts.append(receipt._replace(norm=size))
             if payload is not None:
                 merged += 1
                 yield reply.client, payload
@@ -205,7 +214,7 @@ def one_round(
             )
 
     try:
-        state = method.merge(state, updates(), key)
+        state = _finite(method.merge(state, updates(), key))
     except NoUsableUpdate as error:
         # The round leaves no line in the logs, so the error says what the clients ran into.
         dropped = [r for r in receipts if r.dropped is not None]
@@ -244,6 +253,35 @@ def one_round(
         transport_bytes=_transport(receipts),
     )
     return summary, receipts, progress
+
+
+def _refuse_again(reply: Reply, payload: Payload) -> None:
+    """Raises WireError for an update that was given before; one that changes nothing may be."""
+    if reply.repeats is not None and payload.values.data.any():
+        raise WireError(f"it is, byte for byte, that of round {reply.repeats}")
+
+
+def _refuse_too_large(payload: Payload, state: State) -> None:
+    """Raises WireError for numbers that are finite as they travel, but not in the adapter's type.
+
+    No clip can bound them: scaled down to nothing, infinity is not zero.
+    """
+    numbers = exact(payload.values)
+    for dtype in {tensor.dtype for tensor in state.trees["adapter"].values()}:
+        if not numbers.to(dtype).isfinite().all():
+            raise WireError(f"it holds numbers that are too large for {str(dtype).split('.')[-1]}")
+
+
+def _finite(state: State) -> State:
+    """The state, if all its numbers are. Raises NoUsableUpdate if not."""
+    for group, tree in state.trees.items():
+        for name, tensor in tree.items():
+            if not tensor.isfinite().all():
+                raise NoUsableUpdate(
+                    f"after the merge, {group} {name} holds numbers that are not finite: some "
+                    "update was far too large. server.clip bounds what one update can do"
+                )
+    return state
 
 
 def dense_bytes(layout: Layout) -> int:
