@@ -293,6 +293,7 @@ def on_network(
         evaluate_every=recipe.evaluation.every,
         privacy=plan,
         there=there,
+        aside=sites.aside,
     )
     notes = () if plan is None else (plan.guarantee, *plan.cautions)
     ending = None if plan is None else plan.ending
@@ -448,6 +449,7 @@ def _line(summary: Round, rounds: int) -> str:
         "down": summary.down_bytes,
         "up": summary.up_bytes,
         "transport": summary.transport_bytes,
+        "aside": summary.aside_bytes,
         "seconds": summary.seconds,
     }
     known = {name: value for name, value in figures.items() if value is not None}

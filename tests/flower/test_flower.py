@@ -45,6 +45,7 @@ class Net:
     keys: dict[int, str] = field(default_factory=dict)
     losing: dict[int, int] = field(default_factory=dict)
     now: float = 0.0
+    carried: int = 0  # bytes of all messages
     asked: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
     coming: dict[str, tuple[float, bytes]] = field(default_factory=dict)
 
@@ -60,6 +61,7 @@ class Net:
         frame = unpack(data)
         ticket = str(len(self.asked))
         self.asked.append((node, frame.header))
+        self.carried += len(data) + 100
         if kind == "train" and self.losing.get(node, 0):
             self.losing[node] -= 1
             self.coming[ticket] = self.now, b""
@@ -74,12 +76,14 @@ class Net:
     def collect(self, tickets: Collection[str]) -> list[Arrival]:
         there = [t for t in tickets if t in self.coming and self.coming[t][0] <= self.now]
         found = [(ticket, self.coming.pop(ticket)[1]) for ticket in there]
-        return [
+        arrived = [
             Arrival(ticket, data, "", len(data) + 1000)
             if data
             else Arrival(ticket, None, "lost on its way", LOST)
             for ticket, data in found
         ]
+        self.carried += sum(arrival.transport for arrival in arrived)
+        return arrived
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -483,6 +487,32 @@ def test_sites_evaluate_and_keep() -> None:
     answers = sites.ask_all("evaluate", b"the adapter", 5.0)
     assert list(answers) == ["0000"]
     assert (answers["0000"].header["round"], answers["0000"].body) == (2, b"the adapter")
+
+
+def test_every_byte_is_a_rounds_or_aside() -> None:
+    """What the carrier carried is in the receipts or in `aside`, once: nothing is left out."""
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 3)
+    net = Net({i: site(c, method) for i, c in enumerate(members)}, losing={2: 1})
+    net.answers[7] = lambda f: b"garbage"  # never met
+    sites = sites_of(net, sites=3)
+    setup = replace(federation(sites, method), aside=sites.aside)
+    first, progress = begin(setup, toy.start())
+    told = [first.aside_bytes]
+    counted = 0
+    for summary, _, _ in rounds(setup, progress, 2):
+        told.append(summary.aside_bytes)
+        assert summary.transport_bytes is not None
+        counted += summary.transport_bytes
+    net.answers = {i: lambda f: Frame({"ok": True}) for i in range(3)}
+    sites.ask_all("evaluate", b"the adapter", 5.0)
+    told.append(sites.aside())
+    assert all(n is not None for n in told)
+    assert told[0]
+    assert told[-1] == sum(a + 1000 for a in [len(pack(Frame({"ok": True})))] * 3) + 3 * (
+        100 + len(pack(Frame({"do": "evaluate", "recipe": "digest", "round": 2}, b"the adapter")))
+    )
+    assert counted + sum(n or 0 for n in told) == net.carried
 
 
 def test_lost_on_the_way_is_sent_again() -> None:

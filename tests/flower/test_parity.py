@@ -31,7 +31,7 @@ BUDGETS = {
     "west": {"ratio": 0.25, "down": 0.25, "up": 0.25},
 }
 # What a run in one process and a federation cannot have in common.
-OWN = {*runs.CLOCKS, "transport_bytes"}
+OWN = {*runs.CLOCKS, "transport_bytes", "aside_bytes"}
 # A machine with much else to do starts Flower's processes slowly.
 PATIENCE = federate.Patience(sites=2, deadline=200.0, setup=200.0, wait=200.0)
 
@@ -109,6 +109,10 @@ def assert_parity(run: Path, alone: Path) -> None:
         assert ledger(run, log) == ledger(alone, log), log
     for line in runs.lines(run)[1:]:
         assert line["transport_bytes"] > line["down_bytes"] + line["up_bytes"]
+    # Before round 0 every site was met, and told the recipe.
+    text = (run / rundir.RECIPE).read_text()
+    sites = {line["client"] for line in runs.lines(run, rundir.CLIENTS)}
+    assert runs.lines(run)[0]["aside_bytes"] > len(sites) * len(text)
 
 
 def test_two_sites_two_rounds(tiny: Tiny, tmp_path: Path, no_report: None) -> None:

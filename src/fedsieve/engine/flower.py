@@ -162,6 +162,7 @@ class Sites:
         self._meeting: dict[str, _Asked] = {}  # by ticket: who it is, or that it is ready
         self._owed: dict[str, _Asked] = {}  # by ticket: rounds
         self._stray: dict[str, int] = {}  # transport of what came too late, by site
+        self._aside = 0  # transport of all that is not a round's
         self._begun = False
         self._number = 0
         self._merged = dict(merged)
@@ -248,6 +249,11 @@ class Sites:
         for client in asked:
             yield replies.pop(client.id)
 
+    def aside(self) -> int:
+        """Transport of all but the rounds' own messages since this was last asked, in bytes."""
+        spent, self._aside = self._aside, 0
+        return spent
+
     def ask_all(self, do: str, body: bytes, seconds: float) -> dict[str, Frame]:
         """What the sites that are there answer about an adapter, by id; the others are left out.
 
@@ -260,15 +266,19 @@ class Sites:
         until = self._clock() + seconds
         for client in self._free():
             ticket, errand = self._go(client, kind, frame, seconds, 0)
-            if ticket is not None:
+            if ticket is None:
+                self._aside += errand.transport
+            else:
                 waiting[ticket] = errand
         for done in self._come_back(waiting, until):
             for errand, arrival in done:
+                self._aside += errand.transport
                 try:
                     answers[errand.client.id] = _answer(arrival)
                 except WireError as error:
                     self._say(f"{errand.client.id}: {do}: {error}")
         for errand in waiting.values():
+            self._aside += errand.transport
             self._say(f"{errand.client.id}: {do}: no answer in {seconds:g} s")
         return dict(sorted(answers.items()))
 
@@ -348,6 +358,7 @@ class Sites:
 
     def _get_to_know(self, asked: _Asked, arrival: Arrival) -> None:
         node, client = asked.node, asked.client
+        self._aside += arrival.transport
         try:
             head = _answer(arrival).header
             if client is None:
@@ -386,6 +397,7 @@ class Sites:
         until = self._clock() + seconds
         ticket = self._carrier.send(node.id, "query", pack(frame), seconds)
         if ticket is not None:
+            self._aside += ticket.transport
             self._meeting[ticket.id] = _Asked(node, until, client)
 
     def _collect(self, wanted: Collection[str]) -> list[Arrival]:

@@ -95,6 +95,7 @@ class Round(NamedTuple):
     epsilon: spent up to and with this round, where updates are made private; where there is a
         simulated_cohort, it is that of the simulated federation (see privacy.py)
     transport_bytes: of the messages that carried the payloads, where a network did
+    aside_bytes: of the other messages since the last round: sites met, recipes told, evaluation
     """
 
     round: int
@@ -115,6 +116,7 @@ class Round(NamedTuple):
     epsilon: float | None = None
     simulated_cohort: int | None = None
     transport_bytes: int | None = None
+    aside_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Federation:
 
     evaluate: may give None where nobody could be asked
     there: who can be drawn now, where clients come and go; None where they do not
+    aside: bytes of the messages beside the rounds' own since it was last asked, on a network
     """
 
     method: Method
@@ -134,6 +137,7 @@ class Federation:
     evaluate_every: int = 1
     privacy: Plan | None = None
     there: Callable[[], Sequence[Client]] | None = None
+    aside: Callable[[], int] | None = None
 
 
 def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
@@ -141,7 +145,7 @@ def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
     progress = Progress(0, federation.method.init(adapter))
     score, seconds = _evaluate(federation, progress.state)
     first = Round(0, None, 0, 0, 0, 0, 0, 0, seconds, 0.0, seconds, 0.0, *_figures(score))
-    return first, progress
+    return first._replace(aside_bytes=_aside(federation)), progress
 
 
 def rounds(
@@ -251,6 +255,7 @@ def one_round(
         **_figures(score)._asdict(),
         **_spent(federation.privacy, number)._asdict(),
         transport_bytes=_transport(receipts),
+        aside_bytes=_aside(federation),
     )
     return summary, receipts, progress
 
@@ -321,6 +326,10 @@ def _spent(plan: Plan | None, rounds: int) -> _Spent:
 def _transport(receipts: Sequence[Receipt]) -> int | None:
     carried = [r.transport_bytes for r in receipts if r.transport_bytes is not None]
     return sum(carried) if carried else None
+
+
+def _aside(federation: Federation) -> int | None:
+    return None if federation.aside is None else federation.aside()
 
 
 def _evaluate(federation: Federation, state: State) -> tuple[Score | None, float]:
