@@ -15,7 +15,7 @@ from fedsieve.data import tasks
 from fedsieve.data.tasks import Examples
 from fedsieve.errors import FedSieveError
 from fedsieve.keys import Key, generator
-from fedsieve.recipe import Recipe
+from fedsieve.tables import Recipe
 
 
 class Prepared(NamedTuple):

@@ -12,9 +12,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedsieve import allot, fetch, personal
+from fedsieve import allot, fetch, personal, tables
 from fedsieve import budget as laws
-from fedsieve import recipe as recipes
 from fedsieve.adapter import Adapter
 from fedsieve.budget import Budget, Client
 from fedsieve.data import partition, sources, tasks
@@ -26,10 +25,11 @@ from fedsieve.examples import prepare
 from fedsieve.keys import Key, word
 from fedsieve.method import Memory, Method, View
 from fedsieve.privacy import Cohorts, Plan, settle
-from fedsieve.recipe import Recipe, build_method
+from fedsieve.recipe import build_method
 from fedsieve.resources import Resources
 from fedsieve.sampling import Sampling
 from fedsieve.sampling import check as check_sampling
+from fedsieve.tables import Recipe
 from fedsieve.train.local import Fit, Score, Training, evaluate, fit, runs_in_bf16
 from fedsieve.train.model import Bench, load_base, load_tokenizer, pick_device, set_up
 
@@ -178,7 +178,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
         counts,
         allot.budgets(recipe, method, bench.layout, counts, machines),
         training=recipe.training,
-        sampling=recipes.sampling(recipe),
+        sampling=tables.sampling(recipe),
         seed=recipe.seed,
         test=prepared.test,
         evaluate_every=recipe.evaluation.every,

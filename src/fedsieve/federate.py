@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
-from fedsieve import checkpoint, rundir, runner
+from fedsieve import checkpoint, rundir, runner, tables
 from fedsieve import recipe as recipes
 from fedsieve.adapter import Adapter
 from fedsieve.budget import Budget, Client
@@ -52,8 +52,9 @@ from fedsieve.experiment import (
 from fedsieve.keys import Key
 from fedsieve.method import Method
 from fedsieve.privacy import Plan
-from fedsieve.recipe import Recipe, build_method
+from fedsieve.recipe import build_method
 from fedsieve.sampling import Sampling
+from fedsieve.tables import Recipe
 from fedsieve.train.local import Score, evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire.format import VERSION
@@ -370,7 +371,7 @@ def _for_a_network(recipe: Recipe, patience: Patience) -> Recipe:
 
 
 def _sampling(recipe: Recipe, patience: Patience) -> Sampling:
-    drawn = recipes.sampling(recipe)
+    drawn = tables.sampling(recipe)
     return dataclasses.replace(drawn, extra=patience.extra or drawn.extra)
 
 

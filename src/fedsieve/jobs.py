@@ -29,7 +29,7 @@ from fedsieve import rundir, runner
 from fedsieve.dotted import flat
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
-from fedsieve.recipe import Recipe
+from fedsieve.tables import Recipe
 
 ASKED = "asked.toml"
 DIVERGED = "diverged.txt"

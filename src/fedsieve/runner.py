@@ -24,7 +24,7 @@ from fedsieve.engine import loop
 from fedsieve.engine.loop import Progress, Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.experiment import Experiment, from_recipe, locate, set_up_bench
-from fedsieve.recipe import Recipe
+from fedsieve.tables import Recipe
 from fedsieve.train.model import load_tokenizer, pick_device
 
 Show = Callable[[Round, Sequence[Receipt]], None]  # called after every round

@@ -25,7 +25,7 @@ from fedsieve.budget import tiers_by_density, tiers_by_rank
 from fedsieve.dotted import flat, put
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.jobs import Job, refuse_changed
-from fedsieve.recipe import Recipe
+from fedsieve.tables import Recipe
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
 LAST = 3  # a trial's score is the mean of so many last evaluations, to damp their swing

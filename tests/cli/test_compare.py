@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedsieve import dotted, methods, rundir, study
+from fedsieve import dotted, methods, rundir, study, tables
 from fedsieve import recipe as recipes
 from fedsieve.errors import FedSieveError
 from fedsieve.runner import Stopped
@@ -426,7 +426,7 @@ def values(budgets: Any, knob: str) -> Iterable[Any]:
     if budgets.kind == "list":
         return [
             (getattr(each, knob), each.rank if knob == "ratio" else None)
-            for each in recipes.limits_by_id(budgets).values()
+            for each in tables.limits_by_id(budgets).values()
         ]
     if knob == "ratio":
         return [budgets.model_dump(exclude={"down", "up"})]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedsieve import federate, recipe
+from fedsieve import federate, recipe, tables
 from fedsieve.budget import Budget, Client
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import fedit, fslora_flasc
@@ -31,7 +31,7 @@ def flower(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def checked(tiny: Tiny, **changes: Any) -> recipe.Recipe:
+def checked(tiny: Tiny, **changes: Any) -> tables.Recipe:
     return recipe.check(tiny.table(data__classes=list(LABELS), **changes))
 
 
@@ -93,7 +93,7 @@ def test_certificates_must_be_whole(tiny: Tiny, tmp_path: Path, missing: str) ->
 
 @pytest.mark.usefixtures("flower")
 def test_recipes_that_cannot_run_on_a_network(tiny: Tiny, tmp_path: Path) -> None:
-    def prepare(given: recipe.Recipe, patience: federate.Patience = PATIENCE) -> None:
+    def prepare(given: tables.Recipe, patience: federate.Patience = PATIENCE) -> None:
         federate.prepare(given, tmp_path / "run", patience, federate.Listen())
 
     with pytest.raises(FedSieveError, match=r"data\.classes: list the labels"):

@@ -19,7 +19,7 @@ import tomli_w
 pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
 
 from fedsieve import federate, recipe, rundir, runner
-from fedsieve.recipe import Recipe
+from fedsieve.tables import Recipe
 from tests.conftest import LABELS, Command, Tiny, write_rows
 from tests.engines import runs
 from tests.flower import certificates, processes

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsieve import recipe as recipes
+from fedsieve import tables
 from fedsieve.budget import Budget, Client
 from fedsieve.engine.client import Reply
 from fedsieve.engine.local import punctual
@@ -296,7 +297,7 @@ def test_sampling_in_a_recipe(tiny: Tiny) -> None:
     summary, receipts, _ = one_round(experiment.federation, progress)
     assert (summary.clients, summary.dropped) == (6, 2)
     assert sum(str(r.dropped).startswith("late: ") for r in receipts) == 2
-    default = recipes.sampling(recipes.check(tiny.table()))
+    default = tables.sampling(recipes.check(tiny.table()))
     assert default == Sampling("uniform", 3)
 
 

@@ -40,7 +40,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedsieve import fetch, history, methods, worker
+from fedsieve import fetch, history, methods, tables, worker
 from fedsieve import recipe as recipes
 from fedsieve.adapter import Adapter, Layout, base_layout
 from fedsieve.budget import Budget, Client
@@ -55,9 +55,9 @@ from fedsieve.history import Entry
 from fedsieve.keys import Key
 from fedsieve.method import Memory, Method, View
 from fedsieve.payload import Base, Payload, rounded
-from fedsieve.recipe import Recipe
 from fedsieve.site import Site, budget_of, link_of, load
 from fedsieve.support import everything, gather
+from fedsieve.tables import Recipe
 from fedsieve.train.local import Fit, evaluate, fit
 from fedsieve.train.model import Bench, load_tokenizer, pick_device
 from fedsieve.wire import decode, encode
@@ -541,7 +541,7 @@ def _localised(recipe: Recipe, site: Site) -> Recipe:
             "say where its model is"
         )
     given, asked = site.data.model_dump(), recipe.data
-    data = recipes.Data(
+    data = tables.Data(
         **given, classes=asked.classes, max_length=asked.max_length, validation=asked.validation
     )
     model = recipe.model.model_copy(update={"source": site.model or recipe.model.source})
