@@ -36,9 +36,10 @@ from fedsieve.adapter import Adapter
 from fedsieve.budget import Budget, Client
 from fedsieve.data import sources, tasks
 from fedsieve.data.tasks import Examples
+from fedsieve.engine.desk import base_digest
 from fedsieve.engine.flower import Carrier, Sites, Terms, mean_score, number_of
 from fedsieve.engine.loop import Federation, Receipt, Round
-from fedsieve.engine.resident import base_digest, whole_message
+from fedsieve.engine.resident import whole_message
 from fedsieve.errors import FedSieveError
 from fedsieve.examples import sample, tensors
 from fedsieve.experiment import (

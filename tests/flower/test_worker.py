@@ -29,6 +29,7 @@ from fedsieve import site as sites
 from fedsieve.adapter import Adapter
 from fedsieve.budget import Client
 from fedsieve.data import sources
+from fedsieve.engine import desk as desks
 from fedsieve.engine import loop, resident
 from fedsieve.engine.client import take_part
 from fedsieve.engine.loop import Federation
@@ -538,7 +539,7 @@ def test_paths_never_come_from_a_message(
         return locate(name)
 
     monkeypatch.setattr(sources, "load", loading)
-    for place in (resident, experiment):
+    for place in (desks, experiment):
         monkeypatch.setattr(place, "locate", locating)
     path = write_site(tiny, tmp_path)
     site = asking(path)

@@ -10,12 +10,8 @@ this list and no more, and every request is checked key by key:
     evaluate   (body: a whole adapter) the site's test rows, as sums, so that means are exact
     keep       (body: a whole adapter) write it to the site's disk, in PEFT's format
 
-A recipe is trusted with what is trained, not with anything of the site: its [data] says how long
-texts are and which classes there are, and all else that concerns data, files and devices is the
-site's own (site.py). What could load foreign code or files is refused: methods that are not
-FedSieve's own, changes of the model's configuration other than dropout rates, models that the site
-has not stored. Errors that could quote a row or a path are told to the site's own terminal; the
-server learns that there was one.
+desk.py makes a recipe ready. Errors that could quote a row or a path are told to the site's own
+terminal; the server learns that there was one.
 """
 
 import hashlib
@@ -23,7 +19,6 @@ import math
 import os
 import shutil
 import time
-import tomllib
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -31,64 +26,40 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from fedsieve import fetch, history, methods, tables, worker
-from fedsieve import recipe as recipes
+from fedsieve import history, worker
 from fedsieve.adapter import Adapter, Layout, base_layout
 from fedsieve.budget import Budget, Client
 from fedsieve.checkpoint import write_whole
 from fedsieve.data import sources, tasks
-from fedsieve.data.tasks import Examples
 from fedsieve.engine.client import Reply, take_part
+from fedsieve.engine.desk import Desk, checked, sit_down
 from fedsieve.errors import FedSieveError, WireError
-from fedsieve.examples import prepare
-from fedsieve.experiment import check_length, locate, set_up_bench
 from fedsieve.history import Entry
 from fedsieve.keys import Key
-from fedsieve.method import Memory, Method, View
+from fedsieve.method import Memory, View
 from fedsieve.payload import Base, Payload, rounded
 from fedsieve.site import Site, budget_of, link_of, load
 from fedsieve.support import everything, gather
-from fedsieve.tables import Recipe
 from fedsieve.train.local import Fit, evaluate, fit
-from fedsieve.train.model import Bench, load_tokenizer, pick_device
+from fedsieve.train.model import pick_device
 from fedsieve.wire import decode, encode
 from fedsieve.wire.format import VERSION
 from fedsieve.worker import Frame, refusal
 
 RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
-_LONGEST = 1 << 20  # bytes of a recipe
 _SAID = 500  # characters of an error
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Share = Annotated[float, Field(gt=0, le=1)]
-
-
-class Desk(NamedTuple):
-    """All that the site needs for one recipe, in memory.
-
-    start:    the adapter before the first round
-    examples: to train on; test: to evaluate on, or None
-    digest:   of the base model's weights
-    """
-
-    run: str
-    recipe: Recipe
-    method: Method
-    bench: Bench
-    start: Adapter
-    examples: Examples
-    test: Examples | None
-    digest: str
 
 
 @dataclass
@@ -324,7 +295,7 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     _checked(Tell, request)
     run = hashlib.sha256(request.body).hexdigest()
     if resident.desk is None or resident.desk.run != run:
-        _sit_down(resident, run, request.body)
+        _change_desk(resident, run, request.body)
     folder = _folder(resident, run)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_whole(folder / RECIPE, request.body)
@@ -486,125 +457,15 @@ def _desk(resident: Resident, run: str) -> Desk:
             raise _Unknown("this recipe was not told here: tell it first") from None
         if hashlib.sha256(text).hexdigest() != run:
             raise _Unknown("the recipe that was stored here is damaged: tell it again")
-        _sit_down(resident, run, text)
+        _change_desk(resident, run, text)
     assert resident.desk is not None
     return resident.desk
 
 
-def _sit_down(resident: Resident, run: str, text: bytes) -> None:
-    """Load the model and make the examples that a recipe needs."""
-    recipe = _localised(_recipe(text), resident.site)
-    method = recipes.build_method(recipe)
+def _change_desk(resident: Resident, run: str, text: bytes) -> None:
+    """Be ready for another recipe; where it is refused, the old one stays."""
+    site = resident.site
+    recipe = checked(text, site)
     resident.desk = None  # two models at once may be more than the memory holds
-    tokenizer = _tokenizer(resident, recipe)
-    examples, test = _examples(resident, recipe, tokenizer)
-    _refuse_too_many_steps(recipe, tasks.count(examples), resident.site.most_steps)
-    bench = _bench(resident, recipe, tokenizer)
-    check_length(bench, examples)
-    digest = base_digest(bench)
-    start = bench.adapter()
-    resident.desk = Desk(run, recipe, method, bench, start, examples, test, digest)
-
-
-def _recipe(text: bytes) -> Recipe:
-    """The recipe that a server told, if it is one that a site may follow."""
-    if len(text) > _LONGEST:
-        raise FedSieveError(f"a recipe of {len(text)} bytes: at most {_LONGEST}")
-    try:
-        table = tomllib.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        raise FedSieveError(f"the recipe is not valid TOML: {error}") from error
-    table.pop("environment", None)
-    method = table.get("method")
-    name = method.get("name") if isinstance(method, dict) else None
-    if name not in methods.names():
-        # Any other name would be imported.
-        raise FedSieveError(f"method.name {str(name)[:40]!r} is no method of FedSieve itself")
-    recipe = recipes.check(table)
-    for key, value in recipe.model.settings.items():
-        rate = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-        if not ("drop" in key and rate):
-            # What is given there goes to the function that loads the model.
-            raise FedSieveError(f"model.settings.{key[:40]}: a site takes dropout rates only")
-    if recipe.model.task == "classification" and recipe.data.classes is None:
-        raise FedSieveError(
-            "data.classes: sites cannot see each other's labels, so the recipe must list them"
-        )
-    return recipe
-
-
-def _localised(recipe: Recipe, site: Site) -> Recipe:
-    """The recipe with all that concerns files and devices taken from the site."""
-    if site.model is None and recipe.model.source not in fetch.PACKAGES:
-        raise FedSieveError(
-            "model.source is no name that `fedsieve fetch` stores, and this site's file does not "
-            "say where its model is"
-        )
-    given, asked = site.data.model_dump(), recipe.data
-    data = tables.Data(
-        **given, classes=asked.classes, max_length=asked.max_length, validation=asked.validation
-    )
-    model = recipe.model.model_copy(update={"source": site.model or recipe.model.source})
-    return recipe.model_copy(update={"data": data, "model": model, "device": site.device})
-
-
-def _tokenizer(resident: Resident, recipe: Recipe) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = load_tokenizer(locate(recipe.model.source))
-        tasks.ensure_pad_token(tokenizer)
-    except FedSieveError as error:
-        raise _no_model(resident, error) from None
-    return tokenizer
-
-
-def _bench(resident: Resident, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Bench:
-    place = locate(recipe.model.source)
-    try:
-        return set_up_bench(recipe, tokenizer, pick_device(resident.site.device))
-    except FedSieveError as error:
-        # What is wrong with the recipe's [lora] may be told; where the model lies may not.
-        if place in str(error):
-            raise _no_model(resident, error) from None
-        raise
-
-
-def _no_model(resident: Resident, error: FedSieveError) -> FedSieveError:
-    resident.say(f"error: {error}")
-    return FedSieveError("this site cannot load its base model; its worker's terminal says why")
-
-
-def _examples(
-    resident: Resident, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Examples, Examples | None]:
-    """What the site trains on and what it evaluates on.
-
-    Errors here may quote rows, so the server is only told that there was one.
-    """
-    try:
-        prepared = prepare(recipe, resident.rows, resident.test_rows, tokenizer)
-        if tasks.count(prepared.train) == 0:
-            raise FedSieveError("no row is left to train on")
-    except FedSieveError as error:
-        resident.say(f"error: {error}")
-        raise FedSieveError(
-            "this site's rows do not fit the recipe; its worker's terminal says why"
-        ) from None
-    return prepared.train, prepared.test
-
-
-def _refuse_too_many_steps(recipe: Recipe, examples: int, most: int) -> None:
-    training = recipe.training
-    steps = training.steps or training.epochs * -(-examples // training.batch)
-    if steps > most:
-        raise FedSieveError(f"{steps} optimizer steps a round: this site takes at most {most}")
-
-
-def base_digest(bench: Bench) -> str:
-    """Of the frozen weights: two sites with different base models find out."""
-    trained = {id(parameter) for _, parameter in bench.parameters()}
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in bench.model.named_parameters():
-        if id(parameter) not in trained:
-            flat = parameter.detach().cpu().contiguous().flatten()
-            digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    rows, test_rows = resident.rows, resident.test_rows
+    resident.desk = sit_down(run, recipe, rows, test_rows, site.most_steps, resident.say)
