@@ -97,7 +97,7 @@ def main(path: Path, plan: dict[str, str]) -> None:
 
     def work(state: resident.Resident, request: Frame) -> Frame:
         number = request.header.get("round")
-        if request.header.get("do") != "train":
+        if request.header.get("do") != "train" or not isinstance(number, int):
             return resident.answer(state, request)
         note(path.with_name("asked"), str(number))
         while number > last_open(path):

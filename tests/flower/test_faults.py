@@ -6,6 +6,7 @@ the bit, with a method whose clients keep a residual, so that a memory that was 
 
 import json
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -24,7 +25,7 @@ from fedsieve.engine.client import Reply
 from fedsieve.experiment import from_recipe
 from tests.conftest import Tiny
 from tests.engines import runs
-from tests.flower import impostor, processes
+from tests.flower import certificates, impostor, processes
 from tests.flower.sites import process, quiet
 from tests.flower.worlds import (
     PATIENCE,
@@ -33,6 +34,9 @@ from tests.flower.worlds import (
     assert_as_if_it_gave_nothing,
     begin,
     dropped,
+    merged,
+    missing_from,
+    node,
     sockets,
     started,
     working,
@@ -231,6 +235,30 @@ def until(there: Callable[[], bool], what: str, seconds: float = 240.0) -> float
     return time.monotonic() - began
 
 
+@contextmanager
+def joining(given: World, name: str) -> Iterator[Process]:
+    """A site's node, started again and again until the server lets it in, as a service would.
+
+    Flower refuses a node as long as it believes the one before, of the same key, to be there.
+    """
+    log, began = given.sites[name].parent / "node.log", time.monotonic()
+    while True:
+        old = log.stat().st_size if log.exists() else 0
+        with node(given, name) as started_now:
+            while started_now.poll() is None and b"SuperNode ID" not in log.read_bytes()[old:]:
+                assert time.monotonic() - began < 240, log.read_text()
+                time.sleep(0.2)
+            if started_now.poll() is None:
+                yield started_now
+                return
+
+
+def has_answered(home: Path) -> bool:
+    """Whether a site's node has brought the answer of the last round that it heard of."""
+    _, heard, after = (home / "node.log").read_text().rpartition("Receiving: train message")
+    return bool(heard) and "Sent successfully" in after.rpartition("Sending: train message")[2]
+
+
 @pytest.mark.slow
 def test_a_node_that_is_killed(tiny: Tiny, tmp_path: Path, no_report: None) -> None:
     """kill -9 of a node, its children and its worker: between rounds, and in the middle of one.
@@ -255,7 +283,7 @@ def test_a_node_that_is_killed(tiny: Tiny, tmp_path: Path, no_report: None) -> N
 
         begin(given, stream=False)
         # Between rounds: its answer is in, and the round waits for the other site.
-        until(lambda: pushed(north, "train") == 1, "north has answered in round 1")
+        until(lambda: has_answered(north), "north has answered in round 1")
         kill()
         victim = again()
         open_until(north, 1)
@@ -278,3 +306,44 @@ def test_a_node_that_is_killed(tiny: Tiny, tmp_path: Path, no_report: None) -> N
     assert middle + 1 not in back
     assert merged(given.run, "south") == list(range(1, 13))
     assert_as_if_it_gave_nothing(given, missing_from(given.run, given.sites))
+
+
+@pytest.mark.slow
+def test_nodes_that_were_not_invited(tiny: Tiny, tmp_path: Path, no_report: None) -> None:
+    """Without TLS, trusting another authority, without a key, or with one that nobody registered.
+
+    None of them is admitted, and the federation goes on with the others.
+    """
+    given = prepared(tiny, tmp_path, "north", "south", tls=True, rounds=2)
+    assert given.listen.certificates is not None
+    root = given.listen.certificates / federate.CA
+    other = certificates.make(tmp_path / "other") / federate.CA
+    key = certificates.node_key(tmp_path / "unknown")
+    signed: list[str | Path] = ["--auth-supernode-private-key", key]
+    strangers: dict[str, tuple[list[str | Path], str]] = {
+        "no-tls": (["--insecure"], ""),
+        "other-authority": (["--root-certificates", other, *signed], ""),
+        "no-key": (["--root-certificates", root], ""),
+        "unknown-key": (["--root-certificates", root, *signed], ""),
+    }
+    with started(given), ExitStack() as stack:
+        trap = stack.enter_context(socket.socket(socket.AF_UNIX))
+        trap.bind(str(tmp_path / "trap.sock"))
+        trap.listen()
+        trap.setblocking(False)
+        logs = {}
+        for name, (trust, _) in strangers.items():
+            logs[name] = tmp_path / f"{name}.log"
+            home, at = tmp_path / name, tmp_path / "trap.sock"
+            stack.enter_context(processes.supernode(home, given.listen, at, logs[name], trust))
+        begin(given)
+        for name in strangers:
+            print(name, logs[name].read_text()[-3000:])
+        listed = processes.flwr(
+            given.run, "supernode", "list", federate.CONNECTION, "--format", "json"
+        )
+        print(listed)
+        with pytest.raises(BlockingIOError):  # nobody has asked for anything there
+            trap.accept()
+    assert dropped(given.run) == {}
+    assert_as_if_it_gave_nothing(given)
