@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from tests.conftest import LABELS, Tiny, write_rows
 
 Ask = Callable[[Frame], Frame]
 NAMES = ("north", "south")
+WORKER = ("-m", "fedsieve", "worker")
 
 
 def quiet(text: str) -> None:
@@ -121,29 +122,39 @@ def exchange(asks: Mapping[str, Ask], text: bytes) -> Exchange:
 
 
 @contextmanager
-def process(path: Path, *, ready: bool = True) -> Iterator["subprocess.Popen[str]"]:
-    """`fedsieve worker` in a process of its own, killed at the end if it still runs."""
+def process(
+    path: Path, *more: str | Path, ready: bool = True, program: Sequence[str | Path] = WORKER
+) -> Iterator["subprocess.Popen[str]"]:
+    """`fedsieve worker` in a process of its own, killed at the end if it still runs.
+
+    program, more: what stands in for it, a Python program, and what it is told beside the file
+    """
     with (path.parent / "log").open("a") as log:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "fedsieve", "worker", str(path)],
+            [sys.executable, *map(str, (*program, path, *more))],
             stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )
-    address = sites.load(path).folder / "worker.sock"
     try:
-        until = time.monotonic() + 120
-        while ready and "ready at" not in (path.parent / "log").read_text().rpartition("\0")[2]:
-            assert worker.poll() is None, (path.parent / "log").read_text()
-            assert time.monotonic() < until, "the worker does not start"
-            time.sleep(0.1)
         if ready:
-            assert address.exists()
-            with (path.parent / "log").open("a") as log:
-                log.write("\0")  # what a later worker writes begins here
+            until_ready(path, worker)
         yield worker
     finally:
         if worker.poll() is None:
             worker.kill()
         worker.wait(timeout=30)
+
+
+def until_ready(path: Path, worker: "subprocess.Popen[str]") -> None:
+    """Wait until the worker that was started last takes requests."""
+    text = path.with_name("log")
+    until = time.monotonic() + 120
+    while "ready at" not in text.read_text().rpartition("\0")[2]:
+        assert worker.poll() is None, text.read_text()
+        assert time.monotonic() < until, "the worker does not start"
+        time.sleep(0.1)
+    assert (sites.load(path).folder / "worker.sock").exists()
+    with text.open("a") as log:
+        log.write("\0")  # what a later worker writes begins here

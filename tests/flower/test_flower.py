@@ -20,7 +20,10 @@ from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.keys import Key
 from fedsieve.method import Memory, Method
 from fedsieve.methods import fedsa_lora, flasc, flora, fslora_flasc
+from fedsieve.payload import Payload, Values
 from fedsieve.sampling import Sampling
+from fedsieve.support import everything
+from fedsieve.wire import encode
 from fedsieve.worker import Frame, pack, unpack
 from tests.laws import toy
 
@@ -286,6 +289,22 @@ def test_the_same_answer_again_is_no_update() -> None:
     why = "its update was refused: it is, byte for byte, that of round 1"
     assert [r.dropped for r in receipts if r.client == "0001"] == [None, why, why, None]
     assert all(r.dropped is None for r in receipts if r.client != "0001")
+
+
+def test_an_update_that_changes_nothing_may_come_again() -> None:
+    """Two such are alike by nature, and whoever found nothing to change took part."""
+    method = flasc.method(**EXACT)
+    layout = toy.start().layout
+    zeros = Values("float64", torch.zeros(layout.size, dtype=torch.float64), torch.empty(0))
+    nothing = encode(Payload(layout, everything(layout), zeros, "known", "known"))
+    members = toy.clients([Budget()] * 2)
+    content: dict[int, Callable[[Frame], Frame]] = {
+        0: lambda f: f,
+        1: lambda f: f._replace(body=nothing),
+    }
+    net = Net({i: site(c, method, content[i]) for i, c in enumerate(members)})
+    _, receipts, _ = run(federation(sites_of(net), method, size=2), 3)
+    assert [r.dropped for r in receipts] == [None] * 6
 
 
 def test_an_answer_that_is_carried_twice_counts_once() -> None:
