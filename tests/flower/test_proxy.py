@@ -82,8 +82,10 @@ def test_nodes_get_through_and_orders_do_not(tiny: Tiny, tmp_path: Path, no_repo
             worlds.register(given, worlds.node_key(given, name))
             stack.enter_context(worlds.node(outside, name))
         worlds.begin(given)
-        for order in ("/v1/control/StartRun", "/v1/runtime/GetNodes", "/", "/v1/fleet"):
+        for order in ("/v1/control/StartRun", "/v1/runtime/GetNodes", "/"):
             assert status(port, certificates, order) == 403, order
             assert status(given.listen.port, certificates, order) != 403, order
+        for around in ("/v1/fleet/../control/StartRun", "/v1/fleet/%2e%2e/control/StartRun"):
+            assert status(port, certificates, around) == 403, around
         assert status(port, certificates, "/v1/fleet/no-such-thing") != 403
     assert_parity(given.run, tmp_path / "alone")
