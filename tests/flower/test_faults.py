@@ -267,7 +267,7 @@ def test_a_node_that_is_killed(tiny: Tiny, tmp_path: Path, no_report: None) -> N
     They are started again and used again, the node with the same key. Gates keep the other site's
     rounds from running out meanwhile.
     """
-    given = prepared(tiny, tmp_path, "north", "south", tls=True, rounds=10)
+    given = prepared(tiny, tmp_path, "north", "south", tls=True, rounds=14)
     north, south = (given.sites[name].parent for name in ("north", "south"))
     open_until(south, 0)
     with ExitStack() as stack:
@@ -298,14 +298,14 @@ def test_a_node_that_is_killed(tiny: Tiny, tmp_path: Path, no_report: None) -> N
         victim = again()
         open_until(south, 99)
         until(lambda: (given.run / rundir.ADAPTER).exists(), "the run ends")
-    print(f"the round ended {waited:.0f} s after the node was killed")
+    assert waited < 2 * 30 + 30  # two heartbeats, and what a busy machine adds
     assert sorted(dropped(given.run)) == [(middle, "north")]
     assert "heartbeat" in dropped(given.run)[middle, "north"]
     back = merged(given.run, "north")
     assert back[0] == 1
-    assert back[-1] == 10
+    assert back[-1] == 14
     assert middle + 1 not in back
-    assert merged(given.run, "south") == list(range(1, 11))
+    assert merged(given.run, "south") == list(range(1, 15))
     assert_as_if_it_gave_nothing(given, missing_from(given.run, given.sites))
 
 
@@ -321,34 +321,33 @@ def test_nodes_that_were_not_invited(tiny: Tiny, tmp_path: Path, no_report: None
     other = certificates.make(tmp_path / "other") / federate.CA
     key = certificates.node_key(tmp_path / "unknown")
     signed: list[str | Path] = ["--auth-supernode-private-key", key]
-    strangers: dict[str, list[str | Path]] = {
-        "no-tls": ["--insecure"],
-        "other-authority": ["--root-certificates", other, *signed],
-        "no-key": ["--root-certificates", root],
-        "unknown-key": ["--root-certificates", root, *signed],
+    # What such a node says in the end; the first goes on trying.
+    strangers: dict[str, tuple[list[str | Path], str]] = {
+        "no-tls": (["--insecure"], "Connection attempt failed, retrying"),
+        "other-authority": (["--root-certificates", other, *signed], "CERTIFICATE_VERIFY_FAILED"),
+        "no-key": (["--root-certificates", root], "must be registered"),
+        "unknown-key": (["--root-certificates", root, *signed], "Failed to activate SuperNode"),
     }
     logs = {name: tmp_path / f"{name}.log" for name in strangers}
 
-    def refused(name: str) -> bool:
-        text = logs[name].read_text()
-        return "Exit Code" in text or "retrying" in text
+    def tried(name: str) -> bool:
+        return strangers[name][1] in logs[name].read_text()
 
     with started(given), ExitStack() as stack:
         trap = stack.enter_context(socket.socket(socket.AF_UNIX))
         trap.bind(str(tmp_path / "trap.sock"))
         trap.listen()
         trap.setblocking(False)
-        for name, trust in strangers.items():
+        for name, (trust, _) in strangers.items():
             home, at = tmp_path / name, tmp_path / "trap.sock"
             stack.enter_context(processes.supernode(home, given.listen, at, logs[name], trust))
         begin(given)
         for name in strangers:
-            until(partial(refused, name), f"the node {name} has tried")
+            until(partial(tried, name), f"the node {name} has tried")
             assert "SuperNode ID" not in logs[name].read_text(), name
-            print(name, logs[name].read_text()[-1500:])
         words = ("supernode", "list", federate.CONNECTION, "--format", "json")
         listed = json.loads(processes.flwr(given.run, *words))
-        print(listed)
+        assert [each["status"] for each in listed["nodes"]] == ["online", "online"]
         with pytest.raises(BlockingIOError):  # nobody has asked for anything there
             trap.accept()
     assert dropped(given.run) == {}
