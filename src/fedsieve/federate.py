@@ -59,6 +59,7 @@ from fedsieve.tables import Recipe
 from fedsieve.train.local import Score, evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire.format import VERSION
+from fedsieve.worker import SOCKET
 
 FLOWER = (1, 41)
 APP = "app"
@@ -143,7 +144,7 @@ def commands(folder: Path, listen: Listen) -> list[str]:
     return [
         f"{home} flower-superlink {server} {tls} --disable-runtime-dependency-installation",
         f"{QUIET} flower-supernode --superlink {name}:{listen.port} {trust} "
-        "--node-config 'socket=\"<folder of the site>/worker.sock\"'",
+        f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
         f"{home} flwr run {folder / APP} {CONNECTION} --stream",
     ]
 

@@ -20,24 +20,24 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedsieve.errors import FedSieveError, WireError
-from fedsieve.worker import carry, pack, refusal
+from fedsieve.worker import SOCKET, carry, pack, refusal
 
 if TYPE_CHECKING:
     from fedsieve.engine.flower import Arrival, Carrier, Node, Ticket
 
 FORM = "fedsieve/1"
 RECORD, ARRAY = "fedsieve", "frame"
-SOCKET = "socket"  # in the node's configuration: the path of its worker's socket
+SETTING = "socket"  # in the node's configuration: the path of its worker's socket
 
 
 def relay(message: Message, context: Context) -> Message:
     """A client's whole work: the bytes to the worker, the worker's bytes back."""
-    path = context.node_config.get(SOCKET)
+    path = context.node_config.get(SETTING)
     try:
         if not isinstance(path, str):
             raise FedSieveError(
                 "this node knows no worker: start flower-supernode with --node-config "
-                "'socket=\"<folder of the site>/worker.sock\"'"
+                f"'{SETTING}=\"<folder of the site>/{SOCKET}\"'"
             )
         answer = carry(Path(path), frame_of(message))
     except FedSieveError as error:

@@ -37,7 +37,8 @@ import filelock
 
 from fedsieve.errors import FedSieveError, WireError
 
-SOCKET = "worker.sock"
+# In a folder of its own: a node that is locked up gets this folder and nothing else of the site.
+SOCKET = "door/worker.sock"
 HEADER = 1 << 16  # the longest header, in bytes
 BODY = (1 << 31) - 1  # the longest body; what carries messages between machines takes no more
 CONNECTIONS = 16  # read at once, and requests that wait for their turn; more are put off
@@ -89,7 +90,7 @@ def refusal(error: str, **more: Any) -> Frame:
 
 
 def ask(address: Path, request: Frame, timeout: float | None = None) -> Frame:
-    """Ask the worker that listens at `address` (`<folder of the site>/worker.sock`), and wait.
+    """Ask the worker that listens at `address` (`<folder of the site>/door/worker.sock`), and wait.
 
     timeout: seconds for all of it; None waits as long as the worker trains
     Raises FedSieveError if no worker listens there, if it ends before it answers, or if it takes
@@ -159,7 +160,7 @@ def serve(
     about: Callable[[Frame], Frame | None],
     ready: Callable[[Path], None] = lambda address: None,
 ) -> None:
-    """Answer requests at `<folder>/worker.sock` until the process is interrupted.
+    """Answer requests at `<folder>/door/worker.sock` until the process is interrupted.
 
     folder: locked by the caller
     work:   does what a request asks; called in this thread, for one request at a time
@@ -179,6 +180,10 @@ def serve(
 @contextmanager
 def _listening(path: Path) -> Iterator[socket.socket]:
     address = _address(path)
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise FedSieveError(f"{path.parent} cannot be made: {error.strerror}") from error
     before = os.umask(0o177)  # the socket is the owner's alone from its first moment on
     try:
         # What lies there was left by a worker that was killed: the folder is locked.

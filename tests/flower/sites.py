@@ -21,7 +21,7 @@ from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Exchange
 from fedsieve.engine.resident import Resident
 from fedsieve.keys import Key
-from fedsieve.worker import Frame
+from fedsieve.worker import SOCKET, Frame
 from tests.conftest import LABELS, Tiny, write_rows
 
 Ask = Callable[[Frame], Frame]
@@ -155,6 +155,6 @@ def until_ready(path: Path, worker: "subprocess.Popen[str]") -> None:
         assert worker.poll() is None, text.read_text()
         assert time.monotonic() < until, "the worker does not start"
         time.sleep(0.1)
-    assert (sites.load(path).folder / "worker.sock").exists()
+    assert (sites.load(path).folder / SOCKET).exists()
     with text.open("a") as log:
         log.write("\0")  # what a later worker writes begins here

@@ -34,6 +34,7 @@ pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
 
 from fedsieve import federate, network, recipe, rundir
 from fedsieve.network import Link
+from fedsieve.worker import SOCKET
 from tests.conftest import LABELS, Tiny
 from tests.engines import runs
 from tests.flower import certificates, links, processes
@@ -208,7 +209,7 @@ def site_on_a_link(tiny: Tiny, folder: Path, make: Make, *, tls: bool = False) -
             processes.flwr(first, "supernode", "register", public, federate.CONNECTION)
             trust = ["--root-certificates", safe / federate.CA]
             trust += ["--auth-supernode-private-key", key]
-        socket = site.parent / "worker" / "worker.sock"
+        socket = site.parent / "worker" / SOCKET
         node: list[str | Path] = [
             *line.enter, processes.BIN / "flower-supernode",
             "--superlink", f"{line.host}:{line.port}", *trust,

@@ -818,6 +818,7 @@ def test_a_header_has_a_limit() -> None:
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(FedSieveError, match="start `fedsieve worker"):
         ask(tmp_path / SOCKET, Frame({"do": "describe"}), 5)
+    (tmp_path / SOCKET).parent.mkdir()
     with socket.socket(socket.AF_UNIX) as left:  # by a worker that was killed
         left.bind(str(tmp_path / SOCKET))
     with pytest.raises(FedSieveError, match="start `fedsieve worker"):
