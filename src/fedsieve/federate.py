@@ -69,6 +69,9 @@ CONNECTION = "fedsieve"  # what that calls this server
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # No word to anyone about what runs here.
 QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
+# Flower sends a message in objects of this many bytes, and a node begins one again that is not
+# through after 30 s: its own 5 MiB never get through a slow uplink (docs/deploy.md, What travels).
+OBJECTS = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=131072"
 # The files of a folder of certificates: openssl's names in docs/deploy.md.
 CA, CERTIFICATE, PRIVATE = "ca.crt", "server.pem", "server.key"
 
@@ -143,7 +146,7 @@ def commands(folder: Path, listen: Listen) -> list[str]:
         trust = f"--root-certificates {CA} --auth-supernode-private-key <the site's key>"
     return [
         f"{home} flower-superlink {server} {tls} --disable-runtime-dependency-installation",
-        f"{QUIET} flower-supernode --superlink {name}:{listen.port} {trust} "
+        f"{QUIET} {OBJECTS} flower-supernode --superlink {name}:{listen.port} {trust} "
         f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
         f"{home} flwr run {folder / APP} {CONNECTION} --stream",
     ]

@@ -9,8 +9,12 @@ has no business with what is in them. Its `Message` works only inside a task of 
 why it is nowhere else in FedSieve.
 """
 
+import math
+import queue
 import sys
-from collections.abc import Collection
+import threading
+import time
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +71,46 @@ def size_of(part: Any) -> int:
     return len(part.deflate()) + sum(size_of(child) for child in (part.children or {}).values())
 
 
+class Pulls:
+    """Replies, each fetched by a thread of its own.
+
+    Flower tells of a reply before its bytes have come over a slow uplink, and `Grid.pull_messages`
+    then waits for them: others would wait behind it, and the round's deadline would not hold.
+    """
+
+    def __init__(self, pull: Callable[[str], list[Message]], pause: float = 0.5) -> None:
+        """pull: a ticket's replies; pause: seconds between two looks for the same reply."""
+        self._pull, self._pause = pull, pause
+        self._next: dict[str, float] = {}  # when to look again; never, while a thread does
+        self._done: queue.SimpleQueue[tuple[str, list[Message] | Exception]] = queue.SimpleQueue()
+
+    def collect(self, tickets: Collection[str]) -> list[Message]:
+        """What has come since the last call; at once. Raises what a fetch raised."""
+        found: list[Message] = []
+        while True:
+            try:
+                ticket, came = self._done.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(came, Exception):
+                raise came
+            self._next[ticket] = time.monotonic() + self._pause
+            found += came
+        self._next = {t: at for t, at in self._next.items() if t in tickets or at == math.inf}
+        for ticket in tickets:
+            if self._next.get(ticket, 0.0) <= time.monotonic():
+                self._next[ticket] = math.inf
+                # A daemon: a reply that never comes whole must not keep the process from ending.
+                threading.Thread(target=self._fetch, args=(ticket,), daemon=True).start()
+        return found
+
+    def _fetch(self, ticket: str) -> None:
+        try:
+            self._done.put((ticket, self._pull(ticket)))
+        except Exception as error:
+            self._done.put((ticket, error))
+
+
 def carrier(grid: Grid, proved: bool) -> "Carrier":
     """Flower's Grid as the engine knows it. proved: nodes have proved that they hold their keys."""
     from fedsieve.engine.flower import Arrival, Carrier, Node, Ticket
@@ -83,8 +127,10 @@ def carrier(grid: Grid, proved: bool) -> "Carrier":
         (ticket,) = grid.push_messages([message]) or (None,)
         return None if ticket is None else Ticket(ticket, size)
 
+    pulls = Pulls(lambda ticket: list(grid.pull_messages([ticket])))
+
     def collect(tickets: Collection[str]) -> "list[Arrival]":
-        return [arrival(message) for message in grid.pull_messages(list(tickets))]
+        return [arrival(message) for message in pulls.collect(tickets)]
 
     def arrival(message: Message) -> "Arrival":
         ticket = message.metadata.reply_to_message_id
