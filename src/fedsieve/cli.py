@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedsieve.errors import FedSieveError
+from fedsieve.progress import line_of
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Receipt, Round
@@ -409,28 +410,10 @@ class _Live:
         for receipt in receipts:
             if receipt.dropped is not None:
                 _warn(f"round {summary.round}, client {receipt.client} dropped: {receipt.dropped}")
-        line = _line(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
+        line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
         if summary.accuracy is not None or not console.is_terminal:
             console.print(line)
         self._bar.update(self._task, completed=summary.round, description=line)
-
-
-def _line(summary: "Round", rounds: int) -> str:
-    parts = [f"round {summary.round:>{len(str(rounds))}}/{rounds}"]
-    if summary.loss is not None:
-        parts.append(f"loss {summary.loss:.3f}")
-    if summary.accuracy is not None:
-        parts.append(f"accuracy {summary.accuracy:.3f}")
-        loss = "not finite" if summary.eval_loss is None else f"{summary.eval_loss:.3f}"
-        parts.append(f"eval loss {loss}")
-    if summary.epsilon is not None:
-        cohort = summary.simulated_cohort
-        simulated = f" (simulated cohort of {cohort})" if cohort else ""
-        parts.append(f"epsilon {summary.epsilon:.3f}{simulated}")
-    if summary.round:
-        parts.append(f"down {summary.down_bytes / MB:.3f} MB  up {summary.up_bytes / MB:.3f} MB")
-        parts.append(f"total {summary.total_bytes / MB:.2f} MB")
-    return "  ".join(parts)
 
 
 def _summary(folder: Path) -> None:
@@ -482,7 +465,7 @@ def _go_on_with(folder: Path) -> None:
 def _show_of_many(job: "Job", summary: "Round") -> None:
     """A line for every evaluated round of one run among several."""
     if summary.accuracy is not None:
-        console.print(escape(f"{job.name}  {_line(summary, job.recipe.rounds)}"))
+        console.print(escape(f"{job.name}  {line_of(summary, job.recipe.rounds)}"))
 
 
 def _say(text: str) -> None:

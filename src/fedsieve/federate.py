@@ -53,6 +53,7 @@ from fedsieve.experiment import (
 from fedsieve.keys import Key
 from fedsieve.method import Method
 from fedsieve.privacy import Plan
+from fedsieve.progress import line_of
 from fedsieve.recipe import build_method
 from fedsieve.sampling import Sampling
 from fedsieve.tables import Recipe
@@ -209,7 +210,7 @@ def serve(
         for receipt in receipts:
             if receipt.dropped is not None:
                 say(f"round {summary.round}, site {receipt.client}: {receipt.dropped}")
-        say(_line(summary, rounds))
+        say(line_of(summary, rounds))
 
     try:
         adapter = runner.resume(folder, show, build)
@@ -446,20 +447,6 @@ def _write_app(folder: Path, patience: Patience, listen: Listen) -> None:
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(tomli_w.dumps(table), encoding="utf-8")
-
-
-def _line(summary: Round, rounds: int) -> str:
-    figures = {
-        "loss": summary.loss,
-        "accuracy": summary.accuracy,
-        "down": summary.down_bytes,
-        "up": summary.up_bytes,
-        "transport": summary.transport_bytes,
-        "aside": summary.aside_bytes,
-        "seconds": summary.seconds,
-    }
-    known = {name: value for name, value in figures.items() if value is not None}
-    return f"round {summary.round}/{rounds} {json.dumps(known)}"
 
 
 def _merged(folder: Path) -> dict[str, int]:

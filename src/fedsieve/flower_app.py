@@ -144,8 +144,9 @@ def carrier(grid: Grid, proved: bool) -> "Carrier":
 
 def main(grid: Grid, context: Context) -> None:
     """The server's whole work."""
-    from fedsieve import federate
+    from fedsieve import cli, federate
 
+    cli.quiet()
     config = context.run_config
     if config["tls"] and "--insecure" in sys.argv:
         raise FedSieveError("this federation was prepared for TLS, and the SuperLink has none")
