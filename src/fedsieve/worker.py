@@ -173,7 +173,11 @@ def serve(
         threading.Thread(target=_accept, args=(listener, about, jobs), daemon=True).start()
         ready(folder / SOCKET)
         while True:
-            request, answer = jobs.get()
+            try:
+                # Not for ever: a signal that arrives just before the wait does not end it.
+                request, answer = jobs.get(timeout=1.0)
+            except queue.Empty:
+                continue
             answer.put(work(request))
 
 

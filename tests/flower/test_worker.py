@@ -850,6 +850,41 @@ def test_who_only_carries_bytes_needs_no_torch() -> None:
 # A real process.
 
 
+def test_a_signal_that_wakes_nobody_ends_a_worker_too(tmp_path: Path) -> None:
+    """One that arrives just before the main thread waits does not end the wait.
+
+    Here another thread takes it: Python notes it for the main thread, which sleeps on.
+    """
+    code = """
+import signal, sys, threading, time
+from pathlib import Path
+from fedsieve import worker
+
+def ready(address):
+    def later():
+        time.sleep(0.5)
+        signal.raise_signal(signal.SIGTERM)
+    threading.Thread(target=later, daemon=True).start()
+
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGTERM, interrupt)
+try:
+    worker.serve(Path(sys.argv[1]), lambda request: request, lambda request: None, ready)
+except KeyboardInterrupt:
+    print("ended")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "ended\n"
+
+
 def test_a_worker_in_a_process_of_its_own(tiny: Tiny, tmp_path: Path, command: Command) -> None:
     """Its life: alone on its folder, closed to others, killed in training, on a full disk, ended.
 
