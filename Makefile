@@ -42,6 +42,7 @@ bench: install
 	$(BIN)/python benchmarks/convergence.py --json runs/bench-convergence.json
 	$(BIN)/python benchmarks/flexlora.py --json runs/bench-flexlora.json
 	$(BIN)/python benchmarks/server.py --json runs/bench-server.json
+	$(BIN)/python benchmarks/worker.py --json runs/bench-worker.json
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsieve import recipe as recipes
-from fedsieve import report, rundir, runner
+from fedsieve import report, rundir, runner, tables
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError
 
@@ -39,7 +39,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def recipe_for(method: str, seed: int) -> recipes.Recipe:
+def recipe_for(method: str, seed: int) -> tables.Recipe:
     """The demo's recipe with another method."""
     table = tomllib.loads(recipes.shipped()["demo"])
     options, knobs = METHODS[method]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import fedsieve
-from fedsieve import methods, recipe
+from fedsieve import methods, recipe, tables
 from tests.conftest import Tiny
 from tests.laws import test_methods as laws
 from tests.laws.optimum import Optimum
@@ -66,11 +66,11 @@ def test_every_method_has_its_line(name: str) -> None:
 
 def test_the_docs_of_recipes_name_every_key() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert recipe.keys_of(()) != recipe.keys_of(("lora",))
-    for key in recipe.keys_of(()):
+    assert tables.keys_of(()) != tables.keys_of(("lora",))
+    for key in tables.keys_of(()):
         assert f"`{key}`" in text or f"[{key}]" in text, key
         if f"[{key}]" in text and key not in ("method", "server"):
-            for inner in recipe.keys_of((key,)):
+            for inner in tables.keys_of((key,)):
                 assert f"`{inner}`" in text or f"`{key}.{inner}`" in text, (key, inner)
 
 

@@ -6,14 +6,15 @@ from math import prod
 
 from fedsieve import budget as laws
 from fedsieve import recipe as recipes
+from fedsieve import tables
 from fedsieve.adapter import Layout
 from fedsieve.budget import Budget, assign
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.keys import Key
 from fedsieve.method import Method
 from fedsieve.network import Link
-from fedsieve.recipe import Recipe
 from fedsieve.resources import Resources, Work, choose
+from fedsieve.tables import Recipe
 
 
 def budgets(
@@ -33,19 +34,19 @@ def budgets(
     rank = recipe.lora.rank
     if isinstance(given, tuple):
         return assign(ids, [(t.share, Budget(t.ratio, t.down, t.up)) for t in given], key)
-    if isinstance(given, recipes.TierBudgets):
+    if isinstance(given, tables.TierBudgets):
         by_rank = recipes.tiers_differ_in(given, method.knobs) == "rank"
         make = laws.tiers_by_rank if by_rank else laws.tiers_by_density
         return assign(ids, make(given.tiers), key)
-    if isinstance(given, recipes.RatioBudgets):
+    if isinstance(given, tables.RatioBudgets):
         drawn = laws.ratios(ids, given.ratios, key)
         return {id: Budget(ratio, given.down, given.up) for id, ratio in drawn.items()}
-    if isinstance(given, recipes.RankLaw):
+    if isinstance(given, tables.RankLaw):
         law = laws.normal if given.kind == "normal" else laws.heavy_tail
         ranks = law(ids, given.low, given.high, key)
         return {id: Budget(own / rank, given.down, given.up) for id, own in ranks.items()}
-    if isinstance(given, recipes.ListBudgets):
-        limits = recipes.limits_by_id(given)
+    if isinstance(given, tables.ListBudgets):
+        limits = tables.limits_by_id(given)
         if not isinstance(given.clients, dict) and len(limits) == len(ids):
             limits = dict(zip(ids, limits.values(), strict=True))  # in order, whatever the ids
         _refuse_other_ids("budgets.clients", limits, ids)
@@ -67,7 +68,7 @@ def budgets(
 def resources(recipe: Recipe, counts: Mapping[str, int]) -> dict[str, Resources] | None:
     """What each client has, by id, if the recipe says so."""
     given = recipe.budgets
-    if not isinstance(given, recipes.ResourceBudgets):
+    if not isinstance(given, tables.ResourceBudgets):
         return None
     machines = given.clients
     if machines is None:

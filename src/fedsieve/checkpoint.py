@@ -95,6 +95,17 @@ def load(folder: Path, layout: Layout) -> Snapshot:
     raise FedSieveError(f"{folder} holds {what}: the run cannot be resumed, start it again")
 
 
+def newest_round(folder: Path) -> int:
+    """The round after which the newest whole checkpoint was written; 0 where there is none."""
+    for path in _newest_first(folder):
+        try:
+            facts, _ = _read(path)
+        except (OSError, ValueError, KeyError, safetensors.SafetensorError):
+            continue  # `load` warns of it
+        return int(facts["round"])
+    return 0
+
+
 def forget_after(folder: Path, number: int) -> None:
     """Remove the checkpoints of later rounds: they were damaged, and their rounds are done again.
 

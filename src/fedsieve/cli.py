@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedsieve.errors import FedSieveError
+from fedsieve.progress import line_of
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Receipt, Round
@@ -88,6 +89,11 @@ def resume(folder: Folder) -> None:
     """Go on with a run that was stopped, as if nothing had happened."""
     quiet()
     from fedsieve import runner
+
+    if (folder / "app" / "pyproject.toml").is_file():
+        raise FedSieveError(
+            f"{folder} holds a federation: go on with `fedsieve federate --resume {folder}`"
+        )
 
     with _Live(runner.rounds_of(folder)) as live:
         _guarded(lambda: runner.resume(folder, live.show))
@@ -171,6 +177,82 @@ def search(
     _say(f"ended because {found.reason}")
     for path in found.written:
         _say(str(path))
+
+
+@app.command()
+def federate(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's directory; default runs/<name of the recipe>.")
+    ] = None,
+    sites: Annotated[int, typer.Option(min=1, help="Wait for so many before round 1.")] = 2,
+    deadline: Annotated[float, typer.Option(min=1, help="Seconds a round may take.")] = 600.0,
+    setup: Annotated[
+        float, typer.Option(min=1, help="Seconds a site has to load model and data.")
+    ] = 900.0,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for enough sites.")] = 600.0,
+    extra: Annotated[
+        int, typer.Option(min=0, help="Ask so many more sites, and leave the slowest out.")
+    ] = 0,
+    host: Annotated[str, typer.Option(help="Where the server listens.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where the server listens.")] = 8000,
+    certificates: Annotated[
+        Path | None, typer.Option(help="A folder with ca.crt, server.pem and server.key.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option(help="Let other machines in without TLS and without keys.")
+    ] = False,
+    again: Annotated[
+        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with a federation.")
+    ] = None,
+) -> None:
+    """Prepare a federation across machines, on Flower, and say how to start it."""
+    quiet()
+    from fedsieve import federate as federating
+    from fedsieve import recipe as recipes
+
+    if again is not None:
+        if recipe is not None:
+            raise FedSieveError("--resume goes on with the recipe in its directory: give no other")
+        _go_on_with(again)
+        return
+    if recipe is None:
+        raise FedSieveError("give a recipe, or --resume and a federation's directory")
+    given = recipes.load(recipe, overrides or [])
+    patience = federating.Patience(sites, deadline, setup, wait, extra)
+    listen = federating.Listen(host, port, certificates, insecure)
+    folder = out or Path("runs") / given.name
+    commands = federating.prepare(given, folder, patience, listen)
+    titles = (
+        "on the server:",
+        "at each site, beside `fedsieve worker site.toml`:",
+        "on the server, to begin:",
+    )
+    for title, command in zip(titles, commands, strict=True):
+        _say(f"{title}\n  {command}\n")
+    for caution in federating.cautions(listen):
+        _warn(caution)
+
+
+@app.command()
+def worker(
+    site: Annotated[Path, typer.Argument(metavar="SITE.TOML", help="What this site has.")],
+) -> None:
+    """Hold a site's model, data and memory, and train when the site's node is asked to."""
+    quiet()
+    from fedsieve.engine import resident
+    from fedsieve.runner import sigterm_as_ctrl_c
+
+    try:
+        with sigterm_as_ctrl_c():
+            resident.run(site, typer.echo)
+    except KeyboardInterrupt:
+        typer.echo("stopped: what was kept of finished rounds is on the disk")
 
 
 @app.command()
@@ -328,28 +410,10 @@ class _Live:
         for receipt in receipts:
             if receipt.dropped is not None:
                 _warn(f"round {summary.round}, client {receipt.client} dropped: {receipt.dropped}")
-        line = _line(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
+        line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
         if summary.accuracy is not None or not console.is_terminal:
             console.print(line)
         self._bar.update(self._task, completed=summary.round, description=line)
-
-
-def _line(summary: "Round", rounds: int) -> str:
-    parts = [f"round {summary.round:>{len(str(rounds))}}/{rounds}"]
-    if summary.loss is not None:
-        parts.append(f"loss {summary.loss:.3f}")
-    if summary.accuracy is not None:
-        parts.append(f"accuracy {summary.accuracy:.3f}")
-        loss = "not finite" if summary.eval_loss is None else f"{summary.eval_loss:.3f}"
-        parts.append(f"eval loss {loss}")
-    if summary.epsilon is not None:
-        cohort = summary.simulated_cohort
-        simulated = f" (simulated cohort of {cohort})" if cohort else ""
-        parts.append(f"epsilon {summary.epsilon:.3f}{simulated}")
-    if summary.round:
-        parts.append(f"down {summary.down_bytes / MB:.3f} MB  up {summary.up_bytes / MB:.3f} MB")
-        parts.append(f"total {summary.total_bytes / MB:.2f} MB")
-    return "  ".join(parts)
 
 
 def _summary(folder: Path) -> None:
@@ -380,10 +444,28 @@ def _summary(folder: Path) -> None:
     console.print(escape(f"report         {folder / rundir.REPORT}"))
 
 
+def _go_on_with(folder: Path) -> None:
+    """Start a Flower run that goes on with a federation, and show what it says."""
+    import os
+    import subprocess
+
+    from fedsieve import federate as federating
+
+    command = federating.begin_again(folder)
+    done = subprocess.run(
+        command, env={**os.environ, **federating.environment(folder)}, check=False
+    )
+    if done.returncode:
+        raise FedSieveError(
+            f"`flwr run` could not go on with {folder}: is the SuperLink running? (see "
+            "docs/deploy.md)"
+        )
+
+
 def _show_of_many(job: "Job", summary: "Round") -> None:
     """A line for every evaluated round of one run among several."""
     if summary.accuracy is not None:
-        console.print(escape(f"{job.name}  {_line(summary, job.recipe.rounds)}"))
+        console.print(escape(f"{job.name}  {line_of(summary, job.recipe.rounds)}"))
 
 
 def _say(text: str) -> None:

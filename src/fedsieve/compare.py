@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 from fedsieve import report, rundir
 from fedsieve.checkpoint import write_whole
+from fedsieve.dotted import flat
 from fedsieve.errors import FedSieveError
 from fedsieve.jobs import Job, Outcome, ShowRound, diverged, finished, run_all
 from fedsieve.network import REFERENCE
 from fedsieve.report import words
 from fedsieve.report.words import duration
-from fedsieve.study import LAST, Plan, Settings, final_jobs, flat, trial_job, trial_jobs
+from fedsieve.study import LAST, Plan, Settings, final_jobs, trial_job, trial_jobs
 
 TABLE = "table"  # .json and .md
 TUNING = "tuning.json"

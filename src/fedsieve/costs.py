@@ -1,9 +1,10 @@
 """What a method costs a client each round: memory, download, upload.
 
-There is no formula a method. The method's own functions are rehearsed: a few rounds in which each
-client's "training" adds noise to what it may move, with every message really encoded. So the
-figures hold for any method, one's own included, and need shapes alone: no weights, no data. Sizes
-of masks and of entropy-coded values depend a little on the numbers; everything else is exact.
+There is no formula a method. The method's own functions are rehearsed (rehearsal.py), with every
+message really encoded. So the figures hold for any method, one's own included, and need shapes
+alone: no weights, no data. They are those of the last round: by then masks have begun, and the base
+has changed. Sizes of masks and of entropy-coded values depend a little on the numbers; everything
+else is exact.
 """
 
 from collections.abc import Sequence
@@ -11,20 +12,18 @@ from typing import NamedTuple
 
 import torch
 
-from fedsieve import methods
-from fedsieve.adapter import Adapter, Layout, Tree
+from fedsieve import methods, rehearsal
+from fedsieve.adapter import Layout
 from fedsieve.budget import Budget, Client
 from fedsieve.errors import FedSieveError
 from fedsieve.experiment import locate
-from fedsieve.keys import Key, generator
-from fedsieve.method import Memory, Method, Seat, Trained, View
+from fedsieve.keys import Key
+from fedsieve.method import Memory, Method, Trained, View
 from fedsieve.train.local import Training
 from fedsieve.train.model import Lora, Task, set_up, shape_of
-from fedsieve.wire import decode, encode
 
 _META = torch.device("meta")
 LARGEST = 100_000_000  # numbers of a tree that is rehearsed
-ROUNDS = 3  # the last one is told: by then masks have begun, and the base has changed
 
 
 class Cost(NamedTuple):
@@ -45,29 +44,16 @@ def rehearse(
     method: Method, layout: Layout, clients: Sequence[Client], training: Training
 ) -> list[Cost]:
     """The cost of each client, if all of them take part in every round."""
-    start = _start(layout)
-    state = method.init(start)
-    memories: dict[str, Memory] = {}
-    costs: list[Cost] = []
-    for number in range(1, ROUNDS + 1):
-        key = Key(0, number)
-        plan = method.plan(state, key)
-        updates = []
-        costs = []
-        for client in clients:
-            seat = Seat(client, start, key._replace(client=client.id))
-            payload = method.publish(plan, client, seat.key)
-            down = encode(payload)
-            sent = decode(down, layout)
-            view, memory = method.view(sent, memories.get(client.id, {}), seat)
-            report, memory = method.report(view, _moved(view, seat.key), memory, seat)
-            up = encode(report)
-            memories[client.id] = memory
-            updates.append((client, decode(up, layout, payload.support)))
-            held = allocated(view, training) + _size(memory)
-            costs.append(Cost(view.adapter.layout.rank, held, len(down), len(up)))
-        state = method.merge(state, iter(updates), key)
-    return costs
+    *_, last = rehearsal.rounds(method, layout, clients)
+    return [
+        Cost(
+            part.view.adapter.layout.rank,
+            allocated(part.view, training) + _size(part.memory),
+            len(part.down),
+            len(part.up),
+        )
+        for part in last.parts
+    ]
 
 
 def of_model(
@@ -120,27 +106,6 @@ def allocated(view: View, training: Training) -> int:
     elif training.momentum:
         numbers += trained
     return 4 * numbers
-
-
-def _start(layout: Layout) -> Adapter:
-    """Random numbers in the layout's shapes, B zero as LoRA has it."""
-    tensors: Tree = {}
-    for name in layout.names:
-        if layout.rank_axis.get(name, (0, 0))[1] == 1:
-            tensors[name] = torch.zeros(layout.shapes[name])
-        else:
-            draws = generator(Key(0, purpose=name))
-            tensors[name] = 0.05 * torch.randn(layout.shapes[name], generator=draws)
-    return Adapter(layout, tensors)
-
-
-def _moved(view: View, key: Key) -> Tree:
-    """The view's tensors after noise was added to what may move."""
-    trained = dict(view.adapter.tensors)
-    for name in view.moves.names:
-        noise = torch.randn(trained[name].shape, generator=generator(key.at(f"moved {name}")))
-        trained[name] = trained[name] + 0.01 * noise * view.moves.masks.get(name, 1)
-    return trained
 
 
 def _size(memory: Memory) -> int:

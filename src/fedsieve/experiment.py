@@ -12,23 +12,24 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedsieve import allot, fetch, personal
+from fedsieve import allot, fetch, personal, tables
 from fedsieve import budget as laws
-from fedsieve import recipe as recipes
 from fedsieve.adapter import Adapter
 from fedsieve.budget import Budget, Client
 from fedsieve.data import partition, sources, tasks
 from fedsieve.data.tasks import Examples
-from fedsieve.engine.local import in_process
+from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError
-from fedsieve.keys import Key, generator, word
+from fedsieve.examples import prepare
+from fedsieve.keys import Key, word
 from fedsieve.method import Memory, Method, View
 from fedsieve.privacy import Cohorts, Plan, settle
-from fedsieve.recipe import Recipe, build_method
+from fedsieve.recipe import build_method
 from fedsieve.resources import Resources
 from fedsieve.sampling import Sampling
 from fedsieve.sampling import check as check_sampling
+from fedsieve.tables import Recipe
 from fedsieve.train.local import Fit, Score, Training, evaluate, fit, runs_in_bf16
 from fedsieve.train.model import Bench, load_base, load_tokenizer, pick_device, set_up
 
@@ -115,12 +116,13 @@ def assemble(
             for id, memory in personal.some_of(memories, Key(seed))
         )
 
+    exchange = in_process(method, train, bench.adapter(), memories)
     federation = Federation(
         method=method,
         clients=clients,
         sampling=sampling,
         seed=seed,
-        exchange=in_process(method, train, bench.adapter(), memories),
+        exchange=punctual(exchange, sampling.size) if sampling.extra else exchange,
         evaluate=None if test is None else score,
         evaluate_every=evaluate_every,
         privacy=privacy,
@@ -150,56 +152,17 @@ def from_recipe(recipe: Recipe) -> Experiment:
     on_validation = recipe.evaluation.on == "validation"
     if not on_validation and (data.test is not None or data.test_split is not None):
         test_rows = read(data.test or data.train, data.test_split)
-        limit = recipe.evaluation.limit
-        if limit is not None and limit < len(test_rows):
-            order = torch.randperm(len(test_rows), generator=generator(key.at("evaluation")))
-            test_rows = test_rows.select(order[:limit].tolist())
-    test: Examples | None = None
-    classes: tuple[str, ...] = ()
-    kept: Tensor | None = None
-    if recipe.model.task == "classification":
-        if data.text is None or data.label is None:
-            raise FedSieveError("data.text and data.label are needed for classification")
-        classify = partial(
-            tasks.classification,
-            tokenizer=tokenizer,
-            text=data.text,
-            label=data.label,
-            text_b=data.text_b,
-            max_length=data.max_length,
-        )
-        examples, classes = classify(rows, classes=data.classes)
-        recipe = recipe.model_copy(update={"data": data.model_copy(update={"classes": classes})})
-        if test_rows is not None:
-            test, _ = classify(test_rows, classes=classes)
-    else:
-        continued = partial(
-            tasks.causal_lm,
-            tokenizer=tokenizer,
-            text=data.text,
-            prompt=data.prompt,
-            completion=data.completion,
-            max_length=data.max_length,
-        )
-        examples, came_from = continued(rows)
-        kept = torch.from_numpy(came_from)
-        if test_rows is not None:
-            test, _ = continued(test_rows)
-    if data.validation is not None:
-        # After the texts became tensors: the classes are those of all rows, held back or not.
-        came = torch.arange(len(rows)) if kept is None else kept
-        held = held_back(len(rows), data.validation)[came]
-        if on_validation:
-            index = held.nonzero().flatten()
-            if index.numel() == 0:
-                raise FedSieveError("data.validation: none of the rows held back can be used")
-            order = torch.randperm(index.numel(), generator=generator(key.at("evaluation")))
-            test = tasks.take(examples, index[order[: recipe.evaluation.limit]])
-        examples, kept = tasks.take(examples, (~held).nonzero().flatten()), came[~held]
-    parts = _parts(recipe, rows, examples, kept)
+    prepared = prepare(recipe, rows, test_rows, tokenizer)
+    examples = prepared.train
+    if on_validation and prepared.test is None:
+        raise FedSieveError("data.validation: none of the rows held back can be used")
+    if prepared.classes:
+        data = data.model_copy(update={"classes": prepared.classes})
+        recipe = recipe.model_copy(update={"data": data})
+    parts = _parts(recipe, rows, examples, prepared.came)
     plan = None
     if recipe.privacy is not None:
-        recipe, plan = _privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
+        recipe, plan = with_privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
         method = build_method(recipe, partial(plan.around, key=key))
         notes += [plan.guarantee, *plan.cautions]
         for caution in plan.cautions:
@@ -215,9 +178,9 @@ def from_recipe(recipe: Recipe) -> Experiment:
         counts,
         allot.budgets(recipe, method, bench.layout, counts, machines),
         training=recipe.training,
-        sampling=recipes.sampling(recipe),
+        sampling=tables.sampling(recipe),
         seed=recipe.seed,
-        test=test,
+        test=prepared.test,
         evaluate_every=recipe.evaluation.every,
         evaluate_batch=recipe.evaluation.batch,
         notes=notes,
@@ -225,18 +188,6 @@ def from_recipe(recipe: Recipe) -> Experiment:
         privacy=plan,
         resources=machines,
     )
-
-
-def held_back(count: int, share: float) -> Tensor:
-    """Which of the training rows are for validation: (count,) bool, at least one, never all.
-
-    The draw has a key of its own, without the run's seed: what was chosen on these rows with one
-    seed has not been trained on with another.
-    """
-    number = min(max(1, round(share * count)), count - 1)
-    held = torch.zeros(count, dtype=torch.bool)
-    held[torch.randperm(count, generator=generator(Key(0, purpose="validation")))[:number]] = True
-    return held
 
 
 def set_up_bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Bench:
@@ -281,17 +232,17 @@ def _settled(recipe: Recipe, device: torch.device) -> Recipe:
     """
     in_bf16 = runs_in_bf16(device, recipe.training.precision)
     training = dataclasses.replace(recipe.training, precision="bf16" if in_bf16 else "fp32")
-    model = recipe.model.model_copy(update={"source": _absolute(recipe.model.source)})
+    model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
     data = recipe.data.model_copy(
         update={
-            "train": _absolute(recipe.data.train),
-            "test": None if recipe.data.test is None else _absolute(recipe.data.test),
+            "train": absolute(recipe.data.train),
+            "test": None if recipe.data.test is None else absolute(recipe.data.test),
         }
     )
     return recipe.model_copy(update={"training": training, "model": model, "data": data})
 
 
-def _absolute(source: str) -> str:
+def absolute(source: str) -> str:
     path = Path(source).expanduser()
     return str(path.resolve()) if source not in fetch.PACKAGES and path.exists() else source
 
@@ -300,7 +251,7 @@ def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
     return lambda: tasks.take(examples, index)
 
 
-def _privacy(recipe: Recipe, clients: int) -> tuple[Recipe, Plan]:
+def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, Plan]:
     """The recipe with its noise and the rounds that it can afford filled in, and their account.
 
     clients: how many have data, and so can be drawn
@@ -313,9 +264,7 @@ def _privacy(recipe: Recipe, clients: int) -> tuple[Recipe, Plan]:
     return recipe.model_copy(update={"privacy": settled, "rounds": plan.rounds}), plan
 
 
-def _parts(
-    recipe: Recipe, rows: Dataset, examples: Examples, kept: Tensor | None
-) -> dict[str, Tensor]:
+def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> dict[str, Tensor]:
     """Client id -> the numbers of its examples."""
     chosen = recipe.partition
     count = examples.labels.shape[0]
@@ -323,7 +272,7 @@ def _parts(
     if chosen.kind == "column":
         assert chosen.column is not None
         values = sources.column(rows, chosen.column)
-        split = partition.natural(values if kept is None else [values[i] for i in kept.tolist()])
+        split = partition.natural([values[row] for row in came.tolist()])
     elif chosen.kind == "iid":
         assert chosen.clients is not None
         split = partition.iid(count, chosen.clients, seed)

@@ -18,7 +18,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -26,9 +26,10 @@ import torch
 
 from fedsieve import recipe as recipes
 from fedsieve import rundir, runner
+from fedsieve.dotted import flat
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
-from fedsieve.recipe import Recipe
+from fedsieve.tables import Recipe
 
 ASKED = "asked.toml"
 DIVERGED = "diverged.txt"
@@ -62,7 +63,10 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
         asked = job.folder / ASKED
         if not asked.exists():
             raise FedSieveError(f"{job.folder} holds some other run: choose another --out")
-        before, now = _flat(recipes.load(str(asked))), _flat(job.recipe)
+        before, now = (
+            dict(flat(recipe.model_dump(mode="json")))
+            for recipe in (recipes.load(str(asked)), job.recipe)
+        )
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise FedSieveError(
@@ -116,19 +120,6 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
                 f"stopped with {done} of {len(jobs)} runs done; the same command goes on from here"
             ) from None
     return [outcomes[job.folder] for job in jobs]
-
-
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key -> value, every default in it."""
-
-    def walk(place: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping) and value:
-            for key, each in value.items():
-                yield from walk(f"{place}.{key}" if place else key, each)
-        else:
-            yield place, value
-
-    return {key: value for key, value in walk("", recipe.model_dump(mode="json")) if value != {}}
 
 
 def _problem(job: Job, show: ShowRound) -> str | None:

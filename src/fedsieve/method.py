@@ -30,6 +30,11 @@ Trained = Literal["lora", "head", "all"]
 Scaling = Literal["server", "alpha/k", "alpha/sqrt(k)"]
 
 
+def unlimited(state: "State") -> float:
+    """No update is too large."""
+    return math.inf
+
+
 class State(NamedTuple):
     """What the server keeps between rounds: tensors alone, so any checkpoint can hold it.
 
@@ -83,6 +88,7 @@ class Method(NamedTuple):
     trains:   what of the model is its tree: LoRA pairs and the head, the head alone, or all weights
     linear:   the server moves by a mean of the clients' changes, each clipped as `Optimizer.clip`
               says: what differential privacy needs
+    clip:     that limit in a state, on the L2 norm of one client's decoded update
     """
 
     knobs: frozenset[Knob]
@@ -96,6 +102,7 @@ class Method(NamedTuple):
     personal: Callable[[Adapter, Memory], Adapter] | None = None
     trains: Trained = "lora"
     linear: bool = False
+    clip: Callable[[State], float] = unlimited
 
 
 def unscaled(rank: int, kept: int) -> float:
@@ -204,11 +211,14 @@ def compose(
             memory = {**memory, "residual": {n: c - sent[n] for n, c in result.items()}}
         return payload, memory
 
+    def clip(state: State) -> float:
+        return optimizer.clip(state.trees)
+
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
         params = state.trees["adapter"]
         names = shared(state.layout, key.round)
         total = {n: torch.zeros_like(p) for n, p in params.items()}
-        clip = optimizer.clip(state.trees)
+        most = clip(state)
         weight, merged, inside = 0.0, 0, 0
         for client, payload in updates:
             part = payload.tree()
@@ -218,7 +228,7 @@ def compose(
             else:
                 share = share_of(client, weighting)
             weight += share
-            limit = 1.0 if clip == math.inf else within(part, clip)
+            limit = 1.0 if most == math.inf else within(part, most)
             merged, inside = merged + 1, inside + (limit == 1.0)
             add_back(total, part, state.layout, payload.support.ranks, share * limit)
             del payload, part  # before the next one comes: one client's update in memory at a time
@@ -239,7 +249,17 @@ def compose(
 
     linear = returns == "change" and weighting == "uniform"
     return Method(
-        knobs, init, plan, publish, view, report, merge, export, trains=trains, linear=linear
+        knobs=knobs,
+        init=init,
+        plan=plan,
+        publish=publish,
+        view=view,
+        report=report,
+        merge=merge,
+        export=export,
+        trains=trains,
+        linear=linear,
+        clip=clip,
     )
 
 

@@ -46,6 +46,14 @@ class Optimizer(NamedTuple):
     settle: Callable[[Slots, int, int], Slots] = unchanged
 
 
+def bounded(optimizer: Optimizer, clip: float) -> Optimizer:
+    """The same optimizer, on updates that are scaled down to an L2 norm of at most `clip`.
+
+    Without noise this is no privacy: it bounds what one client of n can do to the mean, clip / n.
+    """
+    return optimizer._replace(clip=lambda slots: clip)
+
+
 def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
     """x <- x - lr * u with u = momentum * u + g. lr = 1 without momentum is FedAvg."""
 

@@ -24,10 +24,11 @@ from fedsieve.engine import loop
 from fedsieve.engine.loop import Progress, Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.experiment import Experiment, from_recipe, locate, set_up_bench
-from fedsieve.recipe import Recipe
+from fedsieve.tables import Recipe
 from fedsieve.train.model import load_tokenizer, pick_device
 
 Show = Callable[[Round, Sequence[Receipt]], None]  # called after every round
+Build = Callable[[Recipe], Experiment]  # who sets the federation up: here, or on a network
 
 
 class Stopped(Exception):
@@ -50,7 +51,7 @@ def start(recipe: Recipe, folder: Path, show: Show, *, overwrite: bool = False) 
         return _go_on(experiment, experiment.recipe, None, folder, show)
 
 
-def resume(folder: Path, show: Show) -> Adapter:
+def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
     """Go on with a run from its newest whole checkpoint; a finished run is left as it is.
 
     Raises FedSieveError if the folder holds no run that can be resumed, Stopped as `start` does.
@@ -58,7 +59,7 @@ def resume(folder: Path, show: Show) -> Adapter:
     rundir.check(folder)
     with rundir.lock(folder):
         recipe = recipes.load(str(folder / rundir.RECIPE))
-        experiment = from_recipe(recipe)
+        experiment = build(recipe)
         snapshot = None
         if not rundir.untouched(folder):
             snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, experiment.bench.layout)

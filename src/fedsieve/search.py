@@ -16,6 +16,7 @@ was stopped makes the same decisions again from what is there, and goes on.
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from fedsieve.compare import counting, markdown, score
 from fedsieve.errors import FedSieveError
 from fedsieve.jobs import Job, ShowRound, diverged, run_all
 from fedsieve.report import words
-from fedsieve.study import LAST, VALIDATION, copy
+from fedsieve.study import LAST, VALIDATION
 
 BEST = "best.toml"
 TABLE = "search"  # .json and .md
@@ -236,7 +237,7 @@ def _density(search: Search, config: Config) -> float:
 
 def _table(search: Search, config: Config) -> dict[str, Any]:
     """The recipe at a configuration. The adapter's scale, alpha / r or alpha / sqrt(r), is kept."""
-    table = copy(search.table)
+    table = deepcopy(search.table)
     lora = table["lora"]
     more = config.rank / lora["rank"]
     lora |= {"rank": config.rank, "alpha": lora["alpha"] * (more**0.5 if lora["rslora"] else more)}

@@ -9,10 +9,10 @@ counts as 1 for it, and options of another method or server optimizer are left o
 """
 
 import itertools
-import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,9 +22,10 @@ from fedsieve import methods as known_methods
 from fedsieve import optim
 from fedsieve import recipe as recipes
 from fedsieve.budget import tiers_by_density, tiers_by_rank
+from fedsieve.dotted import flat, put
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.jobs import Job, refuse_changed
-from fedsieve.recipe import Recipe
+from fedsieve.tables import Recipe
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
 LAST = 3  # a trial's score is the mean of so many last evaluations, to damp their swing
@@ -116,7 +117,7 @@ def plan(
     study = study.model_copy(update=changes)
     base = recipes.read(_beside(source, study.recipe))
     for key, value in flat(study.set):
-        recipes.put(base, key, value, f"{source}: set.{key}")
+        put(base, key, value, f"{source}: set.{key}")
     for override in overrides:
         recipes.override(base, override)
     notes = []
@@ -178,10 +179,10 @@ def final_jobs(plan: Plan, chosen: Mapping[str, Settings]) -> list[Job]:
 
 def recipe_of(entry: Entry, settings: Settings, seed: int) -> Recipe:
     """One run's recipe. Raises FedSieveError, naming the entry, where it is not right."""
-    table = copy(entry.table)
+    table = deepcopy(entry.table)
     where = f"entry {entry.name!r}"
     for key, value in flat(settings):
-        recipes.put(table, key, value, f"{where}: {key}")
+        put(table, key, value, f"{where}: {key}")
     table["seed"] = seed
     return recipes.check(table, where)
 
@@ -239,12 +240,12 @@ def _work_out(study: Study, given: EntryTable, base: Mapping[str, Any], source: 
     where = f"{source}: entry {given.name!r}"
     if not _NAME.fullmatch(given.name):
         raise FedSieveError(f"{where}: a name is letters, digits and . , + = - ( ) _ or spaces")
-    table = copy(base)
+    table = deepcopy(dict(base))
     own = dict(flat(given.set))
     if given.method is not None:
         table.setdefault("method", {})["name"] = given.method
     for key, value in own.items():
-        recipes.put(table, key, value, f"{where}: set.{key}")
+        put(table, key, value, f"{where}: set.{key}")
     table["name"] = given.name
     notes = _drop_foreign(table, own, where)
     parsed = recipes.parse(table, where)
@@ -323,20 +324,3 @@ def _refuse_twice(entries: Sequence[Entry], source: str) -> None:
         if entry.name.lower() in seen:  # some file systems take both for one
             raise FedSieveError(f"{source}: two entries are called {entry.name!r}")
         seen.add(entry.name.lower())
-
-
-def flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Dotted keys, however they were written: "a.b" = 1, a.b = 1, or a = { b = 1 }."""
-    found = []
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            found += [(f"{key}.{inner}", each) for inner, each in flat(value)]
-        else:
-            found.append((key, value))
-    return found
-
-
-def copy(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's table that can be changed apart from the first."""
-    copied: dict[str, Any] = json.loads(json.dumps(table))
-    return copied

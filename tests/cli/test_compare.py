@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedsieve import methods, rundir, study
+from fedsieve import dotted, methods, rundir, study, tables
 from fedsieve import recipe as recipes
 from fedsieve.errors import FedSieveError
 from fedsieve.runner import Stopped
@@ -164,7 +164,7 @@ def test_tuned_on_validation_then_run_on_test(
             own = tomllib.loads((folder / rundir.RECIPE).read_text())
             assert own["rounds"] == 2  # the rounds of [tune] are the trials' alone
             assert own["data"]["validation"] == 0.1
-            for key, value in study.flat(best):
+            for key, value in dotted.flat(best):
                 table, last = key.split(".")
                 assert own[table][last] == value
     assert told["entries"]["dense"]["best"] == 1  # 1e-6 learns nothing
@@ -426,7 +426,7 @@ def values(budgets: Any, knob: str) -> Iterable[Any]:
     if budgets.kind == "list":
         return [
             (getattr(each, knob), each.rank if knob == "ratio" else None)
-            for each in recipes.limits_by_id(budgets).values()
+            for each in tables.limits_by_id(budgets).values()
         ]
     if knob == "ratio":
         return [budgets.model_dump(exclude={"down", "up"})]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.conftest import Tiny
 
-from fedsieve import experiment, recipe
+from fedsieve import examples, experiment, recipe
 from fedsieve.data.tasks import Examples
 from fedsieve.errors import FedSieveError
 
@@ -82,10 +82,10 @@ def test_the_limit_takes_some_of_the_validation_rows(
     ("count", "share", "expected"), [(2, 0.01, 1), (2, 0.99, 1), (100, 0.1, 10), (3, 0.5, 2)]
 )
 def test_some_rows_are_held_back_and_never_all(count: int, share: float, expected: int) -> None:
-    held = experiment.held_back(count, share)
+    held = examples.held_back(count, share)
     assert held.shape == (count,)
     assert int(held.sum()) == expected
-    assert torch.equal(held, experiment.held_back(count, share))
+    assert torch.equal(held, examples.held_back(count, share))
 
 
 def test_a_held_back_class_is_still_a_class(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

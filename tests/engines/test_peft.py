@@ -61,6 +61,14 @@ def test_peft_loads_what_we_evaluated(
     assert config["base_model_name_or_path"] == str(tiny.bert)
 
 
+def test_the_saved_configuration_does_not_depend_on_the_process(tiny: Tiny, tmp_path: Path) -> None:
+    """PEFT keeps the names in sets, whose order differs from process to process."""
+    targets = ["value", "query", "key", "output.dense", "intermediate.dense"]
+    runs.start(tiny, tmp_path, lora__targets=targets, rounds=1)
+    config = json.loads((tmp_path / rundir.ADAPTER / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(targets)
+
+
 def test_export_writes_the_adapter_and_the_merged_model(
     tiny: Tiny, whole: Path, tmp_path: Path
 ) -> None:

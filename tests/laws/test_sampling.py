@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsieve import recipe as recipes
+from fedsieve import tables
 from fedsieve.budget import Budget, Client
 from fedsieve.engine.client import Reply
+from fedsieve.engine.local import punctual
 from fedsieve.engine.loop import Receipt, begin, one_round, rounds
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.experiment import from_recipe
@@ -176,7 +178,9 @@ def round_of(
             broke = reply.client.id in lost
             yield reply._replace(update=None, reason="it broke") if broke else reply
 
-    federation = replace(federation, exchange=exchange._replace(carry=breaking))
+    broken = exchange._replace(carry=breaking)
+    in_time = punctual(broken, sampling.size) if sampling.extra else broken
+    federation = replace(federation, exchange=in_time)
     _, progress = begin(federation, toy.start())
     return one_round(federation, progress)
 
@@ -293,7 +297,7 @@ def test_sampling_in_a_recipe(tiny: Tiny) -> None:
     summary, receipts, _ = one_round(experiment.federation, progress)
     assert (summary.clients, summary.dropped) == (6, 2)
     assert sum(str(r.dropped).startswith("late: ") for r in receipts) == 2
-    default = recipes.sampling(recipes.check(tiny.table()))
+    default = tables.sampling(recipes.check(tiny.table()))
     assert default == Sampling("uniform", 3)
 
 
@@ -325,8 +329,10 @@ def test_a_late_client_remembers_nothing_of_the_round(method: Method) -> None:
     """What it sent was not merged, so what it keeps must be what the server believes it to keep."""
     clients = members([1.0, 9.0, 2.0], [Budget(0.5, 0.5, 0.5)] * 3)
     memories: dict[str, Memory] = {}
+    federation = toy.federation(method, clients, memories=memories)
+    alone = federation.exchange
     federation = replace(
-        toy.federation(method, clients, memories=memories), sampling=Sampling("uniform", 2, extra=1)
+        federation, sampling=Sampling("uniform", 2, extra=1), exchange=punctual(alone, 2)
     )
     _, progress = begin(federation, toy.start())
     for number, (_, receipts, now) in enumerate(rounds(federation, progress, 3), 1):
@@ -336,7 +342,7 @@ def test_a_late_client_remembers_nothing_of_the_round(method: Method) -> None:
         assert now.round == number
     # When it is on time at last, it catches up from the very start.
     quick = [client._replace(step_seconds=1.0) for client in clients]
-    federation = replace(federation, clients=quick, sampling=Sampling("all"))
+    federation = replace(federation, clients=quick, sampling=Sampling("all"), exchange=alone)
     _, receipts, _ = one_round(federation, now)
     assert all(r.dropped is None for r in receipts)
     assert "0001" in memories

@@ -30,6 +30,8 @@ class Reply(NamedTuple):
     wire:    seconds in decode and encode
     memory:  bytes of the adapter, its gradients and the optimizer's state, and of what the client
              keeps between rounds
+    transport: bytes of the messages that carried payload and reply; None where nothing did
+    repeats: an earlier round in which the same bytes came from this client, if there was one
     """
 
     client: Client
@@ -41,6 +43,8 @@ class Reply(NamedTuple):
     compute: float
     wire: float
     memory: int
+    transport: int | None = None
+    repeats: int | None = None
 
 
 def take_part(

@@ -11,8 +11,11 @@ from fedsieve.adapter import Adapter, Tree
 from fedsieve.budget import Client
 from fedsieve.engine.client import Reply, Train, take_part
 from fedsieve.engine.loop import Exchange
+from fedsieve.errors import FedSieveError
 from fedsieve.keys import Key
 from fedsieve.method import Memory, Method
+from fedsieve.network import client_time
+from fedsieve.sampling import late
 
 
 def in_process(
@@ -39,6 +42,43 @@ def in_process(
         memories.update({id: memory for id, memory in fresh.items() if id in merged})
 
     return Exchange(carry, settle)
+
+
+def punctual(exchange: Exchange, size: int) -> Exchange:
+    """The same exchange, with a reason on the replies that come after the first `size` updates.
+
+    Clients run one after another here, so when a reply would have come is worked out from its bytes
+    and steps, and all encoded updates are held until it is known. A client that has no update says
+    so at once and keeps nobody waiting. Raises FedSieveError for a client without link and seconds
+    a step.
+    """
+
+    def carry(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
+        down: dict[str, int] = {}
+
+        def counted() -> Iterator[tuple[Client, bytes]]:
+            for client, message in messages:
+                down[client.id] = len(message)
+                yield client, message
+
+        held = list(exchange.carry(counted(), key))
+        seconds = {}
+        for reply in held:
+            link, step = reply.client.link, reply.client.step_seconds
+            if link is None or step is None:
+                raise FedSieveError(
+                    f"client {reply.client.id!r} has no link or no seconds a step: with "
+                    "sampling.extra every client needs both"
+                )
+            if reply.update is not None:
+                work = reply.steps * step
+                up = len(reply.update)
+                seconds[reply.client.id] = client_time(link, down[reply.client.id], up, work)
+        reasons = late(seconds, size)
+        for reply in held:
+            yield reply._replace(reason=reasons.get(reply.client.id, reply.reason))
+
+    return exchange._replace(carry=carry)
 
 
 def _held_once(memory: Memory, others: Iterable[Memory]) -> Memory:

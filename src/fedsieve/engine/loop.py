@@ -9,7 +9,7 @@ client's update is in memory at a time.
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,14 +18,13 @@ import torch
 from fedsieve.adapter import Adapter, Layout
 from fedsieve.budget import Client
 from fedsieve.engine.client import Reply
-from fedsieve.errors import FedSieveError, NoUsableUpdate, WireError
+from fedsieve.errors import NoUsableUpdate, WireError
 from fedsieve.keys import Key
 from fedsieve.method import Method, State
-from fedsieve.network import client_time
-from fedsieve.payload import Payload, rounded
+from fedsieve.payload import Payload, exact, rounded
 from fedsieve.privacy import Plan
-from fedsieve.sampling import Sampling, cohort, late
-from fedsieve.support import Support, everything
+from fedsieve.sampling import Sampling, cohort
+from fedsieve.support import Support, everything, norm
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
 
@@ -62,6 +61,8 @@ class Receipt(NamedTuple):
     compute: in forward, backward and optimizer step; wire: in decode and encode, at the client
     memory_bytes: of adapter, gradients, optimizer state, and what the client keeps between rounds
     dropped: why the update was not merged, or None
+    transport_bytes: of the messages that carried both payloads, where a network did
+    norm: of the decoded update, where server.clip bounds it; the clip is the recipe's
     """
 
     round: int
@@ -80,6 +81,8 @@ class Receipt(NamedTuple):
     wire: float
     memory_bytes: int
     dropped: str | None
+    transport_bytes: int | None = None
+    norm: float | None = None
 
 
 class Round(NamedTuple):
@@ -91,6 +94,8 @@ class Round(NamedTuple):
         finite is None too. A causal LM counts tokens, not examples.
     epsilon: spent up to and with this round, where updates are made private; where there is a
         simulated_cohort, it is that of the simulated federation (see privacy.py)
+    transport_bytes: of the messages that carried the payloads, where a network did
+    aside_bytes: of the other messages since the last round: sites met, recipes told, evaluation
     """
 
     round: int
@@ -110,20 +115,29 @@ class Round(NamedTuple):
     eval_examples: int | None
     epsilon: float | None = None
     simulated_cohort: int | None = None
+    transport_bytes: int | None = None
+    aside_bytes: int | None = None
 
 
 @dataclass(frozen=True)
 class Federation:
-    """What stays the same over the rounds."""
+    """What stays the same over the rounds.
+
+    evaluate: may give None where nobody could be asked
+    there: who can be drawn now, where clients come and go; None where they do not
+    aside: bytes of the messages beside the rounds' own since it was last asked, on a network
+    """
 
     method: Method
     clients: Sequence[Client]
     sampling: Sampling
     seed: int
     exchange: Exchange
-    evaluate: Callable[[Adapter], Score] | None = None
+    evaluate: Callable[[Adapter], Score | None] | None = None
     evaluate_every: int = 1
     privacy: Plan | None = None
+    there: Callable[[], Sequence[Client]] | None = None
+    aside: Callable[[], int] | None = None
 
 
 def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
@@ -131,7 +145,7 @@ def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
     progress = Progress(0, federation.method.init(adapter))
     score, seconds = _evaluate(federation, progress.state)
     first = Round(0, None, 0, 0, 0, 0, 0, 0, seconds, 0.0, seconds, 0.0, *_figures(score))
-    return first, progress
+    return first._replace(aside_bytes=_aside(federation)), progress
 
 
 def rounds(
@@ -157,11 +171,14 @@ def one_round(
     method, state = federation.method, progress.state
     number = progress.round + 1
     key = Key(federation.seed, number)
-    chosen = cohort(federation.clients, federation.sampling, key)
+    clients = federation.clients if federation.there is None else federation.there()
+    chosen = cohort(clients, federation.sampling, key)
     plan = method.plan(state, key)
     sent: dict[str, tuple[int, Support]] = {}
     receipts: list[Receipt] = []
     server_wire = 0.0
+    # A private run has a clip too, and how large a client's update was is the client's secret.
+    told = federation.privacy is None and method.clip(state) < math.inf
 
     def messages() -> Iterator[tuple[Client, bytes]]:
         nonlocal server_wire
@@ -175,21 +192,23 @@ def one_round(
 
     def updates() -> Iterator[tuple[Client, Payload]]:
         nonlocal server_wire
-        replies = federation.exchange.carry(messages(), key)
-        if federation.sampling.extra:
-            replies = _without_late(replies, federation.sampling.size, sent)
         merged = 0
-        for reply in replies:
+        for reply in federation.exchange.carry(messages(), key):
             down_bytes, support = sent.pop(reply.client.id)
             began = time.perf_counter()
-            payload, reason = None, reply.reason
+            payload, size, reason = None, None, reply.reason
             if reply.update is not None and reason is None:
                 try:
-                    payload = decode(reply.update, state.layout, support)
+                    found = decode(reply.update, state.layout, support)
+                    _refuse_again(reply, found)
+                    _refuse_too_large(found, state)
+                    size = norm(found.tree()) if told else None
+                    payload = found
                 except WireError as error:
                     reason = f"its update was refused: {error}"
             server_wire += time.perf_counter() - began
-            receipts.append(_receipt(number, state.layout.rank, reply, down_bytes, reason))
+            receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
+            receipts.append(receipt._replace(norm=size))
             if payload is not None:
                 merged += 1
                 yield reply.client, payload
@@ -199,7 +218,7 @@ def one_round(
             )
 
     try:
-        state = method.merge(state, updates(), key)
+        state = _finite(method.merge(state, updates(), key))
     except NoUsableUpdate as error:
         # The round leaves no line in the logs, so the error says what the clients ran into.
         dropped = [r for r in receipts if r.dropped is not None]
@@ -235,35 +254,39 @@ def one_round(
         wire_seconds=server_wire + sum(r.wire for r in receipts),
         **_figures(score)._asdict(),
         **_spent(federation.privacy, number)._asdict(),
+        transport_bytes=_transport(receipts),
+        aside_bytes=_aside(federation),
     )
     return summary, receipts, progress
 
 
-def _without_late(
-    replies: Iterable[Reply], size: int, sent: Mapping[str, tuple[int, Support]]
-) -> Iterator[Reply]:
-    """The replies in their order, those that came after the first `size` updates with a reason.
+def _refuse_again(reply: Reply, payload: Payload) -> None:
+    """Raises WireError for an update that was given before; one that changes nothing may be."""
+    if reply.repeats is not None and payload.values.data.any():
+        raise WireError(f"it is, byte for byte, that of round {reply.repeats}")
 
-    Clients run one after another here, so when a reply would have come is worked out from its bytes
-    and steps, and all encoded updates are held until it is known. A client that has no update says
-    so at once and keeps nobody waiting.
+
+def _refuse_too_large(payload: Payload, state: State) -> None:
+    """Raises WireError for numbers that are finite as they travel, but not in the adapter's type.
+
+    No clip can bound them: scaled down to nothing, infinity is not zero.
     """
-    held = list(replies)
-    seconds = {}
-    for reply in held:
-        link, step = reply.client.link, reply.client.step_seconds
-        if link is None or step is None:
-            raise FedSieveError(
-                f"client {reply.client.id!r} has no link or no seconds a step: with sampling.extra "
-                "every client needs both"
-            )
-        if reply.update is not None:
-            down_bytes = sent[reply.client.id][0]
-            work = reply.steps * step
-            seconds[reply.client.id] = client_time(link, down_bytes, len(reply.update), work)
-    reasons = late(seconds, size)
-    for reply in held:
-        yield reply._replace(reason=reasons.get(reply.client.id, reply.reason))
+    numbers = exact(payload.values)
+    for dtype in {tensor.dtype for tensor in state.trees["adapter"].values()}:
+        if not numbers.to(dtype).isfinite().all():
+            raise WireError(f"it holds numbers that are too large for {str(dtype).split('.')[-1]}")
+
+
+def _finite(state: State) -> State:
+    """The state, if all its numbers are. Raises NoUsableUpdate if not."""
+    for group, tree in state.trees.items():
+        for name, tensor in tree.items():
+            if not tensor.isfinite().all():
+                raise NoUsableUpdate(
+                    f"after the merge, {group} {name} holds numbers that are not finite: some "
+                    "update was far too large. server.clip bounds what one update can do"
+                )
+    return state
 
 
 def dense_bytes(layout: Layout) -> int:
@@ -300,6 +323,15 @@ def _spent(plan: Plan | None, rounds: int) -> _Spent:
     return _Spent(plan.spent(rounds) if plan.spent else None, plan.simulated_cohort)
 
 
+def _transport(receipts: Sequence[Receipt]) -> int | None:
+    carried = [r.transport_bytes for r in receipts if r.transport_bytes is not None]
+    return sum(carried) if carried else None
+
+
+def _aside(federation: Federation) -> int | None:
+    return None if federation.aside is None else federation.aside()
+
+
 def _evaluate(federation: Federation, state: State) -> tuple[Score | None, float]:
     if federation.evaluate is None:
         return None, 0.0
@@ -328,4 +360,5 @@ def _receipt(number: int, rank: int, reply: Reply, down_bytes: int, dropped: str
         wire=reply.wire,
         memory_bytes=reply.memory,
         dropped=dropped,
+        transport_bytes=reply.transport,
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from string import Template
 from typing import Any
 
+from fedsieve.dotted import flat
 from fedsieve.network import Conditions
 from fedsieve.report.plots import COLOURS, Plot, reached, to_reach
 from fedsieve.report.read import Budget, Run, best, evaluations
@@ -23,7 +24,7 @@ from fedsieve.report.series import (
     budgets,
     doubts,
     every_run,
-    flatten,
+    keys_of,
     shown_measure,
     spread,
 )
@@ -334,13 +335,13 @@ def _drops(dropped: dict[str, int]) -> str:
 
 def _differences(series: Sequence[Series]) -> str:
     """The keys in which the recipes of several series differ; the environment apart."""
-    flat = [_joined(one) for one in series]
-    keys = [key for key in dict.fromkeys(k for f in flat for k in f) if len(_values(flat, key)) > 1]
+    each = [_joined(one) for one in series]
+    keys = [key for key in dict.fromkeys(k for e in each for k in e) if len(_values(each, key)) > 1]
     if not keys:
         return ""
     body = "".join(
         f'<tr><th scope="row"><code>{_text(key)}</code></th>'
-        + "".join(f"<td>{_text(f.get(key, NONE))}</td>" for f in flat)
+        + "".join(f"<td>{_text(e.get(key, NONE))}</td>" for e in each)
         + "</tr>"
         for key in keys
     )
@@ -350,13 +351,13 @@ def _differences(series: Sequence[Series]) -> str:
 
 def _joined(series: Series) -> dict[str, str]:
     """The recipe's keys; several values where the runs of a series have them."""
-    flat = [flatten(run.recipe) for run in series.runs]
-    keys = dict.fromkeys(key for of_run in flat for key in of_run)
-    return {key: " | ".join(dict.fromkeys(f.get(key, NONE) for f in flat)) for key in keys}
+    each = [keys_of(run.recipe) for run in series.runs]
+    keys = dict.fromkeys(key for of_run in each for key in of_run)
+    return {key: " | ".join(dict.fromkeys(e.get(key, NONE) for e in each)) for key in keys}
 
 
-def _values(flat: Sequence[dict[str, str]], key: str) -> set[str | None]:
-    return {f.get(key) for f in flat}
+def _values(each: Sequence[dict[str, str]], key: str) -> set[str | None]:
+    return {e.get(key) for e in each}
 
 
 def _recipes(series: Series) -> str:
@@ -373,7 +374,7 @@ def _recipe(run: Run) -> str:
     if isinstance(environment, dict) and environment:
         body = "".join(
             f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>'
-            for key, value in flatten(environment).items()
+            for key, value in flat(environment)
         )
         versions = f"<h3>Versions</h3>{_table(['What', 'Version'], body, 'Versions')}"
     return (

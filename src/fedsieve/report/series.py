@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedsieve.dotted import flat
 from fedsieve.errors import FedSieveError
 from fedsieve.network import REFERENCE, Conditions, clock, first_round
 from fedsieve.report.read import Budget, Run, best, dearest_first, evaluations, load_all
@@ -250,9 +251,9 @@ def budgets(series: Series) -> list[Budget]:
 def doubts(series: Series) -> list[str]:
     """Why a band of these runs might not be what it seems."""
     told = []
-    flat = [flatten(run.recipe) for run in series.runs]
-    keys = dict.fromkeys(key for of_run in flat for key in of_run)
-    mixed = [key for key in keys if not _of_seed(key) and len({f.get(key) for f in flat}) > 1]
+    each = [keys_of(run.recipe) for run in series.runs]
+    keys = dict.fromkeys(key for of_run in each for key in of_run)
+    mixed = [key for key in keys if not _of_seed(key) and len({e.get(key) for e in each}) > 1]
     if mixed:
         told.append(
             f"Its runs differ in more than the seed ({', '.join(mixed)}): the band shows that too."
@@ -271,14 +272,6 @@ def _of_seed(key: str) -> bool:
     return key.split(".")[-1] == "seed" or key == "name"
 
 
-def flatten(recipe: Mapping[str, Any]) -> dict[str, str]:
+def keys_of(recipe: Mapping[str, Any]) -> dict[str, str]:
     """A recipe's keys, dotted, and their values as text; what it ran on left out."""
-    flat: dict[str, str] = {}
-    for key, value in recipe.items():
-        if key == "environment":
-            continue
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": text for inner, text in flatten(value).items()}
-        else:
-            flat[key] = str(value)
-    return flat
+    return {key: str(value) for key, value in flat(recipe) if not key.startswith("environment.")}

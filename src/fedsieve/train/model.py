@@ -128,6 +128,9 @@ class Bench:
         rank, scale = adapter.layout.rank, adapter.layout.scale
         config.r = rank
         config.lora_alpha = scale * (rank**0.5 if config.use_rslora else rank)
+        # A set's order differs from process to process, and so would the file.
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)
         self.model.save_pretrained(str(folder))
 
     def merge(self, adapter: Adapter, folder: Path) -> None:

@@ -1,0 +1,37 @@
+"""Nested tables by dotted keys: "training.lr" for what a TOML file says under [training]."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedsieve.errors import FedSieveError
+
+
+def flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of all that a table holds; tables that hold nothing are left out.
+
+    Keys may have dots in them: {"a.b": 1}, {"a": {"b": 1}} are the same.
+    """
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", each) for inner, each in flat(value))
+        else:
+            yield key, value
+
+
+def put(table: dict[str, Any], key: str, value: Any, said: str) -> None:
+    """Set a dotted key ("training.lr", "budgets.0.up") of a table, in place.
+
+    Raises FedSieveError, beginning with `said`, if the key leads nowhere.
+    """
+    *path, last = key.split(".")
+    place: Any = table
+    for step in path:
+        if isinstance(place, list) and step.isdigit() and int(step) < len(place):
+            place = place[int(step)]
+        elif isinstance(place, dict):
+            place = place.setdefault(step, {})
+        else:
+            raise FedSieveError(f"{said}: {step!r} is not a table of the recipe")
+    if not isinstance(place, dict):
+        raise FedSieveError(f"{said}: {last!r} is not a key of a table")
+    place[last] = value

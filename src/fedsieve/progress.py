@@ -1,0 +1,30 @@
+"""A round in one line, as a terminal and a log show it."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedsieve.engine.loop import Round
+
+MB = 1e6
+
+
+def line_of(summary: "Round", rounds: int) -> str:
+    """Figures that a round does not have are left out; `rounds` is how many there will be."""
+    parts = [f"round {summary.round:>{len(str(rounds))}}/{rounds}"]
+    if summary.loss is not None:
+        parts.append(f"loss {summary.loss:.3f}")
+    if summary.accuracy is not None:
+        parts.append(f"accuracy {summary.accuracy:.3f}")
+        loss = "not finite" if summary.eval_loss is None else f"{summary.eval_loss:.3f}"
+        parts.append(f"eval loss {loss}")
+    if summary.epsilon is not None:
+        cohort = summary.simulated_cohort
+        simulated = f" (simulated cohort of {cohort})" if cohort else ""
+        parts.append(f"epsilon {summary.epsilon:.3f}{simulated}")
+    if summary.round:
+        parts.append(f"down {summary.down_bytes / MB:.3f} MB  up {summary.up_bytes / MB:.3f} MB")
+        parts.append(f"total {summary.total_bytes / MB:.2f} MB")
+    if summary.transport_bytes is not None:
+        parts.append(f"in {summary.transport_bytes / MB:.3f} MB of messages")
+        parts.append(f"{summary.seconds:.1f} s")
+    return "  ".join(parts)

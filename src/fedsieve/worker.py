@@ -1,0 +1,331 @@
+"""The socket between a site's worker and whoever carries its bytes.
+
+A site's base model, data and memory live in one resident process (`engine/resident.py`); what
+stands at the network, Flower's client process say, is started anew for every message and only
+carries bytes to that process over a Unix socket. So this module imports no torch: `carry` is all
+that such a process needs.
+
+A request or an answer is a frame, and one connection carries one request and its answer:
+
+    4 bytes        length of the header, big-endian
+    header         a JSON object; its "length" is the length of the body
+    body           bytes: a message of the wire format, a recipe's text, or nothing
+
+The socket and its folder are the owner's alone,
+and what comes in is read as if it came from an enemy all the same: sizes have limits, a connection
+has so many seconds to say what it wants, and whatever is wrong with it is answered with
+`{"ok": false, "error": ...}` and never stops the worker.
+
+Requests are worked on one at a time, in the main thread, in the order in which they came; other
+threads only read and write. Those that ask about the worker itself are answered at once, also while
+it trains.
+"""
+
+import json
+import os
+import queue
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import filelock
+
+from fedsieve.errors import FedSieveError, WireError
+
+# In a folder of its own: a node that is locked up gets this folder and nothing else of the site.
+SOCKET = "door/worker.sock"
+HEADER = 1 << 16  # the longest header, in bytes
+BODY = (1 << 31) - 1  # the longest body; what carries messages between machines takes no more
+CONNECTIONS = 16  # read at once, and requests that wait for their turn; more are put off
+PATIENCE = 60.0  # seconds for a request to arrive whole, and for an answer to be taken
+_CHUNK = 1 << 20
+_ADDRESS = 107  # bytes of a Unix socket's address on Linux
+
+
+class Frame(NamedTuple):
+    """A request or an answer: what it says, and the bytes that it is about."""
+
+    header: Mapping[str, Any]
+    body: bytes = b""
+
+
+Job = tuple[Frame, "queue.SimpleQueue[Frame]"]
+
+
+def pack(frame: Frame) -> bytes:
+    """A frame as bytes. Raises WireError if it is too long or holds what JSON has no word for."""
+    try:
+        text = json.dumps({**frame.header, "length": len(frame.body)}, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise WireError(f"a frame's header is not JSON: {error}") from error
+    _check_sizes(len(text), len(frame.body))
+    return b"".join((len(text).to_bytes(4, "big"), text, frame.body))
+
+
+def unpack(data: bytes) -> Frame:
+    """The frame that these bytes are, no more and no less. Raises WireError if they are none."""
+    rest = memoryview(data)
+
+    def take(count: int) -> bytes:
+        nonlocal rest
+        if count > len(rest):
+            raise WireError(f"a frame of {len(data)} bytes ends before it should")
+        taken, rest = bytes(rest[:count]), rest[count:]
+        return taken
+
+    frame = _frame(take)
+    if len(rest):
+        raise WireError(f"{len(rest)} bytes follow the end of a frame")
+    return frame
+
+
+def refusal(error: str, **more: Any) -> Frame:
+    """The answer that says why nothing was done."""
+    return Frame({"ok": False, "error": error, **more})
+
+
+def ask(address: Path, request: Frame, timeout: float | None = None) -> Frame:
+    """Ask the worker that listens at `address` (`<folder of the site>/door/worker.sock`), and wait.
+
+    timeout: seconds for all of it; None waits as long as the worker trains
+    Raises FedSieveError if no worker listens there, if it ends before it answers, or if it takes
+    longer than the timeout; WireError if its answer is no frame.
+    """
+    return unpack(carry(address, pack(request), timeout))
+
+
+def carry(address: Path, request: bytes, timeout: float | None = None) -> bytes:
+    """`ask` for one who only carries: a packed request to the worker, its packed answer back."""
+    until = None if timeout is None else time.monotonic() + timeout
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            _connect(connection, _address(address), until)
+            with suppress(BrokenPipeError):  # the worker says why, if it did not like the beginning
+                connection.sendall(request)
+            return pack(_take(connection, until))
+    except TimeoutError:
+        raise FedSieveError(f"the worker at {address} did not answer in {timeout:g} s") from None
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise FedSieveError(
+            f"no worker listens at {address}: start `fedsieve worker site.toml`"
+        ) from None
+    except (ConnectionError, PermissionError, _Ended) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise FedSieveError(f"the worker at {address} gave no answer: {why}") from error
+
+
+def _connect(connection: socket.socket, address: str, until: float | None) -> None:
+    while True:
+        try:
+            connection.connect(address)
+            return
+        except BlockingIOError:  # too many wait to be let in, and a timeout is set
+            if until is None or time.monotonic() > until:
+                raise TimeoutError from None
+            time.sleep(0.05)
+
+
+def lock(folder: Path) -> AbstractContextManager[object]:
+    """Keep other workers out of a site's folder, which is made if need be, for its owner alone.
+
+    Raises FedSieveError if another worker has it, or if the folder is open to others than its
+    owner: what a worker keeps there was computed from the site's data.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
+        if facts.st_uid != os.geteuid():
+            raise FedSieveError(f"{folder} belongs to another user: choose another folder")
+        if stat.S_IMODE(facts.st_mode) & 0o077:
+            raise FedSieveError(
+                f"{folder} is open to other users than its owner: `chmod 700 {folder}`, or choose "
+                "another folder"
+            )
+        return filelock.FileLock(folder / ".lock", mode=0o600).acquire(timeout=0)
+    except filelock.Timeout:
+        raise FedSieveError(f"another worker is running on {folder}") from None
+    except OSError as error:
+        raise FedSieveError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def serve(
+    folder: Path,
+    work: Callable[[Frame], Frame],
+    about: Callable[[Frame], Frame | None],
+    ready: Callable[[Path], None] = lambda address: None,
+) -> None:
+    """Answer requests at `<folder>/door/worker.sock` until the process is interrupted.
+
+    folder: locked by the caller
+    work:   does what a request asks; called in this thread, for one request at a time
+    about:  the answer to a request that needs no work, or None; called in other threads
+    ready:  called with the socket's path once it takes requests
+    Neither function may raise. Raises FedSieveError if the socket cannot be made.
+    """
+    jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    with _listening(folder / SOCKET) as listener:
+        threading.Thread(target=_accept, args=(listener, about, jobs), daemon=True).start()
+        ready(folder / SOCKET)
+        while True:
+            try:
+                # Not for ever: a signal that arrives just before the wait does not end it.
+                request, answer = jobs.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            answer.put(work(request))
+
+
+@contextmanager
+def _listening(path: Path) -> Iterator[socket.socket]:
+    address = _address(path)
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise FedSieveError(f"{path.parent} cannot be made: {error.strerror}") from error
+    before = os.umask(0o177)  # the socket is the owner's alone from its first moment on
+    try:
+        # What lies there was left by a worker that was killed: the folder is locked.
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        raise FedSieveError(f"{path} cannot be listened at: {error.strerror or error}") from error
+    finally:
+        os.umask(before)
+    try:
+        yield listener
+    finally:
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        listener.close()
+        path.unlink(missing_ok=True)
+
+
+def _address(path: Path) -> str:
+    """The path as a socket's address: relative to the working directory where that is shorter."""
+    short = min(str(path), os.path.relpath(path), key=lambda text: len(os.fsencode(text)))
+    if len(os.fsencode(short)) > _ADDRESS:
+        raise FedSieveError(
+            f"{path} is too long for a socket (at most {_ADDRESS} bytes): choose a `folder` with a "
+            "shorter path in site.toml"
+        )
+    return short
+
+
+def _accept(
+    listener: socket.socket,
+    about: Callable[[Frame], Frame | None],
+    jobs: "queue.SimpleQueue[Job]",
+) -> None:
+    reading = threading.BoundedSemaphore(CONNECTIONS)
+
+    def converse(connection: socket.socket) -> None:
+        # A connection that breaks off is nobody's error here: who asked will ask again.
+        with connection, suppress(OSError):
+            try:
+                request = _take(connection, time.monotonic() + PATIENCE)
+            except (WireError, _Ended, TimeoutError) as error:
+                wrong = str(error)
+            else:
+                wrong = ""
+            finally:
+                reading.release()
+            if wrong:
+                _send(connection, refusal(f"this is no request: {wrong}"))
+                _drain(connection)
+                return
+            answer = about(request)
+            if answer is None and jobs.qsize() >= CONNECTIONS:
+                answer = refusal(f"{CONNECTIONS} requests wait already: ask again later")
+            if answer is None:
+                done: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+                jobs.put((request, done))
+                answer = done.get()
+            _send(connection, answer)
+
+    while True:
+        reading.acquire()
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            reading.release()
+            if listener.fileno() < 0:
+                return  # closed: the worker ends
+            time.sleep(0.1)  # out of descriptors, say: they come back
+            continue
+        threading.Thread(target=converse, args=(connection,), daemon=True).start()
+
+
+def _send(connection: socket.socket, answer: Frame) -> None:
+    connection.settimeout(PATIENCE)
+    connection.sendall(pack(answer))
+
+
+def _drain(connection: socket.socket) -> None:
+    """Read for a second what is still to come: closed before, a socket takes its answer with it."""
+    connection.shutdown(socket.SHUT_WR)
+    until = time.monotonic() + 1
+    while (left := until - time.monotonic()) > 0:
+        connection.settimeout(left)
+        if not connection.recv(_CHUNK):
+            return
+
+
+class _Ended(Exception):
+    """The other end closed the connection in the middle of a frame."""
+
+
+def _receive(connection: socket.socket, count: int, until: float | None) -> bytes:
+    """So many bytes of a connection; memory grows with what came, not with what was promised."""
+    came = bytearray()
+    while len(came) < count:
+        if until is not None:
+            left = until - time.monotonic()
+            if left <= 0:
+                raise TimeoutError("it took too long to arrive")
+            connection.settimeout(left)
+        part = connection.recv(min(count - len(came), _CHUNK))
+        if not part:
+            raise _Ended("it ended in the middle")
+        came += part
+    return bytes(came)
+
+
+def _take(connection: socket.socket, until: float | None) -> Frame:
+    """The frame that arrives on a connection. Raises WireError, _Ended or TimeoutError."""
+    return _frame(lambda count: _receive(connection, count, until))
+
+
+def _frame(take: Callable[[int], bytes]) -> Frame:
+    """A frame from a function that gives its next bytes."""
+    size = int.from_bytes(take(4), "big")
+    _check_sizes(size, 0)
+    try:
+        header = json.loads(take(size), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"a frame's header is not JSON ({type(error).__name__})") from error
+    if not isinstance(header, dict):
+        raise WireError("a frame's header is not a JSON object")
+    length = header.pop("length", None)
+    if type(length) is not int:
+        raise WireError("a frame's header does not say the length of its body")
+    _check_sizes(size, length)
+    return Frame(header, take(length))
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_sizes(header: int, body: int) -> None:
+    if header > HEADER:
+        raise WireError(f"a frame's header of {header} bytes: at most {HEADER}")
+    if not 0 <= body <= BODY:
+        raise WireError(f"a frame's body of {body} bytes: at most {BODY}")
