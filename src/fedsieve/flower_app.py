@@ -82,11 +82,11 @@ class Pulls:
         """pull: a ticket's replies; pause: seconds between two looks for the same reply."""
         self._pull, self._pause = pull, pause
         self._next: dict[str, float] = {}  # when to look again; never, while a thread does
+        self._came: dict[str, list[Message]] = {}  # and not asked for since
         self._done: queue.SimpleQueue[tuple[str, list[Message] | Exception]] = queue.SimpleQueue()
 
     def collect(self, tickets: Collection[str]) -> list[Message]:
-        """What has come since the last call; at once. Raises what a fetch raised."""
-        found: list[Message] = []
+        """What has come for these tickets, once; at once. Raises what a fetch raised."""
         while True:
             try:
                 ticket, came = self._done.get_nowait()
@@ -95,10 +95,14 @@ class Pulls:
             if isinstance(came, Exception):
                 raise came
             self._next[ticket] = time.monotonic() + self._pause
-            found += came
-        self._next = {t: at for t, at in self._next.items() if t in tickets or at == math.inf}
+            if came:
+                self._came[ticket] = came
+        found: list[Message] = []
         for ticket in tickets:
-            if self._next.get(ticket, 0.0) <= time.monotonic():
+            if ticket in self._came:
+                found += self._came.pop(ticket)
+                self._next.pop(ticket, None)
+            elif self._next.get(ticket, 0.0) <= time.monotonic():
                 self._next[ticket] = math.inf
                 # A daemon: a reply that never comes whole must not keep the process from ending.
                 threading.Thread(target=self._fetch, args=(ticket,), daemon=True).start()

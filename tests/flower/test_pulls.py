@@ -39,11 +39,31 @@ def test_a_slow_reply_holds_up_nobody() -> None:
     assert pulls.collect(["slow", "fast", "faster"]) == []
     assert sorted(wait_for(pulls, ["slow", "fast", "faster"], 2)) == ["fast", "faster"]
     assert not whole.is_set()
-    # A caller that gave up on it still gets it, once, when it is whole.
+    # A caller that left it for a while still gets it, once, when it is whole.
     assert pulls.collect([]) == []
     whole.set()
-    assert wait_for(pulls, [], 1) == ["slow"]
+    assert wait_for(pulls, ["slow"], 1) == ["slow"]
     assert time.monotonic() - began < 30
+
+
+def test_a_reply_waits_until_it_is_asked_for() -> None:
+    """A round's replies and those of sites that are met are collected apart: none takes another's."""
+    given: list[str] = []
+
+    def pull(ticket: str) -> list[Any]:
+        given.append(ticket)
+        return [ticket] if given.count(ticket) == 1 else []
+
+    pulls = Pulls(pull, pause=0.0)
+    assert pulls.collect(["a", "b"]) == []
+    until = time.monotonic() + 60
+    while len(given) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert wait_for(pulls, ["b"], 1) == ["b"]
+    assert wait_for(pulls, ["c"], 1) == ["c"]
+    assert wait_for(pulls, ["a"], 1) == ["a"]
 
 
 def test_one_look_at_a_time_for_each_reply() -> None:

@@ -33,6 +33,8 @@ SKEW = 60.0
 RETRY = 10.0
 # Of any figure that a site tells.
 LARGEST = 1e15
+# Between two looks at who is connected, while a round is under way.
+LOOK = 2.0
 # How often a request is sent that gets lost on its way.
 TRIES = 3
 
@@ -164,6 +166,7 @@ class Sites:
         self._stray: dict[str, int] = {}  # transport of what came too late, by site
         self._aside = 0  # transport of all that is not a round's
         self._begun = False
+        self._looked = -math.inf  # when it was seen last who is connected
         self._number = 0
         self._merged = dict(merged)
         self._keys, self._pin = dict(keys), pin
@@ -319,6 +322,8 @@ class Sites:
                 done.append((errand, arrival))
             yield sorted(done, key=lambda pair: pair[0].client.id)
             if not arrived:
+                if self._clock() - self._looked >= LOOK:
+                    self._meet()  # whoever comes back now can be drawn in the next round
                 self._sleep(self._terms.poll)
 
     def _compared(self, reply: Reply, number: int) -> Reply:
@@ -346,7 +351,7 @@ class Sites:
     def _meet(self) -> None:
         """Get to know the nodes that are new, as far as they have answered."""
         self._connected = frozenset(self._carrier.nodes())
-        now = self._clock()
+        now = self._looked = self._clock()
         self._owed = {t: o for t, o in self._owed.items() if o.until > now}
         self._meeting = {t: m for t, m in self._meeting.items() if m.until > now}
         met = {s.node for s in self._sites.values()} | {m.node for m in self._meeting.values()}
