@@ -47,7 +47,7 @@ def test_a_slow_reply_holds_up_nobody() -> None:
 
 
 def test_a_reply_waits_until_it_is_asked_for() -> None:
-    """A round's replies and those of sites that are met are collected apart: none takes another's."""
+    """Those of a round and those of sites that are met are collected apart: none is lost."""
     given: list[str] = []
 
     def pull(ticket: str) -> list[Any]:
