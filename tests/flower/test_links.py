@@ -37,7 +37,7 @@ from fedsieve.network import Link
 from fedsieve.worker import SOCKET
 from tests.conftest import LABELS, Tiny
 from tests.engines import runs
-from tests.flower import certificates, links, processes
+from tests.flower import certificates, links, processes, worlds
 from tests.flower.sites import process, write_site
 
 # At the node's end: each transfer in a connection of its own, all at once; prints their seconds.
@@ -356,3 +356,32 @@ def test_what_travels(tiny: Tiny, tmp_path: Path, no_report: None, tls: bool) ->
         assert sum(each.payload) < each.transport < sum(each.payload) + 5_000
         assert 0 < sum(each.passed[:2]) - each.transport < 40_000
     assert sum(idle) < 1_000
+
+
+@pytest.mark.slow
+def test_a_slow_upload_does_not_outlast_the_deadline(
+    tiny: Tiny, tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A megabyte at 0.1 Mbit/s takes 84 s: the round is over after 40, with the other site's."""
+    monkeypatch.setenv(*federate.OBJECTS.split("="))
+    given = worlds.world(
+        wide(tiny, tmp_path / "wide"), tmp_path, ("north", "south"), tls=False, rounds=2,
+        method={"name": "fedit"}, lora__rank=64, budgets={"north": {}, "south": {}},
+        evaluation__every=2,
+    )  # fmt: skip
+    patience = worlds.PATIENCE._replace(deadline=40.0)
+    federate.prepare(given.recipe, given.run, patience, given.listen)
+    with ExitStack() as stack:
+        stack.enter_context(worlds.working(given, {}))
+        log = tmp_path / "superlink.log"
+        stack.enter_context(processes.superlink(given.run, given.listen, log))
+        line = stack.enter_context(links.proxied(given.listen.port, Link(10, 0.1)))
+        behind = given._replace(listen=given.listen._replace(port=line.port))
+        stack.enter_context(worlds.node(behind, "north"))
+        stack.enter_context(worlds.node(given, "south"))
+        worlds.begin(given)
+    late = worlds.dropped(given.run)
+    assert late[1, "north"].startswith("late: no answer in the round's 40 s")
+    assert worlds.merged(given.run, "south") == [1, 2]
+    first = runs.lines(given.run)[1]
+    assert 40 <= first["seconds"] < 50
