@@ -431,6 +431,22 @@ def test_site_that_comes_back_is_used_again() -> None:
     assert {(r.round, r.client) for r in receipts} >= {(2, "0000"), (2, "0001")}
 
 
+def test_site_that_comes_back_during_a_round_is_drawn_in_the_next() -> None:
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 2)
+    net = Net({i: site(c, method) for i, c in enumerate(members)}, slow={0: 30.0})
+    setup = federation(sites_of(net), method, size=2)
+    away, stays = net.answers.pop(1), net.answers[0]
+
+    def and_then_it_is_back(request: Frame) -> Any:
+        net.answers[7] = away
+        return stays(request)
+
+    net.answers[0] = and_then_it_is_back
+    _, receipts, _ = run(setup, 2)
+    assert [(r.round, r.client) for r in receipts] == [(1, "0000"), (2, "0000"), (2, "0001")]
+
+
 def test_node_that_was_away_owes_nothing() -> None:
     """What it had not answered before it went is never answered: it is not waited for."""
     method = flasc.method(**EXACT)
