@@ -158,7 +158,7 @@ def test_nothing_is_left_of_a_namespace() -> None:
 
 DOWNLINK = 4.0  # Mbit/s
 RATIOS = (1, 4, 16)
-NOISE = 6.0  # seconds: what the rounds on an open link differ by on a busy machine
+NOISE = 8.0  # seconds that polling and a busy machine may add or hide
 # FLASC's densities: a slow uplink is what they are for.
 BUDGET = {"down": 0.5, "up": 0.0625}
 
@@ -302,13 +302,13 @@ def wide(tiny: Tiny, folder: Path) -> Tiny:
 
 @pytest.mark.slow
 def test_rounds_take_the_time_of_the_model(
-    tiny: Tiny, tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
+    tiny: Tiny, tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch, make: Make
 ) -> None:
     # Objects of 64 KiB: Flower's own 5 MiB take longer at a slow uplink than its clients wait.
     monkeypatch.setenv("FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE", "65536")
     slow = [Link(DOWNLINK, DOWNLINK / ratio) for ratio in RATIOS for _ in range(2)]
     plan = [*[links.OPEN] * 3, *slow]
-    with site_on_a_link(wide(tiny, tmp_path / "wide"), tmp_path, links.proxied) as place:
+    with site_on_a_link(wide(tiny, tmp_path / "wide"), tmp_path, make) as place:
         took = {method: rounds_on(place, method, 64, plan) for method in ("fedit", "flasc")}
     beyond = {}  # what a round on a slow link takes beyond one on an open link
     print()
@@ -330,7 +330,7 @@ def test_rounds_take_the_time_of_the_model(
             each.payload, (each.link.down, each.link.up), (each.down, each.up), strict=True
         ):
             if count > 1_000_000:  # beside less, the node's polling is seen
-                assert took_there == pytest.approx(count * 8e-6 / rate, rel=0.15)
+                assert took_there == pytest.approx(count * 8e-6 / rate, rel=0.25)
     gains = []
     for ratio in RATIOS:
         link = Link(DOWNLINK, DOWNLINK / ratio)
