@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedsieve.errors import FedSieveError
-from fedsieve.progress import line_of
+from fedsieve.progress import MB, line_of
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Receipt, Round
@@ -33,7 +33,6 @@ console = Console(highlight=False, soft_wrap=True, emoji=False)
 problems = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")]
-MB = 1e6
 T = TypeVar("T")
 
 

@@ -1,7 +1,8 @@
 """The errors that a user can mend: each message says what was wrong, where, and what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 class FedSieveError(ValueError):
@@ -26,3 +27,24 @@ def nearest(word: str, known: Iterable[str]) -> str:
     if close:
         return " (did you mean " + " or ".join(repr(name) for name in close) + "?)"
     return f" (known are {', '.join(names)})" if 0 < len(names) <= 20 else ""
+
+
+def explain(
+    detail: Mapping[str, Any],
+    path: Sequence[str],
+    keys: Callable[[Sequence[str | int]], Iterable[str]],
+) -> str:
+    """What pydantic found wrong with a file's table, in words for whoever wrote the file.
+
+    path: where it is, as the file has it
+    keys: the known keys of the table at a place, as pydantic names the place
+    """
+    place, loc = ".".join(path), detail["loc"]
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{place}: unknown key{nearest(str(loc[-1]), keys(loc[:-1]))}"
+    if detail["type"] in ("missing", "missing_argument"):
+        return f"{place}: this key is needed"
+    message: str = detail["msg"].removeprefix("Value error, ")
+    if isinstance(detail["input"], str | int | float):
+        message += f" (it is {detail['input']!r})"
+    return f"{place}: {message}" if place else message

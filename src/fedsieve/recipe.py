@@ -16,7 +16,7 @@ import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from fedsieve import dotted, methods, optim
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, explain, nearest
 from fedsieve.method import Knob, Method
 from fedsieve.optim import Optimizer
 from fedsieve.tables import (
@@ -79,7 +79,8 @@ def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
+        found = [explain(detail, path_of(detail["loc"]), keys_of) for detail in error.errors()]
+        lines = "\n".join(f"  {line}" for line in found)
         raise FedSieveError(f"{source}:\n{lines}") from error
 
 
@@ -241,18 +242,6 @@ def override(table: dict[str, Any], given: str) -> None:
     except tomllib.TOMLDecodeError:
         value = text
     dotted.put(table, key.strip(), value, repr(given))
-
-
-def _explain(detail: Any) -> str:
-    place = ".".join(path_of(detail["loc"]))
-    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"{place}: unknown key{nearest(str(detail['loc'][-1]), keys_of(detail['loc'][:-1]))}"
-    if detail["type"] in ("missing", "missing_argument"):
-        return f"{place}: this key is needed"
-    message = detail["msg"].removeprefix("Value error, ")
-    if isinstance(detail["input"], str | int | float):
-        message += f" (it is {detail['input']!r})"
-    return f"{place}: {message}" if place else message
 
 
 def _without_none(value: Any) -> Any:

@@ -7,8 +7,9 @@ docs/deploy.md describes the keys. Paths are relative to the file's own folder.
 """
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import (
     BaseModel,
@@ -23,7 +24,7 @@ from pydantic import (
 
 from fedsieve import fetch
 from fedsieve.budget import Budget
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, explain
 from fedsieve.network import Link
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -111,7 +112,8 @@ def load(path: Path) -> Site:
     try:
         site = Site.model_validate(table)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
+        found = [explain(detail, [*map(str, detail["loc"])], _keys) for detail in error.errors()]
+        lines = "\n".join(f"  {line}" for line in found)
         raise FedSieveError(f"{path}:\n{lines}") from error
     return _settled(site, path.absolute().parent)
 
@@ -153,22 +155,10 @@ def _found(source: str, home: Path) -> str:
     return str(path) if path.exists() else source
 
 
-def _explain(detail: Any) -> str:
-    place = ".".join(str(step) for step in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"{place}: unknown key{nearest(str(detail['loc'][-1]), _keys(detail['loc'][:-1]))}"
-    if detail["type"] == "missing":
-        return f"{place}: this key is needed"
-    message = detail["msg"].removeprefix("Value error, ")
-    if isinstance(detail["input"], str | int | float):
-        message += f" (it is {detail['input']!r})"
-    return f"{place}: {message}" if place else message
-
-
-def _keys(path: tuple[str | int, ...]) -> list[str]:
+def _keys(path: Sequence[str | int]) -> list[str]:
     tables: dict[tuple[str | int, ...], type[_Table]] = {
         ("data",): Rows,
         ("link",): Line,
         ("budget",): Affords,
     }
-    return list(tables.get(path, Site).model_fields)
+    return list(tables.get(tuple(path), Site).model_fields)
