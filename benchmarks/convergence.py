@@ -42,10 +42,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fedsieve.adapter import Adapter, layout_of
-from fedsieve.budget import Budget, Client
-from fedsieve.keys import Key, generator
-from fedsieve.method import Method, Seat, State, View
+from fedsieve.algebra.adapter import Adapter, layout_of
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key, generator
+from fedsieve.algebra.method import Method, Seat, State, View
 from fedsieve.methods import fslora
 
 RANK = 8

@@ -23,10 +23,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from fedsieve import recipe as recipes
-from fedsieve import report, rundir, runner, tables
+from fedsieve import report
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe import schema as tables
+from fedsieve.run import rundir, runner
 
 # What of the demo's settings each method makes use of; dense methods send float32, as is usual.
 DENSE = {"down_values": "float32", "up_values": "float32"}

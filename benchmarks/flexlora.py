@@ -1,10 +1,10 @@
 """FlexLoRA's merge: thin QRs and a small SVD, against the SVD of the dense mean.
 
 The server has B_i A_i from each client, wants the best approximation of their weighted mean of
-the rank of one client, and never needs the mean itself (`fedsieve.lowrank`). The other way is to
-form the m x n mean and take `torch.linalg.svd` of it; only that call is timed, not the forming.
-Both run here, on as many threads, and both results are compared. Our way works in float64 inside,
-the dense one in the factors' float32.
+the rank of one client, and never needs the mean itself (`fedsieve.algebra.lowrank`). The other way
+is to form the m x n mean and take `torch.linalg.svd` of it; only that call is timed, not the
+forming. Both run here, on as many threads, and both results are compared. Our way works in float64
+inside, the dense one in the factors' float32.
 
     python benchmarks/flexlora.py [--small] [--repeat 10] [--json FILE]
 
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fedsieve.lowrank import best_of_rank, stacked
+from fedsieve.algebra.lowrank import best_of_rank, stacked
 
 REACH = 100  # times faster than the dense SVD
 CLOSE = 1e-4  # of the largest singular value, or of the product's norm: float32's SVD is the limit

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fedsieve.adapter import Layout, Tree, layout_of
+from fedsieve.algebra.adapter import Layout, Tree, layout_of
+from fedsieve.algebra.payload import Form, Payload, Seed, rounded
+from fedsieve.algebra.support import Support, cut, draw_ranks, gather, top_k
 from fedsieve.errors import WireError
-from fedsieve.payload import Form, Payload, Seed, rounded
-from fedsieve.support import Support, cut, draw_ranks, gather, top_k
 from fedsieve.wire import decode, encode
 
 FORMS: tuple[Form, ...] = ("float64", "float32", "bfloat16", "int8")

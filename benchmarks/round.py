@@ -23,10 +23,10 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from fedsieve import recipe as recipes
-from fedsieve import runner
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from fedsieve.run import runner
 
 REACH = {"outside": 0.03, "client": 0.01}
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from fedsieve import methods
-from fedsieve.adapter import Adapter, Tree, layout_of
-from fedsieve.budget import Budget, Client
-from fedsieve.keys import Key
-from fedsieve.method import Method, Seat, State
-from fedsieve.optim import Slots, sgd
-from fedsieve.payload import Payload
+from fedsieve.algebra.adapter import Adapter, Tree, layout_of
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Method, Seat, State
+from fedsieve.algebra.optim import Slots, sgd
+from fedsieve.algebra.payload import Payload
 from fedsieve.wire import decode, encode
 
 RANK, SIDE, LAYERS = 16, 384, 4

@@ -25,9 +25,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedsieve.adapter import Layout, Tree, layout_of
-from fedsieve.payload import Form, Payload, Values, rounded
-from fedsieve.support import Support, cut, gather, narrowed, top_k
+from fedsieve.algebra.adapter import Layout, Tree, layout_of
+from fedsieve.algebra.payload import Form, Payload, Values, rounded
+from fedsieve.algebra.support import Support, cut, gather, narrowed, top_k
 from fedsieve.wire import decode, encode
 
 FORMS: tuple[Form, ...] = ("int8", "bfloat16", "float32")

@@ -26,14 +26,14 @@ import tomli_w
 from rich.console import Console
 
 from fedsieve import cli
-from fedsieve import recipe as recipes
-from fedsieve.budget import Budget, Client
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key
 from fedsieve.data import sources
-from fedsieve.experiment import locate, set_up_bench
-from fedsieve.keys import Key
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.experiment import locate, set_up_bench
+from fedsieve.sites.worker import SOCKET, Frame, ask
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire import encode
-from fedsieve.worker import SOCKET, Frame, ask
 
 NAME = "north"
 AFFORDS = Budget(0.5, 0.25, 0.0625)

@@ -190,10 +190,20 @@ def write_rows(path: Path, count: int, seed: int, authors: Sequence[str] = ()) -
 @pytest.fixture(scope="session")
 def whole(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run of `tiny.table()` that was never stopped. Not to be changed."""
-    from tests.engines import runs
+    from tests import runs
 
     folder = tmp_path_factory.mktemp("whole") / "run"
     runs.start(tiny, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_with_memories(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `runs.FLASC` that was never stopped. Not to be changed."""
+    from tests import runs
+
+    folder = tmp_path_factory.mktemp("memories") / "run"
+    runs.start(tiny, folder, **runs.FLASC)
     return folder
 
 

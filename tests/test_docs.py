@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 import fedsieve
-from fedsieve import methods, recipe, tables
+from fedsieve import methods
+from fedsieve.recipe import read as recipe
+from fedsieve.recipe import schema as tables
 from tests.conftest import Tiny
-from tests.laws import test_methods as laws
-from tests.laws.optimum import Optimum
+from tests.methods import test_laws as laws
+from tests.methods.optimum import Optimum
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

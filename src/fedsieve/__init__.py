@@ -12,8 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fedsieve.algebra.budget import Budget, Client
+    from fedsieve.algebra.optim import adam, fading, fedadam, sgd
     from fedsieve.api import Run, finetune
-    from fedsieve.budget import Budget, Client
+    from fedsieve.clients.sampling import Sampling
     from fedsieve.errors import FedSieveError
     from fedsieve.methods.adapter_lth import method as adapter_lth
     from fedsieve.methods.fed_select import method as fed_select
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from fedsieve.methods.hetlora import method as hetlora
     from fedsieve.methods.rolora import method as rolora
     from fedsieve.methods.sparse_adapter import method as sparse_adapter
-    from fedsieve.optim import adam, fading, fedadam, sgd
-    from fedsieve.sampling import Sampling
     from fedsieve.train.local import Training
     from fedsieve.train.model import Lora
 
@@ -71,10 +71,10 @@ __all__ = [
 # up where it lives when it is first used.
 _HOMES = {
     "api": ("Run", "finetune"),
-    "budget": ("Budget", "Client"),
+    "algebra.budget": ("Budget", "Client"),
     "errors": ("FedSieveError",),
-    "optim": ("adam", "fading", "fedadam", "sgd"),
-    "sampling": ("Sampling",),
+    "algebra.optim": ("adam", "fading", "fedadam", "sgd"),
+    "clients.sampling": ("Sampling",),
     "train.local": ("Training",),
     "train.model": ("Lora",),
 }

@@ -8,18 +8,18 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
-from fedsieve.adapter import Adapter
-from fedsieve.budget import Budget
-from fedsieve.data import tasks
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.algebra.budget import Budget
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Method
+from fedsieve.clients.sampling import Sampling
 from fedsieve.data.sources import column
-from fedsieve.data.tasks import Examples
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError
-from fedsieve.experiment import Experiment, assemble, check_length, locate
-from fedsieve.keys import Key
-from fedsieve.method import Method
-from fedsieve.sampling import Sampling
+from fedsieve.recipe.experiment import Experiment, assemble, check_length, locate
+from fedsieve.tasks import text as tasks
+from fedsieve.tasks.text import Examples
 from fedsieve.train.local import Training
 from fedsieve.train.model import Lora, Task, load_base, load_tokenizer, pick_device, set_up
 

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedsieve.errors import FedSieveError
-from fedsieve.progress import MB, line_of
+from fedsieve.run.progress import MB, line_of
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Receipt, Round
-    from fedsieve.jobs import Job
+    from fedsieve.study.jobs import Job
 
 # Heavy imports (torch, transformers) wait inside the commands that need them, so that --help and
 # a misspelt command answer at once.
@@ -69,12 +69,12 @@ def run(
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is there.")] = False,
 ) -> None:
     """Run a recipe: train, evaluate, and leave adapter, metrics and report in a directory."""
-    from fedsieve import recipe as recipes
+    from fedsieve.recipe import read as recipes
 
     given = recipes.load(recipe, overrides or [])
     folder = out or Path("runs") / given.name
     quiet()
-    from fedsieve import runner
+    from fedsieve.run import runner
 
     title = f"{given.name}: {given.method.name}, {given.rounds} rounds, into {folder}"
     console.print(escape(title))
@@ -87,7 +87,7 @@ def run(
 def resume(folder: Folder) -> None:
     """Go on with a run that was stopped, as if nothing had happened."""
     quiet()
-    from fedsieve import runner
+    from fedsieve.run import runner
 
     if (folder / "app" / "pyproject.toml").is_file():
         raise FedSieveError(
@@ -115,8 +115,8 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
 ) -> None:
     """Run several methods and seeds, tuned alike, into one table and report; resumable."""
-    from fedsieve import compare as comparing
-    from fedsieve import study as studies
+    from fedsieve.study import compare as comparing
+    from fedsieve.study import plan as studies
 
     folder = out or Path("runs") / Path(study).stem
     quiet()
@@ -157,7 +157,7 @@ def search(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
 ) -> None:
     """Search rank and density together, at equal bytes, on validation rows only; resumable."""
-    from fedsieve import search as searching
+    from fedsieve.study import search as searching
 
     folder = out or Path("runs") / f"{Path(recipe).stem}-search"
     quiet()
@@ -212,8 +212,8 @@ def federate(
 ) -> None:
     """Prepare a federation across machines, on Flower, and say how to start it."""
     quiet()
-    from fedsieve import federate as federating
-    from fedsieve import recipe as recipes
+    from fedsieve.recipe import read as recipes
+    from fedsieve.sites import federate as federating
 
     if again is not None:
         if recipe is not None:
@@ -244,8 +244,8 @@ def worker(
 ) -> None:
     """Hold a site's model, data and memory, and train when the site's node is asked to."""
     quiet()
-    from fedsieve.engine import resident
-    from fedsieve.runner import sigterm_as_ctrl_c
+    from fedsieve.run.runner import sigterm_as_ctrl_c
+    from fedsieve.sites import resident
 
     try:
         with sigterm_as_ctrl_c():
@@ -266,7 +266,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML report, and its plots as PNG, from one or several runs."""
     from fedsieve import report as reports
-    from fedsieve import rundir
+    from fedsieve.run import rundir
 
     written = reports.write(folders, out or folders[0] / rundir.REPORT, target=target)
     for path in written:
@@ -281,7 +281,7 @@ def export(
 ) -> None:
     """Write a run's adapter in PEFT's format, or the merged model, from its newest checkpoint."""
     quiet()
-    from fedsieve import runner
+    from fedsieve.run import runner
 
     number = runner.export(folder, to, merge=merge)
     what = "the merged model" if merge else "the adapter"
@@ -294,7 +294,7 @@ def fetch(
     again: Annotated[bool, typer.Option(help="Download again, e.g. after damage.")] = False,
 ) -> None:
     """Fetch small models and data sets, pinned and checked, into a cache for offline use."""
-    from fedsieve import fetch as fetching
+    from fedsieve.data import fetch as fetching
 
     for name in names:
         folder = fetching.fetch(name, again=again, log=console.print)
@@ -304,7 +304,7 @@ def fetch(
 @app.command("recipes")
 def list_recipes() -> None:
     """List the recipes that ship with FedSieve."""
-    from fedsieve import recipe as recipes
+    from fedsieve.recipe import read as recipes
 
     for name, text in recipes.shipped().items():
         first = text.splitlines()[0].removeprefix("#").strip()
@@ -329,8 +329,8 @@ def list_methods(
     """List the methods and their options; with --model, what each costs a client a round."""
     if model is not None:
         quiet()
-        from fedsieve.budget import Budget
-        from fedsieve.costs import of_model
+        from fedsieve.algebra.budget import Budget
+        from fedsieve.costs.table import of_model
 
         names = None if targets is None else tuple(targets.split(","))
         budget = Budget(_share("ratio", ratio), _share("down", down), _share("up", up))
@@ -418,7 +418,7 @@ class _Live:
 def _summary(folder: Path) -> None:
     import json
 
-    from fedsieve import rundir
+    from fedsieve.run import rundir
 
     lines = (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
     rounds = [json.loads(line) for line in lines]
@@ -448,7 +448,7 @@ def _go_on_with(folder: Path) -> None:
     import os
     import subprocess
 
-    from fedsieve import federate as federating
+    from fedsieve.sites import federate as federating
 
     command = federating.begin_again(folder)
     done = subprocess.run(
@@ -498,7 +498,7 @@ def _table(rows: Sequence[Mapping[str, str]]) -> None:
 
 
 def _guarded(work: Callable[[], T]) -> T:
-    from fedsieve.runner import Stopped
+    from fedsieve.run.runner import Stopped
 
     try:
         return work()

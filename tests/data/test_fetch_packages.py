@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fedsieve import fetch
+from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError
 
 CONTENT = {

@@ -10,8 +10,7 @@ import datasets
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from fedsieve import fetch
-from fedsieve.data import sources
+from fedsieve.data import fetch, sources
 from fedsieve.data.sources import column, load
 from fedsieve.errors import FedSieveError
 

@@ -6,9 +6,9 @@ import struct
 import torch
 from torch import Tensor
 
-from fedsieve.adapter import Layout, Pair, base_layout
-from fedsieve.payload import BLOCK, Base, Form, Payload, Seed, Values
-from fedsieve.support import Support, draw_ranks, narrowed
+from fedsieve.algebra.adapter import Layout, Pair, base_layout
+from fedsieve.algebra.payload import BLOCK, Base, Form, Payload, Seed, Values
+from fedsieve.algebra.support import Support, draw_ranks, narrowed
 
 DTYPES = {
     "float64": torch.float64,
@@ -82,7 +82,7 @@ def silent(base: Base) -> Base:
 
 
 def golden_payloads() -> dict[str, Payload]:
-    """The payloads whose bytes are kept in tests/golden, by the names of their files."""
+    """The payloads whose bytes are kept in tests/wire/golden, by the names of their files."""
     layout = layout_of_pairs(3, 4, 70, 50, (5, 9), (5,))
     full = Support(layout.names, None, {})
     sketch = full._replace(ranks=draw_ranks(2**63 + 5, 3, 4, 2, shared=False))

@@ -16,7 +16,7 @@ import pytest
 from fedsieve.wire import decode, encode
 from tests.wire.cases import golden_payloads, knowledge, same
 
-FOLDER = Path(__file__).parents[1] / "golden"
+FOLDER = Path(__file__).parent / "golden"
 
 
 @pytest.mark.parametrize("name", golden_payloads())

@@ -13,10 +13,10 @@ from zlib import crc32
 import pytest
 import torch
 
-from fedsieve.adapter import Layout, base_layout
+from fedsieve.algebra.adapter import Layout, base_layout
+from fedsieve.algebra.payload import Base, Payload, Seed, Values
+from fedsieve.algebra.support import Support, draw_ranks
 from fedsieve.errors import WireError
-from fedsieve.payload import Base, Payload, Seed, Values
-from fedsieve.support import Support, draw_ranks
 from fedsieve.wire import decode, encode
 from tests.wire.cases import (
     counted,

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedsieve.adapter import Layout, Pair
-from fedsieve.payload import Payload, Seed, Values
-from fedsieve.support import Support, draw_ranks
+from fedsieve.algebra.adapter import Layout, Pair
+from fedsieve.algebra.payload import Payload, Seed, Values
+from fedsieve.algebra.support import Support, draw_ranks
 from fedsieve.wire import decode, encode
 from tests.wire import reader
 from tests.wire.cases import (

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsieve.adapter import Layout
-from fedsieve.payload import BLOCK, Base, Form, Payload, Seed, Values
-from fedsieve.support import Support, draw_ranks, narrowed
+from fedsieve.algebra.adapter import Layout
+from fedsieve.algebra.payload import BLOCK, Base, Form, Payload, Seed, Values
+from fedsieve.algebra.support import Support, draw_ranks, narrowed
 from fedsieve.wire import decode, encode
 from tests.wire.cases import (
     DTYPES,

@@ -23,7 +23,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 from datasets import Dataset, DatasetDict
 
-from fedsieve import fetch
+from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError, nearest
 
 EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")

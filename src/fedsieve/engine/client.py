@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-from fedsieve.adapter import Adapter
-from fedsieve.budget import Client
-from fedsieve.keys import Key
-from fedsieve.method import Memory, Method, Seat, View
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Memory, Method, Seat, View
 from fedsieve.train.local import Fit
 from fedsieve.wire import decode, encode
 

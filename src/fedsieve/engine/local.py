@@ -7,15 +7,15 @@ from collections.abc import Collection, Iterable, Iterator
 
 import torch
 
-from fedsieve.adapter import Adapter, Tree
-from fedsieve.budget import Client
+from fedsieve.algebra.adapter import Adapter, Tree
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Memory, Method
+from fedsieve.clients.network import client_time
+from fedsieve.clients.sampling import late
 from fedsieve.engine.client import Reply, Train, take_part
 from fedsieve.engine.loop import Exchange
 from fedsieve.errors import FedSieveError
-from fedsieve.keys import Key
-from fedsieve.method import Memory, Method
-from fedsieve.network import client_time
-from fedsieve.sampling import late
 
 
 def in_process(

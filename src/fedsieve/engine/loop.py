@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import torch
 
-from fedsieve.adapter import Adapter, Layout
-from fedsieve.budget import Client
+from fedsieve.algebra.adapter import Adapter, Layout
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Method, State
+from fedsieve.algebra.payload import Payload, exact, rounded
+from fedsieve.algebra.support import Support, everything, norm
+from fedsieve.clients.privacy import Plan
+from fedsieve.clients.sampling import Sampling, cohort
 from fedsieve.engine.client import Reply
 from fedsieve.errors import NoUsableUpdate, WireError
-from fedsieve.keys import Key
-from fedsieve.method import Method, State
-from fedsieve.payload import Payload, exact, rounded
-from fedsieve.privacy import Plan
-from fedsieve.sampling import Sampling, cohort
-from fedsieve.support import Support, everything, norm
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
 

@@ -6,8 +6,8 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
+from fedsieve.algebra.method import Method
 from fedsieve.errors import FedSieveError, nearest
-from fedsieve.method import Method
 
 
 def names() -> list[str]:

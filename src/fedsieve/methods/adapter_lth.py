@@ -13,10 +13,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsieve.method import Method, State, Weighting
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.pruning import live_only, pruned
+from fedsieve.algebra.method import Method, State, Weighting
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.pruning import live_only, pruned
 
 
 def method(

@@ -16,10 +16,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsieve.method import Method, Weighting, compose, evaluated_at
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.sieve import after, dense, top_k, top_ranks
+from fedsieve.algebra.method import Method, Weighting, compose, evaluated_at
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.sieve import after, dense, top_k, top_ranks
 
 
 def method(

@@ -14,16 +14,16 @@ from collections.abc import Iterable
 
 import torch
 
-from fedsieve import lowrank
-from fedsieve.adapter import Adapter
-from fedsieve.budget import Client
-from fedsieve.catchup import catch_up, fold, missing
-from fedsieve.keys import Key
-from fedsieve.method import Memory, Method, Seat, State, View, Weighting, compose, unscaled
-from fedsieve.optim import Optimizer, sgd
-from fedsieve.payload import Form, Payload
-from fedsieve.replacing import collect
-from fedsieve.sieve import dense
+from fedsieve.algebra import lowrank
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.catchup import catch_up, fold, missing
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Memory, Method, Seat, State, View, Weighting, compose, unscaled
+from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.payload import Form, Payload
+from fedsieve.algebra.replacing import collect
+from fedsieve.algebra.sieve import dense
 
 
 def method(

@@ -5,10 +5,10 @@ mean of A and of B, each apart. It is FedAvg on LoRA, the baseline of both paper
 at k = r and FLASC at density 1 reduce to.
 """
 
-from fedsieve.method import Method, Weighting, compose
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.sieve import dense
+from fedsieve.algebra.method import Method, Weighting, compose
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.sieve import dense
 
 
 def method(

@@ -8,11 +8,11 @@ is A with its own B_i (`Method.personal`), and that is what is evaluated, client
 `export` gives has the B of a client that never took part: zero. The head is shared, as A is.
 """
 
-from fedsieve.adapter import Adapter, Tree
-from fedsieve.method import Memory, Method, Seat, View, Weighting, compose
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form, Payload
-from fedsieve.sieve import all_but_b, dense, only
+from fedsieve.algebra.adapter import Adapter, Tree
+from fedsieve.algebra.method import Memory, Method, Seat, View, Weighting, compose
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form, Payload
+from fedsieve.algebra.sieve import all_but_b, dense, only
 
 
 def method(

@@ -7,10 +7,10 @@ mean(B_i A_0), which is the paper's point, also under noise. A_0 is drawn from t
 both ends and never travels: messages are B and the head.
 """
 
-from fedsieve.method import Method, Weighting, compose
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.sieve import all_but_a, dense, only
+from fedsieve.algebra.method import Method, Weighting, compose
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.sieve import all_but_a, dense, only
 
 
 def method(

@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsieve.method import Method, Weighting, compose, evaluated_at
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.sieve import top_k
+from fedsieve.algebra.method import Method, Weighting, compose, evaluated_at
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.sieve import top_k
 
 Share = Annotated[float, Field(gt=0, le=1)]
 

@@ -17,10 +17,10 @@ from collections.abc import Iterable
 import torch
 from pydantic import PositiveInt
 
-from fedsieve import lowrank
-from fedsieve.budget import Client
-from fedsieve.keys import Key
-from fedsieve.method import (
+from fedsieve.algebra import lowrank
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import (
     SCALINGS,
     Method,
     Scaling,
@@ -30,10 +30,10 @@ from fedsieve.method import (
     own_layout,
     pack,
 )
-from fedsieve.optim import Optimizer, sgd
-from fedsieve.payload import Form, Payload
-from fedsieve.replacing import collect
-from fedsieve.sieve import dense, leading
+from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.payload import Form, Payload
+from fedsieve.algebra.replacing import collect
+from fedsieve.algebra.sieve import dense, leading
 
 
 def method(

@@ -16,12 +16,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fedsieve import lowrank
-from fedsieve.adapter import Adapter, Tree
-from fedsieve.budget import Client
-from fedsieve.catchup import catch_up, fold, missing
-from fedsieve.keys import Key, generator
-from fedsieve.method import (
+from fedsieve.algebra import lowrank
+from fedsieve.algebra.adapter import Adapter, Tree
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.catchup import catch_up, fold, missing
+from fedsieve.algebra.keys import Key, generator
+from fedsieve.algebra.method import (
     SCALINGS,
     Memory,
     Method,
@@ -33,11 +33,11 @@ from fedsieve.method import (
     compose,
     pack,
 )
-from fedsieve.optim import Optimizer, sgd
-from fedsieve.payload import Form, Payload
-from fedsieve.replacing import collect
-from fedsieve.sieve import dense, leading, no_pairs, only
-from fedsieve.support import Support
+from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.payload import Form, Payload
+from fedsieve.algebra.replacing import collect
+from fedsieve.algebra.sieve import dense, leading, no_pairs, only
+from fedsieve.algebra.support import Support
 
 
 def method(

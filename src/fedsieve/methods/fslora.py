@@ -17,11 +17,11 @@ the r / k is applied to alpha / sqrt(r). A classifier head has no ranks: it trav
 import math
 from collections.abc import Sequence
 
+from fedsieve.algebra.method import Method, Weighting, compose, r_over_k
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.sieve import dense, sketch
 from fedsieve.errors import FedSieveError
-from fedsieve.method import Method, Weighting, compose, r_over_k
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.sieve import dense, sketch
 
 
 def method(

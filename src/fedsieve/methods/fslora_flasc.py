@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsieve.method import Method, Weighting, compose, evaluated_at, r_over_k
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.sieve import sketch, top_k, within
+from fedsieve.algebra.method import Method, Weighting, compose, evaluated_at, r_over_k
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.sieve import sketch, top_k, within
 
 
 def method(

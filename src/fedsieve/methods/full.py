@@ -5,10 +5,10 @@
 The same algebra as dense LoRA over another tree: what both papers measure the savings of LoRA by.
 """
 
-from fedsieve.method import Method, Weighting, compose
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.sieve import dense
+from fedsieve.algebra.method import Method, Weighting, compose
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.sieve import dense
 
 
 def method(

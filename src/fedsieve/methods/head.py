@@ -6,10 +6,10 @@ probe that the FLASC paper compares with, arXiv 2406.05233).
 The least that a client can be asked for, and the floor that LoRA has to be better than.
 """
 
-from fedsieve.method import Method, Weighting, compose
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.sieve import dense
+from fedsieve.algebra.method import Method, Weighting, compose
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.sieve import dense
 
 
 def method(

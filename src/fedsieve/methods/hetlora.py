@@ -25,14 +25,14 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
-from fedsieve import lowrank
-from fedsieve.adapter import Layout, Tree
-from fedsieve.budget import Client
-from fedsieve.keys import Key
-from fedsieve.method import Memory, Method, Seat, State, View, compose
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form, Payload
-from fedsieve.sieve import dense, leading
+from fedsieve.algebra import lowrank
+from fedsieve.algebra.adapter import Layout, Tree
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Memory, Method, Seat, State, View, compose
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form, Payload
+from fedsieve.algebra.sieve import dense, leading
 
 
 def method(

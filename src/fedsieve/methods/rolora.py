@@ -9,11 +9,11 @@ clients take part in every round and get only what changed; here a client may ha
 both factors go down. The head is trained in every round.
 """
 
-from fedsieve.adapter import Layout
-from fedsieve.method import Method, Weighting, compose
-from fedsieve.optim import Optimizer
-from fedsieve.payload import Form
-from fedsieve.sieve import all_but_a, all_but_b, dense
+from fedsieve.algebra.adapter import Layout
+from fedsieve.algebra.method import Method, Weighting, compose
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Form
+from fedsieve.algebra.sieve import all_but_a, all_but_b, dense
 
 
 def in_turns(layout: Layout, number: int) -> tuple[str, ...]:

@@ -9,8 +9,8 @@ puts runs of different seeds together, `plots` draws them, `page` sets them in H
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedsieve.clients.network import REFERENCE, Conditions
 from fedsieve.errors import FedSieveError
-from fedsieve.network import REFERENCE, Conditions
 from fedsieve.report import series as _series
 from fedsieve.report.page import page
 from fedsieve.report.plots import draw, save_png, to_svg

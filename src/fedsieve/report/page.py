@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from string import Template
 from typing import Any
 
-from fedsieve.dotted import flat
-from fedsieve.network import Conditions
+from fedsieve.clients.network import Conditions
+from fedsieve.recipe.overrides import flat
 from fedsieve.report.plots import COLOURS, Plot, reached, to_reach
 from fedsieve.report.read import Budget, Run, best, evaluations
 from fedsieve.report.series import (

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fedsieve.network import Conditions, clock
+from fedsieve.clients.network import Conditions, clock
 from fedsieve.report.read import Run, evaluations
 from fedsieve.report.series import (
     MEASURES,

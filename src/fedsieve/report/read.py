@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedsieve.clients.network import Part
 from fedsieve.errors import FedSieveError
-from fedsieve.network import Part
 from fedsieve.report.words import count
 
 

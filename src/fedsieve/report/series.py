@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedsieve.dotted import flat
+from fedsieve.clients.network import REFERENCE, Conditions, clock, first_round
 from fedsieve.errors import FedSieveError
-from fedsieve.network import REFERENCE, Conditions, clock, first_round
+from fedsieve.recipe.overrides import flat
 from fedsieve.report.read import Budget, Run, best, dearest_first, evaluations, load_all
 from fedsieve.report.words import count
 

@@ -15,10 +15,10 @@ from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, Positiv
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from fedsieve.adapter import Adapter, Tree
-from fedsieve.data.tasks import Examples, take
-from fedsieve.keys import Key, generator, word
-from fedsieve.method import View
+from fedsieve.algebra.adapter import Adapter, Tree
+from fedsieve.algebra.keys import Key, generator, word
+from fedsieve.algebra.method import View
+from fedsieve.tasks.text import Examples, take
 from fedsieve.train.model import Bench
 
 

@@ -27,10 +27,10 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from fedsieve.adapter import Adapter, Layout, Tree, layout_of
+from fedsieve.algebra.adapter import Adapter, Layout, Tree, layout_of
+from fedsieve.algebra.keys import Key, word
+from fedsieve.algebra.method import Trained
 from fedsieve.errors import FedSieveError, nearest
-from fedsieve.keys import Key, word
-from fedsieve.method import Trained
 from fedsieve.train.dropout import speed_up
 
 Task = Literal["classification", "causal-lm"]

@@ -17,10 +17,10 @@ an int8 of zeros, which costs next to nothing, could make a reader allocate giga
 
 from zlib import crc32
 
-from fedsieve.adapter import Layout, base_layout
+from fedsieve.algebra.adapter import Layout, base_layout
+from fedsieve.algebra.payload import Base, Payload
+from fedsieve.algebra.support import Support
 from fedsieve.errors import WireError
-from fedsieve.payload import Base, Payload
-from fedsieve.support import Support
 from fedsieve.wire import format as plain
 
 MAGIC = b"FSB"

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsieve.adapter import Layout
+from fedsieve.algebra.adapter import Layout
+from fedsieve.algebra.payload import BLOCK, Payload, Seed
+from fedsieve.algebra.support import Support, draw_ranks, narrowed
 from fedsieve.errors import WireError
-from fedsieve.payload import BLOCK, Payload, Seed
-from fedsieve.support import Support, draw_ranks, narrowed
 from fedsieve.wire.coder import Jobs, seal, unseal
 from fedsieve.wire.mask import Bits, put_masks, take_masks
 from fedsieve.wire.values import KINDS, Parts, put_values, take_values

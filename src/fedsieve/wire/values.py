@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsieve.algebra.payload import BLOCK, Form, Values
 from fedsieve.errors import WireError
-from fedsieve.payload import BLOCK, Form, Values
 from fedsieve.wire.coder import (
     Jobs,
     Model,

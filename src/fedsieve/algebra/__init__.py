@@ -1,0 +1,1 @@
+"""The algebra of methods: pure functions over trees of tensors."""

@@ -1,0 +1,334 @@
+"""A method of federated fine-tuning: pure functions over explicit state.
+
+A round calls them in this order. The server plans once, publishes a payload for each client of the
+cohort, and merges what they return; a client turns its payload into a view, trains that, and
+reports a payload. `compose` builds all of them from what passes down, what is trained, what passes
+up and how the server moves, which is enough for most methods; a method that needs more replaces
+single functions of the result.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedsieve.algebra.adapter import Adapter, Layout, Tree
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key, generator
+from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.payload import Form, Payload, rounded
+from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name
+from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
+from fedsieve.errors import NoUsableUpdate
+
+Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
+Weighting = Literal["uniform", "examples"]
+Knob = Literal["ratio", "down", "up"]
+Trained = Literal["lora", "head", "all"]
+Scaling = Literal["server", "alpha/k", "alpha/sqrt(k)"]
+
+
+def unlimited(state: "State") -> float:
+    """No update is too large."""
+    return math.inf
+
+
+class State(NamedTuple):
+    """What the server keeps between rounds: tensors alone, so any checkpoint can hold it.
+
+    trees: "adapter" is the global adapter at full rank; the others are the optimizer's moments and
+           whatever else a method needs
+    """
+
+    layout: Layout
+    trees: dict[str, Tree]
+
+
+class Seat(NamedTuple):
+    """A client's own end of a round.
+
+    start: the adapter before the first round; both ends draw it from the recipe's seed, so it is
+           never sent
+    key:   of this round and this client
+    """
+
+    client: Client
+    start: Adapter
+    key: Key
+
+
+class View(NamedTuple):
+    """What a client trains.
+
+    adapter: at the client's own rank k, its layout's scale already holding the r / k of a sketch
+    layout, support: the server's layout, and the coordinates of it that arrived
+    moves:   of the adapter's own tensors, what training moves: names, and masks of single entries;
+             everything else stays as it is
+    penalty: added to the local loss, from the adapter's tensors by name; None adds nothing
+    """
+
+    adapter: Adapter
+    layout: Layout
+    support: Support
+    moves: Support
+    penalty: Callable[[Tree], Tensor] | None = None
+
+
+class Method(NamedTuple):
+    """The functions of a round; see the module's head.
+
+    knobs:    the parts of a client's budget that it uses
+    init:     the server's state before the first round
+    plan:     what all clients of a round share, as a state
+    export:   the global model
+    personal: a client's own model, from the global one and the client's memory, for methods that
+              leave a part with the client; None for all others
+    trains:   what of the model is its tree: LoRA pairs and the head, the head alone, or all weights
+    linear:   the server moves by a mean of the clients' changes, each clipped as `Optimizer.clip`
+              says: what differential privacy needs
+    clip:     that limit in a state, on the L2 norm of one client's decoded update
+    """
+
+    knobs: frozenset[Knob]
+    init: Callable[[Adapter], State]
+    plan: Callable[[State, Key], State]
+    publish: Callable[[State, Client, Key], Payload]
+    view: Callable[[Payload, Memory, Seat], tuple[View, Memory]]
+    report: Callable[[View, Tree, Memory, Seat], tuple[Payload, Memory]]
+    merge: Callable[[State, Iterable[tuple[Client, Payload]], Key], State]
+    export: Callable[[State], Adapter]
+    personal: Callable[[Adapter, Memory], Adapter] | None = None
+    trains: Trained = "lora"
+    linear: bool = False
+    clip: Callable[[State], float] = unlimited
+
+
+def unscaled(rank: int, kept: int) -> float:
+    """Clients use the server's own scale s."""
+    return 1.0
+
+
+def r_over_k(rank: int, kept: int) -> float:
+    """The factor that makes a sketch unbiased (FSLoRA, Definition 3.1); it turns alpha / r into
+    alpha / k.
+    """
+    return rank / kept
+
+
+def root_r_over_k(rank: int, kept: int) -> float:
+    """alpha / sqrt(k) for a server whose scale is alpha / sqrt(r) (rank-stabilised LoRA)."""
+    return float((rank / kept) ** 0.5)
+
+
+SCALINGS: dict[Scaling, Callable[[int, int], float]] = {
+    "server": unscaled,
+    "alpha/k": r_over_k,
+    "alpha/sqrt(k)": root_r_over_k,
+}
+
+
+def compose(
+    *,
+    down: Sieve,
+    up: Sieve,
+    knobs: frozenset[Knob] = frozenset(),
+    rescale: Callable[[int, int], float] = unscaled,
+    trained: Choice = every_name,
+    shared: Choice | None = None,
+    freeze_absent: bool = False,
+    returns: Literal["change", "values"] = "change",
+    server: Optimizer | None = None,
+    weighting: Weighting | Callable[[Tree, Layout], float] = "uniform",
+    down_values: Form = "float32",
+    up_values: Form = "float32",
+    feedback: bool = False,
+    trains: Trained = "lora",
+) -> Method:
+    """A method from what passes down, what is trained, what passes up, and how the server moves.
+
+    down, up:  sieves; `up` sees what the client returns, at the client's own rank
+    rescale:   (r, k) -> factor on the scale of a client that holds k of r ranks
+    trained:   the tensors that a round trains; the others stay as they are, at client and server
+    shared:    the tensors of which the server keeps a mean; default those that are trained
+    freeze_absent: a client trains only the entries that arrived, and returns exactly these
+    returns:   the change, start minus end, or the trained values themselves; what a value's mean
+               lacks because its client does not hold the rank then counts as the value zero
+    server:    the optimizer that takes the mean change as its gradient; default SGD with lr 1
+    weighting: clients count alike, by their number of examples, or by a function of what they
+               return (a tree at the client's rank, and its layout)
+    down_values, up_values: the form in which numbers travel
+    feedback:  a client keeps what its upload left out and adds it to its next change. The client
+               must hold the same coordinates every round, so this is for methods without a sketch.
+    """
+    optimizer = sgd() if server is None else server
+    shared = shared or trained
+
+    def init(adapter: Adapter) -> State:
+        slots = optimizer.init(adapter.tensors)
+        return State(adapter.layout, {"adapter": dict(adapter.tensors), **slots})
+
+    def plan(state: State, key: Key) -> State:
+        return state
+
+    def publish(plan: State, client: Client, key: Key) -> Payload:
+        layout, tree = plan.layout, plan.trees["adapter"]
+        passed = down(tree, layout, client, key)
+        return pack(layout, tree, passed, down_values, key.at("round down values"))
+
+    def view(payload: Payload, memory: Memory, seat: Seat) -> tuple[View, Memory]:
+        layout, support = payload.layout, payload.support
+        own = own_layout(layout, support, rescale)
+        tensors = {**held(seat.start, support), **payload.tree()}
+        moves = Support(trained(layout, seat.key.round), None, {})
+        if freeze_absent:
+            names = tuple(n for n in moves.names if n in support.names)
+            masks = {n: m for n, m in support.masks.items() if n in names}
+            moves = Support(names, None, masks)
+        return View(Adapter(own, dict(sorted(tensors.items()))), layout, support, moves), memory
+
+    def report(view: View, trained: Tree, memory: Memory, seat: Seat) -> tuple[Payload, Memory]:
+        start, moves = view.adapter.tensors, view.moves
+        names = [n for n in shared(view.layout, seat.key.round) if n in moves.names]
+        if returns == "values":
+            result = {n: trained[n] for n in names}
+        else:
+            result = {n: start[n] - trained[n] for n in names}
+        if "residual" in memory:
+            result = {n: c + memory["residual"][n] for n, c in result.items()}
+        passed = up(result, view.adapter.layout, seat.client, seat.key)
+        if moves.masks and not passed.support.masks:
+            masks = {n: m for n, m in moves.masks.items() if n in passed.support.names}
+            passed = Passed(passed.support._replace(masks=masks), "known", "known")
+        # The server knows which ranks it gave: they need not be told again.
+        support = passed.support._replace(ranks=view.support.ranks)
+        passed = Passed(support, "known", passed.masks_told)
+        key = seat.key.at("round up values")
+        payload = pack(view.layout, result, passed, up_values, key, cut_already=True)
+        if feedback:
+            sent = payload.tree()
+            memory = {**memory, "residual": {n: c - sent[n] for n, c in result.items()}}
+        return payload, memory
+
+    def clip(state: State) -> float:
+        return optimizer.clip(state.trees)
+
+    def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
+        params = state.trees["adapter"]
+        names = shared(state.layout, key.round)
+        total = {n: torch.zeros_like(p) for n, p in params.items()}
+        most = clip(state)
+        weight, merged, inside = 0.0, 0, 0
+        for client, payload in updates:
+            part = payload.tree()
+            if callable(weighting):
+                own = own_layout(state.layout, payload.support, rescale)
+                share = weighting(part, own)
+            else:
+                share = share_of(client, weighting)
+            weight += share
+            limit = 1.0 if most == math.inf else within(part, most)
+            merged, inside = merged + 1, inside + (limit == 1.0)
+            add_back(total, part, state.layout, payload.support.ranks, share * limit)
+            del payload, part  # before the next one comes: one client's update in memory at a time
+        divisor = weight if optimizer.expected is None else optimizer.expected
+        if divisor == 0:
+            raise NoUsableUpdate("no client returned an update that can be merged")
+        # The mean counts zeros: a client that did not hold a rank still counts below the line
+        # (FSLoRA, equation 5; FLASC, Algorithm 1).
+        for name, tensor in total.items():
+            tensor.div_(divisor)
+            if returns == "values":
+                tensor.neg_().add_(params[name])
+        after = step(optimizer, state, total, names)
+        return State(after.layout, optimizer.settle(after.trees, inside, merged))
+
+    def export(state: State) -> Adapter:
+        return Adapter(state.layout, state.trees["adapter"])
+
+    linear = returns == "change" and weighting == "uniform"
+    return Method(
+        knobs=knobs,
+        init=init,
+        plan=plan,
+        publish=publish,
+        view=view,
+        report=report,
+        merge=merge,
+        export=export,
+        trains=trains,
+        linear=linear,
+        clip=clip,
+    )
+
+
+def step(optimizer: Optimizer, state: State, gradient: Tree, names: tuple[str, ...]) -> State:
+    """The state after the optimizer's step on the named tensors; all else stays as it is.
+
+    The optimizer sees these alone: with momentum it would go on moving what a round leaves alone.
+    """
+    params = state.trees["adapter"]
+    kept = set(state.layout.names) - set(names)
+    slots = {group: tree for group, tree in state.trees.items() if group != "adapter"}
+    seen = {g: {n: t for n, t in tree.items() if n not in kept} for g, tree in slots.items()}
+    moved, stepped = optimizer.step(
+        {n: params[n] for n in names}, {n: gradient[n] for n in names}, seen
+    )
+    after = {group: {**slots.get(group, {}), **tree} for group, tree in stepped.items()}
+    return State(state.layout, {**slots, **after, "adapter": {**params, **moved}})
+
+
+def share_of(client: Client, weighting: Weighting) -> float:
+    """What a client's update counts for in a mean."""
+    return float(client.examples) if weighting == "examples" else 1.0
+
+
+def within(part: Tree, clip: float) -> float:
+    """The factor, at most 1, that brings a tree's L2 norm down to `clip`."""
+    size = norm(part)
+    return 1.0 if size <= clip else clip / size
+
+
+def evaluated_at(method: Method, density: float, head: Literal["sieved", "whole"]) -> Method:
+    """The same method, with a global model of its largest entries alone; density 1 masks nothing.
+
+    Clients that get a masked adapter train around its gaps. The entries that never pass still move
+    on the server, a little in every round, and a client never sees them: evaluated with them, the
+    model is another one than clients train (docs/results.md has both).
+    """
+
+    def export(state: State) -> Adapter:
+        layout, tensors = state.layout, state.trees["adapter"]
+        masks = top_k(tensors, density, competing(layout.names, layout, head))
+        return Adapter(layout, masked(tensors, masks))
+
+    return method._replace(export=export)
+
+
+def own_layout(layout: Layout, support: Support, rescale: Callable[[int, int], float]) -> Layout:
+    """The layout of a client that holds these ranks, with its own scale."""
+    kept = layout.rank if support.ranks is None else support.ranks.shape[1]
+    scale = layout.scale * (rescale(layout.rank, kept) if kept else 1.0)
+    return narrowed(layout, support.ranks, scale)
+
+
+def held(start: Adapter, support: Support) -> Tree:
+    """What a client holds of the tensors that did not travel: the start's values. Absent is not 0.
+
+    They are at the ranks of the support.
+    """
+    absent = {n: t for n, t in start.tensors.items() if n not in support.names}
+    return cut(absent, start.layout, support.ranks)
+
+
+def pack(
+    layout: Layout, tree: Tree, passed: Passed, form: Form, key: Key, *, cut_already: bool = False
+) -> Payload:
+    """What passes of a tree, rounded, as a payload.
+
+    cut_already: the tree has the shapes of the ranks that pass, not the layout's
+    """
+    part = tree if cut_already else cut(tree, layout, passed.support.ranks)
+    values = rounded(gather(part, passed.support).cpu(), form, generator(key))
+    return Payload(layout, passed.support, values, passed.ranks_told, passed.masks_told)

@@ -1,0 +1,142 @@
+"""Server optimizers: what the mean of the clients' changes does to the global adapter.
+
+Each takes the pseudo-gradient (the mean of what clients moved AWAY from, so that descent subtracts
+it) and gives new tensors; none keeps anything hidden. Three variants that papers call "Adam" on the
+server differ, so they have different names here: `adam` corrects the bias of its moments as torch
+does, `fedadam` does not (Reddi et al. 2021, arXiv 2003.00295), and neither decays weights.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from fedsieve.algebra.adapter import Tree
+
+Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
+
+
+def unlimited(slots: Slots) -> float:
+    """No update is too large."""
+    return math.inf
+
+
+def unchanged(slots: Slots, within: int, merged: int) -> Slots:
+    """Nothing is learned from how many updates were within the limit."""
+    return slots
+
+
+class Optimizer(NamedTuple):
+    """init(params) -> slots; step(params, gradient, slots) -> (params, slots).
+
+    How the mean that becomes the gradient is taken belongs to it as well:
+    clip:     slots -> the L2 norm, over all values of a client's decoded update together, to which
+              a larger update is scaled down before it is added
+    expected: what the sum of the updates is divided by; None divides by the sum of their weights,
+              and refuses a round without any
+    settle:   (slots after the step, how many updates were within the clip, how many there were) ->
+              slots; where a clip that adapts learns from the round
+    """
+
+    init: Callable[[Tree], Slots]
+    step: Callable[[Tree, Tree, Slots], tuple[Tree, Slots]]
+    clip: Callable[[Slots], float] = unlimited
+    expected: float | None = None
+    settle: Callable[[Slots, int, int], Slots] = unchanged
+
+
+def bounded(optimizer: Optimizer, clip: float) -> Optimizer:
+    """The same optimizer, on updates that are scaled down to an L2 norm of at most `clip`.
+
+    Without noise this is no privacy: it bounds what one client of n can do to the mean, clip / n.
+    """
+    return optimizer._replace(clip=lambda slots: clip)
+
+
+def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
+    """x <- x - lr * u with u = momentum * u + g. lr = 1 without momentum is FedAvg."""
+
+    def init(params: Tree) -> Slots:
+        return {"velocity": _zeros(params)} if momentum else {}
+
+    def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
+        if not momentum:
+            return {n: p - lr * gradient[n] for n, p in params.items()}, slots
+        velocity = {n: momentum * u + gradient[n] for n, u in slots["velocity"].items()}
+        return {n: p - lr * velocity[n] for n, p in params.items()}, {"velocity": velocity}
+
+    return Optimizer(init, step)
+
+
+def adam(
+    lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
+) -> Optimizer:
+    """Adam with bias correction (Kingma and Ba 2015), equal to torch.optim.Adam."""
+
+    def init(params: Tree) -> Slots:
+        return {"m": _zeros(params), "v": _zeros(params), "count": {"steps": torch.zeros(())}}
+
+    def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
+        m, v = _moments(gradient, slots, beta1, beta2)
+        count = slots["count"]["steps"] + 1
+        steps = float(count)
+        scale = lr / (1 - beta1**steps)
+        unbias = 1 - beta2**steps
+        moved = {n: p - scale * m[n] / ((v[n] / unbias).sqrt() + eps) for n, p in params.items()}
+        return moved, {"m": m, "v": v, "count": {"steps": count}}
+
+    return Optimizer(init, step)
+
+
+def fedadam(
+    lr: float = 1e-2, beta1: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
+) -> Optimizer:
+    """FedAdam (Reddi et al. 2021, Algorithm 2): no bias correction, v starts at tau**2.
+
+    x <- x - lr m / (sqrt(v) + tau): tau bounds the push on a coordinate that hardly moved.
+    """
+
+    def init(params: Tree) -> Slots:
+        return {
+            "m": _zeros(params),
+            "v": {n: torch.full_like(p, tau**2) for n, p in params.items()},
+        }
+
+    def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
+        m, v = _moments(gradient, slots, beta1, beta2)
+        moved = {n: p - lr * m[n] / (v[n].sqrt() + tau) for n, p in params.items()}
+        return moved, {"m": m, "v": v}
+
+    return Optimizer(init, step)
+
+
+def fading(optimizer: Optimizer, decay: float) -> Optimizer:
+    """The same optimizer with its learning rate multiplied by `decay` after every round.
+
+    All optimizers here move by lr times something, so it is the move that is scaled. A cohort of
+    few clients with few labels pulls the model to and fro; smaller steps at the end settle it.
+    """
+
+    def init(params: Tree) -> Slots:
+        return {**optimizer.init(params), "fading": {"rounds": torch.zeros(())}}
+
+    def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
+        rounds = slots["fading"]["rounds"]
+        inner = {name: tree for name, tree in slots.items() if name != "fading"}
+        moved, inner = optimizer.step(params, gradient, inner)
+        share = decay ** float(rounds)
+        faded = {n: p + share * (moved[n] - p) for n, p in params.items()}
+        return faded, {**inner, "fading": {"rounds": rounds + 1}}
+
+    return optimizer._replace(init=init, step=step)
+
+
+def _moments(gradient: Tree, slots: Slots, beta1: float, beta2: float) -> tuple[Tree, Tree]:
+    m = {n: beta1 * slots["m"][n] + (1 - beta1) * g for n, g in gradient.items()}
+    v = {n: beta2 * slots["v"][n] + (1 - beta2) * g * g for n, g in gradient.items()}
+    return m, v
+
+
+def _zeros(params: Tree) -> Tree:
+    return {n: torch.zeros_like(p) for n, p in params.items()}

@@ -1,0 +1,85 @@
+"""Merges that put new factors in the place of the old ones, made of all clients' products.
+
+FlexLoRA, FLoRA and FedEx-LoRA average products s_i B_i A_i, which no step along a mean of factors
+can do. They share how the updates come in: the clients return their trained values, the tensors
+outside the pairs take a step of the server optimizer, and the factors are collected, each with its
+weight in the mean.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedsieve.algebra import lowrank
+from fedsieve.algebra.adapter import Tree
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import State, Weighting, own_layout, share_of, step
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.payload import Payload
+from fedsieve.algebra.sieve import no_pairs
+from fedsieve.errors import NoUsableUpdate
+
+Stack = list[tuple[float, Tensor, Tensor]]  # (weight, B, A), whose weighted products are summed
+
+
+class Collected(NamedTuple):
+    """What a merge starts from.
+
+    state:   the head has moved
+    stacks:  module -> the clients' factors; the weights, times the layout's scale, make the mean of
+             the s_i B_i A_i
+    members: ids of the clients
+    """
+
+    state: State
+    stacks: dict[str, Stack]
+    members: list[str]
+
+
+def collect(
+    optimizer: Optimizer,
+    state: State,
+    updates: Iterable[tuple[Client, Payload]],
+    key: Key,
+    *,
+    weighting: Weighting,
+    rescale: Callable[[int, int], float],
+    most: int | None = None,
+) -> Collected:
+    """Move the head along its mean change, and collect the factors.
+
+    most: a stack is cut to this many ranks whenever it is longer; None never cuts
+    Raises NoUsableUpdate if there is no update.
+    """
+    layout, params = state.layout, state.trees["adapter"]
+    heads = no_pairs(layout, key.round)
+    change: Tree = {n: torch.zeros_like(params[n]) for n in heads}
+    stacks: dict[str, Stack] = {pair.module: [] for pair in layout.pairs}
+    sums: dict[str, lowrank.RunningSum] = {}
+    members: list[str] = []
+    weight = 0.0
+    for client, payload in updates:
+        part = payload.tree()
+        share = share_of(client, weighting)
+        own = own_layout(layout, payload.support, rescale)
+        weight += share
+        members.append(client.id)
+        for n in heads:
+            change[n].add_(params[n] - part[n], alpha=share)
+        for pair in layout.pairs:
+            name, factors = pair.module, (part[pair.b], part[pair.a])
+            own_share = share * own.scale / layout.scale
+            if most is None:
+                stacks[name].append((own_share, *factors))
+            else:
+                sums[name] = lowrank.add(sums.get(name), own_share, *factors, most)
+                stacks[name] = [(1.0, sums[name].b, sums[name].a)]
+        del payload, part
+    if weight == 0:
+        raise NoUsableUpdate("no client returned an update that can be merged")
+    moved = step(optimizer, state, {n: t / weight for n, t in change.items()}, heads)
+    shares = {m: [(w / weight, b, a) for w, b, a in stack] for m, stack in stacks.items()}
+    return Collected(moved, shares, members)

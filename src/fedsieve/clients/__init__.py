@@ -1,0 +1,1 @@
+"""What clients have, who takes part, and what is promised to them."""

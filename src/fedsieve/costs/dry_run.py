@@ -1,0 +1,84 @@
+"""A few rounds of a method over random numbers: its own functions, with no model and no data.
+
+Each client's "training" adds noise to what it may move, and every message is really encoded and
+decoded. What a method costs (costs.py), and whether its server could do with the sum of what its
+clients send (sums.py), is read off such rounds and not derived from formulas a method.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fedsieve.algebra.adapter import Adapter, Layout, Tree
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key, generator
+from fedsieve.algebra.method import Memory, Method, Seat, State, View
+from fedsieve.algebra.payload import Payload
+from fedsieve.wire import decode, encode
+
+ROUNDS = 3  # by then masks have begun, and the base has changed
+
+
+class Part(NamedTuple):
+    """One client's round: the messages down and up, the decoded upload, and what it then keeps."""
+
+    client: Client
+    view: View
+    memory: Memory
+    down: bytes
+    up: bytes
+    update: Payload
+
+
+class Rehearsed(NamedTuple):
+    """One round: the state before it, its key, and what each client did."""
+
+    state: State
+    key: Key
+    parts: list[Part]
+
+
+def rounds(method: Method, layout: Layout, clients: Sequence[Client]) -> Iterator[Rehearsed]:
+    """So many rounds in which all clients take part."""
+    start = _start(layout)
+    state = method.init(start)
+    memories: dict[str, Memory] = {}
+    for number in range(1, ROUNDS + 1):
+        key = Key(0, number)
+        plan = method.plan(state, key)
+        parts = []
+        for client in clients:
+            seat = Seat(client, start, key._replace(client=client.id))
+            payload = method.publish(plan, client, seat.key)
+            down = encode(payload)
+            sent = decode(down, layout)
+            view, memory = method.view(sent, memories.get(client.id, {}), seat)
+            report, memory = method.report(view, _moved(view, seat.key), memory, seat)
+            memories[client.id] = memory
+            up = encode(report)
+            update = decode(up, layout, payload.support)
+            parts.append(Part(client, view, memory, down, up, update))
+        yield Rehearsed(state, key, parts)
+        state = method.merge(state, ((part.client, part.update) for part in parts), key)
+
+
+def _start(layout: Layout) -> Adapter:
+    """Random numbers in the layout's shapes, B zero as LoRA has it."""
+    tensors: Tree = {}
+    for name in layout.names:
+        if layout.rank_axis.get(name, (0, 0))[1] == 1:
+            tensors[name] = torch.zeros(layout.shapes[name])
+        else:
+            draws = generator(Key(0, purpose=name))
+            tensors[name] = 0.05 * torch.randn(layout.shapes[name], generator=draws)
+    return Adapter(layout, tensors)
+
+
+def _moved(view: View, key: Key) -> Tree:
+    """The view's tensors after noise was added to what may move."""
+    trained = dict(view.adapter.tensors)
+    for name in view.moves.names:
+        noise = torch.randn(trained[name].shape, generator=generator(key.at(f"moved {name}")))
+        trained[name] = trained[name] + 0.01 * noise * view.moves.masks.get(name, 1)
+    return trained

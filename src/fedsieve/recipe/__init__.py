@@ -1,0 +1,1 @@
+"""From a TOML file to an experiment that is ready to run."""

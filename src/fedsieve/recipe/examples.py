@@ -1,0 +1,115 @@
+"""Rows to examples, as a recipe says: what is trained on, and what is evaluated on.
+
+The same for a run in one process, for a site and for a server that evaluates, so that one recipe
+means the same rows everywhere.
+"""
+
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedsieve.algebra.keys import Key, generator
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe.schema import Recipe
+from fedsieve.tasks import text as tasks
+from fedsieve.tasks.text import Examples
+
+
+class Prepared(NamedTuple):
+    """A recipe's examples.
+
+    train:   to train on; came: (n,) the row of each
+    test:    to evaluate on: test rows, or the rows held back; None if there are none
+    classes: of a classifier, in the order of its outputs; empty for a causal LM
+    """
+
+    train: Examples
+    came: Tensor
+    test: Examples | None
+    classes: tuple[str, ...]
+
+
+def prepare(
+    recipe: Recipe, rows: Dataset, test_rows: Dataset | None, tokenizer: PreTrainedTokenizerBase
+) -> Prepared:
+    """The examples of the training rows, without those held back, and those to evaluate on.
+
+    Raises FedSieveError for rows that do not fit the recipe.
+    """
+    data, on_validation = recipe.data, recipe.evaluation.on == "validation"
+    train, came, classes = tensors(recipe, rows, tokenizer)
+    test: Examples | None = None
+    if not on_validation and test_rows is not None:
+        if classes:  # those of the training rows count
+            told = recipe.data.model_copy(update={"classes": classes})
+            recipe = recipe.model_copy(update={"data": told})
+        test, _, _ = tensors(recipe, sample(recipe, test_rows), tokenizer)
+    if data.validation is not None:
+        # After the texts became tensors: the classes are those of all rows, held back or not.
+        held = held_back(len(rows), data.validation)[came]
+        if on_validation and held.any():
+            index = held.nonzero().flatten()
+            test = tasks.take(train, index[_drawn(recipe, index.numel())])
+        train, came = tasks.take(train, (~held).nonzero().flatten()), came[~held]
+    return Prepared(train, came, test, classes)
+
+
+def tensors(
+    recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Examples, Tensor, tuple[str, ...]]:
+    """Examples, the row that each came from, and a classifier's classes.
+
+    Raises FedSieveError for rows that do not fit the recipe.
+    """
+    data = recipe.data
+    if recipe.model.task == "classification":
+        if data.text is None or data.label is None:
+            raise FedSieveError("data.text and data.label are needed for classification")
+        examples, classes = tasks.classification(
+            rows,
+            tokenizer,
+            text=data.text,
+            label=data.label,
+            text_b=data.text_b,
+            max_length=data.max_length,
+            classes=data.classes,
+        )
+        return examples, torch.arange(len(rows)), classes
+    examples, came = tasks.causal_lm(
+        rows,
+        tokenizer,
+        text=data.text,
+        prompt=data.prompt,
+        completion=data.completion,
+        max_length=data.max_length,
+    )
+    return examples, torch.from_numpy(came), ()
+
+
+def sample(recipe: Recipe, rows: Dataset) -> Dataset:
+    """As many of the rows as `evaluation.limit` lets be evaluated on."""
+    limit = recipe.evaluation.limit
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select(_drawn(recipe, len(rows)).tolist())
+
+
+def held_back(count: int, share: float) -> Tensor:
+    """Which of the training rows are for validation: (count,) bool, at least one, never all.
+
+    The draw has a key of its own, without the run's seed: what was chosen on these rows with one
+    seed has not been trained on with another.
+    """
+    number = min(max(1, round(share * count)), count - 1)
+    held = torch.zeros(count, dtype=torch.bool)
+    held[torch.randperm(count, generator=generator(Key(0, purpose="validation")))[:number]] = True
+    return held
+
+
+def _drawn(recipe: Recipe, count: int) -> Tensor:
+    """The numbers of what is evaluated, in random order."""
+    order = torch.randperm(count, generator=generator(Key(recipe.seed).at("evaluation")))
+    return order[: recipe.evaluation.limit]

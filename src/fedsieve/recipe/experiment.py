@@ -1,0 +1,291 @@
+"""From a recipe, or from data sets in a notebook, to a federation that is ready to run."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedsieve.algebra import budget as laws
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key, word
+from fedsieve.algebra.method import Memory, Method, View
+from fedsieve.clients.privacy import Cohorts, Plan, settle
+from fedsieve.clients.resources import Resources
+from fedsieve.clients.sampling import Sampling
+from fedsieve.clients.sampling import check as check_sampling
+from fedsieve.data import fetch, partition, sources
+from fedsieve.engine import personal
+from fedsieve.engine.local import in_process, punctual
+from fedsieve.engine.loop import Federation
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import budgets as allot
+from fedsieve.recipe import schema as tables
+from fedsieve.recipe.examples import prepare
+from fedsieve.recipe.read import build_method
+from fedsieve.recipe.schema import Recipe
+from fedsieve.tasks import text as tasks
+from fedsieve.tasks.text import Examples
+from fedsieve.train.local import Fit, Score, Training, evaluate, fit, runs_in_bf16
+from fedsieve.train.model import Bench, load_base, load_tokenizer, pick_device, set_up
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A federation in this process, with the model that it trains.
+
+    recipe:   what was asked for, with what the data told filled in; None in a notebook
+    start:    the adapter before the first round
+    memories: what clients keep between rounds, by id
+    notes:    what a user should know about how it was set up
+    ending:   why there are no more rounds, to be said at the end; or None
+    """
+
+    recipe: Recipe | None
+    federation: Federation
+    bench: Bench
+    start: Adapter
+    memories: dict[str, Memory]
+    notes: tuple[str, ...]
+    ending: str | None = None
+
+
+def assemble(
+    bench: Bench,
+    method: Method,
+    examples: Mapping[str, Callable[[], Examples]],
+    counts: Mapping[str, int],
+    budgets: Mapping[str, Budget],
+    *,
+    training: Training,
+    sampling: Sampling,
+    seed: int,
+    test: Examples | None,
+    evaluate_every: int = 1,
+    evaluate_batch: int = 64,
+    notes: Sequence[str] = (),
+    recipe: Recipe | None = None,
+    privacy: Plan | None = None,
+    resources: Mapping[str, Resources] | None = None,
+) -> Experiment:
+    """Clients, trainer and evaluation around a model that has its adapter in it.
+
+    examples: id -> a function that gives the client's examples; counts: id -> how many those are.
+    A client without examples is left out with a warning.
+    resources: what clients have, by id, where it is known
+    Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve.
+    """
+    laws.check(budgets, bench.layout.rank)
+    notes = list(notes)
+    empty = sorted(id for id, count in counts.items() if count == 0)
+    if empty:
+        shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        note = f"{len(empty)} of {len(counts)} clients have no data and are left out: {shown}"
+        warnings.warn(note, stacklevel=3)
+        notes.append(note)
+    clients = [Client(id, count, budgets[id]) for id, count in sorted(counts.items()) if count]
+    if not clients:
+        raise FedSieveError("no client has any data")
+    if resources is not None:
+        clients = [
+            c._replace(link=resources[c.id].link, step_seconds=resources[c.id].step_seconds)
+            for c in clients
+        ]
+    check_sampling(sampling, clients)
+
+    def train(view: View, client: Client, key: Key) -> Fit:
+        return fit(bench, view, examples[client.id](), training, key)
+
+    memories: dict[str, Memory] = {}
+
+    def score(adapter: Adapter) -> Score:
+        assert test is not None
+        rate = partial(evaluate, bench, batch=evaluate_batch, precision=training.precision)
+        # Before the first round no client has anything of its own.
+        if method.personal is None or not memories:
+            return rate(adapter, test)
+        return personal.mean_score(
+            rate(
+                method.personal(adapter, memory),
+                personal.own_test(test, examples[id](), Key(seed, 0, id)),
+            )
+            for id, memory in personal.some_of(memories, Key(seed))
+        )
+
+    exchange = in_process(method, train, bench.adapter(), memories)
+    federation = Federation(
+        method=method,
+        clients=clients,
+        sampling=sampling,
+        seed=seed,
+        exchange=punctual(exchange, sampling.size) if sampling.extra else exchange,
+        evaluate=None if test is None else score,
+        evaluate_every=evaluate_every,
+        privacy=privacy,
+    )
+    ending = None if privacy is None else privacy.ending
+    return Experiment(recipe, federation, bench, bench.adapter(), memories, tuple(notes), ending)
+
+
+def from_recipe(recipe: Recipe) -> Experiment:
+    """Load model and data, split the data over clients, and set up the federation.
+
+    Raises FedSieveError for whatever of the recipe does not fit the model or the data.
+    """
+    method = build_method(recipe)
+    key = Key(recipe.seed)
+    device = pick_device(recipe.device)
+    recipe = _settled(recipe, device)
+    tokenizer = load_tokenizer(locate(recipe.model.source))
+    note = tasks.ensure_pad_token(tokenizer)
+    notes = [note] if note else []
+    if note:
+        warnings.warn(note, stacklevel=2)
+    data = recipe.data
+    read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
+    rows = read(data.train, data.train_split)
+    test_rows = None
+    on_validation = recipe.evaluation.on == "validation"
+    if not on_validation and (data.test is not None or data.test_split is not None):
+        test_rows = read(data.test or data.train, data.test_split)
+    prepared = prepare(recipe, rows, test_rows, tokenizer)
+    examples = prepared.train
+    if on_validation and prepared.test is None:
+        raise FedSieveError("data.validation: none of the rows held back can be used")
+    if prepared.classes:
+        data = data.model_copy(update={"classes": prepared.classes})
+        recipe = recipe.model_copy(update={"data": data})
+    parts = _parts(recipe, rows, examples, prepared.came)
+    plan = None
+    if recipe.privacy is not None:
+        recipe, plan = with_privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
+        method = build_method(recipe, partial(plan.around, key=key))
+        notes += [plan.guarantee, *plan.cautions]
+        for caution in plan.cautions:
+            warnings.warn(caution, stacklevel=2)
+    bench = set_up_bench(recipe, tokenizer, device)
+    check_length(bench, examples)
+    counts = {id: index.numel() for id, index in parts.items()}
+    machines = allot.resources(recipe, counts)
+    return assemble(
+        bench,
+        method,
+        {id: _taker(examples, index) for id, index in parts.items()},
+        counts,
+        allot.budgets(recipe, method, bench.layout, counts, machines),
+        training=recipe.training,
+        sampling=tables.sampling(recipe),
+        seed=recipe.seed,
+        test=prepared.test,
+        evaluate_every=recipe.evaluation.every,
+        evaluate_batch=recipe.evaluation.batch,
+        notes=notes,
+        recipe=recipe,
+        privacy=plan,
+        resources=machines,
+    )
+
+
+def set_up_bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Bench:
+    """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in."""
+    base = load_base(
+        locate(recipe.model.source),
+        recipe.model.task,
+        recipe.data.classes or (),
+        key=Key(recipe.seed),
+        dtype=recipe.model.dtype,
+        pad_token_id=tokenizer.pad_token_id,
+        settings=recipe.model.settings,
+    )
+    trains = build_method(recipe).trains
+    return set_up(base, recipe.model.task, recipe.lora, trains, key=Key(recipe.seed), device=device)
+
+
+def check_length(bench: Bench, examples: Examples) -> None:
+    """Raises FedSieveError if the texts are longer than the model has positions for."""
+    length = examples.input_ids.shape[1]
+    most = getattr(bench.model.config, "max_position_embeddings", None) or length
+    if length > most:
+        raise FedSieveError(
+            f"data.max_length: texts of {length} tokens do not fit the model's {most} positions"
+        )
+
+
+def locate(source: str) -> str:
+    """Where a model is: a fetched name's folder, else the name itself (a folder or the hub).
+
+    Fetched names come first, as for data: write `./name` for a folder that is called like one.
+    """
+    if source in fetch.PACKAGES:
+        return str(fetch.cached(source))
+    return source
+
+
+def _settled(recipe: Recipe, device: torch.device) -> Recipe:
+    """The recipe without what depends on this machine or on the working directory.
+
+    Resuming elsewhere then trains in the same precision, on the same files.
+    """
+    in_bf16 = runs_in_bf16(device, recipe.training.precision)
+    training = dataclasses.replace(recipe.training, precision="bf16" if in_bf16 else "fp32")
+    model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
+    data = recipe.data.model_copy(
+        update={
+            "train": absolute(recipe.data.train),
+            "test": None if recipe.data.test is None else absolute(recipe.data.test),
+        }
+    )
+    return recipe.model_copy(update={"training": training, "model": model, "data": data})
+
+
+def absolute(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source not in fetch.PACKAGES and path.exists() else source
+
+
+def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
+    return lambda: tasks.take(examples, index)
+
+
+def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, Plan]:
+    """The recipe with its noise and the rounds that it can afford filled in, and their account.
+
+    clients: how many have data, and so can be drawn
+    """
+    assert recipe.privacy is not None
+    cohorts = Cohorts(recipe.sampling.kind, recipe.cohort, clients)
+    plan = settle(cohorts, rounds=recipe.rounds, **recipe.privacy.model_dump())
+    # Written down, so that a resumed run neither searches again nor finds something else.
+    settled = recipe.privacy.model_copy(update={"noise_multiplier": plan.noise_multiplier})
+    return recipe.model_copy(update={"privacy": settled, "rounds": plan.rounds}), plan
+
+
+def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> dict[str, Tensor]:
+    """Client id -> the numbers of its examples."""
+    chosen = recipe.partition
+    count = examples.labels.shape[0]
+    seed = word(Key(recipe.seed, purpose="partition")) % 2**32
+    if chosen.kind == "column":
+        assert chosen.column is not None
+        values = sources.column(rows, chosen.column)
+        split = partition.natural([values[row] for row in came.tolist()])
+    elif chosen.kind == "iid":
+        assert chosen.clients is not None
+        split = partition.iid(count, chosen.clients, seed)
+    else:
+        assert chosen.clients is not None
+        assert chosen.alpha is not None
+        if examples.labels.ndim > 1:
+            raise FedSieveError(
+                "partition.kind: 'dirichlet' splits by label and a causal-lm task has none: "
+                "use 'column' or 'iid'"
+            )
+        split = partition.dirichlet(examples.labels, chosen.clients, chosen.alpha, seed)
+    return {id: torch.as_tensor(index) for id, index in split.items()}

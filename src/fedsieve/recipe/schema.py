@@ -1,0 +1,406 @@
+"""The tables of a recipe: every key, its default and its limits.
+
+recipe.py reads them from a file; docs/recipes.md describes the keys.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
+
+from fedsieve.algebra.budget import PAPER_RATIOS, refuse_rank
+from fedsieve.clients.privacy import Source
+from fedsieve.clients.sampling import Kind, Sampling
+from fedsieve.train.local import Training
+from fedsieve.train.model import Lora
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(_Table):
+    """The pretrained model: a hub name, a folder, or a name that `fedsieve fetch` knows.
+
+    settings: changes to the model's configuration, such as its dropout rates
+    """
+
+    source: str
+    task: Literal["classification", "causal-lm"] = "classification"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    settings: dict[str, Any] = {}
+
+
+class Data(_Table):
+    """Rows to train and to evaluate on, and the columns that matter.
+
+    train, test: a hub data set, a file, a folder, or a fetched name; test defaults to train's
+    names, separator: for CSV and TSV files without a header line, or with another separator
+    classes: the labels in the order of the model's outputs; by default those that train holds
+    validation: share of train's rows that no client gets; the same rows whatever the seed
+    """
+
+    train: str
+    test: str | None = None
+    config: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    names: tuple[str, ...] | None = None
+    separator: str | None = None
+    text: str | None = None
+    text_b: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    classes: tuple[str, ...] | None = None
+    max_length: PositiveInt = 128
+    validation: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class Partition(_Table):
+    """Which rows go to which client.
+
+    dirichlet: `clients` clients whose label shares are drawn with concentration `alpha`
+    iid: `clients` equal parts at random; column: one client for each value of `column`
+    """
+
+    kind: Literal["dirichlet", "iid", "column"]
+    clients: PositiveInt | None = None
+    alpha: PositiveFloat | None = None
+    column: str | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Partition":
+        needs = {"dirichlet": ("clients", "alpha"), "iid": ("clients",), "column": ("column",)}
+        for key in ("clients", "alpha", "column"):
+            given = getattr(self, key) is not None
+            if given != (key in needs[self.kind]):
+                verb = "does not use" if given else "needs"
+                raise ValueError(f"a partition of kind {self.kind!r} {verb} {key!r}")
+        return self
+
+
+class Tier(_Table):
+    """A kind of client: its share of all clients and what it can afford (see budget.Budget)."""
+
+    share: PositiveFloat = 1.0
+    ratio: Share = 1.0
+    down: Share = 1.0
+    up: Share = 1.0
+
+
+class Limits(_Table):
+    """What one client can afford: its ranks as a share of the server's or in number, densities."""
+
+    ratio: Share | None = None
+    rank: PositiveInt | None = None
+    down: Share = 1.0
+    up: Share = 1.0
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Limits":
+        if self.ratio is not None and self.rank is not None:
+            raise ValueError("give ratio or rank, not both")
+        return self
+
+
+def _by_id(value: Any) -> str:
+    return "by id" if isinstance(value, Mapping) else "in order"
+
+
+class ListBudgets(_Table):
+    """A budget for each client: by its id, or in order of id."""
+
+    kind: Literal["list"]
+    clients: Annotated[
+        Annotated[dict[str, Limits], Tag("by id")] | Annotated[tuple[Limits, ...], Tag("in order")],
+        Discriminator(_by_id),
+    ]
+
+
+class TierBudgets(_Table):
+    """FLASC's tiers (budget.tiers_by_rank and budget.tiers_by_density).
+
+    by: what the tiers differ in; by default the rank if the method uses it, else the density
+    """
+
+    kind: Literal["tiers"]
+    tiers: PositiveInt
+    by: Literal["rank", "density"] | None = None
+
+
+class RatioBudgets(_Table):
+    """A ratio for each client, drawn uniformly from a set; by default FSLoRA's."""
+
+    kind: Literal["ratios"]
+    ratios: Annotated[tuple[Share, ...], Field(min_length=1)] = PAPER_RATIOS
+    down: Share = 1.0
+    up: Share = 1.0
+
+
+class RankLaw(_Table):
+    """A rank for each client from one of FSLoRA's laws on [low, high]; see budget.py."""
+
+    kind: Literal["normal", "heavy-tail"]
+    low: PositiveInt
+    high: PositiveInt
+    down: Share = 1.0
+    up: Share = 1.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "RankLaw":
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low}, above high, which is {self.high}")
+        return self
+
+
+class Machine(_Table):
+    """What a client has (resources.Resources): MB, Mbit/s, seconds. share: of a tier of such."""
+
+    share: PositiveFloat = 1.0
+    memory: PositiveFloat
+    down: PositiveFloat
+    up: PositiveFloat
+    latency: NonNegativeFloat = 0.0
+    step_seconds: NonNegativeFloat
+
+
+class ResourceBudgets(_Table):
+    """Budgets that keep each client's round under a deadline; see resources.py.
+
+    deadline: seconds; least: the smallest density that may be chosen
+    """
+
+    kind: Literal["resources"]
+    deadline: PositiveFloat
+    least: Share = 1 / 64
+    tiers: tuple[Machine, ...] | None = None
+    clients: dict[str, Machine] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "ResourceBudgets":
+        if bool(self.tiers) == bool(self.clients):
+            raise ValueError("give the machines as tiers or as clients (by id): one of the two")
+        return self
+
+
+_BUDGETS: dict[str, type[_Table]] = {
+    "shares": Tier,
+    "list": ListBudgets,
+    "tiers": TierBudgets,
+    "ratios": RatioBudgets,
+    "normal": RankLaw,
+    "heavy-tail": RankLaw,
+    "resources": ResourceBudgets,
+}
+
+
+def _kind_of_budgets(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return str(value.get("kind"))
+    return str(getattr(value, "kind", "shares"))
+
+
+Budgets = Annotated[
+    Annotated[tuple[Tier, ...], Tag("shares")]
+    | Annotated[ListBudgets, Tag("list")]
+    | Annotated[TierBudgets, Tag("tiers")]
+    | Annotated[RatioBudgets, Tag("ratios")]
+    | Annotated[RankLaw, Tag("normal")]
+    | Annotated[RankLaw, Tag("heavy-tail")]
+    | Annotated[ResourceBudgets, Tag("resources")],
+    Discriminator(
+        _kind_of_budgets,
+        custom_error_type="budgets",
+        custom_error_message="a list of tiers is needed, or a table whose kind is "
+        + ", ".join(repr(kind) for kind in _BUDGETS if kind != "shares"),
+    ),
+]
+
+
+class SamplingTable(_Table):
+    """Who takes part in a round (sampling.Sampling); its size is the recipe's `cohort`."""
+
+    kind: Kind = "uniform"
+    availability: float | dict[str, float] = 1.0
+    extra: NonNegativeInt = 0
+    quorum: NonNegativeInt = 0
+
+
+class MethodTable(BaseModel):
+    """The method's name; its options stand beside it and are checked against its signature."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+
+class ServerTable(BaseModel):
+    """The server optimizer's name; its parameters stand beside it.
+
+    decay: its learning rate is multiplied by this after every round
+    clip: the L2 norm to which a client's update is scaled down; none by default. No privacy
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    optimizer: Literal["sgd", "adam", "fedadam"] = "sgd"
+    decay: Share = 1.0
+    clip: PositiveFloat | None = None
+
+
+class Privacy(_Table):
+    """Client-level differential privacy with a trusted server; see privacy.py and docs/privacy.md.
+
+    clip: the L2 norm to which a client's update is scaled down
+    epsilon, delta: the target; epsilon alone finds the noise for all rounds
+    noise_multiplier: the noise on the sum of updates over clip; with epsilon too, the run ends
+        before the round that would pass it
+    simulated_cohort, simulated_population: noise as if so many of so many clients took part
+    noise_from: "seed" repeats with the recipe, for simulation; "system" is what deployments need
+    quantile, clip_rate, count_noise: a clip that follows this quantile of the updates' norms
+    """
+
+    clip: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=1)]
+    epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    simulated_cohort: PositiveInt | None = None
+    simulated_population: PositiveInt | None = None
+    noise_from: Source = "seed"
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
+    clip_rate: PositiveFloat = 0.2
+    count_noise: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Privacy":
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ValueError("give 'epsilon', 'noise_multiplier', or both")
+        return self
+
+
+class Evaluation(_Table):
+    """every: rounds between evaluations (the last round is always evaluated)
+
+    on: "validation" takes the rows that data.validation holds back; the test rows are not read
+    limit: evaluate on the first so many rows, after a shuffle by the seed; None takes all
+    """
+
+    on: Literal["test", "validation"] = "test"
+    every: PositiveInt = 1
+    batch: PositiveInt = 64
+    limit: PositiveInt | None = None
+
+
+class Checkpoint(_Table):
+    """every: rounds between checkpoints (the last round always leaves one)."""
+
+    every: PositiveInt = 1
+
+
+class Recipe(_Table):
+    """A whole experiment."""
+
+    name: str = "run"
+    seed: NonNegativeInt = 0
+    rounds: PositiveInt
+    cohort: PositiveInt
+    device: str = "auto"
+    model: Model
+    lora: Lora = Lora()
+    data: Data
+    partition: Partition
+    budgets: Budgets = (Tier(),)
+    sampling: SamplingTable = SamplingTable()
+    method: MethodTable
+    server: ServerTable = ServerTable()
+    privacy: Privacy | None = None
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _has_validation_rows(self) -> "Recipe":
+        if self.evaluation.on == "validation" and self.data.validation is None:
+            raise ValueError(
+                "evaluation.on: 'validation' needs data.validation, the share of the training "
+                "rows to hold back (0.1, say)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_that_the_server_has(self) -> "Recipe":
+        rank = self.lora.rank
+        if isinstance(self.budgets, ListBudgets):
+            for id, limits in limits_by_id(self.budgets).items():
+                refuse_rank(id, limits.rank or 1, rank)
+        if isinstance(self.budgets, RankLaw) and self.budgets.high > rank:
+            raise ValueError(
+                f"budgets.high: clients of rank {self.budgets.high} are above the server's {rank}: "
+                "lower it or raise lora.rank"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_that_can_be(self) -> "Recipe":
+        sampling(self)  # raises if it cannot
+        if self.sampling.extra and not isinstance(self.budgets, ResourceBudgets):
+            raise ValueError(
+                "sampling.extra: who is late follows from each client's link and seconds a step: "
+                "give them in budgets of kind 'resources', or leave extra out"
+            )
+        return self
+
+
+def sampling(recipe: Recipe) -> Sampling:
+    """The sampling that the recipe's `cohort` and its [sampling] table describe."""
+    return Sampling(size=recipe.cohort, **recipe.sampling.model_dump())
+
+
+def limits_by_id(budgets: ListBudgets) -> dict[str, Limits]:
+    """The listed limits by id; a list in order is taken to be of the ids "0000", "0001", ..."""
+    if isinstance(budgets.clients, dict):
+        return budgets.clients
+    width = max(4, len(str(len(budgets.clients) - 1)))
+    return {f"{number:0{width}d}": each for number, each in enumerate(budgets.clients)}
+
+
+def path_of(loc: Sequence[str | int]) -> list[str]:
+    """The steps to a place as a user writes them: without the tags of unions."""
+    path = [str(step) for step in loc]
+    if path[:1] == ["budgets"]:
+        tag = path[1:2]
+        del path[1:2]
+        if tag == ["list"] and path[1:2] == ["clients"]:
+            del path[2:3]
+    return path
+
+
+def keys_of(path: Sequence[str | int]) -> list[str]:
+    """The keys of the table at a place of the recipe."""
+    table: Any = Recipe
+    for place, step in enumerate(path):
+        if path[0] == "budgets" and place == 1 and step in _BUDGETS:
+            table = _BUDGETS[str(step)]
+        elif step in table.__pydantic_fields__:
+            table = _table_in(table.__pydantic_fields__[step].annotation) or table
+    return list(table.__pydantic_fields__)
+
+
+def _table_in(annotation: Any) -> Any:
+    """The first table that an annotation names, in whatever list, union or dict."""
+    if hasattr(annotation, "__pydantic_fields__"):
+        return annotation
+    found = (_table_in(inner) for inner in get_args(annotation))
+    return next((table for table in found if table is not None), None)

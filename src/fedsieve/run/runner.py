@@ -1,0 +1,194 @@
+"""Runs on disk: start, resume, export.
+
+A run is a pure function of its recipe. What is written along the way serves to look at it and to go
+on after a stop: a resumed run ends with the same adapter and the same metrics as one that was never
+stopped, byte for byte, timings aside.
+"""
+
+import shutil
+import signal
+import threading
+import tomllib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from fedsieve import report
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.engine import loop
+from fedsieve.engine.loop import Progress, Receipt, Round
+from fedsieve.errors import FedSieveError, NoUsableUpdate
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.experiment import Experiment, from_recipe, locate, set_up_bench
+from fedsieve.recipe.schema import Recipe
+from fedsieve.run import checkpoint, rundir
+from fedsieve.run.checkpoint import Snapshot
+from fedsieve.tasks import text as tasks
+from fedsieve.train.model import load_tokenizer, pick_device
+
+Show = Callable[[Round, Sequence[Receipt]], None]  # called after every round
+Build = Callable[[Recipe], Experiment]  # who sets the federation up: here, or on a network
+
+
+class Stopped(Exception):
+    """The run was stopped by the user; its state is kept."""
+
+
+def start(recipe: Recipe, folder: Path, show: Show, *, overwrite: bool = False) -> Adapter:
+    """Run a recipe from its beginning, in a directory of its own.
+
+    Raises FedSieveError for bad input, Stopped after Ctrl-C or SIGTERM.
+    """
+    if not overwrite:
+        rundir.refuse(folder)  # before the model and the data are loaded
+    experiment = from_recipe(recipe)
+    assert experiment.recipe is not None
+    facts = rundir.environment(str(experiment.bench.device))
+    text = recipes.dump(experiment.recipe, {**facts, "notes": list(experiment.notes)})
+    with rundir.lock(folder), _disk_errors(folder):
+        rundir.create(folder, text, overwrite=overwrite)
+        return _go_on(experiment, experiment.recipe, None, folder, show)
+
+
+def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
+    """Go on with a run from its newest whole checkpoint; a finished run is left as it is.
+
+    Raises FedSieveError if the folder holds no run that can be resumed, Stopped as `start` does.
+    """
+    rundir.check(folder)
+    with rundir.lock(folder):
+        recipe = recipes.load(str(folder / rundir.RECIPE))
+        experiment = build(recipe)
+        snapshot = None
+        if not rundir.untouched(folder):
+            snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, experiment.bench.layout)
+            experiment.memories.update(snapshot.memories)
+        with _disk_errors(folder):
+            rundir.cut_back(folder, snapshot.marks if snapshot else {rundir.METRICS: 0})
+            if snapshot:
+                checkpoint.forget_after(folder / rundir.CHECKPOINTS, snapshot.progress.round)
+            return _go_on(experiment, recipe, snapshot, folder, show)
+
+
+def export(folder: Path, to: Path, *, merge: bool = False) -> int:
+    """Write the newest checkpoint's adapter, or the whole model with it merged in, to a folder.
+
+    Returns the round it is from. Raises FedSieveError if there is no run or `to` is not empty.
+    """
+    rundir.check(folder)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        if any(to.iterdir()):
+            raise FedSieveError(f"{to} is not empty: choose another folder")
+    except OSError as error:
+        raise FedSieveError(f"{to} cannot be written: {error.strerror}") from error
+    recipe = recipes.load(str(folder / rundir.RECIPE))
+    tokenizer = load_tokenizer(locate(recipe.model.source))
+    tasks.ensure_pad_token(tokenizer)
+    bench = set_up_bench(recipe, tokenizer, pick_device("cpu"))
+    snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, bench.layout)
+    adapter = recipes.build_method(recipe).export(snapshot.progress.state)
+    if merge:
+        bench.merge(adapter, to)
+    else:
+        bench.save(adapter, to)
+    tokenizer.save_pretrained(str(to))
+    return snapshot.progress.round
+
+
+def rounds_of(folder: Path) -> int:
+    """How many rounds a run's recipe asks for."""
+    rundir.check(folder)
+    return int(tomllib.loads((folder / rundir.RECIPE).read_text(encoding="utf-8"))["rounds"])
+
+
+def _go_on(
+    experiment: Experiment, recipe: Recipe, snapshot: Snapshot | None, folder: Path, show: Show
+) -> Adapter:
+    """Train the rounds that are left, from a snapshot that is on the disk, or from none."""
+    checkpoints = folder / rundir.CHECKPOINTS
+    with sigterm_as_ctrl_c():
+        if snapshot is None:
+            first, progress = loop.begin(experiment.federation, experiment.start)
+            rundir.append(folder, rundir.METRICS, [first])
+            snapshot = _snapshot(experiment, progress, folder)
+            checkpoint.save(checkpoints, snapshot)
+            show(first, [])
+        saved = snapshot
+        try:
+            for summary, receipts, progress in loop.rounds(
+                experiment.federation, snapshot.progress, recipe.rounds
+            ):
+                rundir.append(folder, rundir.METRICS, [summary])
+                rundir.append(folder, rundir.CLIENTS, receipts)
+                # Before this line a Ctrl-C finds the snapshot of the round before, with its own
+                # marks and memories: what of this round is written already will be cut off.
+                snapshot = _snapshot(experiment, progress, folder)
+                if progress.round % recipe.checkpoint.every == 0 or progress.round == recipe.rounds:
+                    checkpoint.save(checkpoints, snapshot)
+                    saved = snapshot
+                show(summary, receipts)
+            adapter = experiment.federation.method.export(snapshot.progress.state)
+            _save_adapter(experiment, adapter, folder / rundir.ADAPTER)
+            report.write([folder], folder / rundir.REPORT)
+            if experiment.ending:
+                warnings.warn(experiment.ending, stacklevel=2)
+        except NoUsableUpdate as error:
+            if snapshot is not saved:
+                checkpoint.save(checkpoints, snapshot)
+            raise FedSieveError(
+                f"round {snapshot.progress.round + 1}: {error}. The state after round "
+                f"{snapshot.progress.round} is kept in {folder}"
+            ) from error
+        except KeyboardInterrupt:
+            if snapshot is not saved:
+                checkpoint.save(checkpoints, snapshot)
+            raise Stopped(
+                f"stopped after round {snapshot.progress.round} of {recipe.rounds}; go on with "
+                f"`fedsieve resume {folder}`"
+            ) from None
+    return adapter
+
+
+def _snapshot(experiment: Experiment, progress: Progress, folder: Path) -> Snapshot:
+    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder))
+
+
+def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path) -> None:
+    """Write the adapter beside its place first, so that a crash leaves no half of it."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    experiment.bench.save(adapter, part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk is the user's to mend, whichever file met it."""
+    try:
+        yield
+    except OSError as error:
+        raise FedSieveError(
+            f"{error.filename or folder} cannot be written: {error.strerror or error}. The "
+            f"checkpoints are whole: make room, then `fedsieve resume {folder}`"
+        ) from error
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """A machine that is taken away sends SIGTERM: keep the state then too."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,1 @@
+"""Runs over other machines: the server, the sites, and what passes between them."""

@@ -1,0 +1,193 @@
+"""A recipe that a server told, made ready at a site: checked, and with the site's model and rows.
+
+A recipe is trusted with what is trained, not with anything of the site: its [data] says how long
+texts are and which classes there are, and all else that concerns data, files and devices is the
+site's own (site.py). What could load foreign code or files is refused: methods that are not
+FedSieve's own, changes of the model's configuration other than dropout rates, models that the site
+has not stored. Errors that could quote a row or a path are told to the site's own terminal; the
+server learns that there was one.
+"""
+
+import hashlib
+import tomllib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from fedsieve import methods
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.algebra.method import Method
+from fedsieve.data import fetch
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe import schema as tables
+from fedsieve.recipe.examples import prepare
+from fedsieve.recipe.experiment import check_length, locate, set_up_bench
+from fedsieve.recipe.schema import Recipe
+from fedsieve.sites.site import Site
+from fedsieve.tasks import text as tasks
+from fedsieve.tasks.text import Examples
+from fedsieve.train.model import Bench, load_tokenizer, pick_device
+
+LONGEST = 1 << 20  # bytes of a recipe
+
+Say = Callable[[str], None]  # where the site's owner reads what happens
+
+
+class Desk(NamedTuple):
+    """All that the site needs for one recipe, in memory.
+
+    start:    the adapter before the first round
+    examples: to train on; test: to evaluate on, or None
+    digest:   of the base model's weights
+    """
+
+    run: str
+    recipe: Recipe
+    method: Method
+    bench: Bench
+    start: Adapter
+    examples: Examples
+    test: Examples | None
+    digest: str
+
+
+def checked(text: bytes, site: Site) -> Recipe:
+    """The recipe in a text that a server told, on the site's own model, rows and device.
+
+    Raises FedSieveError for one that a site may not follow.
+    """
+    return _localised(_recipe(text), site)
+
+
+def sit_down(
+    run: str,
+    recipe: Recipe,
+    rows: Dataset,
+    test_rows: Dataset | None,
+    most_steps: int,
+    say: Say,
+) -> Desk:
+    """Load the model and make the examples that a checked recipe needs.
+
+    run: digest of the recipe's text. Raises FedSieveError where model or rows do not fit; its words
+    may be told to the server.
+    """
+    method = recipes.build_method(recipe)
+    tokenizer = _tokenizer(recipe, say)
+    examples, test = _examples(recipe, rows, test_rows, tokenizer, say)
+    _refuse_too_many_steps(recipe, tasks.count(examples), most_steps)
+    bench = _bench(recipe, tokenizer, say)
+    check_length(bench, examples)
+    return Desk(run, recipe, method, bench, bench.adapter(), examples, test, base_digest(bench))
+
+
+def _recipe(text: bytes) -> Recipe:
+    """The recipe that a server told, if it is one that a site may follow."""
+    if len(text) > LONGEST:
+        raise FedSieveError(f"a recipe of {len(text)} bytes: at most {LONGEST}")
+    try:
+        table = tomllib.loads(text.decode())
+    except (ValueError, RecursionError) as error:
+        raise FedSieveError(f"the recipe is not valid TOML: {error}") from error
+    table.pop("environment", None)
+    method = table.get("method")
+    name = method.get("name") if isinstance(method, dict) else None
+    if name not in methods.names():
+        # Any other name would be imported.
+        raise FedSieveError(f"method.name {str(name)[:40]!r} is no method of FedSieve itself")
+    recipe = recipes.check(table)
+    for key, value in recipe.model.settings.items():
+        rate = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+        if not ("drop" in key and rate):
+            # What is given there goes to the function that loads the model.
+            raise FedSieveError(f"model.settings.{key[:40]}: a site takes dropout rates only")
+    if recipe.model.task == "classification" and recipe.data.classes is None:
+        raise FedSieveError(
+            "data.classes: sites cannot see each other's labels, so the recipe must list them"
+        )
+    return recipe
+
+
+def _localised(recipe: Recipe, site: Site) -> Recipe:
+    """The recipe with all that concerns files and devices taken from the site."""
+    if site.model is None and recipe.model.source not in fetch.PACKAGES:
+        raise FedSieveError(
+            "model.source is no name that `fedsieve fetch` stores, and this site's file does not "
+            "say where its model is"
+        )
+    given, asked = site.data.model_dump(), recipe.data
+    data = tables.Data(
+        **given, classes=asked.classes, max_length=asked.max_length, validation=asked.validation
+    )
+    model = recipe.model.model_copy(update={"source": site.model or recipe.model.source})
+    return recipe.model_copy(update={"data": data, "model": model, "device": site.device})
+
+
+def _tokenizer(recipe: Recipe, say: Say) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = load_tokenizer(locate(recipe.model.source))
+        tasks.ensure_pad_token(tokenizer)
+    except FedSieveError as error:
+        raise _no_model(error, say) from None
+    return tokenizer
+
+
+def _bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say) -> Bench:
+    place = locate(recipe.model.source)
+    try:
+        return set_up_bench(recipe, tokenizer, pick_device(recipe.device))
+    except FedSieveError as error:
+        # What is wrong with the recipe's [lora] may be told; where the model lies may not.
+        if place in str(error):
+            raise _no_model(error, say) from None
+        raise
+
+
+def _no_model(error: FedSieveError, say: Say) -> FedSieveError:
+    say(f"error: {error}")
+    return FedSieveError("this site cannot load its base model; its worker's terminal says why")
+
+
+def _examples(
+    recipe: Recipe,
+    rows: Dataset,
+    test_rows: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+) -> tuple[Examples, Examples | None]:
+    """What the site trains on and what it evaluates on.
+
+    Errors here may quote rows, so the server is only told that there was one.
+    """
+    try:
+        prepared = prepare(recipe, rows, test_rows, tokenizer)
+        if tasks.count(prepared.train) == 0:
+            raise FedSieveError("no row is left to train on")
+    except FedSieveError as error:
+        say(f"error: {error}")
+        raise FedSieveError(
+            "this site's rows do not fit the recipe; its worker's terminal says why"
+        ) from None
+    return prepared.train, prepared.test
+
+
+def _refuse_too_many_steps(recipe: Recipe, examples: int, most: int) -> None:
+    training = recipe.training
+    steps = training.steps or training.epochs * -(-examples // training.batch)
+    if steps > most:
+        raise FedSieveError(f"{steps} optimizer steps a round: this site takes at most {most}")
+
+
+def base_digest(bench: Bench) -> str:
+    """Of the frozen weights: two sites with different base models find out."""
+    trained = {id(parameter) for _, parameter in bench.parameters()}
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in bench.model.named_parameters():
+        if id(parameter) not in trained:
+            flat = parameter.detach().cpu().contiguous().flatten()
+            digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,463 @@
+"""A federation across machines: the app that Flower runs, and the run that the server keeps.
+
+`prepare` writes a run's directory that holds, beside what every run has,
+
+    app/       a Flower app of one file: it names this package's two ends and this directory
+    flower/    what Flower's command line needs to know of the server
+    sites.json the key of each site's node, from when it was first met, where nodes have keys
+
+and `serve` is what the app's server end does: the same run as in one process (runner.py), with the
+same checkpoints and logs, but clients that are sites (engine/flower.py). Flower itself cannot go on
+with a run that lost its server; as ours is on the disk, a new Flower run goes on with it.
+
+The server reads no training rows; it evaluates on rows of its own, or asks the sites to. A site's
+budget and its number of examples come from the site: the recipe's [partition] and [budgets] are for
+runs in one process.
+
+Nothing here needs Flower, except that `check_installed` looks for it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import secrets
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Method
+from fedsieve.clients.privacy import Plan
+from fedsieve.clients.sampling import Sampling
+from fedsieve.data import sources
+from fedsieve.engine.loop import Federation, Receipt, Round
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe import schema as tables
+from fedsieve.recipe.examples import sample, tensors
+from fedsieve.recipe.experiment import (
+    Experiment,
+    absolute,
+    check_length,
+    locate,
+    set_up_bench,
+    with_privacy,
+)
+from fedsieve.recipe.read import build_method
+from fedsieve.recipe.schema import Recipe
+from fedsieve.run import checkpoint, rundir, runner
+from fedsieve.run.progress import line_of
+from fedsieve.sites.assignment import base_digest
+from fedsieve.sites.resident import whole_message
+from fedsieve.sites.server import Carrier, Sites, Terms, mean_score, number_of
+from fedsieve.sites.worker import SOCKET
+from fedsieve.tasks import text as tasks
+from fedsieve.tasks.text import Examples
+from fedsieve.train.local import Score, evaluate
+from fedsieve.train.model import load_tokenizer, pick_device
+from fedsieve.wire.format import VERSION
+
+FLOWER = (1, 41)
+APP = "app"
+HOME = "flower"  # of Flower's command line
+KEYS = "sites.json"  # site -> its node's public key
+CONNECTION = "fedsieve"  # what that calls this server
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# No word to anyone about what runs here.
+QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
+# Flower sends a message in objects of this many bytes, and a node begins one again that is not
+# through after 30 s: its own 5 MiB never get through a slow uplink (docs/deploy.md, What travels).
+OBJECTS = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=131072"
+# The files of a folder of certificates: openssl's names in docs/deploy.md.
+CA, CERTIFICATE, PRIVATE = "ca.crt", "server.pem", "server.key"
+
+
+class Listen(NamedTuple):
+    """Where the server listens, and with which certificates.
+
+    insecure: that others than this machine may reach it without TLS was asked for
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    certificates: Path | None = None
+    insecure: bool = False
+
+
+class Patience(NamedTuple):
+    """How a federation waits: engine.flower.Terms, as far as users choose. Times in seconds.
+
+    extra: so many more sites are asked than the recipe's cohort, and the slowest left out
+    """
+
+    sites: int
+    deadline: float = 600.0
+    setup: float = 900.0
+    wait: float = 600.0
+    extra: int = 0
+
+
+def check_installed() -> None:
+    """Raises FedSieveError if the Flower that FedSieve was written for is not installed."""
+    wanted = ".".join(map(str, FLOWER))
+    install = "pip install 'fedsieve[flower]'"
+    try:
+        version = metadata.version("flwr")
+    except metadata.PackageNotFoundError:
+        raise FedSieveError(f"a federation needs Flower {wanted}: {install}") from None
+    if tuple(map(int, version.split(".")[:2])) != FLOWER:
+        raise FedSieveError(f"Flower {version} is installed, {wanted} is needed: {install}")
+
+
+def prepare(recipe: Recipe, folder: Path, patience: Patience, listen: Listen) -> list[str]:
+    """Make a run's directory with its Flower app, and say how to start it.
+
+    Returns the commands: on the server, at each site, and the one that begins.
+    Raises FedSieveError for a recipe that cannot run on a network, or an open door without TLS.
+    """
+    check_installed()
+    _refuse_open_door(listen)
+    recipe = _for_a_network(recipe, patience)
+    folder = folder.absolute()
+    facts = {**rundir.environment("none"), "federation": secrets.token_hex(16)}
+    with rundir.lock(folder):
+        rundir.create(folder, recipes.dump(recipe, facts))
+        _write_app(folder, patience, listen)
+    return commands(folder, listen)
+
+
+def commands(folder: Path, listen: Listen) -> list[str]:
+    """What to type on the server, at each site, and to begin."""
+    home = f"{QUIET} FLWR_HOME={folder / HOME}"
+    server = f"--host {listen.host} --port {listen.port}"
+    name = "<this server's name>" if listen.host in ("0.0.0.0", "::") else listen.host
+    if listen.certificates is None:
+        tls, trust = "--insecure", "--insecure"
+    else:
+        at = listen.certificates.absolute()
+        tls = (
+            f"--ssl-ca-certfile {at / CA} --ssl-certfile {at / CERTIFICATE} "
+            f"--ssl-keyfile {at / PRIVATE} --enable-supernode-auth"
+        )
+        trust = f"--root-certificates {CA} --auth-supernode-private-key <the site's key>"
+    return [
+        f"{home} flower-superlink {server} {tls} --disable-runtime-dependency-installation",
+        f"{QUIET} {OBJECTS} flower-supernode --superlink {name}:{listen.port} {trust} "
+        f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
+        f"{home} flwr run {folder / APP} {CONNECTION} --stream",
+    ]
+
+
+def cautions(listen: Listen) -> list[str]:
+    """What whoever opens the server to other machines should know."""
+    if listen.host in LOOPBACK:
+        return []
+    found = [
+        f"Flower {'.'.join(map(str, FLOWER))} takes orders (`flwr run`, `flwr supernode register`) "
+        "at the port at which it serves the nodes, from anyone who reaches it: let other machines "
+        "reach the paths under /v1/fleet/ only (docs/deploy.md)"
+    ]
+    if listen.certificates is None:
+        found.append("without TLS every update can be read, and changed, on its way")
+    return found
+
+
+def begin_again(folder: Path) -> list[str]:
+    """The command that goes on with a federation, as a list of its words.
+
+    Raises FedSieveError if the folder holds no federation.
+    """
+    check_installed()
+    rundir.check(folder)
+    app = folder.absolute() / APP
+    if not (app / "pyproject.toml").is_file():
+        raise FedSieveError(
+            f"{folder} holds a run in one process: go on with `fedsieve resume {folder}`"
+        )
+    return ["flwr", "run", str(app), CONNECTION, "--stream"]
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What Flower's command line must find in its environment."""
+    quiet = dict(pair.split("=") for pair in QUIET.split())
+    return {**quiet, "FLWR_HOME": str(folder.absolute() / HOME)}
+
+
+def serve(
+    folder: Path, carrier: Carrier, patience: Patience, say: Callable[[str], None]
+) -> Adapter:
+    """The server's end: run the federation in `folder` to its last round, from where it stands.
+
+    Raises FedSieveError if it cannot go on, runner.Stopped if it was stopped.
+    """
+    text = (folder / rundir.RECIPE).read_text(encoding="utf-8")
+    rounds = runner.rounds_of(folder)
+    board: list[Sites] = []
+
+    def build(recipe: Recipe) -> Experiment:
+        experiment, sites = on_network(
+            recipe, text, carrier, patience, say, _merged(folder), folder / KEYS
+        )
+        board.append(sites)
+        return experiment
+
+    def show(summary: Round, receipts: Sequence[Receipt]) -> None:
+        for receipt in receipts:
+            if receipt.dropped is not None:
+                say(f"round {summary.round}, site {receipt.client}: {receipt.dropped}")
+        say(line_of(summary, rounds))
+
+    try:
+        adapter = runner.resume(folder, show, build)
+    except runner.Stopped as stop:
+        again = f"`fedsieve federate --resume {folder}`"
+        raise runner.Stopped(str(stop).replace(f"`fedsieve resume {folder}`", again)) from None
+    answers = board[0].ask_all("keep", whole_message(adapter), patience.setup)
+    say(f"{len(answers)} sites have the final adapter: {', '.join(answers)}")
+    return adapter
+
+
+def on_network(
+    recipe: Recipe,
+    text: str,
+    carrier: Carrier,
+    patience: Patience,
+    say: Callable[[str], None],
+    merged: Mapping[str, int],
+    keys: Path,
+) -> tuple[Experiment, Sites]:
+    """A federation whose clients are the sites that the carrier reaches, once they are there.
+
+    text: the recipe as the sites are told it
+    merged: the last round in which each site's update was merged
+    keys: the file with the key of each site's node; new sites are added to it
+    Raises FedSieveError if too few sites come, or for what of the recipe does not fit.
+    """
+    method = build_method(recipe)
+    key = Key(recipe.seed)
+    plan: Plan | None = None
+    if recipe.privacy is not None:
+        recipe, plan = with_privacy(recipe, patience.sites)
+        method = build_method(recipe, partial(plan.around, key=key))
+    tokenizer = load_tokenizer(locate(recipe.model.source))
+    tasks.ensure_pad_token(tokenizer)
+    test = _test_rows(recipe, tokenizer)
+    bench = set_up_bench(recipe, tokenizer, pick_device(recipe.device))
+    if test is not None:
+        check_length(bench, test)
+    sampling = _sampling(recipe, patience)
+    terms = Terms(
+        sites=patience.sites,
+        quorum=sampling.quorum,
+        enough=sampling.size if sampling.extra else None,
+        deadline=patience.deadline,
+        setup=patience.setup,
+        patience=patience.wait,
+    )
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    welcome = partial(_welcome, method=method, base=base_digest(bench), say=say)
+    known = json.loads(keys.read_text(encoding="utf-8")) if keys.exists() else {}
+
+    def pin(all_keys: Mapping[str, str]) -> None:
+        checkpoint.write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
+
+    sites = Sites(carrier, text, digest, welcome, terms, say, merged=merged, keys=known, pin=pin)
+    say(f"waiting for {terms.sites} sites")
+    clients = sites.there()
+    there = sites.there
+    if plan is not None:
+        # The account counts on a draw from all sites, whether they are there or not.
+        if len(clients) != patience.sites:
+            raise FedSieveError(
+                f"[privacy] counts on {patience.sites} sites, and {len(clients)} are there"
+            )
+
+        def there() -> list[Client]:
+            sites.there()
+            return clients
+
+    def at_sites(adapter: Adapter) -> Score | None:
+        answers = sites.ask_all("evaluate", whole_message(adapter), patience.deadline)
+        return mean_score(answers, say)
+
+    def here(adapter: Adapter) -> Score:
+        assert test is not None
+        precision = recipe.training.precision
+        return evaluate(bench, adapter, test, batch=recipe.evaluation.batch, precision=precision)
+
+    federation = Federation(
+        method=method,
+        clients=clients,
+        sampling=sampling,
+        seed=recipe.seed,
+        exchange=sites.exchange,
+        evaluate=at_sites if test is None else here,
+        evaluate_every=recipe.evaluation.every,
+        privacy=plan,
+        there=there,
+        aside=sites.aside,
+    )
+    notes = () if plan is None else (plan.guarantee, *plan.cautions)
+    ending = None if plan is None else plan.ending
+    start = bench.adapter()
+    return Experiment(recipe, federation, bench, start, {}, notes, ending), sites
+
+
+def _welcome(
+    head: Mapping[str, Any],
+    client: Client | None,
+    method: Method,
+    base: str,
+    say: Callable[[str], None],
+) -> Client:
+    """The client that a site says it is, and then what the recipe makes of it: its examples.
+
+    base: digest of the server's base model
+    Raises FedSieveError to refuse the site.
+    """
+    if client is not None:
+        if head.get("base") != base:
+            raise FedSieveError(
+                f"the base model of site {client.id!r} has other weights than the server's: give "
+                "it the same model"
+            )
+        examples = int(number_of(head, "examples"))
+        if examples < 1:
+            raise FedSieveError(f"site {client.id!r} has no examples")
+        return client._replace(examples=examples)
+    name, versions, given = head.get("name"), head.get("versions"), head.get("budget")
+    if not isinstance(name, str) or not name or len(name) > 64 or not name.isprintable():
+        raise FedSieveError("its description has no usable name")
+    wire = versions.get("wire") if isinstance(versions, Mapping) else None
+    if wire != VERSION:
+        raise FedSieveError(
+            f"site {name!r} speaks version {wire!r} of FedSieve's messages, this server version "
+            f"{VERSION}: install the same FedSieve there"
+        )
+    shares = {}
+    for knob in Budget._fields:
+        value = given.get(knob, 1.0) if isinstance(given, Mapping) else 1.0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+            raise FedSieveError(f"site {name!r}: its budget has {knob} {value!r}, not in (0, 1]")
+        shares[knob] = float(value)
+    unused = [knob for knob, value in shares.items() if value < 1 and knob not in method.knobs]
+    if unused:
+        say(f"site {name!r}: the method makes no use of its budget's {', '.join(unused)}")
+    return Client(name, 1, Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
+
+
+def _for_a_network(recipe: Recipe, patience: Patience) -> Recipe:
+    """The recipe with what a network asks of it. Raises FedSieveError where it cannot run there."""
+    if recipe.model.task == "classification" and not recipe.data.classes:
+        raise FedSieveError(
+            "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
+        )
+    sampling = _sampling(recipe, patience)
+    if sampling.kind == "uniform" and sampling.size > patience.sites:
+        warnings.warn(
+            f"cohort is {sampling.size}, and {patience.sites} sites are waited for: a round may "
+            "have fewer",
+            stacklevel=3,
+        )
+    if recipe.privacy is not None:
+        if sampling.extra:
+            raise FedSieveError("--extra: the accountant of [privacy] does not cover it")
+        recipe, plan = with_privacy(recipe, patience.sites)
+        for caution in plan.cautions:
+            warnings.warn(caution, stacklevel=3)
+    test = recipe.data.test
+    data = recipe.data.model_copy(update={"test": None if test is None else absolute(test)})
+    model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
+    return recipe.model_copy(update={"data": data, "model": model})
+
+
+def _sampling(recipe: Recipe, patience: Patience) -> Sampling:
+    drawn = tables.sampling(recipe)
+    return dataclasses.replace(drawn, extra=patience.extra or drawn.extra)
+
+
+def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
+    """The server's own rows to evaluate on, or None: then the sites evaluate."""
+    data = recipe.data
+    if data.test is None or recipe.evaluation.on == "validation":
+        return None
+    read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
+    rows = read(data.test, data.test_split)
+    examples, _, _ = tensors(recipe, sample(recipe, rows), tokenizer)
+    return examples
+
+
+def _refuse_open_door(listen: Listen) -> None:
+    if listen.certificates is not None:
+        for name in (CA, CERTIFICATE, PRIVATE):
+            if not (listen.certificates / name).is_file():
+                raise FedSieveError(
+                    f"--certificates: {listen.certificates} has no {name} (docs/deploy.md makes it)"
+                )
+    elif listen.host not in LOOPBACK and not listen.insecure:
+        raise FedSieveError(
+            f"--host {listen.host}: other machines reach it, so it needs TLS and the nodes' keys: "
+            "give --certificates (docs/deploy.md makes them), or --insecure if you know that the "
+            "network is yours alone"
+        )
+
+
+def _write_app(folder: Path, patience: Patience, listen: Listen) -> None:
+    """The Flower app, and the connection through which `flwr` finds the server."""
+    app: dict[str, Any] = {
+        "project": {
+            "name": "fedsieve-federation",
+            "version": metadata.version("fedsieve"),
+            "description": "A federation of FedSieve; the program itself is installed, not here.",
+            "license": "Apache-2.0",
+            "dependencies": [],
+        },
+        "tool": {
+            "flwr": {
+                "app": {
+                    "publisher": "fedsieve",
+                    "components": {
+                        "serverapp": "fedsieve.sites.flower_app:server",
+                        "clientapp": "fedsieve.sites.flower_app:client",
+                    },
+                    "config": {
+                        "folder": str(folder),
+                        "tls": listen.certificates is not None,
+                        **patience._asdict(),
+                    },
+                }
+            }
+        },
+    }
+    connection: dict[str, Any] = {
+        "address": f"{'127.0.0.1' if listen.host in ('0.0.0.0', '::') else listen.host}"
+        f":{listen.port}"
+    }
+    if listen.certificates is None:
+        connection["insecure"] = True
+    else:
+        connection["root-certificates"] = str(listen.certificates.absolute() / CA)
+    config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
+    for name, table in ((f"{APP}/pyproject.toml", app), (f"{HOME}/config.toml", config)):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(tomli_w.dumps(table), encoding="utf-8")
+
+
+def _merged(folder: Path) -> dict[str, int]:
+    """site -> the last round in which its update was merged, from the newest whole checkpoint on.
+
+    The log may hold lines of a round after the checkpoint: that round is done again.
+    """
+    last = checkpoint.newest_round(folder / rundir.CHECKPOINTS)
+    log = folder / rundir.CLIENTS
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    receipts = [json.loads(line) for line in lines if line.endswith("}")]
+    return {r["client"]: r["round"] for r in receipts if "dropped" not in r and r["round"] <= last}

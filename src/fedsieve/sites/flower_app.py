@@ -1,0 +1,167 @@
+"""The two ends of a Flower app: `server` runs the federation, `client` carries bytes to a worker.
+
+Flower starts a new client process for every message, so nothing heavy is imported here: the model
+and the data stay in the site's worker. Which worker that is comes from the node's own
+configuration, never from a message.
+
+A message is one opaque array of bytes, a frame of worker.py: Flower moves many arrays slowly, and
+has no business with what is in them. Its `Message` works only inside a task of Flower's, which is
+why it is nowhere else in FedSieve.
+"""
+
+import math
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedsieve.errors import FedSieveError, WireError
+from fedsieve.sites.worker import SOCKET, carry, pack, refusal
+
+if TYPE_CHECKING:
+    from fedsieve.sites.server import Arrival, Carrier, Node, Ticket
+
+FORM = "fedsieve/1"
+RECORD, ARRAY = "fedsieve", "frame"
+SETTING = "socket"  # in the node's configuration: the path of its worker's socket
+
+
+def relay(message: Message, context: Context) -> Message:
+    """A client's whole work: the bytes to the worker, the worker's bytes back."""
+    path = context.node_config.get(SETTING)
+    try:
+        if not isinstance(path, str):
+            raise FedSieveError(
+                "this node knows no worker: start flower-supernode with --node-config "
+                f"'{SETTING}=\"<folder of the site>/{SOCKET}\"'"
+            )
+        answer = carry(Path(path), frame_of(message))
+    except FedSieveError as error:
+        answer = pack(refusal(str(error)))
+    return Message(content_of(answer), reply_to=message)
+
+
+def content_of(frame: bytes) -> RecordDict:
+    """A frame as the content of a message."""
+    array = Array("uint8", (len(frame),), FORM, frame)
+    return RecordDict({RECORD: ArrayRecord({ARRAY: array})})
+
+
+def frame_of(message: Message) -> bytes:
+    """The frame that a message holds. Raises WireError if it holds anything else."""
+    if message.has_error():
+        raise WireError(message.error.reason or f"Flower's error {message.error.code}")
+    record = message.content.array_records.get(RECORD)
+    array = None if record is None else record.get(ARRAY)
+    if array is None or array.stype != FORM or len(message.content) != 1:
+        raise WireError("a message that holds no frame of this version of FedSieve")
+    return bytes(array.data)
+
+
+def size_of(part: Any) -> int:
+    """Bytes of a message as Flower sends it: each of its parts is an object of its own."""
+    return len(part.deflate()) + sum(size_of(child) for child in (part.children or {}).values())
+
+
+class Pulls:
+    """Replies, each fetched by a thread of its own.
+
+    Flower tells of a reply before its bytes have come over a slow uplink, and `Grid.pull_messages`
+    then waits for them: others would wait behind it, and the round's deadline would not hold.
+    """
+
+    def __init__(self, pull: Callable[[str], list[Message]], pause: float = 0.5) -> None:
+        """pull: a ticket's replies; pause: seconds between two looks for the same reply."""
+        self._pull, self._pause = pull, pause
+        self._next: dict[str, float] = {}  # when to look again; never, while a thread does
+        self._came: dict[str, list[Message]] = {}  # and not asked for since
+        self._done: queue.SimpleQueue[tuple[str, list[Message] | Exception]] = queue.SimpleQueue()
+
+    def collect(self, tickets: Collection[str]) -> list[Message]:
+        """What has come for these tickets, once; at once. Raises what a fetch raised."""
+        while True:
+            try:
+                ticket, came = self._done.get_nowait()
+            except queue.Empty:
+                break
+            if isinstance(came, Exception):
+                raise came
+            self._next[ticket] = time.monotonic() + self._pause
+            if came:
+                self._came[ticket] = came
+        found: list[Message] = []
+        for ticket in tickets:
+            if ticket in self._came:
+                found += self._came.pop(ticket)
+                self._next.pop(ticket, None)
+            elif self._next.get(ticket, 0.0) <= time.monotonic():
+                self._next[ticket] = math.inf
+                # A daemon: a reply that never comes whole must not keep the process from ending.
+                threading.Thread(target=self._fetch, args=(ticket,), daemon=True).start()
+        return found
+
+    def _fetch(self, ticket: str) -> None:
+        try:
+            self._done.put((ticket, self._pull(ticket)))
+        except Exception as error:
+            self._done.put((ticket, error))
+
+
+def carrier(grid: Grid, proved: bool) -> "Carrier":
+    """Flower's Grid as the engine knows it. proved: nodes have proved that they hold their keys."""
+    from fedsieve.sites.server import Arrival, Carrier, Node, Ticket
+
+    def nodes() -> "list[Node]":
+        return [
+            Node(n.node_id, n.last_activated_at, n.public_key.hex() if proved else "")
+            for n in grid.get_nodes()
+        ]
+
+    def send(node: int, kind: str, frame: bytes, seconds: float) -> "Ticket | None":
+        message = Message(content_of(frame), node, kind, ttl=seconds)
+        size = size_of(message)
+        (ticket,) = grid.push_messages([message]) or (None,)
+        return None if ticket is None else Ticket(ticket, size)
+
+    pulls = Pulls(lambda ticket: list(grid.pull_messages([ticket])))
+
+    def collect(tickets: Collection[str]) -> "list[Arrival]":
+        return [arrival(message) for message in pulls.collect(tickets)]
+
+    def arrival(message: Message) -> "Arrival":
+        ticket = message.metadata.reply_to_message_id
+        try:
+            return Arrival(ticket, frame_of(message), "", size_of(message))
+        except WireError as error:
+            return Arrival(ticket, None, str(error), size_of(message))
+
+    return Carrier(nodes, send, collect)
+
+
+def main(grid: Grid, context: Context) -> None:
+    """The server's whole work."""
+    from fedsieve import cli
+    from fedsieve.sites import federate
+
+    cli.quiet()
+    config = context.run_config
+    if config["tls"] and "--insecure" in sys.argv:
+        raise FedSieveError("this federation was prepared for TLS, and the SuperLink has none")
+    patience = federate.Patience(**{name: config[name] for name in federate.Patience._fields})
+    reach = carrier(grid, proved=bool(config["tls"]))
+    federate.serve(Path(str(config["folder"])), reach, patience, partial(print, flush=True))
+
+
+server = ServerApp()
+server.main()(main)
+client = ClientApp()
+for _kind in (client.train, client.evaluate, client.query):
+    _kind()(relay)

@@ -1,0 +1,148 @@
+"""A client's own rounds on its own disk: what it answered, and what it kept.
+
+In one process the memories of all clients are in the run's checkpoints. A site keeps its own, and
+neither end can rely on the other's clock: an answer may get lost, a message may come twice, and a
+server that was restarted goes back to its checkpoint and asks for the rounds after it again. So a
+site keeps a file for each of its last rounds, with the memory after the round and the answer that
+it gave:
+
+    the same message again    the same answer again, and no training
+    a later round             trained from the newest memory before it that the message fits: an
+                              answer that got lost is no round to the server, and a method whose
+                              server keeps track of its clients (FLoRA) goes on from before it
+    an earlier round, with    the server went back: trained from the memory before that round, and
+    another message           what came after it is forgotten
+
+How far back a server can go follows from its checkpoints, two of which it keeps. A file is whole or
+not there (`checkpoint.write_whole`) and begins with a digest; one that is damaged counts as not
+there, with a warning. Nothing is kept in this process: what is on the disk is what counts.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedsieve.algebra.method import Memory
+from fedsieve.run.checkpoint import write_whole
+
+_DIGEST = 16  # bytes
+_ANSWER = "answer"
+
+
+class Entry(NamedTuple):
+    """One round of one client.
+
+    before: the round whose memory it began with; 0 if there was none
+    asked:  digest of what was asked
+    facts, answer: what was answered: figures, and bytes
+    memory: what the client keeps after the round
+    """
+
+    round: int
+    before: int
+    asked: str
+    facts: dict[str, Any]
+    answer: bytes
+    memory: Memory
+
+
+def find(folder: Path, number: int) -> Entry | None:
+    """The entry of a round, if there is one that is whole."""
+    return _read(folder / _name(number))
+
+
+def memories(folder: Path, number: int) -> Iterator[tuple[int, Memory]]:
+    """The rounds before this one and the memory after each, newest first; last (0, {}).
+
+    That last one, what a client has before its first round, is left out where the site has
+    forgotten how it went on from there.
+    """
+    oldest = None
+    for path in reversed(_files(folder)):
+        entry = _read(path)
+        if entry is None:
+            continue
+        oldest = entry
+        if entry.round < number:
+            yield entry.round, entry.memory
+    if oldest is None or oldest.before == 0 or not oldest.memory:
+        yield 0, {}
+
+
+def write(folder: Path, entry: Entry, keep: int) -> None:
+    """Add a round. Later rounds are void and go first; then those that are no longer needed.
+
+    keep: the entries of so many rounds before this one stay, the newest one before those, and the
+          one that this round began with
+    Raises OSError if it cannot be written; the entries of earlier rounds are as they were then.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for path in _files(folder):
+        if path.name >= _name(entry.round):
+            path.unlink()
+    write_whole(folder / _name(entry.round), _to_bytes(entry))
+    old = [p for p in _files(folder) if p.name < _name(max(0, entry.round - keep))]
+    for path in old[:-1]:
+        if path.name != _name(entry.before):
+            path.unlink()
+
+
+def _name(number: int) -> str:
+    return f"round-{number:09d}"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*"))
+
+
+def _to_bytes(entry: Entry) -> bytes:
+    tensors: dict[str, Tensor] = {
+        f"{group}/{name}": tensor.detach().cpu().contiguous()
+        for group, tree in entry.memory.items()
+        for name, tensor in tree.items()
+    }
+    tensors[_ANSWER] = torch.frombuffer(bytearray(entry.answer or b"\0"), dtype=torch.uint8)
+    facts = {
+        "format": 1,
+        "round": entry.round,
+        "before": entry.before,
+        "asked": entry.asked,
+        "facts": entry.facts,
+        "length": len(entry.answer),
+    }
+    data = safetensors.torch.save(tensors, {"facts": json.dumps(facts, allow_nan=False)})
+    return _digest(data) + data
+
+
+def _read(path: Path) -> Entry | None:
+    try:
+        whole = path.read_bytes()
+        data = whole[_DIGEST:]
+        if _digest(data) != whole[:_DIGEST]:
+            raise ValueError("its digest does not match")
+        size = int.from_bytes(data[:8], "little")
+        facts = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["facts"])
+        tensors = safetensors.torch.load(data)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        warnings.warn(f"{path} is damaged ({error}): it is not used", stacklevel=3)
+        return None
+    answer = tensors.pop(_ANSWER).numpy().tobytes()[: facts["length"]]
+    memory: Memory = {}
+    for name, tensor in tensors.items():
+        group, rest = name.split("/", 1)
+        memory.setdefault(group, {})[rest] = tensor
+    return Entry(facts["round"], facts["before"], facts["asked"], facts["facts"], answer, memory)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST).digest()

@@ -1,0 +1,473 @@
+"""What a site's worker does with each request: the client's side of a federation across machines.
+
+The base model, its adapter and the site's examples stay here from round to round; a round is
+`engine.client.take_part`, the very function that runs in one process. What a server may ask for is
+this list and no more, and every request is checked key by key:
+
+    describe   who the site is, what it has, and which recipe it is ready for
+    recipe     (body: the recipe's TOML) be ready to train this
+    train      (body: an encoded payload) one round; the body of the answer is the update
+    evaluate   (body: a whole adapter) the site's test rows, as sums, so that means are exact
+    keep       (body: a whole adapter) write it to the site's disk, in PEFT's format
+
+desk.py makes a recipe ready. Errors that could quote a row or a path are told to the site's own
+terminal; the server learns that there was one.
+"""
+
+import hashlib
+import math
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from datasets import Dataset
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedsieve.algebra.adapter import Adapter, Layout, base_layout
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Memory, View
+from fedsieve.algebra.payload import Base, Payload, rounded
+from fedsieve.algebra.support import everything, gather
+from fedsieve.data import sources
+from fedsieve.engine.client import Reply, take_part
+from fedsieve.errors import FedSieveError, WireError
+from fedsieve.run.checkpoint import write_whole
+from fedsieve.sites import journal as history
+from fedsieve.sites import worker
+from fedsieve.sites.assignment import Desk, checked, sit_down
+from fedsieve.sites.journal import Entry
+from fedsieve.sites.site import Site, budget_of, link_of, load
+from fedsieve.sites.worker import Frame, refusal
+from fedsieve.tasks import text as tasks
+from fedsieve.train.local import Fit, evaluate, fit
+from fedsieve.train.model import pick_device
+from fedsieve.wire import decode, encode
+from fedsieve.wire.format import VERSION
+
+RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
+RECIPE = "recipe.toml"
+_SAID = 500  # characters of an error
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass
+class Resident:
+    """The worker's state: the site, its rows, and the desk of the recipe that it is ready for.
+
+    say: where the site's owner reads what happens; it may hold paths and quote rows
+    """
+
+    site: Site
+    rows: Dataset
+    test_rows: Dataset | None
+    say: Callable[[str], None]
+    desk: Desk | None = None
+
+
+def run(path: Path, say: Callable[[str], None]) -> None:
+    """Be the worker that a site's file describes, until the process is interrupted.
+
+    say: tells the site's owner what happens; where it cannot (a full disk), nothing depends on it
+    Raises FedSieveError if the file is not right, the rows or the device are not there, or another
+    worker runs on the site's folder.
+    """
+
+    def tell(text: str) -> None:
+        # What a server sent may be quoted: nothing of it may steer the terminal.
+        shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+        with suppress(OSError):
+            say(shown)
+
+    site = load(path)
+    if site.cache is not None:
+        os.environ["FEDSIEVE_CACHE"] = str(site.cache)
+    before = os.umask(0o077)  # whatever is written here is for its owner alone
+    try:
+        with worker.lock(site.folder):
+            resident = settle_in(site, tell)
+            tell(f"{site.name}: {len(resident.rows)} rows on {pick_device(site.device)}")
+            worker.serve(
+                site.folder,
+                partial(answer, resident),
+                partial(about, resident),
+                lambda address: tell(f"ready at {address}"),
+            )
+    finally:
+        os.umask(before)
+
+
+def settle_in(site: Site, say: Callable[[str], None]) -> Resident:
+    """Read the site's rows, and clean up what a worker that was killed left behind.
+
+    The site's folder is locked by the caller. Raises FedSieveError if the rows or the device are
+    not there.
+    """
+    pick_device(site.device)
+    for part in [*site.folder.glob("runs/*/.*.part"), *site.folder.glob("runs/*/*/.*.part")]:
+        part.unlink()
+    for part in site.folder.glob("adapters/.*.part"):
+        shutil.rmtree(part)
+    for old in site.folder.glob("adapters/.*.old"):
+        place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+        if place.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(place)
+    data = site.data
+    read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
+    rows = read(data.train, data.train_split)
+    test_rows = None
+    if data.test is not None or data.test_split is not None:
+        test_rows = read(data.test or data.train, data.test_split)
+    for column in (data.text, data.text_b, data.label, data.prompt, data.completion):
+        if column is not None:
+            sources.column(rows.select([]), column)  # raises where there is none of that name
+    return Resident(site, rows, test_rows, say)
+
+
+def about(resident: Resident, request: Frame) -> Frame | None:
+    """The answer to what needs no work, at any time and in any thread; None for all else."""
+    if request.header.get("do") != "describe":
+        return None
+    try:
+        _checked(Describe, request)
+    except FedSieveError as error:
+        return refusal(str(error)[:_SAID])
+    return Frame(_facts(resident))
+
+
+def answer(resident: Resident, request: Frame) -> Frame:
+    """Do what a request asks. Never raises: whatever goes wrong is an answer."""
+    do = request.header.get("do")
+    do = do if isinstance(do, str) else repr(do)
+    began = time.perf_counter()
+    try:
+        work = _WORK.get(do)
+        if work is None:
+            known = ", ".join(["describe", *_WORK])
+            raise FedSieveError(f"unknown request {do[:40]!r}: known are {known}")
+        result = work(resident, request)
+    except _Unknown as error:
+        result = refusal(str(error), unknown_recipe=True)
+    except FedSieveError as error:
+        result = refusal(str(error)[:_SAID])
+    except (OSError, SafetensorError) as error:
+        resident.say(f"error: {error}")
+        why = getattr(error, "strerror", None) or type(error).__name__
+        result = refusal(f"the site's disk: {why}. Nothing that was kept is lost")
+    except Exception as error:
+        # Whatever it is, the other rounds go on. Its words may quote data: they stay here.
+        resident.say(traceback.format_exc())
+        result = refusal(f"an unexpected {type(error).__name__}; the worker's terminal says more")
+    seconds = time.perf_counter() - began
+    number = request.header.get("round")
+    what = do if do in _WORK else "a request"
+    what += f", round {number}" if isinstance(number, int) else ""
+    told = "done" if result.header["ok"] else f"refused: {result.header['error']}"
+    resident.say(f"{what}: {told} ({seconds:.1f} s)")
+    return result
+
+
+def whole_message(adapter: Adapter) -> bytes:
+    """A whole adapter as a message, with the change of its base where there is one: the body of
+    `evaluate` and `keep`.
+    """
+    payload = _whole(adapter.layout, adapter.tensors)
+    if adapter.base:
+        change = _whole(base_layout(adapter.layout, 0), adapter.base)
+        payload = payload._replace(base=Base(0, change))
+    return encode(payload)
+
+
+def _whole(layout: Layout, tensors: dict[str, Tensor]) -> Payload:
+    support = everything(layout)
+    values = rounded(gather(tensors, support).cpu(), "float32", torch.Generator())
+    return Payload(layout, support, values, "known", "known")
+
+
+def _adapter(message: bytes, layout: Layout) -> Adapter:
+    """The whole adapter that a message holds. Raises WireError if it is not one."""
+    payload = decode(message, layout)
+    if payload.support.names != layout.names or payload.support.ranks is not None:
+        raise WireError("this message holds a part of an adapter, and all of it is needed")
+    base = payload.base
+    if base is not None and base.change.layout.pairs:
+        raise WireError("a change of the base that is not whole: evaluate and keep need all of it")
+    return Adapter(layout, payload.tree(), {} if base is None else base.change.tree())
+
+
+class _Asked(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+T = TypeVar("T", bound=_Asked)
+
+
+class Describe(_Asked):
+    """Who are you?"""
+
+    do: Literal["describe"]
+
+
+class Tell(_Asked):
+    """Be ready for the recipe in the body."""
+
+    do: Literal["recipe"]
+    round: NonNegativeInt = 0
+
+
+class Offer(_Asked):
+    """The budget that the server chose for this site (budget.Budget)."""
+
+    ratio: Share
+    down: Share
+    up: Share
+
+
+class Train(_Asked):
+    """One round. recipe: SHA-256 of its text; budget: where it is not the site's own.
+
+    after: the last round of this site that the server merged: what it kept since then is void
+    """
+
+    do: Literal["train"]
+    recipe: Digest
+    seed: NonNegativeInt
+    round: PositiveInt
+    after: NonNegativeInt | None = None
+    budget: Offer | None = None
+
+
+class Rate(_Asked):
+    """Evaluate the adapter in the body, which is that after `round`, or write it to the disk."""
+
+    do: Literal["evaluate", "keep"]
+    recipe: Digest
+    round: NonNegativeInt
+
+
+class _Unknown(FedSieveError):
+    """A recipe that was never told here."""
+
+
+def _checked(kind: type[T], request: Frame) -> T:
+    try:
+        return kind.model_validate(dict(request.header))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(step) for step in first["loc"])
+        raise FedSieveError(f"the request's {place[:60]!r}: {first['msg']}") from error
+
+
+def _facts(resident: Resident) -> dict[str, Any]:
+    """What the server may know of the site."""
+    site, desk, link = resident.site, resident.desk, link_of(resident.site)
+    own = None if desk is None else tasks.count(desk.examples)
+    packages = ("fedsieve", "torch", "transformers", "peft")
+    versions: dict[str, Any] = {name: metadata.version(name) for name in packages}
+    return {
+        "ok": True,
+        "name": site.name,
+        "examples": len(resident.rows) if own is None else own,
+        "recipe": None if desk is None else desk.run,
+        "base": None if desk is None else desk.digest,
+        "budget": budget_of(site)._asdict(),
+        "link": None if link is None else link._asdict(),
+        "memory": site.memory,
+        "step_seconds": site.step_seconds,
+        "versions": {**versions, "wire": VERSION},
+    }
+
+
+def _tell(resident: Resident, request: Frame) -> Frame:
+    _checked(Tell, request)
+    run = hashlib.sha256(request.body).hexdigest()
+    if resident.desk is None or resident.desk.run != run:
+        _change_desk(resident, run, request.body)
+    folder = _folder(resident, run)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_whole(folder / RECIPE, request.body)
+    _forget_old_runs(folder.parent)
+    return Frame(_facts(resident))
+
+
+def _train(resident: Resident, request: Frame) -> Frame:
+    asked = _checked(Train, request)
+    desk = _desk(resident, asked.recipe)
+    recipe, site, number = desk.recipe, resident.site, asked.round
+    if asked.seed != recipe.seed or number > recipe.rounds:
+        raise FedSieveError(
+            f"seed {asked.seed}, round {number}: the recipe has seed {recipe.seed} and "
+            f"{recipe.rounds} rounds"
+        )
+    budget = _budget(site, asked.budget)
+    folder = _folder(resident, desk.run) / "rounds"
+    digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
+    done = history.find(folder, number)
+    if done is None or done.asked != digest:
+        client = Client(
+            site.name, tasks.count(desk.examples), budget, link_of(site), site.step_seconds
+        )
+        key = Key(recipe.seed, number, site.name)
+        since = number if asked.after is None else min(number, asked.after + 1)
+        done = _round(desk, client, history.memories(folder, since), key, request.body)
+        done = done._replace(asked=digest)
+        # As far as the server's checkpoints reach: two of them, `every` rounds apart.
+        history.write(folder, done, keep=2 * recipe.checkpoint.every)
+    return Frame(done.facts, done.answer)
+
+
+def _round(
+    desk: Desk, client: Client, memories: Iterator[tuple[int, Memory]], key: Key, message: bytes
+) -> Entry:
+    """One round from the first memory that the message fits; a WireError comes before training."""
+
+    def train(view: View, client: Client, key: Key) -> Fit:
+        return fit(desk.bench, view, desk.examples, desk.recipe.training, key)
+
+    unfit: WireError | None = None
+    for before, memory in memories:
+        try:
+            reply, after = take_part(desk.method, train, desk.start, client, memory, key, message)
+        except WireError as error:
+            unfit = unfit or error
+        else:
+            return Entry(key.round, before, "", _said(reply, key), reply.update or b"", after)
+    raise unfit or FedSieveError(
+        f"round {key.round} cannot be done again here: this site has forgotten what it kept before"
+    )
+
+
+def _said(reply: Reply, key: Key) -> dict[str, Any]:
+    return {
+        "ok": True,
+        "round": key.round,
+        "reason": reply.reason,
+        "loss": reply.loss if math.isfinite(reply.loss) else None,  # JSON has no word for NaN
+        "steps": reply.steps,
+        "seconds": reply.seconds,
+        "compute": reply.compute,
+        "wire": reply.wire,
+        "memory": reply.memory,
+    }
+
+
+def _evaluate(resident: Resident, request: Frame) -> Frame:
+    asked = _checked(Rate, request)
+    desk = _desk(resident, asked.recipe)
+    if desk.test is None:
+        raise FedSieveError("this site has no test rows")
+    adapter = _own(resident, desk, _adapter(request.body, desk.start.layout), asked.round)
+    precision, batch = desk.recipe.training.precision, desk.recipe.evaluation.batch
+    score = evaluate(desk.bench, adapter, desk.test, batch=batch, precision=precision)
+    finite = math.isfinite(score.loss)
+    return Frame(
+        {
+            "ok": True,
+            "round": asked.round,
+            "counted": score.counted,
+            "right": round(score.accuracy * score.counted),
+            "loss_sum": score.loss * score.counted if finite else None,
+            "accuracy": score.accuracy,
+            "loss": score.loss if finite else None,
+        }
+    )
+
+
+def _keep(resident: Resident, request: Frame) -> Frame:
+    asked = _checked(Rate, request)
+    desk = _desk(resident, asked.recipe)
+    adapter = _own(resident, desk, _adapter(request.body, desk.start.layout), asked.round)
+    place = resident.site.folder / "adapters" / desk.run[:16]
+    part, old = (place.with_name(f".{place.name}.{end}") for end in ("part", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(mode=0o700, parents=True)
+        desk.bench.save(adapter, part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    if place.exists():
+        place.rename(old)
+    part.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+    resident.say(f"the adapter after round {asked.round} is in {place}")
+    return Frame({"ok": True, "round": asked.round})
+
+
+_WORK: dict[str, Callable[[Resident, Frame], Frame]] = {
+    "recipe": _tell,
+    "train": _train,
+    "evaluate": _evaluate,
+    "keep": _keep,
+}
+
+
+def _own(resident: Resident, desk: Desk, adapter: Adapter, number: int) -> Adapter:
+    """The site's own model where a method leaves a part of it here; else the server's."""
+    if desk.method.personal is None:
+        return adapter
+    kept = history.memories(_folder(resident, desk.run) / "rounds", number + 1)
+    _, memory = next(kept, (0, {}))
+    return desk.method.personal(adapter, memory)
+
+
+def _budget(site: Site, offer: Offer | None) -> Budget:
+    most = budget_of(site)
+    if offer is None:
+        return most
+    given = Budget(offer.ratio, offer.down, offer.up)
+    for knob, value in given._asdict().items():
+        if value > getattr(most, knob):
+            raise FedSieveError(
+                f"budget.{knob} {value:g} is more than this site affords ({getattr(most, knob):g})"
+            )
+    return given
+
+
+def _folder(resident: Resident, run: str) -> Path:
+    return resident.site.folder / "runs" / run
+
+
+def _forget_old_runs(folder: Path) -> None:
+    """All but the newest `RUNS`, by when their recipe was told last."""
+    told = sorted(folder.glob(f"*/{RECIPE}"), key=lambda path: path.stat().st_mtime_ns)
+    for path in told[:-RUNS]:
+        shutil.rmtree(path.parent)
+
+
+def _desk(resident: Resident, run: str) -> Desk:
+    """The desk of a recipe that was told, by this process or by one before it."""
+    if resident.desk is None or resident.desk.run != run:
+        try:
+            text = (_folder(resident, run) / RECIPE).read_bytes()
+        except FileNotFoundError:
+            raise _Unknown("this recipe was not told here: tell it first") from None
+        if hashlib.sha256(text).hexdigest() != run:
+            raise _Unknown("the recipe that was stored here is damaged: tell it again")
+        _change_desk(resident, run, text)
+    assert resident.desk is not None
+    return resident.desk
+
+
+def _change_desk(resident: Resident, run: str, text: bytes) -> None:
+    """Be ready for another recipe; where it is refused, the old one stays."""
+    site = resident.site
+    recipe = checked(text, site)
+    resident.desk = None  # two models at once may be more than the memory holds
+    rows, test_rows = resident.rows, resident.test_rows
+    resident.desk = sit_down(run, recipe, rows, test_rows, site.most_steps, resident.say)

@@ -1,0 +1,504 @@
+"""The engine for clients on other machines: sites, and a carrier that reaches them.
+
+A carrier knows nodes and carries frames (worker.py); Flower's Grid is one, in flower_app.py, and a
+test's list of functions is another. What a carrier cannot know is here: which site is at which
+node, who has answered, and when a round stops waiting. Nothing here needs Flower.
+
+A node is met before it is used: it describes itself, and the recipe is told to it, once. A node
+that comes back, as the same or as another, is met again. Only then can its site be drawn.
+
+A round closes when all who were asked have answered, or when as many updates are there as it needs
+(over-selection), or at its deadline. Whoever has not answered by then is late: the receipt says so,
+and what it sends afterwards is counted and thrown away. Until then its site is busy and not drawn.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.engine.client import Reply
+from fedsieve.engine.loop import Exchange
+from fedsieve.errors import FedSieveError, WireError
+from fedsieve.sites.worker import Frame, pack, unpack
+from fedsieve.train.local import Score
+
+# Clocks of different machines differ, and a message's time to live is counted on all of them.
+SKEW = 60.0
+# Until a node that was refused is asked again: its worker may be running by then.
+RETRY = 10.0
+# Of any figure that a site tells.
+LARGEST = 1e15
+# Between two looks at who is connected, while a round is under way.
+LOOK = 2.0
+# How often a request is sent that gets lost on its way.
+TRIES = 3
+
+
+class Node(NamedTuple):
+    """A machine that is connected now.
+
+    since: changes when it has been away
+    key:   the public key that it has proved to hold, where nodes prove one; else nothing
+    """
+
+    id: int
+    since: str = ""
+    key: str = ""
+
+
+class Ticket(NamedTuple):
+    """A request on its way. transport: bytes of the message that carries it."""
+
+    id: str
+    transport: int
+
+
+class Arrival(NamedTuple):
+    """What came back for a ticket: a frame's bytes, or None and what went wrong."""
+
+    ticket: str
+    data: bytes | None
+    error: str
+    transport: int
+
+
+class Carrier(NamedTuple):
+    """What an engine needs of a network.
+
+    nodes:   who is connected now
+    send:    (node's id, "train", "evaluate" or "query", frame, seconds that it is worth carrying)
+             -> a ticket, or None if the node cannot be reached
+    collect: tickets -> what has come back for them so far; each is given once
+    """
+
+    nodes: Callable[[], Sequence[Node]]
+    send: Callable[[int, str, bytes, float], Ticket | None]
+    collect: Callable[[Collection[str]], Sequence[Arrival]]
+
+
+class Terms(NamedTuple):
+    """How long to wait, and for how many. Times in seconds.
+
+    sites:    so many are waited for before the first round
+    quorum:   so many are waited for before any later round, and at least one
+    enough:   a round closes with so many updates; None waits for all that were asked
+    deadline: of a round, from its first message to the last answer that counts
+    setup:    for a site to load model and data
+    patience: for enough sites to be there
+    poll:     between two looks at what has arrived
+    """
+
+    sites: int = 1
+    quorum: int = 0
+    enough: int | None = None
+    deadline: float = 600.0
+    setup: float = 900.0
+    patience: float = 600.0
+    poll: float = 0.2
+
+
+class _Site(NamedTuple):
+    client: Client
+    node: Node
+
+
+class _Asked(NamedTuple):
+    """A request that has not been answered. until: when it is not worth waiting for any more.
+
+    client: whom it was sent to; None if the node has not yet said who it is
+    """
+
+    node: Node
+    until: float
+    client: Client | None
+
+
+class _Errand(NamedTuple):
+    """A request to a site that is there. transport: bytes of all that was carried for it."""
+
+    client: Client
+    node: Node
+    kind: str
+    data: bytes
+    transport: int
+    tries: int = 1
+
+
+class Sites:
+    """The sites of a federation: who they are, where they are, and what they still owe."""
+
+    def __init__(
+        self,
+        carrier: Carrier,
+        recipe: str,
+        digest: str,
+        welcome: Callable[[Mapping[str, Any], Client | None], Client],
+        terms: Terms,
+        say: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+        merged: Mapping[str, int] = MappingProxyType({}),
+        keys: Mapping[str, str] = MappingProxyType({}),
+        pin: Callable[[Mapping[str, str]], None] = lambda keys: None,
+    ) -> None:
+        """
+        recipe, digest: the recipe's text, which every site is told, and what requests call it
+        welcome: a site's description -> the client that it is. Asked again with that client when
+            the site is ready for the recipe and says how. Raises FedSieveError to refuse it
+        merged: the last round in which each site's update was merged
+        keys: site -> the key of its node, as far as they are known. A site that is met for the
+            first time is bound to its node's key; with another one it is refused from then on
+        pin: told all keys whenever one is added
+        """
+        self._carrier, self._recipe, self._digest = carrier, recipe, digest
+        self._welcome, self._terms, self._say = welcome, terms, say
+        self._clock, self._sleep = clock, sleep
+        self._sites: dict[str, _Site] = {}
+        self._connected: frozenset[Node] = frozenset()
+        self._refused: dict[Node, tuple[float, str]] = {}  # until when, and why
+        self._meeting: dict[str, _Asked] = {}  # by ticket: who it is, or that it is ready
+        self._owed: dict[str, _Asked] = {}  # by ticket: rounds
+        self._stray: dict[str, int] = {}  # transport of what came too late, by site
+        self._aside = 0  # transport of all that is not a round's
+        self._begun = False
+        self._looked = -math.inf  # when it was seen last who is connected
+        self._number = 0
+        self._merged = dict(merged)
+        self._keys, self._pin = dict(keys), pin
+        self._given: dict[tuple[str, bytes], int] = {}  # (site, digest of an update) -> its round
+
+    def there(self) -> list[Client]:
+        """The sites that can be drawn now, in order of id; waits until there are enough.
+
+        Raises FedSieveError if there are too few for too long.
+        """
+        terms = self._terms
+        least = max(1, terms.quorum)
+        wanted = least if self._begun else max(least, terms.sites)
+        began = self._clock()
+        while True:
+            self._meet()
+            free = self._free()
+            if len(free) >= wanted:
+                break
+            if self._clock() - began > terms.patience:
+                if len(free) < least:
+                    raise FedSieveError(
+                        f"after {terms.patience:g} s {len(free)} sites are there, and a round "
+                        f"needs {least}: start the workers and the nodes of the sites, then "
+                        "go on with --resume"
+                    )
+                self._say(f"{len(free)} of {wanted} sites are there: going on without the others")
+                break
+            self._sleep(terms.poll)
+        self._begun = True
+        return free
+
+    @property
+    def exchange(self) -> Exchange:
+        """What the round loop needs of the sites."""
+        return Exchange(self.carry, self.settle)
+
+    def settle(self, merged: Collection[str]) -> None:
+        """Note whose updates of the last round were merged: what a site keeps begins there."""
+        self._merged |= dict.fromkeys(merged, self._number)
+
+    def carry(self, messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
+        """The round's messages to their sites, all at once, and a reply for each, in their order.
+
+        A site that gives nothing to merge has a reply that says why.
+        """
+        terms = self._terms
+        self._number = key.round
+        head = {"do": "train", "recipe": self._digest, "seed": key.seed, "round": key.round}
+        began = self._clock()
+        asked: list[Client] = []
+        replies: dict[str, Reply] = {}
+        waiting: dict[str, _Errand] = {}
+        for client, message in messages:
+            asked.append(client)
+            stray = self._stray.pop(client.id, 0)
+            own = {**head, "after": self._merged.get(client.id, 0)}
+            ticket, errand = self._go(client, "train", Frame(own, message), terms.deadline, stray)
+            if ticket is None:
+                reply = _nothing(client, "its node could not be reached")
+                replies[client.id] = reply._replace(transport=errand.transport)
+            else:
+                waiting[ticket] = errand
+        updates = 0
+        enough = math.inf if terms.enough is None else terms.enough
+        for done in self._come_back(waiting, began + terms.deadline):
+            for errand, arrival in done:
+                reply = _reply(errand.client, arrival, key.round)
+                if _forgotten(arrival):
+                    del self._sites[errand.client.id]  # its worker lost its folder: meet it again
+                reply = self._compared(reply, key.round)
+                if updates >= enough:
+                    reply = reply._replace(update=None, reason=self._too_late(began, enough))
+                updates += reply.update is not None
+                replies[errand.client.id] = reply._replace(transport=errand.transport)
+            if updates >= enough:
+                break
+        for ticket, errand in waiting.items():
+            self._owed[ticket] = _Asked(errand.node, began + terms.deadline + SKEW, errand.client)
+            reply = _nothing(errand.client, self._too_late(began, enough))
+            replies[errand.client.id] = reply._replace(transport=errand.transport)
+        # In the order of the messages: a sum of floats depends on its order.
+        for client in asked:
+            yield replies.pop(client.id)
+
+    def aside(self) -> int:
+        """Transport of all but the rounds' own messages since this was last asked, in bytes."""
+        spent, self._aside = self._aside, 0
+        return spent
+
+    def ask_all(self, do: str, body: bytes, seconds: float) -> dict[str, Frame]:
+        """What the sites that are there answer about an adapter, by id; the others are left out.
+
+        do: "evaluate" or "keep"; body: the adapter after the last round that was exchanged
+        """
+        kind = "evaluate" if do == "evaluate" else "query"
+        frame = Frame({"do": do, "recipe": self._digest, "round": self._number}, body)
+        waiting: dict[str, _Errand] = {}
+        answers: dict[str, Frame] = {}
+        until = self._clock() + seconds
+        for client in self._free():
+            ticket, errand = self._go(client, kind, frame, seconds, 0)
+            if ticket is None:
+                self._aside += errand.transport
+            else:
+                waiting[ticket] = errand
+        for done in self._come_back(waiting, until):
+            for errand, arrival in done:
+                self._aside += errand.transport
+                try:
+                    answers[errand.client.id] = _answer(arrival)
+                except WireError as error:
+                    self._say(f"{errand.client.id}: {do}: {error}")
+        for errand in waiting.values():
+            self._aside += errand.transport
+            self._say(f"{errand.client.id}: {do}: no answer in {seconds:g} s")
+        return dict(sorted(answers.items()))
+
+    def _go(
+        self, client: Client, kind: str, frame: Frame, seconds: float, transport: int
+    ) -> tuple[str | None, "_Errand"]:
+        site = self._sites.get(client.id)
+        node = Node(0) if site is None else site.node
+        errand = _Errand(client, node, kind, pack(frame), transport)
+        there = node in self._connected
+        ticket = self._carrier.send(node.id, kind, errand.data, seconds + SKEW) if there else None
+        if ticket is None:
+            return None, errand
+        return ticket.id, errand._replace(transport=transport + ticket.transport)
+
+    def _come_back(
+        self, waiting: dict[str, "_Errand"], until: float
+    ) -> Iterator[list[tuple["_Errand", Arrival]]]:
+        """The errands that are done, as they are; those still in `waiting` at the end are not.
+
+        What was lost on its way is sent again: a worker that was asked before gives the same answer
+        again, without training again.
+        """
+        while waiting and self._clock() < until:
+            done: list[tuple[_Errand, Arrival]] = []
+            arrived = self._collect(waiting)
+            for arrival in arrived:
+                errand = waiting.pop(arrival.ticket)
+                errand = errand._replace(transport=errand.transport + arrival.transport)
+                if arrival.data is None and errand.tries < TRIES:
+                    self._say(f"site {errand.client.id}: {arrival.error}; it is asked again")
+                    left = until - self._clock() + SKEW
+                    again = self._carrier.send(errand.node.id, errand.kind, errand.data, left)
+                    if again is not None:
+                        spent = errand.transport + again.transport
+                        waiting[again.id] = errand._replace(transport=spent, tries=errand.tries + 1)
+                        continue
+                done.append((errand, arrival))
+            yield sorted(done, key=lambda pair: pair[0].client.id)
+            if not arrived:
+                if self._clock() - self._looked >= LOOK:
+                    self._meet()  # whoever comes back now can be drawn in the next round
+                self._sleep(self._terms.poll)
+
+    def _compared(self, reply: Reply, number: int) -> Reply:
+        """The reply, with the round in which this server process got the same update before."""
+        if reply.update is None:
+            return reply
+        digest = hashlib.blake2b(reply.update, digest_size=16).digest()
+        first = self._given.setdefault((reply.client.id, digest), number)
+        return reply if first == number else reply._replace(repeats=first)
+
+    def _too_late(self, began: float, enough: float) -> str:
+        seconds = self._clock() - began
+        if seconds >= self._terms.deadline:
+            return f"late: no answer in the round's {self._terms.deadline:g} s"
+        return f"late: the round had its {enough:g} updates after {seconds:.4g} s"
+
+    def _free(self) -> list[Client]:
+        busy = {asked.node for asked in self._owed.values()}
+        return [
+            site.client
+            for _, site in sorted(self._sites.items())
+            if site.node in self._connected and site.node not in busy
+        ]
+
+    def _meet(self) -> None:
+        """Get to know the nodes that are new, as far as they have answered."""
+        self._connected = frozenset(self._carrier.nodes())
+        now = self._looked = self._clock()
+        self._owed = {t: o for t, o in self._owed.items() if o.until > now}
+        self._meeting = {t: m for t, m in self._meeting.items() if m.until > now}
+        met = {s.node for s in self._sites.values()} | {m.node for m in self._meeting.values()}
+        met |= {node for node, (until, _) in self._refused.items() if until > now}
+        for node in sorted(self._connected - met):
+            self._ask(node, Frame({"do": "describe"}), None)
+        for arrival in self._collect(self._meeting):
+            self._get_to_know(self._meeting.pop(arrival.ticket), arrival)
+
+    def _get_to_know(self, asked: _Asked, arrival: Arrival) -> None:
+        node, client = asked.node, asked.client
+        self._aside += arrival.transport
+        try:
+            head = _answer(arrival).header
+            if client is None:
+                client = self._welcome(head, None)
+                self._refuse_another(client.id, node)
+                self._ask(node, Frame({"do": "recipe"}, self._recipe.encode()), client)
+                return
+            client = self._welcome(head, client)
+            self._refuse_another(client.id, node)
+        except FedSieveError as error:
+            said = self._refused.get(node, (0.0, ""))[1]
+            self._refused[node] = self._clock() + RETRY, str(error)
+            if str(error) != said:
+                who = f"node {node.id}" + (f", as site {client.id}," if client else "")
+                self._say(f"{who} is not used: {error}")
+            return
+        if node.key and client.id not in self._keys:
+            self._keys[client.id] = node.key
+            self._pin(self._keys)
+        known = client.id in self._sites
+        self._sites[client.id] = _Site(client, node)
+        self._say(f"site {client.id} is {'back' if known else 'there'}: {client.examples} examples")
+
+    def _refuse_another(self, name: str, node: Node) -> None:
+        if self._keys.get(name, node.key) != node.key:
+            raise FedSieveError(
+                f"its node has another key than the one that was site {name!r} before"
+            )
+        holders = [site.node for site in self._sites.values() if site.client.id == name]
+        holders += [a.node for a in self._meeting.values() if a.client and a.client.id == name]
+        if any(holder.id != node.id and holder in self._connected for holder in holders):
+            raise FedSieveError(f"another node is the site {name!r} already")
+
+    def _ask(self, node: Node, frame: Frame, client: Client | None) -> None:
+        seconds = self._terms.setup + SKEW
+        until = self._clock() + seconds
+        ticket = self._carrier.send(node.id, "query", pack(frame), seconds)
+        if ticket is not None:
+            self._aside += ticket.transport
+            self._meeting[ticket.id] = _Asked(node, until, client)
+
+    def _collect(self, wanted: Collection[str]) -> list[Arrival]:
+        """What has come back for these tickets. What came too late for others is counted."""
+        if not wanted and not self._owed:
+            return []
+        # By ticket: whoever carries an answer twice has brought one answer.
+        tickets = {*wanted, *self._owed}
+        arrived = {a.ticket: a for a in self._carrier.collect(tickets) if a.ticket in tickets}
+        for arrival in arrived.values():
+            owed = self._owed.pop(arrival.ticket, None)
+            if owed is not None and owed.client is not None and arrival.ticket not in wanted:
+                site = owed.client.id
+                self._stray[site] = self._stray.get(site, 0) + arrival.transport
+                self._say(f"site {site}: an answer came too late and is thrown away")
+        return [a for a in arrived.values() if a.ticket in wanted]
+
+
+def mean_score(answers: Mapping[str, Frame], say: Callable[[str], None]) -> Score | None:
+    """The mean over all that the sites counted, exact since they send sums; None if none counted.
+
+    A site whose answer holds no such sums is left out, and that is said.
+    """
+    loss, right, counted = 0.0, 0.0, 0
+    for site, frame in answers.items():
+        head = frame.header
+        try:
+            own, hits = number_of(head, "counted"), number_of(head, "right")
+            total = math.nan if head.get("loss_sum") is None else number_of(head, "loss_sum")
+            if not 0 <= hits <= own:
+                raise WireError(f"{hits:g} of {own:g} cannot be right")
+        except WireError as error:
+            say(f"site {site}: its evaluation is left out: {error}")
+            continue
+        counted, right, loss = counted + int(own), right + hits, loss + total
+    return Score(loss / counted, right / counted, counted) if counted else None
+
+
+def _answer(arrival: Arrival) -> Frame:
+    if arrival.data is None:
+        raise WireError(f"no answer: {arrival.error}")
+    frame = unpack(arrival.data)
+    if frame.header.get("ok") is not True:
+        raise WireError(f"the site says: {_words(frame.header.get('error', 'nothing'))}")
+    return frame
+
+
+def _forgotten(arrival: Arrival) -> bool:
+    try:
+        return arrival.data is not None and bool(unpack(arrival.data).header.get("unknown_recipe"))
+    except WireError:
+        return False
+
+
+def _reply(client: Client, arrival: Arrival, number: int) -> Reply:
+    try:
+        frame = _answer(arrival)
+        head = frame.header
+        if head.get("round") != number:
+            raise WireError(f"an answer for round {head.get('round')!r} in round {number}")
+        reason = head.get("reason")
+        if reason is None and not frame.body:
+            raise WireError("an answer without an update")
+        return Reply(
+            client=client,
+            update=None if reason is not None else frame.body,
+            reason=None if reason is None else _words(reason),
+            loss=math.nan if head.get("loss") is None else number_of(head, "loss"),
+            steps=int(number_of(head, "steps")),
+            seconds=number_of(head, "seconds"),
+            compute=number_of(head, "compute"),
+            wire=number_of(head, "wire"),
+            memory=int(number_of(head, "memory")),
+        )
+    except WireError as error:
+        return _nothing(client, str(error))
+
+
+def _nothing(client: Client, reason: str) -> Reply:
+    return Reply(client, None, reason, math.nan, 0, 0.0, 0.0, 0.0, 0)
+
+
+def _words(said: object) -> str:
+    """What a site says, for a log: it is trusted with neither its length nor its characters."""
+    if not isinstance(said, str):
+        return "what it says is no text"
+    return "".join(c if c.isprintable() else "?" for c in said[:500])
+
+
+def number_of(head: Mapping[str, Any], name: str) -> float:
+    """A number of an answer's header, at most so large that sums of them make sense.
+
+    Raises WireError if it is none, below 0, or above.
+    """
+    value = head.get(name)
+    # In this order: NaN is not within, and an int may be too large for a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
+        raise WireError(f"an answer whose {name} is no number from 0 to {LARGEST:g}")
+    return value

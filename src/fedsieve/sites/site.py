@@ -1,0 +1,164 @@
+"""A site describes itself in one file, `site.toml`: what it has, and what a worker may use of it.
+
+A recipe says what is trained and comes from the server; a site's file says with what, and never
+leaves the site. Whatever a recipe says of data, files and devices counts for nothing here: the rows
+that are read, their columns, the model's folder and the machine are those that this file names.
+docs/deploy.md describes the keys. Paths are relative to the file's own folder.
+"""
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from fedsieve.algebra.budget import Budget
+from fedsieve.clients.network import Link
+from fedsieve.data import fetch
+from fedsieve.errors import FedSieveError, explain
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Rows(_Table):
+    """The site's own rows, and the columns of them that may be read; keys as in a recipe's [data].
+
+    test: rows that adapters are evaluated on; without `test` and `test_split` there are none
+    """
+
+    train: str
+    test: str | None = None
+    config: str | None = None
+    train_split: str | None = None
+    test_split: str | None = None
+    names: tuple[str, ...] | None = None
+    separator: str | None = None
+    text: str | None = None
+    text_b: str | None = None
+    label: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+
+    @model_validator(mode="after")
+    def _columns_named(self) -> "Rows":
+        if self.text is None and (self.prompt is None or self.completion is None):
+            raise ValueError("say which columns to read: text (and label), or prompt, completion")
+        return self
+
+
+class Line(_Table):
+    """The site's line to the server: Mbit/s down and up, seconds (network.Link)."""
+
+    down: PositiveFloat
+    up: PositiveFloat
+    latency: NonNegativeFloat = 0.0
+
+
+class Affords(_Table):
+    """What the site can afford (budget.Budget); the server may ask for less."""
+
+    ratio: Share = 1.0
+    down: Share = 1.0
+    up: Share = 1.0
+
+
+class Site(_Table):
+    """All that a worker knows of its site.
+
+    name:   by which the server calls this client; every site of a federation has its own
+    folder: of the worker: its socket, its memory of runs, final adapters
+    model:  the base model here, a folder or a name; without it, a recipe may only name models that
+            `fedsieve fetch` has stored here
+    cache:  where fetched models and data lie; None is where `fedsieve fetch` puts them
+    memory: free, in MB beside the base model; step_seconds: an optimizer step's
+    most_steps: optimizer steps that a server may ask for in one round
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    data: Rows
+    folder: Path = Path("worker")
+    device: str = "auto"
+    model: str | None = None
+    cache: Path | None = None
+    memory: PositiveFloat | None = None
+    step_seconds: NonNegativeFloat | None = None
+    most_steps: PositiveInt = 100_000
+    link: Line | None = None
+    budget: Affords = Affords()
+
+
+def load(path: Path) -> Site:
+    """Read a site's file. Raises FedSieveError for anything that is not right, naming the key."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedSieveError(f"the site's file {path} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise FedSieveError(f"the site's file {path} is not valid TOML: {error}") from error
+    try:
+        site = Site.model_validate(table)
+    except ValidationError as error:
+        found = [explain(detail, [*map(str, detail["loc"])], _keys) for detail in error.errors()]
+        lines = "\n".join(f"  {line}" for line in found)
+        raise FedSieveError(f"{path}:\n{lines}") from error
+    return _settled(site, path.absolute().parent)
+
+
+def budget_of(site: Site) -> Budget:
+    """The most that the site can afford."""
+    return Budget(site.budget.ratio, site.budget.down, site.budget.up)
+
+
+def link_of(site: Site) -> Link | None:
+    """The site's line, if its file says so."""
+    line = site.link
+    return None if line is None else Link(line.down, line.up, line.latency)
+
+
+def _settled(site: Site, home: Path) -> Site:
+    """The site with its paths made absolute: they are relative to the file that names them."""
+    data = site.data.model_copy(
+        update={
+            "train": _found(site.data.train, home),
+            "test": None if site.data.test is None else _found(site.data.test, home),
+        }
+    )
+    return site.model_copy(
+        update={
+            "data": data,
+            "folder": home / site.folder.expanduser(),
+            "cache": None if site.cache is None else home / site.cache.expanduser(),
+            "model": None if site.model is None else _found(site.model, home),
+        }
+    )
+
+
+def _found(source: str, home: Path) -> str:
+    """An absolute path where there is such a file or folder, else the name as it is."""
+    if source in fetch.PACKAGES:
+        return source
+    path = home / Path(source).expanduser()
+    return str(path) if path.exists() else source
+
+
+def _keys(path: Sequence[str | int]) -> list[str]:
+    tables: dict[tuple[str | int, ...], type[_Table]] = {
+        ("data",): Rows,
+        ("link",): Line,
+        ("budget",): Affords,
+    }
+    return list(tables.get(tuple(path), Site).model_fields)

@@ -1,0 +1,263 @@
+"""Many runs, each in a directory of its own: some at once, in the order given, all resumable.
+
+A run that fails does not stop the others. With one worker the runs take place in this process; with
+more, each worker is a process that takes one run after another, so that torch and transformers are
+imported once a worker. A worker is told a run as one line of JSON and answers with lines of JSON.
+
+The recipe that was asked for is kept beside each run (`asked.toml`). It tells whether a directory
+holds this very run, which then is left alone or resumed, or another one, which is refused: results
+of two different recipes must not meet under one name.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from fedsieve.engine.loop import Receipt, Round
+from fedsieve.errors import FedSieveError, NoUsableUpdate
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.overrides import flat
+from fedsieve.recipe.schema import Recipe
+from fedsieve.run import rundir, runner
+
+ASKED = "asked.toml"
+DIVERGED = "diverged.txt"
+PATIENCE = 60  # seconds that a worker has to save its run before it is killed
+
+
+class Job(NamedTuple):
+    """One run: what it is called in messages, what to run, and where."""
+
+    name: str
+    recipe: Recipe
+    folder: Path
+
+
+class Outcome(NamedTuple):
+    """How a job ended: `problem` is None where the run is finished."""
+
+    job: Job
+    problem: str | None
+
+
+ShowRound = Callable[[Job, Round], None]  # called after every round of any run
+ShowEnd = Callable[[Outcome], None]
+
+
+def refuse_changed(jobs: Sequence[Job]) -> None:
+    """Raises FedSieveError, naming the key, if a directory holds a run of another recipe."""
+    for job in jobs:
+        if not (job.folder / rundir.RECIPE).exists():
+            continue
+        asked = job.folder / ASKED
+        if not asked.exists():
+            raise FedSieveError(f"{job.folder} holds some other run: choose another --out")
+        before, now = (
+            dict(flat(recipe.model_dump(mode="json")))
+            for recipe in (recipes.load(str(asked)), job.recipe)
+        )
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key):
+                raise FedSieveError(
+                    f"{job.folder} holds a run with {key} = {before.get(key)!r}, but "
+                    f"{now.get(key)!r} is asked for now: choose another --out, or remove that "
+                    "directory to run it again"
+                )
+
+
+def diverged(job: Job) -> str | None:
+    """Why training broke down; running it again would end the same."""
+    mark = job.folder / DIVERGED
+    return mark.read_text(encoding="utf-8") if mark.exists() else None
+
+
+def finished(job: Job) -> bool:
+    """Whether the job's directory holds the run, done to its last round."""
+    if not (job.folder / rundir.ADAPTER).is_dir():
+        return False
+    lines = (job.folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
+    # The rounds of the run's own recipe: a privacy budget may allow fewer than were asked for.
+    return bool(lines) and json.loads(lines[-1])["round"] == runner.rounds_of(job.folder)
+
+
+def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) -> list[Outcome]:
+    """Run or resume what is not finished, and say for every job, in the order given, how it ended.
+
+    workers: how many run at once. Raises FedSieveError if a directory holds another run (nothing
+    is started then), runner.Stopped after Ctrl-C or SIGTERM, with every run's state kept.
+    """
+    refuse_changed(jobs)
+    outcomes = {
+        job.folder: Outcome(job, diverged(job)) for job in jobs if diverged(job) or finished(job)
+    }
+    left = [job for job in jobs if job.folder not in outcomes]
+
+    def ended(outcome: Outcome) -> None:
+        outcomes[outcome.job.folder] = outcome
+        end(outcome)
+
+    with runner.sigterm_as_ctrl_c():
+        try:
+            if min(workers, len(left)) <= 1:
+                for job in left:
+                    ended(Outcome(job, _problem(job, show)))
+            else:
+                _side_by_side(left, min(workers, len(left)), show, ended)
+        except (KeyboardInterrupt, runner.Stopped):
+            done = sum(outcome.problem is None for outcome in outcomes.values())
+            raise runner.Stopped(
+                f"stopped with {done} of {len(jobs)} runs done; the same command goes on from here"
+            ) from None
+    return [outcomes[job.folder] for job in jobs]
+
+
+def _problem(job: Job, show: ShowRound) -> str | None:
+    """Run or resume a job in this process; what went wrong, if anything did."""
+
+    def after(summary: Round, receipts: Sequence[Receipt]) -> None:
+        show(job, summary)
+
+    try:
+        if (job.folder / rundir.RECIPE).exists():
+            runner.resume(job.folder, after)
+        else:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            (job.folder / ASKED).write_text(recipes.dump(job.recipe, {}), encoding="utf-8")
+            runner.start(job.recipe, job.folder, after)
+    except FedSieveError as error:
+        if isinstance(error.__cause__, NoUsableUpdate):
+            (job.folder / DIVERGED).write_text(str(error), encoding="utf-8")
+        return str(error)
+    except runner.Stopped:
+        raise
+    except Exception:
+        return traceback.format_exc()  # a fault of ours: all of it is needed to mend it
+    return None
+
+
+# --- workers
+
+
+def _side_by_side(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) -> None:
+    """Give the jobs to worker processes, one thread attending each."""
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        waiting.put(job)
+    events: queue.SimpleQueue[tuple[Job, Round] | Outcome] = queue.SimpleQueue()
+    processes: list[subprocess.Popen[str]] = []
+    closing = threading.Event()
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // workers)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+    def start() -> subprocess.Popen[str]:
+        # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedsieve.study.jobs"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+            start_new_session=True,
+        )
+        processes.append(process)
+        return process
+
+    def attend() -> None:
+        process = start()
+        while not closing.is_set():
+            try:
+                job = waiting.get_nowait()
+            except queue.Empty:
+                break
+            if process.poll() is not None:
+                process = start()
+            events.put(Outcome(job, _told(process, job, lambda j, s: events.put((j, s)))))
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+
+    threads = [threading.Thread(target=attend, daemon=True) for _ in range(workers)]
+    try:
+        for thread in threads:
+            thread.start()
+        ended = 0
+        while ended < len(jobs):
+            event = events.get()
+            if isinstance(event, Outcome):
+                end(event)
+                ended += 1
+            else:
+                show(*event)
+    except BaseException:
+        closing.set()
+        for process in list(processes):
+            process.terminate()  # a run that is under way saves its state first
+        raise
+    finally:
+        for process in list(processes):
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _told(process: subprocess.Popen[str], job: Job, show: ShowRound) -> str | None:
+    """Have a worker do a job; what went wrong, if anything did."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    request = {
+        "name": job.name,
+        "recipe": job.recipe.model_dump(mode="json"),
+        "folder": str(job.folder),
+    }
+    with contextlib.suppress(OSError):  # a worker that is gone shows below
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+    for line in process.stdout:
+        answer = json.loads(line)
+        if "round" in answer:
+            show(job, Round(**answer["round"]))
+        else:
+            problem: str | None = answer["problem"]
+            return problem
+    return f"its process ended with exit code {process.wait()} (out of memory?)"
+
+
+def _work(requests: IO[str], answers: IO[str]) -> None:
+    """A worker: one job a line, until there are no more."""
+
+    def answer(value: dict[str, Any]) -> None:
+        answers.write(json.dumps(value) + "\n")
+        answers.flush()
+
+    for line in requests:
+        request = json.loads(line)
+        job = Job(request["name"], recipes.check(request["recipe"]), Path(request["folder"]))
+        answer(
+            {"problem": _problem(job, lambda job, summary: answer({"round": summary._asdict()}))}
+        )
+
+
+if __name__ == "__main__":
+    from fedsieve import cli
+
+    cli.quiet()
+    warnings.showwarning = cli.show_warning
+    told = sys.stdout
+    sys.stdout = sys.stderr  # what other libraries print must not get among the answers
+    with contextlib.suppress(runner.Stopped, KeyboardInterrupt, BrokenPipeError):
+        _work(sys.stdin, told)

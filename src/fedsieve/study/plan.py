@@ -1,0 +1,326 @@
+"""Studies: what a comparison is to run, read from a file and worked out to single recipes.
+
+A study (a TOML file) names a recipe and its *entries*: a method each, with settings of its own. An
+entry's runs differ in the seed alone. With `[tune]`, every entry first tries the same number of
+settings on the rows that `data.validation` holds back. docs/compare.md describes the keys.
+
+The shared recipe is bent to each method, and it is told how: a budget that a method makes no use of
+counts as 1 for it, and options of another method or server optimizer are left out.
+"""
+
+import itertools
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from fedsieve import methods as known_methods
+from fedsieve.algebra import optim
+from fedsieve.algebra.budget import tiers_by_density, tiers_by_rank
+from fedsieve.errors import FedSieveError, nearest
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.overrides import flat, put
+from fedsieve.recipe.schema import Recipe
+from fedsieve.study.jobs import Job, refuse_changed
+
+VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
+LAST = 3  # a trial's score is the mean of so many last evaluations, to damp their swing
+_NAME = re.compile(r"[\w(][\w .,+=()-]*")
+
+Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+Settings = dict[str, Any]
+Grid = dict[str, list[Any]] | list[Settings]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EntryTable(_Table):
+    """A method and its own settings; `grid` replaces that of [tune], and [] leaves it untuned."""
+
+    name: str
+    method: str | None = None
+    set: Settings = {}
+    seeds: Seeds | None = None
+    grid: Grid | None = None
+
+
+class TuneTable(_Table):
+    """Settings to try: lists by dotted key (every combination), or a list of sets of settings."""
+
+    grid: Grid
+    seeds: Seeds = (100,)
+    set: Settings = {}
+
+
+class Study(_Table):
+    """A whole comparison."""
+
+    recipe: str
+    seeds: Seeds = (0,)
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    set: Settings = {}
+    entry: tuple[EntryTable, ...] = Field(min_length=1)
+    tune: TuneTable | None = None
+
+
+class Entry(NamedTuple):
+    """An entry, worked out.
+
+    table:  its recipe, without seed and tuned settings
+    trials: the settings to try; empty where it is not tuned
+    knobs:  the budgets that its method makes use of
+    notes:  what of the shared recipe it could not use
+    """
+
+    name: str
+    method: str
+    table: dict[str, Any]
+    seeds: tuple[int, ...]
+    trials: list[Settings]
+    knobs: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+class Plan(NamedTuple):
+    """What a comparison runs; `tune` holds the seeds and settings of all trials."""
+
+    folder: Path
+    target: float | None
+    entries: tuple[Entry, ...]
+    tune: TuneTable | None
+    notes: tuple[str, ...]
+
+
+def plan(
+    source: str,
+    folder: Path,
+    *,
+    methods: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    target: float | None = None,
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """Read a study, or a recipe with the methods to compare, and check all that it would run.
+
+    methods, seeds, target: for a recipe; for a study, seeds and target replace its own.
+    overrides: "key=value" changes to the shared recipe.
+    Raises FedSieveError for anything that is not right, naming entry and key.
+    """
+    study = _read(source, methods)
+    changes = {"seeds": tuple(seeds) or study.seeds, "target": target or study.target}
+    study = study.model_copy(update=changes)
+    base = recipes.read(_beside(source, study.recipe))
+    for key, value in flat(study.set):
+        put(base, key, value, f"{source}: set.{key}")
+    for override in overrides:
+        recipes.override(base, override)
+    notes = []
+    if study.tune is not None:
+        evaluation = base.setdefault("evaluation", {})
+        evaluation["on"] = "test"
+        share = base.setdefault("data", {}).setdefault("validation", VALIDATION)
+        notes.append(
+            f"Settings were chosen on {share:g} of the training rows, which no client of any run "
+            f"holds; a trial's score is the mean of its last {LAST} evaluations there."
+        )
+    entries = tuple(_work_out(study, each, base, source) for each in study.entry)
+    _refuse_twice(entries, source)
+    tuned = {entry.name: len(entry.trials) for entry in entries if entry.trials}
+    if len(set(tuned.values())) > 1:
+        said = ", ".join(f"{name} {count}" for name, count in tuned.items())
+        raise FedSieveError(
+            f"{source}: every tuned entry must have the same number of trials, or the one with "
+            f"more has the better chance ({said})"
+        )
+    made = Plan(folder, study.target, entries, study.tune, tuple(notes))
+    for entry in entries:  # a mistake shows now, not after hours
+        for settings in entry.trials or [{}]:
+            recipe_of(entry, settings, entry.seeds[0])
+    refuse_changed(trial_jobs(made))
+    return made
+
+
+def trial_jobs(plan: Plan) -> list[Job]:
+    """The runs on the validation rows, the first trial of every entry first."""
+    if plan.tune is None:
+        return []
+    numbers = range(max((len(entry.trials) for entry in plan.entries), default=0))
+    return [
+        trial_job(plan, plan.tune, entry, number, seed)
+        for number in numbers
+        for seed in plan.tune.seeds
+        for entry in plan.entries
+        if entry.trials
+    ]
+
+
+def final_jobs(plan: Plan, chosen: Mapping[str, Settings]) -> list[Job]:
+    """The runs on the test rows, the first seed of every entry first.
+
+    chosen: entry -> the settings that tuning found; an entry that is to be tuned and is not there
+    has no runs
+    """
+    seeds = dict.fromkeys(seed for entry in plan.entries for seed in entry.seeds)
+    jobs = []
+    for seed in seeds:
+        for entry in plan.entries:
+            if seed in entry.seeds and (not entry.trials or entry.name in chosen):
+                name = f"{entry.name}/seed-{seed}"
+                recipe = recipe_of(entry, chosen.get(entry.name, {}), seed)
+                jobs.append(Job(name, recipe, plan.folder / name))
+    return jobs
+
+
+def recipe_of(entry: Entry, settings: Settings, seed: int) -> Recipe:
+    """One run's recipe. Raises FedSieveError, naming the entry, where it is not right."""
+    table = deepcopy(entry.table)
+    where = f"entry {entry.name!r}"
+    for key, value in flat(settings):
+        put(table, key, value, f"{where}: {key}")
+    table["seed"] = seed
+    return recipes.check(table, where)
+
+
+def trial_job(plan: Plan, tune: TuneTable, entry: Entry, number: int, seed: int) -> Job:
+    name = f"{entry.name}/tune-{number}-seed-{seed}"
+    # Settings that are tried come last: they are what the trial is about.
+    settings = dict(flat(tune.set)) | dict(flat(entry.trials[number]))
+    settings |= {"evaluation.on": "validation"}
+    return Job(name, recipe_of(entry, settings, seed), plan.folder / name)
+
+
+def _read(source: str, methods: Sequence[str]) -> Study:
+    path = Path(source)
+    table: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FedSieveError(f"the study {source} cannot be read: {error}") from error
+    if "entry" not in table and "recipe" not in table:
+        # A recipe, and the methods to run it with.
+        own = recipes.read(source).get("method", {}).get("name")
+        names = list(methods) or [str(own)]
+        entries = tuple(EntryTable(name=name, method=name) for name in names)
+        return Study(recipe=str(path.resolve()) if path.is_file() else source, entry=entries)
+    if methods:
+        raise FedSieveError(f"{source} is a study: its methods are its [[entry]] tables")
+    try:
+        return Study.model_validate(table)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
+        raise FedSieveError(f"{source}:\n{lines}") from error
+
+
+def _explain(detail: Any) -> str:
+    place = ".".join(str(step) for step in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        first = detail["loc"][0]
+        tables: dict[str, type[_Table]] = {"entry": EntryTable, "tune": TuneTable}
+        known = tables.get(first, Study).__pydantic_fields__
+        return f"{place}: unknown key{nearest(str(detail['loc'][-1]), known)}"
+    if detail["type"] == "missing":
+        return f"{place}: this key is needed"
+    return f"{place}: {detail['msg']}"
+
+
+def _beside(source: str, recipe: str) -> str:
+    """A study's recipe: a file, from where the study is, or a recipe's name."""
+    path = Path(source).parent / recipe
+    return str(path) if path.is_file() else recipe
+
+
+def _work_out(study: Study, given: EntryTable, base: Mapping[str, Any], source: str) -> Entry:
+    where = f"{source}: entry {given.name!r}"
+    if not _NAME.fullmatch(given.name):
+        raise FedSieveError(f"{where}: a name is letters, digits and . , + = - ( ) _ or spaces")
+    table = deepcopy(dict(base))
+    own = dict(flat(given.set))
+    if given.method is not None:
+        table.setdefault("method", {})["name"] = given.method
+    for key, value in own.items():
+        put(table, key, value, f"{where}: set.{key}")
+    table["name"] = given.name
+    notes = _drop_foreign(table, own, where)
+    parsed = recipes.parse(table, where)
+    knobs = recipes.knobs(parsed)
+    limited = recipes.limited(parsed.budgets, knobs)
+    unused = [knob for knob in limited if knob not in knobs]
+    if unused:
+        table["budgets"] = without(table["budgets"], unused)
+        notes.append(f"makes no use of the budgets' {' and '.join(unused)}")
+    grid = given.grid
+    if grid is None and study.tune is not None:
+        grid = study.tune.grid
+    return Entry(
+        given.name,
+        parsed.method.name,
+        table,
+        given.seeds or study.seeds,
+        _trials(grid or []),
+        tuple(knob for knob in limited if knob in knobs),
+        tuple(notes),
+    )
+
+
+def _drop_foreign(table: dict[str, Any], own: Settings, where: str) -> list[str]:
+    """Take out options of the shared recipe that are another method's, or another optimizer's.
+
+    An entry's own options stay, and are refused later if they are unknown.
+    """
+    method, server = table.get("method", {}), table.get("server", {})
+    build = known_methods.load(str(method.get("name")))
+    make = getattr(optim, str(server.get("optimizer", "sgd")), None)
+    notes = []
+    for name, options, known in (
+        ("method", method, {"name", *recipes.options_of(build)}),
+        ("server", server, {"optimizer", "decay", *(recipes.options_of(make) if make else ())}),
+    ):
+        foreign = [k for k in options if k not in known and f"{name}.{k}" not in own]
+        for key in foreign:
+            del options[key]
+        if foreign:
+            notes.append(f"has no {' and no '.join(f'{name}.{key}' for key in foreign)}")
+    return notes
+
+
+def without(budgets: Any, knobs: Sequence[str]) -> Any:
+    """A recipe's budgets, as they are written, with 1 in the place of some knobs."""
+    if isinstance(budgets, list):
+        return [tier | dict.fromkeys(knobs, 1.0) for tier in budgets]
+    if budgets["kind"] == "list":
+        clients = budgets["clients"]
+        gone = {*knobs, "rank"} if "ratio" in knobs else {*knobs}
+        if isinstance(clients, list):
+            kept: Any = [{k: v for k, v in each.items() if k not in gone} for each in clients]
+        else:
+            kept = {i: {k: v for k, v in c.items() if k not in gone} for i, c in clients.items()}
+        return {**budgets, "clients": kept}
+    if budgets["kind"] == "tiers":
+        law = tiers_by_rank if "ratio" in knobs else tiers_by_density
+        tiers = [{"share": share, **budget._asdict()} for share, budget in law(budgets["tiers"])]
+        return without(tiers, knobs)
+    if "ratio" in knobs:  # a law of ranks: what is left is the same for all clients
+        rest = {key: budgets.get(key, 1.0) for key in ("down", "up") if key not in knobs}
+        return [rest]
+    return {**budgets, **dict.fromkeys(knobs, 1.0)}
+
+
+def _trials(grid: Grid) -> list[Settings]:
+    if isinstance(grid, list):
+        return grid
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _refuse_twice(entries: Sequence[Entry], source: str) -> None:
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.name.lower() in seen:  # some file systems take both for one
+            raise FedSieveError(f"{source}: two entries are called {entry.name!r}")
+        seen.add(entry.name.lower())

@@ -1,0 +1,1 @@
+"""From rows to tensors, a file a task."""

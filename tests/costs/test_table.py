@@ -1,0 +1,58 @@
+"""A rehearsal's costs against real rounds: encoded bytes, and tensors that training allocated."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fedsieve import methods
+from fedsieve.algebra.adapter import layout_of
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.costs.table import rehearse
+from fedsieve.engine.loop import begin, rounds
+from fedsieve.recipe import read as recipe
+from fedsieve.recipe.experiment import from_recipe
+from fedsieve.train.local import Training
+from tests.conftest import Tiny
+
+TRAININGS = ({"optimizer": "adamw", "lr": 0.01}, {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1})
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("training", TRAININGS, ids=lambda t: str(t["optimizer"]))
+def test_a_rehearsal_costs_what_a_real_round_does(
+    tiny: Tiny, name: str, training: dict[str, Any]
+) -> None:
+    build = methods.load(name)
+    knobs = build().knobs
+    limits = {"ratio": 0.5, "down": 0.25, "up": 0.125}
+    budget = {knob: value for knob, value in limits.items() if knob in knobs}
+    table = tiny.table(
+        method={"name": name}, budgets=[budget], server={"optimizer": "sgd"}, cohort=3, rounds=3
+    )
+    table["partition"] = {"kind": "iid", "clients": 3}
+    table["training"] = {**training, "precision": "fp32", "steps": 2, "batch": 8}
+    experiment = from_recipe(recipe.check(table))
+    _, progress = begin(experiment.federation, experiment.start)
+    receipts = [part for _, part, _ in rounds(experiment.federation, progress, 3)][-1]
+
+    clients = [Client(f"{i:04d}", 80, Budget(**budget)) for i in range(3)]
+    costs = rehearse(build(), experiment.bench.layout, clients, Training(**training))
+    for receipt, cost in zip(receipts, costs, strict=True):
+        assert receipt.dropped is None
+        assert cost.memory == receipt.memory_bytes
+        # Masks are entropy-coded: their size depends on which entries are large.
+        exact = not knobs & {"down", "up"} and name not in ("sparse_adapter", "adapter_lth")
+        for ours, theirs in ((cost.down, receipt.down_bytes), (cost.up, receipt.up_bytes)):
+            assert abs(ours - theirs) <= (0 if exact else 20 + 0.03 * theirs)
+
+
+def test_a_client_of_half_the_ranks_costs_half() -> None:
+    """FSLoRA without a head: memory and messages at ratio k / r are k / r of dense, within 2 %."""
+    shapes = {"m.0.lora_A.weight": (16, 300), "m.0.lora_B.weight": (500, 16)}
+    layout = layout_of({n: torch.empty(s) for n, s in shapes.items()}, 1.0)
+    clients = [Client("half", 1, Budget(0.5)), Client("whole", 1)]
+    method = methods.load("fslora")()
+    half, whole = rehearse(method, layout, clients, Training())
+    for part in ("memory", "down", "up"):
+        assert getattr(half, part) == pytest.approx(getattr(whole, part) / 2, rel=0.02)

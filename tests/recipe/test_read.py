@@ -1,0 +1,190 @@
+"""Recipes: every key has its place, its limits and a message that names it."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from tests.conftest import Tiny
+
+
+def test_what_is_dumped_is_the_same_recipe_with_every_default_in_it(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    given = recipes.check(tiny.table(model__settings={"attention_probs_dropout_prob": 0.0}))
+    text = recipes.dump(given, {"python": "3", "notes": ["said [once]"]})
+    table = tomllib.loads(text)
+    assert table["environment"] == {"python": "3", "notes": ["said [once]"]}
+    assert table["training"]["momentum"] == 0.9  # not given: a default
+    assert table["seed"] == 0
+    path = tmp_path / "again.toml"
+    path.write_text(text, encoding="utf-8")
+    assert recipes.load(str(path)) == given
+    assert recipes.dump(recipes.load(str(path)), {"python": "3", "notes": ["said [once]"]}) == text
+
+
+def test_every_shipped_recipe_is_sound_and_says_what_it_is() -> None:
+    shipped = recipes.shipped()
+    assert "demo" in shipped
+    for name, text in shipped.items():
+        assert recipes.load(name).name == name
+        assert text.startswith("# ")
+
+
+def test_overrides_are_toml_or_plain_text(tiny: Tiny, tmp_path: Path) -> None:
+    path = tiny.write(tmp_path / "tiny.toml")
+    changed = recipes.load(
+        str(path),
+        [
+            "rounds=9",
+            "training.lr=1e-4",
+            "name=words without quotes",
+            "lora.rslora=true",
+            "budgets.1.ratio=0.75",
+            'lora.targets=["key", "dense"]',
+            "model.settings.hidden_dropout_prob=0.25",
+            "data.label=a=b",
+        ],
+    )
+    assert (changed.rounds, changed.training.lr, changed.name) == (9, 1e-4, "words without quotes")
+    assert changed.lora.rslora is True
+    assert isinstance(changed.budgets, tuple)
+    assert [tier.ratio for tier in changed.budgets] == [0.25, 0.75, 1.0]
+    assert changed.lora.targets == ("key", "dense")
+    assert changed.model.settings == {"hidden_dropout_prob": 0.25}
+    assert changed.data.label == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rounds", "'rounds' is not of the form key=value"),
+        ("=3", "'=3' is not of the form key=value"),
+        ("rounds.x=3", "'rounds.x=3': 'x' is not a key of a table"),
+        ("rounds.x.y=3", "'rounds.x.y=3': 'x' is not a table of the recipe"),
+        ("budgets.7.ratio=0.5", "'7' is not a table of the recipe"),
+        ("budgets.ratio=0.5", "'ratio' is not a key of a table"),
+        ("rouns=3", "rouns: unknown key (did you mean 'rounds'"),
+        ("trainning.lr=3", "trainning: unknown key (did you mean 'training'"),
+    ],
+)
+def test_overrides_that_change_nothing_known(
+    tiny: Tiny, tmp_path: Path, override: str, message: str
+) -> None:
+    path = tiny.write(tmp_path / "tiny.toml")
+    with pytest.raises(FedSieveError, match=re.escape(message)):
+        recipes.load(str(path), [override])
+
+
+# (what is changed, what the message says)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"rouds": 3}, "rouds: unknown key (did you mean 'rounds'"),
+    ({"model__sorce": "x"}, "model.sorce: unknown key (did you mean 'source'"),
+    ({"lora__rnk": 3}, "lora.rnk: unknown key (did you mean 'rank'"),
+    ({"training__momentun": 0.1}, "training.momentun: unknown key (did you mean 'momentum'"),
+    ({"budgets": [{"ratoi": 0.5}]}, "budgets.0.ratoi: unknown key (did you mean 'ratio'"),
+    ({"method__hed": "whole"}, "method.hed: unknown key (did you mean 'head'"),
+    ({"server__betta1": 0.5}, "server.betta1: unknown key (did you mean 'beta1'"),
+    ({"evaluation__evry": 1}, "evaluation.evry: unknown key (did you mean 'every'"),
+    ({"checkpoint__evry": 1}, "checkpoint.evry: unknown key (did you mean 'every'"),
+    ({"partition__alhpa": 1}, "partition.alhpa: unknown key (did you mean 'alpha'"),
+    ({"data__txt": "a"}, "data.txt: unknown key (did you mean 'text'"),
+    ({"rounds": None}, "rounds: this key is needed"),
+    ({"model": {}}, "model.source: this key is needed"),
+    ({"rounds": 0}, "rounds: Input should be greater than 0 (it is 0)"),
+    ({"cohort": -1}, "cohort: Input should be greater than 0 (it is -1)"),
+    ({"seed": -1}, "seed: Input should be greater than or equal to 0 (it is -1)"),
+    ({"lora__rank": 0}, "lora.rank: Input should be greater than 0 (it is 0)"),
+    ({"lora__dropout": 1.0}, "lora.dropout: Input should be less than 1 (it is 1.0)"),
+    ({"training__lr": 0}, "training.lr: Input should be greater than 0 (it is 0)"),
+    ({"training__lr": "fast"}, "(it is 'fast')"),
+    ({"training__optimizer": "adan"}, "training.optimizer: Input should be 'sgd' or 'adamw'"),
+    ({"model__task": "regression"}, "model.task: Input should be 'classification' or 'causal-lm'"),
+    (
+        {"server__optimizer": "adamm"},
+        "server.optimizer: Input should be 'sgd', 'adam' or 'fedadam'",
+    ),
+    ({"server__lr": "high"}, "server.lr: Input should be a valid number"),
+    ({"method__head": "half"}, "method.head: Input should be 'sieved' or 'whole'"),
+    ({"method__up_values": "int4"}, "method.up_values: Input should be"),
+    ({"method__name": "flask"}, "unknown method 'flask' (did you mean 'flasc'"),
+    ({"method__name": "no.such.module"}, "method 'no.such.module' cannot be imported"),
+    ({"method__name": "fedsieve.algebra.keys"}, "'fedsieve.algebra.keys' has no function `method`"),
+    ({"method": {}}, "method.name: this key is needed"),
+    ({"partition": {"kind": "dirichlet", "alpha": 1.0}}, "'dirichlet' needs 'clients'"),
+    ({"partition": {"kind": "dirichlet", "clients": 5}}, "'dirichlet' needs 'alpha'"),
+    ({"partition": {"kind": "column"}}, "'column' needs 'column'"),
+    ({"partition": {"kind": "iid", "clients": 3, "alpha": 1}}, "'iid' does not use 'alpha'"),
+    ({"partition": {"kind": "other"}}, "partition.kind: Input should be 'dirichlet'"),
+    ({"method": {"name": "fedit"}}, "budgets.ratio: the method 'fedit' makes no use of it"),
+    ({"method": {"name": "flasc"}}, "budgets.ratio: the method 'flasc' makes no use of it"),
+    ({"method": {"name": "fslora"}}, "budgets.down: the method 'fslora' makes no use of it"),
+]
+# Shares of what a client can afford lie in (0, 1].
+WRONG += [
+    ({"budgets": [{knob: value}]}, f"budgets.0.{knob}: Input should be {said} (it is {value})")
+    for knob in ("ratio", "down", "up")
+    for value, said in (
+        (0, "greater than 0"),
+        (1.5, "less than or equal to 1"),
+        (-1, "greater than 0"),
+    )
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(each[0]) for each in WRONG])
+def test_a_wrong_recipe_is_refused_by_the_name_of_its_key(
+    tiny: Tiny, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FedSieveError, match=re.escape(message)):
+        recipes.check(tiny.table(**changes))
+
+
+def test_all_mistakes_are_told_at_once(tiny: Tiny) -> None:
+    with pytest.raises(FedSieveError) as told:
+        recipes.check(tiny.table(rouds=3, training__lr=-1.0), "mine.toml")
+    lines = str(told.value).splitlines()
+    assert lines[0] == "mine.toml:"
+    assert len(lines) == 3
+
+
+def test_options_of_methods_and_servers_reach_them(tiny: Tiny) -> None:
+    table = tiny.table(method={"name": "flasc", "feedback": True}, budgets=[{"up": 0.5}])
+    assert recipes.build_method(recipes.check(table)).knobs == {"down", "up"}
+    # A method of one's own, by the dotted name of its module.
+    table = tiny.table(method={"name": "fedsieve.methods.fslora"}, budgets=[{"ratio": 0.5}])
+    assert recipes.build_method(recipes.check(table)).knobs == {"ratio"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.toml", None, "none.toml cannot be read"),
+        ("bad.toml", b"rounds = = 3", "bad.toml is not valid TOML"),
+        ("bytes.toml", b"\xff\xfe", "bytes.toml cannot be read"),
+        ("empty.toml", b"", "rounds: this key is needed"),
+    ],
+)
+def test_files_that_are_no_recipe(
+    tmp_path: Path, name: str, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(FedSieveError, match=message):
+        recipes.load(str(path))
+
+
+def test_names_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FedSieveError, match=r"no recipe is called 'demmo' \(did you mean 'demo'"):
+        recipes.load("demmo")
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()  # a run's directory, say: it does not hide the recipe
+    assert recipes.load("demo").name == "demo"
+    Path("mine").write_text(tomli_w.dumps(recipes.load("demo").model_dump(exclude_none=True)))
+    assert recipes.load("mine").name == "demo"

@@ -1,0 +1,573 @@
+"""The report, made from run directories that the tests write: it shows the files' numbers."""
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsieve.clients.network import Conditions, Link
+from fedsieve.errors import FedSieveError
+from fedsieve.report import load, load_all, table, write
+from fedsieve.report.words import duration, fewer, megabytes, significant
+
+VOID = {"meta", "br", "link", "img", "hr"}
+RECIPE = """name = {name}
+rounds = {rounds}
+seed = {seed}
+
+[model]
+name = "tiny"
+
+[method]
+name = "{method}"
+
+[environment]
+torch = "2.13.0"
+commit = "abc1234"
+"""
+ROUNDS: list[dict[str, Any]] = [
+    {"round": 0, "total_bytes": 0, "accuracy": 0.05, "eval_loss": 3.0},
+    {
+        "round": 1, "loss": 2.5, "down_bytes": 1_000_000, "up_bytes": 200_000, "clients": 2,
+        "total_bytes": 1_200_000, "dense_bytes": 20_000_000, "dropped": 0, "seconds": 30.0,
+        "accuracy": 0.6125, "eval_loss": 1.5, "eval_examples": 1234,
+    },
+    {
+        "round": 2, "loss": 2.0, "down_bytes": 800_000, "up_bytes": 50_000, "clients": 2,
+        "total_bytes": 2_050_000, "dense_bytes": 40_000_000, "dropped": 1, "seconds": 35.5,
+        "accuracy": 0.5875, "eval_loss": 1.6, "eval_examples": 1234, "later": "a new key",
+    },
+]  # fmt: skip
+CLIENTS: list[dict[str, Any]] = [
+    {"round": 1, "client": "0001", "budget": "rank 8", "down_bytes": 600_000, "up_bytes": 150_000},
+    {"round": 1, "client": "0002", "budget": "rank 4", "down_bytes": 400_000, "up_bytes": 50_000},
+    {"round": 2, "client": "0001", "budget": "rank 8", "down_bytes": 500_000, "up_bytes": 50_000},
+    {"round": 2, "client": "0003", "budget": "rank 4", "down_bytes": 300_000, "up_bytes": 0,
+     "dropped": "the loss became NaN"},
+]  # fmt: skip
+
+
+def lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def make(
+    path: Path,
+    name: str = "demo",
+    rounds: list[dict[str, Any]] = ROUNDS,
+    clients: list[dict[str, Any]] = CLIENTS,
+    method: str = "flasc",
+    seed: int = 0,
+) -> Path:
+    path.mkdir(parents=True)
+    recipe = RECIPE.format(name=json.dumps(name), rounds=2, method=method, seed=seed)
+    (path / "recipe.toml").write_text(recipe)
+    (path / "metrics.jsonl").write_text(lines(rounds))
+    (path / "clients.jsonl").write_text(lines(clients))
+    return path
+
+
+class Reader(HTMLParser):
+    """Checks that tags close in order; keeps what the tests ask for."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.labels: list[str] = []
+        self.data: list[str] = []
+        self.text = ""
+        self.drawn: list[str] = []
+        self.rows: list[list[str]] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("th", "td"):
+            self.rows[-1].append("")
+        for key, value in attrs:
+            kinds = {"id": self.ids, "aria-label": self.labels, "value": self.data}
+            kinds |= dict.fromkeys(("src", "href", "xlink:href", "srcset", "action"), self.links)
+            kinds.get(key, []).append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        data = data.replace("\xa0", " ")
+        self.text += data
+        if self.open and self.open[-1] == "text":
+            self.drawn.append(data.strip())
+        if self.rows and self.open and {"th", "td"} & set(self.open):
+            self.rows[-1][-1] += data
+
+    def row(self, head: str) -> list[str]:
+        (found,) = (row[1:] for row in self.rows if row[0] == head)
+        return found
+
+
+def report(*runs: Path) -> Reader:
+    out = runs[0].parent / "report.html"
+    write(runs, out)
+    return Reader(out.read_text(encoding="utf-8"))
+
+
+def test_the_summary_holds_the_numbers_of_the_files(tmp_path: Path) -> None:
+    page = report(make(tmp_path / "a"))
+    assert page.row("Method") == ["flasc"]
+    assert page.row("Rounds") == ["2"]
+    assert page.row("Final accuracy") == ["0.5875 (round 2)"]
+    assert page.row("Best accuracy") == ["0.6125 (round 1)"]
+    assert page.row("Best evaluation loss") == ["1.5000 (round 1)"]
+    assert page.row("Evaluated on") == ["1,234 examples"]
+    assert page.row("Sent down") == ["1.80 MB"]
+    assert page.row("Sent up") == ["0.250 MB"]
+    assert page.row("Sent in all") == ["2.05 MB"]
+    assert page.row("Dense float32 LoRA, same rounds") == ["40.0 MB"]
+    assert page.row("Against dense LoRA") == ["20x fewer"]
+    assert page.row("Clients trained") == ["3 clients, 3 updates merged"]
+    assert page.row("Updates dropped") == ["1 × the loss became NaN"]  # noqa: RUF001
+    assert page.row("Training time") == ["1 min 06 s"]
+    assert {"1800000", "250000", "2050000", "40000000"} <= set(page.data)  # exact, for machines
+    assert page.row("torch") == ["2.13.0"]
+    assert '[model]\nname = "tiny"' in page.text
+    assert "1 client update dropped" in page.text
+
+
+def test_budgets_are_means_over_client_rounds(tmp_path: Path) -> None:
+    page = report(make(tmp_path / "a"))
+    assert page.row("rank 8") == ["2", "0.550 MB", "0.100 MB"]
+    assert page.row("rank 4") == ["2", "0.350 MB", "0.0250 MB"]
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
+    page = report(make(tmp_path / "a"), make(tmp_path / "b", "other", method="fedit"))
+    assert not {"script", "link", "img", "iframe", "object"} & page.tags
+    assert page.links, "the plots' markers are used by reference"
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    assert len(page.ids) == len(set(page.ids))
+    text = (tmp_path / "report.html").read_text()
+    assert "http" not in text
+    assert "@import" not in text
+    used = re.findall(r"url\((.*?)\)", text)
+    assert used
+    assert all(url.startswith("#") and url[1:] in page.ids for url in used)
+
+
+def test_several_runs_overlay(tmp_path: Path) -> None:
+    worse = [dict(row, accuracy=row["accuracy"] - 0.01) for row in ROUNDS]
+    page = report(make(tmp_path / "a"), make(tmp_path / "b", "slow", worse, method="fedit"))
+    assert page.row("Method") == ["flasc", "fedit"]
+    assert page.row("Best accuracy") == ["0.6125 (round 1)", "0.6025 (round 1)"]
+    assert page.row("method.name") == ["flasc", "fedit"]  # where the recipes differ
+    (label,) = (text for text in page.labels if text.startswith("Accuracy against traffic"))
+    assert "demo 1.20 MB, slow 1.20 MB" in label
+    for run in ("--run-0", "--run-1"):
+        drawn = re.findall(rf"stroke: var\({run}\)", (tmp_path / "report.html").read_text())
+        assert len(drawn) >= 4  # one line in every line plot
+
+
+def test_png_files_lie_beside_the_page(tmp_path: Path) -> None:
+    written = write([make(tmp_path / "a")], tmp_path / "new" / "r.html")
+    assert written[0] == tmp_path / "new" / "r.html"
+    assert sorted(written) == sorted((tmp_path / "new").iterdir())
+    assert [path.name for path in written[1:]] == [
+        "r-accuracy-bytes.png", "r-accuracy-rounds.png", "r-accuracy-time.png",
+        "r-train-loss.png", "r-bytes-round.png", "r-bytes-budget.png",
+    ]  # fmt: skip
+    for path in written[1:]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+        assert path.stat().st_size > 5_000
+
+
+def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
+    run = make(tmp_path / "a")
+    write([run], tmp_path / "x.html")
+    write([run], tmp_path / "y.html")
+    assert (tmp_path / "x.html").read_bytes() == (tmp_path / "y.html").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["<script>alert(1)</script>", "--><script>", "$5 or $6", "_x", '" onload="x', "$title ${x}"],
+)
+@pytest.mark.filterwarnings("error")
+def test_any_name_is_taken_as_it_stands(tmp_path: Path, name: str) -> None:
+    bad = [dict(row, dropped=name, budget=name) for row in CLIENTS]
+    page = report(
+        make(tmp_path / "a", name, clients=bad, method=name.replace('"', "'")),
+        make(tmp_path / "b", "other"),
+    )
+    assert "script" not in page.tags
+    assert page.row("Rounds") == ["2", "2"]
+    (head,) = (i for i, row in enumerate(page.rows) if row[0] == "Budget")
+    assert page.rows[head + 1][:2] == [name, name]
+    assert page.drawn.count(name) == 7  # five legends, a heading and a label of the bars
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    a, b = make(tmp_path / "x" / "a"), make(tmp_path / "x" / "b")
+    assert [run.name for run in load_all([a, b])] == ["a", "b"]
+    c = make(tmp_path / "y" / "a")
+    assert [run.name for run in load_all([a, c])] == [str(a), str(c)]
+    assert [run.name for run in load_all([a, a])] == ["demo"]
+
+
+def test_a_cut_last_line_and_an_unfinished_round_are_left_out(tmp_path: Path) -> None:
+    run = make(tmp_path / "a", rounds=ROUNDS[:2])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 2, "loss": 2.0, "down_by')
+    with (run / "clients.jsonl").open("a") as file:
+        file.write('{"round": 2, "client": "9')
+    loaded = load(run)
+    assert [row.round for row in loaded.rounds] == [1]
+    assert loaded.clients is not None
+    assert (loaded.clients.distinct, loaded.clients.merged) == (2, 2)  # those of round 1
+    page = report(run)
+    assert page.row("Sent in all") == ["1.20 MB"]
+    assert "The last line of metrics.jsonl was cut" in page.text
+    assert "1 of 2 rounds are done" in page.text
+
+
+def test_without_accuracy_the_evaluation_loss_is_plotted(tmp_path: Path) -> None:
+    rounds = [{k: v for k, v in row.items() if k != "accuracy"} for row in ROUNDS]
+    written = write([make(tmp_path / "a", rounds=rounds)], tmp_path / "r.html")
+    assert {"r-eval-loss-bytes.png", "r-eval-loss-rounds.png"} <= {p.name for p in written}
+    page = Reader((tmp_path / "r.html").read_text())
+    assert page.row("Final evaluation loss") == ["1.6000 (round 2)"]
+    assert "Best evaluation loss: 1.5000, after 1.20 MB." in page.text
+    assert "Final accuracy" not in page.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_bare_run_still_has_a_report(tmp_path: Path) -> None:
+    rounds = [{"round": 1, "loss": None, "total_bytes": 0}]
+    run = make(tmp_path / "bare", rounds=rounds)
+    (run / "clients.jsonl").unlink()
+    (run / "recipe.toml").write_text("")
+    page = report(run)
+    assert page.row("Method") == ["unnamed"]
+    assert page.row("Sent in all") == ["0 MB"]
+    assert "No round was evaluated" in page.text
+    assert "There is no clients.jsonl" in page.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_are_not_finite_are_shown_not_hidden(tmp_path: Path) -> None:
+    rounds = [dict(row, loss=float("nan"), eval_loss=float("inf")) for row in ROUNDS]
+    rounds[2]["accuracy"] = float("nan")
+    page = report(make(tmp_path / "a", rounds=rounds), make(tmp_path / "b", "fine"))
+    assert page.row("Final accuracy") == ["nan (round 2)", "0.5875 (round 2)"]
+    assert page.row("Best accuracy") == ["0.6125 (round 1)", "0.6125 (round 1)"]
+    assert page.row("Best evaluation loss") == ["–", "1.5000 (round 1)"]  # noqa: RUF001
+
+
+def test_sums_that_disagree_are_told(tmp_path: Path) -> None:
+    rounds = [ROUNDS[1], dict(ROUNDS[2], total_bytes=2_050_001)]
+    assert "add up to 2,050,000 bytes" in report(make(tmp_path / "a", rounds=rounds)).text
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("metrics.jsonl", "", "no finished round yet"),
+        ("metrics.jsonl", lines(ROUNDS[:1]), "no finished round yet"),
+        ("metrics.jsonl", "{cut\n" + lines(ROUNDS), "line 1 is not JSON"),
+        ("metrics.jsonl", "[]\n", "line 1 is not a JSON object"),
+        ("metrics.jsonl", lines([ROUNDS[2], ROUNDS[1]]), "round 1 comes after round 2"),
+        ("metrics.jsonl", '{"round": 1}\n', "there is no 'total_bytes'"),
+        ("metrics.jsonl", '{"round": 1, "total_bytes": -4}\n', "'total_bytes' is -4"),
+        ("metrics.jsonl", '{"round": 1, "total_bytes": 4, "loss": "x"}\n', "'loss' is 'x'"),
+        ("clients.jsonl", '{"round": 1}\n', "there is no 'down_bytes'"),
+        ("clients.jsonl", lines([dict(CLIENTS[0], seconds=-1)]), "'seconds' is -1, not a time"),
+        ("recipe.toml", "name = ", "is not TOML"),
+    ],
+)
+def test_damage_is_refused(tmp_path: Path, file: str, text: str, message: str) -> None:
+    run = make(tmp_path / "a")
+    (run / file).write_text(text)
+    with pytest.raises(FedSieveError, match=re.escape(message)):
+        write([run], tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FedSieveError, match="no such directory"):
+        load(tmp_path / "absent")
+    with pytest.raises(FedSieveError, match=r"no recipe\.toml and no metrics\.jsonl"):
+        load(tmp_path)
+    with pytest.raises(FedSieveError, match="name at least one"):
+        write([], tmp_path / "r.html")
+    with pytest.raises(FedSieveError, match="is a directory"):
+        write([make(tmp_path / "a")], tmp_path)
+
+
+def test_a_long_run_is_read_in_seconds(tmp_path: Path) -> None:
+    """10^5 client lines: about half a second here; the limit leaves room for a busy machine."""
+    rounds = [dict(ROUNDS[1], round=i + 1, total_bytes=1_200_000 * (i + 1)) for i in range(10_000)]
+    clients = [dict(CLIENTS[0], round=i // 10 + 1, client=str(i % 500)) for i in range(100_000)]
+    run = make(tmp_path / "a", rounds=rounds, clients=clients)
+    start = time.process_time()
+    loaded = load(run)
+    assert time.process_time() - start < 5
+    assert loaded.clients is not None
+    assert (loaded.clients.distinct, loaded.clients.merged) == (500, 100_000)
+
+
+def test_numbers_read_the_same_everywhere() -> None:
+    assert [significant(x) for x in (0, 0.0012345, 4.2146, 160.4, 12345.6)] == [
+        "0", "0.00123", "4.21", "160", "12,346",
+    ]  # fmt: skip
+    assert megabytes(2**20) == "1.05 MB"  # 10^6 bytes, not 2^20
+    assert fewer(1e6, 38.2e6) == "38x fewer"
+    assert fewer(2e6, 5e6) == "2.5x fewer"
+    assert fewer(3e6, 1e6) == "3.0x more"
+    assert fewer(100, 101) == "about as many"
+    assert fewer(0, 101) == "no ratio"
+    assert [duration(s) for s in (3.25, 59.97, 125, 7620)] == [
+        "3.2 s", "1 min 00 s", "2 min 05 s", "2 h 07 min",
+    ]  # fmt: skip
+
+
+def test_what_the_run_said_of_its_own_setting_up_is_shown(tmp_path: Path) -> None:
+    run = make(tmp_path / "run")
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text() + 'notes = ["2 of 9 clients have <no> data"]\n')
+    assert load(run).notes[0] == "2 of 9 clients have <no> data"
+    (out, *_) = write([run], tmp_path / "report.html")
+    assert "2 of 9 clients have &lt;no&gt; data</li>" in out.read_text()
+
+
+# One client a round sends a megabit each way and works for a second: by hand, at 10 Mbit/s down
+# and 10, 2.5 and 0.625 up, a round takes .1 + 1 + .1, .4 or 1.6 seconds.
+MEGABIT = 125_000
+
+
+def timed(accuracies: list[float | None], seconds: float = 1.0) -> tuple[list[Any], list[Any]]:
+    """Rounds of one client each; accuracy None where a round is not evaluated."""
+    rounds, clients = [], []
+    for number, accuracy in enumerate(accuracies, 1):
+        row = {
+            "round": number, "loss": 1.0, "down_bytes": MEGABIT, "up_bytes": MEGABIT,
+            "total_bytes": number * 2 * MEGABIT,
+        }  # fmt: skip
+        rounds.append(row if accuracy is None else row | {"accuracy": accuracy})
+        clients.append(
+            {"round": number, "client": "a", "seconds": seconds, "steps": 4,
+             "down_bytes": MEGABIT, "up_bytes": MEGABIT}
+        )  # fmt: skip
+    return rounds, clients
+
+
+def seeds(folder: Path, name: str, *curves: list[float | None], **more: Any) -> list[Path]:
+    """One run for each curve of accuracies, of seeds 0, 1, ..."""
+    return [
+        make(folder / name / str(seed), name, *timed(found, **more), seed=seed)
+        for seed, found in enumerate(curves)
+    ]
+
+
+def means(found: Any) -> list[float | None]:
+    return [None if one is None else one.mean for one in found]
+
+
+def test_the_table_holds_what_can_be_counted_by_hand(tmp_path: Path) -> None:
+    groups = {
+        "ours": seeds(tmp_path, "ours", [0.5, 0.7], [0.7, 0.6], [0.6, 0.8]),
+        "dense": seeds(tmp_path, "dense", [None, 0.9, 0.8]),
+    }
+    ours, dense = table(groups)
+    assert ours.target is not None
+    assert ours.target == dense.target
+    assert (ours.target.measure, ours.target.value, ours.target.given) == ("accuracy", 0.7, False)
+    assert (ours.label, ours.runs, ours.reached) == ("ours", 3, 3)
+    assert ours.final is not None
+    assert ours.final == pytest.approx((0.7, 0.1, 0.6, 0.8))  # .7, .6, .8
+    assert ours.best == pytest.approx((2.2 / 3, 0.1 / 3**0.5, 0.7, 0.8))
+    # Reached in rounds 2, 1 and 2: 5/3 rounds of two megabits.
+    assert ours.bytes_to_target is not None
+    assert ours.bytes_to_target.mean == pytest.approx(5 / 3 * 2 * MEGABIT)
+    assert means(ours.seconds_to_target) == pytest.approx([2.0, 2.5, 4.5])
+    assert ours.memory_bytes is None
+    # One run: no deviation. Its target is passed in round 2, of which round 1 tells nothing.
+    assert dense.final == (0.8, None, 0.8, 0.8)
+    assert dense.total_bytes.mean == 6 * MEGABIT
+    assert means(dense.seconds_to_target) == pytest.approx([2.4, 3.0, 5.4])
+
+
+def test_a_given_target_says_how_many_runs_reach_it(tmp_path: Path) -> None:
+    groups = {
+        "ours": seeds(tmp_path, "ours", [0.5, 0.7], [0.7, 0.6], [0.6, 0.8]),
+        "never": seeds(tmp_path, "never", [0.1, 0.2]),
+    }
+    ours, never = table(groups, 0.75)
+    assert (ours.reached, never.reached) == (1, 0)
+    assert means(ours.seconds_to_target) == pytest.approx([2.4, 3.0, 5.4])
+    assert (never.bytes_to_target, never.seconds_to_target) == (None, (None, None, None))
+    write([], tmp_path / "r.html", groups=groups, target=0.75)
+    page = Reader((tmp_path / "r.html").read_text())
+    assert "To reach accuracy 0.7500, the target asked for" in page.text
+    costs, summary = (row for row in page.rows if row[0] == "ours")
+    assert costs[1:] == [
+        "0.500 MB (1 of 3 runs)", "2.4 s (1 of 3 runs)", "3.0 s (1 of 3 runs)",
+        "5.4 s (1 of 3 runs)",
+    ]  # fmt: skip
+    assert summary[-4:] == costs[1:]
+    assert next(row[1:] for row in page.rows if row[0] == "never") == ["not reached"] * 4
+
+
+@pytest.mark.parametrize("target", [0.0, 1.5, float("nan"), -0.5])
+def test_a_target_that_cannot_be_is_refused(tmp_path: Path, target: float) -> None:
+    with pytest.raises(FedSieveError, match=r"must be in \(0, 1\]"):
+        write([make(tmp_path / "a")], tmp_path / "r.html", target=target)
+    bare = make(tmp_path / "b", rounds=[{"round": 1, "total_bytes": 0}])
+    with pytest.raises(FedSieveError, match="no run was evaluated"):
+        write([bare], tmp_path / "r.html", target=0.5)
+
+
+def test_time_to_the_target_stands_beside_the_bytes(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", "fast", *timed([0.5, 0.8]))
+    b = make(tmp_path / "b", "slow", *timed([0.5, 0.6], seconds=100.0))
+    page = report(a, b)
+    assert page.row("fast") == ["0.500 MB", "2.4 s", "3.0 s", "5.4 s"]
+    assert page.row("slow") == ["0.500 MB", "3 min 20 s", "3 min 21 s", "3 min 23 s"]
+    (label,) = (text for text in page.labels if "against simulated time" in text)
+    assert "downlink of 10 Mbit/s" in label
+    assert "To reach accuracy 0.6000, which all do" in label
+    panels = [text for text in page.drawn if text.startswith("Uplink")]
+    assert panels == [
+        "Uplink 10 Mbit/s, as the downlink",
+        "Uplink 2.5 Mbit/s, 1/4 of the downlink",
+        "Uplink 0.625 Mbit/s, 1/16 of the downlink",
+    ]
+
+
+def test_other_conditions_can_be_asked_for(tmp_path: Path) -> None:
+    run = make(tmp_path / "a", "it", *timed([0.5, 0.8], seconds=77.0))
+    world = Conditions(Link(1.0, 0.5, 0.25), seconds_per_step=0.125)  # 4 steps: half a second
+    (row,) = table({"it": [run]}, conditions=[world])
+    assert means(row.seconds_to_target) == pytest.approx([2 * (0.25 + 1 + 0.5 + 0.25 + 2)])
+    write([run], tmp_path / "r.html", conditions=[world])
+    page = Reader((tmp_path / "r.html").read_text())
+    assert page.row("it") == ["0.500 MB", "8.0 s"]
+    assert "To reach accuracy 0.8000, its best:" in page.text
+    assert "0.25 s of latency, and takes 0.125 s a step" in page.text
+    with pytest.raises(FedSieveError, match="at least one link"):
+        write([run], tmp_path / "r.html", conditions=[])
+
+
+def test_a_round_waits_for_no_update_that_was_dropped(tmp_path: Path) -> None:
+    rounds, clients = timed([0.5, 0.8])
+    late = dict(clients[0], client="b", seconds=1000.0, up_bytes=0, dropped="late")
+    rounds = [dict(row, down_bytes=2 * MEGABIT) if row["round"] == 1 else row for row in rounds]
+    (row,) = table({"it": [make(tmp_path / "a", "it", rounds, [clients[0], late, clients[1]])]})
+    assert means(row.seconds_to_target) == pytest.approx([2.4, 3.0, 5.4])
+
+
+def test_a_log_that_lacks_clients_or_seconds_says_so(tmp_path: Path) -> None:
+    rounds, clients = timed([0.5, 0.8])
+    told = load(make(tmp_path / "a", rounds=rounds, clients=clients[:1])).notes
+    assert any("different bytes in 1 round, first in round 2" in note for note in told)
+    untimed = [{k: v for k, v in row.items() if k != "seconds"} for row in clients]
+    told = load(make(tmp_path / "b", rounds=rounds, clients=untimed)).notes
+    assert any("lacks the seconds of 2 client-rounds" in note for note in told)
+    assert load(make(tmp_path / "c", rounds=rounds, clients=clients)).notes == ()
+
+
+def test_memory_is_the_largest_of_a_run(tmp_path: Path) -> None:
+    paths = []
+    for seed, most in enumerate((4_000_000, 6_000_000)):
+        rounds, clients = timed([0.5, 0.8])
+        clients = [dict(clients[0], memory_bytes=most), dict(clients[1], memory_bytes=1_000_000)]
+        paths.append(make(tmp_path / str(seed), "it", rounds, clients, seed=seed))
+    (row,) = table({"it": paths})
+    assert row.memory_bytes == pytest.approx((5e6, 2**0.5 * 1e6, 4e6, 6e6))
+    write([], tmp_path / "r.html", groups={"it": paths})
+    page = Reader((tmp_path / "r.html").read_text())
+    assert page.row("Largest client memory") == ["4.00 MB", "6.00 MB"]
+    summary = [row for row in page.rows if row[0] == "it"][-1]
+    assert summary[-1] == "5.00 ± 1.41 MB"
+
+
+def test_groups_are_lines_with_a_band(tmp_path: Path) -> None:
+    groups = {
+        "ours": seeds(tmp_path, "ours", [0.5, 0.7], [0.7, 0.6], [0.6, 0.8]),
+        "dense": seeds(tmp_path, "dense", [0.4, 0.9]),
+    }
+    alone = make(tmp_path / "alone", "alone", *timed([0.3, 0.7]))
+    # A run that is in a group is not drawn a second time.
+    write([groups["ours"][1], alone], tmp_path / "r.html", groups=groups)
+    text = (tmp_path / "r.html").read_text()
+    page = Reader(text)
+    lines = [len(re.findall(rf"stroke: var\(--run-{i}\)", text)) for i in range(4)]
+    assert lines[0] == lines[1] == lines[2] > 0
+    assert lines[3] == 0
+    # Two accuracies and three panels; losses and bytes are the same for all seeds: no band there.
+    assert len(re.findall(r'style="fill: var\(--run-0\); fill-opacity', text)) == 5
+    assert not re.findall(r'style="fill: var\(--run-[12]\); fill-opacity', text)
+    (label,) = (text for text in page.labels if text.startswith("Accuracy against rounds"))
+    assert "ours 0.7000 in round 2, dense 0.9000 in round 2, alone 0.7000 in round 2" in label
+    assert "the mean of 3 runs, and their lowest to highest" in label
+    heads = next(row for row in page.rows if "Runs" in row)
+    ours = [row for row in page.rows if row[0] == "ours"][-1]
+    told = dict(zip(heads, ours, strict=True))
+    assert told["Runs"] == "3"
+    assert told["Final accuracy"] == "0.7000 ± 0.1000"
+    assert told["Sent in all"] == "0.500 ± 0.000 MB"
+    assert told["Time to 0.7000, 2.5 Mbit/s up"] == "2.5 s ± 0.9 s"
+    assert page.row("Rounds") == ["2"] * 5  # each run, folded away
+    assert "ours, seed 2" in page.text
+    assert "differ in more than the seed" not in page.text
+
+
+def test_the_band_reaches_from_the_lowest_to_the_highest(tmp_path: Path) -> None:
+    from fedsieve.report import series
+
+    paths = seeds(tmp_path, "it", [0.5, 0.7, 0.9], [0.7, 0.6], [0.6, float("nan"), 0.8])
+    (one,) = series.gather([], {"it": paths})
+    found = series.curve(one, lambda run: {r.round: r.accuracy or 0.0 for r in run.rounds})
+    assert found.x == [1, 2]  # the rounds that all have
+    assert (found.mean[0], found.low[0], found.high[0]) == pytest.approx((0.6, 0.5, 0.7))
+    assert all(value[1] != value[1] for value in (found.mean, found.low, found.high))
+
+
+def test_groups_that_are_not_of_seeds_alone_are_told(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", "x", *timed([0.5, 0.7]), method="flasc")
+    b = make(tmp_path / "b", "y", *timed([0.5]), method="fedit", seed=1)
+    write([], tmp_path / "r.html", groups={"both": [a, b]})
+    page = Reader((tmp_path / "r.html").read_text())
+    assert "differ in more than the seed (method.name)" in page.text
+    assert "ended after 1 to 2 rounds" in page.text
+    with pytest.raises(FedSieveError, match="'none' has no runs"):
+        write([a], tmp_path / "r.html", groups={"none": []})
+
+
+def test_groups_are_named_as_they_stand(tmp_path: Path) -> None:
+    name = "<b>$x$ & co"
+    write([], tmp_path / "r.html", groups={name: seeds(tmp_path, "x", [0.5], [0.6])})
+    page = Reader((tmp_path / "r.html").read_text())
+    assert [row[0] for row in page.rows].count(name) == 2
+    assert f"{name}, seed 1" in page.text
+
+
+def test_deviations_have_the_places_of_their_means() -> None:
+    assert megabytes(12.34e6, 0.512e6) == "12.3 ± 0.5 MB"
+    assert megabytes(0, 0) == "0 ± 0 MB"
+    assert duration(125, 4.25) == "2 min 05 s ± 4.2 s"

@@ -1,0 +1,529 @@
+"""A run that is stopped, anywhere and in any way, ends as one that never was: byte for byte."""
+
+import errno
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from fedsieve.algebra.keys import Key
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipe
+from fedsieve.run import checkpoint, rundir, runner
+from fedsieve.run.runner import Stopped
+from tests import runs
+from tests.conftest import Command, Tiny
+from tests.runs import FLASC
+
+pytestmark = pytest.mark.usefixtures("no_report")  # it has tests of its own
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((folder / rundir.CHECKPOINTS).glob("round-*"), reverse=True)
+
+
+def interrupted(tiny: Tiny, folder: Path, number: int, **changes: Any) -> None:
+    with pytest.raises(Stopped, match=f"stopped after round {number} of"):
+        runs.start(tiny, folder, runs.stop_at(number), **changes)
+
+
+# --- Ctrl-C
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_stopped_between_rounds(tiny: Tiny, whole: Path, tmp_path: Path, every: int) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 2, checkpoint__every=every)
+    assert not (folder / rundir.ADAPTER).exists()
+    with pytest.raises(Stopped, match="stopped after round 3 of 4"):
+        runner.resume(folder, runs.stop_at(3))
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole)
+    runner.resume(folder, runs.quiet)  # a finished run is left as it is
+    runs.assert_same(folder, whole)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_stopped_in_training(
+    tiny: Tiny,
+    whole_with_memories: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: int,
+) -> None:
+    """In the middle of a cohort: some clients of round 3 have trained, and have new memories."""
+    folder = tmp_path / "run"
+    third = {each["client"] for each in runs.lines(whole_with_memories, rundir.CLIENTS)[16:24]}
+
+    def stop(key: Key, training: Any) -> Any:
+        if key.round == 3 and key.client == sorted(third)[4]:
+            raise KeyboardInterrupt
+        return training
+
+    with monkeypatch.context() as patch:
+        runs.before_fit(patch, stop)
+        with pytest.raises(Stopped, match="stopped after round 2 of 5"):
+            runs.start(tiny, folder, **FLASC, checkpoint__every=every)
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole_with_memories)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_stopped_in_an_evaluation(
+    tiny: Tiny,
+    whole_with_memories: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: int,
+) -> None:
+    """Every client of round 4 has trained, but the round is not over: it is done again."""
+    folder = tmp_path / "run"
+
+    def stop(number: int) -> None:
+        if number == 2:  # after rounds 0, 2
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        runs.before_evaluation(patch, stop)
+        with pytest.raises(Stopped, match="stopped after round 3 of 5"):
+            runs.start(tiny, folder, **FLASC, checkpoint__every=every)
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole_with_memories)
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_stopped_between_two_lines_of_the_logs(
+    tiny: Tiny, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    folder = tmp_path / "run"
+    append = rundir.append
+
+    def stop(place: Path, log: str, rows: Any) -> None:
+        rows = list(rows)
+        if log == rundir.CLIENTS and rows[0].round == 3:
+            append(place, log, rows[:1])
+            raise KeyboardInterrupt
+        append(place, log, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "append", stop)
+        with pytest.raises(Stopped, match="stopped after round 2"):
+            runs.start(tiny, folder, checkpoint__every=every)
+    assert len(runs.lines(folder)) == 4  # round 3 is there already
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole)
+
+
+def test_stopped_while_writing_the_adapter(
+    tiny: Tiny, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "_save_adapter", stop)
+        with pytest.raises(Stopped, match="stopped after round 4 of 4"):
+            runs.start(tiny, folder)
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole)
+
+
+def test_memories_of_clients_survive(tiny: Tiny, whole_with_memories: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 3, **FLASC)
+    # Without its memories the run would end elsewhere: the test would see them missing.
+    forgetful = tmp_path / "forgetful"
+    shutil.copytree(folder, forgetful)
+    load = checkpoint.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "load", lambda *given: load(*given)._replace(memories={}))
+        runner.resume(forgetful, runs.quiet)
+    with pytest.raises(AssertionError):
+        runs.assert_same(forgetful, whole_with_memories)
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole_with_memories)
+
+
+# --- kill -9, SIGTERM, SIGINT
+
+
+def forked(work: Callable[[], object]) -> multiprocessing.context.ForkProcess:
+    """A child of this process, with torch loaded already; its exit code is the command's."""
+
+    def child() -> None:
+        code = 0
+        try:
+            work()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def wait_for(reached: Callable[[], bool], process: multiprocessing.context.ForkProcess) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert process.is_alive(), "the run ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def rounds_done(folder: Path) -> int:
+    log = folder / rundir.METRICS
+    return log.read_bytes().count(b"\n") - 1 if log.exists() else -1
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_random_moments(
+    tiny: Tiny, whole_with_memories: Path, tmp_path: Path, seed: int
+) -> None:
+    """kill -9, again and again, until a resumed run gets through."""
+    draw = random.Random(seed)
+    folder = tmp_path / "run"
+    given = recipe.check(tiny.table(**FLASC))
+    process = forked(lambda: runner.start(given, folder, runs.quiet))
+    kills = 0
+    while True:
+        done = rounds_done(folder)
+        if kills < 4:
+            # Some time in the next round: in training, merging, evaluating or writing.
+            wait_for(lambda done=done: rounds_done(folder) > done, process)  # type: ignore[misc]
+            time.sleep(draw.uniform(0, 0.15))
+            os.kill(process.pid or 0, signal.SIGKILL)
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        process = forked(lambda: runner.resume(folder, runs.quiet))
+    assert kills > 0
+    runs.assert_same(folder, whole_with_memories)
+
+
+def test_killed_before_the_first_checkpoint(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def work() -> None:
+        checkpoint.save = die  # type: ignore[assignment]
+        runs.start(tiny, folder)
+
+    process = forked(work)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not checkpoints(folder)
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole)
+
+
+def test_sigterm_keeps_the_state(tiny: Tiny, whole: Path, tmp_path: Path, command: Command) -> None:
+    path, folder = tiny.write(tmp_path / "tiny.toml", checkpoint__every=4), tmp_path / "run"
+
+    def die(key: Key, training: Any) -> Any:
+        if key.round == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training
+
+    with pytest.MonkeyPatch.context() as patch:
+        runs.before_fit(patch, die)
+        before = signal.getsignal(signal.SIGTERM)
+        ran = command("run", path, "--out", folder)
+        assert signal.getsignal(signal.SIGTERM) is before
+    assert ran.code == 130
+    assert f"stopped after round 2 of 4; go on with `fedsieve resume {folder}`" in ran.err
+    assert "Traceback" not in ran.err
+    assert command("resume", folder).code == 0
+    runs.assert_same(folder, whole)
+
+
+def test_ctrl_c_on_the_real_command(tiny: Tiny, whole: Path, tmp_path: Path) -> None:
+    path, folder = tiny.write(tmp_path / "tiny.toml", rounds=400), tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedsieve", "run", path, "--out", folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that were started in a shell's background inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while rounds_done(folder) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped after round " in err
+    assert "Traceback" not in err
+    assert "round   2/400  loss" in out
+    # Its first rounds are those of the run of 4 rounds: the other process computed the same.
+    assert runs.untimed(folder, rundir.CLIENTS)[:6] == runs.untimed(whole, rundir.CLIENTS)[:6]
+
+
+# --- damage
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flip_in_the_tensors(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(random.Random(0).randbytes(5000))
+
+
+def another_file(path: Path) -> None:
+    import safetensors.torch
+    import torch
+
+    safetensors.torch.save_file({"x": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip_in_the_tensors, garbage, another_file])
+def test_a_damaged_checkpoint_is_passed_over(
+    tiny: Tiny, whole: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 3)
+    newest = checkpoints(folder)[0]
+    assert newest.name == "round-000003.safetensors"
+    damage(newest)
+    with (
+        pytest.warns(UserWarning, match="round-000003.safetensors is damaged"),
+        pytest.raises(Stopped, match="stopped after round 3"),
+    ):
+        runner.resume(folder, runs.stop_at(3))
+    runner.resume(folder, runs.quiet)  # what it left is whole
+    runs.assert_same(folder, whole)
+    damage(checkpoints(folder)[0])
+    damage(checkpoints(folder)[1])
+    with (
+        pytest.warns(UserWarning, match="is damaged"),
+        pytest.raises(FedSieveError, match="holds no checkpoint that is whole"),
+    ):
+        runner.resume(folder, runs.quiet)
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_whole_one(
+    tiny: Tiny, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 3, checkpoint__every=2)  # 2 was due, 3 is from the Ctrl-C
+    truncate(checkpoints(folder)[0])
+    with pytest.warns(UserWarning, match=r"round-000003.safetensors is damaged"):
+        runner.resume(folder, runs.quiet)
+    assert [each.name[6:12] for each in checkpoints(folder)] == ["000004", "000002"]
+    truncate(checkpoints(folder)[0])
+    with pytest.warns(UserWarning, match=r"round-000004.safetensors is damaged"):
+        runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole)
+
+
+def test_no_flipped_bit_of_a_header_gets_through(tiny: Tiny, tmp_path: Path) -> None:
+    """A checkpoint is either the one that was saved, or it is passed over; nothing else."""
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 1)
+    newest = checkpoints(folder)[0]
+    data = newest.read_bytes()
+    length = 8 + int.from_bytes(data[:8], "little")
+    draw = random.Random(0)
+    facts, _ = checkpoint._read(newest)
+    for _ in range(400):
+        broken = bytearray(data)
+        broken[draw.randrange(length)] ^= 1 << draw.randrange(8)
+        newest.write_bytes(broken)
+        try:
+            got, _ = checkpoint._read(newest)
+        except (OSError, ValueError, KeyError, SafetensorError):
+            continue
+        assert got == facts
+
+
+def test_logs_that_lost_lines_are_not_resumed(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 2)
+    os.truncate(folder / rundir.METRICS, 10)
+    with pytest.raises(FedSieveError, match=r"metrics.jsonl has lost lines"):
+        runner.resume(folder, runs.quiet)
+
+
+def test_no_checkpoint_at_all(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 2)
+    shutil.rmtree(folder / rundir.CHECKPOINTS)
+    with pytest.raises(FedSieveError, match="holds no checkpoint: the run cannot be resumed"):
+        runner.resume(folder, runs.quiet)
+    with pytest.raises(FedSieveError, match="holds no run"):
+        runner.resume(tmp_path, runs.quiet)
+
+
+def test_another_adapter_is_not_taken(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 1)
+    text = (folder / rundir.RECIPE).read_text()
+    (folder / rundir.RECIPE).write_text(text.replace("rank = 4", "rank = 5"))
+    with pytest.raises(FedSieveError, match="holds another adapter than the recipe asks for"):
+        runner.resume(folder, runs.quiet)
+
+
+# --- a full disk
+
+
+@pytest.mark.parametrize(
+    ("number", "limit", "what", "left"),
+    [
+        (2, 8000, "round-000003.safetensors cannot be written: File too large", (2, 1)),
+        (3, 1500, "run cannot be written: File too large", (3, 2)),
+        (4, 3000, "run cannot be written: File too large", (4, 3)),
+    ],
+)
+def test_a_disk_that_is_full(
+    tiny: Tiny, whole: Path, tmp_path: Path, number: int, limit: int, what: str, left: Any
+) -> None:
+    """No file may grow beyond a limit after some round: the system itself refuses to write.
+
+    The limit is too low for a checkpoint, for another line of the log, for the adapter.
+    """
+    path, folder = tiny.write(tmp_path / "tiny.toml"), tmp_path / "run"
+    said = tmp_path / "said"
+
+    def work() -> None:
+        from fedsieve import cli
+
+        sys.argv = ["fedsieve", "run", str(path), "--out", str(folder)]
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w")
+        show = cli._Live.show
+
+        def fill(self: Any, summary: Any, receipts: Any) -> None:
+            show(self, summary, receipts)
+            if summary.round == number:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+
+        cli._Live.show = fill  # type: ignore[method-assign]
+        try:
+            cli.main()
+        finally:
+            sys.stderr.flush()
+
+    process = forked(work)
+    process.join(60)
+    assert process.exitcode == 2
+    assert what in said.read_text()
+    assert "make room, then `fedsieve resume" in said.read_text()
+    assert "Traceback" not in said.read_text()
+    assert [int(each.name[6:12]) for each in checkpoints(folder)] == list(left)
+    assert not list((folder / rundir.CHECKPOINTS).glob(".*"))  # no half of a file either
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole)
+
+
+@pytest.mark.parametrize("log", [rundir.METRICS, rundir.CLIENTS])
+def test_no_room_for_a_line_of_the_logs(
+    tiny: Tiny,
+    whole: Path,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    log: str,
+) -> None:
+    path, folder = tiny.write(tmp_path / "tiny.toml"), tmp_path / "run"
+    append = rundir.append
+
+    def full(place: Path, name: str, rows: Any) -> None:
+        rows = list(rows)
+        if name == log and rows and rows[0].round == 3:
+            with (place / name).open("a") as file:
+                file.write('{"round": 3, "cli')  # what still fitted
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place / name))
+        append(place, name, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "append", full)
+        ran = command("run", path, "--out", folder)
+    assert ran.code == 2
+    assert f"{folder / log} cannot be written: No space left on device" in ran.err
+    assert command("resume", folder).code == 0
+    runs.assert_same(folder, whole)
+
+
+def test_a_checkpoint_that_cannot_be_flushed(
+    tiny: Tiny, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems find out only at fsync that there is no room."""
+    folder = tmp_path / "run"
+    fsync = os.fsync
+
+    def full(number: int) -> None:
+        if "round-000002" in str(Path(f"/proc/self/fd/{number}").readlink()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(FedSieveError, match=r"000002.* cannot be written: No space left"):
+            runs.start(tiny, folder)
+    assert [each.name[6:12] for each in checkpoints(folder)] == ["000001", "000000"]
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole)
+
+
+# --- one process at a time
+
+
+def test_a_second_process_is_refused(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 1)
+    ready = tmp_path / "ready"
+
+    def hold() -> None:
+        with rundir.lock(folder):
+            ready.touch()
+            time.sleep(60)
+
+    process = forked(hold)
+    try:
+        wait_for(ready.exists, process)
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+        for words in (
+            ("resume", folder),
+            ("run", tiny.write(tmp_path / "tiny.toml"), "--out", folder, "--overwrite"),
+        ):
+            ran = command(*words)
+            assert ran.code == 2
+            assert f"another process is working on the run in {folder}" in ran.err
+        del before[folder / ".lock"]
+        assert before == {path: path.stat().st_mtime_ns for path in before}
+    finally:
+        process.kill()
+        process.join()
+    assert command("resume", folder).code == 0  # a killed process holds nothing

@@ -1,0 +1,100 @@
+"""Runs on disk for tests: make one, stop one, compare two."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.algebra.keys import Key
+from fedsieve.engine.loop import Receipt, Round
+from fedsieve.recipe import read as recipe
+from fedsieve.run import rundir, runner
+from fedsieve.train import local
+from fedsieve.train.local import Fit, Score
+from tests.conftest import Tiny
+
+# What a clock measures differs from run to run; everything else must not.
+CLOCKS = {
+    "seconds", "compute", "wire", "compute_seconds", "evaluation_seconds", "wire_seconds",
+}  # fmt: skip
+
+# A method whose clients remember what they did not send.
+FLASC: dict[str, Any] = {
+    "method": {"name": "flasc", "feedback": True, "up_values": "int8"},
+    "budgets": [{"up": 0.1}, {"down": 0.5, "up": 0.25}],
+    "rounds": 5,
+    "cohort": 8,
+}
+
+
+def quiet(summary: Round, receipts: Sequence[Receipt]) -> None:
+    """Show nothing."""
+
+
+def start(
+    tiny: Tiny,
+    folder: Path,
+    show: Callable[[Round, Sequence[Receipt]], None] = quiet,
+    **changes: Any,
+) -> Adapter:
+    """Run a tiny recipe, without the report, which takes longer than the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsieve.report.write", lambda *_: [])
+        return runner.start(recipe.check(tiny.table(**changes)), folder, show)
+
+
+def lines(folder: Path, log: str = rundir.METRICS) -> list[dict[str, Any]]:
+    text = (folder / log).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def untimed(folder: Path, log: str) -> list[str]:
+    """The lines of a log with the timings taken out, as text again: keys keep their order."""
+    return [
+        json.dumps({key: value for key, value in line.items() if key not in CLOCKS})
+        for line in lines(folder, log)
+    ]
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """Two runs ended with the same bytes: adapter, metrics and clients, timings aside."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        one, two = (each / rundir.ADAPTER / name for each in (folder, other))
+        assert one.read_bytes() == two.read_bytes(), name
+    for log in (rundir.METRICS, rundir.CLIENTS):
+        assert untimed(folder, log) == untimed(other, log), log
+
+
+def stop_at(number: int) -> Callable[[Round, Sequence[Receipt]], None]:
+    """A callback that is a Ctrl-C after round `number`."""
+
+    def show(summary: Round, receipts: Sequence[Receipt]) -> None:
+        if summary.round == number:
+            raise KeyboardInterrupt
+
+    return show
+
+
+def before_fit(monkeypatch: pytest.MonkeyPatch, act: Callable[[Key, Any], Any]) -> None:
+    """Let `act(key, training)` say with which training a client really trains, or raise."""
+    fit = local.fit
+
+    def changed(bench: Any, adapter: Any, examples: Any, training: Any, key: Key) -> Fit:
+        return fit(bench, adapter, examples, act(key, training), key)
+
+    monkeypatch.setattr("fedsieve.recipe.experiment.fit", changed)
+
+
+def before_evaluation(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
+    """Call `act(n)` before the n-th evaluation, counted from 0."""
+    evaluate = local.evaluate
+    count = iter(range(10_000))
+
+    def changed(*args: Any, **given: Any) -> Score:
+        act(next(count))
+        return evaluate(*args, **given)
+
+    monkeypatch.setattr("fedsieve.recipe.experiment.evaluate", changed)

@@ -1,0 +1,182 @@
+"""What `fedsieve federate` writes and says, and whom the server lets in; nothing is started."""
+
+import tomllib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.errors import FedSieveError
+from fedsieve.methods import fedit, fslora_flasc
+from fedsieve.recipe import read as recipe
+from fedsieve.recipe import schema as tables
+from fedsieve.sites import federate
+from tests.conftest import LABELS, Command, Tiny
+
+PATIENCE = federate.Patience(sites=3, deadline=30.0)
+GOOD: Mapping[str, Any] = {
+    "name": "north",
+    "versions": {"wire": 1},
+    "budget": {"ratio": 0.5, "down": 0.25, "up": 1},
+}
+
+
+@pytest.fixture
+def flower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the right Flower were installed."""
+    version = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda name: "1.41.3" if name == "flwr" else version(name)
+    )
+
+
+def checked(tiny: Tiny, **changes: Any) -> tables.Recipe:
+    return recipe.check(tiny.table(data__classes=list(LABELS), **changes))
+
+
+def welcome(head: Mapping[str, Any], client: Client | None = None, **more: Any) -> Client:
+    given = {"method": fslora_flasc.method(), "base": "b", "say": lambda text: None, **more}
+    return federate._welcome(head, client, **given)
+
+
+@pytest.mark.usefixtures("flower")
+def test_app_holds_no_program(tiny: Tiny, tmp_path: Path) -> None:
+    federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, federate.Listen(port=1234))
+    app = tmp_path / "run" / "app"
+    assert [path.name for path in app.iterdir()] == ["pyproject.toml"]
+    table = tomllib.loads((app / "pyproject.toml").read_text())
+    assert table["project"]["dependencies"] == []
+    assert table["tool"]["flwr"]["app"]["config"]["folder"] == str(tmp_path / "run")
+    # No data, no method, no path of the sites: the nodes get this file too.
+    assert set(table["tool"]["flwr"]["app"]["config"]) == {
+        "folder", "tls", "sites", "deadline", "setup", "wait", "extra",
+    }  # fmt: skip
+
+
+@pytest.mark.usefixtures("flower")
+def test_each_federation_has_a_name_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
+    """Sites know a run by its recipe's digest: the same recipe started afresh is another run."""
+    for name in ("a", "b"):
+        federate.prepare(checked(tiny), tmp_path / name, PATIENCE, federate.Listen())
+    one, two = ((tmp_path / name / "recipe.toml").read_text() for name in ("a", "b"))
+    assert one != two
+    tables = [tomllib.loads(text) for text in (one, two)]
+    for table in tables:
+        table["environment"].pop("federation")
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.usefixtures("flower")
+def test_a_run_that_is_there_is_not_replaced(tiny: Tiny, tmp_path: Path) -> None:
+    federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.Listen())
+    with pytest.raises(FedSieveError, match="holds a run already"):
+        federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.Listen())
+
+
+@pytest.mark.usefixtures("flower")
+@pytest.mark.parametrize("missing", ["ca.crt", "server.pem", "server.key"])
+def test_certificates_must_be_whole(tiny: Tiny, tmp_path: Path, missing: str) -> None:
+    safe = tmp_path / "safe"
+    safe.mkdir()
+    for name in {"ca.crt", "server.pem", "server.key"} - {missing}:
+        (safe / name).touch()
+    listen = federate.Listen("0.0.0.0", certificates=safe)
+    with pytest.raises(FedSieveError, match=f"has no {missing}"):
+        federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, listen)
+    (safe / missing).touch()
+    server, node, _ = federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, listen)
+    assert "--enable-supernode-auth" in server
+    assert "--insecure" not in server + node
+    assert "--auth-supernode-private-key" in node
+
+
+@pytest.mark.usefixtures("flower")
+def test_recipes_that_cannot_run_on_a_network(tiny: Tiny, tmp_path: Path) -> None:
+    def prepare(given: tables.Recipe, patience: federate.Patience = PATIENCE) -> None:
+        federate.prepare(given, tmp_path / "run", patience, federate.Listen())
+
+    with pytest.raises(FedSieveError, match=r"data\.classes: list the labels"):
+        prepare(recipe.check(tiny.table()))
+    private = {"clip": 1.0, "delta": 1e-5, "noise_multiplier": 1.0}
+    given = checked(tiny, method={"name": "fedit"}, budgets=None, privacy=private)
+    with pytest.raises(FedSieveError, match="--extra: the accountant"):
+        prepare(given, PATIENCE._replace(extra=1))
+
+
+def test_flower_that_is_missing_or_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(FedSieveError, match=r"Flower 1\.41: pip install 'fedsieve\[flower\]'"):
+        federate.check_installed()
+    monkeypatch.setattr(metadata, "version", lambda name: "1.42.0")
+    with pytest.raises(FedSieveError, match=r"Flower 1\.42\.0 is installed, 1\.41 is needed"):
+        federate.check_installed()
+
+
+@pytest.mark.usefixtures("flower")
+def test_resume_wants_a_federation(tmp_path: Path, command: Command, whole: Path) -> None:
+    ran = command("federate", "--resume", tmp_path)
+    assert ran.code == 2
+    assert "holds no run" in ran.err
+    ran = command("federate", "--resume", whole)
+    assert ran.code == 2
+    assert "holds a run in one process" in ran.err
+
+
+@pytest.mark.usefixtures("flower")
+def test_federation_does_not_go_on_in_one_process(
+    tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.Listen())
+    ran = command("resume", tmp_path)
+    assert ran.code == 2
+    assert f"fedsieve federate --resume {tmp_path}" in ran.err
+
+
+def test_site_is_who_it_says() -> None:
+    client = welcome(GOOD)
+    assert client == Client("north", 1, Budget(0.5, 0.25, 1.0))
+    assert welcome({"base": "b", "examples": 30}, client) == client._replace(examples=30)
+
+
+def test_budget_that_the_method_does_not_use() -> None:
+    said: list[str] = []
+    client = welcome(GOOD, method=fedit.method(), say=said.append)
+    assert client.budget == Budget()
+    assert said == ["site 'north': the method makes no use of its budget's ratio, down"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"versions": {"wire": 2}}, "site 'north' speaks version 2 of FedSieve's messages"),
+        ({"versions": None}, "site 'north' speaks version None"),
+        ({"name": ""}, "no usable name"),
+        ({"name": "a\nb"}, "no usable name"),
+        ({"name": "x" * 65}, "no usable name"),
+        ({"budget": {"ratio": 0}}, "its budget has ratio 0"),
+        ({"budget": {"up": 1.5}}, r"its budget has up 1\.5"),
+        ({"budget": {"down": True}}, "its budget has down True"),
+    ],
+)
+def test_description_is_not_believed(change: dict[str, Any], why: str) -> None:
+    with pytest.raises(FedSieveError, match=why):
+        welcome({**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    ("head", "why"),
+    [
+        ({"base": "c", "examples": 30}, "base model of site 'north' has other weights"),
+        ({"base": "b", "examples": 0}, "site 'north' has no examples"),
+        ({"base": "b", "examples": "all"}, "examples"),
+    ],
+)
+def test_site_that_cannot_take_part(head: dict[str, Any], why: str) -> None:
+    with pytest.raises(FedSieveError, match=why):
+        welcome(head, Client("north", 1))

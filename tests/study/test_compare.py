@@ -1,0 +1,437 @@
+"""`fedsieve compare`: tuned alike, run side by side, resumed as a whole, told in one table."""
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedsieve import methods
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import overrides as dotted
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe import schema as tables
+from fedsieve.run import rundir
+from fedsieve.run.runner import Stopped
+from fedsieve.study import plan as study
+from tests import runs
+from tests.conftest import Command, Tiny
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Reports take longer than the runs; what they were asked to show is kept."""
+    asked: list[dict[str, Any]] = []
+
+    def write(paths: Any, out: Path, **given: Any) -> list[Path]:
+        asked.append({"out": out, **given})
+        return [out]
+
+    monkeypatch.setattr("fedsieve.report.write", write)
+    return asked
+
+
+@pytest.fixture
+def write(tiny: Tiny, tmp_path: Path) -> Write:
+    """Write a study beside its recipe, which has 2 rounds, evaluated."""
+
+    def make(changes: dict[str, Any] | None = None, **table: Any) -> Path:
+        given = {"rounds": 2, "evaluation__every": 1} | (changes or {})
+        tiny.write(tmp_path / "tiny.toml", **given)
+        path = tmp_path / "study.toml"
+        path.write_text(tomli_w.dumps({"recipe": "tiny.toml", **table}), encoding="utf-8")
+        return path
+
+    return make
+
+
+def accuracies(folder: Path) -> list[float]:
+    return [line["accuracy"] for line in runs.lines(folder) if line["round"] > 0]
+
+
+def asked_on(folder: Path) -> str:
+    on: str = tomllib.loads((folder / rundir.RECIPE).read_text())["evaluation"]["on"]
+    return on
+
+
+def logs(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*.jsonl")}
+
+
+def test_methods_and_seeds_from_one_recipe(
+    tiny: Tiny, tmp_path: Path, command: Command, no_plots: list[dict[str, Any]]
+) -> None:
+    path, out = tiny.write(tmp_path / "tiny.toml", rounds=2), tmp_path / "out"
+    arguments: list[str | Path] = ["compare", path, "--out", out]
+    arguments += ["--methods", "fedit, fslora_flasc"]
+    ran = command(*arguments, "--seeds", "0,1", "--target", "0.01")
+    assert (ran.code, ran.err) == (0, "")
+    # Each is the run that `fedsieve run` would make.
+    runs.start(tiny, tmp_path / "alone", rounds=2, seed=1)
+    runs.assert_same(out / "fslora_flasc" / "seed-1", tmp_path / "alone")
+    table = json.loads((out / "table.json").read_text())
+    assert [row["label"] for row in table["rows"]] == ["fedit", "fslora_flasc"]
+    for row in table["rows"]:
+        ends = [runs.lines(out / row["label"] / f"seed-{seed}")[-1] for seed in (0, 1)]
+        assert row["runs"] == row["reached"] == 2
+        assert row["final"]["mean"] == pytest.approx(
+            statistics.fmean(end["accuracy"] for end in ends)
+        )
+        assert row["total_bytes"]["low"] == min(end["total_bytes"] for end in ends)
+    # What a method cannot use counts as 1 for it, and is told.
+    own = tomllib.loads((out / "fedit" / "seed-0" / rundir.RECIPE).read_text())
+    assert all(tier["ratio"] == tier["down"] == tier["up"] == 1 for tier in own["budgets"])
+    assert "fedit: method fedit; no budgets used; makes no use of the budgets' ratio" in ran.out
+    assert "fslora_flasc: method fslora_flasc; budgets used: ratio, down, up" in ran.out
+    assert (out / "table.md").read_text().startswith("| entry | seeds | final accuracy |")
+    groups = {
+        name: [out / name / f"seed-{s}" for s in (0, 1)] for name in ("fedit", "fslora_flasc")
+    }
+    assert no_plots[-1] == {"out": out / "report.html", "target": 0.01, "groups": groups}
+
+    # The same again does nothing; another seed runs only that.
+    before = logs(out)
+    ran = command(*arguments, "--seeds", "0,1")
+    assert ran.code == 0
+    assert "4 runs, 4 of them done already" in ran.out
+    assert logs(out) == before
+    ran = command(*arguments, "--seeds", "0,1,2")
+    assert "6 runs, 4 of them done already" in ran.out
+    assert logs(out).items() > before.items()
+    # Another recipe under the same names is refused before anything is run.
+    after = logs(out)
+    ran = command(*arguments, "--seeds", "0,1,2,3", "training.lr=0.5")
+    assert ran.code == 2
+    assert "seed-0 holds a run with training.lr = 0.03, but 0.5 is asked for now" in ran.err
+    assert logs(out) == after
+
+
+def test_tuned_on_validation_then_run_on_test(
+    write: Write, tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    settings = {
+        "seeds": [0, 1],
+        "set": {"method": {"down_values": "int8"}},
+        "entry": [
+            {"name": "dense", "method": "fedit"},
+            {"name": "own grid", "grid": [{"server.lr": 0.04}, {"training": {"lr": 0.001}}]},
+            {"name": "untuned", "grid": [], "seeds": [1]},
+        ],
+        "tune": {"grid": {"server.lr": [1e-6, 0.05]}, "seeds": [100, 101], "set": {"rounds": 3}},
+    }
+    path, out = write(**settings), tmp_path / "out"
+    # While tuning, the test rows are not there to be read.
+    hidden = tiny.test.rename(tmp_path / "hidden.csv")
+    try:
+        ran = command("compare", path, "--out", out)
+    finally:
+        hidden.rename(tiny.test)
+    assert ran.code == 1
+    assert "there is no file" in ran.err
+    trials = sorted(each.name for each in (out / "dense").glob("tune-*"))
+    assert trials == [f"tune-{n}-seed-{s}" for n in (0, 1) for s in (100, 101)]
+    assert all(asked_on(out / "dense" / trial) == "validation" for trial in trials)
+    before = logs(out)
+
+    ran = command("compare", path, "--out", out)
+    assert (ran.code, ran.err) == (0, "")
+    assert "8 trials, 8 of them done already" in ran.out
+    assert logs(out).items() >= {k: v for k, v in before.items() if "tune-" in k}.items()
+    told = json.loads((out / "tuning.json").read_text())
+    assert list(told["entries"]) == ["dense", "own grid"]
+    for name, entry in told["entries"].items():
+        scores = [
+            statistics.fmean(
+                statistics.fmean(accuracies(out / name / f"tune-{n}-seed-{s}")[-3:])
+                for s in (100, 101)
+            )
+            for n in (0, 1)
+        ]
+        assert [trial["score"] for trial in entry["trials"]] == pytest.approx(scores)
+        assert entry["best"] == scores.index(max(scores))
+        best = entry["trials"][entry["best"]]["settings"]
+        assert f"{name}: " in ran.out
+        for seed in (0, 1):
+            folder = out / name / f"seed-{seed}"
+            assert asked_on(folder) == "test"
+            assert runs.lines(folder)[-1]["eval_examples"] == 60
+            own = tomllib.loads((folder / rundir.RECIPE).read_text())
+            assert own["rounds"] == 2  # the rounds of [tune] are the trials' alone
+            assert own["data"]["validation"] == 0.1
+            for key, value in dotted.flat(best):
+                table, last = key.split(".")
+                assert own[table][last] == value
+    assert told["entries"]["dense"]["best"] == 1  # 1e-6 learns nothing
+    assert [each.name for each in (out / "untuned").iterdir()] == ["seed-1"]
+    assert "untuned: method fslora_flasc; budgets used: ratio, down, up; not tuned" in ran.out
+    assert "Settings were chosen on 0.1 of the training rows" in (out / "table.md").read_text()
+
+
+def test_stopped_and_called_again(
+    write: Write, tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = write(seeds=[0, 1], entry=[{"name": "one"}]), tmp_path / "out"
+    calls = iter(range(1000))
+
+    def stop(key: Any, training: Any) -> Any:
+        if next(calls) == 10:  # the second client of the second round of the second run
+            raise KeyboardInterrupt
+        return training
+
+    with monkeypatch.context() as patch:
+        runs.before_fit(patch, stop)
+        ran = command("compare", path, "--out", out)
+    assert ran.code == 130
+    assert "stopped with 1 of 2 runs done; the same command goes on from here" in ran.err
+    assert len(runs.lines(out / "one" / "seed-1")) == 2
+    ran = command("compare", path, "--out", out)
+    assert (ran.code, ran.err) == (0, "")
+    runs.start(tiny, tmp_path / "alone", rounds=2, seed=1, evaluation__every=1)
+    runs.assert_same(out / "one" / "seed-1", tmp_path / "alone")
+
+
+def test_what_fails_is_told_at_the_end_and_does_not_stop_the_others(
+    write: Write, tmp_path: Path, command: Command
+) -> None:
+    path, out = (
+        write(
+            {"rounds": 1},
+            entry=[
+                {"name": "too much", "set": {"lora.rank": 99}, "grid": []},
+                {"name": "diverges", "set": {"training.lr": 1e30}, "grid": []},
+                {"name": "sometimes", "grid": {"training.lr": [1e30, 0.01]}},
+                {"name": "always", "grid": {"training.lr": [1e30, 1e29]}},
+            ],
+            tune={"grid": {"training.lr": [0.1]}},
+            set={"training.steps": 3},
+        ),
+        tmp_path / "out",
+    )
+    for done in (0, 1):  # what diverged is not run again
+        ran = command("compare", path, "--out", out)
+        assert ran.code == 1
+        assert "failed: too much/seed-0: lora.rank 99 is larger than a side of" in ran.err
+        assert "failed: diverges/seed-0: round 1: no client returned" in ran.err
+        assert "failed: always: none of its trials has won, so it was not run" in ran.err
+        assert ran.err.count("failed: ") == 3
+        assert ("4 trials, 4 of them done already" in ran.out) == bool(done)
+    told = json.loads((out / "tuning.json").read_text())["entries"]
+    assert [trial["score"] is None for trial in told["sometimes"]["trials"]] == [True, False]
+    assert told["sometimes"]["best"] == 1
+    assert told["always"]["best"] is None
+    table = json.loads((out / "table.json").read_text())
+    assert [row["label"] for row in table["rows"]] == ["sometimes"]
+    assert len(table["problems"]) == 3
+
+
+def test_several_at_once_and_sigterm(
+    write: Write, tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    """Two workers, told to stop in the middle: both keep their state, and none is left over."""
+    rounds = 400
+    path = write({"rounds": rounds, "evaluation__every": 400}, seeds=[0, 1], entry=[{"name": "a"}])
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedsieve", "compare", path, "--out", out, "--jobs", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folders = [out / "a" / f"seed-{seed}" for seed in (0, 1)]
+    until = time.monotonic() + 100
+    while not all((f / rundir.METRICS).exists() and len(runs.lines(f)) > 4 for f in folders):
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    process.send_signal(signal.SIGTERM)
+    said, problems = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped with 0 of 2 runs done" in problems
+    assert "Traceback" not in said + problems
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    for seed, folder in enumerate(folders):
+        lines = runs.untimed(folder, rundir.METRICS)
+        assert 3 < len(lines) < rounds
+        # The rounds so far are those of a run on its own.
+        alone = tmp_path / f"alone-{seed}"
+        with pytest.raises(Stopped):
+            runs.start(
+                tiny,
+                alone,
+                runs.stop_at(3),
+                rounds=rounds,
+                evaluation__every=400,
+                seed=seed,
+            )
+        assert lines[:4] == runs.untimed(alone, rundir.METRICS)
+
+
+def children(parent: int) -> list[int]:
+    """The processes that a process has started and that are still there."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                stat = (folder / "stat").read_text()
+            except OSError:
+                continue  # it has ended
+            if int(stat.rpartition(")")[2].split()[1]) == parent:
+                found.append(int(folder.name))
+    return found
+
+
+# --- studies that are wrong
+
+ENTRY = {"name": "a", "method": "fedit"}
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({}, "entry: this key is needed"),
+    ({"entry": []}, "entry: Tuple should have at least 1 item"),
+    ({"entry": [{"method": "fedit"}]}, "entry.0.name: this key is needed"),
+    ({"entry": [ENTRY], "sedes": [1]}, "sedes: unknown key (did you mean 'seeds'"),
+    ({"entry": [{**ENTRY, "metod": 1}]}, "entry.0.metod: unknown key (did you mean 'method'"),
+    ({"entry": [ENTRY], "tune": {"gird": {}}}, "tune.gird: unknown key (did you mean 'grid'"),
+    ({"entry": [ENTRY], "seeds": []}, "seeds: Tuple should have at least 1 item"),
+    ({"entry": [ENTRY], "seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
+    ({"entry": [ENTRY], "target": 2.0}, "target: Input should be less than or equal to 1"),
+    ({"entry": [ENTRY, {"name": "A"}]}, "two entries are called 'A'"),
+    ({"entry": [{"name": "../a"}]}, "entry '../a': a name is letters"),
+    ({"entry": [{"name": "a", "method": "fedti"}]}, "unknown method 'fedti' (did you mean 'fedit'"),
+    ({"entry": [ENTRY], "set": {"rouns": 3}}, "rouns: unknown key (did you mean 'rounds'"),
+    ({"entry": [{**ENTRY, "set": {"method.hed": 1}}]}, "method.hed: unknown key"),
+    ({"entry": [{**ENTRY, "set": {"rounds.x": 1}}]}, "set.rounds.x: 'x' is not a key of a table"),
+    (
+        {"entry": [ENTRY], "tune": {"grid": {"server.rl": [1, 2]}}},
+        "server.rl: unknown key (did you mean 'lr'",
+    ),
+    (
+        {
+            "entry": [ENTRY, {"name": "b", "grid": [{"server.lr": 1}]}],
+            "tune": {"grid": {"server.lr": [0.1, 0.2], "training.lr": [0.1, 0.2]}},
+        },
+        "every tuned entry must have the same number of trials, or the one with more has the "
+        "better chance (a 4, b 1)",
+    ),
+    ({"entry": [ENTRY], "recipe": "demmo"}, "no recipe is called 'demmo' (did you mean 'demo'"),
+]
+
+
+@pytest.mark.parametrize(("table", "message"), WRONG, ids=[each[1] for each in WRONG])
+def test_a_wrong_study_is_refused_before_anything_is_run(
+    write: Write, tmp_path: Path, command: Command, table: dict[str, Any], message: str
+) -> None:
+    ran = command("compare", write(**table), "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert message in ran.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_words_that_make_no_comparison(write: Write, tiny: Tiny, command: Command) -> None:
+    path = write(entry=[ENTRY])
+    ran = command("compare", path, "--methods", "fedit")
+    assert ran.code == 2
+    assert "is a study: its methods are its [[entry]] tables" in ran.err
+    ran = command("compare", path, "--seeds", "one")
+    assert ran.code == 2
+    assert "whole numbers with commas" in ran.err
+
+
+# --- one recipe for many methods
+
+
+def test_options_of_other_methods_and_servers_are_left_out(write: Write, tmp_path: Path) -> None:
+    path = write(
+        {"method": {"name": "flasc", "head": "whole", "down_values": "int8"}, "budgets": [{}]},
+        entry=[
+            {"name": "dense", "method": "fedit", "set": {"server.optimizer": "sgd"}},
+            {"name": "sieved"},
+        ],
+        set={"server": {"beta1": 0.5, "lr": 0.25}},
+    )
+    dense, sieved = study.plan(str(path), tmp_path / "out").entries
+    of_dense, of_sieved = study.recipe_of(dense, {}, 0), study.recipe_of(sieved, {}, 0)
+    assert of_dense.method.model_extra == {"down_values": "int8"}
+    assert of_dense.server.model_extra == {"lr": 0.25}
+    assert of_sieved.method.model_extra == {"head": "whole", "down_values": "int8"}
+    assert of_sieved.server.model_extra == {"lr": 0.25, "beta1": 0.5}
+    assert dense.notes == ("has no method.head", "has no server.beta1")
+    assert sieved.notes == ()
+
+
+def test_which_settings_win(write: Write, tmp_path: Path) -> None:
+    """The recipe, [set], the command line, the entry, [tune] and at last what is tried."""
+    path = write(
+        set={"training.batch": 3, "training.steps": 3, "training.epochs": 3, "training.lr": 3},
+        entry=[{"name": "a", "set": {"training.epochs": 5, "training.lr": 5}}],
+        tune={"grid": {"training.lr": [7]}, "set": {"training.epochs": 6}},
+    )
+    plan = study.plan(
+        str(path), tmp_path / "out", overrides=["training.steps=4", "training.epochs=4"]
+    )
+    (trial,), (final,) = study.trial_jobs(plan), study.final_jobs(plan, {"a": {"training.lr": 7}})
+    told = [(t.batch, t.steps, t.epochs, t.lr) for t in (j.recipe.training for j in (trial, final))]
+    assert told == [(3, 4, 6, 7), (3, 4, 5, 7)]
+    assert final.recipe.rounds == 2
+    # Without a winner an entry that is to be tuned has no runs.
+    assert study.final_jobs(plan, {}) == []
+
+
+BUDGETS: list[Any] = [
+    [{"ratio": 0.5, "down": 0.25, "up": 0.125}, {"share": 2.0}],
+    {"kind": "list", "clients": [{"rank": 2, "up": 0.5}, {"ratio": 0.5, "down": 0.5}]},
+    {"kind": "list", "clients": {"0001": {"rank": 2, "up": 0.5, "down": 0.5}}},
+    {"kind": "tiers", "tiers": 2},
+    {"kind": "tiers", "tiers": 2, "by": "rank"},
+    {"kind": "tiers", "tiers": 2, "by": "density"},
+    {"kind": "ratios", "down": 0.25, "up": 0.5},
+    {"kind": "normal", "low": 1, "high": 4, "down": 0.25, "up": 0.5},
+    {"kind": "heavy-tail", "low": 1, "high": 4, "up": 0.5},
+]
+
+
+@pytest.mark.parametrize("method", methods.names())
+@pytest.mark.parametrize("budgets", BUDGETS, ids=str)
+def test_any_budgets_serve_any_method(tiny: Tiny, budgets: Any, method: str) -> None:
+    """What a method uses is as it was, what it does not is 1: then the recipe is accepted."""
+    table = tiny.table(budgets=budgets, method={"name": method})
+    parsed = recipes.parse(table)
+    knobs = recipes.knobs(parsed)
+    limited = recipes.limited(parsed.budgets, knobs)
+    unused = [knob for knob in limited if knob not in knobs]
+    if not unused:
+        recipes.check(table)
+        return
+    with pytest.raises(FedSieveError, match="makes no use of it"):
+        recipes.check(table)
+    fitted = recipes.check({**table, "budgets": study.without(budgets, unused)})
+    left = recipes.limited(fitted.budgets, knobs)
+    assert sorted(left) == sorted(set(limited) - set(unused))
+    for knob in left:
+        assert values(fitted.budgets, knob) == values(parsed.budgets, knob)
+
+
+def values(budgets: Any, knob: str) -> Iterable[Any]:
+    """Every value that a budgets table gives for a knob, in order."""
+    if isinstance(budgets, tuple):
+        return [getattr(tier, knob) for tier in budgets]
+    if budgets.kind == "tiers":
+        return [0.25, 1.0]  # of two tiers, whatever they differ in
+    if budgets.kind == "list":
+        return [
+            (getattr(each, knob), each.rank if knob == "ratio" else None)
+            for each in tables.limits_by_id(budgets).values()
+        ]
+    if knob == "ratio":
+        return [budgets.model_dump(exclude={"down", "up"})]
+    return [getattr(budgets, knob)]

@@ -1,0 +1,165 @@
+"""The other commands, and what all of them have in common."""
+
+import io
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification
+
+import fedsieve
+from fedsieve import cli, methods
+from fedsieve.engine.loop import Round
+from tests import runs
+from tests.conftest import Command, Tiny
+
+
+@pytest.fixture(scope="module")
+def two(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("two")
+    runs.start(tiny, folder / "one", rounds=2, name="sieved")
+    dense: dict[str, Any] = {
+        "method": {"name": "fedit"},
+        "budgets": [{}],
+        "server": {"optimizer": "sgd"},
+    }
+    runs.start(tiny, folder / "two", rounds=2, name="dense", **dense)
+    return folder / "one", folder / "two"
+
+
+def test_the_version(command: Command) -> None:
+    assert command("--version").out == f"fedsieve {version('fedsieve')}\n"
+    assert fedsieve.__version__ == version("fedsieve")
+
+
+def test_help_and_misspelt_words_need_no_torch() -> None:
+    """They answer at once: the heavy libraries are not even imported."""
+    code = (
+        "import sys; sys.argv = ['fedsieve', '--help']\n"
+        "from fedsieve import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("run", "resume", "report", "export", "fetch", "recipes", "methods"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("words", [("rnu",), ("run",), ("run", "demo", "--uot", "x"), ("export",)])
+def test_words_that_are_no_command(command: Command, words: tuple[str, ...]) -> None:
+    ran = command(*words)
+    assert ran.code == 2
+    assert "Traceback" not in ran.err
+
+
+def test_the_lists(command: Command) -> None:
+    recipes = command("recipes")
+    assert recipes.code == 0
+    assert "demo  MiniLM-L6 on 20 Newsgroups" in recipes.out
+    ran = command("methods")
+    assert ran.code == 0
+    for name in methods.names():
+        assert f"\n{name} " in ran.out
+    assert "FLASC: dense training" in ran.out
+    assert "feedback" in ran.out
+
+
+def test_what_methods_cost(command: Command, tiny: Tiny) -> None:
+    model = ("methods", "--model", str(tiny.bert), "--rank", "4", "--targets", "query,value")
+    ran = command(*model, "--classes", "3", "--ratio", "0.5", "--cohort", "2")
+    assert ran.code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in ran.out.splitlines() if "MB" in line}
+    assert set(rows) == set(methods.names())
+    assert rows["fslora"][0] == "2"  # half of the ranks
+    assert rows["fedit"][0] == "4"
+    assert float(rows["fslora"][1]) < float(rows["fedit"][1]) < float(rows["full"][1])
+
+    ran = command(*model, "--classes", "3", "--down", "1.5")
+    assert (ran.code, "--down 1.5" in ran.err) == (2, True)
+    ran = command("methods", "--model", str(tiny.bert), "--rank", "400", "--targets", "query")
+    assert (ran.code, "lora.rank 400 is larger" in ran.err) == (2, True)
+    ran = command("methods", "--model", str(tiny.gpt2), "--classes", "1")
+    assert ran.code == 0
+    assert "no head" in ran.out  # of a causal LM
+
+
+def test_names_that_cannot_be_fetched(command: Command) -> None:
+    ran = command("fetch", "minilm-l7")
+    assert ran.code == 2
+    assert "minilm-l6" in ran.err
+
+
+def test_a_report_of_two_runs(two: tuple[Path, Path], tmp_path: Path, command: Command) -> None:
+    page = tmp_path / "both.html"
+    ran = command("report", *two, "--out", page)
+    assert (ran.code, ran.err) == (0, "")
+    written = [Path(line) for line in ran.out.splitlines()]
+    assert written[0] == page
+    assert all(path.is_file() for path in written)
+    assert len(written) > 3
+    text = page.read_text()
+    assert "sieved" in text
+    assert "dense" in text
+    assert "1 of" not in text
+    assert command("report", two[0]).out.splitlines()[0] == str(two[0] / "report.html")
+    ran = command("report", tmp_path)
+    assert ran.code == 2
+    assert "is not a run directory" in ran.err
+
+
+def test_export(two: tuple[Path, Path], tmp_path: Path, command: Command) -> None:
+    to = tmp_path / "model"
+    ran = command("export", two[0], "--to", to, "--merge")
+    assert ran.code == 0
+    assert ran.out == f"{to}: the merged model after round 2\n"
+    assert AutoModelForSequenceClassification.from_pretrained(to).config.num_labels == 3
+    ran = command("export", two[0], "--to", to)
+    assert ran.code == 2
+    assert f"{to} is not empty: choose another folder" in ran.err
+    ran = command("export", two[0], "--to", tmp_path / "adapter")
+    assert ran.out == f"{tmp_path / 'adapter'}: the adapter after round 2\n"
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    (tmp_path / "file").touch()
+    assert command("export", two[0], "--to", tmp_path / "file").code == 2
+
+
+@pytest.mark.parametrize("words", [("resume",), ("export", "--to", "x")])
+def test_folders_without_a_run(tmp_path: Path, command: Command, words: tuple[str, ...]) -> None:
+    ran = command(words[0], tmp_path / "none", *words[1:])
+    assert ran.code == 2
+    assert "holds no run: there is no recipe.toml in it" in ran.err
+
+
+def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar with the time left; only evaluated rounds stay on the screen."""
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=200, soft_wrap=True)
+    monkeypatch.setattr(cli, "console", terminal)
+    nothing = dict.fromkeys(Round._fields, 0)
+    with cli._Live(3) as live:
+        for number in range(4):
+            evaluated = number % 2 == 0
+            summary = Round(**{**nothing, "round": number, "loss": 1.5, "eval_loss": 2.5,
+                               "accuracy": 0.25 if evaluated else None})  # type: ignore[arg-type] # fmt: skip
+            live.show(summary, [])
+        live._bar.refresh()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    for number in range(4):
+        stays = f"round {number}/3  loss 1.500  accuracy 0.250" in text
+        assert stays == (number % 2 == 0)
+    assert "left 0:00" in text
+    assert "━" in text
+
+
+def test_the_public_names() -> None:
+    for name in fedsieve.__all__:
+        assert getattr(fedsieve, name).__name__ in (name, "method")
+    with pytest.raises(AttributeError, match="no attribute 'finetunes'"):
+        fedsieve.__getattr__("finetunes")

@@ -1,0 +1,146 @@
+"""A small federation in float64: two linear layers with LoRA and a head, trained by plain autograd.
+
+It knows nothing of FedSieve's trainer: it takes a client's adapter at whatever rank it has, and the
+scale beside it, and takes gradient steps on W0 + s B A. That makes it an oracle for the algebra.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fedsieve.algebra.adapter import Adapter, Tree, layout_of
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Memory, Method, Seat, View
+from fedsieve.algebra.support import everything
+from fedsieve.clients.sampling import Sampling
+from fedsieve.engine.local import in_process
+from fedsieve.engine.loop import Federation, Progress, Receipt, begin, rounds
+from fedsieve.train.local import Fit
+
+RANK, INPUTS, HIDDEN, OUTPUTS = 8, 12, 10, 3
+A1, B1 = "m.first.lora_A.weight", "m.first.lora_B.weight"
+A2, B2 = "m.second.lora_A.weight", "m.second.lora_B.weight"
+HEAD = "m.head.weight"
+
+
+def start(seed: int = 0, *, zero_b: bool = False) -> Adapter:
+    """An adapter of rank 8 on both layers, in float64."""
+    draws = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draws, dtype=torch.float64) / 3
+
+    tensors = {
+        A1: random(RANK, INPUTS),
+        B1: random(HIDDEN, RANK) * (0 if zero_b else 1),
+        A2: random(RANK, HIDDEN),
+        B2: random(HIDDEN, RANK) * (0 if zero_b else 1),
+        HEAD: random(OUTPUTS, HIDDEN),
+    }
+    return Adapter(layout_of(tensors, scale=0.5), dict(sorted(tensors.items())))
+
+
+def frozen() -> tuple[Tensor, Tensor]:
+    """The base weights of the two layers."""
+    draws = torch.Generator().manual_seed(99)
+    first = torch.randn(HIDDEN, INPUTS, generator=draws, dtype=torch.float64) / 4
+    second = torch.randn(HIDDEN, HIDDEN, generator=draws, dtype=torch.float64) / 4
+    return first, second
+
+
+def data(client: str) -> tuple[Tensor, Tensor]:
+    """A client's own 6 inputs and targets."""
+    draws = torch.Generator().manual_seed(1000 + int(client))
+    x = torch.randn(6, INPUTS, generator=draws, dtype=torch.float64)
+    return x, torch.randn(6, OUTPUTS, generator=draws, dtype=torch.float64)
+
+
+def weights(tree: Tree, scale: float, base: Tree) -> tuple[Tensor, Tensor]:
+    """What the two layers really multiply by: W0 + base + scale * B A."""
+    first, second = frozen()
+    first = first + base.get("m.first.base", 0) + scale * tree[B1] @ tree[A1]
+    return first, second + base.get("m.second.base", 0) + scale * tree[B2] @ tree[A2]
+
+
+def loss(tree: Tree, scale: float, x: Tensor, y: Tensor, *, base: Tree | None = None) -> Tensor:
+    """Mean squared error of the network."""
+    first, second = weights(tree, scale, base or {})
+    hidden = torch.tanh(x @ first.T)
+    hidden = torch.tanh(hidden @ second.T)
+    return ((hidden @ tree[HEAD].T - y) ** 2).mean()
+
+
+def train(view: View, client: Client, key: Key, *, steps: int = 3, lr: float = 0.1) -> Fit:
+    """Plain gradient descent on those of a client's entries that the view lets move."""
+    adapter = view.adapter
+    tree = {n: t.clone().requires_grad_(True) for n, t in adapter.tensors.items()}
+    value = torch.zeros(())
+    for _ in range(steps):
+        value = loss(tree, adapter.layout.scale, *data(client.id), base=adapter.base)
+        if view.penalty is not None:
+            value = value + view.penalty(tree)
+        gradients = torch.autograd.grad(value, list(tree.values()))
+        with torch.no_grad():
+            for (name, tensor), gradient in zip(tree.items(), gradients, strict=True):
+                if name in view.moves.names:
+                    tensor -= lr * gradient * view.moves.masks.get(name, torch.ones(()))
+    return Fit({n: t.detach() for n, t in tree.items()}, float(value.detach()), steps, 0.0)
+
+
+def clients(budgets: Sequence[Budget]) -> list[Client]:
+    """One client for each budget; client i has 10 + i examples."""
+    return [Client(f"{i:04d}", 10 + i, budget) for i, budget in enumerate(budgets)]
+
+
+def federation(
+    method: Method,
+    members: Sequence[Client],
+    *,
+    cohort: int | None = None,
+    seed: int = 7,
+    memories: dict[str, Memory] | None = None,
+    adapter: Adapter | None = None,
+) -> Federation:
+    """The clients in this process, every message really encoded and decoded."""
+    exchange = in_process(method, train, adapter or start(), {} if memories is None else memories)
+    sampling = Sampling(size=cohort or len(members))
+    return Federation(method, members, sampling, seed, exchange)
+
+
+def after(
+    method: Method,
+    members: Sequence[Client],
+    number: int,
+    *,
+    cohort: int | None = None,
+    seed: int = 7,
+    zero_b: bool = False,
+    memories: dict[str, Memory] | None = None,
+) -> tuple[Tree, list[Receipt], Progress]:
+    """The adapter, all receipts and the progress after some rounds."""
+    begun = start(zero_b=zero_b)
+    setup = federation(method, members, cohort=cohort, seed=seed, adapter=begun, memories=memories)
+    _, progress = begin(setup, begun)
+    receipts: list[Receipt] = []
+    for _, part, now in rounds(setup, progress, number):
+        receipts.extend(part)
+        progress = now
+    return method.export(progress.state).tensors, receipts, progress
+
+
+def whole(adapter: Adapter) -> View:
+    """All of an adapter, to be trained."""
+    return View(adapter, adapter.layout, everything(adapter.layout), everything(adapter.layout))
+
+
+def seat(client: Client, key: Key | None = None) -> Seat:
+    """A client's own end."""
+    return Seat(client, start(), key or Key(7, 1, client.id))
+
+
+def distance(left: Tree, right: Tree) -> float:
+    """The largest difference of two trees of the same names."""
+    assert sorted(left) == sorted(right)
+    return max(float((left[n] - right[n]).abs().max()) for n in left)
