@@ -45,7 +45,7 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Adapter, layout_of
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.algebra.method import Method, Seat, State, View
+from fedsieve.algebra.method import ClientContext, Method, State, View
 from fedsieve.methods import fslora
 
 RANK = 8
@@ -217,10 +217,10 @@ def one_round(
     updates = []
     for client in clients:
         own = key._replace(client=client.id)
-        seat = Seat(client, method.export(state), own)
-        view, memory = method.view(method.publish(plan, client, own), {}, seat)
+        context = ClientContext(client, method.export(state), own)
+        view, memory = method.view(method.publish(plan, client, own), {}, context)
         trained = train(p, view, step, local_steps)
-        updates.append((client, method.report(view, trained, memory, seat)[0]))
+        updates.append((client, method.report(view, trained, memory, context)[0]))
     return method.merge(state, updates, key)
 
 

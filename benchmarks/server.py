@@ -25,7 +25,7 @@ from fedsieve import methods
 from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Method, Seat, State
+from fedsieve.algebra.method import ClientContext, Method, State
 from fedsieve.algebra.optim import Slots, sgd
 from fedsieve.algebra.payload import Payload
 from fedsieve.wire import decode, encode
@@ -52,12 +52,12 @@ def messages(method: Method, state: State, count: int) -> list[tuple[Client, byt
     plan = method.plan(state, Key(0, 1))
     for number in range(min(count, 8)):
         client = Client(f"{number:05d}", 10 + number, BUDGETS[number % len(BUDGETS)])
-        seat = Seat(client, start(), Key(0, 1, client.id))
-        sent = method.publish(plan, client, seat.key)
-        view, memory = method.view(sent, {}, seat)
+        context = ClientContext(client, start(), Key(0, 1, client.id))
+        sent = method.publish(plan, client, context.key)
+        view, memory = method.view(sent, {}, context)
         trained = {n: t + 0.01 * torch.randn_like(t) for n, t in view.adapter.tensors.items()}
         trained |= {n: view.adapter.tensors[n] for n in trained if n not in view.moves.names}
-        report, _ = method.report(view, trained, memory, seat)
+        report, _ = method.report(view, trained, memory, context)
         made.append((client, encode(report), sent))
     return made
 

@@ -30,7 +30,7 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.data import sources
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe.experiment import locate, set_up_bench
+from fedsieve.recipe.experiment import locate, set_up_resident
 from fedsieve.sites.worker import SOCKET, Frame, ask
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire import encode
@@ -81,9 +81,9 @@ def messages(text: str, rounds: int) -> list[bytes]:
     """What the server would send in each round, if nothing moved the adapter."""
     recipe = recipes.check(tomllib.loads(text))
     tokenizer = load_tokenizer(locate(recipe.model.source))
-    bench = set_up_bench(recipe, tokenizer, pick_device("cpu"))
+    resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
     method = recipes.build_method(recipe)
-    state = method.init(bench.adapter())
+    state = method.init(resident.adapter())
     client = Client(NAME, 1, AFFORDS)
     keys = [Key(recipe.seed, number, NAME) for number in range(1, rounds + 1)]
     return [encode(method.publish(method.plan(state, key), client, key)) for key in keys]

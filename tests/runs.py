@@ -82,8 +82,8 @@ def before_fit(monkeypatch: pytest.MonkeyPatch, act: Callable[[Key, Any], Any]) 
     """Let `act(key, training)` say with which training a client really trains, or raise."""
     fit = local.fit
 
-    def changed(bench: Any, adapter: Any, examples: Any, training: Any, key: Key) -> Fit:
-        return fit(bench, adapter, examples, act(key, training), key)
+    def changed(resident: Any, adapter: Any, examples: Any, training: Any, key: Key) -> Fit:
+        return fit(resident, adapter, examples, act(key, training), key)
 
     monkeypatch.setattr("fedsieve.recipe.experiment.fit", changed)
 

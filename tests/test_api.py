@@ -108,7 +108,7 @@ def test_labels_of_every_kind(tiny: Tiny) -> None:
     ):
         run = finetune(tiny, clients, rounds=1, test=clients[0], **options).finish()
         assert run.metrics[-1].eval_examples == 30
-    config = finetune(tiny, [numbered], label="number")._experiment.bench.model.config
+    config = finetune(tiny, [numbered], label="number")._experiment.resident.model.config
     assert config.id2label == {0: "2", 1: "9", 2: "10"}
     with pytest.raises(FedSieveError, match="label 'wine' in row 2"):
         finetune(tiny, [rows(30, 1)], classes=("cars", "space"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Memory, Method, Seat, View
+from fedsieve.algebra.method import ClientContext, Memory, Method, View
 from fedsieve.algebra.support import everything
 from fedsieve.clients.sampling import Sampling
 from fedsieve.engine.local import in_process
@@ -135,9 +135,9 @@ def whole(adapter: Adapter) -> View:
     return View(adapter, adapter.layout, everything(adapter.layout), everything(adapter.layout))
 
 
-def seat(client: Client, key: Key | None = None) -> Seat:
+def context(client: Client, key: Key | None = None) -> ClientContext:
     """A client's own end."""
-    return Seat(client, start(), key or Key(7, 1, client.id))
+    return ClientContext(client, start(), key or Key(7, 1, client.id))
 
 
 def distance(left: Tree, right: Tree) -> float:

@@ -70,7 +70,7 @@ class Run:
 
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's format."""
-        self._experiment.bench.save(self.adapter, Path(folder))
+        self._experiment.resident.save(self.adapter, Path(folder))
 
 
 def finetune(
@@ -136,9 +136,9 @@ def finetune(
     base = load_base(
         locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
     )
-    bench = set_up(base, task, lora, method.trains, key=key, device=pick_device(device))
+    resident = set_up(base, task, lora, method.trains, key=key, device=pick_device(device))
     for each in examples.values():
-        check_length(bench, each)
+        check_length(resident, each)
     if not isinstance(budgets, Mapping):
         budgets = dict.fromkeys(given, budgets or Budget())
     missing = sorted(set(given) - set(budgets))
@@ -146,7 +146,7 @@ def finetune(
         raise FedSieveError(f"budgets: none for client {missing[0]!r}")
     sampling = cohort if isinstance(cohort, Sampling) else Sampling(size=cohort or len(filled))
     experiment = assemble(
-        bench,
+        resident,
         method,
         {id: partial(examples.__getitem__, id) for id in examples},
         {id: tasks.count(examples[id]) if id in examples else 0 for id in given},

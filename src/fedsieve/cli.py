@@ -214,6 +214,7 @@ def federate(
     quiet()
     from fedsieve.recipe import read as recipes
     from fedsieve.sites import federate as federating
+    from fedsieve.sites.server import RoundPolicy
 
     if again is not None:
         if recipe is not None:
@@ -223,10 +224,10 @@ def federate(
     if recipe is None:
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
     given = recipes.load(recipe, overrides or [])
-    patience = federating.Patience(sites, deadline, setup, wait, extra)
-    listen = federating.Listen(host, port, certificates, insecure)
+    policy = RoundPolicy(sites, deadline, setup, wait, extra)
+    listen = federating.ServerAddress(host, port, certificates, insecure)
     folder = out or Path("runs") / given.name
-    commands = federating.prepare(given, folder, patience, listen)
+    commands = federating.prepare(given, folder, policy, listen)
     titles = (
         "on the server:",
         "at each site, beside `fedsieve worker site.toml`:",

@@ -17,7 +17,7 @@ from fedsieve.algebra import budget as laws
 from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.budget import Budget, Client, assign
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Method, Seat
+from fedsieve.algebra.method import ClientContext, Method
 from fedsieve.algebra.payload import Form
 from fedsieve.clients.network import Link, client_time
 from fedsieve.clients.resources import (
@@ -167,12 +167,12 @@ def really(method: Method, budget: Budget) -> tuple[int, int, Tree]:
     start = adapter()
     client, key = Client("0", 1, budget), Key(0, 1, "0")
     payload = method.publish(method.plan(method.init(start), key), client, key)
-    seat = Seat(client, start, key)
-    view, memory = method.view(payload, {}, seat)
+    context = ClientContext(client, start, key)
+    view, memory = method.view(payload, {}, context)
     draws = torch.Generator().manual_seed(1)
     tensors = view.adapter.tensors
     trained = {n: t + torch.randn(t.shape, generator=draws) for n, t in tensors.items()}
-    report, _ = method.report(view, trained, memory, seat)
+    report, _ = method.report(view, trained, memory, context)
     return len(encode(payload)), len(encode(report)), tensors
 
 

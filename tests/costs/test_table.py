@@ -37,7 +37,7 @@ def test_a_rehearsal_costs_what_a_real_round_does(
     receipts = [part for _, part, _ in rounds(experiment.federation, progress, 3)][-1]
 
     clients = [Client(f"{i:04d}", 80, Budget(**budget)) for i in range(3)]
-    costs = rehearse(build(), experiment.bench.layout, clients, Training(**training))
+    costs = rehearse(build(), experiment.resident.layout, clients, Training(**training))
     for receipt, cost in zip(receipts, costs, strict=True):
         assert receipt.dropped is None
         assert cost.memory == receipt.memory_bytes

@@ -15,7 +15,7 @@ from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import rundir, runner
 from fedsieve.tasks.text import Examples
-from fedsieve.train.model import Bench
+from fedsieve.train.model import ResidentModel
 from tests import runs
 from tests.conftest import Tiny
 from tests.train.test_peft import check_against, logits_of
@@ -74,30 +74,30 @@ def test_what_is_more_than_an_adapter_is_saved_as_a_model(
         check_against(tmp_path / "run", logits, labels)
 
 
-def bench_of(tiny: Tiny, name: str) -> Bench:
-    return from_recipe(recipe.check(tiny.table(**changes(name)))).bench
+def resident_of(tiny: Tiny, name: str) -> ResidentModel:
+    return from_recipe(recipe.check(tiny.table(**changes(name)))).resident
 
 
 def test_what_is_trained_is_all_or_the_head(tiny: Tiny) -> None:
-    head = set(bench_of(tiny, "head").layout.names)
+    head = set(resident_of(tiny, "head").layout.names)
     assert head == {"classifier.weight", "classifier.bias"}
     model = AutoModelForSequenceClassification.from_pretrained(tiny.bert)
     everything = dict(model.named_parameters())
-    assert set(bench_of(tiny, "full").layout.names) == set(everything)
+    assert set(resident_of(tiny, "full").layout.names) == set(everything)
 
 
 def test_a_base_is_put_in_and_taken_out_again(tiny: Tiny) -> None:
-    bench = bench_of(tiny, "flora")
-    adapter = bench.adapter()
+    resident = resident_of(tiny, "flora")
+    adapter = resident.adapter()
     module = adapter.layout.pairs[0].module
-    weight = bench.model.get_submodule(module).get_base_layer().weight
+    weight = resident.model.get_submodule(module).get_base_layer().weight
     before = weight.detach().clone()
     change = torch.randn_like(before)
-    bench.put(adapter._replace(base={f"{module}.base": change}))
+    resident.put(adapter._replace(base={f"{module}.base": change}))
     assert torch.equal(weight, before + change)
-    bench.put(adapter._replace(base={f"{module}.base": 2 * change}))
+    resident.put(adapter._replace(base={f"{module}.base": 2 * change}))
     assert torch.equal(weight, before + 2 * change)
-    bench.put(adapter)
+    resident.put(adapter)
     assert torch.equal(weight, before)
 
 

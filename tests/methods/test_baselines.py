@@ -9,7 +9,7 @@ from fedsieve import methods
 from fedsieve.algebra.adapter import Tree, base_layout
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Memory, Method, Seat, State, View
+from fedsieve.algebra.method import ClientContext, Memory, Method, State, View
 from fedsieve.algebra.optim import adam
 from fedsieve.algebra.payload import Payload
 from fedsieve.algebra.support import norm
@@ -28,11 +28,11 @@ def part(
     method: Method, state: State, client: Client, number: int, memory: Memory | None = None
 ) -> tuple[Payload, View, Tree, Payload, Memory]:
     """One client's round: what it got, its view, what it trained, what it returned, its memory."""
-    seat = Seat(client, toy.start(), Key(7, number, client.id))
-    sent = method.publish(method.plan(state, Key(7, number)), client, seat.key)
-    view, memory = method.view(sent, memory or {}, seat)
-    trained = toy.train(view, client, seat.key).tensors
-    report, memory = method.report(view, trained, memory, seat)
+    context = ClientContext(client, toy.start(), Key(7, number, client.id))
+    sent = method.publish(method.plan(state, Key(7, number)), client, context.key)
+    view, memory = method.view(sent, memory or {}, context)
+    trained = toy.train(view, client, context.key).tensors
+    report, memory = method.report(view, trained, memory, context)
     return sent, view, trained, report, memory
 
 
@@ -270,4 +270,4 @@ def test_a_change_that_counts_from_elsewhere_is_refused() -> None:
     assert sent.base is not None
     assert sent.base.since == 1
     with pytest.raises(WireError, match="since round 1; this client is at round 0"):
-        method.view(sent, {}, toy.seat(members[0], Key(7, 3, "0000")))
+        method.view(sent, {}, toy.context(members[0], Key(7, 3, "0000")))

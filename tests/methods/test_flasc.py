@@ -62,7 +62,7 @@ def test_what_did_not_travel_down_starts_at_zero_and_is_trained_all_the_same() -
     client = Client("0000", 6, Budget(1, 0.1, 1.0))
     key = Key(0, 1, "0000")
     payload = method.publish(plan, client, key)
-    view, _ = method.view(payload, {}, toy.seat(client, key))
+    view, _ = method.view(payload, {}, toy.context(client, key))
     held = torch.cat([t.flatten() for t in view.adapter.tensors.values()])
     assert int((held != 0).sum()) == payload.values.data.numel() < held.numel() / 9
     trained = toy.train(view, client, key).tensors
@@ -87,9 +87,11 @@ def test_with_feedback_nothing_of_a_change_is_lost() -> None:
     for number in range(4):
         key = Key(0, number, "0000")
         plan = method.plan(method.init(toy.start(number)), key)
-        view, memory = method.view(method.publish(plan, client, key), memory, toy.seat(client, key))
+        view, memory = method.view(
+            method.publish(plan, client, key), memory, toy.context(client, key)
+        )
         trained = toy.train(view, client, key).tensors
-        payload, memory = method.report(view, trained, memory, toy.seat(client, key))
+        payload, memory = method.report(view, trained, memory, toy.context(client, key))
         for name, tensor in payload.tree().items():
             sent[name] += tensor
             changed[name] += view.adapter.tensors[name] - trained[name]

@@ -87,7 +87,7 @@ def test_a_rank_k_adapter_has_the_gradients_of_the_masked_one(ratio: float, rslo
     plan = method.plan(method.init(adapter._replace(layout=layout)), Key(3, 1))
     client = Client("0002", 5, Budget(ratio))
     payload = method.publish(plan, client, Key(3, 1, "0002"))
-    view, _ = method.view(payload, {}, toy.seat(client))
+    view, _ = method.view(payload, {}, toy.context(client))
     assert payload.support.ranks is not None
     index = payload.support.ranks[0]
     s = sketch_matrix(index, toy.RANK)
@@ -128,10 +128,10 @@ def test_the_server_adds_the_mean_and_counts_zeros() -> None:
     for client in members:
         own = key._replace(client=client.id)
         payload = method.publish(plan, client, own)
-        seat = toy.seat(client, own)
-        view, _ = method.view(payload, {}, seat)
+        context = toy.context(client, own)
+        view, _ = method.view(payload, {}, context)
         trained = toy.train(view, client, own).tensors
-        updates.append((client, method.report(view, trained, {}, seat)[0]))
+        updates.append((client, method.report(view, trained, {}, context)[0]))
         rows = list(range(toy.RANK))
         if payload.support.ranks is not None:
             rows = payload.support.ranks[0].tolist()

@@ -141,12 +141,12 @@ def the_mean_of_products_is_exact(row: Row, members: list[Client], weighting: st
         plan = method.plan(state, key)
         updates, models, shares = [], [], []
         for client in present:
-            seat = toy.seat(client, key._replace(client=client.id))
-            sent = method.publish(plan, client, seat.key)
+            context = toy.context(client, key._replace(client=client.id))
+            sent = method.publish(plan, client, context.key)
             payload = decode(encode(sent), state.layout)
-            view, memory = method.view(payload, memories.get(client.id, {}), seat)
-            trained = toy.train(view, client, seat.key).tensors
-            report, memories[client.id] = method.report(view, trained, memory, seat)
+            view, memory = method.view(payload, memories.get(client.id, {}), context)
+            trained = toy.train(view, client, context.key).tensors
+            report, memories[client.id] = method.report(view, trained, memory, context)
             updates.append((client, decode(encode(report), state.layout, sent.support)))
             adapter = view.adapter
             models.append(toy.weights(trained, adapter.layout.scale, adapter.base))
@@ -206,7 +206,7 @@ def clients_hold_what_their_budget_says(row: Row) -> None:
     for client in toy.clients(MIXED):
         key = Key(7, 1, client.id)
         payload = method.publish(plan, client, key)
-        view, memory = method.view(payload, {}, toy.seat(client, key))
+        view, memory = method.view(payload, {}, toy.context(client, key))
         kept = client.budget.ranks(toy.RANK) if "ratio" in method.knobs else toy.RANK
         assert view.adapter.tensors[toy.A1].shape == (kept, toy.INPUTS)
         assert view.adapter.tensors[toy.B2].shape == (toy.HIDDEN, kept)
@@ -214,7 +214,7 @@ def clients_hold_what_their_budget_says(row: Row) -> None:
         if not row.counted:
             continue
         trained = toy.train(view, client, key).tensors
-        report, _ = method.report(view, trained, memory, toy.seat(client, key))
+        report, _ = method.report(view, trained, memory, toy.context(client, key))
         head = toy.OUTPUTS * toy.HIDDEN
         pairs = kept * (toy.INPUTS + 3 * toy.HIDDEN)
         for sent, knob in ((payload, "down"), (report, "up")):
@@ -233,8 +233,8 @@ def an_upload_never_repeats_what_the_server_knows(row: Row) -> None:
     for client in toy.clients(MIXED):
         key = Key(7, 1, client.id)
         payload = method.publish(plan, client, key)
-        view, memory = method.view(payload, {}, toy.seat(client, key))
-        report, _ = method.report(view, view.adapter.tensors, memory, toy.seat(client, key))
+        view, memory = method.view(payload, {}, toy.context(client, key))
+        report, _ = method.report(view, view.adapter.tensors, memory, toy.context(client, key))
         assert report.ranks_told == "known"
         assert report.support.ranks is payload.support.ranks
 

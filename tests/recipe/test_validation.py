@@ -30,10 +30,10 @@ def split(
     caught: dict[str, Any] = {}
     assemble = experiment.assemble
 
-    def look(bench: Any, method: Any, examples: Any, *rest: Any, **given: Any) -> Any:
+    def look(resident: Any, method: Any, examples: Any, *rest: Any, **given: Any) -> Any:
         caught["clients"] = rows([get() for get in examples.values()])
         caught["test"] = rows([given["test"]])
-        return assemble(bench, method, examples, *rest, **given)
+        return assemble(resident, method, examples, *rest, **given)
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "assemble", look)

@@ -104,9 +104,9 @@ def main(path: Path, plan: dict[str, str]) -> None:
         answer = resident.answer(state, request)
         how = plan.get(str(number))
         if how is not None and answer.header["ok"]:
-            assert state.desk is not None
+            assert state.assignment is not None
             before = honest[-1] if honest else None
-            answered = Answered(answer, before, state.desk.start)
+            answered = Answered(answer, before, state.assignment.start)
             honest.append(answer)
             say(f"round {number}: {how}")
             return SPOILT[how](answered)
@@ -117,7 +117,7 @@ def main(path: Path, plan: dict[str, str]) -> None:
     worker.pack = lambda frame: NOISE if "noise" in frame.header else packed(frame)
     os.umask(0o077)
     with worker.lock(site.folder):
-        state = resident.settle_in(site, say)
+        state = resident.start(site, say)
         about = partial(resident.about, state)
         ready = lambda address: say(f"ready at {address}")  # noqa: E731
         worker.serve(site.folder, partial(work, state), about, ready)

@@ -94,7 +94,7 @@ def wait_for_port(port: int, process: "subprocess.Popen[bytes]", seconds: float 
 
 @contextmanager
 def superlink(
-    folder: Path, listen: federate.Listen, log: Path
+    folder: Path, listen: federate.ServerAddress, log: Path
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Flower's server, started as `fedsieve federate` says."""
     words = federate.commands(folder, listen)[0].split()
@@ -106,7 +106,7 @@ def superlink(
 
 @contextmanager
 def supernode(
-    home: Path, listen: federate.Listen, socket: Path, log: Path, trust: Sequence[str | Path]
+    home: Path, listen: federate.ServerAddress, socket: Path, log: Path, trust: Sequence[str | Path]
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """A site's node, whose own port is free too."""
     command = [

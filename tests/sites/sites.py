@@ -82,7 +82,7 @@ def recipe_text(tiny: Tiny, **changes: Any) -> bytes:
 
 def settled(path: Path) -> Resident:
     """A worker's state, as after a start, in this process."""
-    return resident.settle_in(sites.load(path), quiet)
+    return resident.start(sites.load(path), quiet)
 
 
 def asking(path: Path, *, restart: bool = False) -> Ask:

@@ -80,6 +80,6 @@ def test_every_key_of_a_sites_file_is_told() -> None:
     table = PAGE.split("## A site's file")[1].split("## The worker")[0]
     for key in site.Site.model_fields:
         assert f"`{key}`" in table or f"`[{key}]`" in table, key
-    for part in (site.Rows, site.Line, site.Affords):
+    for part in (site.Rows, site.Link, site.Limits):
         for key in part.model_fields:
             assert f"`{key}`" in table, key

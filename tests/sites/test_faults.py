@@ -99,7 +99,7 @@ def assert_the_lies_did_no_harm(given: World) -> None:
         if "dropped" not in line:
             assert (line["norm"] > 1000 * CLIP) == (line["client"] == "west" and line["round"] == 8)
             assert line["norm"] < CLIP / 2 or line["round"] == 8
-    layout = from_recipe(given.recipe).bench.layout
+    layout = from_recipe(given.recipe).resident.layout
     assert_as_if_it_gave_nothing(given, spoil=lambda reply, number: _huge(reply, number, layout))
 
 

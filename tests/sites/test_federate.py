@@ -14,9 +14,10 @@ from fedsieve.methods import fedit, fslora_flasc
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe import schema as tables
 from fedsieve.sites import federate
+from fedsieve.sites.server import RoundPolicy
 from tests.conftest import LABELS, Command, Tiny
 
-PATIENCE = federate.Patience(sites=3, deadline=30.0)
+PATIENCE = RoundPolicy(sites=3, deadline=30.0)
 GOOD: Mapping[str, Any] = {
     "name": "north",
     "versions": {"wire": 1},
@@ -44,7 +45,7 @@ def welcome(head: Mapping[str, Any], client: Client | None = None, **more: Any) 
 
 @pytest.mark.usefixtures("flower")
 def test_app_holds_no_program(tiny: Tiny, tmp_path: Path) -> None:
-    federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, federate.Listen(port=1234))
+    federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, federate.ServerAddress(port=1234))
     app = tmp_path / "run" / "app"
     assert [path.name for path in app.iterdir()] == ["pyproject.toml"]
     table = tomllib.loads((app / "pyproject.toml").read_text())
@@ -60,7 +61,7 @@ def test_app_holds_no_program(tiny: Tiny, tmp_path: Path) -> None:
 def test_each_federation_has_a_name_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
     """Sites know a run by its recipe's digest: the same recipe started afresh is another run."""
     for name in ("a", "b"):
-        federate.prepare(checked(tiny), tmp_path / name, PATIENCE, federate.Listen())
+        federate.prepare(checked(tiny), tmp_path / name, PATIENCE, federate.ServerAddress())
     one, two = ((tmp_path / name / "recipe.toml").read_text() for name in ("a", "b"))
     assert one != two
     tables = [tomllib.loads(text) for text in (one, two)]
@@ -71,9 +72,9 @@ def test_each_federation_has_a_name_of_its_own(tiny: Tiny, tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("flower")
 def test_a_run_that_is_there_is_not_replaced(tiny: Tiny, tmp_path: Path) -> None:
-    federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.Listen())
+    federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.ServerAddress())
     with pytest.raises(FedSieveError, match="holds a run already"):
-        federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.Listen())
+        federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.ServerAddress())
 
 
 @pytest.mark.usefixtures("flower")
@@ -83,7 +84,7 @@ def test_certificates_must_be_whole(tiny: Tiny, tmp_path: Path, missing: str) ->
     safe.mkdir()
     for name in {"ca.crt", "server.pem", "server.key"} - {missing}:
         (safe / name).touch()
-    listen = federate.Listen("0.0.0.0", certificates=safe)
+    listen = federate.ServerAddress("0.0.0.0", certificates=safe)
     with pytest.raises(FedSieveError, match=f"has no {missing}"):
         federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, listen)
     (safe / missing).touch()
@@ -95,8 +96,8 @@ def test_certificates_must_be_whole(tiny: Tiny, tmp_path: Path, missing: str) ->
 
 @pytest.mark.usefixtures("flower")
 def test_recipes_that_cannot_run_on_a_network(tiny: Tiny, tmp_path: Path) -> None:
-    def prepare(given: tables.Recipe, patience: federate.Patience = PATIENCE) -> None:
-        federate.prepare(given, tmp_path / "run", patience, federate.Listen())
+    def prepare(given: tables.Recipe, patience: RoundPolicy = PATIENCE) -> None:
+        federate.prepare(given, tmp_path / "run", patience, federate.ServerAddress())
 
     with pytest.raises(FedSieveError, match=r"data\.classes: list the labels"):
         prepare(recipe.check(tiny.table()))
@@ -132,7 +133,7 @@ def test_resume_wants_a_federation(tmp_path: Path, command: Command, whole: Path
 def test_federation_does_not_go_on_in_one_process(
     tiny: Tiny, tmp_path: Path, command: Command
 ) -> None:
-    federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.Listen())
+    federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.ServerAddress())
     ran = command("resume", tmp_path)
     assert ran.code == 2
     assert f"fedsieve federate --resume {tmp_path}" in ran.err

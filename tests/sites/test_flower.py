@@ -22,7 +22,15 @@ from fedsieve.engine.client import take_part
 from fedsieve.engine.loop import Federation, Receipt, Round, begin, rounds
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.methods import fedsa_lora, flasc, flora, fslora_flasc
-from fedsieve.sites.server import Arrival, Carrier, Node, Sites, Terms, Ticket, mean_score
+from fedsieve.sites.server import (
+    Incoming,
+    Node,
+    PendingRequest,
+    RoundPolicy,
+    Sites,
+    Transport,
+    mean_score,
+)
 from fedsieve.sites.worker import Frame, pack, unpack
 from fedsieve.wire import encode
 from tests import toy
@@ -52,40 +60,40 @@ class Net:
     asked: list[tuple[int, Mapping[str, Any]]] = field(default_factory=list)
     coming: dict[str, tuple[float, bytes]] = field(default_factory=dict)
 
-    def carrier(self) -> Carrier:
-        return Carrier(self.nodes, self.send, self.collect)
+    def transport(self) -> Transport:
+        return Transport(self.nodes, self.send, self.collect)
 
     def nodes(self) -> list[Node]:
         return [Node(id, self.since.get(id, ""), self.keys.get(id, "")) for id in self.answers]
 
-    def send(self, node: int, kind: str, data: bytes, seconds: float) -> Ticket | None:
+    def send(self, node: int, kind: str, data: bytes, seconds: float) -> PendingRequest | None:
         if node not in self.answers:
             return None
         frame = unpack(data)
-        ticket = str(len(self.asked))
+        request = str(len(self.asked))
         self.asked.append((node, frame.header))
         self.carried += len(data) + 100
         if kind == "train" and self.losing.get(node, 0):
             self.losing[node] -= 1
-            self.coming[ticket] = self.now, b""
-            return Ticket(ticket, len(data) + 100)
+            self.coming[request] = self.now, b""
+            return PendingRequest(request, len(data) + 100)
         answer = self.answers[node](frame)
         if answer is not None:
             wait = self.slow.get(node, 0.0) if kind == "train" else 0.0
             packed = answer if isinstance(answer, bytes) else pack(answer)
-            self.coming[ticket] = self.now + wait, packed
-        return Ticket(ticket, len(data) + 100)
+            self.coming[request] = self.now + wait, packed
+        return PendingRequest(request, len(data) + 100)
 
-    def collect(self, tickets: Collection[str]) -> list[Arrival]:
-        there = [t for t in tickets if t in self.coming and self.coming[t][0] <= self.now]
-        found = [(ticket, self.coming.pop(ticket)[1]) for ticket in there]
+    def collect(self, requests: Collection[str]) -> list[Incoming]:
+        there = [t for t in requests if t in self.coming and self.coming[t][0] <= self.now]
+        found = [(request, self.coming.pop(request)[1]) for request in there]
         arrived = [
-            Arrival(ticket, data, "", len(data) + 1000)
+            Incoming(request, data, "", len(data) + 1000)
             if data
-            else Arrival(ticket, None, "lost on its way", LOST)
-            for ticket, data in found
+            else Incoming(request, None, "lost on its way", LOST)
+            for request, data in found
         ]
-        self.carried += sum(arrival.transport for arrival in arrived)
+        self.carried += sum(incoming.transport for incoming in arrived)
         return arrived
 
     def sleep(self, seconds: float) -> None:
@@ -123,10 +131,12 @@ def welcome(head: Mapping[str, Any], client: Client | None) -> Client:
     return Client(head["name"], 1, Budget(**head["budget"]))
 
 
-def sites_of(net: Net, said: list[str] | None = None, **terms: Any) -> Sites:
+def sites_of(net: Net, said: list[str] | None = None, **policy: Any) -> Sites:
     say = (lambda text: None) if said is None else said.append
-    settled = Terms(**{"sites": len(net.answers), **terms})
-    return Sites(net.carrier(), RECIPE, "digest", welcome, settled, say, lambda: net.now, net.sleep)
+    settled = RoundPolicy(**{"sites": len(net.answers), **policy})
+    return Sites(
+        net.transport(), RECIPE, "digest", welcome, settled, say, lambda: net.now, net.sleep
+    )
 
 
 def federation(sites: Sites, method: Method, **sampling: Any) -> Federation:
@@ -313,10 +323,10 @@ def test_an_answer_that_is_carried_twice_counts_once() -> None:
     expected, _, _ = toy.after(method, members, 2)
     net = Net({i: site(c, method) for i, c in enumerate(members)})
     collect = net.collect
-    before: list[Arrival] = []
+    before: list[Incoming] = []
 
-    def stammering(tickets: Collection[str]) -> list[Arrival]:
-        found = collect(tickets)
+    def stammering(requests: Collection[str]) -> list[Incoming]:
+        found = collect(requests)
         twice = [*found, *found, *before]
         before.extend(found)
         return twice
@@ -360,7 +370,7 @@ def test_other_wire_version_is_refused_by_name() -> None:
 
     net.answers[1] = old
     said: list[str] = []
-    setup = federation(sites_of(net, said, patience=30.0), method)
+    setup = federation(sites_of(net, said, wait=30.0), method)
     assert [c.id for c in setup.clients] == ["0000"]
     assert said[0] == "node 1 is not used: site 0001 speaks another version"
     assert said.count(said[0]) == 1
@@ -392,11 +402,11 @@ def test_a_site_keeps_the_key_that_it_was_first_met_with() -> None:
     said: list[str] = []
 
     def sites(known: Mapping[str, str]) -> Sites:
-        terms = Terms(sites=1, patience=30.0)
+        policy = RoundPolicy(sites=1, wait=30.0)
         keep = lambda keys: pinned.append(dict(keys))  # noqa: E731
-        carrier, clock = net.carrier(), lambda: net.now
+        transport, clock = net.transport(), lambda: net.now
         return Sites(
-            carrier, RECIPE, "digest", welcome, terms, said.append, clock, net.sleep,
+            transport, RECIPE, "digest", welcome, policy, said.append, clock, net.sleep,
             keys=known, pin=keep,
         )  # fmt: skip
 
@@ -487,7 +497,7 @@ def test_too_few_sites_for_too_long() -> None:
     (client,) = toy.clients([Budget()])
     net = Net({0: site(client, method)})
     with pytest.raises(FedSieveError, match=r"after 40 s 1 sites are there, and a round needs 2"):
-        sites_of(net, sites=3, quorum=2, patience=40.0).there()
+        sites_of(net, sites=3, quorum=2, wait=40.0).there()
     assert 40 < net.now < 45
 
 
@@ -525,7 +535,7 @@ def test_sites_evaluate_and_keep() -> None:
 
 
 def test_every_byte_is_a_rounds_or_aside() -> None:
-    """What the carrier carried is in the receipts or in `aside`, once: nothing is left out."""
+    """What the transport carried is in the receipts or in `aside`, once: nothing is left out."""
     method = flasc.method(**EXACT)
     members = toy.clients([Budget()] * 3)
     net = Net({i: site(c, method) for i, c in enumerate(members)}, losing={2: 1})

@@ -37,6 +37,7 @@ from fedsieve.clients.network import Link
 from fedsieve.recipe import read as recipe
 from fedsieve.run import rundir
 from fedsieve.sites import federate
+from fedsieve.sites.server import RoundPolicy
 from fedsieve.sites.worker import SOCKET
 from tests import runs
 from tests.conftest import LABELS, Tiny
@@ -191,7 +192,7 @@ class Place(NamedTuple):
 
     folder: Path
     tiny: Tiny
-    listen: federate.Listen
+    listen: federate.ServerAddress
     line: links.Line
 
 
@@ -199,7 +200,7 @@ class Place(NamedTuple):
 def site_on_a_link(tiny: Tiny, folder: Path, make: Make, *, tls: bool = False) -> Iterator[Place]:
     site = write_site(tiny, folder, budget=BUDGET)
     safe = certificates.make(folder / "certificates") if tls else None
-    listen = federate.Listen(port=processes.free_port(), certificates=safe)
+    listen = federate.ServerAddress(port=processes.free_port(), certificates=safe)
     first = prepared(tiny, folder / "first", listen, "fedit", 1)
     with ExitStack() as stack:
         stack.enter_context(process(site))
@@ -224,7 +225,7 @@ def site_on_a_link(tiny: Tiny, folder: Path, make: Make, *, tls: bool = False) -
 
 
 def prepared(
-    tiny: Tiny, run: Path, listen: federate.Listen, method: str, rounds: int, rank: int = 4
+    tiny: Tiny, run: Path, listen: federate.ServerAddress, method: str, rounds: int, rank: int = 4
 ) -> Path:
     table = tiny.table(
         rounds=rounds,
@@ -236,7 +237,7 @@ def prepared(
         training__steps=2,
         evaluation__every=rounds,
     )
-    patience = federate.Patience(sites=1, deadline=300.0, setup=200.0, wait=200.0)
+    patience = RoundPolicy(sites=1, deadline=300.0, setup=200.0, wait=200.0)
     federate.prepare(recipe.check(table), run, patience, listen)
     return run
 

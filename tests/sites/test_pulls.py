@@ -10,16 +10,16 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
 
-from fedsieve.sites.flower_app import Pulls
+from fedsieve.sites.flower_app import MessagePoller
 
 
-def wait_for(pulls: Pulls, tickets: Collection[str], count: int) -> list[Any]:
+def wait_for(poller: MessagePoller, requests: Collection[str], count: int) -> list[Any]:
     """What comes in the end, if so much comes within a minute."""
     found: list[Any] = []
     until = time.monotonic() + 60
     while len(found) < count:
         assert time.monotonic() < until, found
-        found += pulls.collect(tickets)
+        found += poller.collect(requests)
         time.sleep(0.005)
     return found
 
@@ -28,21 +28,21 @@ def test_a_slow_reply_holds_up_nobody() -> None:
     whole = threading.Event()
     given: list[str] = []
 
-    def pull(ticket: str) -> list[Any]:
-        if ticket == "slow":
+    def pull(request: str) -> list[Any]:
+        if request == "slow":
             assert whole.wait(60)
-        given.append(ticket)
-        return [ticket] if given.count(ticket) == 1 else []
+        given.append(request)
+        return [request] if given.count(request) == 1 else []
 
-    pulls = Pulls(pull, pause=0.0)
+    poller = MessagePoller(pull, pause=0.0)
     began = time.monotonic()
-    assert pulls.collect(["slow", "fast", "faster"]) == []
-    assert sorted(wait_for(pulls, ["slow", "fast", "faster"], 2)) == ["fast", "faster"]
+    assert poller.collect(["slow", "fast", "faster"]) == []
+    assert sorted(wait_for(poller, ["slow", "fast", "faster"], 2)) == ["fast", "faster"]
     assert not whole.is_set()
     # A caller that left it for a while still gets it, once, when it is whole.
-    assert pulls.collect([]) == []
+    assert poller.collect([]) == []
     whole.set()
-    assert wait_for(pulls, ["slow"], 1) == ["slow"]
+    assert wait_for(poller, ["slow"], 1) == ["slow"]
     assert time.monotonic() - began < 30
 
 
@@ -50,54 +50,54 @@ def test_a_reply_waits_until_it_is_asked_for() -> None:
     """Those of a round and those of sites that are met are collected apart: none is lost."""
     given: list[str] = []
 
-    def pull(ticket: str) -> list[Any]:
-        given.append(ticket)
-        return [ticket] if given.count(ticket) == 1 else []
+    def pull(request: str) -> list[Any]:
+        given.append(request)
+        return [request] if given.count(request) == 1 else []
 
-    pulls = Pulls(pull, pause=0.0)
-    assert pulls.collect(["a", "b"]) == []
+    poller = MessagePoller(pull, pause=0.0)
+    assert poller.collect(["a", "b"]) == []
     until = time.monotonic() + 60
     while len(given) < 2:
         assert time.monotonic() < until
         time.sleep(0.005)
     time.sleep(0.05)
-    assert wait_for(pulls, ["b"], 1) == ["b"]
-    assert wait_for(pulls, ["c"], 1) == ["c"]
-    assert wait_for(pulls, ["a"], 1) == ["a"]
+    assert wait_for(poller, ["b"], 1) == ["b"]
+    assert wait_for(poller, ["c"], 1) == ["c"]
+    assert wait_for(poller, ["a"], 1) == ["a"]
 
 
 def test_one_look_at_a_time_for_each_reply() -> None:
     looks: list[str] = []
     active = 0
 
-    def pull(ticket: str) -> list[Any]:
+    def pull(request: str) -> list[Any]:
         nonlocal active
         active += 1
         assert active == 1
-        looks.append(ticket)
+        looks.append(request)
         time.sleep(0.01)
         active -= 1
-        return [ticket] if len(looks) == 5 else []
+        return [request] if len(looks) == 5 else []
 
-    pulls = Pulls(pull, pause=0.0)
-    assert wait_for(pulls, ["a"], 1) == ["a"]
+    poller = MessagePoller(pull, pause=0.0)
+    assert wait_for(poller, ["a"], 1) == ["a"]
     assert len(looks) >= 5
 
 
 def test_between_two_looks_there_is_a_pause() -> None:
     looks: list[float] = []
 
-    def pull(ticket: str) -> list[Any]:
+    def pull(request: str) -> list[Any]:
         looks.append(time.monotonic())
-        return [ticket] if len(looks) == 3 else []
+        return [request] if len(looks) == 3 else []
 
-    assert wait_for(Pulls(pull, pause=0.2), ["a"], 1) == ["a"]
+    assert wait_for(MessagePoller(pull, pause=0.2), ["a"], 1) == ["a"]
     assert all(later - earlier >= 0.2 for earlier, later in pairwise(looks))
 
 
 def test_an_error_is_raised_where_it_is_waited_for() -> None:
-    def pull(ticket: str) -> list[Any]:
+    def pull(request: str) -> list[Any]:
         raise OSError("the server is gone")
 
     with pytest.raises(OSError, match="the server is gone"):
-        wait_for(Pulls(pull), ["a"], 1)
+        wait_for(MessagePoller(pull), ["a"], 1)

@@ -164,15 +164,17 @@ def test_the_kept_adapter_scores_as_the_one_that_was_sent(
     state = settled(path)
     site: Ask = lambda request: resident.answer(state, request)  # noqa: E731
     told(site, text)
-    desk = state.desk
-    assert desk is not None
-    method, client = desk.method, Client("north", 24)
-    server = method.init(desk.start)
+    assignment = state.assignment
+    assert assignment is not None
+    method, client = assignment.method, Client("north", 24)
+    server = method.init(assignment.start)
     for number in (1, 2):
         key = Key(0, number, "north")
         message = encode(method.publish(method.plan(server, key), client, key))
         body = site(train(text, number, message)).body
-        update = decode(body, desk.start.layout, decode(message, desk.start.layout).support)
+        update = decode(
+            body, assignment.start.layout, decode(message, assignment.start.layout).support
+        )
         server = method.merge(server, [(client, update)], Key(0, number))
     message = resident.whole_message(method.export(server))
     score = site(rate("evaluate", text, 2, message)).header
@@ -184,11 +186,13 @@ def test_the_kept_adapter_scores_as_the_one_that_was_sent(
     else:
         read = PeftModel.from_pretrained(load(tiny.bert, num_labels=3), kept)
     read.eval()
-    assert desk.test is not None
+    assert assignment.test is not None
     with torch.inference_mode():
-        logits = read(desk.test.input_ids, attention_mask=desk.test.attention_mask).logits
-    right = int((logits.argmax(-1) == desk.test.labels).sum())
-    loss = float(torch.nn.functional.cross_entropy(logits, desk.test.labels))
+        logits = read(
+            assignment.test.input_ids, attention_mask=assignment.test.attention_mask
+        ).logits
+    right = int((logits.argmax(-1) == assignment.test.labels).sum())
+    loss = float(torch.nn.functional.cross_entropy(logits, assignment.test.labels))
     assert right == score["right"]
     assert loss == pytest.approx(score["loss"], rel=1e-5)
 
@@ -196,7 +200,7 @@ def test_the_kept_adapter_scores_as_the_one_that_was_sent(
 # What is asked twice, late, or again after the server went back.
 
 
-class Bench:
+class ResidentModel:
     """One site in this process that is ready for a recipe, and a server's messages for it."""
 
     def __init__(self, tiny: Tiny, folder: Path, **changes: Any) -> None:
@@ -206,16 +210,16 @@ class Bench:
         self.path = write_site(tiny, folder, budget={"down": 0.5, "up": 0.25})
         self.state = settled(self.path)
         told(self.ask, self.text)
-        assert self.state.desk is not None
-        self.desk = self.state.desk
-        self.rounds = self.path.parent / "worker" / "runs" / self.desk.run / "rounds"
+        assert self.state.assignment is not None
+        self.assignment = self.state.assignment
+        self.rounds = self.path.parent / "worker" / "runs" / self.assignment.run / "rounds"
 
     def ask(self, request: Frame) -> Frame:
         return resident.answer(self.state, request)
 
     def message(self, number: int, scale: float = 1.0) -> bytes:
         """What a server whose adapter is the start's, times `scale`, sends."""
-        method, start = self.desk.method, self.desk.start
+        method, start = self.assignment.method, self.assignment.start
         server = method.init(
             start._replace(tensors={n: scale * t for n, t in start.tensors.items()})
         )
@@ -244,7 +248,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_same_request_gets_the_same_answer_and_no_training(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     first, second = site.train(1), site.train(2)
     assert first.body != second.body
     kept = contents(tmp_path)
@@ -256,7 +260,7 @@ def test_the_same_request_gets_the_same_answer_and_no_training(
 
 def test_a_server_that_went_back_finds_the_memory_of_then(tiny: Tiny, tmp_path: Path) -> None:
     """Rounds 1, 2, 3, then 2 and 3 again with another adapter: as if the first ones never were."""
-    site, other = Bench(tiny, tmp_path / "a"), Bench(tiny, tmp_path / "b")
+    site, other = ResidentModel(tiny, tmp_path / "a"), ResidentModel(tiny, tmp_path / "b")
     for number in (1, 2, 3):
         site.train(number)
     other.train(1)
@@ -269,7 +273,7 @@ def test_a_server_that_went_back_finds_the_memory_of_then(tiny: Tiny, tmp_path: 
 
 
 def test_a_site_says_so_when_the_server_goes_back_too_far(tiny: Tiny, tmp_path: Path) -> None:
-    site = Bench(tiny, tmp_path, rounds=20)
+    site = ResidentModel(tiny, tmp_path, rounds=20)
     for number in range(1, 9):
         site.train(number)
     # Two checkpoints a round apart are in reach, and one before them.
@@ -289,14 +293,14 @@ def test_a_lost_answer_does_not_shut_a_site_out(tiny: Tiny, tmp_path: Path, name
     path = write_site(tiny, tmp_path)
     state = settled(path)
     told(lambda request: resident.answer(state, request), text)
-    assert state.desk is not None
-    desk = state.desk
-    method, layout, lost = desk.method, desk.start.layout, (2, 3, 4, 5, 7)
-    client, server = Client("north", 24), method.init(desk.start)
+    assert state.assignment is not None
+    assignment = state.assignment
+    method, layout, lost = assignment.method, assignment.start.layout, (2, 3, 4, 5, 7)
+    client, server = Client("north", 24), method.init(assignment.start)
     here: Memory = {}
 
     def again(view: View, client: Client, key: Key) -> Fit:
-        return fit(desk.bench, view, desk.examples, desk.recipe.training, key)
+        return fit(assignment.resident, view, assignment.examples, assignment.recipe.training, key)
 
     for number in range(1, 9):
         key = Key(0, number, "north")
@@ -304,7 +308,7 @@ def test_a_lost_answer_does_not_shut_a_site_out(tiny: Tiny, tmp_path: Path, name
         answer = resident.answer(state, train(text, number, message))
         assert answer.header["ok"], answer.header
         # The oracle has a memory that only moves when the server has seen the answer.
-        reply, after = take_part(method, again, desk.start, client, here, key, message)
+        reply, after = take_part(method, again, assignment.start, client, here, key, message)
         assert answer.body == reply.update
         support = decode(message, layout).support
         other = Client("other" if number in lost else "north", 24)
@@ -313,7 +317,7 @@ def test_a_lost_answer_does_not_shut_a_site_out(tiny: Tiny, tmp_path: Path, name
 
 
 def test_a_damaged_memory_is_passed_over_with_a_warning(tiny: Tiny, tmp_path: Path) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     site.train(1)
     after_one = site.residual()
     site.train(2)
@@ -330,7 +334,7 @@ def test_a_damaged_memory_is_passed_over_with_a_warning(tiny: Tiny, tmp_path: Pa
 def test_a_full_disk_is_an_answer_and_loses_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site, other = Bench(tiny, tmp_path / "a"), Bench(tiny, tmp_path / "b")
+    site, other = ResidentModel(tiny, tmp_path / "a"), ResidentModel(tiny, tmp_path / "b")
     for each in (site, other):
         each.train(1)
     kept = contents(tmp_path / "a")
@@ -352,7 +356,7 @@ def test_a_full_disk_is_an_answer_and_loses_nothing(
 
 
 def test_a_client_that_diverges_keeps_its_memory_and_says_why(tiny: Tiny, tmp_path: Path) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     site.train(1)
     before = site.residual()
     answer = site.train(2, scale=1e38)
@@ -373,8 +377,8 @@ def test_the_model_loads_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
         return pretrained(kind, name, **given)
 
     monkeypatch.setattr(model, "_pretrained", counted)
-    site = Bench(tiny, tmp_path, rounds=20)
-    whole = resident.whole_message(site.desk.start)
+    site = ResidentModel(tiny, tmp_path, rounds=20)
+    whole = resident.whole_message(site.assignment.start)
     for number in range(1, 9):
         told(site.ask, site.text)
         assert site.train(number).header["ok"]
@@ -383,7 +387,7 @@ def test_the_model_loads_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_worker_that_starts_again_knows_the_recipe(tiny: Tiny, tmp_path: Path) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     answers = site.train(1), site.train(2)
     site.state = settled(site.path)
     assert (site.train(1), site.train(2)) == answers
@@ -395,23 +399,23 @@ def test_a_worker_that_starts_again_knows_the_recipe(tiny: Tiny, tmp_path: Path)
 
 
 def test_old_runs_are_forgotten_and_their_adapters_stay(tiny: Tiny, tmp_path: Path) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     site.train(1)
-    assert site.ask(rate("keep", site.text, 1, resident.whole_message(site.desk.start))).header[
-        "ok"
-    ]
+    assert site.ask(
+        rate("keep", site.text, 1, resident.whole_message(site.assignment.start))
+    ).header["ok"]
     for number in range(resident.RUNS):
         told(site.ask, site.text + b"#" * (number + 1))
     runs = tmp_path / "north" / "worker" / "runs"
     assert len(list(runs.iterdir())) == resident.RUNS
     assert not site.rounds.exists()
-    assert (tmp_path / "north" / "worker" / "adapters" / site.desk.run[:16]).is_dir()
+    assert (tmp_path / "north" / "worker" / "adapters" / site.assignment.run[:16]).is_dir()
 
 
 def test_what_a_killed_worker_left_half_written_is_removed(tiny: Tiny, tmp_path: Path) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     site.train(1)
-    whole = resident.whole_message(site.desk.start)
+    whole = resident.whole_message(site.assignment.start)
     assert site.ask(rate("keep", site.text, 1, whole)).header["ok"]
     kept = contents(tmp_path)
     adapters = tmp_path / "north" / "worker" / "adapters"
@@ -455,7 +459,7 @@ def test_what_a_killed_worker_left_half_written_is_removed(tiny: Tiny, tmp_path:
 def test_requests_that_are_refused(
     tiny: Tiny, tmp_path: Path, header: dict[str, Any], said: str
 ) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     good = train(site.text, 1, site.message(1))
     asked = header if "do" in header or not header else {**good.header, **header}
     kept = contents(tmp_path)
@@ -468,11 +472,11 @@ def test_requests_that_are_refused(
 
 
 def test_messages_that_are_no_payload_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     site.train(1)
     kept = contents(tmp_path)
     good = site.message(2)
-    whole = resident.whole_message(site.desk.start)
+    whole = resident.whole_message(site.assignment.start)
     for message in (b"", b"garbage", good[:-1], good[:20] + b"\xff" + good[21:], good + b"\0"):
         assert not site.ask(train(site.text, 2, message)).header["ok"]
     for do in ("evaluate", "keep"):
@@ -482,7 +486,7 @@ def test_messages_that_are_no_payload_change_nothing(tiny: Tiny, tmp_path: Path)
 
 
 def test_a_server_may_ask_for_less_than_the_site_affords(tiny: Tiny, tmp_path: Path) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     usual = site.train(1)
     budget = {"ratio": 1.0, "down": 0.5, "up": 0.1}
     less = site.ask(train(site.text, 1, site.message(1), budget=budget))
@@ -508,7 +512,7 @@ def test_a_server_may_ask_for_less_than_the_site_affords(tiny: Tiny, tmp_path: P
 def test_recipes_that_are_refused(
     tiny: Tiny, tmp_path: Path, changes: dict[str, Any], said: str | None
 ) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     answer = site.ask(Frame({"do": "recipe"}, recipe_text(tiny, **changes)))
     if said is None:
         assert answer.header["ok"]
@@ -519,7 +523,7 @@ def test_recipes_that_are_refused(
 
 @pytest.mark.parametrize("text", [b"\xff", b"rounds = ", b"[" * 9999, b"a" * (1 << 21), b""])
 def test_a_recipe_that_is_none_is_refused(tiny: Tiny, tmp_path: Path, text: bytes) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     assert not site.ask(Frame({"do": "recipe"}, text)).header["ok"]
     assert site.train(1).header["ok"]
 
@@ -595,7 +599,7 @@ def test_errors_do_not_tell_the_server_what_the_rows_hold(tiny: Tiny, tmp_path: 
     with (path.parent / "train.csv").open("a") as file:
         file.write("some words,a-rare-illness,north\n")
     said: list[str] = []
-    state = resident.settle_in(sites.load(path), said.append)
+    state = resident.start(sites.load(path), said.append)
     answer = resident.answer(state, Frame({"do": "recipe"}, recipe_text(tiny)))
     assert "rows do not fit the recipe" in answer.header["error"]
     assert "illness" not in json.dumps(answer.header)
@@ -605,7 +609,7 @@ def test_errors_do_not_tell_the_server_what_the_rows_hold(tiny: Tiny, tmp_path: 
 def test_whatever_breaks_is_an_answer(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = Bench(tiny, tmp_path)
+    site = ResidentModel(tiny, tmp_path)
     with monkeypatch.context() as patch:
 
         def broken(*_: Any) -> Any:
@@ -896,11 +900,11 @@ def test_a_worker_in_a_process_of_its_own(tiny: Tiny, tmp_path: Path, command: C
     One test, since a process takes seconds to start. The oracle is a site in this process that
     nothing ever happens to.
     """
-    calm = Bench(tiny, tmp_path / "calm")
+    calm = ResidentModel(tiny, tmp_path / "calm")
     path = write_site(tiny, tmp_path / "busy", budget={"down": 0.5, "up": 0.25})
     folder = path.parent / "worker"
     address = folder / SOCKET
-    whole = resident.whole_message(calm.desk.start)
+    whole = resident.whole_message(calm.assignment.start)
     requests = [train(calm.text, n, calm.message(n)) for n in (1, 2, 3)]
 
     with process(path) as busy:

@@ -24,7 +24,7 @@ from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
-from fedsieve.sites.server import Arrival, Carrier, Node, Ticket
+from fedsieve.sites.server import Incoming, Node, PendingRequest, RoundPolicy, Transport
 from fedsieve.sites.worker import SOCKET, carry, pack, refusal
 from tests import runs
 from tests.conftest import LABELS, Tiny, write_rows
@@ -39,7 +39,7 @@ BUDGETS = {
 # What a run in one process and a federation cannot have in common.
 OWN = {*runs.CLOCKS, "transport_bytes", "aside_bytes"}
 # A machine with much else to do starts Flower's processes slowly.
-PATIENCE = federate.Patience(sites=2, deadline=200.0, setup=200.0, wait=200.0)
+PATIENCE = RoundPolicy(sites=2, deadline=200.0, setup=200.0, wait=200.0)
 
 Process = subprocess.Popen[Any]
 Missing = Mapping[int, Collection[str]]  # round -> sites
@@ -51,7 +51,7 @@ class World(NamedTuple):
     folder: Path
     recipe: Recipe
     run: Path
-    listen: federate.Listen
+    listen: federate.ServerAddress
     sites: dict[str, Path]
 
 
@@ -93,7 +93,7 @@ def world(
         sites[name] = home / "site.toml"
         sites[name].write_text(tomli_w.dumps({**site, "budget": afforded[name]}), encoding="utf-8")
     safe = certificates.make(folder / "certificates") if tls else None
-    listen = federate.Listen(port=processes.free_port(), certificates=safe)
+    listen = federate.ServerAddress(port=processes.free_port(), certificates=safe)
     return World(folder, recipe.check(table), folder / "run", listen, sites)
 
 
@@ -162,29 +162,29 @@ def begin(given: World, *, stream: bool = True) -> None:
     processes.flwr(given.run, "run", given.run / "app", federate.CONNECTION, *more)
 
 
-def sockets(sites: Mapping[str, Path]) -> Carrier:
+def sockets(sites: Mapping[str, Path]) -> Transport:
     """A network of nothing but the workers' sockets: real workers, and no Flower."""
     nodes = {number: path.parent / "worker" / SOCKET for number, path in enumerate(sites.values())}
     came: dict[str, bytes] = {}
     sent: list[str] = []
 
-    def bring(ticket: str, address: Path, data: bytes) -> None:
+    def bring(request: str, address: Path, data: bytes) -> None:
         try:
-            came[ticket] = carry(address, data)
+            came[request] = carry(address, data)
         except FedSieveError as error:
-            came[ticket] = pack(refusal(str(error)))
+            came[request] = pack(refusal(str(error)))
 
-    def send(number: int, kind: str, data: bytes, seconds: float) -> Ticket:
-        ticket = str(len(sent))
-        sent.append(ticket)
-        threading.Thread(target=bring, args=(ticket, nodes[number], data), daemon=True).start()
-        return Ticket(ticket, len(data))
+    def send(number: int, kind: str, data: bytes, seconds: float) -> PendingRequest:
+        request = str(len(sent))
+        sent.append(request)
+        threading.Thread(target=bring, args=(request, nodes[number], data), daemon=True).start()
+        return PendingRequest(request, len(data))
 
-    def collect(tickets: Collection[str]) -> list[Arrival]:
-        there = [(ticket, came.pop(ticket)) for ticket in tickets if ticket in came]
-        return [Arrival(ticket, data, "", len(data)) for ticket, data in there]
+    def collect(requests: Collection[str]) -> list[Incoming]:
+        there = [(request, came.pop(request)) for request in requests if request in came]
+        return [Incoming(request, data, "", len(data)) for request, data in there]
 
-    return Carrier(lambda: [Node(number) for number in nodes], send, collect)
+    return Transport(lambda: [Node(number) for number in nodes], send, collect)
 
 
 def ledger(folder: Path, log: str) -> list[dict[str, Any]]:

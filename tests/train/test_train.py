@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Seat, View
+from fedsieve.algebra.method import ClientContext, View
 from fedsieve.algebra.support import everything
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import fslora
@@ -32,7 +32,7 @@ from fedsieve.tasks.text import Examples
 from fedsieve.train import local
 from fedsieve.train.dropout import Dropout, attention, keep_mask
 from fedsieve.train.local import Fit, Training, evaluate
-from fedsieve.train.model import Bench, Lora, Task, attach, load_base, pick_device
+from fedsieve.train.model import Lora, ResidentModel, Task, attach, load_base, pick_device
 from tests.conftest import LABELS, Tiny, texts
 
 CALM: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -41,13 +41,13 @@ KEY = Key(seed=3, round=1, client="7")
 Batch = dict[str, Tensor]
 
 
-def bench_of(
+def resident_of(
     tiny: Tiny,
     lora: Lora | None = None,
     *,
     task: Task = "classification",
     settings: dict[str, Any] | None = None,
-) -> Bench:
+) -> ResidentModel:
     classifier = task == "classification"
     base = load_base(
         str(tiny.bert if classifier else tiny.gpt2),
@@ -78,16 +78,20 @@ def continued(tiny: Tiny, count: int = 20) -> Examples:
     return tasks.causal_lm(rows, tokenizer, prompt="ask", completion="reply", max_length=16)[0]
 
 
-def fit(bench: Bench, adapter: Adapter, examples: Examples, training: Training, key: Key) -> Fit:
+def fit(
+    resident: ResidentModel, adapter: Adapter, examples: Examples, training: Training, key: Key
+) -> Fit:
     """Train all of an adapter."""
     layout = adapter.layout
     view = View(adapter, layout, everything(layout), everything(layout))
-    return local.fit(bench, view, examples, training, key)
+    return local.fit(resident, view, examples, training, key)
 
 
-def some(bench: Bench, rank: int | None = None, seed: int = 0) -> Adapter:
+def some(resident: ResidentModel, rank: int | None = None, seed: int = 0) -> Adapter:
     """An adapter of random numbers, B too."""
-    layout = bench.layout if rank is None else bench.layout.narrow(rank, bench.layout.scale)
+    layout = (
+        resident.layout if rank is None else resident.layout.narrow(rank, resident.layout.scale)
+    )
     draw = torch.Generator().manual_seed(seed)
     tensors = {n: 0.3 * torch.randn(layout.shapes[n], generator=draw) for n in layout.names}
     return Adapter(layout, tensors)
@@ -97,10 +101,10 @@ def batch_of(examples: Examples) -> Batch:
     return {name: value for name, value in examples._asdict().items() if value is not None}
 
 
-def record(bench: Bench) -> list[Batch]:
+def record(resident: ResidentModel) -> list[Batch]:
     """The batches that the model gets to see from now on."""
     seen: list[Batch] = []
-    bench.model.register_forward_pre_hook(
+    resident.model.register_forward_pre_hook(
         lambda _module, _args, given: seen.append(dict(given)), with_kwargs=True
     )
     return seen
@@ -117,7 +121,7 @@ def test_a_client_of_rank_k_has_k_over_r_of_everything(
 
     A head has no ranks and stays whole: it is counted apart.
     """
-    bench = bench_of(tiny)
+    resident = resident_of(tiny)
     examples = classified(tiny)
     made: list[torch.optim.Optimizer] = []
     gradients: list[int] = []
@@ -136,13 +140,13 @@ def test_a_client_of_rank_k_has_k_over_r_of_everything(
     monkeypatch.setattr(local, "_optimizer", watched)
     head = sum(
         torch.Size(shape).numel()
-        for name, shape in bench.layout.shapes.items()
-        if name not in bench.layout.rank_axis
+        for name, shape in resident.layout.shapes.items()
+        if name not in resident.layout.rank_axis
     )
     figures = {}
     for rank in (8, 4, 1):
-        fit(bench, some(bench, rank), examples, Training(optimizer=optimizer, steps=1), KEY)
-        trained = sum(p.numel() for p in bench.model.parameters() if p.requires_grad)
+        fit(resident, some(resident, rank), examples, Training(optimizer=optimizer, steps=1), KEY)
+        trained = sum(p.numel() for p in resident.model.parameters() if p.requires_grad)
         state = sum(
             value.numel()
             for each in made[-1].state.values()
@@ -150,7 +154,7 @@ def test_a_client_of_rank_k_has_k_over_r_of_everything(
             if name != "step"
         )
         figures[rank] = (trained - head, gradients[-1] - head, state - moments * head)
-        for layer in bench.loras:
+        for layer in resident.loras:
             assert layer.lora_A["default"].weight.shape == (rank, 16)
             assert layer.lora_B["default"].weight.shape == (16, rank)
     assert figures[8] == (4 * 2 * 8 * 16, 4 * 2 * 8 * 16, moments * 4 * 2 * 8 * 16)
@@ -159,19 +163,19 @@ def test_a_client_of_rank_k_has_k_over_r_of_everything(
 
 
 def test_the_base_never_changes_and_is_never_copied(tiny: Tiny) -> None:
-    bench = bench_of(tiny)
-    ours = {f"{name}.{attribute}" for name, attribute in _places(bench)}
-    base = {n: p for n, p in bench.model.named_parameters() if n not in ours}
+    resident = resident_of(tiny)
+    ours = {f"{name}.{attribute}" for name, attribute in _places(resident)}
+    base = {n: p for n, p in resident.model.named_parameters() if n not in ours}
     before = {n: (p.data_ptr(), p.clone()) for n, p in base.items()}
     assert len(before) > 30
     for rank in (8, 2):
-        given = some(bench, rank)
+        given = some(resident, rank)
         kept = {n: t.clone() for n, t in given.tensors.items()}
-        got = fit(bench, given, classified(tiny), Training(lr=0.5), KEY)
+        got = fit(resident, given, classified(tiny), Training(lr=0.5), KEY)
         assert all(torch.equal(kept[n], t) for n, t in given.tensors.items())
         assert any(not torch.equal(kept[n], t) for n, t in got.tensors.items())
-        evaluate(bench, given, classified(tiny))
-    now = {n: p for n, p in bench.model.named_parameters() if n not in ours}
+        evaluate(resident, given, classified(tiny))
+    now = {n: p for n, p in resident.model.named_parameters() if n not in ours}
     assert now.keys() == before.keys()
     for name, (place, value) in before.items():
         assert now[name].data_ptr() == place
@@ -179,9 +183,9 @@ def test_the_base_never_changes_and_is_never_copied(tiny: Tiny) -> None:
         assert now[name].grad is None
 
 
-def _places(bench: Bench) -> Iterator[tuple[str, str]]:
-    names = {id(module): name for name, module in bench.model.named_modules()}
-    for module, attribute in bench.slots.values():
+def _places(resident: ResidentModel) -> Iterator[tuple[str, str]]:
+    names = {id(module): name for name, module in resident.model.named_modules()}
+    for module, attribute in resident.slots.values():
         yield names[id(module)], attribute
 
 
@@ -202,13 +206,13 @@ TRAININGS = [
 def test_local_training_is_a_plain_peft_loop(tiny: Tiny, training: Training, rank: int) -> None:
     """The oracle: a model of its own, PEFT as its manual says, one optimizer of torch's."""
     training = replace(training, precision="fp32")
-    bench = bench_of(tiny, settings=CALM)
-    adapter = some(bench, rank)
-    seen = record(bench)
-    got = fit(bench, adapter, classified(tiny), training, KEY)
+    resident = resident_of(tiny, settings=CALM)
+    adapter = some(resident, rank)
+    seen = record(resident)
+    got = fit(resident, adapter, classified(tiny), training, KEY)
 
     base = AutoModelForSequenceClassification.from_pretrained(tiny.bert, **CALM)
-    alpha = bench.layout.scale * rank
+    alpha = resident.layout.scale * rank
     model = get_peft_model(
         base,
         LoraConfig(
@@ -247,11 +251,11 @@ def test_local_training_is_a_plain_peft_loop(tiny: Tiny, training: Training, ran
 
 
 def test_an_epoch_sees_each_example_once_and_steps_are_counted(tiny: Tiny) -> None:
-    bench = bench_of(tiny)
+    resident = resident_of(tiny)
     examples = classified(tiny, 20)
     rows = sorted(tuple(i for i in row if i) for row in examples.input_ids.tolist())
-    seen = record(bench)
-    got = fit(bench, some(bench), examples, Training(batch=8, epochs=2), KEY)
+    seen = record(resident)
+    got = fit(resident, some(resident), examples, Training(batch=8, epochs=2), KEY)
     assert [len(batch["labels"]) for batch in seen] == [8, 8, 4, 8, 8, 4]
     assert got.steps == 6
     passes = [
@@ -261,25 +265,25 @@ def test_an_epoch_sees_each_example_once_and_steps_are_counted(tiny: Tiny) -> No
     assert sorted(passes[0]) == sorted(passes[1]) == rows
     assert passes[0] != passes[1]
     seen.clear()
-    got = fit(bench, some(bench), examples, Training(batch=8, steps=4), KEY)
+    got = fit(resident, some(resident), examples, Training(batch=8, steps=4), KEY)
     assert [len(batch["labels"]) for batch in seen] == [8, 8, 4, 8]
     assert got.steps == 4
 
 
 def test_the_same_key_gives_the_same_result_whatever_ran_before(tiny: Tiny) -> None:
-    bench = bench_of(tiny, Lora(rank=4, targets=("query",), dropout=0.2))
+    resident = resident_of(tiny, Lora(rank=4, targets=("query",), dropout=0.2))
     examples, training = classified(tiny), Training(lr=0.3, batch=8)
-    first = fit(bench, some(bench), examples, training, KEY)
+    first = fit(resident, some(resident), examples, training, KEY)
     torch.manual_seed(1234)
     state = torch.get_rng_state()
-    fit(bench, some(bench, 2, seed=9), examples, training, KEY._replace(client="8"))
+    fit(resident, some(resident, 2, seed=9), examples, training, KEY._replace(client="8"))
     assert torch.equal(torch.get_rng_state(), state)  # the caller's own stream is not touched
     torch.rand(5)
-    again = fit(bench, some(bench), examples, training, KEY)
+    again = fit(resident, some(resident), examples, training, KEY)
     assert again.loss == first.loss
     assert all(torch.equal(first.tensors[n], again.tensors[n]) for n in first.tensors)
     for other in (KEY._replace(client="8"), KEY._replace(round=2), KEY._replace(seed=4)):
-        differs = fit(bench, some(bench), examples, training, other)
+        differs = fit(resident, some(resident), examples, training, other)
         assert not torch.equal(
             torch.cat([t.flatten() for t in first.tensors.values()]),
             torch.cat([t.flatten() for t in differs.tensors.values()]),
@@ -288,7 +292,7 @@ def test_the_same_key_gives_the_same_result_whatever_ran_before(tiny: Tiny) -> N
 
 def test_dropout_acts_in_training_and_not_in_evaluation(tiny: Tiny) -> None:
     drops = {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.3}
-    noisy, calm = bench_of(tiny, settings=drops), bench_of(tiny, settings=CALM)
+    noisy, calm = resident_of(tiny, settings=drops), resident_of(tiny, settings=CALM)
     examples = classified(tiny)
     once = Training(steps=1, batch=20, precision="fp32")
     loss = fit(calm, some(calm), examples, once, KEY).loss
@@ -301,18 +305,18 @@ def test_dropout_acts_in_training_and_not_in_evaluation(tiny: Tiny) -> None:
 
 
 def test_evaluation_does_not_depend_on_the_batch(tiny: Tiny) -> None:
-    bench = bench_of(tiny)
-    whole = evaluate(bench, some(bench), classified(tiny), batch=20, precision="fp32")
-    parts = evaluate(bench, some(bench), classified(tiny), batch=7, precision="fp32")
+    resident = resident_of(tiny)
+    whole = evaluate(resident, some(resident), classified(tiny), batch=20, precision="fp32")
+    parts = evaluate(resident, some(resident), classified(tiny), batch=7, precision="fp32")
     assert (parts.accuracy, parts.counted) == (whole.accuracy, whole.counted)
     assert parts.loss == pytest.approx(whole.loss, abs=1e-6)
 
 
 def test_bf16_runs_the_model_and_keeps_the_adapter_in_float32(tiny: Tiny) -> None:
-    bench = bench_of(tiny)
+    resident = resident_of(tiny)
     examples = classified(tiny)
-    full = fit(bench, some(bench), examples, Training(steps=2, precision="fp32"), KEY)
-    half = fit(bench, some(bench), examples, Training(steps=2, precision="bf16"), KEY)
+    full = fit(resident, some(resident), examples, Training(steps=2, precision="fp32"), KEY)
+    half = fit(resident, some(resident), examples, Training(steps=2, precision="bf16"), KEY)
     assert {t.dtype for t in half.tensors.values()} == {torch.float32}
     assert half.loss != full.loss
     assert half.loss == pytest.approx(full.loss, rel=0.05)
@@ -321,14 +325,14 @@ def test_bf16_runs_the_model_and_keeps_the_adapter_in_float32(tiny: Tiny) -> Non
 # --- rank-k training is masked rank-r training of W0 + B S A
 
 
-def sketched(bench: Bench) -> tuple[Adapter, Adapter, Tensor]:
+def sketched(resident: ResidentModel) -> tuple[Adapter, Adapter, Tensor]:
     """A dense adapter, what a client at ratio 3/8 gets of it, and the ranks that it got."""
-    dense = some(bench)
+    dense = some(resident)
     method = fslora.method(shared=False)
     key = Key(11, 1)
     client = Client("c", 20, Budget(ratio=3 / 8))
     payload = method.publish(method.plan(method.init(dense), key), client, key)
-    view, _ = method.view(payload, {}, Seat(client, dense, key))
+    view, _ = method.view(payload, {}, ClientContext(client, dense, key))
     ranks = payload.support.ranks
     assert ranks is not None
     assert view.adapter.layout.rank == ranks.shape[1] == 3
@@ -353,13 +357,13 @@ def masked_loss(base: PreTrainedModel, dense: Adapter, full: dict[str, Tensor], 
 
 def test_gradients_at_rank_k_are_those_of_the_sketched_model(tiny: Tiny) -> None:
     """Gradient by gradient, in float64; off the sketch the dense gradient is zero."""
-    bench = bench_of(tiny, settings=CALM)
-    dense, mine, ranks = sketched(bench)
+    resident = resident_of(tiny, settings=CALM)
+    dense, mine, ranks = sketched(resident)
     batch = batch_of(classified(tiny))
-    bench.put(mine)
-    bench.model.double().train()
-    bench.model(**batch).loss.backward()
-    got = {name: p.grad for name, p in bench.parameters()}
+    resident.put(mine)
+    resident.model.double().train()
+    resident.model(**batch).loss.backward()
+    got = {name: p.grad for name, p in resident.parameters()}
 
     base = AutoModelForSequenceClassification.from_pretrained(tiny.bert, **CALM).double().train()
     full = {n: t.double().requires_grad_() for n, t in dense.tensors.items()}
@@ -382,11 +386,11 @@ def test_gradients_at_rank_k_are_those_of_the_sketched_model(tiny: Tiny) -> None
 
 
 def test_training_at_rank_k_is_masked_training_at_rank_r(tiny: Tiny) -> None:
-    bench = bench_of(tiny, settings=CALM)
-    dense, mine, ranks = sketched(bench)
-    seen = record(bench)
+    resident = resident_of(tiny, settings=CALM)
+    dense, mine, ranks = sketched(resident)
+    seen = record(resident)
     training = Training(lr=0.05, momentum=0.9, batch=8, precision="fp32")
-    got = fit(bench, mine, classified(tiny), training, KEY)
+    got = fit(resident, mine, classified(tiny), training, KEY)
 
     base = AutoModelForSequenceClassification.from_pretrained(tiny.bert, **CALM)
     full = {n: t.clone().requires_grad_() for n, t in dense.tensors.items()}
@@ -410,37 +414,37 @@ def test_training_at_rank_k_is_masked_training_at_rank_r(tiny: Tiny) -> None:
 
 def test_the_causal_loss_is_the_models_own(tiny: Tiny) -> None:
     """The mean over all learned tokens; the oracle is GPT-2's own loss on all of them at once."""
-    bench = bench_of(tiny, task="causal-lm", settings=STILL)
+    resident = resident_of(tiny, task="causal-lm", settings=STILL)
     examples = continued(tiny)
-    start = bench.adapter()  # B is zero: the model is the base
+    start = resident.adapter()  # B is zero: the model is the base
     base = AutoModelForCausalLM.from_pretrained(tiny.gpt2).eval()
     with torch.no_grad():
         out = base(**batch_of(examples))
-    score = evaluate(bench, start, examples, batch=6, precision="fp32")
+    score = evaluate(resident, start, examples, batch=6, precision="fp32")
     assert score.loss == pytest.approx(out.loss.item(), abs=1e-5)
     learned = examples.labels[:, 1:] != -100
     right = (out.logits[:, :-1].argmax(-1) == examples.labels[:, 1:])[learned]
     assert score.counted == right.numel() == 20 * 3  # two words and the end
     assert score.accuracy == right.sum().item() / right.numel()
     once = Training(steps=1, batch=20, precision="fp32")
-    assert fit(bench, start, examples, once, KEY).loss == pytest.approx(score.loss, abs=1e-5)
+    assert fit(resident, start, examples, once, KEY).loss == pytest.approx(score.loss, abs=1e-5)
 
 
 def test_fast_attention_sees_neither_the_future_nor_padding(tiny: Tiny) -> None:
     """In training, where the slow path would run: a rate that rounds to zero drops nothing."""
-    bench = bench_of(tiny, task="causal-lm", settings={**STILL, "attn_pdrop": 1e-9})
-    bench.put(some(bench))
-    bench.model.train()
+    resident = resident_of(tiny, task="causal-lm", settings={**STILL, "attn_pdrop": 1e-9})
+    resident.put(some(resident))
+    resident.model.train()
     ids = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
     with torch.no_grad():
-        before = bench.model(input_ids=ids, attention_mask=mask).logits
+        before = resident.model(input_ids=ids, attention_mask=mask).logits
         other = ids.clone()
         other[0, 4] = 20
         other[1, 3:] = 21
-        after = bench.model(input_ids=other, attention_mask=mask).logits
-        bench.model.eval()
-        calm = bench.model(input_ids=ids, attention_mask=mask).logits
+        after = resident.model(input_ids=other, attention_mask=mask).logits
+        resident.model.eval()
+        calm = resident.model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(after[0, :4], before[0, :4])
     assert not torch.allclose(after[0, 4:], before[0, 4:])
     torch.testing.assert_close(after[1, :3], before[1, :3])
@@ -533,7 +537,7 @@ def test_attention_with_dropout_averages_to_attention_without(masked: bool) -> N
 )
 def test_an_adapter_that_does_not_fit_the_model(tiny: Tiny, lora: Lora, message: str) -> None:
     with pytest.raises(FedSieveError, match=message):
-        bench_of(tiny, lora)
+        resident_of(tiny, lora)
 
 
 def test_a_model_without_a_module_for_lora(tiny: Tiny) -> None:

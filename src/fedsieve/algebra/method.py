@@ -46,7 +46,7 @@ class State(NamedTuple):
     trees: dict[str, Tree]
 
 
-class Seat(NamedTuple):
+class ClientContext(NamedTuple):
     """A client's own end of a round.
 
     start: the adapter before the first round; both ends draw it from the recipe's seed, so it is
@@ -95,8 +95,8 @@ class Method(NamedTuple):
     init: Callable[[Adapter], State]
     plan: Callable[[State, Key], State]
     publish: Callable[[State, Client, Key], Payload]
-    view: Callable[[Payload, Memory, Seat], tuple[View, Memory]]
-    report: Callable[[View, Tree, Memory, Seat], tuple[Payload, Memory]]
+    view: Callable[[Payload, Memory, ClientContext], tuple[View, Memory]]
+    report: Callable[[View, Tree, Memory, ClientContext], tuple[Payload, Memory]]
     merge: Callable[[State, Iterable[tuple[Client, Payload]], Key], State]
     export: Callable[[State], Adapter]
     personal: Callable[[Adapter, Memory], Adapter] | None = None
@@ -177,34 +177,36 @@ def compose(
         passed = down(tree, layout, client, key)
         return pack(layout, tree, passed, down_values, key.at("round down values"))
 
-    def view(payload: Payload, memory: Memory, seat: Seat) -> tuple[View, Memory]:
+    def view(payload: Payload, memory: Memory, context: ClientContext) -> tuple[View, Memory]:
         layout, support = payload.layout, payload.support
         own = own_layout(layout, support, rescale)
-        tensors = {**held(seat.start, support), **payload.tree()}
-        moves = Support(trained(layout, seat.key.round), None, {})
+        tensors = {**held(context.start, support), **payload.tree()}
+        moves = Support(trained(layout, context.key.round), None, {})
         if freeze_absent:
             names = tuple(n for n in moves.names if n in support.names)
             masks = {n: m for n, m in support.masks.items() if n in names}
             moves = Support(names, None, masks)
         return View(Adapter(own, dict(sorted(tensors.items()))), layout, support, moves), memory
 
-    def report(view: View, trained: Tree, memory: Memory, seat: Seat) -> tuple[Payload, Memory]:
+    def report(
+        view: View, trained: Tree, memory: Memory, context: ClientContext
+    ) -> tuple[Payload, Memory]:
         start, moves = view.adapter.tensors, view.moves
-        names = [n for n in shared(view.layout, seat.key.round) if n in moves.names]
+        names = [n for n in shared(view.layout, context.key.round) if n in moves.names]
         if returns == "values":
             result = {n: trained[n] for n in names}
         else:
             result = {n: start[n] - trained[n] for n in names}
         if "residual" in memory:
             result = {n: c + memory["residual"][n] for n, c in result.items()}
-        passed = up(result, view.adapter.layout, seat.client, seat.key)
+        passed = up(result, view.adapter.layout, context.client, context.key)
         if moves.masks and not passed.support.masks:
             masks = {n: m for n, m in moves.masks.items() if n in passed.support.names}
             passed = Passed(passed.support._replace(masks=masks), "known", "known")
         # The server knows which ranks it gave: they need not be told again.
         support = passed.support._replace(ranks=view.support.ranks)
         passed = Passed(support, "known", passed.masks_told)
-        key = seat.key.at("round up values")
+        key = context.key.at("round up values")
         payload = pack(view.layout, result, passed, up_values, key, cut_already=True)
         if feedback:
             sent = payload.tree()

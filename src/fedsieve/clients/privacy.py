@@ -76,7 +76,7 @@ class Adaptive(NamedTuple):
     count_noise: float = 1.0
 
 
-class Plan(NamedTuple):
+class PrivacyPlan(NamedTuple):
     """A run's privacy, settled: what `private` needs, and what is to be told.
 
     noise_multiplier: z; the noise on the sum of updates has the standard deviation z * clip
@@ -321,7 +321,7 @@ def settle(
     quantile: float | None = None,
     clip_rate: float = 0.2,
     count_noise: float | None = None,
-) -> Plan:
+) -> PrivacyPlan:
     """Work out a run's privacy from a target epsilon, a noise multiplier, or both.
 
     cohorts: the sampling as it is, after clients without data are left out
@@ -346,7 +346,7 @@ def settle(
         if epsilon is not None:
             raise FedSieveError("privacy: without noise there is no epsilon: remove one of them")
         said = f"Privacy: NONE; updates are clipped to {clip:g}, but no noise is added."
-        return Plan(
+        return PrivacyPlan(
             clip=clip,
             noise_multiplier=0.0,
             expected=expected,
@@ -394,7 +394,7 @@ def settle(
     clipped = f"updates clipped to {clip:g}"
     if adaptive is not None:
         clipped += f" at first, then to the {adaptive.quantile:g} quantile of their norms"
-    return Plan(
+    return PrivacyPlan(
         clip,
         noise_multiplier,
         expected,

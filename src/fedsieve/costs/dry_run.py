@@ -13,7 +13,7 @@ import torch
 from fedsieve.algebra.adapter import Adapter, Layout, Tree
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.algebra.method import Memory, Method, Seat, State, View
+from fedsieve.algebra.method import ClientContext, Memory, Method, State, View
 from fedsieve.algebra.payload import Payload
 from fedsieve.wire import decode, encode
 
@@ -49,12 +49,12 @@ def rounds(method: Method, layout: Layout, clients: Sequence[Client]) -> Iterato
         plan = method.plan(state, key)
         parts = []
         for client in clients:
-            seat = Seat(client, start, key._replace(client=client.id))
-            payload = method.publish(plan, client, seat.key)
+            context = ClientContext(client, start, key._replace(client=client.id))
+            payload = method.publish(plan, client, context.key)
             down = encode(payload)
             sent = decode(down, layout)
-            view, memory = method.view(sent, memories.get(client.id, {}), seat)
-            report, memory = method.report(view, _moved(view, seat.key), memory, seat)
+            view, memory = method.view(sent, memories.get(client.id, {}), context)
+            report, memory = method.report(view, _moved(view, context.key), memory, context)
             memories[client.id] = memory
             up = encode(report)
             update = decode(up, layout, payload.support)

@@ -82,8 +82,8 @@ def of_model(
         try:
             if method.trains not in layouts:
                 base = shape_of(locate(source), task, classes)
-                bench = set_up(base, task, lora, method.trains, key=Key(0), device=_META)
-                layouts[method.trains] = bench.layout
+                resident = set_up(base, task, lora, method.trains, key=Key(0), device=_META)
+                layouts[method.trains] = resident.layout
         except FedSieveError as error:
             if method.trains == "lora":
                 raise

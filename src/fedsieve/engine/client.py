@@ -14,7 +14,7 @@ import torch
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Memory, Method, Seat, View
+from fedsieve.algebra.method import ClientContext, Memory, Method, View
 from fedsieve.train.local import Fit
 from fedsieve.wire import decode, encode
 
@@ -62,16 +62,16 @@ def take_part(
     Raises WireError if the message does not fit the layout.
     """
     began = time.perf_counter()
-    seat = Seat(client, start, key)
+    context = ClientContext(client, start, key)
     payload = decode(message, start.layout)
     decoded = time.perf_counter()
-    view, caught_up = method.view(payload, memory, seat)
+    view, caught_up = method.view(payload, memory, context)
     fit = train(view, client, key)
     reason = _unusable(fit)
     update = None
     wire = decoded - began
     if reason is None:
-        report, memory = method.report(view, fit.tensors, caught_up, seat)
+        report, memory = method.report(view, fit.tensors, caught_up, context)
         reported = time.perf_counter()
         update = encode(report)
         wire += time.perf_counter() - reported

@@ -21,7 +21,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
 from fedsieve.algebra.payload import Payload, exact, rounded
 from fedsieve.algebra.support import Support, everything, norm
-from fedsieve.clients.privacy import Plan
+from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.clients.sampling import Sampling, cohort
 from fedsieve.engine.client import Reply
 from fedsieve.errors import NoUsableUpdate, WireError
@@ -135,7 +135,7 @@ class Federation:
     exchange: Exchange
     evaluate: Callable[[Adapter], Score | None] | None = None
     evaluate_every: int = 1
-    privacy: Plan | None = None
+    privacy: PrivacyPlan | None = None
     there: Callable[[], Sequence[Client]] | None = None
     aside: Callable[[], int] | None = None
 
@@ -317,7 +317,7 @@ class _Spent(NamedTuple):
     simulated_cohort: int | None
 
 
-def _spent(plan: Plan | None, rounds: int) -> _Spent:
+def _spent(plan: PrivacyPlan | None, rounds: int) -> _Spent:
     if plan is None:
         return _Spent(None, None)
     return _Spent(plan.spent(rounds) if plan.spent else None, plan.simulated_cohort)

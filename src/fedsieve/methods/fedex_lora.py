@@ -19,7 +19,16 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.catchup import catch_up, fold, missing
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Memory, Method, Seat, State, View, Weighting, compose, unscaled
+from fedsieve.algebra.method import (
+    ClientContext,
+    Memory,
+    Method,
+    State,
+    View,
+    Weighting,
+    compose,
+    unscaled,
+)
 from fedsieve.algebra.optim import Optimizer, sgd
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.replacing import collect
@@ -49,9 +58,9 @@ def method(
         payload = inner.publish(plan, client, key)
         return payload._replace(base=missing(plan, client, key.round))
 
-    def view(payload: Payload, memory: Memory, seat: Seat) -> tuple[View, Memory]:
-        memory = catch_up(payload.base, memory, payload.layout, seat.key.round)
-        seen, memory = inner.view(payload, memory, seat)
+    def view(payload: Payload, memory: Memory, context: ClientContext) -> tuple[View, Memory]:
+        memory = catch_up(payload.base, memory, payload.layout, context.key.round)
+        seen, memory = inner.view(payload, memory, context)
         return seen._replace(adapter=seen.adapter._replace(base=memory.get("base", {}))), memory
 
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:

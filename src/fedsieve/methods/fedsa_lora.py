@@ -9,7 +9,7 @@ is A with its own B_i (`Method.personal`), and that is what is evaluated, client
 """
 
 from fedsieve.algebra.adapter import Adapter, Tree
-from fedsieve.algebra.method import Memory, Method, Seat, View, Weighting, compose
+from fedsieve.algebra.method import ClientContext, Memory, Method, View, Weighting, compose
 from fedsieve.algebra.optim import Optimizer
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import all_but_b, dense, only
@@ -33,12 +33,14 @@ def method(
         up_values=up_values,
     )
 
-    def view(payload: Payload, memory: Memory, seat: Seat) -> tuple[View, Memory]:
-        seen, memory = inner.view(payload, memory, seat)
+    def view(payload: Payload, memory: Memory, context: ClientContext) -> tuple[View, Memory]:
+        seen, memory = inner.view(payload, memory, context)
         return seen._replace(adapter=personal(seen.adapter, memory)), memory
 
-    def report(view: View, trained: Tree, memory: Memory, seat: Seat) -> tuple[Payload, Memory]:
-        payload, memory = inner.report(view, trained, memory, seat)
+    def report(
+        view: View, trained: Tree, memory: Memory, context: ClientContext
+    ) -> tuple[Payload, Memory]:
+        payload, memory = inner.report(view, trained, memory, context)
         own = {pair.b: trained[pair.b] for pair in view.layout.pairs}
         return payload, {**memory, "own": own}
 

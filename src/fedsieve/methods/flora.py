@@ -23,10 +23,10 @@ from fedsieve.algebra.catchup import catch_up, fold, missing
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.method import (
     SCALINGS,
+    ClientContext,
     Memory,
     Method,
     Scaling,
-    Seat,
     State,
     View,
     Weighting,
@@ -76,13 +76,13 @@ def method(
         payload = pack(layout, tree, passed, down_values, key.at("round down values"))
         return payload._replace(base=missing(plan, client, key.round))
 
-    def view(payload: Payload, memory: Memory, seat: Seat) -> tuple[View, Memory]:
-        memory = catch_up(payload.base, memory, payload.layout, seat.key.round)
-        seen, memory = inner.view(payload, memory, seat)
+    def view(payload: Payload, memory: Memory, context: ClientContext) -> tuple[View, Memory]:
+        memory = catch_up(payload.base, memory, payload.layout, context.key.round)
+        seen, memory = inner.view(payload, memory, context)
         tensors = dict(seen.adapter.tensors)
         for pair in payload.layout.pairs:
             tensors[pair.b] = torch.zeros_like(tensors[pair.b])
-            tensors[pair.a] = _fresh(tensors[pair.a], seat.key.at(f"fresh {pair.a}"))
+            tensors[pair.a] = _fresh(tensors[pair.a], context.key.at(f"fresh {pair.a}"))
         base = memory.get("base", {})
         return seen._replace(adapter=Adapter(seen.adapter.layout, tensors, base)), memory
 

@@ -29,7 +29,7 @@ from fedsieve.algebra import lowrank
 from fedsieve.algebra.adapter import Layout, Tree
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Memory, Method, Seat, State, View, compose
+from fedsieve.algebra.method import ClientContext, Memory, Method, State, View, compose
 from fedsieve.algebra.optim import Optimizer
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import dense, leading
@@ -69,16 +69,18 @@ def method(
             client = client._replace(budget=client.budget._replace(ratio=ratio))
         return inner.publish(plan, client, key)
 
-    def view(payload: Payload, memory: Memory, seat: Seat) -> tuple[View, Memory]:
-        seen, memory = inner.view(payload, memory, seat)
+    def view(payload: Payload, memory: Memory, context: ClientContext) -> tuple[View, Memory]:
+        seen, memory = inner.view(payload, memory, context)
         return seen._replace(penalty=_tail_norms(seen.adapter.layout, gamma, penalty)), memory
 
-    def report(view: View, trained: Tree, memory: Memory, seat: Seat) -> tuple[Payload, Memory]:
+    def report(
+        view: View, trained: Tree, memory: Memory, context: ClientContext
+    ) -> tuple[Payload, Memory]:
         layout = view.adapter.layout
         tail = _tail_norms(layout, gamma, 1.0)
         keep = ceil(gamma * layout.rank)
         if keep == layout.rank or tail(trained) >= tail(view.adapter.tensors):
-            return inner.report(view, trained, memory, seat)
+            return inner.report(view, trained, memory, context)
         narrow = {n: _first(t, layout, n, keep) for n, t in trained.items()}
         start = {n: _first(t, layout, n, keep) for n, t in view.adapter.tensors.items()}
         own = layout.narrow(keep, layout.scale)
@@ -87,7 +89,7 @@ def method(
             adapter=view.adapter._replace(layout=own, tensors=start),
             support=view.support._replace(ranks=ranks),
         )
-        payload, memory = inner.report(smaller, narrow, memory, seat)
+        payload, memory = inner.report(smaller, narrow, memory, context)
         return payload._replace(ranks_told="sent"), memory  # the server expects more ranks
 
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:

@@ -17,7 +17,7 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Memory, Method, View
-from fedsieve.clients.privacy import Cohorts, Plan, settle
+from fedsieve.clients.privacy import Cohorts, PrivacyPlan, settle
 from fedsieve.clients.resources import Resources
 from fedsieve.clients.sampling import Sampling
 from fedsieve.clients.sampling import check as check_sampling
@@ -34,7 +34,7 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.tasks import text as tasks
 from fedsieve.tasks.text import Examples
 from fedsieve.train.local import Fit, Score, Training, evaluate, fit, runs_in_bf16
-from fedsieve.train.model import Bench, load_base, load_tokenizer, pick_device, set_up
+from fedsieve.train.model import ResidentModel, load_base, load_tokenizer, pick_device, set_up
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Experiment:
 
     recipe: Recipe | None
     federation: Federation
-    bench: Bench
+    resident: ResidentModel
     start: Adapter
     memories: dict[str, Memory]
     notes: tuple[str, ...]
@@ -58,7 +58,7 @@ class Experiment:
 
 
 def assemble(
-    bench: Bench,
+    resident: ResidentModel,
     method: Method,
     examples: Mapping[str, Callable[[], Examples]],
     counts: Mapping[str, int],
@@ -72,7 +72,7 @@ def assemble(
     evaluate_batch: int = 64,
     notes: Sequence[str] = (),
     recipe: Recipe | None = None,
-    privacy: Plan | None = None,
+    privacy: PrivacyPlan | None = None,
     resources: Mapping[str, Resources] | None = None,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
@@ -82,7 +82,7 @@ def assemble(
     resources: what clients have, by id, where it is known
     Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve.
     """
-    laws.check(budgets, bench.layout.rank)
+    laws.check(budgets, resident.layout.rank)
     notes = list(notes)
     empty = sorted(id for id, count in counts.items() if count == 0)
     if empty:
@@ -101,13 +101,13 @@ def assemble(
     check_sampling(sampling, clients)
 
     def train(view: View, client: Client, key: Key) -> Fit:
-        return fit(bench, view, examples[client.id](), training, key)
+        return fit(resident, view, examples[client.id](), training, key)
 
     memories: dict[str, Memory] = {}
 
     def score(adapter: Adapter) -> Score:
         assert test is not None
-        rate = partial(evaluate, bench, batch=evaluate_batch, precision=training.precision)
+        rate = partial(evaluate, resident, batch=evaluate_batch, precision=training.precision)
         # Before the first round no client has anything of its own.
         if method.personal is None or not memories:
             return rate(adapter, test)
@@ -119,7 +119,7 @@ def assemble(
             for id, memory in personal.some_of(memories, Key(seed))
         )
 
-    exchange = in_process(method, train, bench.adapter(), memories)
+    exchange = in_process(method, train, resident.adapter(), memories)
     federation = Federation(
         method=method,
         clients=clients,
@@ -131,7 +131,9 @@ def assemble(
         privacy=privacy,
     )
     ending = None if privacy is None else privacy.ending
-    return Experiment(recipe, federation, bench, bench.adapter(), memories, tuple(notes), ending)
+    return Experiment(
+        recipe, federation, resident, resident.adapter(), memories, tuple(notes), ending
+    )
 
 
 def from_recipe(recipe: Recipe) -> Experiment:
@@ -170,16 +172,16 @@ def from_recipe(recipe: Recipe) -> Experiment:
         notes += [plan.guarantee, *plan.cautions]
         for caution in plan.cautions:
             warnings.warn(caution, stacklevel=2)
-    bench = set_up_bench(recipe, tokenizer, device)
-    check_length(bench, examples)
+    resident = set_up_resident(recipe, tokenizer, device)
+    check_length(resident, examples)
     counts = {id: index.numel() for id, index in parts.items()}
     machines = allot.resources(recipe, counts)
     return assemble(
-        bench,
+        resident,
         method,
         {id: _taker(examples, index) for id, index in parts.items()},
         counts,
-        allot.budgets(recipe, method, bench.layout, counts, machines),
+        allot.budgets(recipe, method, resident.layout, counts, machines),
         training=recipe.training,
         sampling=tables.sampling(recipe),
         seed=recipe.seed,
@@ -193,7 +195,9 @@ def from_recipe(recipe: Recipe) -> Experiment:
     )
 
 
-def set_up_bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Bench:
+def set_up_resident(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> ResidentModel:
     """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in."""
     base = load_base(
         locate(recipe.model.source),
@@ -208,10 +212,10 @@ def set_up_bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: tor
     return set_up(base, recipe.model.task, recipe.lora, trains, key=Key(recipe.seed), device=device)
 
 
-def check_length(bench: Bench, examples: Examples) -> None:
+def check_length(resident: ResidentModel, examples: Examples) -> None:
     """Raises FedSieveError if the texts are longer than the model has positions for."""
     length = examples.input_ids.shape[1]
-    most = getattr(bench.model.config, "max_position_embeddings", None) or length
+    most = getattr(resident.model.config, "max_position_embeddings", None) or length
     if length > most:
         raise FedSieveError(
             f"data.max_length: texts of {length} tokens do not fit the model's {most} positions"
@@ -254,7 +258,7 @@ def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
     return lambda: tasks.take(examples, index)
 
 
-def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, Plan]:
+def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, PrivacyPlan]:
     """The recipe with its noise and the rounds that it can afford filled in, and their account.
 
     clients: how many have data, and so can be drawn

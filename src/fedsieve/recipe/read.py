@@ -106,7 +106,7 @@ def shipped() -> dict[str, str]:
 def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None = None) -> Method:
     """The method that the recipe's [method], [server] and [[budgets]] tables describe.
 
-    around: what the server optimizer is put into (`privacy.Plan.around`, once it is known)
+    around: what the server optimizer is put into (`privacy.PrivacyPlan.around`, once it is known)
     Raises FedSieveError for an option that the method lacks, a value that it does not take, or
     budgets that it would ignore.
     """

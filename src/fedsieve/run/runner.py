@@ -21,7 +21,7 @@ from fedsieve.engine import loop
 from fedsieve.engine.loop import Progress, Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe.experiment import Experiment, from_recipe, locate, set_up_bench
+from fedsieve.recipe.experiment import Experiment, from_recipe, locate, set_up_resident
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
@@ -45,7 +45,7 @@ def start(recipe: Recipe, folder: Path, show: Show, *, overwrite: bool = False) 
         rundir.refuse(folder)  # before the model and the data are loaded
     experiment = from_recipe(recipe)
     assert experiment.recipe is not None
-    facts = rundir.environment(str(experiment.bench.device))
+    facts = rundir.environment(str(experiment.resident.device))
     text = recipes.dump(experiment.recipe, {**facts, "notes": list(experiment.notes)})
     with rundir.lock(folder), _disk_errors(folder):
         rundir.create(folder, text, overwrite=overwrite)
@@ -63,7 +63,7 @@ def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
         experiment = build(recipe)
         snapshot = None
         if not rundir.untouched(folder):
-            snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, experiment.bench.layout)
+            snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, experiment.resident.layout)
             experiment.memories.update(snapshot.memories)
         with _disk_errors(folder):
             rundir.cut_back(folder, snapshot.marks if snapshot else {rundir.METRICS: 0})
@@ -87,13 +87,13 @@ def export(folder: Path, to: Path, *, merge: bool = False) -> int:
     recipe = recipes.load(str(folder / rundir.RECIPE))
     tokenizer = load_tokenizer(locate(recipe.model.source))
     tasks.ensure_pad_token(tokenizer)
-    bench = set_up_bench(recipe, tokenizer, pick_device("cpu"))
-    snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, bench.layout)
+    resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
+    snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, resident.layout)
     adapter = recipes.build_method(recipe).export(snapshot.progress.state)
     if merge:
-        bench.merge(adapter, to)
+        resident.merge(adapter, to)
     else:
-        bench.save(adapter, to)
+        resident.save(adapter, to)
     tokenizer.save_pretrained(str(to))
     return snapshot.progress.round
 
@@ -160,7 +160,7 @@ def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path) -> Non
     """Write the adapter beside its place first, so that a crash leaves no half of it."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    experiment.bench.save(adapter, part)
+    experiment.resident.save(adapter, part)
     shutil.rmtree(folder, ignore_errors=True)
     part.replace(folder)
 

@@ -22,22 +22,22 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.method import Method
 from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import examples as rows_to_examples
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema as tables
-from fedsieve.recipe.examples import prepare
-from fedsieve.recipe.experiment import check_length, locate, set_up_bench
+from fedsieve.recipe.experiment import check_length, locate, set_up_resident
 from fedsieve.recipe.schema import Recipe
 from fedsieve.sites.site import Site
 from fedsieve.tasks import text as tasks
 from fedsieve.tasks.text import Examples
-from fedsieve.train.model import Bench, load_tokenizer, pick_device
+from fedsieve.train.model import ResidentModel, load_tokenizer, pick_device
 
 LONGEST = 1 << 20  # bytes of a recipe
 
 Say = Callable[[str], None]  # where the site's owner reads what happens
 
 
-class Desk(NamedTuple):
+class Assignment(NamedTuple):
     """All that the site needs for one recipe, in memory.
 
     start:    the adapter before the first round
@@ -48,7 +48,7 @@ class Desk(NamedTuple):
     run: str
     recipe: Recipe
     method: Method
-    bench: Bench
+    resident: ResidentModel
     start: Adapter
     examples: Examples
     test: Examples | None
@@ -63,14 +63,14 @@ def checked(text: bytes, site: Site) -> Recipe:
     return _localised(_recipe(text), site)
 
 
-def sit_down(
+def prepare(
     run: str,
     recipe: Recipe,
     rows: Dataset,
     test_rows: Dataset | None,
     most_steps: int,
     say: Say,
-) -> Desk:
+) -> Assignment:
     """Load the model and make the examples that a checked recipe needs.
 
     run: digest of the recipe's text. Raises FedSieveError where model or rows do not fit; its words
@@ -80,9 +80,11 @@ def sit_down(
     tokenizer = _tokenizer(recipe, say)
     examples, test = _examples(recipe, rows, test_rows, tokenizer, say)
     _refuse_too_many_steps(recipe, tasks.count(examples), most_steps)
-    bench = _bench(recipe, tokenizer, say)
-    check_length(bench, examples)
-    return Desk(run, recipe, method, bench, bench.adapter(), examples, test, base_digest(bench))
+    resident = _resident(recipe, tokenizer, say)
+    check_length(resident, examples)
+    return Assignment(
+        run, recipe, method, resident, resident.adapter(), examples, test, base_digest(resident)
+    )
 
 
 def _recipe(text: bytes) -> Recipe:
@@ -136,10 +138,10 @@ def _tokenizer(recipe: Recipe, say: Say) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _bench(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say) -> Bench:
+def _resident(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say) -> ResidentModel:
     place = locate(recipe.model.source)
     try:
-        return set_up_bench(recipe, tokenizer, pick_device(recipe.device))
+        return set_up_resident(recipe, tokenizer, pick_device(recipe.device))
     except FedSieveError as error:
         # What is wrong with the recipe's [lora] may be told; where the model lies may not.
         if place in str(error):
@@ -164,7 +166,7 @@ def _examples(
     Errors here may quote rows, so the server is only told that there was one.
     """
     try:
-        prepared = prepare(recipe, rows, test_rows, tokenizer)
+        prepared = rows_to_examples.prepare(recipe, rows, test_rows, tokenizer)
         if tasks.count(prepared.train) == 0:
             raise FedSieveError("no row is left to train on")
     except FedSieveError as error:
@@ -182,11 +184,11 @@ def _refuse_too_many_steps(recipe: Recipe, examples: int, most: int) -> None:
         raise FedSieveError(f"{steps} optimizer steps a round: this site takes at most {most}")
 
 
-def base_digest(bench: Bench) -> str:
+def base_digest(resident: ResidentModel) -> str:
     """Of the frozen weights: two sites with different base models find out."""
-    trained = {id(parameter) for _, parameter in bench.parameters()}
+    trained = {id(parameter) for _, parameter in resident.parameters()}
     digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in bench.model.named_parameters():
+    for name, parameter in resident.model.named_parameters():
         if id(parameter) not in trained:
             flat = parameter.detach().cpu().contiguous().flatten()
             digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())

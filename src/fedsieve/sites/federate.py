@@ -34,7 +34,7 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
-from fedsieve.clients.privacy import Plan
+from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.clients.sampling import Sampling
 from fedsieve.data import sources
 from fedsieve.engine.loop import Federation, Receipt, Round
@@ -47,7 +47,7 @@ from fedsieve.recipe.experiment import (
     absolute,
     check_length,
     locate,
-    set_up_bench,
+    set_up_resident,
     with_privacy,
 )
 from fedsieve.recipe.read import build_method
@@ -56,7 +56,7 @@ from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
 from fedsieve.sites.assignment import base_digest
 from fedsieve.sites.resident import whole_message
-from fedsieve.sites.server import Carrier, Sites, Terms, mean_score, number_of
+from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, number_of
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import text as tasks
 from fedsieve.tasks.text import Examples
@@ -67,6 +67,8 @@ from fedsieve.wire.format import VERSION
 FLOWER = (1, 41)
 APP = "app"
 HOME = "flower"  # of Flower's command line
+# What of a RoundPolicy users choose; the rest follows from the recipe.
+ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
 KEYS = "sites.json"  # site -> its node's public key
 CONNECTION = "fedsieve"  # what that calls this server
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -79,7 +81,7 @@ OBJECTS = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=131072"
 CA, CERTIFICATE, PRIVATE = "ca.crt", "server.pem", "server.key"
 
 
-class Listen(NamedTuple):
+class ServerAddress(NamedTuple):
     """Where the server listens, and with which certificates.
 
     insecure: that others than this machine may reach it without TLS was asked for
@@ -89,19 +91,6 @@ class Listen(NamedTuple):
     port: int = 8000
     certificates: Path | None = None
     insecure: bool = False
-
-
-class Patience(NamedTuple):
-    """How a federation waits: engine.flower.Terms, as far as users choose. Times in seconds.
-
-    extra: so many more sites are asked than the recipe's cohort, and the slowest left out
-    """
-
-    sites: int
-    deadline: float = 600.0
-    setup: float = 900.0
-    wait: float = 600.0
-    extra: int = 0
 
 
 def check_installed() -> None:
@@ -116,7 +105,7 @@ def check_installed() -> None:
         raise FedSieveError(f"Flower {version} is installed, {wanted} is needed: {install}")
 
 
-def prepare(recipe: Recipe, folder: Path, patience: Patience, listen: Listen) -> list[str]:
+def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAddress) -> list[str]:
     """Make a run's directory with its Flower app, and say how to start it.
 
     Returns the commands: on the server, at each site, and the one that begins.
@@ -124,16 +113,16 @@ def prepare(recipe: Recipe, folder: Path, patience: Patience, listen: Listen) ->
     """
     check_installed()
     _refuse_open_door(listen)
-    recipe = _for_a_network(recipe, patience)
+    recipe = _for_a_network(recipe, policy)
     folder = folder.absolute()
     facts = {**rundir.environment("none"), "federation": secrets.token_hex(16)}
     with rundir.lock(folder):
         rundir.create(folder, recipes.dump(recipe, facts))
-        _write_app(folder, patience, listen)
+        _write_app(folder, policy, listen)
     return commands(folder, listen)
 
 
-def commands(folder: Path, listen: Listen) -> list[str]:
+def commands(folder: Path, listen: ServerAddress) -> list[str]:
     """What to type on the server, at each site, and to begin."""
     home = f"{QUIET} FLWR_HOME={folder / HOME}"
     server = f"--host {listen.host} --port {listen.port}"
@@ -155,7 +144,7 @@ def commands(folder: Path, listen: Listen) -> list[str]:
     ]
 
 
-def cautions(listen: Listen) -> list[str]:
+def cautions(listen: ServerAddress) -> list[str]:
     """What whoever opens the server to other machines should know."""
     if listen.host in LOOPBACK:
         return []
@@ -191,7 +180,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def serve(
-    folder: Path, carrier: Carrier, patience: Patience, say: Callable[[str], None]
+    folder: Path, transport: Transport, policy: RoundPolicy, say: Callable[[str], None]
 ) -> Adapter:
     """The server's end: run the federation in `folder` to its last round, from where it stands.
 
@@ -203,7 +192,7 @@ def serve(
 
     def build(recipe: Recipe) -> Experiment:
         experiment, sites = on_network(
-            recipe, text, carrier, patience, say, _merged(folder), folder / KEYS
+            recipe, text, transport, policy, say, _merged(folder), folder / KEYS
         )
         board.append(sites)
         return experiment
@@ -219,7 +208,7 @@ def serve(
     except runner.Stopped as stop:
         again = f"`fedsieve federate --resume {folder}`"
         raise runner.Stopped(str(stop).replace(f"`fedsieve resume {folder}`", again)) from None
-    answers = board[0].ask_all("keep", whole_message(adapter), patience.setup)
+    answers = board[0].ask_all("keep", whole_message(adapter), policy.setup)
     say(f"{len(answers)} sites have the final adapter: {', '.join(answers)}")
     return adapter
 
@@ -227,13 +216,13 @@ def serve(
 def on_network(
     recipe: Recipe,
     text: str,
-    carrier: Carrier,
-    patience: Patience,
+    transport: Transport,
+    policy: RoundPolicy,
     say: Callable[[str], None],
     merged: Mapping[str, int],
     keys: Path,
 ) -> tuple[Experiment, Sites]:
-    """A federation whose clients are the sites that the carrier reaches, once they are there.
+    """A federation whose clients are the sites that the transport reaches, once they are there.
 
     text: the recipe as the sites are told it
     merged: the last round in which each site's update was merged
@@ -242,41 +231,35 @@ def on_network(
     """
     method = build_method(recipe)
     key = Key(recipe.seed)
-    plan: Plan | None = None
+    plan: PrivacyPlan | None = None
     if recipe.privacy is not None:
-        recipe, plan = with_privacy(recipe, patience.sites)
+        recipe, plan = with_privacy(recipe, policy.sites)
         method = build_method(recipe, partial(plan.around, key=key))
     tokenizer = load_tokenizer(locate(recipe.model.source))
     tasks.ensure_pad_token(tokenizer)
     test = _test_rows(recipe, tokenizer)
-    bench = set_up_bench(recipe, tokenizer, pick_device(recipe.device))
+    resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
     if test is not None:
-        check_length(bench, test)
-    sampling = _sampling(recipe, patience)
-    terms = Terms(
-        sites=patience.sites,
-        quorum=sampling.quorum,
-        enough=sampling.size if sampling.extra else None,
-        deadline=patience.deadline,
-        setup=patience.setup,
-        patience=patience.wait,
-    )
+        check_length(resident, test)
+    sampling = _sampling(recipe, policy)
+    enough = sampling.size if sampling.extra else None
+    policy = policy._replace(quorum=sampling.quorum, enough=enough)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    welcome = partial(_welcome, method=method, base=base_digest(bench), say=say)
+    welcome = partial(_welcome, method=method, base=base_digest(resident), say=say)
     known = json.loads(keys.read_text(encoding="utf-8")) if keys.exists() else {}
 
     def pin(all_keys: Mapping[str, str]) -> None:
         checkpoint.write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
-    sites = Sites(carrier, text, digest, welcome, terms, say, merged=merged, keys=known, pin=pin)
-    say(f"waiting for {terms.sites} sites")
+    sites = Sites(transport, text, digest, welcome, policy, say, merged=merged, keys=known, pin=pin)
+    say(f"waiting for {policy.sites} sites")
     clients = sites.there()
     there = sites.there
     if plan is not None:
         # The account counts on a draw from all sites, whether they are there or not.
-        if len(clients) != patience.sites:
+        if len(clients) != policy.sites:
             raise FedSieveError(
-                f"[privacy] counts on {patience.sites} sites, and {len(clients)} are there"
+                f"[privacy] counts on {policy.sites} sites, and {len(clients)} are there"
             )
 
         def there() -> list[Client]:
@@ -284,13 +267,13 @@ def on_network(
             return clients
 
     def at_sites(adapter: Adapter) -> Score | None:
-        answers = sites.ask_all("evaluate", whole_message(adapter), patience.deadline)
+        answers = sites.ask_all("evaluate", whole_message(adapter), policy.deadline)
         return mean_score(answers, say)
 
     def here(adapter: Adapter) -> Score:
         assert test is not None
         precision = recipe.training.precision
-        return evaluate(bench, adapter, test, batch=recipe.evaluation.batch, precision=precision)
+        return evaluate(resident, adapter, test, batch=recipe.evaluation.batch, precision=precision)
 
     federation = Federation(
         method=method,
@@ -306,8 +289,8 @@ def on_network(
     )
     notes = () if plan is None else (plan.guarantee, *plan.cautions)
     ending = None if plan is None else plan.ending
-    start = bench.adapter()
-    return Experiment(recipe, federation, bench, start, {}, notes, ending), sites
+    start = resident.adapter()
+    return Experiment(recipe, federation, resident, start, {}, notes, ending), sites
 
 
 def _welcome(
@@ -353,23 +336,23 @@ def _welcome(
     return Client(name, 1, Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
 
 
-def _for_a_network(recipe: Recipe, patience: Patience) -> Recipe:
+def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> Recipe:
     """The recipe with what a network asks of it. Raises FedSieveError where it cannot run there."""
     if recipe.model.task == "classification" and not recipe.data.classes:
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
         )
-    sampling = _sampling(recipe, patience)
-    if sampling.kind == "uniform" and sampling.size > patience.sites:
+    sampling = _sampling(recipe, policy)
+    if sampling.kind == "uniform" and sampling.size > policy.sites:
         warnings.warn(
-            f"cohort is {sampling.size}, and {patience.sites} sites are waited for: a round may "
+            f"cohort is {sampling.size}, and {policy.sites} sites are waited for: a round may "
             "have fewer",
             stacklevel=3,
         )
     if recipe.privacy is not None:
         if sampling.extra:
             raise FedSieveError("--extra: the accountant of [privacy] does not cover it")
-        recipe, plan = with_privacy(recipe, patience.sites)
+        recipe, plan = with_privacy(recipe, policy.sites)
         for caution in plan.cautions:
             warnings.warn(caution, stacklevel=3)
     test = recipe.data.test
@@ -378,9 +361,9 @@ def _for_a_network(recipe: Recipe, patience: Patience) -> Recipe:
     return recipe.model_copy(update={"data": data, "model": model})
 
 
-def _sampling(recipe: Recipe, patience: Patience) -> Sampling:
+def _sampling(recipe: Recipe, policy: RoundPolicy) -> Sampling:
     drawn = tables.sampling(recipe)
-    return dataclasses.replace(drawn, extra=patience.extra or drawn.extra)
+    return dataclasses.replace(drawn, extra=policy.extra or drawn.extra)
 
 
 def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
@@ -394,7 +377,7 @@ def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
     return examples
 
 
-def _refuse_open_door(listen: Listen) -> None:
+def _refuse_open_door(listen: ServerAddress) -> None:
     if listen.certificates is not None:
         for name in (CA, CERTIFICATE, PRIVATE):
             if not (listen.certificates / name).is_file():
@@ -409,7 +392,7 @@ def _refuse_open_door(listen: Listen) -> None:
         )
 
 
-def _write_app(folder: Path, patience: Patience, listen: Listen) -> None:
+def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None:
     """The Flower app, and the connection through which `flwr` finds the server."""
     app: dict[str, Any] = {
         "project": {
@@ -430,7 +413,7 @@ def _write_app(folder: Path, patience: Patience, listen: Listen) -> None:
                     "config": {
                         "folder": str(folder),
                         "tls": listen.certificates is not None,
-                        **patience._asdict(),
+                        **{name: getattr(policy, name) for name in ASKED_FOR},
                     },
                 }
             }

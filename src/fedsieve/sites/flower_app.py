@@ -27,7 +27,7 @@ from fedsieve.errors import FedSieveError, WireError
 from fedsieve.sites.worker import SOCKET, carry, pack, refusal
 
 if TYPE_CHECKING:
-    from fedsieve.sites.server import Arrival, Carrier, Node, Ticket
+    from fedsieve.sites.server import Incoming, Node, PendingRequest, Transport
 
 FORM = "fedsieve/1"
 RECORD, ARRAY = "fedsieve", "frame"
@@ -71,7 +71,7 @@ def size_of(part: Any) -> int:
     return len(part.deflate()) + sum(size_of(child) for child in (part.children or {}).values())
 
 
-class Pulls:
+class MessagePoller:
     """Replies, each fetched by a thread of its own.
 
     Flower tells of a reply before its bytes have come over a slow uplink, and `Grid.pull_messages`
@@ -79,45 +79,45 @@ class Pulls:
     """
 
     def __init__(self, pull: Callable[[str], list[Message]], pause: float = 0.5) -> None:
-        """pull: a ticket's replies; pause: seconds between two looks for the same reply."""
+        """pull: a request's replies; pause: seconds between two looks for the same reply."""
         self._pull, self._pause = pull, pause
         self._next: dict[str, float] = {}  # when to look again; never, while a thread does
         self._came: dict[str, list[Message]] = {}  # and not asked for since
         self._done: queue.SimpleQueue[tuple[str, list[Message] | Exception]] = queue.SimpleQueue()
 
-    def collect(self, tickets: Collection[str]) -> list[Message]:
-        """What has come for these tickets, once; at once. Raises what a fetch raised."""
+    def collect(self, requests: Collection[str]) -> list[Message]:
+        """What has come for these requests, once; at once. Raises what a fetch raised."""
         while True:
             try:
-                ticket, came = self._done.get_nowait()
+                request, came = self._done.get_nowait()
             except queue.Empty:
                 break
             if isinstance(came, Exception):
                 raise came
-            self._next[ticket] = time.monotonic() + self._pause
+            self._next[request] = time.monotonic() + self._pause
             if came:
-                self._came[ticket] = came
+                self._came[request] = came
         found: list[Message] = []
-        for ticket in tickets:
-            if ticket in self._came:
-                found += self._came.pop(ticket)
-                self._next.pop(ticket, None)
-            elif self._next.get(ticket, 0.0) <= time.monotonic():
-                self._next[ticket] = math.inf
+        for request in requests:
+            if request in self._came:
+                found += self._came.pop(request)
+                self._next.pop(request, None)
+            elif self._next.get(request, 0.0) <= time.monotonic():
+                self._next[request] = math.inf
                 # A daemon: a reply that never comes whole must not keep the process from ending.
-                threading.Thread(target=self._fetch, args=(ticket,), daemon=True).start()
+                threading.Thread(target=self._fetch, args=(request,), daemon=True).start()
         return found
 
-    def _fetch(self, ticket: str) -> None:
+    def _fetch(self, request: str) -> None:
         try:
-            self._done.put((ticket, self._pull(ticket)))
+            self._done.put((request, self._pull(request)))
         except Exception as error:
-            self._done.put((ticket, error))
+            self._done.put((request, error))
 
 
-def carrier(grid: Grid, proved: bool) -> "Carrier":
+def transport(grid: Grid, proved: bool) -> "Transport":
     """Flower's Grid as the engine knows it. proved: nodes have proved that they hold their keys."""
-    from fedsieve.sites.server import Arrival, Carrier, Node, Ticket
+    from fedsieve.sites.server import Incoming, Node, PendingRequest, Transport
 
     def nodes() -> "list[Node]":
         return [
@@ -125,39 +125,40 @@ def carrier(grid: Grid, proved: bool) -> "Carrier":
             for n in grid.get_nodes()
         ]
 
-    def send(node: int, kind: str, frame: bytes, seconds: float) -> "Ticket | None":
+    def send(node: int, kind: str, frame: bytes, seconds: float) -> "PendingRequest | None":
         message = Message(content_of(frame), node, kind, ttl=seconds)
         size = size_of(message)
-        (ticket,) = grid.push_messages([message]) or (None,)
-        return None if ticket is None else Ticket(ticket, size)
+        (request,) = grid.push_messages([message]) or (None,)
+        return None if request is None else PendingRequest(request, size)
 
-    pulls = Pulls(lambda ticket: list(grid.pull_messages([ticket])))
+    poller = MessagePoller(lambda request: list(grid.pull_messages([request])))
 
-    def collect(tickets: Collection[str]) -> "list[Arrival]":
-        return [arrival(message) for message in pulls.collect(tickets)]
+    def collect(requests: Collection[str]) -> "list[Incoming]":
+        return [incoming(message) for message in poller.collect(requests)]
 
-    def arrival(message: Message) -> "Arrival":
-        ticket = message.metadata.reply_to_message_id
+    def incoming(message: Message) -> "Incoming":
+        request = message.metadata.reply_to_message_id
         try:
-            return Arrival(ticket, frame_of(message), "", size_of(message))
+            return Incoming(request, frame_of(message), "", size_of(message))
         except WireError as error:
-            return Arrival(ticket, None, str(error), size_of(message))
+            return Incoming(request, None, str(error), size_of(message))
 
-    return Carrier(nodes, send, collect)
+    return Transport(nodes, send, collect)
 
 
 def main(grid: Grid, context: Context) -> None:
     """The server's whole work."""
     from fedsieve import cli
     from fedsieve.sites import federate
+    from fedsieve.sites.server import RoundPolicy
 
     cli.quiet()
     config = context.run_config
     if config["tls"] and "--insecure" in sys.argv:
         raise FedSieveError("this federation was prepared for TLS, and the SuperLink has none")
-    patience = federate.Patience(**{name: config[name] for name in federate.Patience._fields})
-    reach = carrier(grid, proved=bool(config["tls"]))
-    federate.serve(Path(str(config["folder"])), reach, patience, partial(print, flush=True))
+    policy = RoundPolicy(**{name: config[name] for name in federate.ASKED_FOR})
+    reach = transport(grid, proved=bool(config["tls"]))
+    federate.serve(Path(str(config["folder"])), reach, policy, partial(print, flush=True))
 
 
 server = ServerApp()

@@ -10,8 +10,8 @@ this list and no more, and every request is checked key by key:
     evaluate   (body: a whole adapter) the site's test rows, as sums, so that means are exact
     keep       (body: a whole adapter) write it to the site's disk, in PEFT's format
 
-desk.py makes a recipe ready. Errors that could quote a row or a path are told to the site's own
-terminal; the server learns that there was one.
+assignment.py makes a recipe ready. Errors that could quote a row or a path are told to the site's
+own terminal; the server learns that there was one.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ from fedsieve.errors import FedSieveError, WireError
 from fedsieve.run.checkpoint import write_whole
 from fedsieve.sites import journal as history
 from fedsieve.sites import worker
-from fedsieve.sites.assignment import Desk, checked, sit_down
+from fedsieve.sites.assignment import Assignment, checked, prepare
 from fedsieve.sites.journal import Entry
 from fedsieve.sites.site import Site, budget_of, link_of, load
 from fedsieve.sites.worker import Frame, refusal
@@ -66,7 +66,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 @dataclass
 class Resident:
-    """The worker's state: the site, its rows, and the desk of the recipe that it is ready for.
+    """The worker's state: the site, its rows, and the recipe that it is ready for.
 
     say: where the site's owner reads what happens; it may hold paths and quote rows
     """
@@ -75,7 +75,7 @@ class Resident:
     rows: Dataset
     test_rows: Dataset | None
     say: Callable[[str], None]
-    desk: Desk | None = None
+    assignment: Assignment | None = None
 
 
 def run(path: Path, say: Callable[[str], None]) -> None:
@@ -98,7 +98,7 @@ def run(path: Path, say: Callable[[str], None]) -> None:
     before = os.umask(0o077)  # whatever is written here is for its owner alone
     try:
         with worker.lock(site.folder):
-            resident = settle_in(site, tell)
+            resident = start(site, tell)
             tell(f"{site.name}: {len(resident.rows)} rows on {pick_device(site.device)}")
             worker.serve(
                 site.folder,
@@ -110,7 +110,7 @@ def run(path: Path, say: Callable[[str], None]) -> None:
         os.umask(before)
 
 
-def settle_in(site: Site, say: Callable[[str], None]) -> Resident:
+def start(site: Site, say: Callable[[str], None]) -> Resident:
     """Read the site's rows, and clean up what a worker that was killed left behind.
 
     The site's folder is locked by the caller. Raises FedSieveError if the rows or the device are
@@ -223,14 +223,14 @@ class Describe(_Asked):
     do: Literal["describe"]
 
 
-class Tell(_Asked):
+class SetRecipe(_Asked):
     """Be ready for the recipe in the body."""
 
     do: Literal["recipe"]
     round: NonNegativeInt = 0
 
 
-class Offer(_Asked):
+class BudgetOffer(_Asked):
     """The budget that the server chose for this site (budget.Budget)."""
 
     ratio: Share
@@ -249,10 +249,10 @@ class Train(_Asked):
     seed: NonNegativeInt
     round: PositiveInt
     after: NonNegativeInt | None = None
-    budget: Offer | None = None
+    budget: BudgetOffer | None = None
 
 
-class Rate(_Asked):
+class EvaluateRequest(_Asked):
     """Evaluate the adapter in the body, which is that after `round`, or write it to the disk."""
 
     do: Literal["evaluate", "keep"]
@@ -275,16 +275,16 @@ def _checked(kind: type[T], request: Frame) -> T:
 
 def _facts(resident: Resident) -> dict[str, Any]:
     """What the server may know of the site."""
-    site, desk, link = resident.site, resident.desk, link_of(resident.site)
-    own = None if desk is None else tasks.count(desk.examples)
+    site, assignment, link = resident.site, resident.assignment, link_of(resident.site)
+    own = None if assignment is None else tasks.count(assignment.examples)
     packages = ("fedsieve", "torch", "transformers", "peft")
     versions: dict[str, Any] = {name: metadata.version(name) for name in packages}
     return {
         "ok": True,
         "name": site.name,
         "examples": len(resident.rows) if own is None else own,
-        "recipe": None if desk is None else desk.run,
-        "base": None if desk is None else desk.digest,
+        "recipe": None if assignment is None else assignment.run,
+        "base": None if assignment is None else assignment.digest,
         "budget": budget_of(site)._asdict(),
         "link": None if link is None else link._asdict(),
         "memory": site.memory,
@@ -294,10 +294,10 @@ def _facts(resident: Resident) -> dict[str, Any]:
 
 
 def _tell(resident: Resident, request: Frame) -> Frame:
-    _checked(Tell, request)
+    _checked(SetRecipe, request)
     run = hashlib.sha256(request.body).hexdigest()
-    if resident.desk is None or resident.desk.run != run:
-        _change_desk(resident, run, request.body)
+    if resident.assignment is None or resident.assignment.run != run:
+        _change_assignment(resident, run, request.body)
     folder = _folder(resident, run)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_whole(folder / RECIPE, request.body)
@@ -307,24 +307,24 @@ def _tell(resident: Resident, request: Frame) -> Frame:
 
 def _train(resident: Resident, request: Frame) -> Frame:
     asked = _checked(Train, request)
-    desk = _desk(resident, asked.recipe)
-    recipe, site, number = desk.recipe, resident.site, asked.round
+    assignment = _assignment(resident, asked.recipe)
+    recipe, site, number = assignment.recipe, resident.site, asked.round
     if asked.seed != recipe.seed or number > recipe.rounds:
         raise FedSieveError(
             f"seed {asked.seed}, round {number}: the recipe has seed {recipe.seed} and "
             f"{recipe.rounds} rounds"
         )
     budget = _budget(site, asked.budget)
-    folder = _folder(resident, desk.run) / "rounds"
+    folder = _folder(resident, assignment.run) / "rounds"
     digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
     done = history.find(folder, number)
     if done is None or done.asked != digest:
         client = Client(
-            site.name, tasks.count(desk.examples), budget, link_of(site), site.step_seconds
+            site.name, tasks.count(assignment.examples), budget, link_of(site), site.step_seconds
         )
         key = Key(recipe.seed, number, site.name)
         since = number if asked.after is None else min(number, asked.after + 1)
-        done = _round(desk, client, history.memories(folder, since), key, request.body)
+        done = _round(assignment, client, history.memories(folder, since), key, request.body)
         done = done._replace(asked=digest)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
         history.write(folder, done, keep=2 * recipe.checkpoint.every)
@@ -332,17 +332,23 @@ def _train(resident: Resident, request: Frame) -> Frame:
 
 
 def _round(
-    desk: Desk, client: Client, memories: Iterator[tuple[int, Memory]], key: Key, message: bytes
+    assignment: Assignment,
+    client: Client,
+    memories: Iterator[tuple[int, Memory]],
+    key: Key,
+    message: bytes,
 ) -> Entry:
     """One round from the first memory that the message fits; a WireError comes before training."""
 
     def train(view: View, client: Client, key: Key) -> Fit:
-        return fit(desk.bench, view, desk.examples, desk.recipe.training, key)
+        return fit(assignment.resident, view, assignment.examples, assignment.recipe.training, key)
 
     unfit: WireError | None = None
     for before, memory in memories:
         try:
-            reply, after = take_part(desk.method, train, desk.start, client, memory, key, message)
+            reply, after = take_part(
+                assignment.method, train, assignment.start, client, memory, key, message
+            )
         except WireError as error:
             unfit = unfit or error
         else:
@@ -367,13 +373,17 @@ def _said(reply: Reply, key: Key) -> dict[str, Any]:
 
 
 def _evaluate(resident: Resident, request: Frame) -> Frame:
-    asked = _checked(Rate, request)
-    desk = _desk(resident, asked.recipe)
-    if desk.test is None:
+    asked = _checked(EvaluateRequest, request)
+    assignment = _assignment(resident, asked.recipe)
+    if assignment.test is None:
         raise FedSieveError("this site has no test rows")
-    adapter = _own(resident, desk, _adapter(request.body, desk.start.layout), asked.round)
-    precision, batch = desk.recipe.training.precision, desk.recipe.evaluation.batch
-    score = evaluate(desk.bench, adapter, desk.test, batch=batch, precision=precision)
+    adapter = _own(
+        resident, assignment, _adapter(request.body, assignment.start.layout), asked.round
+    )
+    precision, batch = assignment.recipe.training.precision, assignment.recipe.evaluation.batch
+    score = evaluate(
+        assignment.resident, adapter, assignment.test, batch=batch, precision=precision
+    )
     finite = math.isfinite(score.loss)
     return Frame(
         {
@@ -389,15 +399,17 @@ def _evaluate(resident: Resident, request: Frame) -> Frame:
 
 
 def _keep(resident: Resident, request: Frame) -> Frame:
-    asked = _checked(Rate, request)
-    desk = _desk(resident, asked.recipe)
-    adapter = _own(resident, desk, _adapter(request.body, desk.start.layout), asked.round)
-    place = resident.site.folder / "adapters" / desk.run[:16]
+    asked = _checked(EvaluateRequest, request)
+    assignment = _assignment(resident, asked.recipe)
+    adapter = _own(
+        resident, assignment, _adapter(request.body, assignment.start.layout), asked.round
+    )
+    place = resident.site.folder / "adapters" / assignment.run[:16]
     part, old = (place.with_name(f".{place.name}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(mode=0o700, parents=True)
-        desk.bench.save(adapter, part)
+        assignment.resident.save(adapter, part)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -417,16 +429,16 @@ _WORK: dict[str, Callable[[Resident, Frame], Frame]] = {
 }
 
 
-def _own(resident: Resident, desk: Desk, adapter: Adapter, number: int) -> Adapter:
+def _own(resident: Resident, assignment: Assignment, adapter: Adapter, number: int) -> Adapter:
     """The site's own model where a method leaves a part of it here; else the server's."""
-    if desk.method.personal is None:
+    if assignment.method.personal is None:
         return adapter
-    kept = history.memories(_folder(resident, desk.run) / "rounds", number + 1)
+    kept = history.memories(_folder(resident, assignment.run) / "rounds", number + 1)
     _, memory = next(kept, (0, {}))
-    return desk.method.personal(adapter, memory)
+    return assignment.method.personal(adapter, memory)
 
 
-def _budget(site: Site, offer: Offer | None) -> Budget:
+def _budget(site: Site, offer: BudgetOffer | None) -> Budget:
     most = budget_of(site)
     if offer is None:
         return most
@@ -450,24 +462,24 @@ def _forget_old_runs(folder: Path) -> None:
         shutil.rmtree(path.parent)
 
 
-def _desk(resident: Resident, run: str) -> Desk:
-    """The desk of a recipe that was told, by this process or by one before it."""
-    if resident.desk is None or resident.desk.run != run:
+def _assignment(resident: Resident, run: str) -> Assignment:
+    """The assignment of a recipe that was told, by this process or by one before it."""
+    if resident.assignment is None or resident.assignment.run != run:
         try:
             text = (_folder(resident, run) / RECIPE).read_bytes()
         except FileNotFoundError:
             raise _Unknown("this recipe was not told here: tell it first") from None
         if hashlib.sha256(text).hexdigest() != run:
             raise _Unknown("the recipe that was stored here is damaged: tell it again")
-        _change_desk(resident, run, text)
-    assert resident.desk is not None
-    return resident.desk
+        _change_assignment(resident, run, text)
+    assert resident.assignment is not None
+    return resident.assignment
 
 
-def _change_desk(resident: Resident, run: str, text: bytes) -> None:
+def _change_assignment(resident: Resident, run: str, text: bytes) -> None:
     """Be ready for another recipe; where it is refused, the old one stays."""
     site = resident.site
     recipe = checked(text, site)
-    resident.desk = None  # two models at once may be more than the memory holds
+    resident.assignment = None  # two models at once may be more than the memory holds
     rows, test_rows = resident.rows, resident.test_rows
-    resident.desk = sit_down(run, recipe, rows, test_rows, site.most_steps, resident.say)
+    resident.assignment = prepare(run, recipe, rows, test_rows, site.most_steps, resident.say)

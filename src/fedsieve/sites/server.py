@@ -1,8 +1,8 @@
-"""The engine for clients on other machines: sites, and a carrier that reaches them.
+"""The engine for clients on other machines: sites, and a transport that reaches them.
 
-A carrier knows nodes and carries frames (worker.py); Flower's Grid is one, in flower_app.py, and a
-test's list of functions is another. What a carrier cannot know is here: which site is at which
-node, who has answered, and when a round stops waiting. Nothing here needs Flower.
+A transport knows nodes and carries frames (worker.py); Flower's Grid is one, in flower_app.py,
+and a test's list of functions is another. What a transport cannot know is here: which site is at
+which node, who has answered, and when a round stops waiting. Nothing here needs Flower.
 
 A node is met before it is used: it describes itself, and the recipe is told to it, once. A node
 that comes back, as the same or as another, is met again. Only then can its site be drawn.
@@ -51,54 +51,56 @@ class Node(NamedTuple):
     key: str = ""
 
 
-class Ticket(NamedTuple):
+class PendingRequest(NamedTuple):
     """A request on its way. transport: bytes of the message that carries it."""
 
     id: str
     transport: int
 
 
-class Arrival(NamedTuple):
-    """What came back for a ticket: a frame's bytes, or None and what went wrong."""
+class Incoming(NamedTuple):
+    """What came back for a request: a frame's bytes, or None and what went wrong."""
 
-    ticket: str
+    request: str
     data: bytes | None
     error: str
     transport: int
 
 
-class Carrier(NamedTuple):
+class Transport(NamedTuple):
     """What an engine needs of a network.
 
     nodes:   who is connected now
     send:    (node's id, "train", "evaluate" or "query", frame, seconds that it is worth carrying)
-             -> a ticket, or None if the node cannot be reached
-    collect: tickets -> what has come back for them so far; each is given once
+             -> a pending request, or None if the node cannot be reached
+    collect: ids of requests -> what has come back for them so far; each is given once
     """
 
     nodes: Callable[[], Sequence[Node]]
-    send: Callable[[int, str, bytes, float], Ticket | None]
-    collect: Callable[[Collection[str]], Sequence[Arrival]]
+    send: Callable[[int, str, bytes, float], PendingRequest | None]
+    collect: Callable[[Collection[str]], Sequence[Incoming]]
 
 
-class Terms(NamedTuple):
+class RoundPolicy(NamedTuple):
     """How long to wait, and for how many. Times in seconds.
 
     sites:    so many are waited for before the first round
-    quorum:   so many are waited for before any later round, and at least one
-    enough:   a round closes with so many updates; None waits for all that were asked
     deadline: of a round, from its first message to the last answer that counts
     setup:    for a site to load model and data
-    patience: for enough sites to be there
+    wait:     for enough sites to be there
+    extra:    so many more sites are asked than the recipe's cohort, and the slowest left out
+    quorum:   so many are waited for before any later round, and at least one
+    enough:   a round closes with so many updates; None waits for all that were asked
     poll:     between two looks at what has arrived
     """
 
     sites: int = 1
-    quorum: int = 0
-    enough: int | None = None
     deadline: float = 600.0
     setup: float = 900.0
-    patience: float = 600.0
+    wait: float = 600.0
+    extra: int = 0
+    quorum: int = 0
+    enough: int | None = None
     poll: float = 0.2
 
 
@@ -118,7 +120,7 @@ class _Asked(NamedTuple):
     client: Client | None
 
 
-class _Errand(NamedTuple):
+class Dispatch(NamedTuple):
     """A request to a site that is there. transport: bytes of all that was carried for it."""
 
     client: Client
@@ -134,11 +136,11 @@ class Sites:
 
     def __init__(
         self,
-        carrier: Carrier,
+        transport: Transport,
         recipe: str,
         digest: str,
         welcome: Callable[[Mapping[str, Any], Client | None], Client],
-        terms: Terms,
+        policy: RoundPolicy,
         say: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -155,14 +157,14 @@ class Sites:
             first time is bound to its node's key; with another one it is refused from then on
         pin: told all keys whenever one is added
         """
-        self._carrier, self._recipe, self._digest = carrier, recipe, digest
-        self._welcome, self._terms, self._say = welcome, terms, say
+        self._transport, self._recipe, self._digest = transport, recipe, digest
+        self._welcome, self._policy, self._say = welcome, policy, say
         self._clock, self._sleep = clock, sleep
         self._sites: dict[str, _Site] = {}
         self._connected: frozenset[Node] = frozenset()
         self._refused: dict[Node, tuple[float, str]] = {}  # until when, and why
-        self._meeting: dict[str, _Asked] = {}  # by ticket: who it is, or that it is ready
-        self._owed: dict[str, _Asked] = {}  # by ticket: rounds
+        self._meeting: dict[str, _Asked] = {}  # by request: who it is, or that it is ready
+        self._owed: dict[str, _Asked] = {}  # by request: rounds
         self._stray: dict[str, int] = {}  # transport of what came too late, by site
         self._aside = 0  # transport of all that is not a round's
         self._begun = False
@@ -177,25 +179,25 @@ class Sites:
 
         Raises FedSieveError if there are too few for too long.
         """
-        terms = self._terms
-        least = max(1, terms.quorum)
-        wanted = least if self._begun else max(least, terms.sites)
+        policy = self._policy
+        least = max(1, policy.quorum)
+        wanted = least if self._begun else max(least, policy.sites)
         began = self._clock()
         while True:
             self._meet()
             free = self._free()
             if len(free) >= wanted:
                 break
-            if self._clock() - began > terms.patience:
+            if self._clock() - began > policy.wait:
                 if len(free) < least:
                     raise FedSieveError(
-                        f"after {terms.patience:g} s {len(free)} sites are there, and a round "
+                        f"after {policy.wait:g} s {len(free)} sites are there, and a round "
                         f"needs {least}: start the workers and the nodes of the sites, then "
                         "go on with --resume"
                     )
                 self._say(f"{len(free)} of {wanted} sites are there: going on without the others")
                 break
-            self._sleep(terms.poll)
+            self._sleep(policy.poll)
         self._begun = True
         return free
 
@@ -213,41 +215,45 @@ class Sites:
 
         A site that gives nothing to merge has a reply that says why.
         """
-        terms = self._terms
+        policy = self._policy
         self._number = key.round
         head = {"do": "train", "recipe": self._digest, "seed": key.seed, "round": key.round}
         began = self._clock()
         asked: list[Client] = []
         replies: dict[str, Reply] = {}
-        waiting: dict[str, _Errand] = {}
+        waiting: dict[str, Dispatch] = {}
         for client, message in messages:
             asked.append(client)
             stray = self._stray.pop(client.id, 0)
             own = {**head, "after": self._merged.get(client.id, 0)}
-            ticket, errand = self._go(client, "train", Frame(own, message), terms.deadline, stray)
-            if ticket is None:
+            request, dispatch = self._go(
+                client, "train", Frame(own, message), policy.deadline, stray
+            )
+            if request is None:
                 reply = _nothing(client, "its node could not be reached")
-                replies[client.id] = reply._replace(transport=errand.transport)
+                replies[client.id] = reply._replace(transport=dispatch.transport)
             else:
-                waiting[ticket] = errand
+                waiting[request] = dispatch
         updates = 0
-        enough = math.inf if terms.enough is None else terms.enough
-        for done in self._come_back(waiting, began + terms.deadline):
-            for errand, arrival in done:
-                reply = _reply(errand.client, arrival, key.round)
-                if _forgotten(arrival):
-                    del self._sites[errand.client.id]  # its worker lost its folder: meet it again
+        enough = math.inf if policy.enough is None else policy.enough
+        for done in self._come_back(waiting, began + policy.deadline):
+            for dispatch, incoming in done:
+                reply = _reply(dispatch.client, incoming, key.round)
+                if _forgotten(incoming):
+                    del self._sites[dispatch.client.id]  # its worker lost its folder: meet it again
                 reply = self._compared(reply, key.round)
                 if updates >= enough:
                     reply = reply._replace(update=None, reason=self._too_late(began, enough))
                 updates += reply.update is not None
-                replies[errand.client.id] = reply._replace(transport=errand.transport)
+                replies[dispatch.client.id] = reply._replace(transport=dispatch.transport)
             if updates >= enough:
                 break
-        for ticket, errand in waiting.items():
-            self._owed[ticket] = _Asked(errand.node, began + terms.deadline + SKEW, errand.client)
-            reply = _nothing(errand.client, self._too_late(began, enough))
-            replies[errand.client.id] = reply._replace(transport=errand.transport)
+        for request, dispatch in waiting.items():
+            self._owed[request] = _Asked(
+                dispatch.node, began + policy.deadline + SKEW, dispatch.client
+            )
+            reply = _nothing(dispatch.client, self._too_late(began, enough))
+            replies[dispatch.client.id] = reply._replace(transport=dispatch.transport)
         # In the order of the messages: a sum of floats depends on its order.
         for client in asked:
             yield replies.pop(client.id)
@@ -264,67 +270,73 @@ class Sites:
         """
         kind = "evaluate" if do == "evaluate" else "query"
         frame = Frame({"do": do, "recipe": self._digest, "round": self._number}, body)
-        waiting: dict[str, _Errand] = {}
+        waiting: dict[str, Dispatch] = {}
         answers: dict[str, Frame] = {}
         until = self._clock() + seconds
         for client in self._free():
-            ticket, errand = self._go(client, kind, frame, seconds, 0)
-            if ticket is None:
-                self._aside += errand.transport
+            request, dispatch = self._go(client, kind, frame, seconds, 0)
+            if request is None:
+                self._aside += dispatch.transport
             else:
-                waiting[ticket] = errand
+                waiting[request] = dispatch
         for done in self._come_back(waiting, until):
-            for errand, arrival in done:
-                self._aside += errand.transport
+            for dispatch, incoming in done:
+                self._aside += dispatch.transport
                 try:
-                    answers[errand.client.id] = _answer(arrival)
+                    answers[dispatch.client.id] = _answer(incoming)
                 except WireError as error:
-                    self._say(f"{errand.client.id}: {do}: {error}")
-        for errand in waiting.values():
-            self._aside += errand.transport
-            self._say(f"{errand.client.id}: {do}: no answer in {seconds:g} s")
+                    self._say(f"{dispatch.client.id}: {do}: {error}")
+        for dispatch in waiting.values():
+            self._aside += dispatch.transport
+            self._say(f"{dispatch.client.id}: {do}: no answer in {seconds:g} s")
         return dict(sorted(answers.items()))
 
     def _go(
         self, client: Client, kind: str, frame: Frame, seconds: float, transport: int
-    ) -> tuple[str | None, "_Errand"]:
+    ) -> tuple[str | None, Dispatch]:
         site = self._sites.get(client.id)
         node = Node(0) if site is None else site.node
-        errand = _Errand(client, node, kind, pack(frame), transport)
+        dispatch = Dispatch(client, node, kind, pack(frame), transport)
         there = node in self._connected
-        ticket = self._carrier.send(node.id, kind, errand.data, seconds + SKEW) if there else None
-        if ticket is None:
-            return None, errand
-        return ticket.id, errand._replace(transport=transport + ticket.transport)
+        pending = (
+            self._transport.send(node.id, kind, dispatch.data, seconds + SKEW) if there else None
+        )
+        if pending is None:
+            return None, dispatch
+        return pending.id, dispatch._replace(transport=transport + pending.transport)
 
     def _come_back(
-        self, waiting: dict[str, "_Errand"], until: float
-    ) -> Iterator[list[tuple["_Errand", Arrival]]]:
-        """The errands that are done, as they are; those still in `waiting` at the end are not.
+        self, waiting: dict[str, Dispatch], until: float
+    ) -> Iterator[list[tuple[Dispatch, Incoming]]]:
+        """The dispatches that are done, as they are; those still in `waiting` at the end are not.
 
         What was lost on its way is sent again: a worker that was asked before gives the same answer
         again, without training again.
         """
         while waiting and self._clock() < until:
-            done: list[tuple[_Errand, Arrival]] = []
+            done: list[tuple[Dispatch, Incoming]] = []
             arrived = self._collect(waiting)
-            for arrival in arrived:
-                errand = waiting.pop(arrival.ticket)
-                errand = errand._replace(transport=errand.transport + arrival.transport)
-                if arrival.data is None and errand.tries < TRIES:
-                    self._say(f"site {errand.client.id}: {arrival.error}; it is asked again")
+            for incoming in arrived:
+                dispatch = waiting.pop(incoming.request)
+                dispatch = dispatch._replace(transport=dispatch.transport + incoming.transport)
+                if incoming.data is None and dispatch.tries < TRIES:
+                    self._say(f"site {dispatch.client.id}: {incoming.error}; it is asked again")
                     left = until - self._clock() + SKEW
-                    again = self._carrier.send(errand.node.id, errand.kind, errand.data, left)
+                    again = self._transport.send(
+                        dispatch.node.id, dispatch.kind, dispatch.data, left
+                    )
                     if again is not None:
-                        spent = errand.transport + again.transport
-                        waiting[again.id] = errand._replace(transport=spent, tries=errand.tries + 1)
+                        spent = dispatch.transport + again.transport
+                        waiting[again.id] = dispatch._replace(
+                            transport=spent, tries=dispatch.tries + 1
+                        )
                         continue
-                done.append((errand, arrival))
+                done.append((dispatch, incoming))
             yield sorted(done, key=lambda pair: pair[0].client.id)
             if not arrived:
                 if self._clock() - self._looked >= LOOK:
                     self._meet()  # whoever comes back now can be drawn in the next round
-                self._sleep(self._terms.poll)
+                self._sleep(self._policy.poll)
 
     def _compared(self, reply: Reply, number: int) -> Reply:
         """The reply, with the round in which this server process got the same update before."""
@@ -336,8 +348,8 @@ class Sites:
 
     def _too_late(self, began: float, enough: float) -> str:
         seconds = self._clock() - began
-        if seconds >= self._terms.deadline:
-            return f"late: no answer in the round's {self._terms.deadline:g} s"
+        if seconds >= self._policy.deadline:
+            return f"late: no answer in the round's {self._policy.deadline:g} s"
         return f"late: the round had its {enough:g} updates after {seconds:.4g} s"
 
     def _free(self) -> list[Client]:
@@ -350,7 +362,7 @@ class Sites:
 
     def _meet(self) -> None:
         """Get to know the nodes that are new, as far as they have answered."""
-        self._connected = frozenset(self._carrier.nodes())
+        self._connected = frozenset(self._transport.nodes())
         now = self._looked = self._clock()
         self._owed = {t: o for t, o in self._owed.items() if o.until > now}
         self._meeting = {t: m for t, m in self._meeting.items() if m.until > now}
@@ -358,14 +370,14 @@ class Sites:
         met |= {node for node, (until, _) in self._refused.items() if until > now}
         for node in sorted(self._connected - met):
             self._ask(node, Frame({"do": "describe"}), None)
-        for arrival in self._collect(self._meeting):
-            self._get_to_know(self._meeting.pop(arrival.ticket), arrival)
+        for incoming in self._collect(self._meeting):
+            self._get_to_know(self._meeting.pop(incoming.request), incoming)
 
-    def _get_to_know(self, asked: _Asked, arrival: Arrival) -> None:
+    def _get_to_know(self, asked: _Asked, incoming: Incoming) -> None:
         node, client = asked.node, asked.client
-        self._aside += arrival.transport
+        self._aside += incoming.transport
         try:
-            head = _answer(arrival).header
+            head = _answer(incoming).header
             if client is None:
                 client = self._welcome(head, None)
                 self._refuse_another(client.id, node)
@@ -398,27 +410,27 @@ class Sites:
             raise FedSieveError(f"another node is the site {name!r} already")
 
     def _ask(self, node: Node, frame: Frame, client: Client | None) -> None:
-        seconds = self._terms.setup + SKEW
+        seconds = self._policy.setup + SKEW
         until = self._clock() + seconds
-        ticket = self._carrier.send(node.id, "query", pack(frame), seconds)
-        if ticket is not None:
-            self._aside += ticket.transport
-            self._meeting[ticket.id] = _Asked(node, until, client)
+        pending = self._transport.send(node.id, "query", pack(frame), seconds)
+        if pending is not None:
+            self._aside += pending.transport
+            self._meeting[pending.id] = _Asked(node, until, client)
 
-    def _collect(self, wanted: Collection[str]) -> list[Arrival]:
-        """What has come back for these tickets. What came too late for others is counted."""
+    def _collect(self, wanted: Collection[str]) -> list[Incoming]:
+        """What has come back for these requests. What came too late for others is counted."""
         if not wanted and not self._owed:
             return []
-        # By ticket: whoever carries an answer twice has brought one answer.
-        tickets = {*wanted, *self._owed}
-        arrived = {a.ticket: a for a in self._carrier.collect(tickets) if a.ticket in tickets}
-        for arrival in arrived.values():
-            owed = self._owed.pop(arrival.ticket, None)
-            if owed is not None and owed.client is not None and arrival.ticket not in wanted:
+        # By request: whoever carries an answer twice has brought one answer.
+        requests = {*wanted, *self._owed}
+        arrived = {a.request: a for a in self._transport.collect(requests) if a.request in requests}
+        for incoming in arrived.values():
+            owed = self._owed.pop(incoming.request, None)
+            if owed is not None and owed.client is not None and incoming.request not in wanted:
                 site = owed.client.id
-                self._stray[site] = self._stray.get(site, 0) + arrival.transport
+                self._stray[site] = self._stray.get(site, 0) + incoming.transport
                 self._say(f"site {site}: an answer came too late and is thrown away")
-        return [a for a in arrived.values() if a.ticket in wanted]
+        return [a for a in arrived.values() if a.request in wanted]
 
 
 def mean_score(answers: Mapping[str, Frame], say: Callable[[str], None]) -> Score | None:
@@ -441,25 +453,27 @@ def mean_score(answers: Mapping[str, Frame], say: Callable[[str], None]) -> Scor
     return Score(loss / counted, right / counted, counted) if counted else None
 
 
-def _answer(arrival: Arrival) -> Frame:
-    if arrival.data is None:
-        raise WireError(f"no answer: {arrival.error}")
-    frame = unpack(arrival.data)
+def _answer(incoming: Incoming) -> Frame:
+    if incoming.data is None:
+        raise WireError(f"no answer: {incoming.error}")
+    frame = unpack(incoming.data)
     if frame.header.get("ok") is not True:
         raise WireError(f"the site says: {_words(frame.header.get('error', 'nothing'))}")
     return frame
 
 
-def _forgotten(arrival: Arrival) -> bool:
+def _forgotten(incoming: Incoming) -> bool:
     try:
-        return arrival.data is not None and bool(unpack(arrival.data).header.get("unknown_recipe"))
+        return incoming.data is not None and bool(
+            unpack(incoming.data).header.get("unknown_recipe")
+        )
     except WireError:
         return False
 
 
-def _reply(client: Client, arrival: Arrival, number: int) -> Reply:
+def _reply(client: Client, incoming: Incoming, number: int) -> Reply:
     try:
-        frame = _answer(arrival)
+        frame = _answer(incoming)
         head = frame.header
         if head.get("round") != number:
             raise WireError(f"an answer for round {head.get('round')!r} in round {number}")

@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from fedsieve.algebra.budget import Budget
-from fedsieve.clients.network import Link
+from fedsieve.clients import network
 from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError, explain
 
@@ -60,7 +60,7 @@ class Rows(_Table):
         return self
 
 
-class Line(_Table):
+class Link(_Table):
     """The site's line to the server: Mbit/s down and up, seconds (network.Link)."""
 
     down: PositiveFloat
@@ -68,7 +68,7 @@ class Line(_Table):
     latency: NonNegativeFloat = 0.0
 
 
-class Affords(_Table):
+class Limits(_Table):
     """What the site can afford (budget.Budget); the server may ask for less."""
 
     ratio: Share = 1.0
@@ -97,8 +97,8 @@ class Site(_Table):
     memory: PositiveFloat | None = None
     step_seconds: NonNegativeFloat | None = None
     most_steps: PositiveInt = 100_000
-    link: Line | None = None
-    budget: Affords = Affords()
+    link: Link | None = None
+    budget: Limits = Limits()
 
 
 def load(path: Path) -> Site:
@@ -123,10 +123,10 @@ def budget_of(site: Site) -> Budget:
     return Budget(site.budget.ratio, site.budget.down, site.budget.up)
 
 
-def link_of(site: Site) -> Link | None:
+def link_of(site: Site) -> network.Link | None:
     """The site's line, if its file says so."""
     line = site.link
-    return None if line is None else Link(line.down, line.up, line.latency)
+    return None if line is None else network.Link(line.down, line.up, line.latency)
 
 
 def _settled(site: Site, home: Path) -> Site:
@@ -158,7 +158,7 @@ def _found(source: str, home: Path) -> str:
 def _keys(path: Sequence[str | int]) -> list[str]:
     tables: dict[tuple[str | int, ...], type[_Table]] = {
         ("data",): Rows,
-        ("link",): Line,
-        ("budget",): Affords,
+        ("link",): Link,
+        ("budget",): Limits,
     }
     return list(tables.get(tuple(path), Site).model_fields)

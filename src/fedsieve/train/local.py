@@ -19,7 +19,7 @@ from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.keys import Key, generator, word
 from fedsieve.algebra.method import View
 from fedsieve.tasks.text import Examples, take
-from fedsieve.train.model import Bench
+from fedsieve.train.model import ResidentModel
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -68,35 +68,37 @@ class Score(NamedTuple):
     counted: int
 
 
-def fit(bench: Bench, view: View, examples: Examples, training: Training, key: Key) -> Fit:
+def fit(
+    resident: ResidentModel, view: View, examples: Examples, training: Training, key: Key
+) -> Fit:
     """Train a client's adapter on its examples. The adapter's own tensors are left as they are.
 
     Tensors that the view does not let move take no gradient; of entries that it does not let move
     the gradient is zero, and those are zero themselves in the methods that have them, so that
     weight decay leaves them alone too.
     """
-    bench.put(view.adapter)
-    model = bench.model
+    resident.put(view.adapter)
+    model = resident.model
     model.train()
-    everything = dict(bench.parameters())
+    everything = dict(resident.parameters())
     parameters = []
     for name, parameter in everything.items():
         parameter.requires_grad_(name in view.moves.names)
         if name in view.moves.names:
             parameters.append(parameter)
         if name in view.moves.masks:
-            mask = view.moves.masks[name].to(bench.device)
+            mask = view.moves.masks[name].to(resident.device)
             parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
     optimizer = _optimizer(parameters, training)
     order = _order(examples.labels.shape[0], training, generator(key.at("order")))
-    devices = [bench.device] if bench.device.type == "cuda" else []
+    devices = [resident.device] if resident.device.type == "cuda" else []
     total, compute, memory = 0.0, 0.0, 0
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(word(key.at("dropout")))
         for index in order:
-            batch = _inputs(take(examples, index), bench.device)
+            batch = _inputs(take(examples, index), resident.device)
             start = time.perf_counter()
-            with _precision(bench.device, training.precision):
+            with _precision(resident.device, training.precision):
                 loss = model(**batch).loss
             if view.penalty is not None:
                 loss = loss + view.penalty(everything)
@@ -110,16 +112,16 @@ def fit(bench: Bench, view: View, examples: Examples, training: Training, key: K
             optimizer.step()
             memory = memory or _allocated(list(everything.values()), optimizer)
             optimizer.zero_grad(set_to_none=True)
-            if bench.device.type == "cuda":
+            if resident.device.type == "cuda":
                 torch.cuda.synchronize()
             compute += time.perf_counter() - start
             total += value
-    tensors = {name: p.detach().cpu() for name, p in bench.parameters()}
+    tensors = {name: p.detach().cpu() for name, p in resident.parameters()}
     return Fit(tensors, total / max(1, len(order)), len(order), compute, memory)
 
 
 def evaluate(
-    bench: Bench,
+    resident: ResidentModel,
     adapter: Adapter,
     examples: Examples,
     *,
@@ -127,16 +129,16 @@ def evaluate(
     precision: Literal["auto", "bf16", "fp32"] = "auto",
 ) -> Score:
     """Loss and accuracy of an adapter, dropout off."""
-    bench.put(adapter)
-    bench.model.eval()
+    resident.put(adapter)
+    resident.model.eval()
     rows = torch.arange(examples.labels.shape[0])
     loss, right, count = 0.0, 0, 0
-    with torch.inference_mode(), _precision(bench.device, precision):
+    with torch.inference_mode(), _precision(resident.device, precision):
         for index in rows.split(batch):
-            inputs = _inputs(take(examples, index), bench.device)
+            inputs = _inputs(take(examples, index), resident.device)
             labels = inputs.pop("labels")
-            logits = bench.model(**inputs).logits.float()
-            if bench.task == "causal-lm":
+            logits = resident.model(**inputs).logits.float()
+            if resident.task == "causal-lm":
                 logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
             counted = labels != -100
             logits, labels = logits[counted], labels[counted]

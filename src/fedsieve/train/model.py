@@ -56,7 +56,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Bench:
+class ResidentModel:
     """A model with an adapter in it, and where each of the adapter's tensors sits.
 
     layout: of the full adapter, at the server's rank
@@ -134,7 +134,7 @@ class Bench:
         self.model.save_pretrained(str(folder))
 
     def merge(self, adapter: Adapter, folder: Path) -> None:
-        """Write the whole model with the adapter added into its weights. Uses up the bench."""
+        """Write the whole model with the adapter added into its weights. Uses up the resident."""
         self.put(adapter)
         if isinstance(self.model, PeftModel):
             self.model.merge_and_unload().save_pretrained(str(folder))
@@ -219,7 +219,7 @@ def set_up(
     *,
     key: Key,
     device: torch.device,
-) -> Bench:
+) -> ResidentModel:
     """A base model with what a method trains: a fresh LoRA adapter, the head alone, or all."""
     if trains == "lora":
         return attach(base, task, lora, key=key, device=device)
@@ -228,7 +228,7 @@ def set_up(
 
 def whole(
     base: PreTrainedModel, task: Task, lora: Lora, trains: Trained, *, device: torch.device
-) -> Bench:
+) -> ResidentModel:
     """A base model of which the head, or all, is trained itself, without LoRA.
 
     The head is what lies outside the model's body, and the modules that lora.whole names.
@@ -247,12 +247,12 @@ def whole(
     base.to(device)
     if device.type == "cpu":
         speed_up(base)
-    return Bench(base, task, layout_of(tensors, 1.0), slots, (), device, {})
+    return ResidentModel(base, task, layout_of(tensors, 1.0), slots, (), device, {})
 
 
 def attach(
     base: PreTrainedModel, task: Task, lora: Lora, *, key: Key, device: torch.device
-) -> Bench:
+) -> ResidentModel:
     """Put a fresh LoRA adapter into a base model: A random from `key`, B zero.
 
     Raises FedSieveError if no module can take LoRA, a target does not exist, or the rank is larger
@@ -298,7 +298,7 @@ def attach(
     if device.type == "cpu":
         speed_up(model)
     loras = tuple(module for module in model.modules() if isinstance(module, LoraLayer))
-    return Bench(model, task, layout, slots, loras, device, {})
+    return ResidentModel(model, task, layout, slots, loras, device, {})
 
 
 def _pretrained(kind: Any, name: str, **given: Any) -> Any:
