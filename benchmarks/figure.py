@@ -27,7 +27,7 @@ from fedsieve import report
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe import schema as tables
+from fedsieve.recipe import schema
 from fedsieve.run import rundir, runner
 
 # What of the demo's settings each method makes use of; dense methods send float32, as is usual.
@@ -41,7 +41,7 @@ METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def recipe_for(method: str, seed: int) -> tables.Recipe:
+def recipe_for(method: str, seed: int) -> schema.Recipe:
     """The demo's recipe with another method."""
     table = tomllib.loads(recipes.shipped()["demo"])
     options, knobs = METHODS[method]

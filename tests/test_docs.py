@@ -9,7 +9,7 @@ import pytest
 import fedsieve
 from fedsieve import methods
 from fedsieve.recipe import read as recipe
-from fedsieve.recipe import schema as tables
+from fedsieve.recipe import schema
 from tests.conftest import Tiny
 from tests.methods import test_laws as laws
 from tests.methods.optimum import Optimum
@@ -68,11 +68,11 @@ def test_every_method_has_its_line(name: str) -> None:
 
 def test_the_docs_of_recipes_name_every_key() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert tables.keys_of(()) != tables.keys_of(("lora",))
-    for key in tables.keys_of(()):
+    assert schema.keys_of(()) != schema.keys_of(("lora",))
+    for key in schema.keys_of(()):
         assert f"`{key}`" in text or f"[{key}]" in text, key
         if f"[{key}]" in text and key not in ("method", "server"):
-            for inner in tables.keys_of((key,)):
+            for inner in schema.keys_of((key,)):
                 assert f"`{inner}`" in text or f"`{key}.{inner}`" in text, (key, inner)
 
 

@@ -14,9 +14,9 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Memory, Method, View
 from fedsieve.algebra.support import everything
-from fedsieve.clients.sampling import Sampling
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, Progress, Receipt, begin, rounds
+from fedsieve.settings import Sampling
 from fedsieve.train.local import Fit
 
 RANK, INPUTS, HIDDEN, OUTPUTS = 8, 12, 10, 3

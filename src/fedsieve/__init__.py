@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from fedsieve.algebra.budget import Budget, Client
     from fedsieve.algebra.optim import adam, fading, fedadam, sgd
     from fedsieve.api import Run, finetune
-    from fedsieve.clients.sampling import Sampling
     from fedsieve.errors import FedSieveError
     from fedsieve.methods.adapter_lth import method as adapter_lth
     from fedsieve.methods.fed_select import method as fed_select
@@ -33,8 +32,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.hetlora import method as hetlora
     from fedsieve.methods.rolora import method as rolora
     from fedsieve.methods.sparse_adapter import method as sparse_adapter
-    from fedsieve.train.local import Training
-    from fedsieve.train.model import Lora
+    from fedsieve.settings import Lora, Sampling, Training
 
 __all__ = [
     "Budget",
@@ -74,9 +72,7 @@ _HOMES = {
     "algebra.budget": ("Budget", "Client"),
     "errors": ("FedSieveError",),
     "algebra.optim": ("adam", "fading", "fedadam", "sgd"),
-    "clients.sampling": ("Sampling",),
-    "train.local": ("Training",),
-    "train.model": ("Lora",),
+    "settings": ("Lora", "Sampling", "Training"),
 }
 
 

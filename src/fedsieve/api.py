@@ -12,16 +12,17 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
-from fedsieve.clients.sampling import Sampling
 from fedsieve.data.sources import column
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import Experiment, assemble, check_length, locate
-from fedsieve.tasks import text as tasks
-from fedsieve.tasks.text import Examples
-from fedsieve.train.local import Training
-from fedsieve.train.model import Lora, Task, load_base, load_tokenizer, pick_device, set_up
+from fedsieve.settings import Lora, Sampling, Task, Training
+from fedsieve.tasks import tokens
+from fedsieve.tasks.causal_lm import causal_lm
+from fedsieve.tasks.classification import classification
+from fedsieve.tasks.tokens import Examples
+from fedsieve.train.model import load_base, load_tokenizer, pick_device, set_up
 
 
 class Run:
@@ -113,7 +114,7 @@ def finetune(
     lora, training = lora or Lora(), training or Training()
     key = Key(seed)
     tokenizer = load_tokenizer(locate(model))
-    note = tasks.ensure_pad_token(tokenizer)
+    note = tokens.ensure_pad_token(tokenizer)
     if note:
         warnings.warn(note, stacklevel=2)
     if task == "classification":
@@ -121,7 +122,7 @@ def finetune(
         if classes is None:
             classes = _classes(list(filled.values()), label)
         read: Any = partial(
-            tasks.classification,
+            classification,
             tokenizer=tokenizer,
             text=text,
             label=label,
@@ -131,7 +132,7 @@ def finetune(
     else:
         whole = prompt is None and completion is None
         columns = {"text": text} if whole else {"prompt": prompt, "completion": completion}
-        read = partial(tasks.causal_lm, tokenizer=tokenizer, **columns, max_length=max_length)
+        read = partial(causal_lm, tokenizer=tokenizer, **columns, max_length=max_length)
     examples: dict[str, Examples] = {id: read(dataset)[0] for id, dataset in filled.items()}
     base = load_base(
         locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
@@ -149,7 +150,7 @@ def finetune(
         resident,
         method,
         {id: partial(examples.__getitem__, id) for id in examples},
-        {id: tasks.count(examples[id]) if id in examples else 0 for id in given},
+        {id: tokens.count(examples[id]) if id in examples else 0 for id in given},
         budgets,
         training=training,
         sampling=sampling,

@@ -13,13 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsieve.algebra import budget as laws
 from fedsieve.algebra.adapter import Adapter, Tree, layout_of
-from fedsieve.algebra.budget import Budget, Client, assign
+from fedsieve.algebra.budget import Budget, Client, Link, check
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Method
 from fedsieve.algebra.payload import Form
-from fedsieve.clients.network import Link, client_time
+from fedsieve.clients import laws
+from fedsieve.clients.laws import assign
+from fedsieve.clients.network import client_time
 from fedsieve.clients.resources import (
     LADDER,
     Resources,
@@ -33,6 +34,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.methods import flasc, fslora, fslora_flasc
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import from_recipe
+from fedsieve.settings import PAPER_RATIOS
 from fedsieve.wire import encode
 from tests.conftest import Tiny
 
@@ -75,7 +77,7 @@ def test_flascs_tiers_have_the_papers_ranks_and_densities(count: int) -> None:
 
 
 LAWS: list[Callable[[list[str], Key], dict[str, Any]]] = [
-    lambda ids, key: laws.ratios(ids, laws.PAPER_RATIOS, key),
+    lambda ids, key: laws.ratios(ids, PAPER_RATIOS, key),
     lambda ids, key: laws.normal(ids, 4, 64, key),
 ]
 
@@ -90,7 +92,7 @@ def test_a_clients_draw_is_its_own(law: Callable[[list[str], Key], dict[str, Any
 
 
 def test_ratios_are_uniform() -> None:
-    counts = Counter(laws.ratios(MANY, laws.PAPER_RATIOS, Key(0)).values())
+    counts = Counter(laws.ratios(MANY, PAPER_RATIOS, Key(0)).values())
     assert set(counts) == {0.125, 0.25, 0.5, 0.75}
     # 1000 expected each; the standard deviation is sqrt(4000 * 1/4 * 3/4) = 27.4.
     assert all(abs(count - 1000) < 5 * 27.4 for count in counts.values())
@@ -136,9 +138,9 @@ def test_the_heavy_tailed_law_of_ranks() -> None:
     ],
 )
 def test_an_impossible_budget_is_refused_with_its_clients_id(budget: Budget, message: str) -> None:
-    laws.check({"a": Budget(0.01, 1.0, 1e-9)}, 16)
+    check({"a": Budget(0.01, 1.0, 1e-9)}, 16)
     with pytest.raises(FedSieveError, match=re.escape(message)):
-        laws.check({"a": Budget(), "b": budget}, 16)
+        check({"a": Budget(), "b": budget}, 16)
 
 
 # --- budgets from resources: the model against really encoded bytes and really held tensors

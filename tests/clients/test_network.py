@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsieve.algebra.budget import Link
 from fedsieve.algebra.keys import Key
 from fedsieve.clients.network import (
     REFERENCE,
     Conditions,
-    Link,
     Part,
     client_time,
     clock,

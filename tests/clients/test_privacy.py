@@ -25,16 +25,15 @@ from fedsieve.algebra.support import Support, draw_ranks, everything, gather, na
 from fedsieve.clients.privacy import (
     Adaptive,
     Cohorts,
-    Source,
     affordable,
     calibrate,
     ledger,
     private,
     settle,
 )
-from fedsieve.clients.sampling import Kind
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import ffa_lora, flasc, fslora
+from fedsieve.settings import Kind, Source
 from tests import toy
 
 KEY = Key(3)

@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.budget import Budget, Client, Link
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method
-from fedsieve.clients.network import Link
-from fedsieve.clients.sampling import Sampling, check, cohort, late
+from fedsieve.clients.sampling import check, cohort, late
 from fedsieve.engine.client import Reply
 from fedsieve.engine.local import punctual
 from fedsieve.engine.loop import Receipt, begin, one_round, rounds
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.methods import fedit, flasc, flora
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe import schema as tables
+from fedsieve.recipe import schema
 from fedsieve.recipe.experiment import from_recipe
+from fedsieve.settings import Sampling
 from tests import toy
 from tests.conftest import Tiny
 
@@ -297,7 +297,7 @@ def test_sampling_in_a_recipe(tiny: Tiny) -> None:
     summary, receipts, _ = one_round(experiment.federation, progress)
     assert (summary.clients, summary.dropped) == (6, 2)
     assert sum(str(r.dropped).startswith("late: ") for r in receipts) == 2
-    default = tables.sampling(recipes.check(tiny.table()))
+    default = schema.sampling(recipes.check(tiny.table()))
     assert default == Sampling("uniform", 3)
 
 

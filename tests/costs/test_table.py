@@ -12,7 +12,7 @@ from fedsieve.costs.table import rehearse
 from fedsieve.engine.loop import begin, rounds
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
-from fedsieve.train.local import Training
+from fedsieve.settings import Training
 from tests.conftest import Tiny
 
 TRAININGS = ({"optimizer": "adamw", "lr": 0.01}, {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1})

@@ -14,7 +14,7 @@ from fedsieve.engine.loop import begin, rounds
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import rundir, runner
-from fedsieve.tasks.text import Examples
+from fedsieve.tasks.tokens import Examples
 from fedsieve.train.model import ResidentModel
 from tests import runs
 from tests.conftest import Tiny

@@ -13,13 +13,13 @@ import torch
 
 from fedsieve.algebra.adapter import Tree
 from fedsieve.algebra.keys import Key
-from fedsieve.clients.sampling import Sampling
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.run import rundir, runner
+from fedsieve.settings import Sampling
 from tests import runs
 from tests.conftest import Command, Tiny, write_rows
 from tests.runs import FLASC

@@ -15,9 +15,9 @@ from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
-from fedsieve.clients.sampling import Sampling
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, begin, rounds
+from fedsieve.settings import Sampling
 from fedsieve.train.local import Fit
 
 A, B, HEAD = "m.lora_A.weight", "m.lora_B.weight", "m.head.weight"

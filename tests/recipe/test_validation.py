@@ -10,7 +10,7 @@ import torch
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import examples, experiment
 from fedsieve.recipe import read as recipe
-from fedsieve.tasks.text import Examples
+from fedsieve.tasks.tokens import Examples
 from tests.conftest import Tiny
 
 

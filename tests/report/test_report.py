@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fedsieve.clients.network import Conditions, Link
+from fedsieve.algebra.budget import Link
+from fedsieve.clients.network import Conditions
 from fedsieve.errors import FedSieveError
 from fedsieve.report import load, load_all, table, write
 from fedsieve.report.words import duration, fewer, megabytes, significant

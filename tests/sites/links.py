@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
-from fedsieve.clients.network import Link
+from fedsieve.algebra.budget import Link
 
 OPEN = Link(math.inf, math.inf)
 FRAME = 1514 / 1448  # bytes of a full frame on the veth pair for each byte of a TCP stream

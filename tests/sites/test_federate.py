@@ -12,7 +12,7 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import fedit, fslora_flasc
 from fedsieve.recipe import read as recipe
-from fedsieve.recipe import schema as tables
+from fedsieve.recipe import schema
 from fedsieve.sites import federate
 from fedsieve.sites.server import RoundPolicy
 from tests.conftest import LABELS, Command, Tiny
@@ -34,7 +34,7 @@ def flower(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def checked(tiny: Tiny, **changes: Any) -> tables.Recipe:
+def checked(tiny: Tiny, **changes: Any) -> schema.Recipe:
     return recipe.check(tiny.table(data__classes=list(LABELS), **changes))
 
 
@@ -96,7 +96,7 @@ def test_certificates_must_be_whole(tiny: Tiny, tmp_path: Path, missing: str) ->
 
 @pytest.mark.usefixtures("flower")
 def test_recipes_that_cannot_run_on_a_network(tiny: Tiny, tmp_path: Path) -> None:
-    def prepare(given: tables.Recipe, patience: RoundPolicy = PATIENCE) -> None:
+    def prepare(given: schema.Recipe, patience: RoundPolicy = PATIENCE) -> None:
         federate.prepare(given, tmp_path / "run", patience, federate.ServerAddress())
 
     with pytest.raises(FedSieveError, match=r"data\.classes: list the labels"):

@@ -17,11 +17,11 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method
 from fedsieve.algebra.payload import Payload, Values
 from fedsieve.algebra.support import everything
-from fedsieve.clients.sampling import Sampling
 from fedsieve.engine.client import take_part
 from fedsieve.engine.loop import Federation, Receipt, Round, begin, rounds
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.methods import fedsa_lora, flasc, flora, fslora_flasc
+from fedsieve.settings import Sampling
 from fedsieve.sites.server import (
     Incoming,
     Node,

@@ -32,8 +32,8 @@ from transformers import BertConfig, BertForSequenceClassification
 
 pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
 
+from fedsieve.algebra.budget import Link
 from fedsieve.clients import network
-from fedsieve.clients.network import Link
 from fedsieve.recipe import read as recipe
 from fedsieve.run import rundir
 from fedsieve.sites import federate

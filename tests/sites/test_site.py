@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import tomli_w
 
-from fedsieve.algebra.budget import Budget
-from fedsieve.clients.network import Link
+from fedsieve.algebra.budget import Budget, Link
 from fedsieve.errors import FedSieveError
 from fedsieve.sites import resident
 from fedsieve.sites import site as sites

@@ -37,8 +37,7 @@ from fedsieve.recipe import experiment
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.sites import assignment as desks
-from fedsieve.sites import journal as history
-from fedsieve.sites import resident, worker
+from fedsieve.sites import journal, resident, worker
 from fedsieve.sites import site as sites
 from fedsieve.sites.worker import SOCKET, Frame, ask, carry, pack, refusal, unpack
 from fedsieve.train import model
@@ -230,7 +229,7 @@ class ResidentModel:
         return self.ask(train(self.text, number, self.message(number, scale)))
 
     def residual(self) -> dict[str, torch.Tensor]:
-        return next(history.memories(self.rounds, 10**6))[1]["residual"]
+        return next(journal.memories(self.rounds, 10**6))[1]["residual"]
 
 
 def same(tree: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -268,7 +267,7 @@ def test_a_server_that_went_back_finds_the_memory_of_then(tiny: Tiny, tmp_path: 
         each.train(2, scale=2.0)
     assert same(site.residual(), other.residual())
     assert site.train(3).body == other.train(3).body
-    assert history.find(site.rounds, 3) is not None
+    assert journal.find(site.rounds, 3) is not None
     assert same(site.residual(), other.residual())
 
 

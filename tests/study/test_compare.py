@@ -16,9 +16,8 @@ import tomli_w
 
 from fedsieve import methods
 from fedsieve.errors import FedSieveError
-from fedsieve.recipe import overrides as dotted
+from fedsieve.recipe import overrides, schema
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe import schema as tables
 from fedsieve.run import rundir
 from fedsieve.run.runner import Stopped
 from fedsieve.study import plan as study
@@ -168,7 +167,7 @@ def test_tuned_on_validation_then_run_on_test(
             own = tomllib.loads((folder / rundir.RECIPE).read_text())
             assert own["rounds"] == 2  # the rounds of [tune] are the trials' alone
             assert own["data"]["validation"] == 0.1
-            for key, value in dotted.flat(best):
+            for key, value in overrides.flat(best):
                 table, last = key.split(".")
                 assert own[table][last] == value
     assert told["entries"]["dense"]["best"] == 1  # 1e-6 learns nothing
@@ -430,7 +429,7 @@ def values(budgets: Any, knob: str) -> Iterable[Any]:
     if budgets.kind == "list":
         return [
             (getattr(each, knob), each.rank if knob == "ratio" else None)
-            for each in tables.limits_by_id(budgets).values()
+            for each in schema.limits_by_id(budgets).values()
         ]
     if knob == "ratio":
         return [budgets.model_dump(exclude={"down", "up"})]

@@ -14,15 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks.text import (
-    IGNORED,
-    Examples,
-    causal_lm,
-    classification,
-    count,
-    ensure_pad_token,
-    take,
-)
+from fedsieve.tasks.causal_lm import causal_lm
+from fedsieve.tasks.classification import classification
+from fedsieve.tasks.tokens import IGNORED, Examples, count, ensure_pad_token, take
 
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e", "f", "g"]
 PAD, UNK, EOS, CLS, SEP, A, B, C, D, E, F, G = range(len(WORDS))

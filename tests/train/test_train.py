@@ -27,12 +27,15 @@ from fedsieve.algebra.method import ClientContext, View
 from fedsieve.algebra.support import everything
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import fslora
-from fedsieve.tasks import text as tasks
-from fedsieve.tasks.text import Examples
+from fedsieve.settings import Lora, Task, Training
+from fedsieve.tasks import tokens
+from fedsieve.tasks.causal_lm import causal_lm
+from fedsieve.tasks.classification import classification
+from fedsieve.tasks.tokens import Examples
 from fedsieve.train import local
 from fedsieve.train.dropout import Dropout, attention, keep_mask
-from fedsieve.train.local import Fit, Training, evaluate
-from fedsieve.train.model import Lora, ResidentModel, Task, attach, load_base, pick_device
+from fedsieve.train.local import Fit, evaluate
+from fedsieve.train.model import ResidentModel, attach, load_base, pick_device
 from tests.conftest import LABELS, Tiny, texts
 
 CALM: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -66,7 +69,7 @@ def classified(tiny: Tiny, count: int = 20) -> Examples:
     columns = list(zip(*texts(count, seed=5), strict=True))
     rows = Dataset.from_dict({"text": columns[0], "label": columns[1]})
     tokenizer = AutoTokenizer.from_pretrained(tiny.bert)
-    return tasks.classification(rows, tokenizer, text="text", label="label", max_length=16)[0]
+    return classification(rows, tokenizer, text="text", label="label", max_length=16)[0]
 
 
 def continued(tiny: Tiny, count: int = 20) -> Examples:
@@ -74,8 +77,8 @@ def continued(tiny: Tiny, count: int = 20) -> Examples:
         {"ask": [f"{text} " for text, _ in texts(count, seed=5)], "reply": ["word1 word2"] * count}
     )
     tokenizer = AutoTokenizer.from_pretrained(tiny.gpt2)
-    tasks.ensure_pad_token(tokenizer)
-    return tasks.causal_lm(rows, tokenizer, prompt="ask", completion="reply", max_length=16)[0]
+    tokens.ensure_pad_token(tokenizer)
+    return causal_lm(rows, tokenizer, prompt="ask", completion="reply", max_length=16)[0]
 
 
 def fit(

@@ -1,22 +1,14 @@
-"""What clients can afford, and the laws by which budgets are given out.
+"""What clients can afford, as plain records.
 
-Every law is a function from the clients' ids to their budgets. A client's draw comes from a key of
-its own, so that it depends neither on the order of the clients nor on how many there are; the laws
-that place clients relative to each other (`assign`, `heavy_tail`) look at the whole set of ids.
-Budgets that follow from a client's memory and network are in resources.py.
+The laws by which budgets are given out are in clients/laws.py; budgets that follow from a client's
+memory and network in clients/resources.py.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
-
-from fedsieve.algebra.keys import Key, generator, word
-from fedsieve.clients.network import Link
 from fedsieve.errors import FedSieveError
-
-PAPER_RATIOS = (0.125, 0.25, 0.5, 0.75)  # FSLoRA's experiments
 
 
 class Budget(NamedTuple):
@@ -34,6 +26,18 @@ class Budget(NamedTuple):
     def ranks(self, rank: int) -> int:
         """k: how many of `rank` ranks this client trains."""
         return min(rank, max(1, round(self.ratio * rank)))
+
+
+class Link(NamedTuple):
+    """A client's line to the server.
+
+    down, up: Mbit/s (10**6 bits a second), to the client and from it
+    latency:  seconds that every message takes beside its bits
+    """
+
+    down: float
+    up: float
+    latency: float = 0.0
 
 
 class Client(NamedTuple):
@@ -71,88 +75,3 @@ def refuse_rank(id: str, own: int, rank: int) -> None:
             f"client {id!r}: its rank {own} is above the server's {rank}: lower it or raise "
             "lora.rank"
         )
-
-
-def assign(
-    ids: Sequence[str], tiers: Sequence[tuple[float, Budget]], key: Key
-) -> dict[str, Budget]:
-    """Give each client one of several budgets, in the proportions of the tiers' shares.
-
-    tiers: (share, budget) each; shares are relative to their sum. The counts are as near to the
-    shares as whole clients allow, and who gets which is drawn from the key.
-    """
-    places = divide(ids, [share for share, _ in tiers], key)
-    return {id: tiers[place][1] for id, place in places.items()}
-
-
-def divide(ids: Sequence[str], shares: Sequence[float], key: Key) -> dict[str, int]:
-    """The number of the tier that each client is in; see `assign`."""
-    ordered = sorted(ids)
-    draw = torch.randperm(len(ordered), generator=generator(key.at("budgets"))).tolist()
-    total = sum(shares)
-    places: dict[str, int] = {}
-    begin, reached = 0, 0.0
-    for tier, share in enumerate(shares):
-        reached += share
-        end = round(len(ordered) * reached / total)
-        places |= dict.fromkeys((ordered[i] for i in draw[begin:end]), tier)
-        begin = end
-    return places
-
-
-def tiers_by_rank(count: int) -> list[tuple[float, Budget]]:
-    """FLASC's tiers of unequal ranks: tier b = 1..bs of equal shares, the top one with everything.
-
-    The paper gives tier b the rank 4^b (arXiv 2406.05233, Figure 6), so its server has rank 4^bs.
-    Here the server's rank r is free and tier b gets r 4^b / 4^bs, that is the ratio (1/4)^(bs - b):
-    the paper's ranks where r = 4^bs, and the same steps between the tiers elsewhere.
-    """
-    return [(1.0, Budget(ratio=0.25 ** (count - b))) for b in range(1, count + 1)]
-
-
-def tiers_by_density(count: int) -> list[tuple[float, Budget]]:
-    """FLASC's tiers of unequal density: tier b = 1..bs has (1/4)^(bs - b), down and up.
-
-    A tier sends as many LoRA entries as the tier of the same number in `tiers_by_rank`.
-    """
-    densities = [0.25 ** (count - b) for b in range(1, count + 1)]
-    return [(1.0, Budget(down=density, up=density)) for density in densities]
-
-
-def ratios(ids: Sequence[str], among: Sequence[float], key: Key) -> dict[str, float]:
-    """A ratio for each client, drawn uniformly from `among` (FSLoRA draws from PAPER_RATIOS)."""
-    return {id: among[word(_own(key, id)) % len(among)] for id in ids}
-
-
-def normal(ids: Sequence[str], low: int, high: int, key: Key) -> dict[str, int]:
-    """Ranks from a normal law of mean (a + b) / 2 and deviation (b - a) / 6, clipped to [a, b].
-
-    low, high: a and b (FSLoRA, arXiv 2501.19389, takes 4 and 64). The ends are three deviations
-    away: one client in 370 is clipped.
-    """
-    ranks = {}
-    for id in ids:
-        draw = (low + high) / 2 + _standard_normal(key, id) * (high - low) / 6
-        ranks[id] = min(high, max(low, round(draw)))
-    return ranks
-
-
-def heavy_tail(ids: Sequence[str], low: int, high: int, key: Key) -> dict[str, int]:
-    """Ranks from FSLoRA's heavy-tailed law on [a, b]: few clients are strong.
-
-    x_i = 1 / LogNormal(log((a + b) / 4), 1), scaled so that the smallest x becomes a and the
-    largest b. A lone client has nothing to be scaled by, and gets a.
-    """
-    middle = math.log((low + high) / 4)
-    draws = {id: math.exp(-middle - _standard_normal(key, id)) for id in ids}
-    least, most = min(draws.values()), max(draws.values())
-    span = (most - least) or 1.0
-    return {id: round(low + (high - low) * (x - least) / span) for id, x in draws.items()}
-
-
-def _standard_normal(key: Key, id: str) -> float:
-    return float(torch.randn((), generator=generator(_own(key, id)), dtype=torch.float64))
-
-
-def _own(key: Key, id: str) -> Key:
-    return key._replace(client=id, purpose="budget")

@@ -16,6 +16,7 @@ from statistics import NormalDist
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
+from fedsieve.algebra.budget import Link
 from fedsieve.errors import FedSieveError
 
 if TYPE_CHECKING:
@@ -23,18 +24,6 @@ if TYPE_CHECKING:
 
 DOWNLINK = 10.0  # Mbit/s: the downlink of the reference links
 _BITS = 8 / 1e6  # Mbit in a byte
-
-
-class Link(NamedTuple):
-    """A client's line to the server.
-
-    down, up: Mbit/s (10**6 bits a second), to the client and from it
-    latency:  seconds that every message takes beside its bits
-    """
-
-    down: float
-    up: float
-    latency: float = 0.0
 
 
 class Part(NamedTuple):

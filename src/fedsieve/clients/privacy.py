@@ -27,7 +27,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,10 +35,9 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Tree
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.optim import Optimizer, Slots
-from fedsieve.clients.sampling import Kind
 from fedsieve.errors import FedSieveError
+from fedsieve.settings import Kind, Source
 
-Source = Literal["seed", "system"]
 Spent = Callable[[int], float]  # rounds -> epsilon at the ledger's delta
 
 _SLOT = "privacy"

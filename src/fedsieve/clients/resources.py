@@ -39,9 +39,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from fedsieve.algebra.budget import Budget
+from fedsieve.algebra.budget import Budget, Link
 from fedsieve.algebra.payload import BLOCK, Form
-from fedsieve.clients.network import Link, client_time
+from fedsieve.clients.network import client_time
 from fedsieve.errors import FedSieveError
 
 LADDER = tuple(2 ** (-step / 4) for step in range(41))  # densities from 1 to 1/1024, each 16 % less

@@ -16,7 +16,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.method import Method
 from fedsieve.algebra.payload import Form, Payload, Values, exact
 from fedsieve.algebra.support import Support
-from fedsieve.costs import dry_run as rehearsal
+from fedsieve.costs import dry_run
 
 OWN_COORDINATES = "its clients send different coordinates"
 OWN_UPDATES = "its server looks at each client's update"
@@ -27,7 +27,7 @@ def obstacle(method: Method, layout: Layout, clients: Sequence[Client]) -> str |
 
     The clients count alike: with weights by examples each would multiply its own update first.
     """
-    for round in rehearsal.rounds(method, layout, clients):
+    for round in dry_run.rounds(method, layout, clients):
         updates = [part.update for part in round.parts]
         if not all(_same(update.support, updates[0].support) for update in updates):
             return OWN_COORDINATES

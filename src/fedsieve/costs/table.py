@@ -1,6 +1,6 @@
 """What a method costs a client each round: memory, download, upload.
 
-There is no formula a method. The method's own functions are rehearsed (rehearsal.py), with every
+There is no formula a method. The method's own functions are rehearsed (dry_run.py), with every
 message really encoded. So the figures hold for any method, one's own included, and need shapes
 alone: no weights, no data. They are those of the last round: by then masks have begun, and the base
 has changed. Sizes of masks and of entropy-coded values depend a little on the numbers; everything
@@ -17,11 +17,11 @@ from fedsieve.algebra.adapter import Layout
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method, Trained, View
-from fedsieve.costs import dry_run as rehearsal
+from fedsieve.costs import dry_run
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import locate
-from fedsieve.train.local import Training
-from fedsieve.train.model import Lora, Task, set_up, shape_of
+from fedsieve.settings import Lora, Task, Training
+from fedsieve.train.model import set_up, shape_of
 
 _META = torch.device("meta")
 LARGEST = 100_000_000  # numbers of a tree that is rehearsed
@@ -45,7 +45,7 @@ def rehearse(
     method: Method, layout: Layout, clients: Sequence[Client], training: Training
 ) -> list[Cost]:
     """The cost of each client, if all of them take part in every round."""
-    *_, last = rehearsal.rounds(method, layout, clients)
+    *_, last = dry_run.rounds(method, layout, clients)
     return [
         Cost(
             part.view.adapter.layout.rank,

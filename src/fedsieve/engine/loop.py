@@ -22,9 +22,10 @@ from fedsieve.algebra.method import Method, State
 from fedsieve.algebra.payload import Payload, exact, rounded
 from fedsieve.algebra.support import Support, everything, norm
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.clients.sampling import Sampling, cohort
+from fedsieve.clients.sampling import cohort
 from fedsieve.engine.client import Reply
 from fedsieve.errors import NoUsableUpdate, WireError
+from fedsieve.settings import Sampling
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
 

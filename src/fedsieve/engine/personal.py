@@ -12,7 +12,7 @@ import torch
 
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.method import Memory
-from fedsieve.tasks.text import Examples, take
+from fedsieve.tasks.tokens import Examples, take
 from fedsieve.train.local import Score
 
 CLIENTS = 10  # evaluated at most

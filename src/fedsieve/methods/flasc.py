@@ -11,16 +11,13 @@ of the paper and its code: densities that decay from round to round, all weights
 (`weights = "all"`), and evaluation of P itself or of P masked as a client would get it.
 """
 
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from fedsieve.algebra.method import Method, Weighting, compose, evaluated_at
 from fedsieve.algebra.optim import Optimizer
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import top_k
-
-Share = Annotated[float, Field(gt=0, le=1)]
+from fedsieve.settings import Share
 
 
 def method(

@@ -4,20 +4,20 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
 
-from fedsieve.algebra import budget as laws
 from fedsieve.algebra.adapter import Layout
-from fedsieve.algebra.budget import Budget, assign
+from fedsieve.algebra.budget import Budget, Link, refuse_rank
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
-from fedsieve.clients.network import Link
+from fedsieve.clients import laws
+from fedsieve.clients.laws import assign
 from fedsieve.clients.resources import Resources, Work, choose
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe import schema as tables
+from fedsieve.recipe import schema
 from fedsieve.recipe.schema import Recipe
 
 
-def budgets(
+def hand_out(
     recipe: Recipe,
     method: Method,
     layout: Layout,
@@ -34,24 +34,24 @@ def budgets(
     rank = recipe.lora.rank
     if isinstance(given, tuple):
         return assign(ids, [(t.share, Budget(t.ratio, t.down, t.up)) for t in given], key)
-    if isinstance(given, tables.TierBudgets):
+    if isinstance(given, schema.TierBudgets):
         by_rank = recipes.tiers_differ_in(given, method.knobs) == "rank"
         make = laws.tiers_by_rank if by_rank else laws.tiers_by_density
         return assign(ids, make(given.tiers), key)
-    if isinstance(given, tables.RatioBudgets):
+    if isinstance(given, schema.RatioBudgets):
         drawn = laws.ratios(ids, given.ratios, key)
         return {id: Budget(ratio, given.down, given.up) for id, ratio in drawn.items()}
-    if isinstance(given, tables.RankLaw):
+    if isinstance(given, schema.RankLaw):
         law = laws.normal if given.kind == "normal" else laws.heavy_tail
         ranks = law(ids, given.low, given.high, key)
         return {id: Budget(own / rank, given.down, given.up) for id, own in ranks.items()}
-    if isinstance(given, tables.ListBudgets):
-        limits = tables.limits_by_id(given)
+    if isinstance(given, schema.ListBudgets):
+        limits = schema.limits_by_id(given)
         if not isinstance(given.clients, dict) and len(limits) == len(ids):
             limits = dict(zip(ids, limits.values(), strict=True))  # in order, whatever the ids
         _refuse_other_ids("budgets.clients", limits, ids)
         for id in ids:
-            laws.refuse_rank(id, limits[id].rank or 1, rank)
+            refuse_rank(id, limits[id].rank or 1, rank)
         return {
             id: Budget(own.rank / rank if own.rank else own.ratio or 1.0, own.down, own.up)
             for id, own in limits.items()
@@ -65,10 +65,10 @@ def budgets(
     }
 
 
-def resources(recipe: Recipe, counts: Mapping[str, int]) -> dict[str, Resources] | None:
+def machines_of(recipe: Recipe, counts: Mapping[str, int]) -> dict[str, Resources] | None:
     """What each client has, by id, if the recipe says so."""
     given = recipe.budgets
-    if not isinstance(given, tables.ResourceBudgets):
+    if not isinstance(given, schema.ResourceBudgets):
         return None
     machines = given.clients
     if machines is None:

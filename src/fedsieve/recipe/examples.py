@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Recipe
-from fedsieve.tasks import text as tasks
-from fedsieve.tasks.text import Examples
+from fedsieve.tasks import tokens
+from fedsieve.tasks.causal_lm import causal_lm
+from fedsieve.tasks.classification import classification
+from fedsieve.tasks.tokens import Examples
 
 
 class Prepared(NamedTuple):
@@ -52,8 +54,8 @@ def prepare(
         held = held_back(len(rows), data.validation)[came]
         if on_validation and held.any():
             index = held.nonzero().flatten()
-            test = tasks.take(train, index[_drawn(recipe, index.numel())])
-        train, came = tasks.take(train, (~held).nonzero().flatten()), came[~held]
+            test = tokens.take(train, index[_drawn(recipe, index.numel())])
+        train, came = tokens.take(train, (~held).nonzero().flatten()), came[~held]
     return Prepared(train, came, test, classes)
 
 
@@ -68,7 +70,7 @@ def tensors(
     if recipe.model.task == "classification":
         if data.text is None or data.label is None:
             raise FedSieveError("data.text and data.label are needed for classification")
-        examples, classes = tasks.classification(
+        examples, classes = classification(
             rows,
             tokenizer,
             text=data.text,
@@ -78,7 +80,7 @@ def tensors(
             classes=data.classes,
         )
         return examples, torch.arange(len(rows)), classes
-    examples, came = tasks.causal_lm(
+    examples, came = causal_lm(
         rows,
         tokenizer,
         text=data.text,

@@ -12,28 +12,28 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedsieve.algebra import budget as laws
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.budget import check as check_budgets
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Memory, Method, View
 from fedsieve.clients.privacy import Cohorts, PrivacyPlan, settle
 from fedsieve.clients.resources import Resources
-from fedsieve.clients.sampling import Sampling
 from fedsieve.clients.sampling import check as check_sampling
 from fedsieve.data import fetch, partition, sources
 from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError
-from fedsieve.recipe import budgets as allot
-from fedsieve.recipe import schema as tables
+from fedsieve.recipe import schema
+from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import prepare
 from fedsieve.recipe.read import build_method
 from fedsieve.recipe.schema import Recipe
-from fedsieve.tasks import text as tasks
-from fedsieve.tasks.text import Examples
-from fedsieve.train.local import Fit, Score, Training, evaluate, fit, runs_in_bf16
+from fedsieve.settings import Sampling, Training
+from fedsieve.tasks import tokens
+from fedsieve.tasks.tokens import Examples
+from fedsieve.train.local import Fit, Score, evaluate, fit, runs_in_bf16
 from fedsieve.train.model import ResidentModel, load_base, load_tokenizer, pick_device, set_up
 
 
@@ -82,7 +82,7 @@ def assemble(
     resources: what clients have, by id, where it is known
     Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve.
     """
-    laws.check(budgets, resident.layout.rank)
+    check_budgets(budgets, resident.layout.rank)
     notes = list(notes)
     empty = sorted(id for id, count in counts.items() if count == 0)
     if empty:
@@ -146,7 +146,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
     device = pick_device(recipe.device)
     recipe = _settled(recipe, device)
     tokenizer = load_tokenizer(locate(recipe.model.source))
-    note = tasks.ensure_pad_token(tokenizer)
+    note = tokens.ensure_pad_token(tokenizer)
     notes = [note] if note else []
     if note:
         warnings.warn(note, stacklevel=2)
@@ -175,15 +175,15 @@ def from_recipe(recipe: Recipe) -> Experiment:
     resident = set_up_resident(recipe, tokenizer, device)
     check_length(resident, examples)
     counts = {id: index.numel() for id, index in parts.items()}
-    machines = allot.resources(recipe, counts)
+    machines = machines_of(recipe, counts)
     return assemble(
         resident,
         method,
         {id: _taker(examples, index) for id, index in parts.items()},
         counts,
-        allot.budgets(recipe, method, resident.layout, counts, machines),
+        hand_out(recipe, method, resident.layout, counts, machines),
         training=recipe.training,
-        sampling=tables.sampling(recipe),
+        sampling=schema.sampling(recipe),
         seed=recipe.seed,
         test=prepared.test,
         evaluate_every=recipe.evaluation.every,
@@ -255,7 +255,7 @@ def absolute(source: str) -> str:
 
 
 def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
-    return lambda: tasks.take(examples, index)
+    return lambda: tokens.take(examples, index)
 
 
 def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, PrivacyPlan]:

@@ -20,7 +20,7 @@ from fedsieve.algebra import optim
 from fedsieve.algebra.method import Knob, Method
 from fedsieve.algebra.optim import Optimizer
 from fedsieve.errors import FedSieveError, explain, nearest
-from fedsieve.recipe import overrides as dotted
+from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import (
     Budgets,
     ListBudgets,
@@ -243,7 +243,7 @@ def override(table: dict[str, Any], given: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    dotted.put(table, key.strip(), value, repr(given))
+    put(table, key.strip(), value, repr(given))
 
 
 def _without_none(value: Any) -> Any:

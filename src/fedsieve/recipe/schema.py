@@ -19,13 +19,8 @@ from pydantic import (
     model_validator,
 )
 
-from fedsieve.algebra.budget import PAPER_RATIOS, refuse_rank
-from fedsieve.clients.privacy import Source
-from fedsieve.clients.sampling import Kind, Sampling
-from fedsieve.train.local import Training
-from fedsieve.train.model import Lora
-
-Share = Annotated[float, Field(gt=0, le=1)]
+from fedsieve.algebra.budget import refuse_rank
+from fedsieve.settings import PAPER_RATIOS, Kind, Lora, Sampling, Share, Source, Training
 
 
 class _Table(BaseModel):

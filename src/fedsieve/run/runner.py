@@ -25,7 +25,7 @@ from fedsieve.recipe.experiment import Experiment, from_recipe, locate, set_up_r
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
-from fedsieve.tasks import text as tasks
+from fedsieve.tasks import tokens
 from fedsieve.train.model import load_tokenizer, pick_device
 
 Show = Callable[[Round, Sequence[Receipt]], None]  # called after every round
@@ -86,7 +86,7 @@ def export(folder: Path, to: Path, *, merge: bool = False) -> int:
         raise FedSieveError(f"{to} cannot be written: {error.strerror}") from error
     recipe = recipes.load(str(folder / rundir.RECIPE))
     tokenizer = load_tokenizer(locate(recipe.model.source))
-    tasks.ensure_pad_token(tokenizer)
+    tokens.ensure_pad_token(tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
     snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, resident.layout)
     adapter = recipes.build_method(recipe).export(snapshot.progress.state)

@@ -24,12 +24,12 @@ from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import examples as rows_to_examples
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe import schema as tables
+from fedsieve.recipe import schema
 from fedsieve.recipe.experiment import check_length, locate, set_up_resident
 from fedsieve.recipe.schema import Recipe
 from fedsieve.sites.site import Site
-from fedsieve.tasks import text as tasks
-from fedsieve.tasks.text import Examples
+from fedsieve.tasks import tokens
+from fedsieve.tasks.tokens import Examples
 from fedsieve.train.model import ResidentModel, load_tokenizer, pick_device
 
 LONGEST = 1 << 20  # bytes of a recipe
@@ -79,7 +79,7 @@ def prepare(
     method = recipes.build_method(recipe)
     tokenizer = _tokenizer(recipe, say)
     examples, test = _examples(recipe, rows, test_rows, tokenizer, say)
-    _refuse_too_many_steps(recipe, tasks.count(examples), most_steps)
+    _refuse_too_many_steps(recipe, tokens.count(examples), most_steps)
     resident = _resident(recipe, tokenizer, say)
     check_length(resident, examples)
     return Assignment(
@@ -122,7 +122,7 @@ def _localised(recipe: Recipe, site: Site) -> Recipe:
             "say where its model is"
         )
     given, asked = site.data.model_dump(), recipe.data
-    data = tables.Data(
+    data = schema.Data(
         **given, classes=asked.classes, max_length=asked.max_length, validation=asked.validation
     )
     model = recipe.model.model_copy(update={"source": site.model or recipe.model.source})
@@ -132,7 +132,7 @@ def _localised(recipe: Recipe, site: Site) -> Recipe:
 def _tokenizer(recipe: Recipe, say: Say) -> PreTrainedTokenizerBase:
     try:
         tokenizer = load_tokenizer(locate(recipe.model.source))
-        tasks.ensure_pad_token(tokenizer)
+        tokens.ensure_pad_token(tokenizer)
     except FedSieveError as error:
         raise _no_model(error, say) from None
     return tokenizer
@@ -167,7 +167,7 @@ def _examples(
     """
     try:
         prepared = rows_to_examples.prepare(recipe, rows, test_rows, tokenizer)
-        if tasks.count(prepared.train) == 0:
+        if tokens.count(prepared.train) == 0:
             raise FedSieveError("no row is left to train on")
     except FedSieveError as error:
         say(f"error: {error}")

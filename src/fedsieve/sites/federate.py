@@ -35,12 +35,11 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.clients.sampling import Sampling
 from fedsieve.data import sources
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe import schema as tables
+from fedsieve.recipe import schema
 from fedsieve.recipe.examples import sample, tensors
 from fedsieve.recipe.experiment import (
     Experiment,
@@ -54,12 +53,13 @@ from fedsieve.recipe.read import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
+from fedsieve.settings import Sampling
 from fedsieve.sites.assignment import base_digest
 from fedsieve.sites.resident import whole_message
 from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, number_of
 from fedsieve.sites.worker import SOCKET
-from fedsieve.tasks import text as tasks
-from fedsieve.tasks.text import Examples
+from fedsieve.tasks import tokens
+from fedsieve.tasks.tokens import Examples
 from fedsieve.train.local import Score, evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire.format import VERSION
@@ -236,7 +236,7 @@ def on_network(
         recipe, plan = with_privacy(recipe, policy.sites)
         method = build_method(recipe, partial(plan.around, key=key))
     tokenizer = load_tokenizer(locate(recipe.model.source))
-    tasks.ensure_pad_token(tokenizer)
+    tokens.ensure_pad_token(tokenizer)
     test = _test_rows(recipe, tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
     if test is not None:
@@ -362,7 +362,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> Recipe:
 
 
 def _sampling(recipe: Recipe, policy: RoundPolicy) -> Sampling:
-    drawn = tables.sampling(recipe)
+    drawn = schema.sampling(recipe)
     return dataclasses.replace(drawn, extra=policy.extra or drawn.extra)
 
 

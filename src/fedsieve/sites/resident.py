@@ -44,13 +44,13 @@ from fedsieve.data import sources
 from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError
 from fedsieve.run.checkpoint import write_whole
-from fedsieve.sites import journal as history
-from fedsieve.sites import worker
+from fedsieve.settings import Share
+from fedsieve.sites import journal, worker
 from fedsieve.sites.assignment import Assignment, checked, prepare
 from fedsieve.sites.journal import Entry
 from fedsieve.sites.site import Site, budget_of, link_of, load
 from fedsieve.sites.worker import Frame, refusal
-from fedsieve.tasks import text as tasks
+from fedsieve.tasks import tokens
 from fedsieve.train.local import Fit, evaluate, fit
 from fedsieve.train.model import pick_device
 from fedsieve.wire import decode, encode
@@ -61,7 +61,6 @@ RECIPE = "recipe.toml"
 _SAID = 500  # characters of an error
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass
@@ -276,7 +275,7 @@ def _checked(kind: type[T], request: Frame) -> T:
 def _facts(resident: Resident) -> dict[str, Any]:
     """What the server may know of the site."""
     site, assignment, link = resident.site, resident.assignment, link_of(resident.site)
-    own = None if assignment is None else tasks.count(assignment.examples)
+    own = None if assignment is None else tokens.count(assignment.examples)
     packages = ("fedsieve", "torch", "transformers", "peft")
     versions: dict[str, Any] = {name: metadata.version(name) for name in packages}
     return {
@@ -317,17 +316,17 @@ def _train(resident: Resident, request: Frame) -> Frame:
     budget = _budget(site, asked.budget)
     folder = _folder(resident, assignment.run) / "rounds"
     digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
-    done = history.find(folder, number)
+    done = journal.find(folder, number)
     if done is None or done.asked != digest:
         client = Client(
-            site.name, tasks.count(assignment.examples), budget, link_of(site), site.step_seconds
+            site.name, tokens.count(assignment.examples), budget, link_of(site), site.step_seconds
         )
         key = Key(recipe.seed, number, site.name)
         since = number if asked.after is None else min(number, asked.after + 1)
-        done = _round(assignment, client, history.memories(folder, since), key, request.body)
+        done = _round(assignment, client, journal.memories(folder, since), key, request.body)
         done = done._replace(asked=digest)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
-        history.write(folder, done, keep=2 * recipe.checkpoint.every)
+        journal.write(folder, done, keep=2 * recipe.checkpoint.every)
     return Frame(done.facts, done.answer)
 
 
@@ -433,7 +432,7 @@ def _own(resident: Resident, assignment: Assignment, adapter: Adapter, number: i
     """The site's own model where a method leaves a part of it here; else the server's."""
     if assignment.method.personal is None:
         return adapter
-    kept = history.memories(_folder(resident, assignment.run) / "rounds", number + 1)
+    kept = journal.memories(_folder(resident, assignment.run) / "rounds", number + 1)
     _, memory = next(kept, (0, {}))
     return assignment.method.personal(adapter, memory)
 

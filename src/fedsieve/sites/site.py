@@ -22,12 +22,10 @@ from pydantic import (
     model_validator,
 )
 
-from fedsieve.algebra.budget import Budget
-from fedsieve.clients import network
+from fedsieve.algebra import budget
 from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError, explain
-
-Share = Annotated[float, Field(gt=0, le=1)]
+from fedsieve.settings import Share
 
 
 class _Table(BaseModel):
@@ -61,7 +59,7 @@ class Rows(_Table):
 
 
 class Link(_Table):
-    """The site's line to the server: Mbit/s down and up, seconds (network.Link)."""
+    """The site's line to the server: Mbit/s down and up, seconds (budget.Link)."""
 
     down: PositiveFloat
     up: PositiveFloat
@@ -118,15 +116,15 @@ def load(path: Path) -> Site:
     return _settled(site, path.absolute().parent)
 
 
-def budget_of(site: Site) -> Budget:
+def budget_of(site: Site) -> budget.Budget:
     """The most that the site can afford."""
-    return Budget(site.budget.ratio, site.budget.down, site.budget.up)
+    return budget.Budget(site.budget.ratio, site.budget.down, site.budget.up)
 
 
-def link_of(site: Site) -> network.Link | None:
+def link_of(site: Site) -> budget.Link | None:
     """The site's line, if its file says so."""
     line = site.link
-    return None if line is None else network.Link(line.down, line.up, line.latency)
+    return None if line is None else budget.Link(line.down, line.up, line.latency)
 
 
 def _settled(site: Site, home: Path) -> Site:

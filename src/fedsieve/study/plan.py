@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 
 from fedsieve import methods as known_methods
 from fedsieve.algebra import optim
-from fedsieve.algebra.budget import tiers_by_density, tiers_by_rank
+from fedsieve.clients.laws import tiers_by_density, tiers_by_rank
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat, put

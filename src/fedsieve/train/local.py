@@ -8,39 +8,17 @@ client trains the same in whatever order clients run.
 import math
 import time
 from contextlib import nullcontext
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.keys import Key, generator, word
 from fedsieve.algebra.method import View
-from fedsieve.tasks.text import Examples, take
+from fedsieve.settings import Precision, Training
+from fedsieve.tasks.tokens import Examples, take
 from fedsieve.train.model import ResidentModel
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Training:
-    """A client's local training.
-
-    epochs: passes over the client's examples; not used when `steps` is given
-    steps:  H, a fixed number of optimizer steps (the examples are gone through again as needed)
-    clip:   largest norm of the gradient over all trained tensors; None clips nothing
-    precision: "bf16" runs the model under autocast; "auto" does so where the device is fast at it
-    """
-
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: PositiveFloat = 5e-2
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegativeFloat = 0.0
-    epochs: PositiveInt = 1
-    steps: PositiveInt | None = None
-    batch: PositiveInt = 16
-    clip: PositiveFloat | None = None
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
 
 
 class Fit(NamedTuple):
@@ -126,7 +104,7 @@ def evaluate(
     examples: Examples,
     *,
     batch: int = 64,
-    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    precision: Precision = "auto",
 ) -> Score:
     """Loss and accuracy of an adapter, dropout off."""
     resident.put(adapter)
@@ -148,7 +126,7 @@ def evaluate(
     return Score(loss / count, right / count, count)
 
 
-def runs_in_bf16(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> bool:
+def runs_in_bf16(device: torch.device, precision: Precision) -> bool:
     """Whether autocast to bfloat16 is used on this device."""
     if precision != "auto":
         return precision == "bf16"
@@ -159,7 +137,7 @@ def runs_in_bf16(device: torch.device, precision: Literal["auto", "bf16", "fp32"
     return device.type == "cpu" and any(bool(check()) for check in checks)
 
 
-def _precision(device: torch.device, precision: Literal["auto", "bf16", "fp32"]) -> Any:
+def _precision(device: torch.device, precision: Precision) -> Any:
     if runs_in_bf16(device, precision):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()

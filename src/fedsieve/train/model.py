@@ -9,13 +9,11 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import pydantic
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -31,28 +29,10 @@ from fedsieve.algebra.adapter import Adapter, Layout, Tree, layout_of
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.errors import FedSieveError, nearest
+from fedsieve.settings import Lora, Task
 from fedsieve.train.dropout import speed_up
 
-Task = Literal["classification", "causal-lm"]
 _NAME = "default"  # PEFT's name of the adapter inside the model
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
-class Lora:
-    """What to train: PEFT's LoRA settings, by PEFT's names where it has them.
-
-    targets: names of modules (their last parts), "all-linear", or None for PEFT's choice for the
-             model's family
-    whole:   modules trained whole beside the pairs (PEFT's modules_to_save); a classifier's head is
-             always among them
-    """
-
-    rank: PositiveInt = 16
-    alpha: PositiveFloat = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    targets: tuple[str, ...] | Literal["all-linear"] | None = None
-    whole: tuple[str, ...] = ()
-    rslora: bool = False
 
 
 @dataclass(frozen=True)

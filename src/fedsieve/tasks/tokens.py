@@ -6,15 +6,13 @@ nothing in the training loop touches text. Padding is always on the right, whate
 would do, because only then can a batch be trimmed to its longest row by dropping columns.
 """
 
-import warnings
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
-from numpy.typing import NDArray
+from datasets import Dataset
 from torch import Tensor
 
 from fedsieve.data.sources import column
@@ -27,7 +25,7 @@ IGNORED = -100  # the label that torch's cross entropy, and so every transformer
 
 # A tokenizer reads a text to its end before it truncates, and a mail may be a thousand times longer
 # than what is kept. Tokens of prose hold 4 to 5 characters; 10 leave a margin (shortening makes 20
-# Newsgroups at 64 tokens three times as fast), and where even that is too little (see _tokenise)
+# Newsgroups at 64 tokens three times as fast), and where even that is too little (see tokenise)
 # the whole text is read after all.
 CHARACTERS_PER_TOKEN = 10
 
@@ -72,118 +70,6 @@ def take(examples: Examples, index: Tensor) -> Examples:
     )
 
 
-def classification(
-    dataset: Dataset,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    text: str,
-    label: str,
-    text_b: str | None = None,
-    max_length: int,
-    classes: Sequence[str] | None = None,
-) -> tuple[Examples, tuple[str, ...]]:
-    """Texts, or pairs of texts, and the class of each; returned with the names of the classes.
-
-    text, text_b, label: column names. Labels may be strings, integers, booleans or a ClassLabel.
-    classes: the names in the order of the model's outputs (pass on what the training data gave);
-        by default a ClassLabel's own names, else the labels that occur, sorted as what they are
-        (2 before 10).
-
-    Raises FedSieveError: no rows, a missing column, an empty label, a text that is not a string,
-    a label outside of the classes (naming label and row), fewer than two classes.
-    """
-    _check_rows(dataset)
-    found, order = _labels(dataset, label)
-    names = tuple(order if classes is None else classes)
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise FedSieveError(
-            f"column {label!r}: at least two different classes are needed, not {list(names)}"
-        )
-    numbers = {name: number for number, name in enumerate(names)}
-    for row, name in enumerate(found):
-        if name not in numbers:
-            raise FedSieveError(
-                f"label {name!r} in row {row} of column {label!r} is none of the "
-                f"{len(names)} classes: {_listing(names)}"
-            )
-    rows = _tokenise(
-        tokenizer,
-        _texts(dataset, text),
-        None if text_b is None else _texts(dataset, text_b),
-        max_length,
-    )
-    labels = torch.tensor([numbers[name] for name in found], dtype=torch.int64)
-    pad = _pad_id(tokenizer)
-    # A text without any token (an empty one, where no special token is added) would leave nothing
-    # to attend to, and a softmax over nothing is NaN: it gets one padding token, attended.
-    ids, mask = _rectangle([row or [pad] for row in rows.ids], pad)
-    types = None if rows.types is None else _rectangle([row or [0] for row in rows.types], 0)[0]
-    return Examples(ids, mask, labels, types), names
-
-
-def causal_lm(
-    dataset: Dataset,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    text: str | None = None,
-    prompt: str | None = None,
-    completion: str | None = None,
-    max_length: int,
-) -> tuple[Examples, NDArray[np.int64]]:
-    """Texts to continue, with the loss on every token of `text`, or on those of `completion` only.
-
-    Give the column `text`, or the columns `prompt` and `completion`, which are joined as they are
-    (put the space or newline between them into the data). A token that holds characters of both
-    counts as completion. The end-of-sequence token is appended, and learned, when it still fits in
-    max_length.
-
-    Returns the examples and the row of `dataset` that each came from, (n,) int64 ascending: rows
-    with nothing to learn (an empty text, a prompt that fills max_length) are dropped, with a
-    warning that counts them.
-
-    Raises FedSieveError: no rows, a missing column, a text that is not a string, nothing to learn
-    in any row.
-    """
-    _check_rows(dataset)
-    if text is not None and prompt is None and completion is None:
-        texts, starts = _texts(dataset, text), [0] * dataset.num_rows
-    elif text is None and prompt is not None and completion is not None:
-        prompts = _texts(dataset, prompt)
-        texts = [a + b for a, b in zip(prompts, _texts(dataset, completion), strict=True)]
-        starts = [len(one) for one in prompts]
-    else:
-        raise FedSieveError("a causal language model needs either text, or prompt and completion")
-    rows = _tokenise(tokenizer, texts, None, max_length, offsets=True)
-    eos = tokenizer.eos_token_id
-    ids, labels, kept = [], [], []
-    for number, (tokens, ends, start) in enumerate(zip(rows.ids, rows.ends, starts, strict=True)):
-        # Special tokens have the empty span (0, 0): part of the prompt when there is one.
-        targets = [
-            token if start == 0 or end > start else IGNORED
-            for token, end in zip(tokens, ends, strict=True)
-        ]
-        if eos is not None and len(tokens) < max_length and tokens[-1:] != [eos]:
-            tokens, targets = [*tokens, eos], [*targets, eos]
-        # The model predicts from the second token on: the first target is never used.
-        if any(target != IGNORED for target in targets[1:]):
-            ids.append(tokens)
-            labels.append(targets)
-            kept.append(number)
-    if not kept:
-        raise FedSieveError(
-            f"none of the {dataset.num_rows} rows has a token to learn within the first "
-            f"{max_length}: raise max_length, or check the columns"
-        )
-    if len(kept) < dataset.num_rows:
-        warnings.warn(
-            f"{dataset.num_rows - len(kept)} of {dataset.num_rows} rows dropped: no token to learn "
-            f"within the first {max_length}",
-            stacklevel=2,
-        )
-    input_ids, mask = _rectangle(ids, _pad_id(tokenizer))
-    return Examples(input_ids, mask, _rectangle(labels, IGNORED)[0]), np.array(kept, dtype=np.int64)
-
-
 def ensure_pad_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """Give the tokenizer a padding token if it has none: its end-of-sequence, or unknown, token.
 
@@ -206,19 +92,19 @@ def ensure_pad_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
     )
 
 
-class _Tokens(NamedTuple):
+class Tokens(NamedTuple):
     ids: list[list[int]]
     types: list[list[int]] | None  # which text of the pair
     ends: list[list[int]]  # where each token ends in its text, in characters; [] unless asked for
 
 
-def _tokenise(
+def tokenise(
     tokenizer: "PreTrainedTokenizerBase",
     texts: list[str],
     second: list[str] | None,
     max_length: int,
     offsets: bool = False,
-) -> _Tokens:
+) -> Tokens:
     """Token numbers of each text (or pair), at most max_length of them, without padding."""
     if max_length <= tokenizer.num_special_tokens_to_add(pair=second is not None):
         raise FedSieveError(f"max_length is {max_length}: no room for a token of the text")
@@ -227,7 +113,7 @@ def _tokenise(
     if tokenizer.truncation_side == "left":
         limit = max([limit, *map(len, texts), *map(len, second or ())])
 
-    def call(first: list[str], other: list[str] | None) -> _Tokens:
+    def call(first: list[str], other: list[str] | None) -> Tokens:
         made = tokenizer(
             first,
             other,
@@ -238,7 +124,7 @@ def _tokenise(
             return_offsets_mapping=offsets,
         )
         spans = made["offset_mapping"] if offsets else []
-        return _Tokens(
+        return Tokens(
             made["input_ids"],
             made["token_type_ids"] if other is not None else None,
             [[end for _, end in row] for row in spans],
@@ -260,7 +146,7 @@ def _tokenise(
     return rows
 
 
-def _rectangle(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+def rectangle(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
     """Rows of unequal length as (n, longest) int64, filled on the right; and where they were."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     inside = np.arange(lengths.max()) < lengths[:, None]
@@ -269,24 +155,7 @@ def _rectangle(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor
     return torch.from_numpy(values), torch.from_numpy(inside.astype(np.int64))
 
 
-def _labels(dataset: Dataset, name: str) -> tuple[list[str], list[str]]:
-    """Every row's label as a string, and the classes in their own order."""
-    values = column(dataset, name)
-    if None in values:
-        raise FedSieveError(f"row {values.index(None)} of column {name!r} has no label")
-    feature = dataset.features[name]
-    if isinstance(feature, ClassLabel):
-        known = dict(enumerate(feature.names))  # hub test sets hold -1 for "not given"
-        return [known.get(value, str(value)) for value in values], list(feature.names)
-    if not isinstance(values[0], str | int):
-        raise FedSieveError(
-            f"column {name!r} holds {type(values[0]).__name__} values: "
-            "a class is a string or an integer"
-        )
-    return [str(value) for value in values], [str(value) for value in sorted(set(values))]
-
-
-def _texts(dataset: Dataset, name: str) -> list[str]:
+def text_column(dataset: Dataset, name: str) -> list[str]:
     values: list[Any] = column(dataset, name)
     for row, value in enumerate(values):
         if not isinstance(value, str):
@@ -295,17 +164,12 @@ def _texts(dataset: Dataset, name: str) -> list[str]:
     return values
 
 
-def _check_rows(dataset: Dataset) -> None:
+def check_rows(dataset: Dataset) -> None:
     if dataset.num_rows == 0:
         raise FedSieveError("the data set has no rows")
 
 
-def _pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     if tokenizer.pad_token_id is None:
         raise FedSieveError("the tokenizer has no padding token: call ensure_pad_token first")
     return int(tokenizer.pad_token_id)
-
-
-def _listing(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:20])
-    return shown if len(names) <= 20 else f"{shown}, ..."

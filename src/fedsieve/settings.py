@@ -1,0 +1,121 @@
+"""The settings that a recipe names and that everything below it takes: plain records, checked.
+
+Nothing here needs torch, so that a recipe can be read, and a mistake in it told, at once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pydantic
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+from fedsieve.errors import FedSieveError
+
+Share = Annotated[float, Field(gt=0, le=1)]  # of a whole, and some of it
+Task = Literal["classification", "causal-lm"]
+Precision = Literal["auto", "bf16", "fp32"]
+Kind = Literal["uniform", "poisson", "all"]  # of sampling
+Source = Literal["seed", "system"]  # of noise
+PAPER_RATIOS = (0.125, 0.25, 0.5, 0.75)  # FSLoRA's experiments
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Lora:
+    """What to train: PEFT's LoRA settings, by PEFT's names where it has them.
+
+    targets: names of modules (their last parts), "all-linear", or None for PEFT's choice for the
+             model's family
+    whole:   modules trained whole beside the pairs (PEFT's modules_to_save); a classifier's head is
+             always among them
+    """
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    targets: tuple[str, ...] | Literal["all-linear"] | None = None
+    whole: tuple[str, ...] = ()
+    rslora: bool = False
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Training:
+    """A client's local training.
+
+    epochs: passes over the client's examples; not used when `steps` is given
+    steps:  H, a fixed number of optimizer steps (the examples are gone through again as needed)
+    clip:   largest norm of the gradient over all trained tensors; None clips nothing
+    precision: "bf16" runs the model under autocast; "auto" does so where the device is fast at it
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 5e-2
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 0.0
+    epochs: PositiveInt = 1
+    steps: PositiveInt | None = None
+    batch: PositiveInt = 16
+    clip: PositiveFloat | None = None
+    precision: Precision = "auto"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a round's clients are drawn.
+
+    kind: "uniform" takes `size` clients without replacement; "poisson" takes each of N clients by
+        itself with probability min(1, size / N), so that a round may have more, fewer, or none;
+        "all" takes every client, whatever `size` says
+    size: clients a round, for "poisson" the expected number
+    availability: the probability with which a client can be drawn at all in a round: one number, or
+        one by id (clients that are not named are always there). Only those who are there are drawn
+    extra:  so many clients more are asked, and only the `size` fastest updates are merged
+    quorum: the fewest updates that a round needs; 0 leaves it to the method
+
+    Raises FedSieveError for values that make no sense.
+    """
+
+    kind: Kind = "uniform"
+    size: int = 1
+    availability: float | Mapping[str, float] = 1.0
+    extra: int = 0
+    quorum: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 1), ("extra", 0), ("quorum", 0)):
+            if getattr(self, name) < least:
+                raise FedSieveError(
+                    f"sampling.{name} is {getattr(self, name)}; it must be at least {least}"
+                )
+        if self.extra and self.kind != "uniform":
+            raise FedSieveError(
+                "sampling.extra asks for more clients than the cohort's size, and sampling of "
+                f"kind {self.kind!r} has no fixed size: use 'uniform', or leave extra out"
+            )
+        if self.kind == "uniform" and self.quorum > self.size:
+            raise FedSieveError(
+                f"sampling.quorum is {self.quorum}, but a round merges at most {self.size} "
+                "updates: lower it or raise the cohort"
+            )
+        for share in _shares(self.availability):
+            if not 0 < share <= 1:
+                raise FedSieveError(
+                    f"sampling.availability is {share}; it must be above 0 and at most 1"
+                )
+
+    @property
+    def plain(self) -> bool:
+        """Whether clients are drawn and kept by kind and size alone.
+
+        An accountant of privacy can only count on it then: availability and over-selection change
+        who is merged.
+        """
+        return self.extra == 0 and all(share == 1 for share in _shares(self.availability))
+
+    def probability(self, clients: int) -> float:
+        """The probability with which one of so many clients is in a round, if `plain`."""
+        return 1.0 if self.kind == "all" else min(1.0, self.size / clients)
+
+
+def _shares(availability: float | Mapping[str, float]) -> list[float]:
+    return list(availability.values()) if isinstance(availability, Mapping) else [availability]
