@@ -31,6 +31,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.data import sources
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import locate, set_up_resident
+from fedsieve.recipe.method import build_method
 from fedsieve.sites.worker import SOCKET, Frame, ask
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire import encode
@@ -82,7 +83,7 @@ def messages(text: str, rounds: int) -> list[bytes]:
     recipe = recipes.check(tomllib.loads(text))
     tokenizer = load_tokenizer(locate(recipe.model.source))
     resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
-    method = recipes.build_method(recipe)
+    method = build_method(recipe)
     state = method.init(resident.adapter())
     client = Client(NAME, 1, AFFORDS)
     keys = [Key(recipe.seed, number, NAME) for number in range(1, rounds + 1)]

@@ -10,6 +10,7 @@ import tomli_w
 
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe.method import build_method
 from tests.conftest import Tiny
 
 
@@ -155,10 +156,10 @@ def test_all_mistakes_are_told_at_once(tiny: Tiny) -> None:
 
 def test_options_of_methods_and_servers_reach_them(tiny: Tiny) -> None:
     table = tiny.table(method={"name": "flasc", "feedback": True}, budgets=[{"up": 0.5}])
-    assert recipes.build_method(recipes.check(table)).knobs == {"down", "up"}
+    assert build_method(recipes.check(table)).knobs == {"down", "up"}
     # A method of one's own, by the dotted name of its module.
     table = tiny.table(method={"name": "fedsieve.methods.fslora"}, budgets=[{"ratio": 0.5}])
-    assert recipes.build_method(recipes.check(table)).knobs == {"ratio"}
+    assert build_method(recipes.check(table)).knobs == {"ratio"}
 
 
 @pytest.mark.parametrize(

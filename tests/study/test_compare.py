@@ -18,6 +18,8 @@ from fedsieve import methods
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import overrides, schema
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe.method import knobs as knobs_of
+from fedsieve.recipe.method import limits_said
 from fedsieve.run import rundir
 from fedsieve.run.runner import Stopped
 from fedsieve.study import plan as study
@@ -405,8 +407,8 @@ def test_any_budgets_serve_any_method(tiny: Tiny, budgets: Any, method: str) -> 
     """What a method uses is as it was, what it does not is 1: then the recipe is accepted."""
     table = tiny.table(budgets=budgets, method={"name": method})
     parsed = recipes.parse(table)
-    knobs = recipes.knobs(parsed)
-    limited = recipes.limited(parsed.budgets, knobs)
+    knobs = knobs_of(parsed)
+    limited = limits_said(parsed.budgets, knobs)
     unused = [knob for knob in limited if knob not in knobs]
     if not unused:
         recipes.check(table)
@@ -414,7 +416,7 @@ def test_any_budgets_serve_any_method(tiny: Tiny, budgets: Any, method: str) -> 
     with pytest.raises(FedSieveError, match="makes no use of it"):
         recipes.check(table)
     fitted = recipes.check({**table, "budgets": study.without(budgets, unused)})
-    left = recipes.limited(fitted.budgets, knobs)
+    left = limits_said(fitted.budgets, knobs)
     assert sorted(left) == sorted(set(limited) - set(unused))
     for knob in left:
         assert values(fitted.budgets, knob) == values(parsed.budgets, knob)

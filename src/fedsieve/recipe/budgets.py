@@ -12,8 +12,8 @@ from fedsieve.clients import laws
 from fedsieve.clients.laws import assign
 from fedsieve.clients.resources import Resources, Work, choose
 from fedsieve.errors import FedSieveError, nearest
-from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
+from fedsieve.recipe.method import tiers_differ_in
 from fedsieve.recipe.schema import Recipe
 
 
@@ -35,7 +35,7 @@ def hand_out(
     if isinstance(given, tuple):
         return assign(ids, [(t.share, Budget(t.ratio, t.down, t.up)) for t in given], key)
     if isinstance(given, schema.TierBudgets):
-        by_rank = recipes.tiers_differ_in(given, method.knobs) == "rank"
+        by_rank = tiers_differ_in(given, method.knobs) == "rank"
         make = laws.tiers_by_rank if by_rank else laws.tiers_by_density
         return assign(ids, make(given.tiers), key)
     if isinstance(given, schema.RatioBudgets):

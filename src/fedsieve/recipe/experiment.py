@@ -28,7 +28,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import prepare
-from fedsieve.recipe.read import build_method
+from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import tokens

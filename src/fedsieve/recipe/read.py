@@ -1,38 +1,22 @@
 """Recipes: a TOML file that names a whole experiment.
 
-Reading, changing and checking one, and the method that it describes; tables.py has its keys. An
-unknown key is refused and the nearest known one is named, because a misspelt setting that is
-silently ignored costs a day of training.
+Reading, changing and checking one; schema.py has its keys, method.py builds its method. An unknown
+key is refused and the nearest known one is named, because a misspelt setting that is silently
+ignored costs a day of training. Nothing here needs torch until a recipe has been found in order.
 """
 
-import inspect
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from fedsieve import methods
-from fedsieve.algebra import optim
-from fedsieve.algebra.method import Knob, Method
-from fedsieve.algebra.optim import Optimizer
 from fedsieve.errors import FedSieveError, explain, nearest
 from fedsieve.recipe.overrides import put
-from fedsieve.recipe.schema import (
-    Budgets,
-    ListBudgets,
-    Privacy,
-    Recipe,
-    ResourceBudgets,
-    TierBudgets,
-    keys_of,
-    limits_by_id,
-    path_of,
-    sampling,
-)
+from fedsieve.recipe.schema import Recipe, keys_of, path_of
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -71,6 +55,8 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def check(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """The recipe that a table of plain values describes; raises FedSieveError, naming the key."""
+    from fedsieve.recipe.method import build_method  # needs torch
+
     recipe = parse(table, source)
     build_method(recipe)  # its options are checked now, not after the data are loaded
     return recipe
@@ -101,137 +87,6 @@ def shipped() -> dict[str, str]:
         for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
         if entry.name.endswith(".toml")
     }
-
-
-def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None = None) -> Method:
-    """The method that the recipe's [method], [server] and [[budgets]] tables describe.
-
-    around: what the server optimizer is put into (`privacy.PrivacyPlan.around`, once it is known)
-    Raises FedSieveError for an option that the method lacks, a value that it does not take, or
-    budgets that it would ignore.
-    """
-    server_options = dict(recipe.server.model_extra or {})
-    make_server = getattr(optim, recipe.server.optimizer)
-    server = make_server(**_options(make_server, server_options, "server"))
-    if recipe.server.decay < 1:
-        server = optim.fading(server, recipe.server.decay)
-    if recipe.server.clip is not None:
-        server = optim.bounded(server, recipe.server.clip)
-    if around is not None:
-        server = around(server)
-    build = methods.load(recipe.method.name)
-    options = dict(recipe.method.model_extra or {})
-    method: Method = build(server=server, **_options(build, options, "method"))
-    for knob in limited(recipe.budgets, method.knobs):
-        if knob not in method.knobs:
-            raise FedSieveError(
-                f"budgets.{knob}: the method {recipe.method.name!r} makes no use of it (clients "
-                f"would get {knob} 1 whatever the recipe says): remove it or choose another method"
-            )
-    if recipe.server.clip is not None:
-        if recipe.privacy is not None:
-            raise FedSieveError("server.clip: [privacy] has its own clip: leave one of them out")
-        _refuse_what_a_clip_cannot_bound(recipe, method, "server.clip")
-    if recipe.privacy is not None:
-        _refuse_what_privacy_cannot_cover(recipe, recipe.privacy, method)
-    return method
-
-
-def knobs(recipe: Recipe) -> frozenset[Knob]:
-    """The budgets that the recipe's method uses, whatever budgets the recipe gives.
-
-    Raises FedSieveError for an option that the method lacks or a value that it does not take.
-    """
-    build = methods.load(recipe.method.name)
-    method: Method = build(**_options(build, recipe.method.model_extra or {}, "method"))
-    return method.knobs
-
-
-def _refuse_what_a_clip_cannot_bound(recipe: Recipe, method: Method, table: str) -> None:
-    """Raises FedSieveError where one client's clipped update can move the server at will."""
-    if (recipe.method.model_extra or {}).get("weighting", "uniform") == "examples":
-        raise FedSieveError(
-            f"method.weighting: with {table} it must be 'uniform': a client's number of examples "
-            "is its own secret, and would weigh its update beyond the clip"
-        )
-    if not method.linear:
-        raise FedSieveError(
-            f"{table}: the server of the method {recipe.method.name!r} does not move by a mean of "
-            "the clients' changes, so clipping these bounds nothing: choose a method that does "
-            f"(fedit, fslora, flasc, ...), or remove {table}"
-        )
-
-
-def _refuse_what_privacy_cannot_cover(recipe: Recipe, privacy: Privacy, method: Method) -> None:
-    """Raises FedSieveError where the guarantee of [privacy] would not hold; see docs/privacy.md."""
-    options = recipe.method.model_extra or {}
-    _refuse_what_a_clip_cannot_bound(recipe, method, "[privacy]")
-    drawn = sampling(recipe)
-    if not drawn.plain or drawn.quorum:
-        key = "quorum" if drawn.plain else "extra" if drawn.extra else "availability"
-        raise FedSieveError(
-            f"sampling.{key}: the accountant of [privacy] does not cover it: it counts on clients "
-            "that are drawn by kind and size alone, and on rounds that end with whoever answers"
-        )
-    keeps = method.personal is not None or options.get("feedback", False)
-    if keeps and drawn.kind == "uniform":
-        raise FedSieveError(
-            "sampling.kind: with [privacy], clients that keep something between their rounds (as "
-            f"{recipe.method.name!r} lets them) need 'poisson' or 'all': for 'uniform' no bound is "
-            "known to hold then"
-        )
-    if privacy.noise_from == "system" and recipe.checkpoint.every != 1:
-        raise FedSieveError(
-            "checkpoint.every: privacy.noise_from = 'system' needs 1: a round that was given out "
-            "and is done again with new noise would be spent twice"
-        )
-
-
-def limited(budgets: Budgets, knobs: frozenset[Knob]) -> list[Knob]:
-    """What some client's budget says that is not 1, for a method that uses `knobs`."""
-    if isinstance(budgets, ResourceBudgets):
-        return []  # only what the method uses is chosen
-    if isinstance(budgets, TierBudgets):
-        if budgets.tiers == 1:
-            return []
-        return ["ratio"] if tiers_differ_in(budgets, knobs) == "rank" else ["down", "up"]
-    said: list[Knob] = []
-    given: Sequence[Any] = budgets if isinstance(budgets, tuple) else [budgets]
-    if isinstance(budgets, ListBudgets):
-        given = list(limits_by_id(budgets).values())
-        if any(each.rank is not None or each.ratio not in (None, 1) for each in given):
-            said.append("ratio")
-    elif not isinstance(budgets, tuple) or any(tier.ratio != 1 for tier in budgets):
-        said.append("ratio")
-    if any(each.down != 1 for each in given):
-        said.append("down")
-    if any(each.up != 1 for each in given):
-        said.append("up")
-    return said
-
-
-def tiers_differ_in(budgets: TierBudgets, knobs: frozenset[Knob]) -> Literal["rank", "density"]:
-    """What FLASC's tiers differ in, for a method that uses `knobs`."""
-    return budgets.by or ("rank" if "ratio" in knobs else "density")
-
-
-def options_of(build: Any) -> list[str]:
-    """The names of the options that a method's `method`, or an optimizer's function, takes."""
-    return [name for name in inspect.signature(build).parameters if name != "server"]
-
-
-def _options(build: Any, given: Mapping[str, Any], table: str) -> dict[str, Any]:
-    hints = get_type_hints(build)
-    known = options_of(build)
-    checked = {}
-    for name, value in given.items():
-        if name not in known:
-            raise FedSieveError(f"{table}.{name}: unknown key{nearest(name, known)}")
-        try:
-            checked[name] = TypeAdapter(hints[name]).validate_python(value)
-        except ValidationError as error:
-            raise FedSieveError(f"{table}.{name}: {error.errors()[0]['msg']}") from error
-    return checked
 
 
 def override(table: dict[str, Any], given: str) -> None:

@@ -22,6 +22,7 @@ from fedsieve.engine.loop import Progress, Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import Experiment, from_recipe, locate, set_up_resident
+from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
@@ -89,7 +90,7 @@ def export(folder: Path, to: Path, *, merge: bool = False) -> int:
     tokens.ensure_pad_token(tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
     snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, resident.layout)
-    adapter = recipes.build_method(recipe).export(snapshot.progress.state)
+    adapter = build_method(recipe).export(snapshot.progress.state)
     if merge:
         resident.merge(adapter, to)
     else:

@@ -26,6 +26,7 @@ from fedsieve.recipe import examples as rows_to_examples
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.recipe.experiment import check_length, locate, set_up_resident
+from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.sites.site import Site
 from fedsieve.tasks import tokens
@@ -76,7 +77,7 @@ def prepare(
     run: digest of the recipe's text. Raises FedSieveError where model or rows do not fit; its words
     may be told to the server.
     """
-    method = recipes.build_method(recipe)
+    method = build_method(recipe)
     tokenizer = _tokenizer(recipe, say)
     examples, test = _examples(recipe, rows, test_rows, tokenizer, say)
     _refuse_too_many_steps(recipe, tokens.count(examples), most_steps)

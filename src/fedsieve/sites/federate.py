@@ -49,7 +49,7 @@ from fedsieve.recipe.experiment import (
     set_up_resident,
     with_privacy,
 )
-from fedsieve.recipe.read import build_method
+from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of

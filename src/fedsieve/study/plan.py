@@ -23,6 +23,8 @@ from fedsieve.algebra import optim
 from fedsieve.clients.laws import tiers_by_density, tiers_by_rank
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe.method import knobs as knobs_of
+from fedsieve.recipe.method import limits_said, options_of
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.recipe.schema import Recipe
 from fedsieve.study.jobs import Job, refuse_changed
@@ -249,8 +251,8 @@ def _work_out(study: Study, given: EntryTable, base: Mapping[str, Any], source: 
     table["name"] = given.name
     notes = _drop_foreign(table, own, where)
     parsed = recipes.parse(table, where)
-    knobs = recipes.knobs(parsed)
-    limited = recipes.limited(parsed.budgets, knobs)
+    knobs = knobs_of(parsed)
+    limited = limits_said(parsed.budgets, knobs)
     unused = [knob for knob in limited if knob not in knobs]
     if unused:
         table["budgets"] = without(table["budgets"], unused)
@@ -279,8 +281,8 @@ def _drop_foreign(table: dict[str, Any], own: Settings, where: str) -> list[str]
     make = getattr(optim, str(server.get("optimizer", "sgd")), None)
     notes = []
     for name, options, known in (
-        ("method", method, {"name", *recipes.options_of(build)}),
-        ("server", server, {"optimizer", "decay", *(recipes.options_of(make) if make else ())}),
+        ("method", method, {"name", *options_of(build)}),
+        ("server", server, {"optimizer", "decay", *(options_of(make) if make else ())}),
     ):
         foreign = [k for k in options if k not in known and f"{name}.{k}" not in own]
         for key in foreign:

@@ -25,6 +25,7 @@ import tomli_w
 from fedsieve import report
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.report import words
 from fedsieve.run import rundir
 from fedsieve.run.checkpoint import write_whole
@@ -114,7 +115,7 @@ def prepare(
         )
     table.setdefault("data", {}).setdefault("validation", VALIDATION)
     parsed = recipes.check(table, source)
-    if not {"down", "up"} <= recipes.knobs(parsed):
+    if not {"down", "up"} <= knobs_of(parsed):
         raise FedSieveError(
             f"{source}: the method {parsed.method.name!r} has no densities to search: choose one "
             "that sieves both ways (flasc, fslora_flasc)"
