@@ -14,7 +14,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.data.sources import column
 from fedsieve.engine import loop
-from fedsieve.engine.loop import Receipt, Round
+from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import Experiment, assemble, check_length, locate
 from fedsieve.settings import Lora, Sampling, Task, Training
@@ -36,6 +36,7 @@ class Run:
     def __init__(self, experiment: Experiment, rounds: int) -> None:
         self._experiment = experiment
         self._last = rounds
+        self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
         first, self._progress = loop.begin(experiment.federation, experiment.start)
         self.metrics: list[Round] = [first]
         self.receipts: list[Receipt] = []
@@ -43,20 +44,23 @@ class Run:
     def __iter__(self) -> Iterator[Round]:
         """Train the rounds that are left, giving each one's metrics as it ends."""
         federation, memories = self._experiment.federation, self._experiment.memories
-        while self._progress.round < self._last:
-            before = dict(memories)
-            try:
-                summary, receipts, progress = next(
-                    loop.rounds(federation, self._progress, self._last)
-                )
-            except BaseException:
-                # The round did not happen: it can be tried again by iterating again.
-                memories.clear()
-                memories.update(before)
-                raise
-            self._progress = progress
+        while self._half is not None or self._progress.round < self._last:
+            if self._half is None:
+                before, final = dict(memories), self._progress.round + 1 == self._last
+                try:
+                    self._half = loop.merged(federation, self._progress, evaluate=final)
+                except BaseException:
+                    # The round did not happen: it can be tried again by iterating again.
+                    memories.clear()
+                    memories.update(before)
+                    raise
+                # From here on it did: merged again, it could have other noise.
+                self._progress = self._half.progress
+            half = self._half
+            summary = loop.evaluated(federation, half)
+            self._half = None
             self.metrics.append(summary)
-            self.receipts.extend(receipts)
+            self.receipts.extend(half.receipts)
             yield summary
 
     def finish(self) -> "Run":
@@ -145,7 +149,12 @@ def finetune(
     missing = sorted(set(given) - set(budgets))
     if missing:
         raise FedSieveError(f"budgets: none for client {missing[0]!r}")
-    sampling = cohort if isinstance(cohort, Sampling) else Sampling(size=cohort or len(filled))
+    if isinstance(cohort, Sampling):
+        sampling = cohort
+    elif cohort is None:
+        sampling = Sampling(kind="all", size=len(filled))
+    else:
+        sampling = Sampling(size=cohort)
     experiment = assemble(
         resident,
         method,

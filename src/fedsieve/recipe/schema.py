@@ -363,6 +363,11 @@ def sampling(recipe: Recipe) -> Sampling:
     return Sampling(size=recipe.cohort, **recipe.sampling.model_dump())
 
 
+def deployed(recipe: Recipe) -> bool:
+    """Whether the run protects real clients: its noise is fresh, and its server has secrets."""
+    return recipe.privacy is not None and recipe.privacy.noise_from == "system"
+
+
 def limits_by_id(budgets: ListBudgets) -> dict[str, Limits]:
     """The listed limits by id; a list in order is taken to be of the ids "0000", "0001", ..."""
     if isinstance(budgets.clients, dict):
