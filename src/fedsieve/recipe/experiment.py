@@ -17,7 +17,13 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.budget import check as check_budgets
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Memory, Method, View
-from fedsieve.clients.privacy import Cohorts, PrivacyPlan, settle
+from fedsieve.clients.privacy import (
+    Cohorts,
+    PrivacyPlan,
+    refuse_what_is_not_covered,
+    settle,
+    uncovered,
+)
 from fedsieve.clients.resources import Resources
 from fedsieve.clients.sampling import check as check_sampling
 from fedsieve.data import fetch, partition, sources
@@ -80,8 +86,10 @@ def assemble(
     examples: id -> a function that gives the client's examples; counts: id -> how many those are.
     A client without examples is left out with a warning.
     resources: what clients have, by id, where it is known
-    Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve.
+    Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve, and
+    for clients drawn in a way that the method's privacy cannot be accounted for.
     """
+    refuse_what_is_not_covered(method, sampling)
     check_budgets(budgets, resident.layout.rank)
     notes = list(notes)
     empty = sorted(id for id, count in counts.items() if count == 0)
@@ -119,6 +127,8 @@ def assemble(
             for id, memory in personal.some_of(memories, Key(seed))
         )
 
+    # A client's own part of the model is no part of what the noise covers.
+    withheld = method.personal is not None and method.private == "system"
     exchange = in_process(method, train, resident.adapter(), memories)
     federation = Federation(
         method=method,
@@ -126,7 +136,7 @@ def assemble(
         sampling=sampling,
         seed=seed,
         exchange=punctual(exchange, sampling.size) if sampling.extra else exchange,
-        evaluate=None if test is None else score,
+        evaluate=None if test is None or withheld else score,
         evaluate_every=evaluate_every,
         privacy=privacy,
     )
@@ -169,8 +179,12 @@ def from_recipe(recipe: Recipe) -> Experiment:
     if recipe.privacy is not None:
         recipe, plan = with_privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
         method = build_method(recipe, partial(plan.around, key=key))
-        notes += [plan.guarantee, *plan.cautions]
-        for caution in plan.cautions:
+        on_own = None
+        if prepared.test is not None and method.personal is not None:
+            on_own = "what each client keeps to itself"
+        said = all_cautions(plan, "rows of the clients" if on_validation else on_own)
+        notes += [plan.guarantee, *said]
+        for caution in said:
             warnings.warn(caution, stacklevel=2)
     resident = set_up_resident(recipe, tokenizer, device)
     check_length(resident, examples)
@@ -269,6 +283,16 @@ def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, PrivacyPlan]:
     # Written down, so that a resumed run neither searches again nor finds something else.
     settled = recipe.privacy.model_copy(update={"noise_multiplier": plan.noise_multiplier})
     return recipe.model_copy(update={"privacy": settled, "rounds": plan.rounds}), plan
+
+
+def all_cautions(plan: PrivacyPlan, evaluated: str | None) -> list[str]:
+    """What those who read a private run's results should be warned of.
+
+    evaluated: see `privacy.uncovered`
+    """
+    if plan.spent is None:
+        return list(plan.cautions)
+    return [*plan.cautions, uncovered(plan.noise_from, evaluated)]
 
 
 def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> dict[str, Tensor]:

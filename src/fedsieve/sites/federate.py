@@ -6,6 +6,7 @@
     flower/    what Flower's command line needs to know of the server
     sites.json the key of each site's node, from when it was first met, where nodes have keys
 
+(and beside it, with [privacy], the directory of what only the server may know: rundir.py)
 and `serve` is what the app's server end does: the same run as in one process (runner.py), with the
 same checkpoints and logs, but clients that are sites (engine/flower.py). Flower itself cannot go on
 with a run that lost its server; as ours is on the disk, a new Flower run goes on with it.
@@ -44,13 +45,14 @@ from fedsieve.recipe.examples import sample, tensors
 from fedsieve.recipe.experiment import (
     Experiment,
     absolute,
+    all_cautions,
     check_length,
     locate,
     set_up_resident,
     with_privacy,
 )
 from fedsieve.recipe.method import build_method
-from fedsieve.recipe.schema import Recipe
+from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
@@ -113,11 +115,12 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     """
     check_installed()
     _refuse_open_door(listen)
-    recipe = _for_a_network(recipe, policy)
+    recipe, notes = _for_a_network(recipe, policy)
     folder = folder.absolute()
     facts = {**rundir.environment("none"), "federation": secrets.token_hex(16)}
     with rundir.lock(folder):
-        rundir.create(folder, recipes.dump(recipe, facts))
+        text = recipes.dump(recipe, {**facts, "notes": notes} if notes else facts)
+        rundir.create(folder, text, secret=deployed(recipe))
         _write_app(folder, policy, listen)
     return commands(folder, listen)
 
@@ -234,6 +237,7 @@ def on_network(
     plan: PrivacyPlan | None = None
     if recipe.privacy is not None:
         recipe, plan = with_privacy(recipe, policy.sites)
+        _refuse_noise_that_sites_know(plan)
         method = build_method(recipe, partial(plan.around, key=key))
     tokenizer = load_tokenizer(locate(recipe.model.source))
     tokens.ensure_pad_token(tokenizer)
@@ -275,19 +279,22 @@ def on_network(
         precision = recipe.training.precision
         return evaluate(resident, adapter, test, batch=recipe.evaluation.batch, precision=precision)
 
+    score: Callable[[Adapter], Score | None] | None = at_sites if test is None else here
+    if test is None and method.private == "system":
+        score = None  # the sites' test rows are their own, and no noise covers figures from them
     federation = Federation(
         method=method,
         clients=clients,
         sampling=sampling,
         seed=recipe.seed,
         exchange=sites.exchange,
-        evaluate=at_sites if test is None else here,
+        evaluate=score,
         evaluate_every=recipe.evaluation.every,
         privacy=plan,
         there=there,
         aside=sites.aside,
     )
-    notes = () if plan is None else (plan.guarantee, *plan.cautions)
+    notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
     start = resident.adapter()
     return Experiment(recipe, federation, resident, start, {}, notes, ending), sites
@@ -336,8 +343,12 @@ def _welcome(
     return Client(name, 1, Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
 
 
-def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> Recipe:
-    """The recipe with what a network asks of it. Raises FedSieveError where it cannot run there."""
+def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[str]]:
+    """The recipe with what a network asks of it, and notes for those who read the results.
+
+    Raises FedSieveError where it cannot run there.
+    """
+    notes: list[str] = []
     if recipe.model.task == "classification" and not recipe.data.classes:
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
@@ -353,12 +364,27 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> Recipe:
         if sampling.extra:
             raise FedSieveError("--extra: the accountant of [privacy] does not cover it")
         recipe, plan = with_privacy(recipe, policy.sites)
-        for caution in plan.cautions:
-            warnings.warn(caution, stacklevel=3)
+        _refuse_noise_that_sites_know(plan)
+        notes = [plan.guarantee, *_cautions(recipe, plan)]
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
     test = recipe.data.test
     data = recipe.data.model_copy(update={"test": None if test is None else absolute(test)})
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
-    return recipe.model_copy(update={"data": data, "model": model})
+    return recipe.model_copy(update={"data": data, "model": model}), notes
+
+
+def _refuse_noise_that_sites_know(plan: PrivacyPlan) -> None:
+    """Raises FedSieveError where the noise follows from the seed, which every site is told."""
+    if plan.spent is not None and plan.noise_from == "seed":
+        raise FedSieveError(
+            "privacy.noise_from: in a federation it must be 'system': every site is told the "
+            "recipe's seed, and could take noise from it off again"
+        )
+
+
+def _cautions(recipe: Recipe, plan: PrivacyPlan) -> list[str]:
+    return all_cautions(plan, None if recipe.data.test is not None else "the sites' own rows")
 
 
 def _sampling(recipe: Recipe, policy: RoundPolicy) -> Sampling:
@@ -435,12 +461,13 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
 
 
 def _merged(folder: Path) -> dict[str, int]:
-    """site -> the last round in which its update was merged, from the newest whole checkpoint on.
+    """site -> the last round in which its update was merged, as of the newest whole checkpoint.
 
     The log may hold lines of a round after the checkpoint: that round is done again.
     """
-    last = checkpoint.newest_round(folder / rundir.CHECKPOINTS)
-    log = folder / rundir.CLIENTS
+    last, unlogged = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
+    log = rundir.place(folder, rundir.CLIENTS)
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     receipts = [json.loads(line) for line in lines if line.endswith("}")]
-    return {r["client"]: r["round"] for r in receipts if "dropped" not in r and r["round"] <= last}
+    receipts = [r for r in receipts if r["round"] <= last] + unlogged
+    return {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
