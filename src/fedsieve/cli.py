@@ -30,6 +30,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated LoRA fine-tuning over clients that differ in memory, speed and bandwidth.",
 )
+
+
+def _recipes(beginning: str) -> list[str]:
+    """For the shell's completion: the recipes that ship; files it finds itself."""
+    from fedsieve.recipe import read as recipes
+
+    return [name for name in recipes.shipped() if name.startswith(beginning)]
+
+
+def _methods(beginning: str) -> list[str]:
+    """For the shell's completion: the last of several names with commas."""
+    from fedsieve.methods import catalogue
+
+    whole, comma, last = beginning.rpartition(",")
+    return [whole + comma + name for name in catalogue.names() if name.startswith(last)]
+
+
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")]
 T = TypeVar("T")
 
@@ -57,7 +74,12 @@ def root(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
     ] = None,
@@ -107,12 +129,17 @@ def resume(folder: Folder) -> None:
 
 @app.command()
 def compare(
-    study: Annotated[str, typer.Argument(help="A study (TOML), or a recipe and --methods.")],
+    study: Annotated[
+        str,
+        typer.Argument(help="A study (TOML), or a recipe and --methods.", autocompletion=_recipes),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Default runs/<name of the study>.")] = None,
-    methods: Annotated[str, typer.Option(help="Methods to compare: a,b,c.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Methods to compare: a,b,c.", autocompletion=_methods)
+    ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds to run each with: 0,1,2.")] = "",
     target: Annotated[
         float | None,
@@ -121,11 +148,14 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
 ) -> None:
     """Run several methods and seeds, tuned alike, into one table and report; resumable."""
+    from fedsieve.recipe import read as recipes
+
+    recipes.read(study)  # a study is TOML too
+    folder = out or Path("runs") / Path(study).stem
+    quiet()
     from fedsieve.study import compare as comparing
     from fedsieve.study import plan as studies
 
-    folder = out or Path("runs") / Path(study).stem
-    quiet()
     plan = studies.plan(
         study,
         folder,
@@ -146,7 +176,12 @@ def compare(
 
 @app.command()
 def search(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
+        ),
+    ],
     budget_mb: Annotated[
         float, typer.Option(help="Megabytes (10^6 bytes) that all trials together may send.")
     ],
@@ -163,10 +198,13 @@ def search(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
 ) -> None:
     """Search rank and density together, at equal bytes, on validation rows only; resumable."""
-    from fedsieve.study import search as searching
+    from fedsieve.recipe import read as recipes
 
+    recipes.parse(recipes.read(recipe, overrides or []), recipe)
     folder = out or Path("runs") / f"{Path(recipe).stem}-search"
     quiet()
+    from fedsieve.study import search as searching
+
     plan = searching.prepare(
         recipe,
         folder,
@@ -187,7 +225,10 @@ def search(
 @app.command()
 def federate(
     recipe: Annotated[
-        str | None, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")
+        str | None,
+        typer.Argument(
+            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
@@ -253,6 +294,9 @@ def worker(
     site: Annotated[Path, typer.Argument(metavar="SITE.TOML", help="What this site has.")],
 ) -> None:
     """Hold a site's model, data and memory, and train when the site's node is asked to."""
+    from fedsieve.sites.site import load
+
+    load(site)  # a mistake in the file is told before anything heavy is loaded
     quiet()
     from fedsieve.run.runner import sigterm_as_ctrl_c
     from fedsieve.sites import resident
@@ -275,8 +319,11 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML report, and its plots as PNG, from one or several runs."""
-    from fedsieve import report as reports
     from fedsieve.run import rundir
+
+    for folder in folders:
+        rundir.check(folder)
+    from fedsieve import report as reports
 
     written = reports.write(folders, out or folders[0] / rundir.REPORT, target=target)
     for path in written:
@@ -290,6 +337,9 @@ def export(
     merge: Annotated[bool, typer.Option(help="The whole model, adapter merged in.")] = False,
 ) -> None:
     """Write a run's adapter in PEFT's format, or the merged model, from its newest checkpoint."""
+    from fedsieve.run import rundir
+
+    rundir.check(folder)
     quiet()
     from fedsieve.run import runner
 
