@@ -75,6 +75,7 @@ def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
         snapshot = None
         if not rundir.untouched(folder):
             snapshot = checkpoint.load(checkpoints, experiment.resident.layout)
+            _refuse_one_count(folder, recipe, snapshot)
             experiment.memories.update(snapshot.memories)
         if deployed(recipe):
             _refuse_other_noise(folder, snapshot.progress.round if snapshot else 0)
@@ -83,6 +84,19 @@ def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
             if snapshot:
                 checkpoint.forget_after(checkpoints, snapshot.progress.round)
             return _go_on(experiment, recipe, snapshot, folder, show)
+
+
+def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:
+    """Raises FedSieveError for rounds that would go on from an Adam of before 0.1.0's release.
+
+    It had one count of steps for all tensors, which is wrong for methods whose tensors take turns.
+    """
+    counts = snapshot.progress.state.trees.get("count", {})
+    if "steps" in counts and snapshot.progress.round < recipe.rounds:
+        raise FedSieveError(
+            f"{folder} is of an older FedSieve, whose checkpoints have one count of Adam's steps "
+            "for all tensors and not one for each: start it again, or finish it with that version"
+        )
 
 
 def export(folder: Path, to: Path, *, merge: bool = False) -> int:
