@@ -10,6 +10,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedsieve
 from fedsieve import Budget, FedSieveError, Lora, Training
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.optim import sgd
+from fedsieve.clients.privacy import private
 from tests.conftest import LABELS, Tiny, texts
 
 pytestmark = pytest.mark.usefixtures("no_report")  # it has tests of its own
@@ -95,6 +98,22 @@ def test_a_run_that_is_looked_at_in_between_is_the_same(tiny: Tiny) -> None:
     assert same(parts.adapter, whole.adapter)
     assert [m.loss for m in parts.metrics] == [m.loss for m in whole.metrics]
     assert not same(finetune(tiny, clients, seed=1).finish().adapter, whole.adapter)
+
+
+@pytest.mark.parametrize("noise_from", ["seed", "system"])
+def test_the_seed_does_not_tell_who_takes_part_where_the_noise_is_fresh(
+    tiny: Tiny, noise_from: Any
+) -> None:
+    clients = [rows(16, seed=number) for number in range(4)]
+    drawn = []
+    for _ in range(2):
+        server = private(
+            sgd(), clip=0.1, noise_multiplier=1, expected=2, key=Key(0), noise_from=noise_from
+        )
+        run = finetune(tiny, clients, fedsieve.fedit(server=server), rounds=12, cohort=2)
+        run.finish()
+        drawn.append([(receipt.round, receipt.client) for receipt in run.receipts])
+    assert (drawn[0] == drawn[1]) == (noise_from == "seed")
 
 
 def test_labels_of_every_kind(tiny: Tiny) -> None:

@@ -217,6 +217,15 @@ def test_without_its_secret_a_run_does_not_go_on(text: str, tmp_path: Path) -> N
         runner.resume(folder, runs.quiet, building([]))
 
 
+def test_a_run_whose_seed_tells_who_takes_part_does_not_go_on(text: str, tmp_path: Path) -> None:
+    """As version 0.1 wrote it: all in one directory, cohorts by the recipe's seed."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rundir.create(folder, text)
+    with pytest.raises(FedSieveError, match=r"is of an older FedSieve, .* start it again"):
+        runner.resume(folder, runs.quiet, building([]))
+
+
 def test_in_a_notebook_a_round_is_not_merged_again() -> None:
     """An evaluation that fails is tried again alone."""
     from fedsieve.api import Run

@@ -235,6 +235,19 @@ def test_what_holds_against_whom_is_written_down(tiny: Tiny, tmp_path: Path) -> 
         assert any(part in text for text in said)
 
 
+@pytest.mark.parametrize(
+    ("kind", "cohort", "said"),
+    [("poisson", 2, False), ("uniform", 2, True), ("uniform", 3, False), ("all", 2, False)],
+)
+def test_that_a_site_s_own_draw_tells_of_the_others_is_said(
+    tiny: Tiny, tmp_path: Path, kind: str, cohort: int, said: bool
+) -> None:
+    given = private(tiny, tmp_path / "a", sampling={"kind": kind}, cohort=cohort)
+    federate.prepare(given.recipe, given.run, POLICY, LISTEN)
+    notes = tomllib.loads((given.run / rundir.RECIPE).read_text())["environment"]["notes"]
+    assert any("against sites the epsilon without" in note for note in notes) == said
+
+
 @pytest.mark.parametrize("method", ["fslora_flasc", "fedsa_lora"])
 def test_sites_are_not_asked_for_figures_from_their_own_rows(
     tiny: Tiny, tmp_path: Path, method: str

@@ -51,6 +51,11 @@ def place(folder: Path, name: str) -> Path:
 def secret_seed(folder: Path) -> int:
     """The seed of what only the server may know. Raises FedSieveError where it is not there."""
     path = own(folder) / SEED
+    if not path.exists() and (folder / CLIENTS).exists():
+        raise FedSieveError(
+            f"{folder} is of an older FedSieve, in whose private runs the recipe's seed tells who "
+            "takes part: epsilon would not hold against those who know it: start it again"
+        )
     try:
         return int(path.read_text(encoding="ascii"), 16)
     except (OSError, ValueError) as error:

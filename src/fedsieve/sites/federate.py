@@ -399,7 +399,15 @@ def _refuse_noise_that_sites_know(plan: PrivacyPlan) -> None:
 
 
 def _cautions(recipe: Recipe, plan: PrivacyPlan) -> list[str]:
-    return all_cautions(plan, None if recipe.data.test is not None else "the sites' own rows")
+    found = all_cautions(plan, None if recipe.data.test is not None else "the sites' own rows")
+    if plan.known is not None and recipe.sampling.kind == "uniform":
+        # Its own draw tells a site of the others': with sizes fixed, one less or one more is left.
+        found.append(
+            "Privacy: with sampling.kind = 'uniform' a site that knows whether it took part knows "
+            "more of the others' draw than the account has it: against sites the epsilon without "
+            "amplification holds. With 'poisson' each is drawn by itself, and the other holds too."
+        )
+    return found
 
 
 def _sampling(recipe: Recipe, policy: RoundPolicy) -> Sampling:
