@@ -57,8 +57,11 @@ def classification(
     labels = torch.tensor([numbers[name] for name in found], dtype=torch.int64)
     pad = pad_id(tokenizer)
     # A text without any token (an empty one, where no special token is added) would leave nothing
-    # to attend to, and a softmax over nothing is NaN: it gets one padding token, attended.
-    ids, mask = rectangle([row or [pad] for row in rows.ids], pad)
+    # to attend to, and a softmax over nothing is NaN: it gets one padding token, attended. A
+    # padding token that was added to the vocabulary may have no embedding: then it is the end's.
+    added, end = pad >= tokenizer.vocab_size, tokenizer.eos_token_id
+    alone = end if added and end is not None else pad
+    ids, mask = rectangle([row or [alone] for row in rows.ids], pad)
     types = None if rows.types is None else rectangle([row or [0] for row in rows.types], 0)[0]
     return Examples(ids, mask, labels, types), names
 
