@@ -16,12 +16,13 @@ from fedsieve.data.sources import column
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError
-from fedsieve.recipe.experiment import Experiment, assemble, check_length, locate
+from fedsieve.recipe.experiment import Experiment, assemble, locate
 from fedsieve.settings import Lora, Sampling, Task, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
 from fedsieve.tasks.classification import classification
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import load_base, load_tokenizer, pick_device, set_up
 
 
@@ -138,8 +139,8 @@ def finetune(
         locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
     )
     resident = set_up(base, task, lora, method.trains, key=key, device=pick_device(device))
-    for each in examples.values():
-        check_length(resident, each)
+    tests = None if test is None else read(test)[0]
+    check_rows(resident, *examples.values(), tests)
     if not isinstance(budgets, Mapping):
         budgets = dict.fromkeys(given, budgets or Budget())
     missing = sorted(set(given) - set(budgets))
@@ -155,7 +156,7 @@ def finetune(
         training=training,
         sampling=sampling,
         seed=seed,
-        test=None if test is None else read(test)[0],
+        test=tests,
         evaluate_every=evaluate_every,
         notes=[note] if note else [],
     )

@@ -33,6 +33,7 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, Score, evaluate, fit, runs_in_bf16
 from fedsieve.train.model import ResidentModel, load_base, load_tokenizer, pick_device, set_up
 
@@ -173,7 +174,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
         for caution in plan.cautions:
             warnings.warn(caution, stacklevel=2)
     resident = set_up_resident(recipe, tokenizer, device)
-    check_length(resident, examples)
+    check_rows(resident, examples, prepared.test)
     counts = {id: index.numel() for id, index in parts.items()}
     machines = machines_of(recipe, counts)
     return assemble(
@@ -210,16 +211,6 @@ def set_up_resident(
     )
     trains = build_method(recipe).trains
     return set_up(base, recipe.model.task, recipe.lora, trains, key=Key(recipe.seed), device=device)
-
-
-def check_length(resident: ResidentModel, examples: Examples) -> None:
-    """Raises FedSieveError if the texts are longer than the model has positions for."""
-    length = examples.input_ids.shape[1]
-    most = getattr(resident.model.config, "max_position_embeddings", None) or length
-    if length > most:
-        raise FedSieveError(
-            f"data.max_length: texts of {length} tokens do not fit the model's {most} positions"
-        )
 
 
 def locate(source: str) -> str:

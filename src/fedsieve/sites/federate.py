@@ -44,7 +44,6 @@ from fedsieve.recipe.examples import sample, tensors
 from fedsieve.recipe.experiment import (
     Experiment,
     absolute,
-    check_length,
     locate,
     set_up_resident,
     with_privacy,
@@ -60,6 +59,7 @@ from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, num
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Score, evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire.format import VERSION
@@ -239,8 +239,7 @@ def on_network(
     tokens.ensure_pad_token(tokenizer)
     test = _test_rows(recipe, tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
-    if test is not None:
-        check_length(resident, test)
+    check_rows(resident, test)
     sampling = _sampling(recipe, policy)
     enough = sampling.size if sampling.extra else None
     policy = policy._replace(quorum=sampling.quorum, enough=enough)

@@ -31,6 +31,8 @@ from fedsieve.algebra.method import Trained
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
 from fedsieve.train.dropout import speed_up
+from fedsieve.train.head import match_rows
+from fedsieve.train.trial import settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
 
@@ -153,15 +155,19 @@ def load_base(
 ) -> PreTrainedModel:
     """A pretrained model, ready for the task.
 
-    classes:  names of the labels; a classifier without a head of that size gets a new one, drawn
-              from `key`
+    classes:  names of the labels; a classifier without a head for them gets a new one, drawn from
+              `key`, and one that has them in another order gets its rows into this one (head.py)
+    pad_token_id: the tokenizer's
     settings: changes to the model's configuration, such as its dropout rates
-    Raises FedSieveError if the model cannot be found or read.
+    Raises FedSieveError if the model cannot be found or read, or does not keep to what every model
+    must (trial.py).
     """
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
     kind = AutoModelForCausalLM
     if task == "classification":
         kind = AutoModelForSequenceClassification
+        known = _pretrained(AutoConfig, name).id2label
+        given["problem_type"] = "single_label_classification"
         given["id2label"] = dict(enumerate(classes))
         given["label2id"] = {label: number for number, label in enumerate(classes)}
     given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -175,9 +181,10 @@ def load_base(
             f"model {name!r}: the weights of {odd[0]} have another shape than its configuration "
             "says; see model.settings"
         )
-    if model.config.pad_token_id is None:
-        # Classifiers of the GPT kind find the last token by it.
-        model.config.pad_token_id = pad_token_id
+    if task == "classification":
+        drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        match_rows(model, known, classes, drawn, key.at("head"))
+    settle(model, task, pad_token_id)
     return model
 
 
