@@ -1,6 +1,7 @@
 """A run that is stopped, anywhere and in any way, ends as one that never was: byte for byte."""
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from safetensors import SafetensorError
 
 from fedsieve.algebra.keys import Key
@@ -37,6 +40,29 @@ def checkpoints(folder: Path) -> list[Path]:
 def interrupted(tiny: Tiny, folder: Path, number: int, **changes: Any) -> None:
     with pytest.raises(Stopped, match=f"stopped after round {number} of"):
         runs.start(tiny, folder, runs.stop_at(number), **changes)
+
+
+# --- runs of an older FedSieve
+
+
+def test_a_run_whose_adam_had_one_count_is_not_gone_on_with(
+    tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    """Its checkpoint is of before each tensor had a count of its own; its adapter can be had."""
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 2)
+    path = checkpoints(folder)[0]
+    facts, tensors = checkpoint._read(path)
+    kept = {n: t for n, t in tensors.items() if not n.startswith("state/count/")}
+    assert len(kept) < len(tensors)
+    kept["state/count/steps"] = torch.tensor(2.0)
+    facts["same"] = {n: o for n, o in facts["same"].items() if not n.startswith("state/count/")}
+    text = json.dumps(facts)
+    data = {"facts": text, "digest": checkpoint._digest(kept, text)}
+    path.write_bytes(safetensors.torch.save(kept, data))
+    with pytest.raises(FedSieveError, match=r"one count of Adam's steps.*start it again"):
+        runner.resume(folder, runs.quiet)
+    assert command("export", folder, "--to", tmp_path / "adapter").code == 0
 
 
 # --- Ctrl-C

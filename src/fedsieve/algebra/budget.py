@@ -8,13 +8,14 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from fedsieve.algebra.counts import exact, nearest
 from fedsieve.errors import FedSieveError
 
 
 class Budget(NamedTuple):
     """What one client can afford.
 
-    ratio: share of the server's ranks that it trains, in (0, 1]; k = round(ratio * r), at least 1
+    ratio: share of the server's ranks that it trains, in (0, 1]; k = counts.nearest(ratio, r)
     down:  density of what it receives, in (0, 1]
     up:    density of what it returns, in (0, 1]
     """
@@ -25,7 +26,7 @@ class Budget(NamedTuple):
 
     def ranks(self, rank: int) -> int:
         """k: how many of `rank` ranks this client trains."""
-        return min(rank, max(1, round(self.ratio * rank)))
+        return nearest(self.ratio, rank)
 
 
 class Link(NamedTuple):
@@ -60,7 +61,7 @@ def check(budgets: Mapping[str, Budget], rank: int) -> None:
     """
     for id, budget in sorted(budgets.items()):
         if math.isfinite(budget.ratio) and budget.ratio > 1:
-            refuse_rank(id, round(budget.ratio * rank), rank)
+            refuse_rank(id, round(exact(budget.ratio) * rank), rank)
         for knob, value in budget._asdict().items():
             if not 0 < value <= 1:
                 raise FedSieveError(

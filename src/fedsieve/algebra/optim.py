@@ -1,9 +1,12 @@
 """Server optimizers: what the mean of the clients' changes does to the global adapter.
 
 Each takes the pseudo-gradient (the mean of what clients moved AWAY from, so that descent subtracts
-it) and gives new tensors; none keeps anything hidden. Three variants that papers call "Adam" on the
-server differ, so they have different names here: `adam` corrects the bias of its moments as torch
-does, `fedadam` does not (Reddi et al. 2021, arXiv 2003.00295), and neither decays weights.
+it) and gives new tensors; none keeps anything hidden. A round hands over the tensors that it moved
+alone, and what is kept of a tensor (a moment, a count of steps) changes with that tensor alone.
+
+Three variants that papers call "Adam" on the server differ, so they have different names here:
+`adam` corrects the bias of its moments as torch does, `fedadam` does not (Reddi et al. 2021,
+arXiv 2003.00295), and neither decays weights.
 """
 
 import math
@@ -72,19 +75,25 @@ def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
 def adam(
     lr: float = 1e-3, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
 ) -> Optimizer:
-    """Adam with bias correction (Kingma and Ba 2015), equal to torch.optim.Adam."""
+    """Adam with bias correction (Kingma and Ba 2015), equal to torch.optim.Adam.
+
+    Each tensor counts its own steps, so that one that a round leaves alone has none of it, as torch
+    does with a parameter that has no gradient.
+    """
 
     def init(params: Tree) -> Slots:
-        return {"m": _zeros(params), "v": _zeros(params), "count": {"steps": torch.zeros(())}}
+        count = {n: torch.zeros(()) for n in params}
+        return {"m": _zeros(params), "v": _zeros(params), "count": count}
 
     def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
         m, v = _moments(gradient, slots, beta1, beta2)
-        count = slots["count"]["steps"] + 1
-        steps = float(count)
-        scale = lr / (1 - beta1**steps)
-        unbias = 1 - beta2**steps
-        moved = {n: p - scale * m[n] / ((v[n] / unbias).sqrt() + eps) for n, p in params.items()}
-        return moved, {"m": m, "v": v, "count": {"steps": count}}
+        count = {n: slots["count"][n] + 1 for n in params}
+        moved = {}
+        for n, p in params.items():
+            steps = float(count[n])
+            scale = lr / (1 - beta1**steps)
+            moved[n] = p - scale * m[n] / ((v[n] / (1 - beta2**steps)).sqrt() + eps)
+        return moved, {"m": m, "v": v, "count": count}
 
     return Optimizer(init, step)
 
@@ -113,6 +122,8 @@ def fedadam(
 
 def fading(optimizer: Optimizer, decay: float) -> Optimizer:
     """The same optimizer with its learning rate multiplied by `decay` after every round.
+
+    Rounds count for all tensors alike, as they do for torch's ExponentialLR.
 
     All optimizers here move by lr times something, so it is the move that is scaled. A cohort of
     few clients with few labels pulls the model to and fro; smaller steps at the end settle it.

@@ -6,7 +6,7 @@ the first pruning.
 """
 
 from collections.abc import Callable, Iterable
-from math import ceil
+from fractions import Fraction
 from typing import Literal
 
 from fedsieve.algebra.budget import Client
@@ -18,28 +18,25 @@ from fedsieve.algebra.sieve import Passed, competing, dense
 from fedsieve.algebra.support import Support, masked, top_k
 
 
-def pruned(state: State, keep: float, head: Literal["sieved", "whole"]) -> State:
-    """The state with the largest `keep` share of its live entries left, all others zero.
+def pruned(state: State, share: float | Fraction, head: Literal["sieved", "whole"]) -> State:
+    """The state with the largest `share` of its entries live, and all others zero.
 
+    share: of all the entries, those that are dead already counted with them, so that what is left
+           after many prunings does not depend on how each of them was rounded. What is dead stays
+           dead.
     All tensors compete together; head = "whole" leaves those outside the LoRA pairs alone.
     """
     layout, tree = state.layout, state.trees["adapter"]
     among = competing(layout.names, layout, head)
     live = state.trees.get("live", {})
-    tree = masked(tree, live)
-    if keep < 1:
-        size = sum(tree[n].numel() for n in among)
-        before = sum(int(live[n].sum()) for n in among) if live else size
-        masks = top_k(tree, ceil(keep * before) / size, among)
-        # Among equals (zeros) top_k takes the first ones: what is dead stays dead.
-        live = {n: m & live[n] if live else m for n, m in masks.items()}
-        tree = masked(tree, live)
-    trees = {**state.trees, "adapter": tree}
+    masks = top_k(tree, share, among, live)
+    live = {n: m & live[n] if n in live else m for n, m in masks.items()} or live
+    trees = {**state.trees, "adapter": masked(tree, live)}
     return State(layout, {**trees, "live": live} if live else trees)
 
 
 def live_only(
-    prune: Callable[[State], State],
+    prune: Callable[[State, int], State],
     *,
     server: Optimizer | None,
     weighting: Weighting,
@@ -48,8 +45,8 @@ def live_only(
 ) -> Method:
     """Clients get the live entries, train these alone and return exactly these.
 
-    prune: what the server does to its state after each round. An upload's masks cost nothing: the
-           server sent them.
+    prune: what the server does to its state after each round, by its number. An upload's masks cost
+           nothing: the server sent them.
     """
     inner = compose(
         down=dense,
@@ -70,6 +67,6 @@ def live_only(
         return pack(plan.layout, plan.trees["adapter"], passed, down_values, key)
 
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
-        return prune(inner.merge(state, updates, key))
+        return prune(inner.merge(state, updates, key), key.round)
 
     return inner._replace(publish=publish, merge=merge)

@@ -12,6 +12,7 @@ import torch
 
 from fedsieve.algebra.adapter import Layout, Tree
 from fedsieve.algebra.budget import Client
+from fedsieve.algebra.counts import exact
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.payload import Seed
 from fedsieve.algebra.support import Support, cut, draw_ranks, narrowed
@@ -134,8 +135,9 @@ def top_k(
     def sieve(tree: Tree, layout: Layout, client: Client, key: Key) -> Passed:
         names = tuple(sorted(tree))
         among = competing(names, layout, head)
-        density = max(least, getattr(client.budget, way) * decay ** max(0, key.round - 1))
-        masks = largest(tree, min(density, getattr(client.budget, way)), among)
+        budget = exact(getattr(client.budget, way))
+        density = max(exact(least), budget * exact(decay) ** max(0, key.round - 1))
+        masks = largest(tree, min(density, budget), among)
         # "sent" even where there are none: the other end may hold masks of the way here.
         return Passed(Support(names, None, masks), "known", "sent")
 

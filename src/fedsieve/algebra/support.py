@@ -10,7 +10,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Mapping
-from math import ceil
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, Tree
+from fedsieve.algebra.counts import how_many
 
 
 class Support(NamedTuple):
@@ -115,17 +116,24 @@ def _flat_mask(support: Support, shapes: Mapping[str, torch.Size]) -> Tensor | N
     return torch.cat(parts)
 
 
-def top_k(tree: Tree, density: float, among: tuple[str, ...]) -> dict[str, Tensor]:
-    """Masks of the ceil(density * n) largest magnitudes among the named tensors taken together.
+def top_k(
+    tree: Tree, density: float | Fraction, among: tuple[str, ...], live: Mapping[str, Tensor] = {}
+) -> dict[str, Tensor]:
+    """Masks of the largest magnitudes among the named tensors taken together, at a density.
 
-    FLASC ranks the flattened, concatenated weights, not each tensor apart (arXiv 2406.05233,
-    Algorithm 1). Density 1 gives no masks: whole tensors need none.
+    As many of their n entries as `counts.how_many` says. FLASC ranks the flattened, concatenated
+    weights, not each tensor apart (arXiv 2406.05233, Algorithm 1). Density 1 gives no masks: whole
+    tensors need none. live: masks off which an entry comes after all others, whatever its magnitude
     Masks are on the CPU, where messages are made; of equal magnitudes the first ones are kept.
     """
     if density >= 1 or not among:
         return {}
     flat = torch.cat([tree[name].reshape(-1) for name in among]).abs()
-    keep = max(1, ceil(density * flat.numel()))
+    if live:
+        alive = _flat_mask(Support(among, None, dict(live)), {n: tree[n].shape for n in among})
+        assert alive is not None
+        flat = flat.masked_fill(~alive.to(flat.device), -1.0)
+    keep = how_many(density, flat.numel())
     if flat.device.type == "cpu":
         # A partition finds the smallest magnitude that is kept in half the time of torch's topk.
         least = torch.as_tensor(np.partition(flat.numpy(), -keep)[-keep])

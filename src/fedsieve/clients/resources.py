@@ -7,9 +7,9 @@ over the pairs) and h numbers beside the pairs, n = k p + h in all:
     memory   4 n (start + trained + gradient + moments) bytes: the adapter that arrived, which the
              client keeps to know its change, the one that it trains, its gradient, and what the
              local optimizer holds: nothing (SGD), one (momentum) or two numbers (AdamW) for each
-    message  HEAD + d c v(d) / 8 + c H(d) / 8 bytes at density d, where c of the n numbers compete
-             (all, or all but the head), v(d) is bits a value and H the entropy of a mask's bit;
-             what does not compete goes whole
+    message  HEAD + p v(d) / 8 + c H(p / c) / 8 bytes at density d, where c of the n numbers compete
+             (all, or all but the head), p of them pass (`counts.how_many`), v(d) is bits a value
+             and H the entropy of a mask's bit; what does not compete goes whole
     round    latency + download / down + steps * step + latency + upload / up seconds
 
 Free memory is what is left beside the base model, its activations and the program. v(d) is 32 for
@@ -40,6 +40,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from fedsieve.algebra.budget import Budget, Link
+from fedsieve.algebra.counts import how_many
 from fedsieve.algebra.payload import BLOCK, Form
 from fedsieve.clients.network import client_time
 from fedsieve.errors import FedSieveError
@@ -95,7 +96,8 @@ def message_bytes(work: Work, way: Literal["down", "up"], kept: int, density: fl
         return HEAD + (kept * work.per_rank + work.head) * value_bits(form, 1.0) / 8
     compete = kept * work.per_rank + (work.head if work.sieved_head else 0)
     whole = 0 if work.sieved_head else work.head
-    bits = compete * (density * value_bits(form, density) + _entropy(density))
+    passed = how_many(density, compete)
+    bits = passed * value_bits(form, density) + compete * _entropy(passed / max(1, compete))
     return HEAD + (bits + whole * value_bits(form, 1.0)) / 8
 
 
@@ -216,4 +218,6 @@ def _code_entropy(codes: torch.Tensor) -> float:
 
 def _entropy(share: float) -> float:
     """Bits of a mask's entry that is set with this probability."""
+    if not 0 < share < 1:
+        return 0.0
     return -share * math.log2(share) - (1 - share) * math.log2(1 - share)

@@ -2,7 +2,10 @@
 2019, arXiv 1803.03635), as the FLASC paper compares with it (arXiv 2406.05233, section 4).
 
     M_1 = everything
-    after round t:   M_{t+1} = the top `keep` share of |P| among M_t;   P <- P * M_{t+1}
+    after round t:   M_{t+1} = the top keep^t n of |P| among M_t;   P <- P * M_{t+1}
+
+where n is how many entries there are: a `keep` share of those before stays each time, and nothing
+is lost or gained by rounding it anew every round.
 
 Clients get P * M_t, train the entries of M_t alone and return exactly these. With keep = 0.98 half
 of the weights are left after 34 rounds, so little is saved. Weights are not rewound to their start,
@@ -13,6 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fedsieve.algebra.counts import exact
 from fedsieve.algebra.method import Method, State, Weighting
 from fedsieve.algebra.optim import Optimizer
 from fedsieve.algebra.payload import Form
@@ -33,8 +37,8 @@ def method(
     keep: the share of the live entries that stays live after a round
     """
 
-    def prune(state: State) -> State:
-        return pruned(state, keep, head)
+    def prune(state: State, number: int) -> State:
+        return pruned(state, exact(keep) ** number, head)
 
     return live_only(
         prune,

@@ -11,14 +11,13 @@ gradient: SGD(1) is the paper's rule.
 
 Rank self-pruning (`pruning`): a client adds to its loss
 
-    penalty * ||B_i[:, g:]||_F ||A_i[g:, :]||_F,     g = ceil(gamma k_i)
+    penalty * ||B_i[:, g:]||_F ||A_i[g:, :]||_F,     g = min(ceil(gamma k_i), k_i - 1)
 
 summed over its pairs, and if that product has become smaller in training it drops these ranks: it
-returns g ranks, and from then on gets g.
+returns g ranks, and from then on gets g. The last rank stays.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from math import ceil
 from typing import Annotated, Literal
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 from fedsieve.algebra import lowrank
 from fedsieve.algebra.adapter import Layout, Tree
 from fedsieve.algebra.budget import Client
+from fedsieve.algebra.counts import at_least_one_less
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Memory, Method, State, View, compose
 from fedsieve.algebra.optim import Optimizer
@@ -78,7 +78,7 @@ def method(
     ) -> tuple[Payload, Memory]:
         layout = view.adapter.layout
         tail = _tail_norms(layout, gamma, 1.0)
-        keep = ceil(gamma * layout.rank)
+        keep = at_least_one_less(gamma, layout.rank)
         if keep == layout.rank or tail(trained) >= tail(view.adapter.tensors):
             return inner.report(view, trained, memory, context)
         narrow = {n: _first(t, layout, n, keep) for n, t in trained.items()}
@@ -114,7 +114,7 @@ def _product_norm(part: Tree, own: Layout) -> float:
 
 
 def _tail_norms(layout: Layout, gamma: float, penalty: float) -> Callable[[Tree], Tensor]:
-    keep = ceil(gamma * layout.rank)
+    keep = at_least_one_less(gamma, layout.rank)
 
     def tail(tree: Tree) -> Tensor:
         total = torch.zeros(())

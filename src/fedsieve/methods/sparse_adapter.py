@@ -34,8 +34,8 @@ def method(
     density: the share of the entries that the mask keeps; head = "whole" leaves the head out of it
     """
 
-    def prune(state: State) -> State:
-        return pruned(state, 1.0 if "live" in state.trees else density, head)
+    def prune(state: State, number: int) -> State:
+        return pruned(state, density, head)  # after the first time, the same entries
 
     return live_only(
         prune,

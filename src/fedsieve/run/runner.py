@@ -65,12 +65,26 @@ def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
         snapshot = None
         if not rundir.untouched(folder):
             snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, experiment.resident.layout)
+            _refuse_one_count(folder, recipe, snapshot)
             experiment.memories.update(snapshot.memories)
         with _disk_errors(folder):
             rundir.cut_back(folder, snapshot.marks if snapshot else {rundir.METRICS: 0})
             if snapshot:
                 checkpoint.forget_after(folder / rundir.CHECKPOINTS, snapshot.progress.round)
             return _go_on(experiment, recipe, snapshot, folder, show)
+
+
+def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:
+    """Raises FedSieveError for rounds that would go on from an Adam of before 0.1.0's release.
+
+    It had one count of steps for all tensors, which is wrong for methods whose tensors take turns.
+    """
+    counts = snapshot.progress.state.trees.get("count", {})
+    if "steps" in counts and snapshot.progress.round < recipe.rounds:
+        raise FedSieveError(
+            f"{folder} is of an older FedSieve, whose checkpoints have one count of Adam's steps "
+            "for all tensors and not one for each: start it again, or finish it with that version"
+        )
 
 
 def export(folder: Path, to: Path, *, merge: bool = False) -> int:
