@@ -253,8 +253,16 @@ def test_a_model_with_another_loss_is_refused(tmp_path: Path, kind: str) -> None
 
 def test_a_model_that_cannot_be_trained_is_refused_before_it_is(tmp_path: Path) -> None:
     """Reformer takes rows of certain lengths only, and only while training."""
-    own = {"is_decoder": True, "axial_pos_embds": False, "local_attn_chunk_length": 4}
-    shape = {"attn_layers": ["local"], "attention_head_size": 8, "feed_forward_size": 48}
+    own: dict[str, Any] = {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "local_attn_chunk_length": 4,
+    }
+    shape: dict[str, Any] = {
+        "attn_layers": ["local"],
+        "attention_head_size": 8,
+        "feed_forward_size": 48,
+    }
     folder = small.make("reformer", "causal-lm", tmp_path, **own, **shape, num_hidden_layers=None)
     with pytest.raises(FedSieveError, match="a reformer model cannot be trained on token numbers"):
         resident_of(folder, "causal-lm", small.PAD)

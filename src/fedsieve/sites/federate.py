@@ -36,12 +36,11 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.data import sources
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
-from fedsieve.recipe.examples import sample, tensors
+from fedsieve.recipe.examples import load_rows, sample, tensors
 from fedsieve.recipe.experiment import (
     Experiment,
     absolute,
@@ -385,8 +384,7 @@ def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
     data = recipe.data
     if data.test is None or recipe.evaluation.on == "validation":
         return None
-    read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
-    rows = read(data.test, data.test_split)
+    rows = load_rows(data, data.test, data.test_split)
     examples, _, _ = tensors(recipe, sample(recipe, rows), tokenizer)
     return examples
 

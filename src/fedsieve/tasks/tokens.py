@@ -167,11 +167,19 @@ def rectangle(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]
 
 def text_column(dataset: Dataset, name: str) -> list[str]:
     values: list[Any] = column(dataset, name)
+    for wrong in bad_texts(values, name).values():
+        raise wrong
+    return values
+
+
+def bad_texts(values: Sequence[Any], name: str) -> dict[int, FedSieveError]:
+    """The rows of a column that hold no text, and what is wrong with each."""
+    bad: dict[int, FedSieveError] = {}
     for row, value in enumerate(values):
         if not isinstance(value, str):
             what = "nothing" if value is None else f"a value of type {type(value).__name__}"
-            raise FedSieveError(f"row {row} of column {name!r} holds {what} instead of a text")
-    return values
+            bad[row] = FedSieveError(f"row {row} of column {name!r} holds {what} instead of a text")
+    return bad
 
 
 def check_rows(dataset: Dataset) -> None:

@@ -125,8 +125,9 @@ def _run(model: PreTrainedModel, rows: Examples) -> Any:
 
 
 def _rows(model: PreTrainedModel, task: Task) -> Examples:
-    """Two rows, of 9 and of 15 tokens where the model has positions for so many: odd, since some kinds
-    take rows of certain lengths only.
+    """Two rows, of 9 and of 15 tokens where the model has positions for so many.
+
+    Odd numbers: some kinds take rows of certain lengths only.
 
     No special token is among them but the end of sequence, at which some classifiers look.
     """
