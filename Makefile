@@ -3,38 +3,52 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format types install bench clean
+.PHONY: demo test test-all lint format types contracts install install-test bench clean
 
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# What the demo needs, and no more.
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PIP) torch
+	$(PIP) -e .
+	touch $@
+
+# What tests, linters and the extras need beside it.
+install-test: $(VENV)/.installed-test
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) -e ".[dev]"
 	touch $@
 
 demo: install
 	$(BIN)/fedsieve fetch minilm-l6 20newsgroups
 	$(BIN)/fedsieve run demo --out runs/demo --overwrite
 
-test: install lint types
+test: lint types contracts
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: install lint types
+test-all: lint types contracts
 	$(BIN)/python -m pytest
 
-lint: install
+lint: install-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-types: install
+types: install-test
 	$(BIN)/mypy
 
-format: install
+# The floors of docs/design.md.
+contracts: install-test
+	$(BIN)/lint-imports --no-logo
+
+format: install-test
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: install
+bench: install-test
 	$(BIN)/fedsieve fetch minilm-l6 20newsgroups
 	mkdir -p runs
 	$(BIN)/python benchmarks/round.py --json runs/bench-round.json
@@ -43,6 +57,7 @@ bench: install
 	$(BIN)/python benchmarks/flexlora.py --json runs/bench-flexlora.json
 	$(BIN)/python benchmarks/server.py --json runs/bench-server.json
 	$(BIN)/python benchmarks/worker.py --json runs/bench-worker.json
+	$(BIN)/python benchmarks/startup.py --json runs/bench-startup.json
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -25,9 +25,9 @@ from pathlib import Path
 import tomli_w
 from rich.console import Console
 
-from fedsieve import cli
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
+from fedsieve.console import quiet
 from fedsieve.data import sources
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import locate, set_up_resident
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
-    cli.quiet()
+    quiet()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found = measure(given.rounds)
     console = Console()

@@ -1,6 +1,7 @@
 """The other commands, and what all of them have in common."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -37,19 +38,40 @@ def test_the_version(command: Command) -> None:
     assert fedsieve.__version__ == version("fedsieve")
 
 
-def test_help_and_misspelt_words_need_no_torch() -> None:
-    """They answer at once: the heavy libraries are not even imported."""
-    code = (
-        "import sys; sys.argv = ['fedsieve', '--help']\n"
-        "from fedsieve import cli\n"
-        "try: cli.main()\n"
-        "except SystemExit: pass\n"
-        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_help_names_every_command_and_says_what_each_argument_is(command: Command) -> None:
+    for name in ("run", "resume", "report", "export", "fetch", "recipes", "methods", "worker"):
+        assert name in command("--help").out
+    assert "A TOML file, or a name" in command("run", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("fedsieve re", {"resume", "report", "recipes"}),
+        ("fedsieve run d", {"demo", "dp-fedadam", "dp-simulated"}),
+        ("fedsieve run demo --ov", {"--overwrite"}),
+        ("fedsieve compare demo --methods fedit,fs", {"fedit,fslora", "fedit,fslora_flasc"}),
+    ],
+)
+def test_the_shell_completes_commands_options_recipes_and_methods(
+    tmp_path: Path, typed: str, offered: set[str]
+) -> None:
+    """As bash asks, after `fedsieve --install-completion bash`."""
+    words = typed.split(" ")
+    asked = {
+        "_FEDSIEVE_COMPLETE": "complete_bash",
+        "COMP_WORDS": typed,
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    program = str(Path(sys.executable).with_name("fedsieve"))
+    given = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+    done = subprocess.run([program], env={**os.environ, **asked}, **given)  # type: ignore[call-overload]
+    assert set(done.stdout.split()) == offered, done.stderr
+    home = {**os.environ, "HOME": str(tmp_path)}
+    done = subprocess.run([program, "--install-completion", "bash"], env=home, **given)  # type: ignore[call-overload]
     assert done.returncode == 0, done.stderr
-    for name in ("run", "resume", "report", "export", "fetch", "recipes", "methods"):
-        assert name in done.stdout
+    (script,) = [path for path in tmp_path.rglob("*.sh") if path.is_file()]
+    assert "_FEDSIEVE_COMPLETE=complete_bash" in script.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("words", [("rnu",), ("run",), ("run", "demo", "--uot", "x"), ("export",)])
@@ -111,7 +133,7 @@ def test_a_report_of_two_runs(two: tuple[Path, Path], tmp_path: Path, command: C
     assert command("report", two[0]).out.splitlines()[0] == str(two[0] / "report.html")
     ran = command("report", tmp_path)
     assert ran.code == 2
-    assert "is not a run directory" in ran.err
+    assert "holds no run" in ran.err
 
 
 def test_export(two: tuple[Path, Path], tmp_path: Path, command: Command) -> None:

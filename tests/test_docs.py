@@ -9,18 +9,10 @@ import pytest
 import fedsieve
 from fedsieve import methods
 from fedsieve.recipe import read as recipe
-from fedsieve.recipe import schema
 from tests.conftest import Tiny
 from tests.methods import test_laws as laws
 from tests.methods.optimum import Optimum
-
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    """The page's code blocks of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+from tests.pages import PAGES, ROOT, fenced
 
 
 def test_the_readmes_notebook_code_runs(
@@ -30,7 +22,7 @@ def test_the_readmes_notebook_code_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With a small model in the place of the hub's, and a CSV file of reviews."""
-    (code,) = blocks(ROOT / "README.md", "python")
+    (code,) = fenced(ROOT / "README.md", "python")
     assert len(code.splitlines()) <= 15
     name = "sentence-transformers/all-MiniLM-L6-v2"
     assert name in code
@@ -47,7 +39,7 @@ def test_adding_a_method_is_one_file_one_row_and_one_line(
 ) -> None:
     """What docs/methods.md says is done here: the file is written, its row obeys every law."""
     page = ROOT / "docs" / "methods.md"
-    (code,) = blocks(page, "python")
+    (code,) = fenced(page, "python")
     (tmp_path / "random_entries.py").write_text(code, encoding="utf-8")
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     monkeypatch.delitem(sys.modules, "fedsieve.methods.random_entries", raising=False)
@@ -58,29 +50,6 @@ def test_adding_a_method_is_one_file_one_row_and_one_line(
     new = eval(row, {"Row": laws.Row, "Optimum": Optimum})
     for law in laws.LAWS:
         law(new)
-
-
-@pytest.mark.parametrize("name", methods.names())
-def test_every_method_has_its_line(name: str) -> None:
-    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert len(re.findall(rf"^\| `{name}` \|", text, re.MULTILINE)) == 1
-
-
-def test_the_docs_of_recipes_name_every_key() -> None:
-    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert schema.keys_of(()) != schema.keys_of(("lora",))
-    for key in schema.keys_of(()):
-        assert f"`{key}`" in text or f"[{key}]" in text, key
-        if f"[{key}]" in text and key not in ("method", "server"):
-            for inner in schema.keys_of((key,)):
-                assert f"`{inner}`" in text or f"`{key}.{inner}`" in text, (key, inner)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+?)\)", page.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("name", recipe.shipped())

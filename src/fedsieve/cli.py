@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -13,24 +13,39 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from fedsieve.console import console, problems, quiet, say, show_warning, warn
 from fedsieve.errors import FedSieveError
-from fedsieve.run.progress import MB, line_of
+from fedsieve.run.progress import MB, line_of, lines_of_plan
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Receipt, Round
+    from fedsieve.recipe.schema import Recipe
     from fedsieve.study.jobs import Job
 
 # Heavy imports (torch, transformers) wait inside the commands that need them, so that --help and
 # a misspelt command answer at once.
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Federated LoRA fine-tuning over clients that differ in memory, speed and bandwidth.",
 )
-console = Console(highlight=False, soft_wrap=True, emoji=False)
-problems = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def _recipes(beginning: str) -> list[str]:
+    """For the shell's completion: the recipes that ship; files it finds itself."""
+    from fedsieve.recipe import read as recipes
+
+    return [name for name in recipes.shipped() if name.startswith(beginning)]
+
+
+def _methods(beginning: str) -> list[str]:
+    """For the shell's completion: the last of several names with commas."""
+    from fedsieve.methods import catalogue
+
+    whole, comma, last = beginning.rpartition(",")
+    return [whole + comma + name for name in catalogue.names() if name.startswith(last)]
+
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")]
 T = TypeVar("T")
@@ -59,7 +74,12 @@ def root(
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
     ] = None,
@@ -70,14 +90,17 @@ def run(
 ) -> None:
     """Run a recipe: train, evaluate, and leave adapter, metrics and report in a directory."""
     from fedsieve.recipe import read as recipes
+    from fedsieve.run import rundir
 
-    given = recipes.load(recipe, overrides or [])
-    folder = out or Path("runs") / given.name
-    quiet()
+    table = recipes.read(recipe, overrides or [])
+    planned = recipes.parse(table, recipe)
+    folder = out or Path("runs") / planned.name
+    if not overwrite:
+        rundir.refuse(folder)
+    _announce(planned, folder)
     from fedsieve.run import runner
 
-    title = f"{given.name}: {given.method.name}, {given.rounds} rounds, into {folder}"
-    console.print(escape(title))
+    given = recipes.check(table, recipe)
     with _Live(given.rounds) as live:
         _guarded(lambda: runner.start(given, folder, live.show, overwrite=overwrite))
     _summary(folder)
@@ -86,27 +109,37 @@ def run(
 @app.command()
 def resume(folder: Folder) -> None:
     """Go on with a run that was stopped, as if nothing had happened."""
-    quiet()
-    from fedsieve.run import runner
+    from fedsieve.recipe import read as recipes
+    from fedsieve.run import rundir
 
     if (folder / "app" / "pyproject.toml").is_file():
         raise FedSieveError(
             f"{folder} holds a federation: go on with `fedsieve federate --resume {folder}`"
         )
+    rundir.check(folder)
+    source = str(folder / rundir.RECIPE)
+    planned = recipes.parse(recipes.read(source), source)
+    _announce(planned, folder)
+    from fedsieve.run import runner
 
-    with _Live(runner.rounds_of(folder)) as live:
+    with _Live(planned.rounds) as live:
         _guarded(lambda: runner.resume(folder, live.show))
     _summary(folder)
 
 
 @app.command()
 def compare(
-    study: Annotated[str, typer.Argument(help="A study (TOML), or a recipe and --methods.")],
+    study: Annotated[
+        str,
+        typer.Argument(help="A study (TOML), or a recipe and --methods.", autocompletion=_recipes),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Default runs/<name of the study>.")] = None,
-    methods: Annotated[str, typer.Option(help="Methods to compare: a,b,c.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Methods to compare: a,b,c.", autocompletion=_methods)
+    ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds to run each with: 0,1,2.")] = "",
     target: Annotated[
         float | None,
@@ -115,11 +148,14 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
 ) -> None:
     """Run several methods and seeds, tuned alike, into one table and report; resumable."""
+    from fedsieve.recipe import read as recipes
+
+    recipes.read(study)  # a study is TOML too
+    folder = out or Path("runs") / Path(study).stem
+    quiet()
     from fedsieve.study import compare as comparing
     from fedsieve.study import plan as studies
 
-    folder = out or Path("runs") / Path(study).stem
-    quiet()
     plan = studies.plan(
         study,
         folder,
@@ -129,18 +165,23 @@ def compare(
         overrides=overrides or [],
     )
     console.print(escape(f"{len(plan.entries)} entries, into {folder}"))
-    result = _guarded(lambda: comparing.run(plan, jobs, _show_of_many, _say))
+    result = _guarded(lambda: comparing.run(plan, jobs, _show_of_many, say))
     _table(result.rows)
     for note in result.notes:
-        _say(note)
+        say(note)
     for path in result.written:
-        _say(str(path))
+        say(str(path))
     _report_problems(result.problems)
 
 
 @app.command()
 def search(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
+        ),
+    ],
     budget_mb: Annotated[
         float, typer.Option(help="Megabytes (10^6 bytes) that all trials together may send.")
     ],
@@ -157,10 +198,13 @@ def search(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
 ) -> None:
     """Search rank and density together, at equal bytes, on validation rows only; resumable."""
-    from fedsieve.study import search as searching
+    from fedsieve.recipe import read as recipes
 
+    recipes.parse(recipes.read(recipe, overrides or []), recipe)
     folder = out or Path("runs") / f"{Path(recipe).stem}-search"
     quiet()
+    from fedsieve.study import search as searching
+
     plan = searching.prepare(
         recipe,
         folder,
@@ -171,17 +215,20 @@ def search(
         seeds=_numbers(seeds),
         overrides=overrides or [],
     )
-    found = _guarded(lambda: searching.run(plan, jobs, _show_of_many, _say))
+    found = _guarded(lambda: searching.run(plan, jobs, _show_of_many, say))
     _table(found.rows)
-    _say(f"ended because {found.reason}")
+    say(f"ended because {found.reason}")
     for path in found.written:
-        _say(str(path))
+        say(str(path))
 
 
 @app.command()
 def federate(
     recipe: Annotated[
-        str | None, typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.")
+        str | None,
+        typer.Argument(
+            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
@@ -211,10 +258,7 @@ def federate(
     ] = None,
 ) -> None:
     """Prepare a federation across machines, on Flower, and say how to start it."""
-    quiet()
     from fedsieve.recipe import read as recipes
-    from fedsieve.sites import federate as federating
-    from fedsieve.sites.server import RoundPolicy
 
     if again is not None:
         if recipe is not None:
@@ -223,7 +267,13 @@ def federate(
         return
     if recipe is None:
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
-    given = recipes.load(recipe, overrides or [])
+    table = recipes.read(recipe, overrides or [])
+    recipes.parse(table, recipe)  # a mistake is told before anything heavy is loaded
+    quiet()
+    from fedsieve.sites import federate as federating
+    from fedsieve.sites.server import RoundPolicy
+
+    given = recipes.check(table, recipe)
     policy = RoundPolicy(sites, deadline, setup, wait, extra)
     listen = federating.ServerAddress(host, port, certificates, insecure)
     folder = out or Path("runs") / given.name
@@ -234,9 +284,9 @@ def federate(
         "on the server, to begin:",
     )
     for title, command in zip(titles, commands, strict=True):
-        _say(f"{title}\n  {command}\n")
+        say(f"{title}\n  {command}\n")
     for caution in federating.cautions(listen):
-        _warn(caution)
+        warn(caution)
 
 
 @app.command()
@@ -244,6 +294,9 @@ def worker(
     site: Annotated[Path, typer.Argument(metavar="SITE.TOML", help="What this site has.")],
 ) -> None:
     """Hold a site's model, data and memory, and train when the site's node is asked to."""
+    from fedsieve.sites.site import load
+
+    load(site)  # a mistake in the file is told before anything heavy is loaded
     quiet()
     from fedsieve.run.runner import sigterm_as_ctrl_c
     from fedsieve.sites import resident
@@ -266,8 +319,11 @@ def report(
     ] = None,
 ) -> None:
     """Write one self-contained HTML report, and its plots as PNG, from one or several runs."""
-    from fedsieve import report as reports
     from fedsieve.run import rundir
+
+    for folder in folders:
+        rundir.check(folder)
+    from fedsieve import report as reports
 
     written = reports.write(folders, out or folders[0] / rundir.REPORT, target=target)
     for path in written:
@@ -281,6 +337,9 @@ def export(
     merge: Annotated[bool, typer.Option(help="The whole model, adapter merged in.")] = False,
 ) -> None:
     """Write a run's adapter in PEFT's format, or the merged model, from its newest checkpoint."""
+    from fedsieve.run import rundir
+
+    rundir.check(folder)
     quiet()
     from fedsieve.run import runner
 
@@ -355,19 +414,15 @@ def list_methods(
         )
         console.print(table)
         return
-    import inspect
-
-    from fedsieve import methods
+    from fedsieve.methods import catalogue
 
     table = Table(box=None, pad_edge=False)
     for title in ("method", "what it is", "budgets", "options"):
         table.add_column(title)
-    for name in methods.names():
-        build = methods.load(name)
-        first = (inspect.getdoc(inspect.getmodule(build)) or "").splitlines()[0]
-        first = first.split(" (")[0]
-        options = ", ".join(p for p in inspect.signature(build).parameters if p != "server")
-        table.add_row(f"[bold]{name}[/]", first, ", ".join(sorted(build().knobs)) or "-", options)
+    for name in catalogue.names():
+        entry = catalogue.known(name)
+        options = ", ".join(entry.options)
+        table.add_row(f"[bold]{name}[/]", entry.summary, ", ".join(entry.knobs) or "-", options)
     Console(highlight=False).print(table)
 
 
@@ -409,11 +464,20 @@ class _Live:
         left = (now - self._started) / done * (self._rounds - summary.round) if done else None
         for receipt in receipts:
             if receipt.dropped is not None:
-                _warn(f"round {summary.round}, client {receipt.client} dropped: {receipt.dropped}")
+                warn(f"round {summary.round}, client {receipt.client} dropped: {receipt.dropped}")
         line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
         if summary.accuracy is not None or not console.is_terminal:
             console.print(line)
         self._bar.update(self._task, completed=summary.round, description=line)
+
+
+def _announce(recipe: "Recipe", folder: Path) -> None:
+    """Say what is about to be done, and only then import what it takes."""
+    for line in lines_of_plan(recipe, folder):
+        say(line)
+    console.print("loading torch, transformers and peft ...")
+    quiet()
+    say(f"loading {recipe.model.source} and the rows of {recipe.data.train} ...")
 
 
 def _summary(folder: Path) -> None:
@@ -471,10 +535,6 @@ def _show_of_many(job: "Job", summary: "Round") -> None:
         console.print(escape(f"{job.name}  {line_of(summary, job.recipe.rounds)}"))
 
 
-def _say(text: str) -> None:
-    console.print(escape(text))
-
-
 def _report_problems(found: Sequence[str]) -> None:
     """Runs that failed beside others that went well: exit code 1."""
     for each in found:
@@ -514,33 +574,7 @@ def _guarded(work: Callable[[], T]) -> T:
         raise typer.Exit(130) from None
 
 
-def quiet() -> None:
-    """Loading bars and reports of other libraries have no place among ours."""
-    import datasets
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _warn(text: str) -> None:
-    problems.print(f"[yellow]warning:[/] {escape(text)}")
-
-
-def show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    if issubclass(category, UserWarning):
-        _warn(str(message))

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 
 class FedSieveError(ValueError):
@@ -17,6 +17,12 @@ class NoUsableUpdate(FedSieveError):
     """A round in which no client returned an update that can be merged."""
 
 
+class Failed(Protocol):
+    """A pydantic.ValidationError, by what is asked of it here."""
+
+    def errors(self) -> Sequence[Mapping[str, Any]]: ...
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The tail of a message about an unknown name: " (did you mean 'rank'?)".
 
@@ -29,12 +35,28 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (known are {', '.join(names)})" if 0 < len(names) <= 20 else ""
 
 
+def explain_all(
+    error: Failed,
+    source: str,
+    keys: Callable[[Sequence[str | int]], Iterable[str]],
+    path: Callable[[Sequence[str | int]], Sequence[str]] = lambda loc: [*map(str, loc)],
+) -> str:
+    """All that pydantic found wrong with a file's table, in words for whoever wrote the file.
+
+    source: what the file is called
+    keys: the known keys of the table at a place
+    path: pydantic's place -> the place as the file has it
+    """
+    lines = [f"  {explain(detail, path(detail['loc']), keys)}" for detail in error.errors()]
+    return "\n".join([f"{source}:", *lines])
+
+
 def explain(
     detail: Mapping[str, Any],
     path: Sequence[str],
     keys: Callable[[Sequence[str | int]], Iterable[str]],
 ) -> str:
-    """What pydantic found wrong with a file's table, in words for whoever wrote the file.
+    """One thing that pydantic found wrong; see `explain_all`.
 
     path: where it is, as the file has it
     keys: the known keys of the table at a place, as pydantic names the place

@@ -58,6 +58,18 @@ def test_app_holds_no_program(tiny: Tiny, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("flower")
+def test_a_federation_of_0_1_finds_the_program_where_it_is_now(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    federate.prepare(checked(tiny), run, PATIENCE, federate.ServerAddress())
+    path = run / "app" / "pyproject.toml"
+    now = tomllib.loads(path.read_text())
+    path.write_text(path.read_text().replace("fedsieve.sites.flower_app:", "fedsieve.flower_app:"))
+    assert tomllib.loads(path.read_text()) != now
+    federate.begin_again(run)
+    assert tomllib.loads(path.read_text()) == now
+
+
+@pytest.mark.usefixtures("flower")
 def test_each_federation_has_a_name_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
     """Sites know a run by its recipe's digest: the same recipe started afresh is another run."""
     for name in ("a", "b"):

@@ -3,19 +3,19 @@ the function `method` in it; there is no list to keep.
 """
 
 import importlib
-import pkgutil
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from fedsieve.algebra.method import Method
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError
+from fedsieve.methods.catalogue import known, names
+
+if TYPE_CHECKING:
+    from fedsieve.algebra.method import Method
+
+__all__ = ["load", "names"]
 
 
-def names() -> list[str]:
-    """The methods that ship with FedSieve."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
-
-
-def load(name: str) -> Callable[..., Method]:
+def load(name: str) -> "Callable[..., Method]":
     """The function that builds a method from its options.
 
     name: one of `names()`, or the dotted name of your own module that has a function `method`.
@@ -26,10 +26,8 @@ def load(name: str) -> Callable[..., Method]:
             module = importlib.import_module(name)
         except ImportError as error:
             raise FedSieveError(f"method {name!r} cannot be imported: {error}") from error
-    elif name in names():
-        module = importlib.import_module(f"{__name__}.{name}")
     else:
-        raise FedSieveError(f"unknown method {name!r}{nearest(name, names())}")
+        module = importlib.import_module(f"{__name__}.{known(name).name}")
     build = getattr(module, "method", None)
     if build is None:
         raise FedSieveError(f"the module {name!r} has no function `method` that builds a Method")

@@ -14,7 +14,8 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from fedsieve.errors import FedSieveError, explain, nearest
+from fedsieve.errors import FedSieveError, explain_all, nearest
+from fedsieve.methods.catalogue import OPTIMIZERS, known, options
 from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import Recipe, keys_of, path_of
 
@@ -63,13 +64,29 @@ def check(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
 
 
 def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
-    """`check`, less the options of method and server, and whether the budgets fit the method."""
+    """`check`, less the values of the options of method and server, and whether budgets fit."""
     try:
-        return Recipe.model_validate(table)
+        recipe = Recipe.model_validate(table)
     except ValidationError as error:
-        found = [explain(detail, path_of(detail["loc"]), keys_of) for detail in error.errors()]
-        lines = "\n".join(f"  {line}" for line in found)
-        raise FedSieveError(f"{source}:\n{lines}") from error
+        raise FedSieveError(explain_all(error, source, keys_of, path_of)) from error
+    _refuse_unknown_options(recipe)
+    return recipe
+
+
+def _refuse_unknown_options(recipe: Recipe) -> None:
+    """Raises FedSieveError for a method that is not there, or an option that is not its own.
+
+    A method of the user's own is a module that would have to be imported: `check` does.
+    """
+    server = recipe.server
+    takes = [("server", server.model_extra, options(OPTIMIZERS, server.optimizer))]
+    name = recipe.method.name
+    if "." not in name:
+        takes.append(("method", recipe.method.model_extra, known(name).options))
+    for table, given, names in takes:
+        for key in given or ():
+            if key not in names:
+                raise FedSieveError(f"{table}.{key}: unknown key{nearest(key, names)}")
 
 
 def dump(recipe: Recipe, environment: Mapping[str, Any]) -> str:

@@ -20,7 +20,9 @@ from pydantic import (
 )
 
 from fedsieve.algebra.budget import refuse_rank
-from fedsieve.settings import PAPER_RATIOS, Kind, Lora, Sampling, Share, Source, Training
+from fedsieve.settings import PAPER_RATIOS, Kind, Sampling, Share, Source
+from fedsieve.settings import Lora as Lora  # users of the schema find them here
+from fedsieve.settings import Training as Training
 
 
 class _Table(BaseModel):

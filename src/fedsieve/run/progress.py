@@ -1,11 +1,25 @@
-"""A round in one line, as a terminal and a log show it."""
+"""A run in words: what is about to be done, and each round in one line."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Round
+    from fedsieve.recipe.schema import Recipe
 
 MB = 1e6
+
+
+def lines_of_plan(recipe: "Recipe", folder: Path) -> list[str]:
+    """What a recipe asks for, from its own words alone."""
+    split = recipe.partition
+    among = f"one for each {split.column}" if split.column else f"{split.clients} clients"
+    drawn = "all of" if recipe.sampling.kind == "all" else f"{recipe.cohort} of"
+    return [
+        f"{recipe.name}: {recipe.method.name} on {recipe.model.source} ({recipe.model.task})",
+        f"{recipe.rounds} rounds, {drawn} {among} a round, rank {recipe.lora.rank}, "
+        f"seed {recipe.seed}, device {recipe.device}, into {folder}",
+    ]
 
 
 def line_of(summary: "Round", rounds: int) -> str:

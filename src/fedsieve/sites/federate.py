@@ -21,6 +21,7 @@ import dataclasses
 import hashlib
 import json
 import secrets
+import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -71,6 +72,10 @@ HOME = "flower"  # of Flower's command line
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
 KEYS = "sites.json"  # site -> its node's public key
 CONNECTION = "fedsieve"  # what that calls this server
+COMPONENTS = {
+    "serverapp": "fedsieve.sites.flower_app:server",
+    "clientapp": "fedsieve.sites.flower_app:client",
+}
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # No word to anyone about what runs here.
 QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
@@ -170,7 +175,17 @@ def begin_again(folder: Path) -> list[str]:
         raise FedSieveError(
             f"{folder} holds a run in one process: go on with `fedsieve resume {folder}`"
         )
+    _renew(app / "pyproject.toml")
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
+
+
+def _renew(path: Path) -> None:
+    """Let the app of a federation that 0.1 prepared name our ends as they are now."""
+    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    app = table["tool"]["flwr"]["app"]
+    if app["components"] != COMPONENTS:
+        app["components"] = COMPONENTS
+        checkpoint.write_whole(path, tomli_w.dumps(table).encode())
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -407,10 +422,7 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
             "flwr": {
                 "app": {
                     "publisher": "fedsieve",
-                    "components": {
-                        "serverapp": "fedsieve.sites.flower_app:server",
-                        "clientapp": "fedsieve.sites.flower_app:client",
-                    },
+                    "components": COMPONENTS,
                     "config": {
                         "folder": str(folder),
                         "tls": listen.certificates is not None,

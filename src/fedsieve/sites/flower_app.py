@@ -148,11 +148,11 @@ def transport(grid: Grid, proved: bool) -> "Transport":
 
 def main(grid: Grid, context: Context) -> None:
     """The server's whole work."""
-    from fedsieve import cli
+    from fedsieve import console
     from fedsieve.sites import federate
     from fedsieve.sites.server import RoundPolicy
 
-    cli.quiet()
+    console.quiet()
     config = context.run_config
     if config["tls"] and "--insecure" in sys.argv:
         raise FedSieveError("this federation was prepared for TLS, and the SuperLink has none")

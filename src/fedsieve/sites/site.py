@@ -24,7 +24,7 @@ from pydantic import (
 
 from fedsieve.algebra import budget
 from fedsieve.data import fetch
-from fedsieve.errors import FedSieveError, explain
+from fedsieve.errors import FedSieveError, explain_all
 from fedsieve.settings import Share
 
 
@@ -110,9 +110,7 @@ def load(path: Path) -> Site:
     try:
         site = Site.model_validate(table)
     except ValidationError as error:
-        found = [explain(detail, [*map(str, detail["loc"])], _keys) for detail in error.errors()]
-        lines = "\n".join(f"  {line}" for line in found)
-        raise FedSieveError(f"{path}:\n{lines}") from error
+        raise FedSieveError(explain_all(error, str(path), _keys)) from error
     return _settled(site, path.absolute().parent)
 
 

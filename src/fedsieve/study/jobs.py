@@ -253,10 +253,10 @@ def _work(requests: IO[str], answers: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    from fedsieve import cli
+    from fedsieve import console
 
-    cli.quiet()
-    warnings.showwarning = cli.show_warning
+    console.quiet()
+    warnings.showwarning = console.show_warning
     told = sys.stdout
     sys.stdout = sys.stderr  # what other libraries print must not get among the answers
     with contextlib.suppress(runner.Stopped, KeyboardInterrupt, BrokenPipeError):

@@ -21,12 +21,13 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from fedsieve import methods as known_methods
 from fedsieve.algebra import optim
 from fedsieve.clients.laws import tiers_by_density, tiers_by_rank
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, explain_all
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.recipe.method import limits_said, options_of
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.recipe.schema import Recipe
+from fedsieve.settings import Share
 from fedsieve.study.jobs import Job, refuse_changed
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
@@ -65,7 +66,7 @@ class Study(_Table):
 
     recipe: str
     seeds: Seeds = (0,)
-    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    target: Share | None = None
     set: Settings = {}
     entry: tuple[EntryTable, ...] = Field(min_length=1)
     tune: TuneTable | None = None
@@ -216,20 +217,12 @@ def _read(source: str, methods: Sequence[str]) -> Study:
     try:
         return Study.model_validate(table)
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(detail)}" for detail in error.errors())
-        raise FedSieveError(f"{source}:\n{lines}") from error
+        raise FedSieveError(explain_all(error, source, _keys)) from error
 
 
-def _explain(detail: Any) -> str:
-    place = ".".join(str(step) for step in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        first = detail["loc"][0]
-        tables: dict[str, type[_Table]] = {"entry": EntryTable, "tune": TuneTable}
-        known = tables.get(first, Study).__pydantic_fields__
-        return f"{place}: unknown key{nearest(str(detail['loc'][-1]), known)}"
-    if detail["type"] == "missing":
-        return f"{place}: this key is needed"
-    return f"{place}: {detail['msg']}"
+def _keys(path: Sequence[str | int]) -> list[str]:
+    tables: dict[str | int, type[_Table]] = {"entry": EntryTable, "tune": TuneTable}
+    return list((tables.get(path[0], Study) if path else Study).model_fields)
 
 
 def _beside(source: str, recipe: str) -> str:

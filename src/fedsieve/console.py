@@ -1,0 +1,42 @@
+"""What the terminal shows, for whichever process shows it: ours to say, others kept quiet."""
+
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+
+console = Console(highlight=False, soft_wrap=True, emoji=False)
+problems = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def say(text: str) -> None:
+    """Print text as it is, whatever brackets it holds."""
+    console.print(escape(text))
+
+
+def warn(text: str) -> None:
+    """Print a warning, apart from the results."""
+    problems.print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """In the place of `warnings.showwarning`: our own warnings in one line, others' not at all."""
+    if issubclass(category, UserWarning):
+        warn(str(message))
+
+
+def quiet() -> None:
+    """Loading bars and reports of other libraries have no place among ours. Imports them."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

@@ -1,0 +1,49 @@
+"""Runs that earlier versions wrote are gone on with, or refused by name.
+
+`written-by-0.1` is a run of FLASC with error feedback and Adam on the server, stopped after round 3
+of 5 by fedsieve 0.1.0; `{tiny}` stands for where the tests' tiny model and rows are.
+"""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsieve import report
+from fedsieve.recipe import read as recipes
+from fedsieve.run import rundir, runner
+from tests import runs
+from tests.conftest import Tiny
+
+OLD = Path(__file__).parent / "written-by-0.1"
+
+
+@pytest.fixture
+def old(tmp_path: Path, tiny: Tiny) -> Path:
+    folder = tmp_path / "old"
+    shutil.copytree(OLD, folder)
+    recipe = folder / rundir.RECIPE
+    text = recipe.read_text(encoding="utf-8").replace("{tiny}", str(tiny.bert.parent))
+    recipe.write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_run_of_0_1_is_gone_on_with_to_the_same_end(
+    old: Path, tmp_path: Path, no_report: None
+) -> None:
+    """Near, not equal: another processor may round otherwise than the one that wrote it."""
+    given = recipes.load(str(old / rundir.RECIPE))
+    whole = runner.start(given, tmp_path / "whole", runs.quiet)
+    before = runs.lines(old)
+    resumed = runner.resume(old, runs.quiet)
+    assert runs.lines(old)[:4] == before
+    assert [line["round"] for line in runs.lines(old)] == [0, 1, 2, 3, 4, 5]
+    size = {name: float(tensor.abs().max()) for name, tensor in whole.tensors.items()}
+    for name, tensor in resumed.tensors.items():
+        torch.testing.assert_close(tensor, whole.tensors[name], rtol=0, atol=0.02 * size[name])
+
+
+def test_a_run_of_0_1_is_reported(old: Path) -> None:
+    written = report.write([old], old / rundir.REPORT)
+    assert "flasc" in written[0].read_text(encoding="utf-8")
