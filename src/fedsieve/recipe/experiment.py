@@ -143,6 +143,7 @@ def assemble(
         evaluate=None if test is None else score,
         evaluate_every=evaluate_every,
         privacy=privacy,
+        dense=resident.dense,
     )
     ending = None if privacy is None else privacy.ending
     return Experiment(

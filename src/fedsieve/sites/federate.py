@@ -299,6 +299,7 @@ def on_network(
         privacy=plan,
         there=there,
         aside=sites.aside,
+        dense=resident.dense,
     )
     notes = () if plan is None else (plan.guarantee, *plan.cautions)
     ending = None if plan is None else plan.ending

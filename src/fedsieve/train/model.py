@@ -6,6 +6,7 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 """
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ class ResidentModel:
     slots:  tensor name -> (module, attribute) that holds the parameter
     loras:  PEFT's LoRA layers; none where the head alone or all weights are trained
     frozen: `<module>.base` -> the base's own weight, kept from when it was first changed
+    dense:  of dense LoRA as the settings have it, whatever is trained: what all bytes are compared
+            with. It is empty where no such LoRA fits the model
     """
 
     model: PeftModel | PreTrainedModel
@@ -54,6 +57,7 @@ class ResidentModel:
     loras: tuple[LoraLayer, ...]
     device: torch.device
     frozen: Tree
+    dense: Layout
 
     def adapter(self) -> Adapter:
         """A copy, on the CPU, of the adapter that is in the model."""
@@ -210,7 +214,19 @@ def set_up(
     """A base model with what a method trains: a fresh LoRA adapter, the head alone, or all."""
     if trains == "lora":
         return attach(base, task, lora, key=key, device=device)
-    return whole(base, task, lora, trains, device=device)
+    dense = _dense_lora(base, task, lora)
+    return dataclasses.replace(whole(base, task, lora, trains, device=device), dense=dense)
+
+
+def _dense_lora(base: PreTrainedModel, task: Task, lora: Lora) -> Layout:
+    """The layout that LoRA would have in a model, which is left as it is; or an empty one."""
+    # The twin's modules are its own, and its parameters the model's: nothing large is copied.
+    shared = {id(p): p for p in [*base.parameters(), *base.buffers()]}
+    twin = copy.deepcopy(base, dict(shared))
+    try:
+        return attach(twin, task, lora, key=Key(0), device=base.device).layout
+    except FedSieveError:
+        return Layout({}, (), 0, 1.0)
 
 
 def whole(
@@ -234,7 +250,8 @@ def whole(
     base.to(device)
     if device.type == "cpu":
         speed_up(base)
-    return ResidentModel(base, task, layout_of(tensors, 1.0), slots, (), device, {})
+    layout = layout_of(tensors, 1.0)
+    return ResidentModel(base, task, layout, slots, (), device, {}, layout)
 
 
 def attach(
@@ -285,7 +302,7 @@ def attach(
     if device.type == "cpu":
         speed_up(model)
     loras = tuple(module for module in model.modules() if isinstance(module, LoraLayer))
-    return ResidentModel(model, task, layout, slots, loras, device, {})
+    return ResidentModel(model, task, layout, slots, loras, device, {}, layout)
 
 
 def _pretrained(kind: Any, name: str, **given: Any) -> Any:
