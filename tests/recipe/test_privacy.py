@@ -170,6 +170,9 @@ def test_a_run_for_real_clients_keeps_its_server_s_secrets(tiny: Tiny, tmp_path:
     """Who took part follows neither from the recipe nor from anything in the run's directory."""
     given: dict[str, Any] = {"privacy": SYSTEM, "rounds": 8, "partition": {"kind": "column"}}
     given["partition"]["column"] = "author"
+    bad = tmp_path / "bad.csv"
+    bad.write_text(tiny.train.read_text() + "a text without a label,,author99\n")
+    given["data__train"] = str(bad)
     drawn = {}
     for name in ("one", "two"):
         run = tmp_path / name
