@@ -15,6 +15,7 @@ from fedsieve.algebra.method import Method
 from fedsieve.data.sources import column
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round
+from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import Experiment, assemble, check_length, locate
 from fedsieve.settings import Lora, Sampling, Task, Training
@@ -41,7 +42,10 @@ class Run:
         self.receipts: list[Receipt] = []
 
     def __iter__(self) -> Iterator[Round]:
-        """Train the rounds that are left, giving each one's metrics as it ends."""
+        """Train the rounds that are left, giving each one's metrics as it ends.
+
+        Warns once if the downloads' masks let pass nothing of B (docs/methods.md).
+        """
         federation, memories = self._experiment.federation, self._experiment.memories
         while self._progress.round < self._last:
             before = dict(memories)
@@ -55,6 +59,9 @@ class Run:
                 memories.update(before)
                 raise
             self._progress = progress
+            problem = starving(summary)
+            if problem and not any(map(starving, self.metrics)):
+                warnings.warn(problem, stacklevel=2)
             self.metrics.append(summary)
             self.receipts.extend(receipts)
             yield summary

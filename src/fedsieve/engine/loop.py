@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -24,10 +24,13 @@ from fedsieve.algebra.support import Support, everything, norm
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.clients.sampling import cohort
 from fedsieve.engine.client import Reply
+from fedsieve.engine.kept import Kept, kept, starves_b
 from fedsieve.errors import NoUsableUpdate, WireError
 from fedsieve.settings import Sampling
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
+
+SHARES = tuple(f"{way}_{part}" for way in ("down", "up") for part in Kept._fields)
 
 
 class Exchange(NamedTuple):
@@ -64,6 +67,9 @@ class Receipt(NamedTuple):
     dropped: why the update was not merged, or None
     transport_bytes: of the messages that carried both payloads, where a network did
     norm: of the decoded update, where server.clip bounds it; the clip is the recipe's
+    down_a, down_b, down_head, up_a, up_b, up_head: which share of its entries of A, of B and of all
+        other tensors a masked message carries (kept.py); None where a message has no masks, and up
+        where the clients' updates are private
     """
 
     round: int
@@ -84,6 +90,12 @@ class Receipt(NamedTuple):
     dropped: str | None
     transport_bytes: int | None = None
     norm: float | None = None
+    down_a: float | None = None
+    down_b: float | None = None
+    down_head: float | None = None
+    up_a: float | None = None
+    up_b: float | None = None
+    up_head: float | None = None
 
 
 class Round(NamedTuple):
@@ -97,6 +109,9 @@ class Round(NamedTuple):
         simulated_cohort, it is that of the simulated federation (see privacy.py)
     transport_bytes: of the messages that carried the payloads, where a network did
     aside_bytes: of the other messages since the last round: sites met, recipes told, evaluation
+    down_a, ..., up_head: means over the receipts that have them
+    starved: clients whose download's masks let pass nothing of B, though something of A or of the
+        head; None where no B travelled under masks
     """
 
     round: int
@@ -118,6 +133,13 @@ class Round(NamedTuple):
     simulated_cohort: int | None = None
     transport_bytes: int | None = None
     aside_bytes: int | None = None
+    down_a: float | None = None
+    down_b: float | None = None
+    down_head: float | None = None
+    up_a: float | None = None
+    up_b: float | None = None
+    up_head: float | None = None
+    starved: int | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +202,7 @@ def one_round(
     server_wire = 0.0
     # A private run has a clip too, and how large a client's update was is the client's secret.
     told = federation.privacy is None and method.clip(state) < math.inf
+    starved = 0
 
     def messages() -> Iterator[tuple[Client, bytes]]:
         nonlocal server_wire
@@ -192,24 +215,29 @@ def one_round(
             yield client, message
 
     def updates() -> Iterator[tuple[Client, Payload]]:
-        nonlocal server_wire
+        nonlocal server_wire, starved
         merged = 0
         for reply in federation.exchange.carry(messages(), key):
             down_bytes, support = sent.pop(reply.client.id)
             began = time.perf_counter()
-            payload, size, reason = None, None, reply.reason
+            payload, size, came, reason = None, None, None, reply.reason
             if reply.update is not None and reason is None:
                 try:
                     found = decode(reply.update, state.layout, support)
                     _refuse_again(reply, found)
                     _refuse_too_large(found, state)
                     size = norm(found.tree()) if told else None
+                    if federation.privacy is None:  # a mask is made of the client's own numbers
+                        came = kept(found.support, state.layout)
                     payload = found
                 except WireError as error:
                     reason = f"its update was refused: {error}"
             server_wire += time.perf_counter() - began
+            went = kept(support, state.layout)
+            starved += starves_b(support, state.layout)
             receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
-            receipts.append(receipt._replace(norm=size))
+            shares = {**_named("down", went), **_named("up", came)}
+            receipts.append(receipt._replace(norm=size, **shares))
             if payload is not None:
                 merged += 1
                 yield reply.client, payload
@@ -257,6 +285,8 @@ def one_round(
         **_spent(federation.privacy, number)._asdict(),
         transport_bytes=_transport(receipts),
         aside_bytes=_aside(federation),
+        starved=starved if any(r.down_b is not None for r in receipts) else None,
+        **_mean_shares(receipts),
     )
     return summary, receipts, progress
 
@@ -322,6 +352,19 @@ def _spent(plan: PrivacyPlan | None, rounds: int) -> _Spent:
     if plan is None:
         return _Spent(None, None)
     return _Spent(plan.spent(rounds) if plan.spent else None, plan.simulated_cohort)
+
+
+def _named(way: Literal["down", "up"], shares: Kept | None) -> dict[str, Any]:
+    """Shares under the names that receipts and rounds have for this way."""
+    return {f"{way}_{part}": share for part, share in (shares or Kept())._asdict().items()}
+
+
+def _mean_shares(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    means = {}
+    for name in SHARES:
+        found = [share for r in receipts if (share := getattr(r, name)) is not None]
+        means[name] = sum(found) / len(found) if found else None
+    return means
 
 
 def _transport(receipts: Sequence[Receipt]) -> int | None:
