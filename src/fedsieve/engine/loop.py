@@ -50,7 +50,8 @@ class Progress(NamedTuple):
     """Where a federation stands after some rounds: all that the next round depends on.
 
     total_bytes: payload bytes so far, both ways
-    dense_bytes: what dense float32 LoRA would have sent for the same messages
+    dense_bytes: what dense float32 LoRA at the server's rank would have sent for the same messages;
+                 0 where no LoRA fits the model
     """
 
     round: int
@@ -149,6 +150,8 @@ class Federation:
     evaluate: may give None where nobody could be asked
     there: who can be drawn now, where clients come and go; None where they do not
     aside: bytes of the messages beside the rounds' own since it was last asked, on a network
+    dense: the layout of dense LoRA at the server's rank, which all bytes are compared with; None
+           where the method trains just that. An empty one compares with nothing
     """
 
     method: Method
@@ -161,6 +164,7 @@ class Federation:
     privacy: PrivacyPlan | None = None
     there: Callable[[], Sequence[Client]] | None = None
     aside: Callable[[], int] | None = None
+    dense: Layout | None = None
 
 
 def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
@@ -261,7 +265,8 @@ def one_round(
     up = sum(r.up_bytes for r in receipts)
     # Both ways, for the messages that were really sent.
     messages_sent = len(receipts) + sum(r.up_bytes > 0 for r in receipts)
-    dense = messages_sent * dense_bytes(state.layout)
+    reference = state.layout if federation.dense is None else federation.dense
+    dense = messages_sent * dense_bytes(reference)
     progress = Progress(
         number, state, progress.total_bytes + down + up, progress.dense_bytes + dense
     )
@@ -321,10 +326,12 @@ def _finite(state: State) -> State:
 
 
 def dense_bytes(layout: Layout) -> int:
-    """The length of one message with a whole adapter in float32, really encoded.
+    """The length of one message with a whole adapter in float32, encoded; 0 for an empty one.
 
     Floats are sent as they are: the length is the same for all numbers, so zeros do.
     """
+    if not layout.size:
+        return 0
     support = everything(layout)
     values = rounded(torch.zeros(layout.size), "float32", torch.Generator())
     return len(encode(Payload(layout, support, values, "known", "known")))

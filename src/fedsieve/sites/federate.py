@@ -36,17 +36,15 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.data import sources
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
-from fedsieve.recipe.examples import sample, tensors
+from fedsieve.recipe.examples import load_rows, sample, tensors
 from fedsieve.recipe.experiment import (
     Experiment,
     absolute,
-    check_length,
     locate,
     set_up_resident,
     with_privacy,
@@ -62,6 +60,7 @@ from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, num
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Score, evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire.format import VERSION
@@ -259,8 +258,7 @@ def on_network(
     tokens.ensure_pad_token(tokenizer)
     test = _test_rows(recipe, tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
-    if test is not None:
-        check_length(resident, test)
+    check_rows(resident, test)
     sampling = _sampling(recipe, policy)
     enough = sampling.size if sampling.extra else None
     policy = policy._replace(quorum=sampling.quorum, enough=enough)
@@ -306,6 +304,7 @@ def on_network(
         privacy=plan,
         there=there,
         aside=sites.aside,
+        dense=resident.dense,
     )
     notes = () if plan is None else (plan.guarantee, *plan.cautions)
     ending = None if plan is None else plan.ending
@@ -391,8 +390,7 @@ def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
     data = recipe.data
     if data.test is None or recipe.evaluation.on == "validation":
         return None
-    read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
-    rows = read(data.test, data.test_split)
+    rows = load_rows(data, data.test, data.test_split)
     examples, _, _ = tensors(recipe, sample(recipe, rows), tokenizer)
     return examples
 

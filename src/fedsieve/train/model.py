@@ -6,6 +6,7 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 """
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,8 @@ from fedsieve.algebra.method import Trained
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
 from fedsieve.train.dropout import speed_up
+from fedsieve.train.head import match_rows
+from fedsieve.train.trial import settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
 
@@ -43,6 +46,8 @@ class ResidentModel:
     slots:  tensor name -> (module, attribute) that holds the parameter
     loras:  PEFT's LoRA layers; none where the head alone or all weights are trained
     frozen: `<module>.base` -> the base's own weight, kept from when it was first changed
+    dense:  of dense LoRA as the settings have it, whatever is trained: what all bytes are compared
+            with. It is empty where no such LoRA fits the model
     """
 
     model: PeftModel | PreTrainedModel
@@ -52,6 +57,7 @@ class ResidentModel:
     loras: tuple[LoraLayer, ...]
     device: torch.device
     frozen: Tree
+    dense: Layout
 
     def adapter(self) -> Adapter:
         """A copy, on the CPU, of the adapter that is in the model."""
@@ -153,15 +159,19 @@ def load_base(
 ) -> PreTrainedModel:
     """A pretrained model, ready for the task.
 
-    classes:  names of the labels; a classifier without a head of that size gets a new one, drawn
-              from `key`
+    classes:  names of the labels; a classifier without a head for them gets a new one, drawn from
+              `key`, and one that has them in another order gets its rows into this one (head.py)
+    pad_token_id: the tokenizer's
     settings: changes to the model's configuration, such as its dropout rates
-    Raises FedSieveError if the model cannot be found or read.
+    Raises FedSieveError if the model cannot be found or read, or does not keep to what every model
+    must (trial.py).
     """
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
     kind = AutoModelForCausalLM
     if task == "classification":
         kind = AutoModelForSequenceClassification
+        known = _pretrained(AutoConfig, name).id2label
+        given["problem_type"] = "single_label_classification"
         given["id2label"] = dict(enumerate(classes))
         given["label2id"] = {label: number for number, label in enumerate(classes)}
     given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -175,9 +185,10 @@ def load_base(
             f"model {name!r}: the weights of {odd[0]} have another shape than its configuration "
             "says; see model.settings"
         )
-    if model.config.pad_token_id is None:
-        # Classifiers of the GPT kind find the last token by it.
-        model.config.pad_token_id = pad_token_id
+    if task == "classification":
+        drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        match_rows(model, known, classes, drawn, key.at("head"))
+    settle(model, task, pad_token_id)
     return model
 
 
@@ -203,7 +214,19 @@ def set_up(
     """A base model with what a method trains: a fresh LoRA adapter, the head alone, or all."""
     if trains == "lora":
         return attach(base, task, lora, key=key, device=device)
-    return whole(base, task, lora, trains, device=device)
+    dense = _dense_lora(base, task, lora)
+    return dataclasses.replace(whole(base, task, lora, trains, device=device), dense=dense)
+
+
+def _dense_lora(base: PreTrainedModel, task: Task, lora: Lora) -> Layout:
+    """The layout that LoRA would have in a model, which is left as it is; or an empty one."""
+    # The twin's modules are its own, and its parameters the model's: nothing large is copied.
+    shared = {id(p): p for p in [*base.parameters(), *base.buffers()]}
+    twin = copy.deepcopy(base, dict(shared))
+    try:
+        return attach(twin, task, lora, key=Key(0), device=base.device).layout
+    except FedSieveError:
+        return Layout({}, (), 0, 1.0)
 
 
 def whole(
@@ -227,7 +250,8 @@ def whole(
     base.to(device)
     if device.type == "cpu":
         speed_up(base)
-    return ResidentModel(base, task, layout_of(tensors, 1.0), slots, (), device, {})
+    layout = layout_of(tensors, 1.0)
+    return ResidentModel(base, task, layout, slots, (), device, {}, layout)
 
 
 def attach(
@@ -278,7 +302,7 @@ def attach(
     if device.type == "cpu":
         speed_up(model)
     loras = tuple(module for module in model.modules() if isinstance(module, LoraLayer))
-    return ResidentModel(model, task, layout, slots, loras, device, {})
+    return ResidentModel(model, task, layout, slots, loras, device, {}, layout)
 
 
 def _pretrained(kind: Any, name: str, **given: Any) -> Any:
