@@ -42,7 +42,7 @@ def run(
     name: str, options: dict[str, Any], number: int = 4, privacy: PrivacyPlan | None = None
 ) -> tuple[list[Round], list[Receipt], list[tuple[bytes, bytes]]]:
     """Rounds on the toy, and the bytes down and up of each receipt, in their order."""
-    method = methods.load(name)(server=adam(0.01), **EXACT, **options)
+    method = methods.load(name)(**{"server": adam(0.01), **EXACT, **options})
     budgets = [{k: v for k, v in b._asdict().items() if k in method.knobs} for b in BUDGETS]
     members = toy.clients([Budget(**budget) for budget in budgets])
     begun = toy.start(zero_b=True)
