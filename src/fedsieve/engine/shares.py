@@ -28,6 +28,6 @@ def starving(summary: "Round") -> str | None:
     return (
         f"round {summary.round}: the masks let nothing of B pass down to {summary.starved} of "
         f"{summary.clients} clients (kept {said}). While this lasts, they begin each round with B "
-        "at zero, whatever was learned of it. What helps: ranked = 'change' if the method has it, "
-        "denser downloads, or more rounds (docs/methods.md, What a mask may hide)"
+        "at zero, whatever was learned of it. What can help: denser downloads, more rounds, or "
+        "ranked = 'change' if the method has it (docs/methods.md, What a mask may hide)"
     )
