@@ -70,7 +70,7 @@ class Run:
         return self._experiment.federation.method.export(self._progress.state)
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format."""
+        """Write the adapter in PEFT's format, with the tokenizer and the names of the labels."""
         self._experiment.resident.save(self.adapter, Path(folder))
 
 
@@ -137,7 +137,15 @@ def finetune(
     base = load_base(
         locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
     )
-    resident = set_up(base, task, lora, method.trains, key=key, device=pick_device(device))
+    resident = set_up(
+        base,
+        task,
+        lora,
+        method.trains,
+        key=key,
+        device=pick_device(device),
+        tokenizer=tokenizer,
+    )
     for each in examples.values():
         check_length(resident, each)
     if not isinstance(budgets, Mapping):
