@@ -56,7 +56,8 @@ def start(recipe: Recipe, folder: Path, show: Show, *, overwrite: bool = False) 
 def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
     """Go on with a run from its newest whole checkpoint; a finished run is left as it is.
 
-    Raises FedSieveError if the folder holds no run that can be resumed, Stopped as `start` does.
+    Raises FedSieveError if the folder holds no run that can be resumed, or if the base model has
+    changed since; Stopped as `start` does.
     """
     rundir.check(folder)
     with rundir.lock(folder):
@@ -64,7 +65,10 @@ def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
         experiment = build(recipe)
         snapshot = None
         if not rundir.untouched(folder):
-            snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, experiment.resident.layout)
+            resident = experiment.resident
+            snapshot = checkpoint.load(
+                folder / rundir.CHECKPOINTS, resident.layout, resident.digest
+            )
             _refuse_one_count(folder, recipe, snapshot)
             experiment.memories.update(snapshot.memories)
         with _disk_errors(folder):
@@ -90,7 +94,8 @@ def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:
 def export(folder: Path, to: Path, *, merge: bool = False) -> int:
     """Write the newest checkpoint's adapter, or the whole model with it merged in, to a folder.
 
-    Returns the round it is from. Raises FedSieveError if there is no run or `to` is not empty.
+    Returns the round it is from. Raises FedSieveError if there is no run, if `to` is not empty, or
+    if the base model has changed since the run began.
     """
     rundir.check(folder)
     try:
@@ -103,13 +108,12 @@ def export(folder: Path, to: Path, *, merge: bool = False) -> int:
     tokenizer = load_tokenizer(locate(recipe.model.source))
     tokens.ensure_pad_token(tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
-    snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, resident.layout)
+    snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, resident.layout, resident.digest)
     adapter = build_method(recipe).export(snapshot.progress.state)
     if merge:
         resident.merge(adapter, to)
     else:
         resident.save(adapter, to)
-    tokenizer.save_pretrained(str(to))
     return snapshot.progress.round
 
 
@@ -168,7 +172,8 @@ def _go_on(
 
 
 def _snapshot(experiment: Experiment, progress: Progress, folder: Path) -> Snapshot:
-    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder))
+    base = experiment.resident.digest
+    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder), base)
 
 
 def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path) -> None:
