@@ -235,7 +235,7 @@ class Theory(NamedTuple):
     falls:    rounds until |grad f~|^2 is below FALL of its start
     curve:    |grad f~|^2 over its start at each round, the first seed's
     measured: mean over those rounds and the seeds of |grad f~|^2
-    promised: what the theory says that this mean cannot exceed, 2 F0 / (gamma H T)
+    promised: what the theory says that this mean cannot exceed, `fslora.gradient_bound`
     rho, c_h, extent: the largest met on the way
     """
 
@@ -279,7 +279,15 @@ def at_theory_step(p: Problem, ranks: tuple[int, ...], seeds: int) -> Theory:
         [len(curve) - 1 for curve in curves],
         [squared / curves[0][0] for squared in curves[0]],
         mean(mean(curve[:shortest]) for curve in curves),
-        2 * value / (step * THEORY_STEPS * shortest),
+        fslora.gradient_bound(
+            smoothness=smoothness(p),
+            rho=RHO,
+            local_steps=THEORY_STEPS,
+            ratios=[k / RANK for k in ranks],
+            step=step,
+            rounds=shortest,
+            gap=value,  # the minimum is 0, and there is neither sigma nor sigma_h
+        ),
         rho,
         c_h,
         reach,

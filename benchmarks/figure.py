@@ -28,6 +28,7 @@ from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
+from fedsieve.report.words import fewer
 from fedsieve.run import rundir, runner
 
 # What of the demo's settings each method makes use of; dense methods send float32, as is usual.
@@ -82,15 +83,21 @@ def main() -> None:
     written = report.write(folders, given.runs / "report.html")
     (plot,) = [path for path in written if path.name.endswith("accuracy-bytes.png")]
     shutil.copyfile(plot, given.plot)
-    table = Table("method", "accuracy", "MB down", "MB up", "MB in all", "fewer", box=None)
+    table = Table(
+        "method", "accuracy", "MB down", "MB up", "MB in all", "against dense LoRA", box=None
+    )
     for method, folder in zip(given.methods, folders, strict=True):
         lines = (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         down, up = (sum(row[f"{way}_bytes"] for row in rows) / 1e6 for way in ("down", "up"))
         last = rows[-1]
-        fewer = last["dense_bytes"] / last["total_bytes"]
         numbers = [f"{value:.2f}" for value in (down, up, down + up)]
-        table.add_row(method, f"{last['accuracy']:.4f}", *numbers, f"{fewer:.1f}x")
+        table.add_row(
+            method,
+            f"{last['accuracy']:.4f}",
+            *numbers,
+            fewer(last["total_bytes"], last["dense_bytes"]),
+        )
     console.print(table)
     console.print(f"{given.plot}; {written[0]}")
 

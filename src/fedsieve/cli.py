@@ -483,6 +483,7 @@ def _announce(recipe: "Recipe", folder: Path) -> None:
 def _summary(folder: Path) -> None:
     import json
 
+    from fedsieve.report.words import fewer
     from fedsieve.run import rundir
 
     lines = (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
@@ -496,11 +497,13 @@ def _summary(folder: Path) -> None:
     if "eval_loss" in last:
         console.print(f"eval loss      {last['eval_loss']:.4f}")
     console.print(f"payload bytes  {total:,} ({total / MB:.2f} MB, both ways)")
-    if total:
+    if total and dense:
         console.print(
             f"dense LoRA     {dense:,} ({dense / MB:.2f} MB in float32 for the same messages): "
-            f"[bold]{dense / total:.1f}x fewer[/]"
+            f"[bold]{fewer(total, dense)}[/]"
         )
+    elif total:
+        console.print("dense LoRA     cannot be had of this model at this rank: no comparison")
     dropped = sum(entry["dropped"] for entry in rounds)
     if dropped:
         console.print(f"dropped        {dropped} updates (see {rundir.CLIENTS})")

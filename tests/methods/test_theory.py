@@ -24,7 +24,7 @@ from fedsieve.algebra.method import Method, State, compose
 from fedsieve.algebra.payload import Payload
 from fedsieve.algebra.sieve import dense, sketch
 from fedsieve.errors import FedSieveError
-from fedsieve.methods.fslora import step_size_bound
+from fedsieve.methods.fslora import gradient_bound, step_size_bound
 
 _path = Path(__file__).parents[2] / "benchmarks" / "convergence.py"
 _spec = importlib.util.spec_from_file_location("convergence", _path)
@@ -44,21 +44,37 @@ USUAL: dict[str, Any] = {
 
 
 def test_bound_by_hand() -> None:
-    # mean(r/k) = (2 + 4) / 2 = 3, L_bar = 6: 2 / (24 * 2 * 2 * 3 * 6) = 1 / 864, the smallest.
-    assert step_size_bound(**USUAL) == pytest.approx(1 / 864)
-    # A hundred full clients: 1 / (8 sqrt(101)) is below 100 / 24.
+    """Theorem 4.4 as printed, worked out with a pencil."""
+    # mean(r/k) = (2 + 4) / 2 = 3, L_bar = 6: 2 / (24 * 1 * 2 * 3 * 6) = 1 / 432, the smaller.
+    assert step_size_bound(**USUAL) == pytest.approx(1 / 432)
+    # Ten of each: 20 / 864; mean(r^2/k^2) = (4 + 16) / 2 = 10, L_tilde L = 40: sqrt(40 * 2 * 2) is
+    # 4 sqrt(10), and 1 / (8 * 4 sqrt(10) * 3) is smaller.
+    ten = USUAL | {"ratios": [0.5, 0.25] * 10}
+    assert step_size_bound(**ten) == pytest.approx(1 / (96 * math.sqrt(10)))
+    # Gradients without variance: only the second condition is left.
     many = step_size_bound(smoothness=1, rho=0, c_h=0, local_steps=1, ratios=[1.0] * 100)
-    assert many == pytest.approx(1 / (8 * math.sqrt(101)))
+    assert many == pytest.approx(1 / 8)
     # The same hundred at k = r / 4: sqrt(L_tilde L) is 4 L.
     quarter = step_size_bound(smoothness=1, rho=0, c_h=0, local_steps=1, ratios=[0.25] * 100)
     assert quarter == pytest.approx(many / 4)
-    # A very flat loss: 1 / H.
-    assert step_size_bound(**USUAL | {"smoothness": 1e-6, "local_steps": 5}) == 0.2
+    # A very flat loss: there is no other cap.
+    flat = step_size_bound(**USUAL | {"smoothness": 2e-6, "local_steps": 3})
+    assert flat == pytest.approx(1e6 / 432)
 
 
 def test_full_rank_leaves_the_smoothness_as_it_is() -> None:
-    alone = step_size_bound(smoothness=3, rho=0, c_h=0, local_steps=2, ratios=[1.0])
-    assert alone == pytest.approx(1 / (24 * 2 * 3))
+    alone = step_size_bound(smoothness=3, rho=0.5, c_h=0, local_steps=2, ratios=[1.0])
+    assert alone == pytest.approx(1 / (24 * 0.5 * 2 * 3))
+
+
+def test_promise_by_hand() -> None:
+    """The right side of Theorem 4.4, worked out with a pencil."""
+    given: dict[str, Any] = {"smoothness": 2.0, "rho": 1.0, "local_steps": 3, "ratios": [0.5, 0.25]}
+    exact = gradient_bound(**given, step=0.1, rounds=20, gap=3.0)
+    assert exact == pytest.approx(2.0)  # 4 * 3 / (0.1 * 20 * 3): no noise, no difference
+    # sigma^2 = 1, sigma_h^2 = 0.5: s^2 = 1 + 3 * 2 * 0.5 = 4; L_bar = 6, L_tilde L = 20 * 2.
+    noisy = gradient_bound(**given, step=0.1, rounds=20, gap=3.0, sigma=1.0, sigma_h=0.5**0.5)
+    assert noisy == pytest.approx(2.0 + 0.1 * 12 * 4 + 10 * 0.01 * 9 * 40 * 4)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +258,16 @@ def test_the_theory_step_descends() -> None:
         run = convergence.rounds(PROBLEM, ranks, step=step, local_steps=4, seed=0, method=_right())
         points = list(islice(run, 150))
         squares = [point.squared for point in points]
-        assert mean(squares) <= 2 * points[0].value / (step * 4 * len(points))
+        promise = gradient_bound(
+            smoothness=convergence.smoothness(PROBLEM),
+            rho=convergence.RHO,
+            local_steps=4,
+            ratios=[k / 8] * 3,
+            step=step,
+            rounds=len(points),
+            gap=points[0].value,
+        )
+        assert mean(squares) <= promise
         lasts.append(squares[-1] / squares[0])
     assert lasts == sorted(lasts)
     assert lasts[0] < 0.5

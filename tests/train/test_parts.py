@@ -264,7 +264,7 @@ def test_an_adapter_finds_its_base_from_everywhere(
 ) -> None:
     """Though it was named from where the run was started."""
     monkeypatch.chdir(tiny.bert.parent)
-    recipe = {"model__source": f"./{tiny.bert.name}", "rounds": 1}
+    recipe: dict[str, Any] = {"model__source": f"./{tiny.bert.name}", "rounds": 1}
     runs.start(tiny, tmp_path / "run", **recipe)
     clients = [Dataset.from_dict({"text": ["a", "b", "c"], "label": list(LABELS)})]
     run = fedsieve.finetune(f"./{tiny.bert.name}", clients, fedsieve.fslora(), rounds=1)

@@ -17,11 +17,12 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Adapter, Layout, Tree
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.optim import Optimizer, limits, sgd
 from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name
 from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
-from fedsieve.errors import NoUsableUpdate
+from fedsieve.errors import FedSieveError, NoUsableUpdate
+from fedsieve.settings import Source
 
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
 Weighting = Literal["uniform", "examples"]
@@ -33,6 +34,25 @@ Scaling = Literal["server", "alpha/k", "alpha/sqrt(k)"]
 def unlimited(state: "State") -> float:
     """No update is too large."""
     return math.inf
+
+
+class Unbounded(FedSieveError):
+    """The server optimizer clips updates, and in this method that would bound nothing.
+
+    by: what lets one client move the server further: how updates are weighed, or the merge itself
+    """
+
+    def __init__(self, by: Literal["weighting", "merge"]) -> None:
+        self.by = by
+        clips = "a server that clips updates (privacy.private, optim.bounded)"
+        super().__init__(
+            f"weighting: with {clips} it must be 'uniform': a client's number of examples is its "
+            "own secret, and would weigh its update beyond the clip"
+            if by == "weighting"
+            else f"server: this method's server does not move by a mean of the clients' changes, "
+            f"so {clips} bounds nothing: choose a method that does (fedit, fslora, flasc, ...), or "
+            "a server without a clip"
+        )
 
 
 class State(NamedTuple):
@@ -89,6 +109,8 @@ class Method(NamedTuple):
     linear:   the server moves by a mean of the clients' changes, each clipped as `Optimizer.clip`
               says: what differential privacy needs
     clip:     that limit in a state, on the L2 norm of one client's decoded update
+    private:  where the noise comes from that hides single clients; None where nothing does
+    keeps:    clients keep something from round to round that came from their rows
     """
 
     knobs: frozenset[Knob]
@@ -103,6 +125,8 @@ class Method(NamedTuple):
     trains: Trained = "lora"
     linear: bool = False
     clip: Callable[[State], float] = unlimited
+    private: Source | None = None
+    keeps: bool = False
 
 
 def unscaled(rank: int, kept: int) -> float:
@@ -161,9 +185,15 @@ def compose(
     down_values, up_values: the form in which numbers travel
     feedback:  a client keeps what its upload left out and adds it to its next change. The client
                must hold the same coordinates every round, so this is for methods without a sketch.
+
+    Raises Unbounded for a server that clips updates where that bounds nothing: one client moves the
+    mean by at most clip / n if the mean is of changes, all counting alike, and else by anything.
     """
     optimizer = sgd() if server is None else server
     shared = shared or trained
+    linear = returns == "change" and weighting == "uniform"
+    if limits(optimizer) and not linear:
+        raise Unbounded("weighting" if weighting == "examples" else "merge")
 
     def init(adapter: Adapter) -> State:
         slots = optimizer.init(adapter.tensors)
@@ -249,7 +279,6 @@ def compose(
     def export(state: State) -> Adapter:
         return Adapter(state.layout, state.trees["adapter"])
 
-    linear = returns == "change" and weighting == "uniform"
     return Method(
         knobs=knobs,
         init=init,
@@ -262,6 +291,8 @@ def compose(
         trains=trains,
         linear=linear,
         clip=clip,
+        private=optimizer.private,
+        keeps=feedback,
     )
 
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 
 from fedsieve.algebra.adapter import Tree
+from fedsieve.errors import FedSieveError
+from fedsieve.settings import Source
 
 Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
 
@@ -40,6 +42,8 @@ class Optimizer(NamedTuple):
               and refuses a round without any
     settle:   (slots after the step, how many updates were within the clip, how many there were) ->
               slots; where a clip that adapts learns from the round
+    private:  where the noise comes from that hides single clients (`privacy.private`); None where
+              nothing does
     """
 
     init: Callable[[Tree], Slots]
@@ -47,13 +51,22 @@ class Optimizer(NamedTuple):
     clip: Callable[[Slots], float] = unlimited
     expected: float | None = None
     settle: Callable[[Slots, int, int], Slots] = unchanged
+    private: Source | None = None
+
+
+def limits(optimizer: Optimizer) -> bool:
+    """Whether a client's part in the mean is meant to have a limit, whatever the client sends."""
+    return optimizer.clip is not unlimited
 
 
 def bounded(optimizer: Optimizer, clip: float) -> Optimizer:
     """The same optimizer, on updates that are scaled down to an L2 norm of at most `clip`.
 
     Without noise this is no privacy: it bounds what one client of n can do to the mean, clip / n.
+    Raises FedSieveError where the optimizer clips already: of two clips only one would count.
     """
+    if limits(optimizer):
+        raise FedSieveError("bounded: the server optimizer clips updates already: leave one out")
     return optimizer._replace(clip=lambda slots: clip)
 
 

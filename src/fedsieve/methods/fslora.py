@@ -51,36 +51,69 @@ def method(
 def step_size_bound(
     *, smoothness: float, rho: float, c_h: float, local_steps: int, ratios: Sequence[float]
 ) -> float:
-    """A local step size at which FSLoRA converges, after Theorem 4.4 (SGD(1), all clients present).
+    """The largest local step size of Theorem 4.4, under which FSLoRA is shown to converge.
 
     With q_i = r / k_i, L_bar = mean(q_i) L, L_tilde = mean(q_i^2) L, H local steps, N clients:
 
-        gamma <= min{ N / (24 (1 + rho) (1 + c_h) H L_bar),
-                      1 / (8 H sqrt((1 + rho) (1 + c_h) (N + 1) L_tilde L)),  1 / H }
+        gamma <= min{ N / (24 rho (c_h + 1) H L_bar),
+                      1 / (8 sqrt(L_tilde L (rho + 1) (c_h + 1)) H) }
 
-    It holds under Assumptions 4.1 to 4.3 in this reading, where f_i(B, A) is the expected loss of
-    client i at W0 + B A, and f~_i and f~ are as in equation 2, with the mean over sketches:
+    for SGD(1) on the server and all clients in every round, under Assumptions 4.1 to 4.3, where f_i
+    is the expected loss of client i at W0 + B A, and f~_i and f~ are as in equation 2, with the
+    mean over sketches:
 
-    smoothness: L; the loss of each example is L-smooth IN THE FACTORS (B, A), not in W. No LoRA
-        loss is so everywhere: L is that of the region where the iterates and their sketches are
-    rho: a client's stochastic gradient, over the draw of sketch AND batch, has a variance of at
-        most rho |grad f~_i|^2 + sigma^2
+    smoothness: L; the loss is L-smooth IN THE FACTORS (B, A), not in W. No LoRA loss is so
+        everywhere: L is that of the region where the iterates and their sketches are
+    rho: a client's stochastic gradient has a variance of at most rho |grad f~_i|^2 + sigma^2. At 0
+        the first condition asks for nothing
     c_h: mean over i of |grad f~_i - grad f~|^2 is at most c_h |grad f~|^2 + sigma_h^2
     local_steps: H, local gradient steps a round
     ratios: k_i / r of each client
 
-    The paper's are the quantities that enter and the growth with L_bar and L_tilde. The constants
-    24 and 8 and the cap 1 / H are the form in which we know its condition; they were not checked
-    against its text. 1 + rho stands for its rho, so that exact gradients get a finite step too.
-    That this bound suffices is shown in docs/convergence.md, and is ours.
-
     Raises FedSieveError for a constant or a ratio that makes no sense.
     """
-    if not (math.isfinite(smoothness) and smoothness > 0):
-        raise FedSieveError(f"smoothness is {smoothness}; it must be a number above 0")
     for name, value in (("rho", rho), ("c_h", c_h)):
         if not (math.isfinite(value) and value >= 0):
             raise FedSieveError(f"{name} is {value}; it must be a number of at least 0")
+    l_bar, l_tilde = _sketched(smoothness, local_steps, ratios)
+    noise = 24 * rho * (c_h + 1) * local_steps * l_bar
+    drift = 8 * math.sqrt(l_tilde * smoothness * (rho + 1) * (c_h + 1)) * local_steps
+    return min(len(ratios) / noise if noise else math.inf, 1 / drift)
+
+
+def gradient_bound(
+    *,
+    smoothness: float,
+    rho: float,
+    local_steps: int,
+    ratios: Sequence[float],
+    step: float,
+    rounds: int,
+    gap: float,
+    sigma: float = 0.0,
+    sigma_h: float = 0.0,
+) -> float:
+    """What Theorem 4.4 says that the mean over the rounds of E |grad f~|^2 cannot exceed.
+
+    With s^2 = sigma^2 + 3 (rho + 1) sigma_h^2, and all else as in `step_size_bound`:
+
+        4 gap / (gamma T H) + gamma (4 L_bar / N) s^2 + 10 gamma^2 H^2 L_tilde L s^2
+
+    step, rounds, gap: gamma, at most that bound; T; f~ at the start less its minimum
+    """
+    l_bar, l_tilde = _sketched(smoothness, local_steps, ratios)
+    noise = sigma**2 + 3 * (rho + 1) * sigma_h**2
+    return (
+        4 * gap / (step * rounds * local_steps)
+        + step * 4 * l_bar / len(ratios) * noise
+        + 10 * step**2 * local_steps**2 * l_tilde * smoothness * noise
+    )
+
+
+def _sketched(smoothness: float, local_steps: int, ratios: Sequence[float]) -> tuple[float, float]:
+    """L_bar and L_tilde. Raises FedSieveError for numbers that make no sense."""
+    if not (math.isfinite(smoothness) and smoothness > 0):
+        raise FedSieveError(f"smoothness is {smoothness}; it must be a number above 0")
     if local_steps < 1:
         raise FedSieveError(f"local_steps is {local_steps}; a client makes at least 1 step a round")
     if not ratios:
@@ -88,10 +121,6 @@ def step_size_bound(
     for ratio in ratios:
         if not 0 < ratio <= 1:
             raise FedSieveError(f"a ratio k / r is {ratio}; it must be in (0, 1]")
-    clients = len(ratios)
-    l_bar = smoothness * sum(1 / ratio for ratio in ratios) / clients
-    l_tilde = smoothness * sum(1 / ratio**2 for ratio in ratios) / clients
-    spread = (1 + rho) * (1 + c_h)
-    noise = clients / (24 * spread * local_steps * l_bar)
-    drift = 1 / (8 * local_steps * math.sqrt(spread * (clients + 1) * l_tilde * smoothness))
-    return min(noise, drift, 1 / local_steps)
+    mean = sum(1 / ratio for ratio in ratios) / len(ratios)
+    mean_square = sum(1 / ratio**2 for ratio in ratios) / len(ratios)
+    return mean * smoothness, mean_square * smoothness

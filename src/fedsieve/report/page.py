@@ -305,7 +305,7 @@ def _facts(run: Run) -> dict[str, str]:
     facts["Sent down"] = _mb(sum(row.down_bytes for row in run.rounds))
     facts["Sent up"] = _mb(sum(row.up_bytes for row in run.rounds))
     facts["Sent in all"] = f"<b>{_mb(last.total_bytes)}</b>"
-    dense = last.dense_bytes
+    dense = last.dense_bytes or None  # none fits the model
     facts["Dense float32 LoRA, same rounds"] = NONE if dense is None else _mb(dense)
     facts["Against dense LoRA"] = (
         NONE if dense is None else f"<b>{fewer(last.total_bytes, dense)}</b>"

@@ -34,7 +34,10 @@ def line_of(summary: "Round", rounds: int) -> str:
     if summary.epsilon is not None:
         cohort = summary.simulated_cohort
         simulated = f" (simulated cohort of {cohort})" if cohort else ""
-        parts.append(f"epsilon {summary.epsilon:.3f}{simulated}")
+        spent = f"epsilon {summary.epsilon:.3f}{simulated}"
+        if summary.epsilon_unamplified is not None:
+            spent += f" ({summary.epsilon_unamplified:.3f} to who knows who took part)"
+        parts.append(spent)
     if summary.round:
         parts.append(f"down {summary.down_bytes / MB:.3f} MB  up {summary.up_bytes / MB:.3f} MB")
         parts.append(f"total {summary.total_bytes / MB:.2f} MB")

@@ -23,12 +23,13 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import examples as rows_to_examples
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
-from fedsieve.recipe.experiment import check_length, locate, set_up_resident
+from fedsieve.recipe.experiment import locate, set_up_resident
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.sites.site import Site
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import ResidentModel, load_tokenizer, pick_device
 
 LONGEST = 1 << 20  # bytes of a recipe
@@ -80,7 +81,7 @@ def prepare(
     examples, test = _examples(recipe, rows, test_rows, tokenizer, say)
     _refuse_too_many_steps(recipe, tokens.count(examples), most_steps)
     resident = _resident(recipe, tokenizer, say)
-    check_length(resident, examples)
+    check_rows(resident, examples, test)
     assert resident.digest is not None
     digest = resident.digest.weights
     return Assignment(run, recipe, method, resident, resident.adapter(), examples, test, digest)

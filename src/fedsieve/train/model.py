@@ -6,9 +6,10 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 """
 
 import copy
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +35,9 @@ from fedsieve.settings import Lora, Task
 from fedsieve.train import parts, targets
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
+from fedsieve.train.head import match_rows
 from fedsieve.train.parts import Place
+from fedsieve.train.trial import settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
 LABELS = "labels.json"  # beside an adapter: id2label and label2id, which PEFT has no place for
@@ -49,6 +52,8 @@ class ResidentModel:
     loras:  PEFT's LoRA layers; none where the head alone or all weights are trained
     frozen: `<module>.base` -> the base's own weight, kept from when it was first changed
     ties:   tensor name -> the other places of the same parameter, where weights are tied
+    dense:  of dense LoRA as the settings have it, whatever is trained: what all bytes are compared
+            with. It is empty where no such LoRA fits the model
     tokenizer: saved beside the model, if it is known
     digest: of the base as it was loaded, where a run keeps it
     """
@@ -61,6 +66,7 @@ class ResidentModel:
     device: torch.device
     frozen: Tree
     ties: Mapping[str, Sequence[Place]]
+    dense: Layout
     tokenizer: PreTrainedTokenizerBase | None = None
     digest: BaseDigest | None = None
 
@@ -181,17 +187,20 @@ def load_base(
 ) -> PreTrainedModel:
     """A pretrained model, ready for the task: frozen, but for what was drawn (see parts.py).
 
-    classes:  names of the labels; a classifier without a head of that size gets a new one, drawn
-              from `key`
+    classes:  names of the labels; a classifier without a head for them gets a new one, drawn from
+              `key`, and one that has them in another order gets its rows into this one (head.py)
+    pad_token_id: the tokenizer's
     settings: changes to the model's configuration, such as its dropout rates
-    Raises FedSieveError if the model cannot be found or read, if it is quantised, or if more than
-    a head would have to be drawn.
+    Raises FedSieveError if the model cannot be found or read, if it is quantised, if more than a
+    head would have to be drawn, or if it does not keep to what every model must (trial.py).
     """
     _refuse_quantised(name, settings or {})
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
     kind = AutoModelForCausalLM
     if task == "classification":
         kind = AutoModelForSequenceClassification
+        known = _pretrained(AutoConfig, name).id2label
+        given["problem_type"] = "single_label_classification"
         given["id2label"] = dict(enumerate(classes))
         given["label2id"] = {label: number for number, label in enumerate(classes)}
     given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -205,11 +214,12 @@ def load_base(
             f"model {name!r}: the weights of {odd[0]} have another shape than its configuration "
             "says; see model.settings"
         )
-    parts.freeze_loaded(model, {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])})
+    drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    parts.freeze_loaded(model, drawn)
     parts.refuse_random_body(model, name, task)
-    if model.config.pad_token_id is None:
-        # Classifiers of the GPT kind find the last token by it.
-        model.config.pad_token_id = pad_token_id
+    if task == "classification":
+        match_rows(model, known, classes, drawn, key.at("head"))
+    settle(model, task, pad_token_id)
     return model
 
 
@@ -240,9 +250,25 @@ def set_up(
     """
     if trains == "lora":
         resident = attach(base, task, lora, key=key, device=device)
-    else:
-        resident = whole(base, task, lora, trains, device=device)
-    return replace(resident, tokenizer=tokenizer)
+        return dataclasses.replace(resident, tokenizer=tokenizer)
+    dense = _dense_lora(base, task, lora)
+    resident = whole(base, task, lora, trains, device=device)
+    return dataclasses.replace(resident, dense=dense, tokenizer=tokenizer)
+
+
+def _dense_lora(base: PreTrainedModel, task: Task, lora: Lora) -> Layout:
+    """The layout that LoRA would have in a model, which is left as it is; or an empty one."""
+    # The twin's modules are its own, and its parameters the model's: nothing large is copied.
+    shared = {id(p): p for p in [*base.parameters(), *base.buffers()]}
+    drawn = [p for p in base.parameters() if p.requires_grad]
+    twin = copy.deepcopy(base, dict(shared))
+    try:
+        return attach(twin, task, lora, key=Key(0), device=base.device).layout
+    except FedSieveError:
+        return Layout({}, (), 0, 1.0)
+    finally:
+        for parameter in drawn:
+            parameter.requires_grad_()
 
 
 def whole(
@@ -265,7 +291,7 @@ def whole(
     if device.type == "cpu":
         speed_up(base)
     layout = layout_of(tensors, 1.0)
-    return ResidentModel(base, task, layout, slots, (), device, {}, _ties(base, slots))
+    return ResidentModel(base, task, layout, slots, (), device, {}, _ties(base, slots), layout)
 
 
 def attach(
@@ -313,7 +339,8 @@ def attach(
     if device.type == "cpu":
         speed_up(model)
     loras = tuple(module for module in model.modules() if isinstance(module, LoraLayer))
-    return ResidentModel(model, task, layout, slots, loras, device, {}, _ties(model, slots))
+    ties = _ties(model, slots)
+    return ResidentModel(model, task, layout, slots, loras, device, {}, ties, layout)
 
 
 def _pretrained(kind: Any, name: str, **given: Any) -> Any:
