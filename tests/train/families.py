@@ -67,7 +67,7 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 class Family(NamedTuple):
     """A family's name in transformers, the tasks that it is tried on, and what makes it tiny.
 
-    tasks:   "c" for classification, "l" for causal language models
+    tasks:   "c" for classification, "l" for causal language models; none where all are refused
     start:   the class of its base
     targets: of its LoRA pairs, where "all-linear" is refused
     """
@@ -86,9 +86,9 @@ FAMILIES = (
     Family("big_bird", "c", AutoModelForMaskedLM, {**_BERT, "attention_type": "original_full"}),
     Family("bloom", "cl", AutoModelForCausalLM, {"hidden_size": 16, "n_layer": 2, "n_head": 2}),
     Family("camembert", "c", AutoModelForMaskedLM, _BERT),
-    Family("canine", "c", AutoModel, {**_BERT, "num_hash_buckets": 64}),
+    Family("canine", "", AutoModel, {**_BERT, "num_hash_buckets": 64}),
     Family("cohere", "l", AutoModelForCausalLM, _LLAMA),
-    Family("convbert", "c", AutoModelForMaskedLM, {**_BERT, "embedding_size": 16, "head_ratio": 1}),
+    Family("convbert", "", AutoModelForMaskedLM, {**_BERT, "embedding_size": 16, "head_ratio": 1}),
     Family("deberta", "c", AutoModelForMaskedLM, _BERT),
     Family("deberta-v2", "c", AutoModelForMaskedLM, _BERT),
     Family(
@@ -105,7 +105,7 @@ FAMILIES = (
         AutoModelForCausalLM,
         {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2},
     ),
-    Family("fnet", "c", AutoModelForMaskedLM, {k: _BERT[k] for k in _BERT if "heads" not in k}),
+    Family("fnet", "", AutoModelForMaskedLM, {k: _BERT[k] for k in _BERT if "heads" not in k}),
     Family(
         "funnel",
         "c",
@@ -229,7 +229,7 @@ FAMILIES = (
     Family("xlm-roberta", "c", AutoModelForMaskedLM, _BERT),
     Family(
         "xlnet",
-        "cl",
+        "c",
         AutoModelForCausalLM,
         {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32},
     ),
@@ -237,6 +237,11 @@ FAMILIES = (
 
 # What is refused, in one sentence: family, task, targets, and part of what is said.
 REFUSED: tuple[tuple[str, Task, Any, str], ...] = (
+    # Convolutions, spectra, summaries or relative positions over a whole row, padding too.
+    ("canine", "classification", "all-linear", "depend on how far the row is padded"),
+    ("convbert", "classification", "all-linear", "depend on how far the row is padded"),
+    ("fnet", "classification", "all-linear", "depend on how far the row is padded"),
+    ("xlnet", "causal-lm", "all-linear", "depend on how far the row is padded"),
     # transformers' own ties are lost between the two classes: it draws the embeddings.
     ("bart", "causal-lm", "all-linear", "holds no model.decoder.embed_tokens.weight"),
     ("mbart", "causal-lm", "all-linear", "holds no model.decoder.embed_tokens.weight"),
