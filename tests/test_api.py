@@ -1,5 +1,6 @@
 """`fedsieve.finetune`, as a notebook uses it."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -134,6 +135,40 @@ def test_labels_of_every_kind(tiny: Tiny) -> None:
     assert config.id2label == {0: "2", 1: "9", 2: "10"}
     with pytest.raises(FedSieveError, match="label 'wine' in row 2"):
         finetune(tiny, [rows(30, 1)], classes=("cars", "space"))
+
+
+@pytest.mark.parametrize("name", ["flasc", "fslora_flasc", "sparse_adapter", "adapter_lth"])
+def test_a_run_warns_once_while_clients_get_nothing_of_b(tiny: Tiny, name: str) -> None:
+    """Found from the messages alone: no method is named where it is found."""
+    slow = fedsieve.adam(1e-4)
+    method, budget = {
+        "flasc": (fedsieve.flasc(server=slow), Budget(down=0.2)),
+        "fslora_flasc": (fedsieve.fslora_flasc(server=slow), Budget(down=0.2, ratio=0.5)),
+        "sparse_adapter": (fedsieve.sparse_adapter(server=slow, density=0.2), None),
+        "adapter_lth": (fedsieve.adapter_lth(server=slow, keep=0.2), None),
+    }[name]
+    clients = [rows(16, seed=number) for number in range(3)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = finetune(tiny, clients, method, budgets=budget, rounds=4).finish()
+    (said,) = [str(each.message) for each in caught if each.category is UserWarning]
+    assert "nothing of B pass down to 3 of 3 clients (kept A 0." in said
+    assert "B 0, head 0." in said
+    assert said.startswith("round 2:")
+    assert {each.starved for each in run.metrics[2:]} == {3}
+    assert all(each.down_b == 0 for each in run.receipts[3:])
+
+
+@pytest.mark.parametrize("make", [fedsieve.flasc, fedsieve.fslora_flasc])
+def test_with_the_change_ranked_b_passes_and_nothing_warns(tiny: Tiny, make: Any) -> None:
+    clients = [rows(16, seed=number) for number in range(3)]
+    budget = Budget(down=0.2, up=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        method = make(server=fedsieve.adam(1e-4), ranked="change")
+        run = finetune(tiny, clients, method, budgets=budget, rounds=3).finish()
+    assert [each.starved for each in run.metrics] == [None, 0, 0, 0]
+    assert min(each.down_b or 0.0 for each in run.metrics[2:]) > 0
 
 
 def test_causal_language_models(tiny: Tiny) -> None:

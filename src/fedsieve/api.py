@@ -20,6 +20,7 @@ from fedsieve.data.files import Columns
 from fedsieve.data.names import clean, name_of
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
+from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons
 from fedsieve.settings import Lora, Sampling, Task, Training
@@ -51,7 +52,10 @@ class Run:
         self.receipts: list[Receipt] = []
 
     def __iter__(self) -> Iterator[Round]:
-        """Train the rounds that are left, giving each one's metrics as it ends."""
+        """Train the rounds that are left, giving each one's metrics as it ends.
+
+        Warns once if the downloads' masks let pass nothing of B (docs/methods.md).
+        """
         federation, memories = self._experiment.federation, self._experiment.memories
         while self._half is not None or self._progress.round < self._last:
             if self._half is None:
@@ -75,6 +79,9 @@ class Run:
             half = self._half
             summary = loop.evaluated(federation, half)
             self._half = None
+            problem = starving(summary)
+            if problem and not any(map(starving, self.metrics)):
+                warnings.warn(problem, stacklevel=2)
             self.metrics.append(summary)
             self.receipts.extend(half.receipts)
             yield summary

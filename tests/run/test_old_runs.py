@@ -14,6 +14,7 @@ import torch
 from fedsieve import report
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
+from fedsieve.report import read
 from fedsieve.run import rundir, runner
 from tests import runs
 from tests.conftest import Tiny
@@ -47,6 +48,8 @@ def test_a_run_of_0_1_is_gone_on_with_to_the_same_end(
     size = {name: float(tensor.abs().max()) for name, tensor in whole.tensors.items()}
     for name, tensor in resumed.tensors.items():
         torch.testing.assert_close(tensor, whole.tensors[name], rtol=0, atol=0.02 * size[name])
+    told = [row.down_kept != read.UNTOLD for row in report.load(old).rounds]
+    assert told == [False, False, False, True, True]  # 0.1 did not count what masks keep
 
 
 def test_a_run_of_0_1_is_reported(old: Path) -> None:

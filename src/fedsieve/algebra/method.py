@@ -19,7 +19,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.optim import Optimizer, limits, sgd
 from fedsieve.algebra.payload import Form, Payload, rounded
-from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name
+from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
 from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.settings import Source
@@ -29,6 +29,7 @@ Weighting = Literal["uniform", "examples"]
 Knob = Literal["ratio", "down", "up"]
 Trained = Literal["lora", "head", "all"]
 Scaling = Literal["server", "alpha/k", "alpha/sqrt(k)"]
+Ranked = Literal["values", "change"]
 
 
 def unlimited(state: "State") -> float:
@@ -169,6 +170,7 @@ def compose(
     up_values: Form = "float32",
     feedback: bool = False,
     trains: Trained = "lora",
+    ranked: Ranked = "values",
 ) -> Method:
     """A method from what passes down, what is trained, what passes up, and how the server moves.
 
@@ -185,10 +187,13 @@ def compose(
     down_values, up_values: the form in which numbers travel
     feedback:  a client keeps what its upload left out and adds it to its next change. The client
                must hold the same coordinates every round, so this is for methods without a sketch.
+    ranked:    what `down` sees and what travels down: the values, or their change since the start
+               (`since_start`)
 
     Raises Unbounded for a server that clips updates where that bounds nothing: one client moves the
     mean by at most clip / n if the mean is of changes, all counting alike, and else by anything.
     """
+    down = nonzero(down) if ranked == "change" else down
     optimizer = sgd() if server is None else server
     shared = shared or trained
     linear = returns == "change" and weighting == "uniform"
@@ -279,7 +284,7 @@ def compose(
     def export(state: State) -> Adapter:
         return Adapter(state.layout, state.trees["adapter"])
 
-    return Method(
+    method = Method(
         knobs=knobs,
         init=init,
         plan=plan,
@@ -294,6 +299,7 @@ def compose(
         private=optimizer.private,
         keeps=feedback,
     )
+    return since_start(method) if ranked == "change" else method
 
 
 def step(optimizer: Optimizer, state: State, gradient: Tree, names: tuple[str, ...]) -> State:
@@ -323,18 +329,60 @@ def within(part: Tree, clip: float) -> float:
     return 1.0 if size <= clip else clip / size
 
 
+def since_start(method: Method) -> Method:
+    """The same method, whose downloads are of the change since the start, not of the values.
+
+        the server ranks and sends     C = P - P_0,  what passes of it
+        client i holds and trains      P_0 + C
+
+    P_0 is the first adapter, which both ends draw from the seed: it never travels, and what a mask
+    leaves out stands at its start. Ranked by value, the entries of A pass before those of B for as
+    long as what B has learned is smaller than the random numbers that A began with.
+
+    method: one whose view holds the values of the payload as they came, as `compose` makes it. The
+            state keeps P_0 as the tree "start".
+    """
+
+    def init(adapter: Adapter) -> State:
+        state = method.init(adapter)
+        return state._replace(trees={**state.trees, "start": dict(adapter.tensors)})
+
+    def plan(state: State, key: Key) -> State:
+        planned = method.plan(state, key)
+        start = planned.trees["start"]
+        change = {n: t - start[n] for n, t in planned.trees["adapter"].items()}
+        return planned._replace(trees={**planned.trees, "adapter": change})
+
+    def view(payload: Payload, memory: Memory, context: ClientContext) -> tuple[View, Memory]:
+        seen, memory = method.view(payload, memory, context)
+        tensors = dict(seen.adapter.tensors)
+        came = {n: context.start.tensors[n] for n in payload.support.names}
+        for name, start in cut(came, payload.layout, payload.support.ranks).items():
+            tensors[name] = start + tensors[name]
+        return seen._replace(adapter=seen.adapter._replace(tensors=tensors)), memory
+
+    return method._replace(init=init, plan=plan, view=view)
+
+
 def evaluated_at(method: Method, density: float, head: Literal["sieved", "whole"]) -> Method:
     """The same method, with a global model of its largest entries alone; density 1 masks nothing.
 
     Clients that get a masked adapter train around its gaps. The entries that never pass still move
     on the server, a little in every round, and a client never sees them: evaluated with them, the
-    model is another one than clients train (docs/results.md has both).
+    model is another one than clients train (docs/results.md has both). The largest are those of the
+    change where the state holds its start (`since_start`), and the gaps stand at their start then,
+    as they do at a client.
     """
 
     def export(state: State) -> Adapter:
         layout, tensors = state.layout, state.trees["adapter"]
-        masks = top_k(tensors, density, competing(layout.names, layout, head))
-        return Adapter(layout, masked(tensors, masks))
+        among = competing(layout.names, layout, head)
+        start = state.trees.get("start")
+        if start is None:
+            return Adapter(layout, masked(tensors, top_k(tensors, density, among)))
+        masks = top_k({n: t - start[n] for n, t in tensors.items()}, density, among)
+        filled = {n: torch.where(m, tensors[n], start[n]) for n, m in masks.items()}
+        return Adapter(layout, {**tensors, **filled})
 
     return method._replace(export=export)
 

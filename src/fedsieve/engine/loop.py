@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -29,10 +29,13 @@ from fedsieve.algebra.support import Support, everything, norm
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.clients.sampling import cohort, counting
 from fedsieve.engine.client import Reply
+from fedsieve.engine.kept import Kept, kept, starves_b
 from fedsieve.errors import NoUsableUpdate, WireError
 from fedsieve.settings import Sampling
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
+
+SHARES = tuple(f"{way}_{part}" for way in ("down", "up") for part in Kept._fields)
 
 
 class Exchange(NamedTuple):
@@ -72,6 +75,9 @@ class Receipt(NamedTuple):
     norm: of the decoded update, where server.clip bounds it; the clip is the recipe's
     epsilon: of private runs whose clients are drawn: what this client has spent in the rounds that
         it was drawn in, against those who know which these were
+    down_a, down_b, down_head, up_a, up_b, up_head: which share of its entries of A, of B and of all
+        other tensors a masked message carries (kept.py); None where a message has no masks, and up
+        where the clients' updates are private
     """
 
     round: int
@@ -93,6 +99,12 @@ class Receipt(NamedTuple):
     transport_bytes: int | None = None
     norm: float | None = None
     epsilon: float | None = None
+    down_a: float | None = None
+    down_b: float | None = None
+    down_head: float | None = None
+    up_a: float | None = None
+    up_b: float | None = None
+    up_head: float | None = None
 
 
 class Round(NamedTuple):
@@ -109,6 +121,9 @@ class Round(NamedTuple):
         drawn most often; None where that changes nothing
     transport_bytes: of the messages that carried the payloads, where a network did
     aside_bytes: of the other messages since the last round: sites met, recipes told, evaluation
+    down_a, ..., up_head: means over the receipts that have them
+    starved: clients whose download's masks let pass nothing of B, though something of A or of the
+        head; None where no B travelled under masks
     """
 
     round: int
@@ -131,6 +146,13 @@ class Round(NamedTuple):
     transport_bytes: int | None = None
     aside_bytes: int | None = None
     epsilon_unamplified: float | None = None
+    down_a: float | None = None
+    down_b: float | None = None
+    down_head: float | None = None
+    up_a: float | None = None
+    up_b: float | None = None
+    up_head: float | None = None
+    starved: int | None = None
 
 
 class Unevaluated(NamedTuple):
@@ -240,6 +262,7 @@ def merged(federation: Federation, progress: Progress, *, evaluate: bool = False
     # A private run has a clip too, and how large a client's update was is the client's secret.
     told = method.private is None and method.clip(state) < math.inf
     known = _known(federation, number)
+    starved = 0
 
     def messages() -> Iterator[tuple[Client, bytes]]:
         nonlocal server_wire
@@ -252,25 +275,30 @@ def merged(federation: Federation, progress: Progress, *, evaluate: bool = False
             yield client, message
 
     def updates() -> Iterator[tuple[Client, Payload]]:
-        nonlocal server_wire
+        nonlocal server_wire, starved
         usable = 0
         for reply in federation.exchange.carry(messages(), key):
             down_bytes, support = sent.pop(reply.client.id)
             began = time.perf_counter()
-            payload, size, reason = None, None, reply.reason
+            payload, size, came, reason = None, None, None, reply.reason
             if reply.update is not None and reason is None:
                 try:
                     found = decode(reply.update, state.layout, support)
                     _refuse_again(reply, found)
                     _refuse_too_large(found, state)
                     size = norm(found.tree()) if told else None
+                    if method.private is None:  # a mask is made of the client's own numbers
+                        came = kept(found.support, state.layout)
                     payload = found
                 except WireError as error:
                     reason = f"its update was refused: {error}"
             server_wire += time.perf_counter() - began
+            went = kept(support, state.layout)
+            starved += starves_b(support, state.layout)
             receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
             spent = None if known is None else known.get(reply.client.id)
-            receipts.append(receipt._replace(norm=size, epsilon=spent))
+            shares = {**_named("down", went), **_named("up", came)}
+            receipts.append(receipt._replace(norm=size, epsilon=spent, **shares))
             if payload is not None:
                 usable += 1
                 yield reply.client, payload
@@ -318,6 +346,8 @@ def merged(federation: Federation, progress: Progress, *, evaluate: bool = False
         **_spent(federation.privacy, number)._asdict(),
         transport_bytes=_transport(receipts),
         epsilon_unamplified=None if known is None else max(known.values(), default=0.0),
+        starved=starved if any(r.down_b is not None for r in receipts) else None,
+        **_mean_shares(receipts),
     )
     due = evaluate or number % federation.evaluate_every == 0
     return Unevaluated(summary, receipts, progress, due)
@@ -409,6 +439,19 @@ def _known(federation: Federation, number: int) -> dict[str, float] | None:
     if plan is None or plan.known is None:
         return None
     return {id: plan.known(count) for id, count in federation.drawn(number).items()}
+
+
+def _named(way: Literal["down", "up"], shares: Kept | None) -> dict[str, Any]:
+    """Shares under the names that receipts and rounds have for this way."""
+    return {f"{way}_{part}": share for part, share in (shares or Kept())._asdict().items()}
+
+
+def _mean_shares(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    means = {}
+    for name in SHARES:
+        found = [share for r in receipts if (share := getattr(r, name)) is not None]
+        means[name] = sum(found) / len(found) if found else None
+    return means
 
 
 def _transport(receipts: Sequence[Receipt]) -> int | None:

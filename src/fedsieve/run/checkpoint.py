@@ -32,15 +32,15 @@ class Snapshot(NamedTuple):
 
     marks: length in bytes of each of the run's logs at this point, by file name; lines written
            after it belong to rounds that will be done again
-    base:  digest of the base model that the run began with; none in checkpoints of old
     half:  the last round, where it is merged and no more: what is left of it is to be done
+    base:  digest of the base model that the run began with; none in checkpoints of old
     """
 
     progress: Progress
     memories: dict[str, Memory]
     marks: dict[str, int]
-    base: BaseDigest | None = None
     half: Unevaluated | None = None
+    base: BaseDigest | None = None
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
@@ -243,4 +243,4 @@ def _snapshot(
         receipts = [Receipt(**receipt) for receipt in told["receipts"]]
         half = Unevaluated(Round(**told["summary"]), receipts, progress, told["due"])
     base = None if facts.get("base") is None else BaseDigest(**facts["base"])
-    return Snapshot(progress, memories, facts["marks"], base, half)
+    return Snapshot(progress, memories, facts["marks"], half, base)

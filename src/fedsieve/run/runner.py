@@ -118,8 +118,8 @@ def export(folder: Path, to: Path, *, merge: bool = False) -> int:
     tokenizer = load_tokenizer(locate(recipe.model.source))
     tokens.ensure_pad_token(tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
-    checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
-    snapshot = checkpoint.load(checkpoints, resident.layout, resident.digest)
+    place = rundir.place(folder, rundir.CHECKPOINTS)
+    snapshot = checkpoint.load(place, resident.layout, resident.digest)
     adapter = build_method(recipe).export(snapshot.progress.state)
     if merge:
         resident.merge(adapter, to)
@@ -217,7 +217,7 @@ def _refuse_other_noise(folder: Path, number: int) -> None:
 
 def _snapshot(experiment: Experiment, progress: Progress, folder: Path) -> Snapshot:
     base = experiment.resident.digest
-    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder), base)
+    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder), base=base)
 
 
 def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path) -> None:

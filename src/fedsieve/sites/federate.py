@@ -38,6 +38,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.engine.loop import Federation, Receipt, Round
+from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
@@ -206,6 +207,7 @@ def serve(
     text = (folder / rundir.RECIPE).read_text(encoding="utf-8")
     rounds = runner.rounds_of(folder)
     board: list[Sites] = []
+    warned: list[str] = []
 
     def build(recipe: Recipe) -> Experiment:
         experiment, sites = on_network(
@@ -218,6 +220,9 @@ def serve(
         for receipt in receipts:
             if receipt.dropped is not None:
                 say(f"round {summary.round}, site {receipt.client}: {receipt.dropped}")
+        if not warned and (problem := starving(summary)):
+            warned.append(problem)
+            say(f"warning: {problem}")
         say(line_of(summary, rounds))
 
     try:

@@ -6,10 +6,9 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 """
 
 import copy
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,9 +50,9 @@ class ResidentModel:
     slots:  tensor name -> (module, attribute) that holds the parameter
     loras:  PEFT's LoRA layers; none where the head alone or all weights are trained
     frozen: `<module>.base` -> the base's own weight, kept from when it was first changed
-    ties:   tensor name -> the other places of the same parameter, where weights are tied
     dense:  of dense LoRA as the settings have it, whatever is trained: what all bytes are compared
             with. It is empty where no such LoRA fits the model
+    ties:   tensor name -> the other places of the same parameter, where weights are tied
     tokenizer: saved beside the model, if it is known
     digest: of the base as it was loaded, where a run keeps it
     """
@@ -65,8 +64,8 @@ class ResidentModel:
     loras: tuple[LoraLayer, ...]
     device: torch.device
     frozen: Tree
-    ties: Mapping[str, Sequence[Place]]
     dense: Layout
+    ties: Mapping[str, Sequence[Place]]
     tokenizer: PreTrainedTokenizerBase | None = None
     digest: BaseDigest | None = None
 
@@ -214,7 +213,7 @@ def load_base(
             f"model {name!r}: the weights of {odd[0]} have another shape than its configuration "
             "says; see model.settings"
         )
-    drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    drawn = {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])}
     parts.freeze_loaded(model, drawn)
     parts.refuse_random_body(model, name, task)
     if task == "classification":
@@ -250,25 +249,25 @@ def set_up(
     """
     if trains == "lora":
         resident = attach(base, task, lora, key=key, device=device)
-        return dataclasses.replace(resident, tokenizer=tokenizer)
-    dense = _dense_lora(base, task, lora)
-    resident = whole(base, task, lora, trains, device=device)
-    return dataclasses.replace(resident, dense=dense, tokenizer=tokenizer)
+    else:
+        dense = _dense_lora(base, task, lora)
+        resident = replace(whole(base, task, lora, trains, device=device), dense=dense)
+    return replace(resident, tokenizer=tokenizer)
 
 
 def _dense_lora(base: PreTrainedModel, task: Task, lora: Lora) -> Layout:
     """The layout that LoRA would have in a model, which is left as it is; or an empty one."""
     # The twin's modules are its own, and its parameters the model's: nothing large is copied.
     shared = {id(p): p for p in [*base.parameters(), *base.buffers()]}
-    drawn = [p for p in base.parameters() if p.requires_grad]
     twin = copy.deepcopy(base, dict(shared))
+    trained = [(p, p.requires_grad) for p in base.parameters()]
     try:
         return attach(twin, task, lora, key=Key(0), device=base.device).layout
     except FedSieveError:
         return Layout({}, (), 0, 1.0)
     finally:
-        for parameter in drawn:
-            parameter.requires_grad_()
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
 
 
 def whole(
@@ -291,7 +290,8 @@ def whole(
     if device.type == "cpu":
         speed_up(base)
     layout = layout_of(tensors, 1.0)
-    return ResidentModel(base, task, layout, slots, (), device, {}, _ties(base, slots), layout)
+    ties = _ties(base, slots)
+    return ResidentModel(base, task, layout, slots, (), device, {}, layout, ties)
 
 
 def attach(
@@ -348,7 +348,7 @@ def attach(
         speed_up(model)
     ties = _ties(model, slots)
     return ResidentModel(
-        model, task, layout, slots, tuple(loras.values()), device, {}, ties, layout
+        model, task, layout, slots, tuple(loras.values()), device, {}, layout, ties
     )
 
 
