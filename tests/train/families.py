@@ -98,6 +98,7 @@ FAMILIES = (
         {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "max_position_embeddings": 64},
     ),
     Family("electra", "c", AutoModelForMaskedLM, {**_BERT, "embedding_size": 8}),
+    Family("esm", "c", AutoModelForMaskedLM, _BERT, ("query", "value")),
     Family("eurobert", "c", AutoModelForMaskedLM, _LLAMA),
     Family(
         "falcon",
@@ -140,7 +141,14 @@ FAMILIES = (
     Family("gpt_oss", "c", AutoModelForCausalLM, {**_EXPERTS, "num_local_experts": 4}),
     Family("gptj", "cl", AutoModelForCausalLM, {**_GPT, "rotary_dim": 4}),
     Family("granite", "l", AutoModelForCausalLM, _LLAMA),
+    Family("ibert", "", AutoModelForMaskedLM, _BERT),
     Family("llama", "cl", AutoModelForCausalLM, _LLAMA),
+    Family(
+        "llama4_text",
+        "",
+        AutoModelForCausalLM,
+        {**_EXPERTS, "intermediate_size_mlp": 32, "num_local_experts": 4},
+    ),
     Family("longformer", "c", AutoModelForMaskedLM, {**_BERT, "attention_window": 4}),
     Family(
         "mamba",
@@ -191,6 +199,7 @@ FAMILIES = (
     ),
     Family("phi", "l", AutoModelForCausalLM, _LLAMA),
     Family("phi3", "l", AutoModelForCausalLM, _LLAMA),
+    Family("phimoe", "", AutoModelForCausalLM, {**_EXPERTS, "num_local_experts": 4}),
     Family("qwen2", "cl", AutoModelForCausalLM, _LLAMA),
     Family(
         "qwen2_moe",
@@ -253,6 +262,14 @@ REFUSED: tuple[tuple[str, Task, Any, str], ...] = (
     ("qwen2_moe", "classification", "all-linear", r"shared_expert_gate \(1\)"),
     ("qwen3_moe", "causal-lm", ("q_proj", "down_proj"), "names 'down_proj': the experts"),
     ("olmoe", "causal-lm", ".*(q_proj|down_proj)", "takes in the experts of a mixture"),
+    # Routers that are linear layers, and give scores and a choice.
+    ("phimoe", "causal-lm", "all-linear", r"takes in .*router, a layer that gives more than one"),
+    ("phimoe", "causal-lm", ("q_proj", "router"), r"takes in .*router, a layer that gives"),
+    ("llama4_text", "causal-lm", "all-linear", r"takes in .*router, a layer that gives"),
+    # A layer that only another task has any use for.
+    ("esm", "classification", "all-linear", r"contact_head.regression \(1\): lower it, or list"),
+    # Its layers are of its own kind.
+    ("ibert", "classification", "all-linear", "no layer outside the head can take LoRA"),
     # PEFT's own word: their kernels pass by the layers' forward.
     ("mamba", "causal-lm", "all-linear", "'out_proj' is incompatible with Mamba"),
 )

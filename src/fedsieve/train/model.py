@@ -36,7 +36,7 @@ from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
 from fedsieve.train.head import match_rows
 from fedsieve.train.parts import Place
-from fedsieve.train.trial import settle
+from fedsieve.train.trial import run_with_pairs, settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
 LABELS = "labels.json"  # beside an adapter: id2label and label2id, which PEFT has no place for
@@ -299,8 +299,8 @@ def attach(
 ) -> ResidentModel:
     """Put a fresh LoRA adapter into a base model: A random from `key`, B zero.
 
-    Raises FedSieveError if no module can take LoRA, a target does not exist, or the rank is larger
-    than a side of a target's weight.
+    Raises FedSieveError if no module can take LoRA, a target does not exist, the rank is larger
+    than a side of a target's weight, or the model does not run with the pairs.
     """
     targets.check_names(base, lora)
     chosen = parts.trained_whole(base, lora.whole, head=task == "classification")
@@ -315,6 +315,10 @@ def attach(
             model = get_peft_model(base, config)
         except ValueError as error:
             what = " ".join(str(error).split())  # PEFT prints whole modules
+            if what.startswith("No modules were targeted"):
+                what = (
+                    "lora.targets: no layer outside the head can take LoRA, or is in these layers"
+                )
             raise FedSieveError(f"LoRA cannot be added to the model: {what}") from error
     found = model.base_model.targeted_module_names
     targets.check_found(lora, config, found)
@@ -333,14 +337,19 @@ def attach(
         side = min(tensors[pair.a].shape[1], tensors[pair.b].shape[0])
         if lora.rank > side:
             raise FedSieveError(
-                f"lora.rank {lora.rank} is larger than a side of {pair.module} ({side}): lower it"
+                f"lora.rank {lora.rank} is larger than a side of {pair.module} ({side}): lower it, "
+                "or list lora.targets without that layer"
             )
+    loras = {name: each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
+    if base.device.type != "meta":
+        run_with_pairs(model, task, loras)
     model.to(device)
     if device.type == "cpu":
         speed_up(model)
-    loras = tuple(module for module in model.modules() if isinstance(module, LoraLayer))
     ties = _ties(model, slots)
-    return ResidentModel(model, task, layout, slots, loras, device, {}, layout, ties)
+    return ResidentModel(
+        model, task, layout, slots, tuple(loras.values()), device, {}, layout, ties
+    )
 
 
 def _pretrained(kind: Any, name: str, **given: Any) -> Any:
