@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedsieve.algebra.method import Method, Weighting, compose, evaluated_at
-from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.optim import Optimizer, adam
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import after, dense, top_k, top_ranks
 
@@ -35,6 +35,7 @@ def method(
 ) -> Method:
     """Federated Select. Densities (entries) or ratios (ranks) come from each client's budget.
 
+    server: by default Adam, which the FLASC paper gives it too
     dense_rounds: rounds before the first mask; evaluated: as in `flasc`
     """
     by_rank = kind == "ranks"
@@ -43,7 +44,7 @@ def method(
         up=dense,
         knobs=frozenset({"ratio"} if by_rank else {"down"}),
         freeze_absent=True,
-        server=server,
+        server=adam(5e-3) if server is None else server,
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,

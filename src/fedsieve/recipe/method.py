@@ -14,9 +14,11 @@ from fedsieve.errors import FedSieveError, nearest
 from fedsieve.recipe.schema import (
     Budgets,
     ListBudgets,
+    MethodTable,
     Privacy,
     Recipe,
     ResourceBudgets,
+    ServerTable,
     TierBudgets,
     limits_by_id,
     sampling,
@@ -30,18 +32,23 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
     Raises FedSieveError for an option that the method lacks, a value that it does not take, or
     budgets that it would ignore.
     """
-    server_options = dict(recipe.server.model_extra or {})
-    make_server = getattr(optim, recipe.server.optimizer)
-    server = make_server(**_options(make_server, server_options, "server"))
+    build = methods.load(recipe.method.name)
+    options = _options(build, recipe.method.model_extra or {}, "method")
+    recipe = with_server(recipe)
+    server_options = recipe.server.model_extra or {}
+    if recipe.server.optimizer is None:
+        server = build(**options).server  # one that no recipe can name, and so cannot change
+        _options(lambda: None, server_options, "server")
+    else:
+        make_server = getattr(optim, recipe.server.optimizer)
+        server = make_server(**_options(make_server, server_options, "server"))
     if recipe.server.decay < 1:
         server = optim.fading(server, recipe.server.decay)
     if recipe.server.clip is not None:
         server = optim.bounded(server, recipe.server.clip)
     if around is not None:
         server = around(server)
-    build = methods.load(recipe.method.name)
-    options = dict(recipe.method.model_extra or {})
-    method: Method = build(server=server, **_options(build, options, "method"))
+    method: Method = build(server=server, **options)
     for knob in limits_said(recipe.budgets, method.knobs):
         if knob not in method.knobs:
             raise FedSieveError(
@@ -57,14 +64,38 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
     return method
 
 
+def with_server(recipe: Recipe) -> Recipe:
+    """The recipe with the method's own server optimizer written out, if it names none.
+
+    A run that is gone on with then has the same, whatever the method's own is by that time.
+    Raises FedSieveError for an option that the method lacks or a value that it does not take.
+    """
+    if recipe.server.optimizer is not None:
+        return recipe
+    own = alone(recipe.method).server.table
+    if not own:
+        return recipe
+    given = recipe.server.model_dump(exclude_unset=True, exclude_none=True)
+    server = ServerTable.model_validate({**own, **given})
+    return recipe.model_copy(update={"server": server})
+
+
 def knobs(recipe: Recipe) -> frozenset[Knob]:
     """The budgets that the recipe's method uses, whatever budgets the recipe gives.
 
     Raises FedSieveError for an option that the method lacks or a value that it does not take.
     """
-    build = methods.load(recipe.method.name)
-    method: Method = build(**_options(build, recipe.method.model_extra or {}, "method"))
-    return method.knobs
+    return alone(recipe.method).knobs
+
+
+def alone(table: MethodTable) -> Method:
+    """The method that a recipe's table [method] describes, with the server that is its own.
+
+    Raises FedSieveError for an option that the method lacks or a value that it does not take.
+    """
+    build = methods.load(table.name)
+    method: Method = build(**_options(build, table.model_extra or {}, "method"))
+    return method
 
 
 def _refuse_what_a_clip_cannot_bound(recipe: Recipe, method: Method, table: str) -> None:
