@@ -1,15 +1,22 @@
 """`fedsieve.finetune`, as a notebook uses it."""
 
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedsieve
 from fedsieve import Budget, FedSieveError, Lora, Training
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.optim import sgd
+from fedsieve.clients.privacy import private
 from tests.conftest import LABELS, Tiny, texts
 
 pytestmark = pytest.mark.usefixtures("no_report")  # it has tests of its own
@@ -97,6 +104,22 @@ def test_a_run_that_is_looked_at_in_between_is_the_same(tiny: Tiny) -> None:
     assert not same(finetune(tiny, clients, seed=1).finish().adapter, whole.adapter)
 
 
+@pytest.mark.parametrize("noise_from", ["seed", "system"])
+def test_the_seed_does_not_tell_who_takes_part_where_the_noise_is_fresh(
+    tiny: Tiny, noise_from: Any
+) -> None:
+    clients = [rows(16, seed=number) for number in range(4)]
+    drawn = []
+    for _ in range(2):
+        server = private(
+            sgd(), clip=0.1, noise_multiplier=1, expected=2, key=Key(0), noise_from=noise_from
+        )
+        run = finetune(tiny, clients, fedsieve.fedit(server=server), rounds=12, cohort=2)
+        run.finish()
+        drawn.append([(receipt.round, receipt.client) for receipt in run.receipts])
+    assert (drawn[0] == drawn[1]) == (noise_from == "seed")
+
+
 def test_labels_of_every_kind(tiny: Tiny) -> None:
     """Names of a ClassLabel, integers in their own order, and classes that no client has."""
     named = rows(30, 1).cast_column("label", ClassLabel(names=list(LABELS)))
@@ -112,6 +135,40 @@ def test_labels_of_every_kind(tiny: Tiny) -> None:
     assert config.id2label == {0: "2", 1: "9", 2: "10"}
     with pytest.raises(FedSieveError, match="label 'wine' in row 2"):
         finetune(tiny, [rows(30, 1)], classes=("cars", "space"))
+
+
+@pytest.mark.parametrize("name", ["flasc", "fslora_flasc", "sparse_adapter", "adapter_lth"])
+def test_a_run_warns_once_while_clients_get_nothing_of_b(tiny: Tiny, name: str) -> None:
+    """Found from the messages alone: no method is named where it is found."""
+    slow = fedsieve.adam(1e-4)
+    method, budget = {
+        "flasc": (fedsieve.flasc(server=slow), Budget(down=0.2)),
+        "fslora_flasc": (fedsieve.fslora_flasc(server=slow), Budget(down=0.2, ratio=0.5)),
+        "sparse_adapter": (fedsieve.sparse_adapter(server=slow, density=0.2), None),
+        "adapter_lth": (fedsieve.adapter_lth(server=slow, keep=0.2), None),
+    }[name]
+    clients = [rows(16, seed=number) for number in range(3)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run = finetune(tiny, clients, method, budgets=budget, rounds=4).finish()
+    (said,) = [str(each.message) for each in caught if each.category is UserWarning]
+    assert "nothing of B pass down to 3 of 3 clients (kept A 0." in said
+    assert "B 0, head 0." in said
+    assert said.startswith("round 2:")
+    assert {each.starved for each in run.metrics[2:]} == {3}
+    assert all(each.down_b == 0 for each in run.receipts[3:])
+
+
+@pytest.mark.parametrize("make", [fedsieve.flasc, fedsieve.fslora_flasc])
+def test_with_the_change_ranked_b_passes_and_nothing_warns(tiny: Tiny, make: Any) -> None:
+    clients = [rows(16, seed=number) for number in range(3)]
+    budget = Budget(down=0.2, up=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        method = make(server=fedsieve.adam(1e-4), ranked="change")
+        run = finetune(tiny, clients, method, budgets=budget, rounds=3).finish()
+    assert [each.starved for each in run.metrics] == [None, 0, 0, 0]
+    assert min(each.down_b or 0.0 for each in run.metrics[2:]) > 0
 
 
 def test_causal_language_models(tiny: Tiny) -> None:
@@ -158,3 +215,181 @@ def test_what_a_notebook_gets_wrong(tiny: Tiny) -> None:
             finetune(tiny, [rows(10, 1)], **options)
     with pytest.raises(FedSieveError, match="model 'no/such' cannot be loaded"):
         fedsieve.finetune("no/such", [rows(10, 1)], fedsieve.fedit(), rounds=1)
+
+
+# --- rows of every kind
+
+
+def stream(rows: list[dict[str, Any]]) -> IterableDataset:
+    """A stream of rows, of which nothing is known before they come."""
+
+    def give() -> Iterator[dict[str, Any]]:
+        yield from rows
+
+    return IterableDataset.from_generator(give)
+
+
+STREAMS: list[Callable[[Dataset], Any]] = [
+    lambda data: data.to_iterable_dataset(num_shards=2),
+    lambda data: stream(data.to_list()),
+    lambda data: data.cast_column("label", ClassLabel(names=list(LABELS))).to_iterable_dataset(),
+    lambda data: data.to_iterable_dataset().map(lambda row: {**row, "odd": [row["text"], 1]}),
+    lambda data: data.to_iterable_dataset().with_format("torch"),
+    lambda data: data.with_format("pandas"),
+    lambda data: Dataset.from_pandas(
+        pd.DataFrame({**data.to_dict(), "label": pd.Categorical(data["label"][:])})
+    ),
+    lambda data: data.cast_column("label", Value("large_string")),
+]
+
+
+@pytest.mark.parametrize("number", range(len(STREAMS)))
+def test_streams_and_other_forms_of_the_same_rows(tiny: Tiny, number: int) -> None:
+    plain = [rows(12, 1), rows(9, 2)]
+    expected = finetune(tiny, plain, rounds=1, test=rows(6, 3)).finish()
+    other = [STREAMS[number](each) for each in plain]
+    run = finetune(tiny, other, rounds=1, test=STREAMS[number](rows(6, 3))).finish()
+    assert same(run.adapter, expected.adapter)
+    assert run.metrics[-1].eval_loss == expected.metrics[-1].eval_loss
+
+
+def test_streams_of_prompts(tiny: Tiny) -> None:
+    replies = [{"ask": "cars1 ", "reply": "word1", "score": 1}] * 3
+    options: dict[str, Any] = {
+        "rounds": 1, "task": "causal-lm", "prompt": "ask", "completion": "reply", "lora": LORA,
+    }  # fmt: skip
+    options["lora"] = Lora(rank=4, targets=("c_attn",))
+    run = fedsieve.finetune(
+        str(tiny.gpt2), {"a": stream(replies)}, fedsieve.fedit(), device="cpu", **options
+    )
+    assert [client.examples for client in run._experiment.federation.clients] == [3]
+
+
+GOOD: list[Any] = [{"text": f"word{n}", "label": LABELS[n % 3]} for n in range(6)]
+NUMBERED = Features({"text": Value("string"), "label": Value("int64")})
+NAMED = Features({"text": Value("string"), "label": ClassLabel(names=list(LABELS))})
+
+
+def changed(row: int, **values: Any) -> list[dict[str, Any]]:
+    return [{**each, **(values if n == row else {})} for n, each in enumerate(GOOD)]
+
+
+BAD: list[tuple[Any, str]] = [
+    (stream(changed(2, label=None)), "row 2 of column 'label' has no label"),
+    (stream(changed(2, label=float("nan"))), "row 2 has a number in column 'label', and row 0 has"),
+    (stream(changed(2, label=7)), "row 2 has a number in column 'label', and row 0 has a text"),
+    (stream(changed(2, label=["cars"])), "row 2 has a list in column 'label', and row 0 has a t"),
+    (stream(changed(2, text=3.5)), "row 2 has a number in column 'text', and row 0 has a text"),
+    (stream(changed(2, text=None)), "row 2 of column 'text' holds nothing instead of a text"),
+    (stream(changed(2, label=b"cars")), "row 2 has bytes in column 'label', and row 0 has a text"),
+    (stream([{"text": "a", "label": {"is": "cars"}}]), "row 0 of column 'label' holds an object"),
+    (stream([{"text": "a"}]), "no column 'label'"),
+    (stream([{"text": "a", "label": "a\nb"}]), "row 0 of column 'label' holds 'a.nb', and a name"),
+    (stream(changed(2, label="x")).cast(NUMBERED), "the stream breaks off after . rows: .*'cars'"),
+    (Dataset.from_list(changed(2, label=None)), "row 2 of column 'label' has no label"),
+    (Dataset.from_list(changed(2, label=" ")), "row 2 of column 'label' has no label"),
+    (Dataset.from_list(changed(2, text=None)), "row 2 of column 'text' holds nothing instead"),
+    (Dataset.from_dict({"text": ["a"], "label": [["cars"]]}), "row 0 of column 'label' holds a l"),
+    (Dataset.from_dict({"text": ["a"], "label": [0.5]}), "row 0 of column 'label' holds 0.5"),
+    (Dataset.from_dict({"text": ["a"], "lable": ["cars"]}), "no column 'label' .did you mean"),
+    (
+        Dataset.from_dict({"text": ["a"], "label": [-1]}, features=NAMED),
+        "label '-1' in row 0 of column 'label' is none of the 3 classes",
+    ),
+    (
+        Dataset.from_dict({"text": ["a"], "label": [0]}),
+        "label '0' in row 0 of column 'label' is none of the 3 classes: cars, space, wine",
+    ),
+    (pd.DataFrame(GOOD), "a datasets.Dataset or IterableDataset is needed, not DataFrame"),
+    (GOOD, "a datasets.Dataset or IterableDataset is needed, not list"),
+    (DatasetDict({"train": Dataset.from_list(GOOD)}), "a data set of splits is given: choose one"),
+    (None, "not NoneType"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+def test_a_client_with_bad_rows_is_named_and_left_out(tiny: Tiny, number: int) -> None:
+    bad, said = BAD[number]
+    named = Dataset.from_list(GOOD).cast_column("label", ClassLabel(names=list(LABELS)))
+    clients = {"north": named, "south": bad, "east": named}
+    why = f"1 of 3 clients have rows that cannot be used and are left out: client 'south': .*{said}"
+    with pytest.warns(UserWarning, match=why):
+        run = finetune(tiny, clients, rounds=1).finish()
+    assert [receipt.client for receipt in run.receipts] == ["east", "north"]
+    assert same(
+        run.adapter, finetune(tiny, {"north": named, "east": named}, rounds=1).finish().adapter
+    )
+    with pytest.raises(
+        FedSieveError, match=f"no client has rows .*client 'south': .*{said}"
+    ) as all_:
+        finetune(tiny, {"south": bad}, classes=LABELS)
+    assert "\n" not in str(all_.value)
+    if bad is not None:
+        with pytest.raises(FedSieveError, match=f"test: .*{said}"):
+            finetune(tiny, [named], test=bad)
+
+
+def test_a_class_that_only_bad_rows_have_is_none(tiny: Tiny) -> None:
+    strange = [{"text": "a", "label": "boats"}, {"text": None, "label": "cars"}]
+    with pytest.warns(UserWarning, match="client '0001': row 1 of column 'text' holds nothing"):
+        run = finetune(tiny, [Dataset.from_list(GOOD), Dataset.from_list(strange)])
+    config = run._experiment.resident.model.config
+    assert tuple(config.id2label.values()) == LABELS
+
+
+def test_many_bad_clients_are_counted_and_three_are_named(tiny: Tiny) -> None:
+    bad = [Dataset.from_dict({"text": ["a"], "label": [None]}) for _ in range(5)]
+    with pytest.warns(UserWarning, match=r"^5 of 6 clients .*'0001': .*'0003': .*; 2 more$"):
+        run = finetune(tiny, [Dataset.from_list(GOOD), *bad], cohort=6, rounds=1).finish()
+    assert len(run.receipts) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([["01", "02"], ["02", "10"]], ("01", "02", "10")),
+        ([["1", "2"], [2, 10]], ("1", "2", "10")),
+        ([[1.0, 2.0], [1, 2]], ("1", "2")),
+        ([[True, False], ["True", "False"]], ("False", "True")),
+        ([["a", " b"], ["b ", "a"]], ("a", "b")),
+        ([["e\u0301", "x"], ["\u00e9", "x"]], ("x", "\u00e9")),
+        ([np.array([3, 1], dtype=np.uint8), np.array([2, 1])], ("1", "2", "3")),
+    ],
+)
+def test_clients_whose_labels_have_other_types_agree(
+    tiny: Tiny, labels: list[Any], names: tuple[str, ...]
+) -> None:
+    clients = [Dataset.from_dict({"text": ["a", "b"], "label": each}) for each in labels]
+    config = finetune(tiny, clients)._experiment.resident.model.config
+    assert tuple(config.id2label.values()) == names
+
+
+def test_clients_whose_class_labels_have_another_order_agree(tiny: Tiny) -> None:
+    """The number is not the name: 0 is "cars" here and "wine" there."""
+    one = Dataset.from_list(GOOD).cast_column("label", ClassLabel(names=list(LABELS)))
+    two = Dataset.from_list(GOOD).cast_column("label", ClassLabel(names=list(LABELS[::-1])))
+    run = finetune(tiny, [one, two], rounds=1).finish()
+    plain = finetune(tiny, [Dataset.from_list(GOOD)] * 2, rounds=1).finish()
+    assert same(run.adapter, plain.adapter)
+
+
+def test_ids_of_clients_are_names(tiny: Tiny) -> None:
+    run = finetune(
+        tiny,
+        {7: rows(9, 1), "01": rows(9, 2), " ward ": rows(9, 3)},
+        budgets={"7": Budget(), "01": Budget(ratio=0.5), "ward": Budget()},
+        rounds=1,
+    ).finish()
+    assert [(r.client, r.rank) for r in run.receipts] == [("01", 2), ("7", 4), ("ward", 4)]
+    wrong: list[tuple[Any, str]] = [
+        ({1: rows(9, 1), "1": rows(9, 2)}, "clients: '1' is there twice"),
+        ({None: rows(9, 1)}, "clients: None is no id"),
+        ({(1, 2): rows(9, 1)}, "clients: an id holds a list"),
+        (rows(9, 1), "clients: a list, or a dict by client, is needed, not one Dataset"),
+        ("data.csv", "clients: a list, or a dict by client, is needed, not one str"),
+    ]
+    for clients, said in wrong:
+        with pytest.raises(FedSieveError, match=said):
+            finetune(tiny, clients)
+    with pytest.raises(FedSieveError, match="text: say which column holds the texts"):
+        finetune(tiny, [rows(9, 1)], text=None)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,9 +55,9 @@ def test_help_names_every_command_and_says_what_each_argument_is(command: Comman
     ],
 )
 def test_the_shell_completes_commands_options_recipes_and_methods(
-    tmp_path: Path, typed: str, offered: set[str]
+    typed: str, offered: set[str]
 ) -> None:
-    """As bash asks, after `fedsieve --install-completion bash`."""
+    """As bash asks, after `fedsieve --install-completion`."""
     words = typed.split(" ")
     asked = {
         "_FEDSIEVE_COMPLETE": "complete_bash",
@@ -64,14 +65,28 @@ def test_the_shell_completes_commands_options_recipes_and_methods(
         "COMP_CWORD": str(len(words) - 1),
     }
     program = str(Path(sys.executable).with_name("fedsieve"))
-    given = {"capture_output": True, "text": True, "timeout": 120, "check": False}
-    done = subprocess.run([program], env={**os.environ, **asked}, **given)  # type: ignore[call-overload]
+    done = finished([program], **asked)
     assert set(done.stdout.split()) == offered, done.stderr
-    home = {**os.environ, "HOME": str(tmp_path)}
-    done = subprocess.run([program, "--install-completion", "bash"], env=home, **given)  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stderr
+
+
+def test_completion_is_installed_for_the_shell_that_asks(tmp_path: Path) -> None:
+    program = str(Path(sys.executable).with_name("fedsieve"))
+    # Not the shell's last command: it would be put in the shell's place.
+    done = finished(["bash", "-c", f"{program} --install-completion; exit $?"], HOME=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
     (script,) = [path for path in tmp_path.rglob("*.sh") if path.is_file()]
     assert "_FEDSIEVE_COMPLETE=complete_bash" in script.read_text(encoding="utf-8")
+
+
+def finished(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
 
 
 @pytest.mark.parametrize("words", [("rnu",), ("run",), ("run", "demo", "--uot", "x"), ("export",)])
@@ -150,6 +165,37 @@ def test_export(two: tuple[Path, Path], tmp_path: Path, command: Command) -> Non
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     (tmp_path / "file").touch()
     assert command("export", two[0], "--to", tmp_path / "file").code == 2
+
+
+@pytest.mark.parametrize("ranked", ["values", "change"])
+def test_the_console_tells_what_masks_keep_and_warns_once(
+    tiny: Tiny, tmp_path: Path, command: Command, no_report: None, ranked: str
+) -> None:
+    path = tiny.write(
+        tmp_path / "recipe.toml",
+        method={"name": "flasc", "ranked": ranked},
+        budgets=[{"down": 0.2, "up": 0.25}],
+        server={"optimizer": "adam", "lr": 1e-4},
+    )
+    ran = command("run", path, "--out", tmp_path / "run")
+    assert ran.code == 0
+    assert ran.err.count("nothing of B pass down to 3 of 3 clients") == (ranked == "values")
+    (line,) = (each for each in ran.out.splitlines() if each.startswith("round 4/4"))
+    found = re.search(r"MB \(kept A (\S+), B (\S+), head (\S+)\)  up .* MB \(kept A ", line)
+    assert found is not None
+    assert (found[2] == "0") == (ranked == "values")
+
+
+def test_of_many_runs_each_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cli, "warn", said.append)
+    nothing = dict.fromkeys(Round._fields, 0) | {"accuracy": None}
+    show = cli._show_of_many()
+    for name in ("a", "b"):
+        for number, starved in ((1, 3), (2, 3), (3, 3), (4, 0), (5, 2)):
+            summary = Round(**{**nothing, "round": number, "starved": starved})  # type: ignore[arg-type]
+            show(SimpleNamespace(name=name), summary)  # type: ignore[arg-type]
+    assert [text[:11] for text in said] == ["a, round 2:", "b, round 2:"]
 
 
 @pytest.mark.parametrize("words", [("resume",), ("export", "--to", "x")])

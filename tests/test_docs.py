@@ -2,12 +2,15 @@
 
 import re
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fedsieve
 from fedsieve import methods
+from fedsieve.algebra.method import Method
 from fedsieve.recipe import read as recipe
 from tests.conftest import Tiny
 from tests.methods import test_laws as laws
@@ -28,10 +31,31 @@ def test_the_readmes_notebook_code_runs(
     assert name in code
     monkeypatch.chdir(tmp_path)
     (tmp_path / "reviews.csv").write_bytes(tiny.train.read_bytes())
-    exec(compile(code.replace(name, str(tiny.bert)), "README.md", "exec"), {})
+    scope: dict[str, Any] = {}
+    exec(compile(code.replace(name, str(tiny.bert)), "README.md", "exec"), scope)
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed] == ["1", "2", "3", "4", "5"]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+    # In these few rounds B reaches the clients, and more is learned than by the head alone.
+    run = scope["run"]
+    assert [each.starved for each in run.metrics[1:]] == [0] * 5
+    assert all(each.down_b > 0.05 for each in run.metrics[2:])
+    assert all(t.abs().sum() > 0 for n, t in run.adapter.tensors.items() if ".lora_B" in n)
+    server, model = fedsieve.adam(5e-3), str(tiny.bert)
+    for other, budget in ((fedsieve.head(server=server), None), (_by_value(), scope["budget"])):
+        plain = fedsieve.finetune(
+            model, scope["clients"], other, rounds=5, budgets=budget, test=scope["rows"]["test"]
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            plain.finish()
+        assert run.metrics[-1].eval_loss < plain.metrics[-1].eval_loss
+        assert run.metrics[-1].accuracy >= plain.metrics[-1].accuracy
+
+
+def _by_value() -> Method:
+    """The README's method, but with the paper's ranking."""
+    return fedsieve.flasc(server=fedsieve.adam(5e-3), up_values="int8")
 
 
 def test_adding_a_method_is_one_file_one_row_and_one_line(

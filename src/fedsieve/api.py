@@ -1,28 +1,38 @@
 """Federated fine-tuning from a notebook: data sets in, an adapter and its metrics out."""
 
+import dataclasses
+import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
-from fedsieve.data.sources import column
+from fedsieve.data import partition, sources
+from fedsieve.data.files import Columns
+from fedsieve.data.names import clean, name_of
 from fedsieve.engine import loop
-from fedsieve.engine.loop import Receipt, Round
+from fedsieve.engine.loop import Receipt, Round, Unevaluated
+from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
-from fedsieve.recipe.experiment import Experiment, assemble, check_length, locate
+from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons
 from fedsieve.settings import Lora, Sampling, Task, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
-from fedsieve.tasks.classification import classification
+from fedsieve.tasks.classification import classes_of, classification, labels_of
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import load_base, load_tokenizer, pick_device, set_up
+
+T = TypeVar("T")
+Made = TypeVar("Made")
 
 
 class Run:
@@ -36,27 +46,44 @@ class Run:
     def __init__(self, experiment: Experiment, rounds: int) -> None:
         self._experiment = experiment
         self._last = rounds
+        self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
         first, self._progress = loop.begin(experiment.federation, experiment.start)
         self.metrics: list[Round] = [first]
         self.receipts: list[Receipt] = []
 
     def __iter__(self) -> Iterator[Round]:
-        """Train the rounds that are left, giving each one's metrics as it ends."""
+        """Train the rounds that are left, giving each one's metrics as it ends.
+
+        Warns once if the downloads' masks let pass nothing of B (docs/methods.md).
+        """
         federation, memories = self._experiment.federation, self._experiment.memories
-        while self._progress.round < self._last:
-            before = dict(memories)
-            try:
-                summary, receipts, progress = next(
-                    loop.rounds(federation, self._progress, self._last)
-                )
-            except BaseException:
-                # The round did not happen: it can be tried again by iterating again.
-                memories.clear()
-                memories.update(before)
-                raise
-            self._progress = progress
+        while self._half is not None or self._progress.round < self._last:
+            if self._half is None:
+                before, final = dict(memories), self._progress.round + 1 == self._last
+                try:
+                    self._half = loop.merged(federation, self._progress, evaluate=final)
+                except BaseException:
+                    # The round did not happen: it can be tried again by iterating again.
+                    memories.clear()
+                    memories.update(before)
+                    raise
+                # From here on it did: merged again, it could have other noise.
+                self._progress = self._half.progress
+                for receipt in self._half.receipts:
+                    if receipt.dropped is not None:
+                        warnings.warn(
+                            f"round {receipt.round}, client {receipt.client} is left out: "
+                            f"{receipt.dropped}",
+                            stacklevel=2,
+                        )
+            half = self._half
+            summary = loop.evaluated(federation, half)
+            self._half = None
+            problem = starving(summary)
+            if problem and not any(map(starving, self.metrics)):
+                warnings.warn(problem, stacklevel=2)
             self.metrics.append(summary)
-            self.receipts.extend(receipts)
+            self.receipts.extend(half.receipts)
             yield summary
 
     def finish(self) -> "Run":
@@ -70,18 +97,18 @@ class Run:
         return self._experiment.federation.method.export(self._progress.state)
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format."""
+        """Write the adapter in PEFT's format, with the tokenizer and the names of the labels."""
         self._experiment.resident.save(self.adapter, Path(folder))
 
 
 def finetune(
     model: str,
-    clients: Sequence[Dataset] | Mapping[str, Dataset],
+    clients: Sequence[Dataset | IterableDataset] | Mapping[str, Dataset | IterableDataset],
     method: Method,
     *,
     rounds: int,
     cohort: int | Sampling | None = None,
-    test: Dataset | None = None,
+    test: Dataset | IterableDataset | None = None,
     task: Task = "classification",
     text: str | None = "text",
     label: str = "label",
@@ -99,17 +126,29 @@ def finetune(
     """Set up federated LoRA fine-tuning; nothing is trained until the run is iterated.
 
     model:   a name on the hub, a folder, or a name that `fedsieve fetch` knows
-    clients: one data set for each client, by id or in a list (ids "0000", "0001", ...)
+    clients: one data set for each client, by id or in a list (ids "0000", "0001", ...); a stream
+             (IterableDataset) is read to its end. A client whose rows cannot be used is left out,
+             with a warning that names it, the row and the column
     method:  e.g. `fedsieve.methods.flasc.method(server=fedsieve.adam(1e-3))`
     cohort:  clients a round, or a `Sampling` that says how they are drawn; default all
     text, label, prompt, completion: columns. For causal-lm give `text`, or the other two (then
-             text is not used). `classes` defaults to the labels that the clients hold.
+             text is not used). `classes` defaults to the labels that the clients hold. Labels
+             are names (data/names.py): one a row, 1 and "1" alike
     budgets: what each client can afford, by id; or one budget for all
-    Raises FedSieveError for bad input.
+    Raises FedSieveError for bad input, and if no client has rows that can be used.
     """
-    given = clients if isinstance(clients, Mapping) else _numbered(clients)
-    filled = {id: dataset for id, dataset in given.items() if len(dataset)}
-    if not filled:
+    if task == "classification":
+        columns = Columns(_given(text), (label,))
+    else:
+        text = text if prompt is None and completion is None else None
+        columns = Columns(_given(text, prompt, completion))
+    if not columns.texts:
+        raise FedSieveError("text: say which column holds the texts")
+    left_out: dict[str, str] = {}
+    given = _by_id(clients, "clients")
+    rows = _each(partial(_rows, columns=columns), given, left_out)
+    rows = {id: own for id, own in rows.items() if len(own)}
+    if not rows and not left_out:
         raise FedSieveError("clients: at least one data set with a row in it is needed")
     lora, training = lora or Lora(), training or Training()
     key = Key(seed)
@@ -117,35 +156,52 @@ def finetune(
     note = tokens.ensure_pad_token(tokenizer)
     if note:
         warnings.warn(note, stacklevel=2)
+    read: Any
     if task == "classification":
-        assert text is not None
-        if classes is None:
-            classes = _classes(list(filled.values()), label)
-        read: Any = partial(
-            classification,
-            tokenizer=tokenizer,
-            text=text,
-            label=label,
-            max_length=max_length,
-            classes=classes,
-        )
+        labels = _each(partial(_labels, columns=columns), rows, left_out)
+        if classes is None and labels:
+            features = [rows[id].features[label] for id in labels]
+            classes = classes_of(features, chain.from_iterable(labels.values()))
+        classes = [clean(name) for name in classes or ()]
+        read = partial(classification, text=columns.texts[0], label=label, classes=classes)
     else:
-        whole = prompt is None and completion is None
-        columns = {"text": text} if whole else {"prompt": prompt, "completion": completion}
-        read = partial(causal_lm, tokenizer=tokenizer, **columns, max_length=max_length)
-    examples: dict[str, Examples] = {id: read(dataset)[0] for id, dataset in filled.items()}
+        read = partial(causal_lm, text=text, prompt=prompt, completion=completion)
+    read = partial(read, tokenizer=tokenizer, max_length=max_length)
+    usable = {id: own for id, own in rows.items() if id not in left_out}
+    made = _each(read, usable, left_out)
+    examples: dict[str, Examples] = {id: each for id, (each, _) in made.items()}
+    if not examples:
+        raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
+    try:
+        tested = None if test is None else read(_rows(test, columns))[0]
+    except FedSieveError as error:
+        raise FedSieveError(f"test: {error}") from error
     base = load_base(
         locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
     )
-    resident = set_up(base, task, lora, method.trains, key=key, device=pick_device(device))
-    for each in examples.values():
-        check_length(resident, each)
-    if not isinstance(budgets, Mapping):
+    resident = set_up(
+        base,
+        task,
+        lora,
+        method.trains,
+        key=key,
+        device=pick_device(device),
+        tokenizer=tokenizer,
+    )
+    check_rows(resident, *examples.values(), tested)
+    if isinstance(budgets, Mapping):
+        budgets = _by_id(budgets, "budgets")
+    else:
         budgets = dict.fromkeys(given, budgets or Budget())
     missing = sorted(set(given) - set(budgets))
     if missing:
         raise FedSieveError(f"budgets: none for client {missing[0]!r}")
-    sampling = cohort if isinstance(cohort, Sampling) else Sampling(size=cohort or len(filled))
+    if isinstance(cohort, Sampling):
+        sampling = cohort
+    elif cohort is None:
+        sampling = Sampling(kind="all", size=len(examples))
+    else:
+        sampling = Sampling(size=cohort)
     experiment = assemble(
         resident,
         method,
@@ -155,21 +211,71 @@ def finetune(
         training=training,
         sampling=sampling,
         seed=seed,
-        test=None if test is None else read(test)[0],
+        test=tested,
         evaluate_every=evaluate_every,
         notes=[note] if note else [],
+        left_out=left_out,
     )
+    if method.private == "system":
+        # A seed that somebody can guess would tell who took part.
+        federation = dataclasses.replace(experiment.federation, secret=secrets.randbits(256))
+        experiment = dataclasses.replace(experiment, federation=federation)
     return Run(experiment, rounds)
 
 
-def _numbered(clients: Sequence[Dataset]) -> dict[str, Dataset]:
-    return {f"{number:04d}": dataset for number, dataset in enumerate(clients)}
+def _by_id(given: Sequence[T] | Mapping[Any, T], what: str) -> dict[str, T]:
+    """Values by the ids of their clients, which are names; in a list "0000", "0001", ..."""
+    if not isinstance(given, Sequence | Mapping) or isinstance(given, str):
+        raise FedSieveError(
+            f"{what}: a list, or a dict by client, is needed, not one {type(given).__name__}"
+        )
+    if not isinstance(given, Mapping):
+        return dict(zip(partition.numbered(len(given)), given, strict=True))
+    found: dict[str, T] = {}
+    for key, value in given.items():
+        try:
+            id = name_of(key)
+        except FedSieveError as error:
+            raise FedSieveError(f"{what}: an id {error}") from None
+        if id is None or id in found:
+            raise FedSieveError(f"{what}: {key!r} is " + ("no id" if id is None else "there twice"))
+        found[id] = value
+    return found
 
 
-def _classes(datasets: Sequence[Dataset], label: str) -> list[str]:
-    """A ClassLabel's own names, else the labels that occur, sorted as what they are."""
-    values = {value for dataset in datasets for value in column(dataset, label)}
-    feature = datasets[0].features[label]
-    if isinstance(feature, ClassLabel):
-        return list(feature.names)
-    return [str(value) for value in sorted(values)]
+def _each(
+    make: Callable[[T], Made], rows: Mapping[str, T], left_out: dict[str, str]
+) -> dict[str, Made]:
+    """What is made of each client's rows; why it cannot be made of some is noted in `left_out`."""
+    made: dict[str, Made] = {}
+    for id, own in rows.items():
+        try:
+            made[id] = make(own)
+        except FedSieveError as error:
+            left_out[id] = str(error)
+    return made
+
+
+def _rows(given: object, columns: Columns) -> Dataset:
+    """A client's data set, in memory."""
+    if isinstance(given, Dataset):
+        return given
+    if isinstance(given, IterableDataset):
+        return sources.gathered(given, columns)
+    if isinstance(given, DatasetDict | IterableDatasetDict):
+        raise FedSieveError(f"a data set of splits is given: choose one of {', '.join(given)}")
+    raise FedSieveError(
+        f"a datasets.Dataset or IterableDataset is needed, not {type(given).__name__} "
+        "(Dataset.from_list, from_dict and from_pandas make one)"
+    )
+
+
+def _given(*names: str | None) -> tuple[str, ...]:
+    return tuple(name for name in names if name is not None)
+
+
+def _labels(rows: Dataset, columns: Columns) -> list[str]:
+    """The labels of a client all of whose rows can be used; those of others make no classes."""
+    for text in columns.texts:
+        tokens.text_column(rows, text)
+    return labels_of(rows, *columns.names)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedsieve.console import console, problems, quiet, say, show_warning, warn
+from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.run.progress import MB, line_of, lines_of_plan
 
@@ -165,7 +166,7 @@ def compare(
         overrides=overrides or [],
     )
     console.print(escape(f"{len(plan.entries)} entries, into {folder}"))
-    result = _guarded(lambda: comparing.run(plan, jobs, _show_of_many, say))
+    result = _guarded(lambda: comparing.run(plan, jobs, _show_of_many(), say))
     _table(result.rows)
     for note in result.notes:
         say(note)
@@ -215,7 +216,7 @@ def search(
         seeds=_numbers(seeds),
         overrides=overrides or [],
     )
-    found = _guarded(lambda: searching.run(plan, jobs, _show_of_many, say))
+    found = _guarded(lambda: searching.run(plan, jobs, _show_of_many(), say))
     _table(found.rows)
     say(f"ended because {found.reason}")
     for path in found.written:
@@ -438,6 +439,7 @@ class _Live:
     def __init__(self, rounds: int) -> None:
         self._rounds = rounds
         self._started = 0.0
+        self._warned = False  # that clients get nothing of B
         self._begun: int | None = None
         self._bar = Progress(
             BarColumn(bar_width=20),
@@ -465,6 +467,9 @@ class _Live:
         for receipt in receipts:
             if receipt.dropped is not None:
                 warn(f"round {summary.round}, client {receipt.client} dropped: {receipt.dropped}")
+        if not self._warned and (problem := starving(summary)):
+            warn(problem)
+            self._warned = True
         line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
         if summary.accuracy is not None or not console.is_terminal:
             console.print(line)
@@ -529,10 +534,18 @@ def _go_on_with(folder: Path) -> None:
         )
 
 
-def _show_of_many(job: "Job", summary: "Round") -> None:
-    """A line for every evaluated round of one run among several."""
-    if summary.accuracy is not None:
-        console.print(escape(f"{job.name}  {line_of(summary, job.recipe.rounds)}"))
+def _show_of_many() -> Callable[["Job", "Round"], None]:
+    """A line for every evaluated round of one run among several, and what it warns of, once."""
+    warned: set[str] = set()
+
+    def show(job: "Job", summary: "Round") -> None:
+        if job.name not in warned and (problem := starving(summary)):
+            warned.add(job.name)
+            warn(f"{job.name}, {problem}")
+        if summary.accuracy is not None:
+            console.print(escape(f"{job.name}  {line_of(summary, job.recipe.rounds)}"))
+
+    return show
 
 
 def _report_problems(found: Sequence[str]) -> None:

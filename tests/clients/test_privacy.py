@@ -30,6 +30,7 @@ from fedsieve.clients.privacy import (
     ledger,
     private,
     settle,
+    unamplified,
 )
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import ffa_lora, flasc, fslora
@@ -410,6 +411,40 @@ def test_the_account_of_many_rounds_is_close_to_a_numerical_composition() -> Non
 def test_sampling_without_replacement_never_costs_more_than_none_at_all(noise: float) -> None:
     sampled = ledger(Cohorts("uniform", 30, 100), noise, 1e-5)(10)
     assert sampled <= ledger(Cohorts("uniform", 100, 100), noise, 1e-5)(10)
+
+
+def test_who_knows_when_a_client_took_part_has_an_epsilon_of_its_own() -> None:
+    """4 of 40 clients, 40 rounds, epsilon 8: what an audit found for 1, 2, 3 and 8 rounds."""
+    noise = calibrate(Cohorts("poisson", 4, 40), epsilon=8.0, delta=1e-3, rounds=40)
+    known = unamplified(Cohorts("poisson", 4, 40), noise, 1e-3)
+    assert [round(known(k), 1) for k in (1, 2, 3, 8)] == [5.0, 7.8, 10.2, 20.2]
+    assert known(0) == 0
+
+
+@pytest.mark.parametrize(("kind", "moves"), [("poisson", 1), ("all", 1), ("uniform", 2)])
+@pytest.mark.parametrize("rounds", [1, 3, 12])
+def test_without_amplification_rounds_are_plain_gaussian_mechanisms(
+    kind: Kind, moves: int, rounds: int
+) -> None:
+    """Composed by another method, of privacy loss distributions, whose bound is barely above."""
+    event = dp_accounting.GaussianDpEvent(2.5 / moves)
+    tight = pld.PLDAccountant().compose(event, rounds).get_epsilon(1e-5)
+    told = unamplified(Cohorts(kind, 4, 40), 2.5, 1e-5)(rounds)
+    assert told == pytest.approx(tight, rel=1e-3)
+    one = mixture_epsilon([(1.0, 0.0)], [(1.0, 1.0)], 2.5 / moves / rounds**0.5, 1e-5)
+    assert told == pytest.approx(one, rel=1e-3)
+
+
+def test_a_plan_tells_both_where_they_differ() -> None:
+    given: Any = {"rounds": 40, "clip": 1.0, "delta": 1e-3, "noise_multiplier": 0.692}
+    plan = settle(Cohorts("poisson", 4, 40), **given)
+    assert plan.known is not None
+    tight = pld.PLDAccountant().compose(dp_accounting.GaussianDpEvent(0.692), 4).get_epsilon(1e-3)
+    assert "epsilon 7.979 at" in plan.guarantee
+    assert f"4.98 for 1, {tight:.4g} for 4, " in plan.guarantee
+    assert settle(Cohorts("all", 4, 40), **given).known is None
+    assert settle(Cohorts("uniform", 40, 40), **given).known is None
+    assert settle(Cohorts("poisson", 4, 40), **given, simulated_cohort=20).known is None
 
 
 @pytest.mark.parametrize("kind", ["poisson", "uniform", "all"])

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,11 +52,21 @@ def test_the_page_says_what_a_rehearsal_finds(layout: Layout, method: str, reaso
     assert found == (reason or None)
 
 
-@pytest.mark.parametrize("method", ["fslora", "flasc", "fslora_flasc"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fslora", {}),
+        ("flasc", {}),
+        ("fslora_flasc", {}),
+        ("flasc", {"ranked": "change"}),
+        ("fslora_flasc", {"ranked": "change"}),
+    ],
+    ids=str,
+)
 def test_with_full_budgets_all_clients_send_the_same_coordinates(
-    layout: Layout, method: str
+    layout: Layout, method: str, options: dict[str, Any]
 ) -> None:
-    assert obstacle(methods.load(method)(), layout, clients(method, 1.0, 1.0)) is None
+    assert obstacle(methods.load(method)(**options), layout, clients(method, 1.0, 1.0)) is None
 
 
 def test_clients_of_different_ranks_cannot_be_summed(layout: Layout) -> None:

@@ -11,6 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from fedsieve.data import fetch, sources
+from fedsieve.data.files import Columns
 from fedsieve.data.sources import column, load
 from fedsieve.errors import FedSieveError
 
@@ -25,30 +26,41 @@ ORANGE = (
     "text\tlabel\nstring\tcontinuous\nmeta\tclass\n"
     '\n"she said ""NA"""\t1\nNone\t0\n\t\nnaïve, with comma\t1\n'
 )
+TEXTS = [{**row, "label": str(row["label"])} for row in ROWS]  # a cell has no type
 JSONL = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def damaged(content: str) -> bytes:
+    """A gzip file of which one byte is another."""
+    data = bytearray(gzip.compress(content.encode() * 100))
+    data[15] ^= 0xFF
+    return bytes(data)
 
 
 @pytest.mark.parametrize("zipped", [False, True])
 @pytest.mark.parametrize(
-    ("name", "content"),
+    ("name", "content", "rows"),
     [
-        ("a.csv", CSV),
-        ("a.tsv", TSV),
-        ("a.tsv", "\ufeff" + TSV),
-        ("a.tab", ORANGE),
-        ("a.json", json.dumps(ROWS, indent=2)),
-        ("a.json", JSONL),
-        ("a.jsonl", JSONL + "\n"),
-        ("a.CSV", CSV),
+        ("a.csv", CSV, TEXTS),
+        ("a.csv", "\ufeff" + CSV.replace("\n", "\r\n"), TEXTS),
+        ("a.csv", CSV.rstrip("\n"), TEXTS),
+        ("a.tsv", TSV, TEXTS),
+        ("a.tsv", "\ufeff" + TSV, TEXTS),
+        ("a.tab", ORANGE, TEXTS),
+        ("a.tab", ORANGE.rstrip("\n").replace("\n", "\r\n"), TEXTS),
+        ("a.json", json.dumps(ROWS, indent=2), ROWS),
+        ("a.json", JSONL, ROWS),
+        ("a.jsonl", "\ufeff" + JSONL + "\r\n", ROWS),
+        ("a.CSV", CSV, TEXTS),
     ],
 )
 def test_every_text_format_gives_the_same_rows(
-    tmp_path: Path, name: str, content: str, zipped: bool
+    tmp_path: Path, name: str, content: str, rows: list[Any], zipped: bool
 ) -> None:
     path = tmp_path / (name + ".gz" if zipped else name)
     path.write_bytes(gzip.compress(content.encode()) if zipped else content.encode())
-    assert load(path).to_list() == ROWS
-    assert load(str(path)).to_list() == ROWS
+    assert load(path).to_list() == rows
+    assert load(str(path)).to_list() == rows
 
 
 def test_parquet_keeps_class_names(tmp_path: Path) -> None:
@@ -65,6 +77,9 @@ def test_csv_fields_may_hold_newlines_and_tsv_fields_lone_quotes(tmp_path: Path)
     many = [f"{'long ' * 50}\nline {row}" for row in range(8000)]  # more than is read at once
     (tmp_path / "b.csv").write_text("text\n" + "".join(f'"{text}"\n' for text in many))
     assert column(load(tmp_path / "b.csv"), "text") == many
+    long = "word " * 600_000
+    (tmp_path / "c.csv").write_text(f"text\n{long}\nb\n")
+    assert column(load(tmp_path / "c.csv"), "text") == [long, "b"]
     (tmp_path / "a.tsv").write_text('text\tlabel\n"unclosed\t0\nnext "\t1\n')
     assert column(load(tmp_path / "a.tsv"), "text") == ['"unclosed', 'next "']
 
@@ -73,11 +88,18 @@ def test_headerless_files_and_other_separators(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("g1\t1\tone\ng2\t0\ttwo\n")
     rows = load(tmp_path / "a.tsv", names=["id", "label", "text"])
     assert rows.to_list() == [
-        {"id": "g1", "label": 1, "text": "one"},
-        {"id": "g2", "label": 0, "text": "two"},
+        {"id": "g1", "label": "1", "text": "one"},
+        {"id": "g2", "label": "0", "text": "two"},
     ]
     (tmp_path / "a.csv").write_text("id;text\n1;a,b\n")
-    assert load(tmp_path / "a.csv", separator=";").to_list() == [{"id": 1, "text": "a,b"}]
+    assert load(tmp_path / "a.csv", separator=";").to_list() == [{"id": "1", "text": "a,b"}]
+
+
+def test_cells_are_texts_however_far_they_look_like_numbers(tmp_path: Path) -> None:
+    """More rows than a reader looks at before it decides on a type."""
+    many = [str(row) for row in range(300_000)]
+    (tmp_path / "a.csv").write_text("text\n" + "\n".join([*many, "x", "007"]))
+    assert column(load(tmp_path / "a.csv"), "text") == [*many, "x", "007"]
 
 
 def test_orange_numbers_in_a_text_column_stay_text(tmp_path: Path) -> None:
@@ -224,6 +246,14 @@ def files(**contents: str | bytes) -> Callable[[Path], Path]:
         (lambda f: f, {}, "no data file in"),
         (files(a__csv=""), {}, "is empty"),
         (files(a__csv="text,label\n"), {}, "holds no rows"),
+        (files(a__csv="text,label"), {}, "holds no rows"),
+        (files(a__csv="\ufeff"), {}, "holds no rows"),
+        (files(a__csv__gz=gzip.compress(b"")), {}, "holds no rows"),
+        (files(a__json="[]"), {}, "holds no rows"),
+        (files(a__csv="a,b\n1,2\n".encode("utf-16")), {}, "is UTF-16: save it as UTF-8"),
+        (files(a__jsonl='{"a": 1}'.encode("utf-16")), {}, "is UTF-16: save it as UTF-8"),
+        (files(a__csv=CSV), {"columns": Columns(("text",), ("lable",))}, "no column 'lable'.*'la"),
+        (files(a__json="{}"), {"columns": Columns(("text",))}, "no column 'text'"),
         (files(a__jsonl="\n"), {}, "holds no rows"),
         (files(a__xml="<a/>"), {}, r"unknown extension '\.xml'.*\.jsonl"),
         (files(a__csv="a,b\n1,2\n3\n"), {}, "Expected 2 columns, got 1"),
@@ -241,6 +271,12 @@ def files(**contents: str | bytes) -> Callable[[Path], Path]:
         (files(a__tab="a\tb\nx\ty\nz\tw\n"), {}, "Orange's three header lines"),
         (files(a__parquet="no"), {}, "could not be read"),
         (files(a__csv__gz="no"), {}, "could not be read"),
+        (files(a__csv__gz=gzip.compress(CSV.encode())[:-9]), {}, "could not be read: Truncated"),
+        (files(a__jsonl__gz=gzip.compress(JSONL.encode())[:-9]), {}, "could not be read: Trunc"),
+        (files(a__jsonl__gz=damaged(JSONL)), {}, "could not be read"),
+        (files(a__tab__gz=damaged(ORANGE)), {}, "could not be read"),
+        (files(a__jsonl='{"a": "\\ud800"}\n'), {}, "line 1 has half a character in column 'a'"),
+        (files(a__json='[{"a": 1, "a": 2}]'), {}, "the key 'a' more than once"),
     ],
 )
 def test_bad_files(
@@ -251,7 +287,7 @@ def test_bad_files(
 
 
 def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("label\n1\n")
-    (tmp_path / "b.csv").write_text("label\nx\n")
-    with pytest.raises(FedSieveError, match=r"a\.csv, b\.csv do not fit together"):
+    (tmp_path / "a.jsonl").write_text('{"label": 1}\n')
+    (tmp_path / "b.jsonl").write_text('{"label": "x"}\n')
+    with pytest.raises(FedSieveError, match=r"a\.jsonl, b\.jsonl do not fit together"):
         load(tmp_path)

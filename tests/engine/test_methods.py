@@ -61,6 +61,21 @@ def test_a_method_learns_and_a_stopped_run_ends_the_same(
         assert runs.untimed(tmp_path / "stopped", log) == runs.untimed(tmp_path / "whole", log)
 
 
+@pytest.mark.parametrize("name", ["flasc", "fslora_flasc", "fed_select"])
+def test_a_stopped_run_that_ranks_the_change_ends_the_same(
+    tiny: Tiny, tmp_path: Path, name: str
+) -> None:
+    """The start is in the checkpoint; it is the one that clients draw anew after the stop."""
+    given = changes(name, rounds=4, method={"name": name, "ranked": "change", "evaluated": 0.5})
+    runs.start(tiny, tmp_path / "whole", **given)
+    with pytest.raises(runner.Stopped):
+        runs.start(tiny, tmp_path / "stopped", runs.stop_at(2), **given)
+    runner.resume(tmp_path / "stopped", runs.quiet)
+    runs.assert_same(tmp_path / "stopped", tmp_path / "whole")
+    lines = runs.lines(tmp_path / "whole")
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.02
+
+
 @pytest.mark.parametrize("name", ["flora", "fedex_lora", "full", "head"])
 def test_what_is_more_than_an_adapter_is_saved_as_a_model(
     tiny: Tiny, tmp_path: Path, name: str

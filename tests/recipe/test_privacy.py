@@ -5,16 +5,22 @@ import re
 import sys
 import tomllib
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedsieve.clients.privacy import Cohorts, ledger
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.clients.privacy import Cohorts, ledger, unamplified
+from fedsieve.clients.sampling import cohort
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe import schema
 from fedsieve.run import rundir, runner
+from fedsieve.run.progress import line_of
 from tests.conftest import Tiny
 from tests.runs import assert_same, lines, quiet, start, stop_at
 
@@ -48,6 +54,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     (
         {"privacy": {**TARGET, "noise_from": "system"}, "checkpoint": {"every": 2}},
         "checkpoint.every: privacy.noise_from = 'system' needs 1",
+    ),
+    (
+        {
+            "privacy": {**TARGET, "noise_from": "system"},
+            "data__validation": 0.2,
+            "evaluation__on": "validation",
+        },
+        "evaluation.on: privacy.noise_from = 'system' needs 'test'",
     ),
     (
         {"privacy": TARGET, "method": {"name": "fslora_flasc", "weighting": "examples"}},
@@ -121,6 +135,144 @@ def test_a_target_is_met_over_all_rounds_and_spent_epsilon_is_logged(
     size = total if kind == "all" else 3
     assert spent[1] == ledger(Cohorts(kind, size, total), noise, 1e-3)(2)
     assert not any("simulated_cohort" in row for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "poisson"])
+def test_what_those_know_who_know_who_took_part_is_logged_beside_it(
+    tiny: Tiny, tmp_path: Path, kind: Any
+) -> None:
+    """Counted again from the log of clients: the most often drawn, and each for itself."""
+    noisy = {**CLIP, "noise_multiplier": 2.0}
+    seen: list[str] = []
+    table = tiny.table(privacy=noisy, sampling={"kind": kind}, partition__kind="iid")
+    del table["partition"]["alpha"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsieve.report.write", lambda *_: [])
+        runner.start(recipes.check(table), tmp_path, lambda row, _: seen.append(line_of(row, 4)))
+    known = unamplified(Cohorts(kind, 3, 12), 2.0, 1e-3)
+    drawn: Counter[str] = Counter()
+    log = lines(tmp_path, rundir.CLIENTS)
+    for row in lines(tmp_path)[1:]:
+        now = [client for client in log if client["round"] == row["round"]]
+        drawn.update(client["client"] for client in now)
+        assert [client["epsilon"] for client in now] == [known(drawn[c["client"]]) for c in now]
+        assert row["epsilon_unamplified"] == known(max(drawn.values(), default=0))
+        assert f"({row['epsilon_unamplified']:.3f} to who knows" in seen[row["round"]]
+    assert len(set(drawn.values())) > 1
+    start(tiny, tmp_path / "all", privacy=noisy, sampling={"kind": "all"})
+    assert not any("epsilon_unamplified" in row for row in lines(tmp_path / "all"))
+
+
+SYSTEM = {**CLIP, "noise_multiplier": 1.0, "noise_from": "system"}
+
+
+def test_a_run_for_real_clients_keeps_its_server_s_secrets(tiny: Tiny, tmp_path: Path) -> None:
+    """Who took part follows neither from the recipe nor from anything in the run's directory."""
+    given: dict[str, Any] = {"privacy": SYSTEM, "rounds": 8, "partition": {"kind": "column"}}
+    given["partition"]["column"] = "author"
+    bad = tmp_path / "bad.csv"
+    bad.write_text(tiny.train.read_text() + "a text without a label,,author99\n")
+    given["data__train"] = str(bad)
+    drawn = {}
+    for name in ("one", "two"):
+        run = tmp_path / name
+        start(tiny, run, **given)
+        own = rundir.own(run)
+        assert own == tmp_path / f"{name}.secret"
+        assert own.stat().st_mode & 0o777 == 0o700
+        assert (own / rundir.SEED).stat().st_mode & 0o777 == 0o600
+        log = (own / rundir.CLIENTS).read_text().splitlines()
+        drawn[name] = [(row["round"], row["client"]) for row in map(json.loads, log)]
+        seed = (own / rundir.SEED).read_text()
+        files = [path for path in run.rglob("*") if path.is_file()]
+        assert {path.name for path in files} >= {rundir.RECIPE, rundir.METRICS}
+        for path in files:
+            data = path.read_bytes()
+            assert b"author" not in data.replace(b'"author"', b""), path  # no client's name
+            for told in (seed.encode(), str(int(seed, 16)).encode(), bytes.fromhex(seed)):
+                assert told not in data
+        assert not any("loss" in row for row in lines(run))
+        assert all("accuracy" in row for row in lines(run)[::2])
+        # Finished, and left as it is; the adapter can be had from it.
+        runner.resume(run, quiet)
+        assert runner.export(run, tmp_path / f"{name}-adapter") == 8
+    clients = [Client(f"author{number}", 1) for number in range(12)]
+    sampling = schema.sampling(recipes.check(tiny.table(**given)))
+    from_seed = [
+        (number, client.id)
+        for number in range(1, 9)
+        for client in cohort(clients, sampling, Key(0, number))
+    ]
+    assert drawn["one"] != from_seed
+    assert drawn["one"] != drawn["two"]
+
+
+def test_secrets_of_another_run_are_not_taken(tiny: Tiny, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start(tiny, run, privacy=SYSTEM, rounds=1)
+    seed = (rundir.own(run) / rundir.SEED).read_text()
+    for path in sorted(run.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    with pytest.raises(FedSieveError, match=r"run\.secret holds the secrets of a run that is not"):
+        start(tiny, run, rounds=1)
+    recipe = recipes.check(tiny.table(privacy=SYSTEM, rounds=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsieve.report.write", lambda *_: [])
+        runner.start(recipe, run, quiet, overwrite=True)
+        assert (rundir.own(run) / rundir.SEED).read_text() != seed
+        runner.start(recipes.check(tiny.table(rounds=1)), run, quiet, overwrite=True)
+    assert not rundir.own(run).exists()
+    assert (run / rundir.CLIENTS).is_file()
+
+
+UNCOVERED: list[tuple[dict[str, Any], str, bool]] = [
+    ({"privacy": {**SYSTEM, "noise_from": "seed"}}, "mean training loss; how many", True),
+    (
+        {
+            "privacy": {**SYSTEM, "noise_from": "seed"},
+            "data__validation": 0.2,
+            "evaluation__on": "validation",
+        },
+        "which are taken on rows of the clients; how many",
+        True,
+    ),
+    (
+        {
+            "privacy": {**SYSTEM, "noise_from": "seed"},
+            "sampling": {"kind": "all"},
+            "method": {"name": "fedsa_lora"},
+            "budgets": [{}],
+        },
+        "which are taken on what each client keeps to itself; how many",
+        True,
+    ),
+    ({"privacy": SYSTEM}, "mean training loss: withheld", True),
+    (
+        {
+            "privacy": SYSTEM,
+            "sampling": {"kind": "poisson"},
+            "method": {"name": "fedsa_lora"},
+            "budgets": [{}],
+        },
+        "which are taken on what each client keeps to itself: withheld",
+        False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "said", "scored"), UNCOVERED, ids=[u[1] for u in UNCOVERED])
+def test_figures_that_no_noise_covers_are_named_or_withheld(
+    tiny: Tiny, tmp_path: Path, changes: dict[str, Any], said: str, scored: bool
+) -> None:
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        start(tiny, tmp_path / "run", rounds=2, **changes)
+    assert any(said in str(warning.message) for warning in heard)
+    notes = tomllib.loads((tmp_path / "run" / rundir.RECIPE).read_text())["environment"]["notes"]
+    assert sum(said in note for note in notes) == 1
+    rows = lines(tmp_path / "run")
+    assert any("accuracy" in row for row in rows) == scored
+    assert any("loss" in row for row in rows) == (changes["privacy"]["noise_from"] == "seed")
 
 
 def test_a_run_without_privacy_says_nothing_of_it(tiny: Tiny, tmp_path: Path) -> None:

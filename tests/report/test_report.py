@@ -158,6 +158,46 @@ def test_budgets_are_means_over_client_rounds(tmp_path: Path) -> None:
     assert page.row("rank 4") == ["2", "0.350 MB", "0.0250 MB"]
 
 
+def test_what_masks_kept_of_a_b_and_head_is_told(tmp_path: Path) -> None:
+    """In the summary, by budget, and as a warning while some got nothing of a B that has moved."""
+    kept = {"down_a": 0.5, "down_b": 0.0, "down_head": 0.125, "up_b": 0.3, "up_head": 0.01}
+    later = {**kept, "down_a": 0.4375, "down_b": 0.0625}
+    rounds = [ROUNDS[0], {**ROUNDS[1], **kept, "starved": 2}, {**ROUNDS[2], **later, "starved": 1}]
+    clients = [{**row, **(kept if row["round"] == 1 else later)} for row in CLIENTS[:2]]
+    clients += [{**CLIENTS[2], **later}, CLIENTS[3]]
+    page = report(make(tmp_path / "a", rounds=rounds, clients=clients))
+    assert page.row("Masks kept, down") == [
+        "A 0.5, B 0, head 0.12 (round 1)A 0.44, B 0.062, head 0.12 (round 2)"
+    ]
+    assert page.row("Masks kept, up") == ["B 0.3, head 0.01 (round 1)B 0.3, head 0.01 (round 2)"]
+    assert page.row("Budget")[-2:] == ["Kept down", "Kept up"]
+    mean = "A 0.47, B 0.031, head 0.12"
+    assert page.row("rank 8")[-2:] == [mean, "B 0.3, head 0.01"]
+    assert page.row("rank 4")[-2:] == ["A 0.5, B 0, head 0.12", "B 0.3, head 0.01"]
+    assert "In 1 of 2 rounds (first 2, last 2) the masks let nothing of B pass down" in page.text
+
+
+def test_a_run_of_before_shares_were_told_is_read_as_it_was(tmp_path: Path) -> None:
+    page = report(make(tmp_path / "a"))
+    assert not [row for row in page.rows if row[0].startswith("Masks kept")]
+    assert page.row("Budget")[-1] == "Up"
+    assert "nothing of B" not in page.text
+    loaded = load(tmp_path / "a")
+    assert loaded.rounds[0].down_kept == (None, None, None)
+    assert loaded.clients is not None
+    assert loaded.clients.budgets[0].up_kept == (None, None, None)
+
+
+@pytest.mark.parametrize("log", ["metrics.jsonl", "clients.jsonl"])
+@pytest.mark.parametrize("share", [1.5, -0.1, "half", True])
+def test_a_share_that_is_none_is_refused(tmp_path: Path, log: str, share: Any) -> None:
+    run = make(tmp_path / "a")
+    rows = (ROUNDS if log == "metrics.jsonl" else CLIENTS)[1:2]
+    (run / log).write_text(lines([{**rows[0], "up_head": share}]))
+    with pytest.raises(FedSieveError, match=rf"{log}, line 1"):
+        load(run)
+
+
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     page = report(make(tmp_path / "a"), make(tmp_path / "b", "other", method="fedit"))
     assert not {"script", "link", "img", "iframe", "object"} & page.tags

@@ -22,7 +22,10 @@ def test_what_a_run_says_and_leaves(
     ran = command("run", path, "--out", folder)
     assert (ran.code, ran.err) == (0, "")
     said = ran.out.splitlines()
-    assert said[0] == f"tiny: fslora_flasc, 4 rounds, into {folder}"
+    plan, *said = [said[0] + said[1], *said[4:]]
+    for words in ("tiny: fslora_flasc on ", "4 rounds, 3 of 12 clients", f"into {folder}"):
+        assert words in plan
+    said.insert(0, plan)
     for number in range(5):
         assert said[number + 1].startswith(f"round {number}/4  ")
     assert re.search(r"loss \d\.\d{3}  accuracy 0\.\d{3}  eval loss", said[3])
@@ -265,7 +268,10 @@ def test_names_with_brackets_are_said_as_they_are(
     folder = tmp_path / "[run]"
     ran = command("run", path, "--out", folder)
     assert ran.code == 0
-    assert f"[/red] one: fslora_flasc, 1 rounds, into {folder}" in ran.out
+    assert "[/red] one: fslora_flasc on " in ran.out
+    assert (
+        f"1 rounds, 3 of 12 clients a round, rank 4, seed 0, device cpu, into {folder}" in ran.out
+    )
     assert f"adapter        {folder / 'adapter'}" in ran.out
 
 

@@ -18,7 +18,7 @@ from fedsieve.sites import federate
 from tests import runs
 from tests.conftest import LABELS, Command, Tiny
 from tests.sites import processes
-from tests.sites.worlds import PATIENCE, ledger, started, world
+from tests.sites.worlds import PATIENCE, ledger, sockets, started, working, world
 
 
 def assert_parity(run: Path, alone: Path) -> None:
@@ -46,6 +46,35 @@ def test_two_sites_two_rounds(tiny: Tiny, tmp_path: Path, no_report: None) -> No
         (kept,) = (path.parent / "worker" / "adapters").iterdir()
         ours = given.run / rundir.ADAPTER / "adapter_model.safetensors"
         assert (kept / ours.name).read_bytes() == ours.read_bytes()
+
+
+@pytest.mark.parametrize("ranked", ["values", "change"])
+def test_masked_downloads_over_the_sites_sockets(
+    tiny: Tiny, tmp_path: Path, no_report: None, ranked: str
+) -> None:
+    """What masks keep is told as in one process; that B gets nothing is said once, or never."""
+    given = world(
+        tiny,
+        tmp_path,
+        ("north", "south"),
+        tls=False,
+        rounds=3,
+        budgets={"north": {"down": 0.2, "up": 0.125}, "south": {"down": 0.1, "up": 0.25}},
+        method={"name": "flasc", "ranked": ranked, "evaluated": 0.2},
+        server={"optimizer": "adam", "lr": 1e-3},
+    )
+    runner.start(given.recipe, tmp_path / "alone", runs.quiet)
+    federate.prepare(given.recipe, given.run, PATIENCE, given.listen)
+    said: list[str] = []
+    with working(given, {}):
+        federate.serve(given.run, sockets(given.sites), PATIENCE, said.append)
+    assert_parity(given.run, tmp_path / "alone")
+    lines = runs.lines(given.run, rundir.CLIENTS)
+    assert len(lines) == 6
+    told = {f"{way}_{part}" for way in ("down", "up") for part in ("a", "b", "head")}
+    assert all(told <= line.keys() for line in lines)
+    assert len([text for text in said if "nothing of B" in text]) == (ranked == "values")
+    assert any("(kept A 0" in text for text in said if text.startswith("round 2/3"))
 
 
 @pytest.mark.slow

@@ -68,11 +68,13 @@ def test_texts_and_labels() -> None:
     ("labels", "classes", "numbers"),
     [
         ([10, 2, 10], ("2", "10"), [1, 0, 1]),
-        (["10", "2", "10"], ("10", "2"), [0, 1, 0]),
+        (["10", "2", "10"], ("2", "10"), [1, 0, 1]),
+        (["10", "02", "10"], ("02", "10"), [1, 0, 1]),
+        (["10", "2", "a"], ("10", "2", "a"), [0, 1, 2]),
         ([True, False, True], ("False", "True"), [1, 0, 1]),
     ],
 )
-def test_classes_are_sorted_as_what_they_are(
+def test_classes_are_sorted_as_numbers_if_all_are(
     labels: list[Any], classes: tuple[str, ...], numbers: list[int]
 ) -> None:
     made, found = classify(rows(text=["a", "b", "c"], label=labels))
@@ -87,6 +89,11 @@ def test_class_names_come_from_the_data_or_from_the_caller() -> None:
     assert (made.labels.tolist(), classes) == ([2, 0], ("zero", "one", "two"))
     made, classes = classify(named, classes=("two", "zero"))
     assert (made.labels.tolist(), classes) == ([0, 1], ("two", "zero"))
+    # Space around a name and how a letter is composed make no other class.
+    made, classes = classify(
+        rows(text=["a", "b"], label=[" e\u0301", "x "]), classes=("x", "\u00e9 ")
+    )
+    assert (made.labels.tolist(), classes) == ([1, 0], ("x", "\u00e9"))
     # Test rows get the numbers that the training rows had, though a class is absent.
     made, _ = classify(rows(text=["a"], label=["y"]), classes=("x", "y"))
     assert made.labels.tolist() == [1]
@@ -151,7 +158,8 @@ NAMED = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes
         (rows(text=["a", "b"], label=["x", "x"]), {}, "at least two different classes"),
         (rows(text=["a"], label=["x"]), {"classes": ("x", "x")}, "at least two different"),
         (rows(text=["a", "b"], label=["x", None]), {}, "row 1 of column 'label' has no label"),
-        (rows(text=["a", "b"], label=[0.5, 1.5]), {}, "float values"),
+        (rows(text=["a", "b"], label=[0.5, 1.5]), {}, "row 0 of column 'label' holds 0.5"),
+        (rows(text=["a", "b"], label=[["x"], ["y"]]), {}, "row 0 of column 'label' holds a list"),
         (rows(text=["a", None], label=[0, 1]), {}, "row 1 of column 'text' holds nothing"),
         (rows(text=[1, 2], label=[0, 1]), {}, "a value of type int"),
         (rows(text=["a", "b"], label=["x", "z"]), {"classes": ("x", "y")}, "label 'z' in row 1"),

@@ -17,22 +17,43 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Adapter, Layout, Tree
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.optim import Optimizer, limits, sgd
 from fedsieve.algebra.payload import Form, Payload, rounded
-from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name
+from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
 from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
-from fedsieve.errors import NoUsableUpdate
+from fedsieve.errors import FedSieveError, NoUsableUpdate
+from fedsieve.settings import Source
 
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
 Weighting = Literal["uniform", "examples"]
 Knob = Literal["ratio", "down", "up"]
 Trained = Literal["lora", "head", "all"]
 Scaling = Literal["server", "alpha/k", "alpha/sqrt(k)"]
+Ranked = Literal["values", "change"]
 
 
 def unlimited(state: "State") -> float:
     """No update is too large."""
     return math.inf
+
+
+class Unbounded(FedSieveError):
+    """The server optimizer clips updates, and in this method that would bound nothing.
+
+    by: what lets one client move the server further: how updates are weighed, or the merge itself
+    """
+
+    def __init__(self, by: Literal["weighting", "merge"]) -> None:
+        self.by = by
+        clips = "a server that clips updates (privacy.private, optim.bounded)"
+        super().__init__(
+            f"weighting: with {clips} it must be 'uniform': a client's number of examples is its "
+            "own secret, and would weigh its update beyond the clip"
+            if by == "weighting"
+            else f"server: this method's server does not move by a mean of the clients' changes, "
+            f"so {clips} bounds nothing: choose a method that does (fedit, fslora, flasc, ...), or "
+            "a server without a clip"
+        )
 
 
 class State(NamedTuple):
@@ -90,6 +111,8 @@ class Method(NamedTuple):
     linear:   the server moves by a mean of the clients' changes, each clipped as `Optimizer.clip`
               says: what differential privacy needs
     clip:     that limit in a state, on the L2 norm of one client's decoded update
+    private:  where the noise comes from that hides single clients; None where nothing does
+    keeps:    clients keep something from round to round that came from their rows
     """
 
     knobs: frozenset[Knob]
@@ -105,6 +128,8 @@ class Method(NamedTuple):
     trains: Trained = "lora"
     linear: bool = False
     clip: Callable[[State], float] = unlimited
+    private: Source | None = None
+    keeps: bool = False
 
 
 def unscaled(rank: int, kept: int) -> float:
@@ -147,6 +172,7 @@ def compose(
     up_values: Form = "float32",
     feedback: bool = False,
     trains: Trained = "lora",
+    ranked: Ranked = "values",
 ) -> Method:
     """A method from what passes down, what is trained, what passes up, and how the server moves.
 
@@ -164,9 +190,18 @@ def compose(
     down_values, up_values: the form in which numbers travel
     feedback:  a client keeps what its upload left out and adds it to its next change. The client
                must hold the same coordinates every round, so this is for methods without a sketch.
+    ranked:    what `down` sees and what travels down: the values, or their change since the start
+               (`since_start`)
+
+    Raises Unbounded for a server that clips updates where that bounds nothing: one client moves the
+    mean by at most clip / n if the mean is of changes, all counting alike, and else by anything.
     """
+    down = nonzero(down) if ranked == "change" else down
     optimizer = sgd() if server is None else server
     shared = shared or trained
+    linear = returns == "change" and weighting == "uniform"
+    if limits(optimizer) and not linear:
+        raise Unbounded("weighting" if weighting == "examples" else "merge")
 
     def init(adapter: Adapter) -> State:
         slots = optimizer.init(adapter.tensors)
@@ -252,8 +287,7 @@ def compose(
     def export(state: State) -> Adapter:
         return Adapter(state.layout, state.trees["adapter"])
 
-    linear = returns == "change" and weighting == "uniform"
-    return Method(
+    method = Method(
         knobs=knobs,
         init=init,
         plan=plan,
@@ -266,7 +300,10 @@ def compose(
         trains=trains,
         linear=linear,
         clip=clip,
+        private=optimizer.private,
+        keeps=feedback,
     )
+    return since_start(method) if ranked == "change" else method
 
 
 def step(optimizer: Optimizer, state: State, gradient: Tree, names: tuple[str, ...]) -> State:
@@ -296,18 +333,60 @@ def within(part: Tree, clip: float) -> float:
     return 1.0 if size <= clip else clip / size
 
 
+def since_start(method: Method) -> Method:
+    """The same method, whose downloads are of the change since the start, not of the values.
+
+        the server ranks and sends     C = P - P_0,  what passes of it
+        client i holds and trains      P_0 + C
+
+    P_0 is the first adapter, which both ends draw from the seed: it never travels, and what a mask
+    leaves out stands at its start. Ranked by value, the entries of A pass before those of B for as
+    long as what B has learned is smaller than the random numbers that A began with.
+
+    method: one whose view holds the values of the payload as they came, as `compose` makes it. The
+            state keeps P_0 as the tree "start".
+    """
+
+    def init(adapter: Adapter) -> State:
+        state = method.init(adapter)
+        return state._replace(trees={**state.trees, "start": dict(adapter.tensors)})
+
+    def plan(state: State, key: Key) -> State:
+        planned = method.plan(state, key)
+        start = planned.trees["start"]
+        change = {n: t - start[n] for n, t in planned.trees["adapter"].items()}
+        return planned._replace(trees={**planned.trees, "adapter": change})
+
+    def view(payload: Payload, memory: Memory, context: ClientContext) -> tuple[View, Memory]:
+        seen, memory = method.view(payload, memory, context)
+        tensors = dict(seen.adapter.tensors)
+        came = {n: context.start.tensors[n] for n in payload.support.names}
+        for name, start in cut(came, payload.layout, payload.support.ranks).items():
+            tensors[name] = start + tensors[name]
+        return seen._replace(adapter=seen.adapter._replace(tensors=tensors)), memory
+
+    return method._replace(init=init, plan=plan, view=view)
+
+
 def evaluated_at(method: Method, density: float, head: Literal["sieved", "whole"]) -> Method:
     """The same method, with a global model of its largest entries alone; density 1 masks nothing.
 
     Clients that get a masked adapter train around its gaps. The entries that never pass still move
     on the server, a little in every round, and a client never sees them: evaluated with them, the
-    model is another one than clients train (docs/results.md has both).
+    model is another one than clients train (docs/results.md has both). The largest are those of the
+    change where the state holds its start (`since_start`), and the gaps stand at their start then,
+    as they do at a client.
     """
 
     def export(state: State) -> Adapter:
         layout, tensors = state.layout, state.trees["adapter"]
-        masks = top_k(tensors, density, competing(layout.names, layout, head))
-        return Adapter(layout, masked(tensors, masks))
+        among = competing(layout.names, layout, head)
+        start = state.trees.get("start")
+        if start is None:
+            return Adapter(layout, masked(tensors, top_k(tensors, density, among)))
+        masks = top_k({n: t - start[n] for n, t in tensors.items()}, density, among)
+        filled = {n: torch.where(m, tensors[n], start[n]) for n, m in masks.items()}
+        return Adapter(layout, {**tensors, **filled})
 
     return method._replace(export=export)
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 
 from fedsieve.algebra.adapter import Tree
+from fedsieve.errors import FedSieveError
+from fedsieve.settings import Source
 
 Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
 Table = Mapping[str, str | float]  # what a recipe's [server] says
@@ -43,6 +45,8 @@ class Optimizer(NamedTuple):
     settle:   (slots after the step, how many updates were within the clip, how many there were) ->
               slots; where a clip that adapts learns from the round
     table:    what [server] in a recipe says for it; empty for one that no recipe can name
+    private:  where the noise comes from that hides single clients (`privacy.private`); None where
+              nothing does
     """
 
     init: Callable[[Tree], Slots]
@@ -51,13 +55,22 @@ class Optimizer(NamedTuple):
     expected: float | None = None
     settle: Callable[[Slots, int, int], Slots] = unchanged
     table: Table = MappingProxyType({})
+    private: Source | None = None
+
+
+def limits(optimizer: Optimizer) -> bool:
+    """Whether a client's part in the mean is meant to have a limit, whatever the client sends."""
+    return optimizer.clip is not unlimited
 
 
 def bounded(optimizer: Optimizer, clip: float) -> Optimizer:
     """The same optimizer, on updates that are scaled down to an L2 norm of at most `clip`.
 
     Without noise this is no privacy: it bounds what one client of n can do to the mean, clip / n.
+    Raises FedSieveError where the optimizer clips already: of two clips only one would count.
     """
+    if limits(optimizer):
+        raise FedSieveError("bounded: the server optimizer clips updates already: leave one out")
     return optimizer._replace(clip=lambda slots: clip, table=_and(optimizer, clip=clip))
 
 

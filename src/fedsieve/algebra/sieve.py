@@ -144,6 +144,23 @@ def top_k(
     return sieve
 
 
+def nonzero(inner: Sieve) -> Sieve:
+    """Of the entries that a sieve's masks let pass, those that are not zero.
+
+    Where a change is ranked (`method.since_start`), zero is no news: before anything has moved, the
+    largest entries are ties, the first ones by name. What passes without masks is left alone.
+    """
+
+    def sieve(tree: Tree, layout: Layout, client: Client, key: Key) -> Passed:
+        passed = inner(tree, layout, client, key)
+        names, ranks, masks = passed.support
+        held = cut({n: tree[n] for n in masks}, layout, ranks)
+        news = {n: mask & (held[n] != 0).cpu() for n, mask in masks.items()}
+        return passed._replace(support=Support(names, ranks, news))
+
+    return sieve
+
+
 def after(rounds: int, sieve: Sieve) -> Sieve:
     """Everything passes in the first rounds, and after them what the sieve says."""
 

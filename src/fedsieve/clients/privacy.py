@@ -18,8 +18,10 @@ that were within it, whose privacy is paid for out of the same z.
 (moments, masks, pruning, what the next round sends) is post-processing and costs nothing.
 
 `ledger` says what (epsilon, delta) a number of rounds has spent, for the sampling that is really
-used, by the Renyi accountant of dp-accounting; `settle` works out a run's noise and rounds.
-docs/privacy.md says what the guarantee covers and what not.
+used, by the Renyi accountant of dp-accounting; that number holds while nobody knows who took part.
+`unamplified` says it for those who do. `settle` works out a run's noise and rounds, and
+`refuse_what_is_not_covered` says where no account of this kind holds. docs/privacy.md says what the
+guarantee covers, against whom, and what not.
 """
 
 import logging
@@ -34,15 +36,17 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import Tree
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.algebra.optim import Optimizer, Slots
+from fedsieve.algebra.method import Method
+from fedsieve.algebra.optim import Optimizer, Slots, limits
 from fedsieve.errors import FedSieveError
-from fedsieve.settings import Kind, Source
+from fedsieve.settings import Kind, Sampling, Source
 
 Spent = Callable[[int], float]  # rounds -> epsilon at the ledger's delta
 
 _SLOT = "privacy"
 _GRID = 1000  # noise multipliers are searched in steps of 1 / _GRID: short to write down
 _LARGEST = 1e6
+_INSTALL = "privacy needs the package dp-accounting: pip install 'fedsieve[privacy]'"
 
 
 class Cohorts(NamedTuple):
@@ -87,6 +91,9 @@ class PrivacyPlan(NamedTuple):
     guarantee:  one sentence for everyone who reads the results
     cautions:   what they should be warned of
     ending:     why no more rounds than these are possible, or None
+    known:      rounds in which a client took part -> epsilon against those who know which these
+                were; None where there is no noise, where drawing clients buys nothing, or where the
+                cohort is simulated
     """
 
     clip: float
@@ -100,6 +107,7 @@ class PrivacyPlan(NamedTuple):
     cautions: tuple[str, ...]
     ending: str | None
     adaptive: Adaptive | None = None
+    known: Spent | None = None
 
     def around(self, optimizer: Optimizer, key: Key) -> Optimizer:
         """The server optimizer, made private as this plan says."""
@@ -141,8 +149,12 @@ def private(
                       that both together are as private as the sum alone would be
 
     Put it outermost: private(fading(adam())), so that the noise comes before all else.
-    Raises FedSieveError for numbers that make no sense, or where the optimizer is private already.
+    Raises FedSieveError for numbers that make no sense, or where the optimizer clips or is private
+    already. A method whose server moves by more than a mean of clipped changes refuses the result
+    (`method.Unbounded`).
     """
+    if limits(optimizer) and optimizer.private is None:
+        raise FedSieveError("privacy: the server optimizer has a clip of its own: leave it out")
     if not clip > 0:
         raise FedSieveError(f"privacy: clip is {clip}; it must be above 0")
     if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
@@ -193,7 +205,7 @@ def private(
         moved = own["clip"] * math.exp(-adaptive.rate * (share - adaptive.quantile))
         return {**slots, _SLOT: {**own, "clip": moved}}
 
-    return Optimizer(init, step, clip=now, expected=expected, settle=settle)
+    return Optimizer(init, step, clip=now, expected=expected, settle=settle, private=noise_from)
 
 
 def _beside_the_count(noise_multiplier: float, count_noise: float) -> float:
@@ -240,9 +252,7 @@ def ledger(cohorts: Cohorts, noise_multiplier: float, delta: float) -> Spent:
         import dp_accounting
         from dp_accounting import rdp
     except ImportError as error:
-        raise FedSieveError(
-            "privacy needs the package dp-accounting: pip install 'fedsieve[privacy]'"
-        ) from error
+        raise FedSieveError(_INSTALL) from error
     relations = dp_accounting.NeighboringRelation
     gaussian = dp_accounting.GaussianDpEvent(noise_multiplier)
     if cohorts.kind == "all":
@@ -268,6 +278,30 @@ def ledger(cohorts: Cohorts, noise_multiplier: float, delta: float) -> Spent:
             return 0.0
         epsilon, _ = rdp.compute_epsilon(orders, [rounds * r for r in curve], delta)
         return float(epsilon)
+
+    return spent
+
+
+def unamplified(cohorts: Cohorts, noise_multiplier: float, delta: float) -> Spent:
+    """A function from the number of rounds in which a client took part to the epsilon against those
+    who know which rounds these were.
+
+    Nothing is gained from how clients are drawn then. A client's updates in k rounds of noise z are
+    one Gaussian mechanism of z / sqrt(k), whose epsilon at `delta` is known exactly (Balle and Wang
+    2018, arXiv 1805.06530, Theorem 8). By how much the sum moves is as in `ledger`.
+
+    Raises FedSieveError if dp-accounting is missing.
+    """
+    try:
+        import dp_accounting
+    except ImportError as error:
+        raise FedSieveError(_INSTALL) from error
+    deviation = noise_multiplier / (2 if cohorts.kind == "uniform" else 1)
+
+    def spent(rounds: int) -> float:
+        if rounds == 0:
+            return 0.0
+        return float(dp_accounting.get_epsilon_gaussian(deviation / rounds**0.5, delta))
 
     return spent
 
@@ -390,6 +424,9 @@ def settle(
         )
     if rounds < asked:
         cautions.append(f"Privacy: {rounds} of the {asked} rounds asked for are within the target.")
+    known = None
+    if simulated_cohort is None and expected < cohorts.clients:
+        known = unamplified(real, noise_multiplier, delta)
     clipped = f"updates clipped to {clip:g}"
     if adaptive is not None:
         clipped += f" at first, then to the {adaptive.quantile:g} quantile of their norms"
@@ -401,11 +438,50 @@ def settle(
         noise_from,
         spent,
         rounds,
-        _guarantee(counted, clipped, noise_multiplier, delta, rounds, spent, simulated_cohort),
+        _guarantee(counted, clipped, noise_multiplier, delta, rounds, spent, simulated_cohort)
+        + ("" if known is None else _to_those_who_know(known, real, rounds)),
         tuple(cautions),
         ending,
         adaptive,
+        known,
     )
+
+
+def refuse_what_is_not_covered(method: Method, sampling: Sampling) -> None:
+    """Raises FedSieveError where a method is private and no account of `ledger` holds for it.
+
+    How a method's server must move is refused earlier, where it is built (`method.Unbounded`).
+    """
+    if method.private is None:
+        return
+    if not sampling.plain or sampling.quorum:
+        key = "quorum" if sampling.plain else "extra" if sampling.extra else "availability"
+        raise FedSieveError(
+            f"sampling.{key}: the accountant of [privacy] does not cover it: it counts on clients "
+            "that are drawn by kind and size alone, and on rounds that end with whoever answers"
+        )
+    if method.keeps and sampling.kind == "uniform":
+        raise FedSieveError(
+            "sampling.kind: with [privacy], clients that keep something between their rounds (as "
+            "this method lets them) need 'poisson' or 'all': for 'uniform' no bound is known to "
+            "hold then"
+        )
+
+
+def uncovered(source: Source, evaluated: str | None) -> str:
+    """One sentence for everyone who reads the results: which figures the noise does not cover.
+
+    source: with "system", as in a deployment, figures from clients' rows are withheld; else they
+            are there, and named here
+    evaluated: what accuracy and evaluation loss are taken on, where that is not public; else None
+    """
+    figures = "the mean training loss"
+    if evaluated is not None:
+        figures += f", and accuracy and evaluation loss, which are taken on {evaluated}"
+    counts = "how many took part, epsilon_unamplified, bytes and times in metrics.jsonl"
+    if source == "system":
+        return f"Privacy: no noise covers {figures}: withheld. Not covered either: {counts}."
+    return f"Privacy: no noise covers {figures}; {counts}; and all of clients.jsonl."
 
 
 def _pretended(real: Cohorts, cohort: int | None, population: int | None) -> Cohorts:
@@ -455,6 +531,17 @@ def _guarantee(
         f"Privacy{whose}: client-level, trusted server, epsilon {spent(rounds):.4g} at delta "
         f"{delta:g} after {rounds} rounds, for the models alone ({drawn}; {clipped}, "
         f"noise multiplier {noise_multiplier:g}; Renyi accounting)."
+    )
+
+
+def _to_those_who_know(known: Spent, real: Cohorts, rounds: int) -> str:
+    """The same without the draw of the clients, for a client in few, as many as expected, all."""
+    mean = max(1, round(rounds * real.size / real.clients))
+    counts = sorted({1, mean, rounds})
+    shares = ", ".join(f"{known(count):.4g} for {count}" for count in counts)
+    return (
+        " It holds while nobody knows who took part; without amplification by sampling, against "
+        f"those who know, epsilon is, by the number of a client's rounds: {shares}."
     )
 
 

@@ -4,7 +4,8 @@ Every draw is named by the round's key, and those about one client by its id too
 depends on the set of clients and on nothing else.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -59,6 +60,30 @@ def cohort(clients: Sequence[Client], sampling: Sampling, key: Key) -> list[Clie
     size = min(sampling.size + sampling.extra, len(there))
     chosen = torch.randperm(len(there), generator=generator(key.at("cohort")))[:size]
     return [there[i] for i in sorted(chosen.tolist())]
+
+
+def counting(
+    clients: Sequence[Client], sampling: Sampling, seed: int
+) -> Callable[[int], Mapping[str, int]]:
+    """A function from a number of rounds to how often each client was drawn in them, by id.
+
+    It draws again what the rounds drew, so nothing of it has to be kept. Clients that were never
+    drawn are left out; asked with rising numbers, it draws each round once.
+    """
+    counts: Counter[str] = Counter()
+    counted = 0
+
+    def drawn(rounds: int) -> Mapping[str, int]:
+        nonlocal counted
+        if rounds < counted:
+            counts.clear()
+            counted = 0
+        while counted < rounds:
+            counted += 1
+            counts.update(client.id for client in cohort(clients, sampling, Key(seed, counted)))
+        return counts
+
+    return drawn
 
 
 def late(seconds: Mapping[str, float], size: int) -> dict[str, str]:

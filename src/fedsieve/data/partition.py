@@ -10,7 +10,6 @@ A client may be left without rows: with a small alpha that is what the Dirichlet
 its id and an empty index, and the engine skips and counts it.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +21,7 @@ from flwr_datasets.partitioner import (
 )
 from numpy.typing import ArrayLike, NDArray
 
+from fedsieve.data.names import name_of
 from fedsieve.errors import FedSieveError
 
 Partition = dict[str, NDArray[np.int64]]
@@ -38,7 +38,7 @@ def iid(rows: int, clients: int, seed: int) -> Partition:
     _check_clients(clients, rows)
     # IidPartitioner cuts the rows in the order that it finds them, so the shuffle is ours.
     shuffled = np.random.default_rng(seed).permutation(rows)
-    return _read(IidPartitioner(clients), {"row": shuffled}, _ids(clients))
+    return _read(IidPartitioner(clients), {"row": shuffled}, numbered(clients))
 
 
 def dirichlet(labels: ArrayLike, clients: int, alpha: float, seed: int) -> Partition:
@@ -71,22 +71,29 @@ def dirichlet(labels: ArrayLike, clients: int, alpha: float, seed: int) -> Parti
         shuffle=False,
         seed=seed,
     )
-    return _read(partitioner, {"row": np.arange(len(codes)), "label": codes}, _ids(clients))
+    return _read(partitioner, {"row": np.arange(len(codes)), "label": codes}, numbered(clients))
 
 
 def natural(values: Sequence[object]) -> Partition:
-    """One client for each distinct value of a column (an author, a hospital); its id is that value.
+    """One client for each distinct value of a column (an author, a hospital); its id is that value
+    as a name (names.py).
 
-    Raises FedSieveError when there are no rows, or a row has no value.
+    Raises FedSieveError when there are no rows, or a row has no name of a client.
     """
+    names = []
     for row, value in enumerate(values):
-        if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        try:
+            name = name_of(value)
+        except FedSieveError as error:
+            raise FedSieveError(f"row {row} of the column that names the clients {error}") from None
+        if name is None:
             raise FedSieveError(
                 f"row {row} has no client: the column that names the clients is empty there"
             )
-    if len(values) == 0:
+        names.append(name)
+    if not names:
         raise FedSieveError("no rows to give to clients")
-    ids, codes = np.unique([str(value) for value in values], return_inverse=True)
+    ids, codes = np.unique(names, return_inverse=True)
     # A stable sort keeps the rows of each client ascending.
     groups = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
     return {str(name): rows for name, rows in zip(ids, groups, strict=True)}
@@ -103,7 +110,8 @@ def _read(
     }
 
 
-def _ids(clients: int) -> list[str]:
+def numbered(clients: int) -> list[str]:
+    """The ids of clients that have no names: "0000", "0001", ..., which sort as their numbers."""
     width = max(4, len(str(clients - 1)))
     return [f"{number:0{width}d}" for number in range(clients)]
 

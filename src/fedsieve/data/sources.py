@@ -1,37 +1,27 @@
 """Where rows come from: files, folders, fetched names and the hub, all as a `datasets.Dataset`.
 
-Files are read with pyarrow into memory rather than through `datasets`' builders: those write a copy
-of every file into a cache, and read the words "NA", "None" and "null" in a text as missing values.
-CSV follows RFC 4180 (quotes, quoted newlines). TSV is read without quoting, as GLUE's files need:
-there a quotation mark is part of the sentence. `.tab` is Orange's format, with three header lines:
-names, types, roles. Any of them may be gzipped.
+files.py reads a single file; here is which files, which split, and what becomes of several. Data
+sets of the hub have the types that `datasets` gives them.
 """
 
-import gzip
-import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pa_parquet
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
 
-from fedsieve.data import fetch
+from fedsieve.data import fetch, files
+from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
+from fedsieve.data.names import clean, name_of
 from fedsieve.errors import FedSieveError, nearest
 
-EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
-_DELIMITED = {".csv": ",", ".tsv": "\t"}
+_TEXTS = frozenset({"string", "large_string", "string_view"})
 _SPLITS = frozenset({"train", "test", "dev", "val", "valid", "validation", "eval"})
-# Orange's names for a column's type; "a b c" (the values themselves) is allowed there as well.
-_ORANGE_TEXT = frozenset({"d", "discrete", "s", "string"})
-_ORANGE_TYPES = _ORANGE_TEXT | {"c", "continuous", "t", "time", ""}
 
 
 def load(
@@ -41,6 +31,7 @@ def load(
     config: str | None = None,
     names: Sequence[str] | None = None,
     separator: str | None = None,
+    columns: Columns | None = None,
 ) -> Dataset:
     """Rows from a file, a list of files, a folder, a fetched name, or a data set on the hub.
 
@@ -51,24 +42,59 @@ def load(
     config: the hub data set's configuration (`load_dataset(source, config)`).
     names: column names of CSV or TSV files that have no header line.
     separator: one character, instead of the comma of CSV or the tab of TSV.
+    columns: those that are read; by default all. One that is used as a name and has another type in
+        each of several files is read as text from all of them.
 
     Raises FedSieveError: nothing there, an unknown extension, an empty or malformed file, an
-    unknown split, an option that does not apply.
+    unknown split, an option that does not apply, a column that is not there, is there twice, or
+    cannot be one column because of its types.
     """
+    reading = _Reading(split, names, separator, columns)
     if not isinstance(source, str | Path):
         if not source:
             raise FedSieveError("the list of data files is empty")
-        return _files([_existing(Path(path)) for path in source], split, names, separator)
+        return _files([_existing(Path(path)) for path in source], reading)
     if isinstance(source, str) and source in fetch.PACKAGES:
-        return _folder(fetch.cached(source), split, names, separator)
+        return _folder(fetch.cached(source), reading)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path, split, names, separator)
+        return _folder(path, reading)
     if path.is_file() or isinstance(source, Path) or _is_path(source):
-        return _files([_existing(path)], split, names, separator)
+        return _files([_existing(path)], reading)
     if names is not None or separator is not None:
         raise FedSieveError(f"{source}: names and separator are for CSV and TSV files")
-    return _hub(source, config, split)
+    return _only(_hub(source, config, split), columns, source)
+
+
+def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
+    """The columns of a stream that are used, as a data set: the stream is read to its end.
+
+    Raises FedSieveError for a column that no row has, or that has values of several kinds, naming
+    the row.
+    """
+    told = stream.features or {}
+    values: dict[str, list[Any]] = {name: [] for name in (*columns.texts, *columns.names)}
+    seen: dict[str, None] = dict.fromkeys(told)
+    count = 0
+    try:
+        for row in stream.with_format(None):
+            count += 1
+            seen |= dict.fromkeys(row)
+            for name, of_rows in values.items():
+                of_rows.append(row.get(name))
+    except (pa.ArrowException, TypeError, ValueError) as error:  # values of other types than told
+        raise FedSieveError(f"the stream breaks off after {count} rows: {error}") from error
+    if not count:
+        return Dataset.from_dict({})
+    for name in values:
+        if name not in seen:
+            raise FedSieveError(f"no column {name!r}{nearest(name, seen)}")
+    table = {name: array_of(v, f"column {name!r}", "row {}".format) for name, v in values.items()}
+    rows = Dataset(pa.table(table))
+    for name, feature in told.items():
+        if name in values and isinstance(feature, ClassLabel):
+            rows = rows.cast_column(name, feature)
+    return rows
 
 
 def column(dataset: Dataset, name: str) -> list[Any]:
@@ -79,35 +105,55 @@ def column(dataset: Dataset, name: str) -> list[Any]:
     return values
 
 
-def _files(
-    paths: Sequence[Path],
-    split: str | None,
-    names: Sequence[str] | None,
-    separator: str | None,
-) -> Dataset:
+def names_in(dataset: Dataset, name: str) -> list[str | FedSieveError | None]:
+    """The name in each row of a column (names.py): None where it is empty, and an error, naming the
+    row, for a value that cannot be a name.
+    """
+    values, feature = column(dataset, name), dataset.features[name]
+    if isinstance(feature, ClassLabel):
+        known = dict(enumerate(map(clean, feature.names)))
+        # The hub's test sets hold -1 for "not given": no class, but not nothing either.
+        return [None if value is None else known.get(value, str(value)) for value in values]
+    found: list[str | FedSieveError | None] = []
+    for row, value in enumerate(values):
+        try:
+            found.append(name_of(value))
+        except FedSieveError as error:
+            found.append(FedSieveError(f"row {row} of column {name!r} {error}"))
+    return found
+
+
+class _Reading(NamedTuple):
+    """How files are read; the fields are those of `load`."""
+
+    split: str | None
+    names: Sequence[str] | None
+    separator: str | None
+    columns: Columns | None
+
+
+def _files(paths: Sequence[Path], how: _Reading) -> Dataset:
     """The rows of all files, one file after another."""
-    if split is not None:
+    if how.split is not None:
         raise FedSieveError(
-            f"{paths[0]} is a file and has no split {split!r}: leave the split out, "
+            f"{paths[0]} is a file and has no split {how.split!r}: leave the split out, "
             "or name the folder"
         )
-    return _as_dataset(paths, [_table(path, names, separator) for path in paths])
+    read = partial(files.read, names=how.names, separator=how.separator, columns=how.columns)
+    return _joined({path: read(path) for path in paths}, how.columns)
 
 
-def _folder(
-    folder: Path,
-    split: str | None,
-    names: Sequence[str] | None,
-    separator: str | None,
-) -> Dataset:
+def _folder(folder: Path, how: _Reading) -> Dataset:
     """A folder that `datasets` saved, or the data files directly in it."""
+    split = how.split
     if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
         with _no_progress_bars():
-            return _pick(datasets.load_from_disk(str(folder)), split, str(folder))
+            rows = _pick(datasets.load_from_disk(str(folder)), split, str(folder))
+        return _only(rows, how.columns, str(folder))
     paths = [
         path
         for path in sorted(folder.iterdir())
-        if path.is_file() and _extension(path) in EXTENSIONS and not path.name.startswith(".")
+        if path.is_file() and extension_of(path) in EXTENSIONS and not path.name.startswith(".")
     ]
     if not paths:
         raise FedSieveError(f"no data file in {folder} (looked for {', '.join(EXTENSIONS)})")
@@ -124,7 +170,7 @@ def _folder(
             raise FedSieveError(
                 f"no file in {folder} has {split!r} as a word of its name: it holds {listed}"
             )
-    return _files(chosen, None, names, separator)
+    return _files(chosen, how._replace(split=None))
 
 
 def _hub(name: str, config: str | None, split: str | None) -> Dataset:
@@ -157,123 +203,60 @@ def _pick(loaded: Dataset | DatasetDict, split: str | None, where: str) -> Datas
     return loaded
 
 
-def _table(path: Path, names: Sequence[str] | None, separator: str | None) -> pa.Table:
-    """The rows of one file."""
-    extension = _extension(path)
-    if extension not in EXTENSIONS:
-        raise FedSieveError(
-            f"{path} has the unknown extension {extension!r}: "
-            f"FedSieve reads {', '.join(EXTENSIONS)}, all but the last also as .gz"
-        )
-    if path.stat().st_size == 0:
-        raise FedSieveError(f"{path} is empty")
-    if extension not in _DELIMITED and (names is not None or separator is not None):
-        raise FedSieveError(f"{path}: names and separator are for CSV and TSV files")
+def _joined(parts: Mapping[Path, Dataset], columns: Columns | None) -> Dataset:
+    """The rows of all files, one file after another."""
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    for name in dict.fromkeys(name for rows in parts.values() for name in rows.column_names):
+        features = [rows.features[name] for rows in parts.values() if name in rows.column_names]
+        if all(feature == features[0] for feature in features):
+            continue
+        if all(getattr(feature, "dtype", "") in _TEXTS for feature in features):
+            large = Value("large_string")
+            parts = {path: rows.cast_column(name, large) for path, rows in parts.items()}
+        elif columns and name in columns.names:
+            _refuse_numbers_beside_names(parts, name)
+            parts = {path: _as_names(path, rows, name) for path, rows in parts.items()}
     try:
-        if extension in _DELIMITED:
-            table = _delimited(path, names, separator or _DELIMITED[extension], extension == ".csv")
-        elif extension == ".tab":
-            table = _orange(path)
-        elif extension == ".parquet":
-            table = pa_parquet.read_table(path)
-        else:
-            table = _json(path)
-    except (pa.ArrowException, UnicodeDecodeError, OSError, EOFError) as error:
-        raise FedSieveError(f"{path} could not be read: {error}") from error
-    twice = [name for name, times in Counter(table.column_names).items() if times > 1]
-    if twice:
-        raise FedSieveError(f"{path} has the column {twice[0]!r} more than once")
-    if extension != ".parquet":
-        for field in table.schema:
-            if pa.types.is_binary(field.type):  # pyarrow's way to say that it could not decode it
-                raise FedSieveError(f"{path}: column {field.name!r} is not UTF-8 text")
-    if table.num_rows == 0:
-        raise FedSieveError(f"{path} holds no rows")
-    return table
-
-
-def _delimited(path: Path, names: Sequence[str] | None, separator: str, quoted: bool) -> pa.Table:
-    """CSV or TSV, with a header line unless the names are given. Types are inferred."""
-    if len(separator) != 1:
-        raise FedSieveError(f"separator {separator!r}: one character is needed")
-    return pa_csv.read_csv(
-        path,
-        read_options=pa_csv.ReadOptions(column_names=None if names is None else list(names)),
-        parse_options=pa_csv.ParseOptions(
-            delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
-        ),
-    )
-
-
-def _orange(path: Path) -> pa.Table:
-    """Orange's tab format. Lines two and three (types, roles) are no rows, nor are blank lines."""
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig") as file:
-        header, types, roles = (file.readline().rstrip("\r\n").split("\t") for _ in range(3))
-    if not len(header) == len(types) == len(roles) or not _ORANGE_TYPES.intersection(types):
-        raise FedSieveError(
-            f"{path} does not begin with Orange's three header lines (names, types, roles): "
-            "name a plain tab-separated file .tsv"
-        )
-    text = {
-        name: pa.string() for name, kind in zip(header, types, strict=True) if kind in _ORANGE_TEXT
-    }
-    table = pa_csv.read_csv(
-        path,
-        read_options=pa_csv.ReadOptions(skip_rows_after_names=2),
-        parse_options=pa_csv.ParseOptions(delimiter="\t", newlines_in_values=True),
-        convert_options=pa_csv.ConvertOptions(column_types=text),
-    )
-    blank = pa.scalar(True)
-    for values in table.columns:
-        blank = pc.and_(blank, pc.equal(pc.fill_null(pc.cast(values, pa.string()), ""), ""))
-    return table.filter(pc.invert(blank))
-
-
-def _json(path: Path) -> pa.Table:
-    """A list of objects, or one object a line. A key that a row lacks is null there."""
-    opened: Any = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8-sig") as file:
-        content = file.read()
-    rows: list[Any] = []
-    if content.lstrip().startswith("["):
-        try:
-            rows = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise FedSieveError(f"{path} is not valid JSON: {error}") from None
-    else:
-        # Only \n ends a line: str.splitlines would also cut at characters that JSON allows in text.
-        for number, line in enumerate(content.split("\n"), start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise FedSieveError(
-                        f"{path}, line {number}: not a JSON object ({error})"
-                    ) from None
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise FedSieveError(f"{path}, row {number}: {type(row).__name__} instead of an object")
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return pa.table({key: pa.array([row.get(key) for row in rows]) for key in keys})
-
-
-def _as_dataset(paths: Sequence[Path], tables: Sequence[pa.Table]) -> Dataset:
-    try:
-        table = pa.concat_tables(tables, promote_options="default")
-    except pa.ArrowException as error:
-        listed = ", ".join(path.name for path in paths)
+        return datasets.concatenate_datasets(list(parts.values()))
+    except ValueError as error:
+        listed = ", ".join(path.name for path in parts)
         raise FedSieveError(f"the columns of {listed} do not fit together: {error}") from error
-    return Dataset(table)
 
 
-def _extension(path: Path) -> str:
-    name = path.name.lower()
-    return Path(name.removesuffix(".gz")).suffix
+def _refuse_numbers_beside_names(parts: Mapping[Path, Dataset], name: str) -> None:
+    """1 in a file that names its classes is the second of them, and in another it may be any."""
+    features = {path: rows.features[name] for path, rows in parts.items()}
+    named = [path for path, feature in features.items() if isinstance(feature, ClassLabel)]
+    numbered = [p for p, f in features.items() if isinstance(f, Value) and "int" in f.dtype]
+    if named and numbered:
+        raise FedSieveError(
+            f"{named[0].name} names the classes of column {name!r} and {numbered[0].name} numbers "
+            "them: write names, or numbers, in all files"
+        )
+
+
+def _as_names(path: Path, rows: Dataset, name: str) -> Dataset:
+    found = names_in(rows, name)
+    for each in found:
+        if isinstance(each, FedSieveError):
+            raise FedSieveError(f"{path}: {each}")
+    return rows.remove_columns(name).add_column(name, pa.array(found, pa.string()))
+
+
+def _only(rows: Dataset, columns: Columns | None, where: str) -> Dataset:
+    """The columns that are used."""
+    if columns is None:
+        return rows
+    chosen = list(dict.fromkeys((*columns.texts, *columns.names)))
+    for name in chosen:
+        if name not in rows.column_names:
+            raise FedSieveError(f"{where}: no column {name!r}{nearest(name, rows.column_names)}")
+    return rows.select_columns(chosen)
 
 
 def _is_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or _extension(Path(source)) in EXTENSIONS
+    return source.startswith((".", "/", "~")) or extension_of(Path(source)) in EXTENSIONS
 
 
 def _existing(path: Path) -> Path:

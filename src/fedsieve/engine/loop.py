@@ -5,13 +5,18 @@ the messages (a sum of floats depends on its order), and is told whose updates w
 Everything else of a round is here: the cohort, publishing, decoding, merging, counting, evaluating.
 Messages are made as the engine asks for them and replies are merged as they come, so that one
 client's update is in memory at a time.
+
+A round has two halves. `merged` ends with the server's new state, which nobody has seen yet;
+`evaluated` gives it out for the first time. Where the state holds noise that could not be drawn
+again, whoever keeps runs makes it durable in between (`rounds`, hold).
 """
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -22,12 +27,15 @@ from fedsieve.algebra.method import Method, State
 from fedsieve.algebra.payload import Payload, exact, rounded
 from fedsieve.algebra.support import Support, everything, norm
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.clients.sampling import cohort
+from fedsieve.clients.sampling import cohort, counting
 from fedsieve.engine.client import Reply
+from fedsieve.engine.kept import Kept, kept, starves_b
 from fedsieve.errors import NoUsableUpdate, WireError
 from fedsieve.settings import Sampling
 from fedsieve.train.local import Score
 from fedsieve.wire import decode, encode
+
+SHARES = tuple(f"{way}_{part}" for way in ("down", "up") for part in Kept._fields)
 
 
 class Exchange(NamedTuple):
@@ -65,6 +73,11 @@ class Receipt(NamedTuple):
     dropped: why the update was not merged, or None
     transport_bytes: of the messages that carried both payloads, where a network did
     norm: of the decoded update, where server.clip bounds it; the clip is the recipe's
+    epsilon: of private runs whose clients are drawn: what this client has spent in the rounds that
+        it was drawn in, against those who know which these were
+    down_a, down_b, down_head, up_a, up_b, up_head: which share of its entries of A, of B and of all
+        other tensors a masked message carries (kept.py); None where a message has no masks, and up
+        where the clients' updates are private
     """
 
     round: int
@@ -85,19 +98,32 @@ class Receipt(NamedTuple):
     dropped: str | None
     transport_bytes: int | None = None
     norm: float | None = None
+    epsilon: float | None = None
+    down_a: float | None = None
+    down_b: float | None = None
+    down_head: float | None = None
+    up_a: float | None = None
+    up_b: float | None = None
+    up_head: float | None = None
 
 
 class Round(NamedTuple):
     """One round, as metrics.jsonl keeps it. Bytes are payload bytes, times are in seconds.
 
     wire_seconds: in encode and decode, at both ends
-    loss: mean training loss of the clients that were merged, weighted by their steps
+    loss: mean training loss of the clients that were merged, weighted by their steps; withheld in
+        private runs whose noise is fresh, as no noise covers it
     accuracy, eval_loss, eval_examples: None in rounds without an evaluation; a loss that is not
         finite is None too. A causal LM counts tokens, not examples.
     epsilon: spent up to and with this round, where updates are made private; where there is a
         simulated_cohort, it is that of the simulated federation (see privacy.py)
+    epsilon_unamplified: the same against those who know who took part when, for the client that was
+        drawn most often; None where that changes nothing
     transport_bytes: of the messages that carried the payloads, where a network did
     aside_bytes: of the other messages since the last round: sites met, recipes told, evaluation
+    down_a, ..., up_head: means over the receipts that have them
+    starved: clients whose download's masks let pass nothing of B, though something of A or of the
+        head; None where no B travelled under masks
     """
 
     round: int
@@ -119,12 +145,35 @@ class Round(NamedTuple):
     simulated_cohort: int | None = None
     transport_bytes: int | None = None
     aside_bytes: int | None = None
+    epsilon_unamplified: float | None = None
+    down_a: float | None = None
+    down_b: float | None = None
+    down_head: float | None = None
+    up_a: float | None = None
+    up_b: float | None = None
+    up_head: float | None = None
+    starved: int | None = None
+
+
+class Unevaluated(NamedTuple):
+    """A round that is merged and has not left the server.
+
+    summary: without evaluation; due: whether one is to come
+    """
+
+    summary: Round
+    receipts: list[Receipt]
+    progress: Progress
+    due: bool
 
 
 @dataclass(frozen=True)
 class Federation:
     """What stays the same over the rounds.
 
+    seed: of what clients do (the order of their examples, dropout), which they know
+    secret: of what the server does (cohorts, sketches, rounding), where clients must not know it;
+        None takes `seed`
     evaluate: may give None where nobody could be asked
     there: who can be drawn now, where clients come and go; None where they do not
     aside: bytes of the messages beside the rounds' own since it was last asked, on a network
@@ -143,6 +192,16 @@ class Federation:
     there: Callable[[], Sequence[Client]] | None = None
     aside: Callable[[], int] | None = None
     dense: Layout | None = None
+    secret: int | None = None
+
+    def own_key(self, number: int) -> Key:
+        """The server's own key of a round."""
+        return Key(self.seed if self.secret is None else self.secret, number)
+
+    @cached_property
+    def drawn(self) -> Callable[[int], Mapping[str, int]]:
+        """Rounds -> how often each client was drawn, where nobody comes and goes."""
+        return counting(self.clients, self.sampling, self.own_key(0).seed)
 
 
 def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
@@ -154,41 +213,61 @@ def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
 
 
 def rounds(
-    federation: Federation, progress: Progress, last: int
+    federation: Federation,
+    progress: Progress,
+    last: int,
+    *,
+    unevaluated: Unevaluated | None = None,
+    hold: Callable[[Unevaluated], None] = lambda merged: None,
 ) -> Iterator[tuple[Round, list[Receipt], Progress]]:
     """The rounds after `progress`, up to round `last`.
 
+    unevaluated: the round of `progress`, where it was stopped between its halves: it is given first
+    hold: called between the halves of each round, before anything of it leaves
     Raises NoUsableUpdate from a round in which no client returned an update, or fewer than the
     quorum did; the progress before it is the last one that was given.
     """
+    if unevaluated is not None:
+        yield evaluated(federation, unevaluated), unevaluated.receipts, progress
     while progress.round < last:
-        final = progress.round + 1 == last
-        result = one_round(federation, progress, evaluate=final)
-        progress = result[2]
-        yield result
+        half = merged(federation, progress, evaluate=progress.round + 1 == last)
+        hold(half)
+        progress = half.progress
+        yield evaluated(federation, half), half.receipts, progress
 
 
 def one_round(
     federation: Federation, progress: Progress, *, evaluate: bool = False
 ) -> tuple[Round, list[Receipt], Progress]:
     """One round, evaluated when it is due or when `evaluate` says so."""
+    half = merged(federation, progress, evaluate=evaluate)
+    return evaluated(federation, half), half.receipts, half.progress
+
+
+def merged(federation: Federation, progress: Progress, *, evaluate: bool = False) -> Unevaluated:
+    """One round up to the server's new state; its evaluation is due when `evaluate` says so, too.
+
+    Raises NoUsableUpdate as `rounds` does.
+    """
     start = time.perf_counter()
     method, state = federation.method, progress.state
     number = progress.round + 1
-    key = Key(federation.seed, number)
+    key, own = Key(federation.seed, number), federation.own_key(number)
     clients = federation.clients if federation.there is None else federation.there()
-    chosen = cohort(clients, federation.sampling, key)
-    plan = method.plan(state, key)
+    chosen = cohort(clients, federation.sampling, own)
+    plan = method.plan(state, own)
     sent: dict[str, tuple[int, Support]] = {}
     receipts: list[Receipt] = []
     server_wire = 0.0
     # A private run has a clip too, and how large a client's update was is the client's secret.
-    told = federation.privacy is None and method.clip(state) < math.inf
+    told = method.private is None and method.clip(state) < math.inf
+    known = _known(federation, number)
+    starved = 0
 
     def messages() -> Iterator[tuple[Client, bytes]]:
         nonlocal server_wire
         for client in chosen:
-            payload = method.publish(plan, client, key._replace(client=client.id))
+            payload = method.publish(plan, client, own._replace(client=client.id))
             began = time.perf_counter()
             message = encode(payload)
             server_wire += time.perf_counter() - began
@@ -196,34 +275,40 @@ def one_round(
             yield client, message
 
     def updates() -> Iterator[tuple[Client, Payload]]:
-        nonlocal server_wire
-        merged = 0
+        nonlocal server_wire, starved
+        usable = 0
         for reply in federation.exchange.carry(messages(), key):
             down_bytes, support = sent.pop(reply.client.id)
             began = time.perf_counter()
-            payload, size, reason = None, None, reply.reason
+            payload, size, came, reason = None, None, None, reply.reason
             if reply.update is not None and reason is None:
                 try:
                     found = decode(reply.update, state.layout, support)
                     _refuse_again(reply, found)
                     _refuse_too_large(found, state)
                     size = norm(found.tree()) if told else None
+                    if method.private is None:  # a mask is made of the client's own numbers
+                        came = kept(found.support, state.layout)
                     payload = found
                 except WireError as error:
                     reason = f"its update was refused: {error}"
             server_wire += time.perf_counter() - began
+            went = kept(support, state.layout)
+            starved += starves_b(support, state.layout)
             receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
-            receipts.append(receipt._replace(norm=size))
+            spent = None if known is None else known.get(reply.client.id)
+            shares = {**_named("down", went), **_named("up", came)}
+            receipts.append(receipt._replace(norm=size, epsilon=spent, **shares))
             if payload is not None:
-                merged += 1
+                usable += 1
                 yield reply.client, payload
-        if merged < federation.sampling.quorum:
+        if usable < federation.sampling.quorum:
             raise NoUsableUpdate(
-                f"{merged} updates can be merged, and the quorum is {federation.sampling.quorum}"
+                f"{usable} updates can be merged, and the quorum is {federation.sampling.quorum}"
             )
 
     try:
-        state = _finite(method.merge(state, updates(), key))
+        state = _finite(method.merge(state, updates(), own))
     except NoUsableUpdate as error:
         # The round leaves no line in the logs, so the error says what the clients ran into.
         dropped = [r for r in receipts if r.dropped is not None]
@@ -231,8 +316,8 @@ def one_round(
         more = [f"{len(dropped) - 3} more"] if len(dropped) > 3 else []
         why = "; ".join(shown + more) or f"{len(chosen)} clients were asked"
         raise NoUsableUpdate(f"{error} ({why})") from error
-    merged = [r for r in receipts if r.dropped is None]
-    federation.exchange.settle({r.client for r in merged})
+    taken = [r for r in receipts if r.dropped is None]
+    federation.exchange.settle({r.client for r in taken})
     down = sum(r.down_bytes for r in receipts)
     up = sum(r.up_bytes for r in receipts)
     # Both ways, for the messages that were really sent.
@@ -242,28 +327,42 @@ def one_round(
     progress = Progress(
         number, state, progress.total_bytes + down + up, progress.dense_bytes + dense
     )
-    due = evaluate or number % federation.evaluate_every == 0
-    score, evaluation_seconds = _evaluate(federation, state) if due else (None, 0.0)
-    steps = sum(r.steps for r in merged)
+    steps = sum(r.steps for r in taken)
+    loss = sum((r.loss or 0.0) * r.steps for r in taken) / steps if steps else None
     summary = Round(
         round=number,
-        loss=sum((r.loss or 0.0) * r.steps for r in merged) / steps if steps else None,
+        loss=None if method.private == "system" else loss,
         down_bytes=down,
         up_bytes=up,
         total_bytes=progress.total_bytes,
         dense_bytes=progress.dense_bytes,
         clients=len(receipts),
-        dropped=len(receipts) - len(merged),
+        dropped=len(receipts) - len(taken),
         seconds=time.perf_counter() - start,
         compute_seconds=sum(r.compute for r in receipts),
-        evaluation_seconds=evaluation_seconds,
+        evaluation_seconds=0.0,
         wire_seconds=server_wire + sum(r.wire for r in receipts),
-        **_figures(score)._asdict(),
+        **_figures(None)._asdict(),
         **_spent(federation.privacy, number)._asdict(),
         transport_bytes=_transport(receipts),
+        epsilon_unamplified=None if known is None else max(known.values(), default=0.0),
+        starved=starved if any(r.down_b is not None for r in receipts) else None,
+        **_mean_shares(receipts),
+    )
+    due = evaluate or number % federation.evaluate_every == 0
+    return Unevaluated(summary, receipts, progress, due)
+
+
+def evaluated(federation: Federation, half: Unevaluated) -> Round:
+    """The second half of a round: its evaluation, where one is due."""
+    summary = half.summary
+    score, seconds = _evaluate(federation, half.progress.state) if half.due else (None, 0.0)
+    return summary._replace(
+        seconds=summary.seconds + seconds,
+        evaluation_seconds=seconds,
+        **_figures(score)._asdict(),
         aside_bytes=_aside(federation),
     )
-    return summary, receipts, progress
 
 
 def _refuse_again(reply: Reply, payload: Payload) -> None:
@@ -329,6 +428,30 @@ def _spent(plan: PrivacyPlan | None, rounds: int) -> _Spent:
     if plan is None:
         return _Spent(None, None)
     return _Spent(plan.spent(rounds) if plan.spent else None, plan.simulated_cohort)
+
+
+def _known(federation: Federation, number: int) -> dict[str, float] | None:
+    """What each client that was drawn has spent, by id, against those who know who took part when.
+
+    None where that is not asked.
+    """
+    plan = federation.privacy
+    if plan is None or plan.known is None:
+        return None
+    return {id: plan.known(count) for id, count in federation.drawn(number).items()}
+
+
+def _named(way: Literal["down", "up"], shares: Kept | None) -> dict[str, Any]:
+    """Shares under the names that receipts and rounds have for this way."""
+    return {f"{way}_{part}": share for part, share in (shares or Kept())._asdict().items()}
+
+
+def _mean_shares(receipts: Sequence[Receipt]) -> dict[str, Any]:
+    means = {}
+    for name in SHARES:
+        found = [share for r in receipts if (share := getattr(r, name)) is not None]
+        means[name] = sum(found) / len(found) if found else None
+    return means
 
 
 def _transport(receipts: Sequence[Receipt]) -> int | None:

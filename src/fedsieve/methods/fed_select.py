@@ -16,10 +16,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsieve.algebra.method import Method, Weighting, compose, evaluated_at
+from fedsieve.algebra.method import Method, Ranked, Weighting, compose, evaluated_at
 from fedsieve.algebra.optim import Optimizer, adam
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import after, dense, top_k, top_ranks
+from fedsieve.errors import FedSieveError
 
 
 def method(
@@ -27,6 +28,7 @@ def method(
     server: Optimizer | None = None,
     kind: Literal["entries", "ranks"] = "entries",
     dense_rounds: int = 1,
+    ranked: Ranked = "values",
     head: Literal["sieved", "whole"] = "sieved",
     evaluated: Annotated[float, Field(gt=0, le=1)] = 1.0,
     weighting: Weighting = "uniform",
@@ -36,9 +38,16 @@ def method(
     """Federated Select. Densities (entries) or ratios (ranks) come from each client's budget.
 
     server: by default Adam, which the FLASC paper gives it too
-    dense_rounds: rounds before the first mask; evaluated: as in `flasc`
+    dense_rounds: rounds before the first mask; ranked, evaluated: as in `flasc`
+    Raises FedSieveError where the change would be ranked before there is one: what a client does
+    not get it does not train, so the first choice, one among zeros, would stand for ever.
     """
     by_rank = kind == "ranks"
+    if ranked == "change" and (by_rank or dense_rounds < 1):
+        raise FedSieveError(
+            "method.ranked: 'change' needs kind = 'entries' and dense_rounds of at least 1: before "
+            "the first round all changes are zero, and what is then left out would never be trained"
+        )
     inner = compose(
         down=top_ranks if by_rank else after(dense_rounds, top_k("down", head=head)),
         up=dense,
@@ -48,5 +57,6 @@ def method(
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,
+        ranked=ranked,
     )
     return evaluated_at(inner, evaluated, head)

@@ -44,7 +44,7 @@ def method(
         own = {pair.b: trained[pair.b] for pair in view.layout.pairs}
         return payload, {**memory, "own": own}
 
-    return inner._replace(view=view, report=report, personal=personal)
+    return inner._replace(view=view, report=report, personal=personal, keeps=True)
 
 
 def personal(adapter: Adapter, memory: Memory) -> Adapter:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from fedsieve.algebra.method import Method, Weighting, compose, evaluated_at, r_over_k
+from fedsieve.algebra.method import Method, Ranked, Weighting, compose, evaluated_at, r_over_k
 from fedsieve.algebra.optim import Optimizer, adam
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import sketch, top_k, within
@@ -19,6 +19,7 @@ from fedsieve.algebra.sieve import sketch, top_k, within
 def method(
     *,
     server: Optimizer | None = None,
+    ranked: Ranked = "values",
     shared: bool = True,
     head: Literal["sieved", "whole"] = "sieved",
     evaluated: Annotated[float, Field(gt=0, le=1)] = 1.0,
@@ -36,5 +37,6 @@ def method(
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,
+        ranked=ranked,
     )
     return evaluated_at(inner, evaluated, head)

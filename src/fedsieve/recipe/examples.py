@@ -12,11 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedsieve.algebra.keys import Key, generator
+from fedsieve.data import sources
+from fedsieve.data.files import Columns
 from fedsieve.errors import FedSieveError
-from fedsieve.recipe.schema import Recipe
+from fedsieve.recipe.schema import Data, Recipe
 from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
-from fedsieve.tasks.classification import classification
+from fedsieve.tasks.classification import bad_labels, classification
 from fedsieve.tasks.tokens import Examples
 
 
@@ -32,6 +34,36 @@ class Prepared(NamedTuple):
     came: Tensor
     test: Examples | None
     classes: tuple[str, ...]
+
+
+def load_rows(data: Data, source: str, split: str | None, clients: str | None = None) -> Dataset:
+    """Rows from a source of a recipe's or a site's [data]: the columns that it names, no others.
+
+    clients: the column that names the clients, if one does
+    Raises FedSieveError as `sources.load` does.
+    """
+    texts = (data.text, data.text_b, data.prompt, data.completion)
+    names = (data.label, clients)
+    columns = Columns(*(tuple(c for c in kind if c is not None) for kind in (texts, names)))
+    return sources.load(
+        source,
+        split,
+        config=data.config,
+        names=data.names,
+        separator=data.separator,
+        columns=columns,
+    )
+
+
+def bad_rows(recipe: Recipe, rows: Dataset) -> dict[int, FedSieveError]:
+    """The rows that are no examples because of what they hold, and what is wrong with each."""
+    data, bad = recipe.data, dict[int, FedSieveError]()
+    if recipe.model.task == "classification" and data.label is not None:
+        bad = bad_labels(rows, data.label, data.classes)
+    for name in (data.text, data.text_b, data.prompt, data.completion):
+        if name is not None:
+            bad = tokens.bad_texts(sources.column(rows, name), name) | bad
+    return bad
 
 
 def prepare(

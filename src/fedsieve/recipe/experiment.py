@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -17,7 +18,13 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.budget import check as check_budgets
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Memory, Method, View
-from fedsieve.clients.privacy import Cohorts, PrivacyPlan, settle
+from fedsieve.clients.privacy import (
+    Cohorts,
+    PrivacyPlan,
+    refuse_what_is_not_covered,
+    settle,
+    uncovered,
+)
 from fedsieve.clients.resources import Resources
 from fedsieve.clients.sampling import check as check_sampling
 from fedsieve.data import fetch, partition, sources
@@ -27,12 +34,14 @@ from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
-from fedsieve.recipe.examples import prepare
+from fedsieve.recipe.examples import bad_rows, load_rows, prepare
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.digest import base_digest
+from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, Score, evaluate, fit, runs_in_bf16
 from fedsieve.train.model import ResidentModel, load_base, load_tokenizer, pick_device, set_up
 
@@ -74,22 +83,34 @@ def assemble(
     recipe: Recipe | None = None,
     privacy: PrivacyPlan | None = None,
     resources: Mapping[str, Resources] | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
     examples: id -> a function that gives the client's examples; counts: id -> how many those are.
     A client without examples is left out with a warning.
     resources: what clients have, by id, where it is known
-    Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve.
+    left_out: clients whose rows cannot be used, and why not; without examples, they are left out
+    Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve, and
+    for clients drawn in a way that the method's privacy cannot be accounted for.
     """
+    refuse_what_is_not_covered(method, sampling)
     check_budgets(budgets, resident.layout.rank)
-    notes = list(notes)
-    empty = sorted(id for id, count in counts.items() if count == 0)
+    notes, left_out = list(notes), left_out or {}
+    empty = sorted(id for id, count in counts.items() if count == 0 and id not in left_out)
+    said = []
+    if left_out:
+        said.append(
+            f"{len(left_out)} of {len(counts)} clients have rows that cannot be used and are left "
+            f"out: {reasons(left_out)}"
+        )
     if empty:
         shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
-        note = f"{len(empty)} of {len(counts)} clients have no data and are left out: {shown}"
+        said.append(f"{len(empty)} of {len(counts)} clients have no data and are left out: {shown}")
+    for note in said:
         warnings.warn(note, stacklevel=3)
-        notes.append(note)
+    if method.private != "system":  # what tells of single clients is not handed on with such a run
+        notes += said
     clients = [Client(id, count, budgets[id]) for id, count in sorted(counts.items()) if count]
     if not clients:
         raise FedSieveError("no client has any data")
@@ -98,6 +119,9 @@ def assemble(
             c._replace(link=resources[c.id].link, step_seconds=resources[c.id].step_seconds)
             for c in clients
         ]
+    if isinstance(sampling.availability, Mapping):
+        there = {id: p for id, p in sampling.availability.items() if id not in left_out}
+        sampling = dataclasses.replace(sampling, availability=there)
     check_sampling(sampling, clients)
 
     def train(view: View, client: Client, key: Key) -> Fit:
@@ -119,6 +143,8 @@ def assemble(
             for id, memory in personal.some_of(memories, Key(seed))
         )
 
+    # A client's own part of the model is no part of what the noise covers.
+    withheld = method.personal is not None and method.private == "system"
     exchange = in_process(method, train, resident.adapter(), memories)
     federation = Federation(
         method=method,
@@ -126,7 +152,7 @@ def assemble(
         sampling=sampling,
         seed=seed,
         exchange=punctual(exchange, sampling.size) if sampling.extra else exchange,
-        evaluate=None if test is None else score,
+        evaluate=None if test is None or withheld else score,
         evaluate_every=evaluate_every,
         privacy=privacy,
         dense=resident.dense,
@@ -135,6 +161,12 @@ def assemble(
     return Experiment(
         recipe, federation, resident, resident.adapter(), memories, tuple(notes), ending
     )
+
+
+def reasons(left_out: Mapping[str, str]) -> str:
+    """Which clients are left out, and why: the first three."""
+    shown = [f"client {id!r}: {why}" for id, why in sorted(left_out.items())[:3]]
+    return "; ".join([*shown, *([f"{len(left_out) - 3} more"] if len(left_out) > 3 else [])])
 
 
 def from_recipe(recipe: Recipe) -> Experiment:
@@ -152,12 +184,12 @@ def from_recipe(recipe: Recipe) -> Experiment:
     if note:
         warnings.warn(note, stacklevel=2)
     data = recipe.data
-    read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
-    rows = read(data.train, data.train_split)
+    rows = load_rows(data, data.train, data.train_split, recipe.partition.column)
+    rows, left_out = _without_bad_clients(recipe, rows)
     test_rows = None
     on_validation = recipe.evaluation.on == "validation"
     if not on_validation and (data.test is not None or data.test_split is not None):
-        test_rows = read(data.test or data.train, data.test_split)
+        test_rows = load_rows(data, data.test or data.train, data.test_split)
     prepared = prepare(recipe, rows, test_rows, tokenizer)
     examples = prepared.train
     if on_validation and prepared.test is None:
@@ -166,15 +198,20 @@ def from_recipe(recipe: Recipe) -> Experiment:
         data = data.model_copy(update={"classes": prepared.classes})
         recipe = recipe.model_copy(update={"data": data})
     parts = _parts(recipe, rows, examples, prepared.came)
+    parts |= {id: torch.empty(0, dtype=torch.int64) for id in left_out}
     plan = None
     if recipe.privacy is not None:
         recipe, plan = with_privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
         method = build_method(recipe, partial(plan.around, key=key))
-        notes += [plan.guarantee, *plan.cautions]
-        for caution in plan.cautions:
+        on_own = None
+        if prepared.test is not None and method.personal is not None:
+            on_own = "what each client keeps to itself"
+        said = all_cautions(plan, "rows of the clients" if on_validation else on_own)
+        notes += [plan.guarantee, *said]
+        for caution in said:
             warnings.warn(caution, stacklevel=2)
     resident = set_up_resident(recipe, tokenizer, device)
-    check_length(resident, examples)
+    check_rows(resident, examples, prepared.test)
     counts = {id: index.numel() for id, index in parts.items()}
     machines = machines_of(recipe, counts)
     return assemble(
@@ -193,6 +230,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
         recipe=recipe,
         privacy=plan,
         resources=machines,
+        left_out=left_out,
     )
 
 
@@ -200,8 +238,9 @@ def set_up_resident(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> ResidentModel:
     """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in."""
+    source = locate(recipe.model.source)
     base = load_base(
-        locate(recipe.model.source),
+        source,
         recipe.model.task,
         recipe.data.classes or (),
         key=Key(recipe.seed),
@@ -209,28 +248,28 @@ def set_up_resident(
         pad_token_id=tokenizer.pad_token_id,
         settings=recipe.model.settings,
     )
-    trains = build_method(recipe).trains
-    return set_up(base, recipe.model.task, recipe.lora, trains, key=Key(recipe.seed), device=device)
-
-
-def check_length(resident: ResidentModel, examples: Examples) -> None:
-    """Raises FedSieveError if the texts are longer than the model has positions for."""
-    length = examples.input_ids.shape[1]
-    most = getattr(resident.model.config, "max_position_embeddings", None) or length
-    if length > most:
-        raise FedSieveError(
-            f"data.max_length: texts of {length} tokens do not fit the model's {most} positions"
-        )
+    digest = base_digest(base, source)
+    resident = set_up(
+        base,
+        recipe.model.task,
+        recipe.lora,
+        build_method(recipe).trains,
+        key=Key(recipe.seed),
+        device=device,
+        tokenizer=tokenizer,
+    )
+    return dataclasses.replace(resident, digest=digest)
 
 
 def locate(source: str) -> str:
-    """Where a model is: a fetched name's folder, else the name itself (a folder or the hub).
+    """Where a model is: a fetched name's folder, another folder's whole path, else a hub name.
 
+    The whole path, because it is written into the adapter, for whoever loads that elsewhere.
     Fetched names come first, as for data: write `./name` for a folder that is called like one.
     """
     if source in fetch.PACKAGES:
         return str(fetch.cached(source))
-    return source
+    return absolute(source)
 
 
 def _settled(recipe: Recipe, device: torch.device) -> Recipe:
@@ -272,6 +311,49 @@ def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, PrivacyPlan]:
     return recipe.model_copy(update={"privacy": settled, "rounds": plan.rounds}), plan
 
 
+def all_cautions(plan: PrivacyPlan, evaluated: str | None) -> list[str]:
+    """What those who read a private run's results should be warned of.
+
+    evaluated: see `privacy.uncovered`
+    """
+    if plan.spent is None:
+        return list(plan.cautions)
+    return [*plan.cautions, uncovered(plan.noise_from, evaluated)]
+
+
+def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[str, str]]:
+    """The rows of the clients all of whose rows can be used; and the others, with what is wrong.
+
+    Only where a column says whose each row is. Clients that are drawn are parts of one data set,
+    and a bad row is an error of it. Raises FedSieveError if no client is left.
+    """
+    if recipe.partition.column is None:
+        return rows, {}
+    bad = bad_rows(recipe, rows)
+    if not bad:
+        return rows, {}
+    owners = _owners(rows, recipe.partition.column)
+    left_out: dict[str, str] = {}
+    for row, wrong in sorted(bad.items()):
+        left_out.setdefault(owners[row], str(wrong))
+    kept = [row for row, owner in enumerate(owners) if owner not in left_out]
+    if not kept:
+        raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
+    return rows.select(kept), left_out
+
+
+def _owners(rows: Dataset, column: str) -> list[str]:
+    """The client that each row belongs to."""
+    owners: list[str] = []
+    for row, name in enumerate(sources.names_in(rows, column)):
+        if isinstance(name, FedSieveError):
+            raise name
+        if name is None:
+            raise FedSieveError(f"row {row} has no client: column {column!r} is empty there")
+        owners.append(name)
+    return owners
+
+
 def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> dict[str, Tensor]:
     """Client id -> the numbers of its examples."""
     chosen = recipe.partition
@@ -279,8 +361,10 @@ def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> d
     seed = word(Key(recipe.seed, purpose="partition")) % 2**32
     if chosen.kind == "column":
         assert chosen.column is not None
-        values = sources.column(rows, chosen.column)
-        split = partition.natural([values[row] for row in came.tolist()])
+        owners = _owners(rows, chosen.column)
+        split = partition.natural([owners[row] for row in came.tolist()])
+        # Whoever has rows but no example of them keeps an id, and is counted among the empty.
+        split |= dict.fromkeys(set(owners) - set(split), np.empty(0, dtype=np.int64))
     elif chosen.kind == "iid":
         assert chosen.clients is not None
         split = partition.iid(count, chosen.clients, seed)

@@ -8,18 +8,19 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedsieve import methods
 from fedsieve.algebra import optim
-from fedsieve.algebra.method import Knob, Method
+from fedsieve.algebra.method import Knob, Method, Unbounded
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.clients.privacy import refuse_what_is_not_covered
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.recipe.schema import (
     Budgets,
     ListBudgets,
     MethodTable,
-    Privacy,
     Recipe,
     ResourceBudgets,
     ServerTable,
     TierBudgets,
+    deployed,
     limits_by_id,
     sampling,
 )
@@ -45,22 +46,30 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
     if recipe.server.decay < 1:
         server = optim.fading(server, recipe.server.decay)
     if recipe.server.clip is not None:
+        if recipe.privacy is not None:
+            raise FedSieveError("server.clip: [privacy] has its own clip: leave one of them out")
         server = optim.bounded(server, recipe.server.clip)
     if around is not None:
         server = around(server)
-    method: Method = build(server=server, **options)
+    elif recipe.privacy is not None:
+        # What the noise will be is not known yet; what it asks of the method is.
+        clipped = optim.bounded(server, recipe.privacy.clip)
+        server = clipped._replace(private=recipe.privacy.noise_from)
+    try:
+        method: Method = build(server=server, **options)
+    except Unbounded as error:
+        raise _in_the_words_of(recipe, error) from None
+    if optim.limits(server) and not method.linear:  # one that was not made by `compose`
+        raise _in_the_words_of(recipe, Unbounded("merge"))
     for knob in limits_said(recipe.budgets, method.knobs):
         if knob not in method.knobs:
             raise FedSieveError(
                 f"budgets.{knob}: the method {recipe.method.name!r} makes no use of it (clients "
                 f"would get {knob} 1 whatever the recipe says): remove it or choose another method"
             )
-    if recipe.server.clip is not None:
-        if recipe.privacy is not None:
-            raise FedSieveError("server.clip: [privacy] has its own clip: leave one of them out")
-        _refuse_what_a_clip_cannot_bound(recipe, method, "server.clip")
-    if recipe.privacy is not None:
-        _refuse_what_privacy_cannot_cover(recipe, recipe.privacy, method)
+    refuse_what_is_not_covered(method, sampling(recipe))
+    if deployed(recipe):
+        _refuse_what_a_deployment_must_not(recipe)
     return method
 
 
@@ -98,43 +107,32 @@ def alone(table: MethodTable) -> Method:
     return method
 
 
-def _refuse_what_a_clip_cannot_bound(recipe: Recipe, method: Method, table: str) -> None:
-    """Raises FedSieveError where one client's clipped update can move the server at will."""
-    if (recipe.method.model_extra or {}).get("weighting", "uniform") == "examples":
-        raise FedSieveError(
+def _in_the_words_of(recipe: Recipe, error: Unbounded) -> FedSieveError:
+    """The same error, with the recipe's own keys."""
+    table = "server.clip" if recipe.privacy is None else "[privacy]"
+    if error.by == "weighting":
+        return FedSieveError(
             f"method.weighting: with {table} it must be 'uniform': a client's number of examples "
             "is its own secret, and would weigh its update beyond the clip"
         )
-    if not method.linear:
-        raise FedSieveError(
-            f"{table}: the server of the method {recipe.method.name!r} does not move by a mean of "
-            "the clients' changes, so clipping these bounds nothing: choose a method that does "
-            f"(fedit, fslora, flasc, ...), or remove {table}"
-        )
+    return FedSieveError(
+        f"{table}: the server of the method {recipe.method.name!r} does not move by a mean of "
+        "the clients' changes, so clipping these bounds nothing: choose a method that does "
+        f"(fedit, fslora, flasc, ...), or remove {table}"
+    )
 
 
-def _refuse_what_privacy_cannot_cover(recipe: Recipe, privacy: Privacy, method: Method) -> None:
-    """Raises FedSieveError where the guarantee of [privacy] would not hold; see docs/privacy.md."""
-    options = recipe.method.model_extra or {}
-    _refuse_what_a_clip_cannot_bound(recipe, method, "[privacy]")
-    drawn = sampling(recipe)
-    if not drawn.plain or drawn.quorum:
-        key = "quorum" if drawn.plain else "extra" if drawn.extra else "availability"
-        raise FedSieveError(
-            f"sampling.{key}: the accountant of [privacy] does not cover it: it counts on clients "
-            "that are drawn by kind and size alone, and on rounds that end with whoever answers"
-        )
-    keeps = method.personal is not None or options.get("feedback", False)
-    if keeps and drawn.kind == "uniform":
-        raise FedSieveError(
-            "sampling.kind: with [privacy], clients that keep something between their rounds (as "
-            f"{recipe.method.name!r} lets them) need 'poisson' or 'all': for 'uniform' no bound is "
-            "known to hold then"
-        )
-    if privacy.noise_from == "system" and recipe.checkpoint.every != 1:
+def _refuse_what_a_deployment_must_not(recipe: Recipe) -> None:
+    """Raises FedSieveError for what noise that cannot be drawn again does not allow."""
+    if recipe.checkpoint.every != 1:
         raise FedSieveError(
             "checkpoint.every: privacy.noise_from = 'system' needs 1: a round that was given out "
             "and is done again with new noise would be spent twice"
+        )
+    if recipe.evaluation.on == "validation":
+        raise FedSieveError(
+            "evaluation.on: privacy.noise_from = 'system' needs 'test': the rows that are held "
+            "back for validation are the clients' own, and no noise covers figures from them"
         )
 
 

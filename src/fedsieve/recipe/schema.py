@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Discriminator,
@@ -20,6 +21,7 @@ from pydantic import (
 )
 
 from fedsieve.algebra.budget import refuse_rank
+from fedsieve.data.names import clean
 from fedsieve.settings import PAPER_RATIOS, Kind, Sampling, Share, Source
 from fedsieve.settings import Lora as Lora  # users of the schema find them here
 from fedsieve.settings import Training as Training
@@ -62,7 +64,7 @@ class Data(_Table):
     label: str | None = None
     prompt: str | None = None
     completion: str | None = None
-    classes: tuple[str, ...] | None = None
+    classes: tuple[Annotated[str, AfterValidator(clean)], ...] | None = None
     max_length: PositiveInt = 128
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
 
@@ -368,6 +370,11 @@ class Recipe(_Table):
 def sampling(recipe: Recipe) -> Sampling:
     """The sampling that the recipe's `cohort` and its [sampling] table describe."""
     return Sampling(size=recipe.cohort, **recipe.sampling.model_dump())
+
+
+def deployed(recipe: Recipe) -> bool:
+    """Whether the run protects real clients: its noise is fresh, and its server has secrets."""
+    return recipe.privacy is not None and recipe.privacy.noise_from == "system"
 
 
 def limits_by_id(budgets: ListBudgets) -> dict[str, Limits]:

@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from fedsieve.clients.network import Conditions
+from fedsieve.engine.shares import Shares, in_words
 from fedsieve.recipe.overrides import flat
 from fedsieve.report.plots import COLOURS, Plot, reached, to_reach
 from fedsieve.report.read import Budget, Run, best, evaluations
@@ -198,16 +199,20 @@ def _exact(found: Spread | None, said: str, unit: str) -> str:
 def _budgets(series: Sequence[Series]) -> str:
     rows = [(one, b) for one in series for b in budgets(one)]
     several = len(series) > 1
+    masked = any(in_words(b.down_kept) or in_words(b.up_kept) for _, b in rows)
 
     def row(one: Series, b: Budget) -> str:
         name = f"<td>{_text(one.label)}</td>" if several else ""
+        told = (in_words(b.down_kept) or NONE, in_words(b.up_kept) or NONE)
+        shares = "".join(f"<td>{each}</td>" for each in told) if masked else ""
         return (
             f'<tr><th scope="row">{_text(b.label)}</th>{name}<td>{b.client_rounds:,}</td>'
-            f"<td>{_mb(b.down_bytes)}</td><td>{_mb(b.up_bytes)}</td></tr>"
+            f"<td>{_mb(b.down_bytes)}</td><td>{_mb(b.up_bytes)}</td>{shares}</tr>"
         )
 
     who = "Group" if _grouped(series) else "Run"
     heads = ["Budget", *([who] if several else []), "Client-rounds", "Down", "Up"]
+    heads += ["Kept down", "Kept up"] if masked else []
     table = _table(heads, "".join(row(one, b) for one, b in rows), "Traffic by client budget")
     if len(rows) <= SHOWN_ROWS:
         return table
@@ -310,6 +315,8 @@ def _facts(run: Run) -> dict[str, str]:
     facts["Against dense LoRA"] = (
         NONE if dense is None else f"<b>{fewer(last.total_bytes, dense)}</b>"
     )
+    facts["Masks kept, down"] = _kept({row.round: row.down_kept for row in run.rounds})
+    facts["Masks kept, up"] = _kept({row.round: row.up_kept for row in run.rounds})
     facts["Clients trained"], facts["Updates dropped"] = NONE, NONE
     facts["Largest client memory"] = NONE
     if run.clients:
@@ -322,6 +329,13 @@ def _facts(run: Run) -> dict[str, str]:
     seconds = sum(row.seconds for row in run.rounds)
     facts["Training time"] = duration(seconds) if seconds else NONE
     return facts
+
+
+def _kept(by_round: dict[int, Shares]) -> str:
+    """The shares of A, B and head in the first round with masks and in the last."""
+    told = {number: said for number, shares in by_round.items() if (said := in_words(shares))}
+    ends = dict.fromkeys([*told][:1] + [*told][-1:])
+    return "<br>".join(f"{told[number]} (round {number:,})" for number in ends) or NONE
 
 
 def _drops(dropped: dict[str, int]) -> str:

@@ -9,13 +9,17 @@ import json
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsieve.clients.network import Part
+from fedsieve.engine.shares import Shares
 from fedsieve.errors import FedSieveError
 from fedsieve.report.words import count
+
+# Where a run has no message with masks, or was made before shares were told.
+UNTOLD: Shares = (None, None, None)
 
 
 class Round(NamedTuple):
@@ -32,6 +36,9 @@ class Round(NamedTuple):
     eval_loss: float | None
     eval_examples: int | None
     dropped: int
+    down_kept: Shares = UNTOLD
+    up_kept: Shares = UNTOLD
+    starved: int = 0  # clients that got nothing of B
 
 
 class Budget(NamedTuple):
@@ -41,6 +48,8 @@ class Budget(NamedTuple):
     client_rounds: int
     down_bytes: float
     up_bytes: float
+    down_kept: Shares = UNTOLD
+    up_kept: Shares = UNTOLD
 
 
 class Clients(NamedTuple):
@@ -165,6 +174,13 @@ def _doubts(recipe: dict[str, Any], start: Round | None, rounds: list[Round]) ->
         )
     if all(row.accuracy is None and row.eval_loss is None for row in rounds):
         doubts.append("No round was evaluated: there is neither accuracy nor evaluation loss.")
+    if starved := [row.round for row in rounds if row.starved and row.round > 1]:
+        doubts.append(
+            f"In {len(starved)} of {count(len(rounds), 'round')} (first {starved[0]}, last "
+            f"{starved[-1]}) the masks let nothing of B pass down to some clients: they began "
+            "these rounds with B at zero, whatever was learned of it (docs/methods.md, What a "
+            "mask may hide)."
+        )
     if dropped := sum(row.dropped for row in rounds):
         doubts.append(f"{count(dropped, 'client update')} dropped: see the summary.")
     return doubts
@@ -187,6 +203,9 @@ def _rounds(path: Path, notes: list[str]) -> list[Round]:
             eval_loss=_real(row, "eval_loss", where),
             eval_examples=_optional_integer(row, "eval_examples", where),
             dropped=_optional_integer(row, "dropped", where) or 0,
+            down_kept=_shares(row, "down", where),
+            up_kept=_shares(row, "up", where),
+            starved=_optional_integer(row, "starved", where) or 0,
         )
         if rounds and new.round <= rounds[-1].round:
             raise FedSieveError(
@@ -201,6 +220,7 @@ def _clients(path: Path, rounds: Sequence[Round], notes: list[str]) -> Clients:
     seen: set[str] = set()
     dropped: Counter[str] = Counter()
     sums: dict[str, list[int]] = {}  # label -> client-rounds, down, up
+    kept: dict[str, list[tuple[Shares, Shares]]] = {}  # label -> of each message down, and up
     parts: dict[int, list[Part]] = {row.round: [] for row in rounds}
     memory: int | None = None
     untimed = 0
@@ -223,7 +243,9 @@ def _clients(path: Path, rounds: Sequence[Round], notes: list[str]) -> Clients:
             memory = max(memory or 0, needs)
         if reason:
             dropped[str(reason)] += 1
-        total = sums.setdefault(str(row.get("budget") or "all clients"), [0, 0, 0])
+        label = str(row.get("budget") or "all clients")
+        kept.setdefault(label, []).append((_shares(row, "down", where), _shares(row, "up", where)))
+        total = sums.setdefault(label, [0, 0, 0])
         total[0] += 1
         total[1] += down
         total[2] += up
@@ -240,10 +262,22 @@ def _clients(path: Path, rounds: Sequence[Round], notes: list[str]) -> Clients:
             f"{count(len(strange), 'round')}, first in round {strange[0]}: simulated time is that "
             "of the clients in clients.jsonl."
         )
-    budgets = [Budget(label, n, down / n, up / n) for label, (n, down, up) in sums.items()]
+    budgets = [
+        Budget(label, n, down / n, up / n, *map(mean_shares, zip(*kept[label], strict=True)))
+        for label, (n, down, up) in sums.items()
+    ]
     budgets.sort(key=dearest_first)
     merged = sum(part.merged for row in parts.values() for part in row)
     return Clients(len(seen), merged, dict(dropped.most_common()), tuple(budgets), parts, memory)
+
+
+def mean_shares(messages: Iterable[Shares]) -> Shares:
+    """The mean of each of the three over the messages that tell it."""
+    a, b, head = (
+        [share for share in part if share is not None] for part in zip(*messages, strict=True)
+    )
+    means = [sum(found) / len(found) if found else None for found in (a, b, head)]
+    return means[0], means[1], means[2]
 
 
 def dearest_first(budget: Budget) -> tuple[float, str]:
@@ -278,6 +312,15 @@ def _objects(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]
             yield number, row
     if broken:
         notes.append(f"The last line of {path.name} was cut and is left out.")
+
+
+def _shares(row: dict[str, Any], way: str, where: str) -> Shares:
+    """What messages of this way kept of A, B and head. Raises FedSieveError for no shares."""
+    found = [_real(row, f"{way}_{part}", where) for part in ("a", "b", "head")]
+    for share in found:
+        if share is not None and not 0 <= share <= 1:
+            raise FedSieveError(f"{where}: {way}_a, {way}_b or {way}_head is {share}, no share.")
+    return found[0], found[1], found[2]
 
 
 def _integer(row: dict[str, Any], key: str, where: str) -> int:

@@ -15,7 +15,15 @@ from typing import Any, NamedTuple
 from fedsieve.clients.network import REFERENCE, Conditions, clock, first_round
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.overrides import flat
-from fedsieve.report.read import Budget, Run, best, dearest_first, evaluations, load_all
+from fedsieve.report.read import (
+    Budget,
+    Run,
+    best,
+    dearest_first,
+    evaluations,
+    load_all,
+    mean_shares,
+)
 from fedsieve.report.words import count
 
 MEASURES = {"accuracy": "Accuracy", "eval_loss": "Evaluation loss"}
@@ -244,7 +252,11 @@ def budgets(series: Series) -> list[Budget]:
         n = sum(part.client_rounds for part in parts)
         down = sum(part.client_rounds * part.down_bytes for part in parts) / n
         up = sum(part.client_rounds * part.up_bytes for part in parts) / n
-        joined.append(Budget(label, n, down, up))
+        shares = (
+            mean_shares(part.down_kept for part in parts),
+            mean_shares(part.up_kept for part in parts),
+        )
+        joined.append(Budget(label, n, down, up, *shares))
     return sorted(joined, key=dearest_first)
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, Tree
 from fedsieve.algebra.method import Memory, State
-from fedsieve.engine.loop import Progress
+from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError
+from fedsieve.train.digest import BaseDigest
 
 KEEP = 2  # the newest, and one to fall back to
 
@@ -31,11 +32,15 @@ class Snapshot(NamedTuple):
 
     marks: length in bytes of each of the run's logs at this point, by file name; lines written
            after it belong to rounds that will be done again
+    half:  the last round, where it is merged and no more: what is left of it is to be done
+    base:  digest of the base model that the run began with; none in checkpoints of old
     """
 
     progress: Progress
     memories: dict[str, Memory]
     marks: dict[str, int]
+    half: Unevaluated | None = None
+    base: BaseDigest | None = None
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
@@ -58,12 +63,19 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         "clients": clients,
         "marks": snapshot.marks,
         "same": same,
+        "base": None if snapshot.base is None else snapshot.base._asdict(),
     }
+    if snapshot.half is not None:
+        half = snapshot.half
+        receipts = [receipt._asdict() for receipt in half.receipts]
+        facts["half"] = {"summary": half.summary._asdict(), "receipts": receipts, "due": half.due}
     text = json.dumps(facts, sort_keys=True)
     data = safetensors.torch.save(tensors, {"facts": text, "digest": _digest(tensors, text)})
     path = folder / _name(progress.round)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync(folder.parent)
         write_whole(path, data)
     except OSError as error:
         raise FedSieveError(
@@ -75,10 +87,10 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     return path
 
 
-def load(folder: Path, layout: Layout) -> Snapshot:
+def load(folder: Path, layout: Layout, base: BaseDigest | None = None) -> Snapshot:
     """The newest whole checkpoint; a damaged one is passed over with a warning.
 
-    Raises FedSieveError if there is none, or if it belongs to another layout.
+    Raises FedSieveError if there is none, or if it belongs to another base or another layout.
     """
     files = _newest_first(folder)
     for path in files:
@@ -90,20 +102,29 @@ def load(folder: Path, layout: Layout) -> Snapshot:
                 stacklevel=2,
             )
             continue
+        _refuse_another_base(facts, base)
         return _snapshot(path, facts, tensors, layout)
     what = "no checkpoint that is whole" if files else "no checkpoint"
     raise FedSieveError(f"{folder} holds {what}: the run cannot be resumed, start it again")
 
 
-def newest_round(folder: Path) -> int:
-    """The round after which the newest whole checkpoint was written; 0 where there is none."""
+def names_later(folder: Path, number: int) -> bool:
+    """Whether there is a checkpoint of a later round, whole or not."""
+    return any(path.name > _name(number) for path in _newest_first(folder))
+
+
+def newest_round(folder: Path) -> tuple[int, list[dict[str, Any]]]:
+    """The round of the newest whole checkpoint, and its receipts where the log lacks them yet.
+
+    0 and none where there is no checkpoint.
+    """
     for path in _newest_first(folder):
         try:
             facts, _ = _read(path)
         except (OSError, ValueError, KeyError, safetensors.SafetensorError):
             continue  # `load` warns of it
-        return int(facts["round"])
-    return 0
+        return int(facts["round"]), facts["half"]["receipts"] if "half" in facts else []
+    return 0, []
 
 
 def forget_after(folder: Path, number: int) -> None:
@@ -128,12 +149,16 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
-    # The rename itself must reach the disk too.
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)  # the rename itself must reach the disk too
+
+
+def sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(opened)
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def _name(number: int) -> str:
@@ -178,6 +203,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, tensors
 
 
+def _refuse_another_base(facts: Mapping[str, Any], now: BaseDigest | None) -> None:
+    if now is None or facts.get("base") is None:
+        return  # checkpoints of old do not know
+    then = BaseDigest(**facts["base"])
+    if now != then:
+        what = "weights" if now.weights != then.weights else "configuration"
+        raise FedSieveError(
+            f"the base model has changed since the run began (its {what}), and the run's adapter "
+            "belongs to the old one: put that back in its place, or start a new run"
+        )
+
+
 def _snapshot(
     path: Path, facts: dict[str, Any], tensors: dict[str, Tensor], layout: Layout
 ) -> Snapshot:
@@ -200,4 +237,10 @@ def _snapshot(
     progress = Progress(
         facts["round"], State(layout, trees), facts["total_bytes"], facts["dense_bytes"]
     )
-    return Snapshot(progress, memories, facts["marks"])
+    half = None
+    if "half" in facts:
+        told = facts["half"]
+        receipts = [Receipt(**receipt) for receipt in told["receipts"]]
+        half = Unevaluated(Round(**told["summary"]), receipts, progress, told["due"])
+    base = None if facts.get("base") is None else BaseDigest(**facts["base"])
+    return Snapshot(progress, memories, facts["marks"], half, base)

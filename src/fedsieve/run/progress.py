@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedsieve.engine.shares import Shares, in_words
+
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Round
     from fedsieve.recipe.schema import Recipe
@@ -34,11 +36,22 @@ def line_of(summary: "Round", rounds: int) -> str:
     if summary.epsilon is not None:
         cohort = summary.simulated_cohort
         simulated = f" (simulated cohort of {cohort})" if cohort else ""
-        parts.append(f"epsilon {summary.epsilon:.3f}{simulated}")
+        spent = f"epsilon {summary.epsilon:.3f}{simulated}"
+        if summary.epsilon_unamplified is not None:
+            spent += f" ({summary.epsilon_unamplified:.3f} to who knows who took part)"
+        parts.append(spent)
     if summary.round:
-        parts.append(f"down {summary.down_bytes / MB:.3f} MB  up {summary.up_bytes / MB:.3f} MB")
+        down = _kept((summary.down_a, summary.down_b, summary.down_head))
+        up = _kept((summary.up_a, summary.up_b, summary.up_head))
+        parts.append(f"down {summary.down_bytes / MB:.3f} MB{down}")
+        parts.append(f"up {summary.up_bytes / MB:.3f} MB{up}")
         parts.append(f"total {summary.total_bytes / MB:.2f} MB")
     if summary.transport_bytes is not None:
         parts.append(f"in {summary.transport_bytes / MB:.3f} MB of messages")
         parts.append(f"{summary.seconds:.1f} s")
     return "  ".join(parts)
+
+
+def _kept(shares: Shares) -> str:
+    said = in_words(shares)
+    return f" (kept {said})" if said else ""

@@ -3,8 +3,14 @@
 A run is a pure function of its recipe. What is written along the way serves to look at it and to go
 on after a stop: a resumed run ends with the same adapter and the same metrics as one that was never
 stopped, byte for byte, timings aside.
+
+Noise that comes from the operating system is the one thing that no recipe repeats. A round with
+such noise is on the disk before anything of it leaves (an evaluation, a message, the adapter), and
+is never drawn a second time once it is: two noisy versions of one round would tell more than the
+account of epsilon counts.
 """
 
+import dataclasses
 import shutil
 import signal
 import threading
@@ -18,12 +24,12 @@ from types import FrameType
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.engine import loop
-from fedsieve.engine.loop import Progress, Receipt, Round
+from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import Experiment, from_recipe, locate, set_up_resident
 from fedsieve.recipe.method import build_method
-from fedsieve.recipe.schema import Recipe
+from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.tasks import tokens
@@ -49,28 +55,36 @@ def start(recipe: Recipe, folder: Path, show: Show, *, overwrite: bool = False) 
     facts = rundir.environment(str(experiment.resident.device))
     text = recipes.dump(experiment.recipe, {**facts, "notes": list(experiment.notes)})
     with rundir.lock(folder), _disk_errors(folder):
-        rundir.create(folder, text, overwrite=overwrite)
-        return _go_on(experiment, experiment.recipe, None, folder, show)
+        recipe = experiment.recipe
+        rundir.create(folder, text, overwrite=overwrite, secret=deployed(recipe))
+        return _go_on(_with_secret(experiment, recipe, folder), recipe, None, folder, show)
 
 
 def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
     """Go on with a run from its newest whole checkpoint; a finished run is left as it is.
 
-    Raises FedSieveError if the folder holds no run that can be resumed, Stopped as `start` does.
+    Raises FedSieveError if the folder holds no run that can be resumed, or if the base model has
+    changed since; Stopped as `start` does.
     """
     rundir.check(folder)
     with rundir.lock(folder):
         recipe = recipes.load(str(folder / rundir.RECIPE))
-        experiment = build(recipe)
+        if deployed(recipe):
+            rundir.secret_seed(folder)  # refused before the model and the data are loaded
+        experiment = _with_secret(build(recipe), recipe, folder)
+        checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
         snapshot = None
         if not rundir.untouched(folder):
-            snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, experiment.resident.layout)
+            resident = experiment.resident
+            snapshot = checkpoint.load(checkpoints, resident.layout, resident.digest)
             _refuse_one_count(folder, recipe, snapshot)
             experiment.memories.update(snapshot.memories)
+        if deployed(recipe):
+            _refuse_other_noise(folder, snapshot.progress.round if snapshot else 0)
         with _disk_errors(folder):
             rundir.cut_back(folder, snapshot.marks if snapshot else {rundir.METRICS: 0})
             if snapshot:
-                checkpoint.forget_after(folder / rundir.CHECKPOINTS, snapshot.progress.round)
+                checkpoint.forget_after(checkpoints, snapshot.progress.round)
             return _go_on(experiment, recipe, snapshot, folder, show)
 
 
@@ -90,7 +104,8 @@ def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:
 def export(folder: Path, to: Path, *, merge: bool = False) -> int:
     """Write the newest checkpoint's adapter, or the whole model with it merged in, to a folder.
 
-    Returns the round it is from. Raises FedSieveError if there is no run or `to` is not empty.
+    Returns the round it is from. Raises FedSieveError if there is no run, if `to` is not empty, or
+    if the base model has changed since the run began.
     """
     rundir.check(folder)
     try:
@@ -103,13 +118,13 @@ def export(folder: Path, to: Path, *, merge: bool = False) -> int:
     tokenizer = load_tokenizer(locate(recipe.model.source))
     tokens.ensure_pad_token(tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
-    snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, resident.layout)
+    place = rundir.place(folder, rundir.CHECKPOINTS)
+    snapshot = checkpoint.load(place, resident.layout, resident.digest)
     adapter = build_method(recipe).export(snapshot.progress.state)
     if merge:
         resident.merge(adapter, to)
     else:
         resident.save(adapter, to)
-    tokenizer.save_pretrained(str(to))
     return snapshot.progress.round
 
 
@@ -123,7 +138,7 @@ def _go_on(
     experiment: Experiment, recipe: Recipe, snapshot: Snapshot | None, folder: Path, show: Show
 ) -> Adapter:
     """Train the rounds that are left, from a snapshot that is on the disk, or from none."""
-    checkpoints = folder / rundir.CHECKPOINTS
+    checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
     with sigterm_as_ctrl_c():
         if snapshot is None:
             first, progress = loop.begin(experiment.federation, experiment.start)
@@ -132,9 +147,23 @@ def _go_on(
             checkpoint.save(checkpoints, snapshot)
             show(first, [])
         saved = snapshot
+        fresh = experiment.federation.method.private == "system"
+
+        def hold(half: Unevaluated) -> None:
+            nonlocal snapshot, saved
+            if not fresh:
+                return  # the round can be done again as it was
+            snapshot = _snapshot(experiment, half.progress, folder)._replace(half=half)
+            checkpoint.save(checkpoints, snapshot)
+            saved = snapshot
+
         try:
             for summary, receipts, progress in loop.rounds(
-                experiment.federation, snapshot.progress, recipe.rounds
+                experiment.federation,
+                snapshot.progress,
+                recipe.rounds,
+                unevaluated=snapshot.half,
+                hold=hold,
             ):
                 rundir.append(folder, rundir.METRICS, [summary])
                 rundir.append(folder, rundir.CLIENTS, receipts)
@@ -167,8 +196,28 @@ def _go_on(
     return adapter
 
 
+def _with_secret(experiment: Experiment, recipe: Recipe, folder: Path) -> Experiment:
+    """The experiment with the seed that only its server knows, where it has one."""
+    if not deployed(recipe):
+        return experiment
+    federation = dataclasses.replace(experiment.federation, secret=rundir.secret_seed(folder))
+    return dataclasses.replace(experiment, federation=federation)
+
+
+def _refuse_other_noise(folder: Path, number: int) -> None:
+    """Raises FedSieveError if a round after `number` was given out: it would be drawn again."""
+    later = checkpoint.names_later(rundir.place(folder, rundir.CHECKPOINTS), number)
+    if later or rundir.last_round(folder) > number:
+        raise FedSieveError(
+            f"{folder}: the newest checkpoint that is whole is of round {number}, and a later "
+            "round was given out already. Done again it would have other noise, which epsilon does "
+            "not count: put the newest checkpoint back, or end with the adapter that was given out"
+        )
+
+
 def _snapshot(experiment: Experiment, progress: Progress, folder: Path) -> Snapshot:
-    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder))
+    base = experiment.resident.digest
+    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder), base=base)
 
 
 def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path) -> None:

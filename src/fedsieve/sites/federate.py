@@ -6,6 +6,7 @@
     flower/    what Flower's command line needs to know of the server
     sites.json the key of each site's node, from when it was first met, where nodes have keys
 
+(and beside it, with [privacy], the directory of what only the server may know: rundir.py)
 and `serve` is what the app's server end does: the same run as in one process (runner.py), with the
 same checkpoints and logs, but clients that are sites (engine/flower.py). Flower itself cannot go on
 with a run that lost its server; as ours is on the disk, a new Flower run goes on with it.
@@ -36,31 +37,32 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.data import sources
 from fedsieve.engine.loop import Federation, Receipt, Round
+from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
-from fedsieve.recipe.examples import sample, tensors
+from fedsieve.recipe.examples import load_rows, sample, tensors
 from fedsieve.recipe.experiment import (
     Experiment,
     absolute,
-    check_length,
+    all_cautions,
     locate,
     set_up_resident,
     with_privacy,
 )
 from fedsieve.recipe.method import build_method
-from fedsieve.recipe.schema import Recipe
+from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
-from fedsieve.sites.assignment import base_digest
+from fedsieve.sites.assignment import refuse_patterns
 from fedsieve.sites.resident import whole_message
 from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, number_of
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Score, evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire.format import VERSION
@@ -118,11 +120,12 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     """
     check_installed()
     _refuse_open_door(listen)
-    recipe = _for_a_network(recipe, policy)
+    recipe, notes = _for_a_network(recipe, policy)
     folder = folder.absolute()
     facts = {**rundir.environment("none"), "federation": secrets.token_hex(16)}
     with rundir.lock(folder):
-        rundir.create(folder, recipes.dump(recipe, facts))
+        text = recipes.dump(recipe, {**facts, "notes": notes} if notes else facts)
+        rundir.create(folder, text, secret=deployed(recipe))
         _write_app(folder, policy, listen)
     return commands(folder, listen)
 
@@ -204,6 +207,7 @@ def serve(
     text = (folder / rundir.RECIPE).read_text(encoding="utf-8")
     rounds = runner.rounds_of(folder)
     board: list[Sites] = []
+    warned: list[str] = []
 
     def build(recipe: Recipe) -> Experiment:
         experiment, sites = on_network(
@@ -216,6 +220,9 @@ def serve(
         for receipt in receipts:
             if receipt.dropped is not None:
                 say(f"round {summary.round}, site {receipt.client}: {receipt.dropped}")
+        if not warned and (problem := starving(summary)):
+            warned.append(problem)
+            say(f"warning: {problem}")
         say(line_of(summary, rounds))
 
     try:
@@ -249,18 +256,19 @@ def on_network(
     plan: PrivacyPlan | None = None
     if recipe.privacy is not None:
         recipe, plan = with_privacy(recipe, policy.sites)
+        _refuse_noise_that_sites_know(plan)
         method = build_method(recipe, partial(plan.around, key=key))
     tokenizer = load_tokenizer(locate(recipe.model.source))
     tokens.ensure_pad_token(tokenizer)
     test = _test_rows(recipe, tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
-    if test is not None:
-        check_length(resident, test)
+    check_rows(resident, test)
     sampling = _sampling(recipe, policy)
     enough = sampling.size if sampling.extra else None
     policy = policy._replace(quorum=sampling.quorum, enough=enough)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    welcome = partial(_welcome, method=method, base=base_digest(resident), say=say)
+    assert resident.digest is not None
+    welcome = partial(_welcome, method=method, base=resident.digest.weights, say=say)
     known = json.loads(keys.read_text(encoding="utf-8")) if keys.exists() else {}
 
     def pin(all_keys: Mapping[str, str]) -> None:
@@ -290,20 +298,23 @@ def on_network(
         precision = recipe.training.precision
         return evaluate(resident, adapter, test, batch=recipe.evaluation.batch, precision=precision)
 
+    score: Callable[[Adapter], Score | None] | None = at_sites if test is None else here
+    if test is None and method.private == "system":
+        score = None  # the sites' test rows are their own, and no noise covers figures from them
     federation = Federation(
         method=method,
         clients=clients,
         sampling=sampling,
         seed=recipe.seed,
         exchange=sites.exchange,
-        evaluate=at_sites if test is None else here,
+        evaluate=score,
         evaluate_every=recipe.evaluation.every,
         privacy=plan,
         there=there,
         aside=sites.aside,
         dense=resident.dense,
     )
-    notes = () if plan is None else (plan.guarantee, *plan.cautions)
+    notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
     start = resident.adapter()
     return Experiment(recipe, federation, resident, start, {}, notes, ending), sites
@@ -352,12 +363,17 @@ def _welcome(
     return Client(name, 1, Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
 
 
-def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> Recipe:
-    """The recipe with what a network asks of it. Raises FedSieveError where it cannot run there."""
+def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[str]]:
+    """The recipe with what a network asks of it, and notes for those who read the results.
+
+    Raises FedSieveError where it cannot run there.
+    """
+    notes: list[str] = []
     if recipe.model.task == "classification" and not recipe.data.classes:
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
         )
+    refuse_patterns(recipe)
     sampling = _sampling(recipe, policy)
     if sampling.kind == "uniform" and sampling.size > policy.sites:
         warnings.warn(
@@ -369,12 +385,35 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> Recipe:
         if sampling.extra:
             raise FedSieveError("--extra: the accountant of [privacy] does not cover it")
         recipe, plan = with_privacy(recipe, policy.sites)
-        for caution in plan.cautions:
-            warnings.warn(caution, stacklevel=3)
+        _refuse_noise_that_sites_know(plan)
+        notes = [plan.guarantee, *_cautions(recipe, plan)]
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
     test = recipe.data.test
     data = recipe.data.model_copy(update={"test": None if test is None else absolute(test)})
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
-    return recipe.model_copy(update={"data": data, "model": model})
+    return recipe.model_copy(update={"data": data, "model": model}), notes
+
+
+def _refuse_noise_that_sites_know(plan: PrivacyPlan) -> None:
+    """Raises FedSieveError where the noise follows from the seed, which every site is told."""
+    if plan.spent is not None and plan.noise_from == "seed":
+        raise FedSieveError(
+            "privacy.noise_from: in a federation it must be 'system': every site is told the "
+            "recipe's seed, and could take noise from it off again"
+        )
+
+
+def _cautions(recipe: Recipe, plan: PrivacyPlan) -> list[str]:
+    found = all_cautions(plan, None if recipe.data.test is not None else "the sites' own rows")
+    if plan.known is not None and recipe.sampling.kind == "uniform":
+        # Its own draw tells a site of the others': with sizes fixed, one less or one more is left.
+        found.append(
+            "Privacy: with sampling.kind = 'uniform' a site that knows whether it took part knows "
+            "more of the others' draw than the account has it: against sites the epsilon without "
+            "amplification holds. With 'poisson' each is drawn by itself, and the other holds too."
+        )
+    return found
 
 
 def _sampling(recipe: Recipe, policy: RoundPolicy) -> Sampling:
@@ -387,8 +426,7 @@ def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
     data = recipe.data
     if data.test is None or recipe.evaluation.on == "validation":
         return None
-    read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
-    rows = read(data.test, data.test_split)
+    rows = load_rows(data, data.test, data.test_split)
     examples, _, _ = tensors(recipe, sample(recipe, rows), tokenizer)
     return examples
 
@@ -448,12 +486,13 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
 
 
 def _merged(folder: Path) -> dict[str, int]:
-    """site -> the last round in which its update was merged, from the newest whole checkpoint on.
+    """site -> the last round in which its update was merged, as of the newest whole checkpoint.
 
     The log may hold lines of a round after the checkpoint: that round is done again.
     """
-    last = checkpoint.newest_round(folder / rundir.CHECKPOINTS)
-    log = folder / rundir.CLIENTS
+    last, unlogged = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
+    log = rundir.place(folder, rundir.CLIENTS)
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     receipts = [json.loads(line) for line in lines if line.endswith("}")]
-    return {r["client"]: r["round"] for r in receipts if "dropped" not in r and r["round"] <= last}
+    receipts = [r for r in receipts if r["round"] <= last] + unlogged
+    return {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}

@@ -40,9 +40,10 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
-from fedsieve.data import sources
 from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError
+from fedsieve.recipe import schema
+from fedsieve.recipe.examples import load_rows
 from fedsieve.run.checkpoint import write_whole
 from fedsieve.settings import Share
 from fedsieve.sites import journal, worker
@@ -126,15 +127,11 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
             shutil.rmtree(old)
         else:
             old.rename(place)
-    data = site.data
-    read = partial(sources.load, config=data.config, names=data.names, separator=data.separator)
-    rows = read(data.train, data.train_split)
+    data = schema.Data(**site.data.model_dump())
+    rows = load_rows(data, data.train, data.train_split)
     test_rows = None
     if data.test is not None or data.test_split is not None:
-        test_rows = read(data.test or data.train, data.test_split)
-    for column in (data.text, data.text_b, data.label, data.prompt, data.completion):
-        if column is not None:
-            sources.column(rows.select([]), column)  # raises where there is none of that name
+        test_rows = load_rows(data, data.test or data.train, data.test_split)
     return Resident(site, rows, test_rows, say)
 
 

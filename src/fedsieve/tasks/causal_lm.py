@@ -21,6 +21,8 @@ from fedsieve.tasks.tokens import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ENDLESS = 1 << 30  # tokens: no text is as long
+
 
 def causal_lm(
     dataset: Dataset,
@@ -35,8 +37,13 @@ def causal_lm(
 
     Give the column `text`, or the columns `prompt` and `completion`, which are joined as they are
     (put the space or newline between them into the data). A token that holds characters of both
-    counts as completion. The end-of-sequence token is appended, and learned, when it still fits in
-    max_length.
+    counts as completion; with a tokenizer that cannot tell where its tokens lie in the text (a
+    slow one), completion is all from the first token that the prompt alone would not have.
+
+    A row is what the tokenizer puts in front of a text, the text, what the tokenizer puts behind
+    it, and the end-of-sequence token, each unless the text has it already, cut at max_length. The
+    end is learned in every row that has room for it, whoever put it there; a text that is cut short
+    on the right has none.
 
     Returns the examples and the row of `dataset` that each came from, (n,) int64 ascending: rows
     with nothing to learn (an empty text, a prompt that fills max_length) are dropped, with a
@@ -47,24 +54,38 @@ def causal_lm(
     """
     check_rows(dataset)
     if text is not None and prompt is None and completion is None:
-        texts, starts = text_column(dataset, text), [0] * dataset.num_rows
+        texts, prompts = text_column(dataset, text), None
     elif text is None and prompt is not None and completion is not None:
         prompts = text_column(dataset, prompt)
         texts = [a + b for a, b in zip(prompts, text_column(dataset, completion), strict=True)]
-        starts = [len(one) for one in prompts]
     else:
         raise FedSieveError("a causal language model needs either text, or prompt and completion")
-    rows = tokenise(tokenizer, texts, None, max_length, offsets=True)
-    eos = tokenizer.eos_token_id
+    rows = _rows(tokenizer, texts, prompts, max_length)
+    before, after = frame(tokenizer)
+    end = tokenizer.eos_token_id
+    if end is None:
+        end = after[-1] if after else None  # BERT's tokenizers call it the separator only
+    elif end not in after:
+        after = [*after, end]
+    whole = prompts is None
     ids, labels, kept = [], [], []
-    for number, (tokens, ends, start) in enumerate(zip(rows.ids, rows.ends, starts, strict=True)):
-        # Special tokens have the empty span (0, 0): part of the prompt when there is one.
+    for number, (tokens, first) in enumerate(rows):
+        # A text that was made by a template brings its own begin and end.
+        opening = [] if tokens[: len(before)] == before else before
+        closing = [] if tokens[-1:] == [end] else after
         targets = [
-            token if start == 0 or end > start else IGNORED
-            for token, end in zip(tokens, ends, strict=True)
+            *(opening if whole else [IGNORED] * len(opening)),
+            *[IGNORED] * first,
+            *tokens[first:],
+            *(token if whole or token == end else IGNORED for token in closing),
         ]
-        if eos is not None and len(tokens) < max_length and tokens[-1:] != [eos]:
-            tokens, targets = [*tokens, eos], [*targets, eos]
+        tokens = [*opening, *tokens, *closing]
+        if tokenizer.truncation_side == "left":
+            # The beginning of the text goes, not what is in front of every text.
+            over = max(0, len(tokens) - max_length)
+            del tokens[len(opening) : len(opening) + over]
+            del targets[len(opening) : len(opening) + over]
+        tokens, targets = tokens[:max_length], targets[:max_length]
         # The model predicts from the second token on: the first target is never used.
         if any(target != IGNORED for target in targets[1:]):
             ids.append(tokens)
@@ -83,3 +104,48 @@ def causal_lm(
         )
     input_ids, mask = rectangle(ids, pad_id(tokenizer))
     return Examples(input_ids, mask, rectangle(labels, IGNORED)[0]), np.array(kept, dtype=np.int64)
+
+
+def frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts in front of a text, and those that it puts behind it."""
+    for text in ("a", "the", "0"):
+        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
+        full = tokenizer(text)["input_ids"]
+        for at in range(len(full) - len(bare) + 1):
+            if bare and full[at : at + len(bare)] == bare:
+                return full[:at], full[at + len(bare) :]
+    return [], []
+
+
+def _rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    prompts: list[str] | None,
+    max_length: int,
+) -> list[tuple[list[int], int]]:
+    """Each text's tokens, without those around it, and which of them is the first to learn."""
+    if prompts is None:
+        rows = tokenise(tokenizer, texts, None, max_length, special=False)
+        return [(tokens, 0) for tokens in rows.ids]
+    if tokenizer.is_fast:
+        rows = tokenise(tokenizer, texts, None, max_length, offsets=True, special=False)
+        firsts = [
+            next((at for at, end in enumerate(ends) if end > len(prompt) or not prompt), len(ends))
+            for prompt, ends in zip(prompts, rows.ends, strict=True)
+        ]
+        return list(zip(rows.ids, firsts, strict=True))
+    # Where the prompt ends is counted from the left, so nothing may be cut there yet.
+    most = max_length if tokenizer.truncation_side == "right" else _ENDLESS
+    rows = tokenise(tokenizer, texts, None, most, special=False)
+    heads = tokenise(tokenizer, prompts, None, most, special=False)
+    return [
+        (tokens, _shared(tokens, head)) for tokens, head in zip(rows.ids, heads.ids, strict=True)
+    ]
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """How many tokens two lists have in common at their beginning."""
+    for at, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return at
+    return min(len(one), len(other))

@@ -1,12 +1,13 @@
 """Sequence classification: a text, or a pair of texts, and its class."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import ClassLabel, Dataset
 
-from fedsieve.data.sources import column
+from fedsieve.data.names import clean, in_order, numbers_of
+from fedsieve.data.sources import names_in
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.tokens import Examples, check_rows, pad_id, rectangle, text_column, tokenise
 
@@ -26,28 +27,26 @@ def classification(
 ) -> tuple[Examples, tuple[str, ...]]:
     """Texts, or pairs of texts, and the class of each; returned with the names of the classes.
 
-    text, text_b, label: column names. Labels may be strings, integers, booleans or a ClassLabel.
+    text, text_b, label: column names. A label is a name, as names.py has it: a text, an integer, a
+        Boolean, or a number of a ClassLabel.
     classes: the names in the order of the model's outputs (pass on what the training data gave);
-        by default a ClassLabel's own names, else the labels that occur, sorted as what they are
-        (2 before 10).
+        by default those of `classes_of`.
 
     Raises FedSieveError: no rows, a missing column, an empty label, a text that is not a string,
     a label outside of the classes (naming label and row), fewer than two classes.
     """
     check_rows(dataset)
-    found, order = _labels(dataset, label)
-    names = tuple(order if classes is None else classes)
+    found = labels_of(dataset, label)
+    names = tuple(
+        classes_of([dataset.features[label]], found) if classes is None else map(clean, classes)
+    )
     if len(names) < 2 or len(set(names)) < len(names):
         raise FedSieveError(
             f"column {label!r}: at least two different classes are needed, not {list(names)}"
         )
-    numbers = {name: number for number, name in enumerate(names)}
-    for row, name in enumerate(found):
-        if name not in numbers:
-            raise FedSieveError(
-                f"label {name!r} in row {row} of column {label!r} is none of the "
-                f"{len(names)} classes: {_listing(names)}"
-            )
+    numbers = numbers_of(names)
+    for wrong in bad_labels(dataset, label, names).values():
+        raise wrong
     rows = tokenise(
         tokenizer,
         text_column(dataset, text),
@@ -57,27 +56,60 @@ def classification(
     labels = torch.tensor([numbers[name] for name in found], dtype=torch.int64)
     pad = pad_id(tokenizer)
     # A text without any token (an empty one, where no special token is added) would leave nothing
-    # to attend to, and a softmax over nothing is NaN: it gets one padding token, attended.
-    ids, mask = rectangle([row or [pad] for row in rows.ids], pad)
+    # to attend to, and a softmax over nothing is NaN: it gets one padding token, attended. A
+    # padding token that was added to the vocabulary may have no embedding: then it is the end's.
+    added, end = pad >= tokenizer.vocab_size, tokenizer.eos_token_id
+    alone = end if added and end is not None else pad
+    ids, mask = rectangle([row or [alone] for row in rows.ids], pad)
     types = None if rows.types is None else rectangle([row or [0] for row in rows.types], 0)[0]
     return Examples(ids, mask, labels, types), names
 
 
-def _labels(dataset: Dataset, name: str) -> tuple[list[str], list[str]]:
-    """Every row's label as a string, and the classes in their own order."""
-    values = column(dataset, name)
-    if None in values:
-        raise FedSieveError(f"row {values.index(None)} of column {name!r} has no label")
-    feature = dataset.features[name]
-    if isinstance(feature, ClassLabel):
-        known = dict(enumerate(feature.names))  # hub test sets hold -1 for "not given"
-        return [known.get(value, str(value)) for value in values], list(feature.names)
-    if not isinstance(values[0], str | int):
-        raise FedSieveError(
-            f"column {name!r} holds {type(values[0]).__name__} values: "
-            "a class is a string or an integer"
-        )
-    return [str(value) for value in values], [str(value) for value in sorted(set(values))]
+def labels_of(dataset: Dataset, name: str) -> list[str]:
+    """The label of each row. Raises FedSieveError, naming the row, where there is none."""
+    found: list[str] = []
+    for label in _labels(dataset, name, None):
+        if isinstance(label, FedSieveError):
+            raise label
+        found.append(label)
+    return found
+
+
+def bad_labels(
+    dataset: Dataset, name: str, classes: Sequence[str] | None
+) -> dict[int, FedSieveError]:
+    """The rows without a label, or with none of the classes, and what is wrong with each."""
+    found = enumerate(_labels(dataset, name, classes))
+    return {row: label for row, label in found if isinstance(label, FedSieveError)}
+
+
+def _labels(
+    dataset: Dataset, name: str, classes: Sequence[str] | None
+) -> Iterator[str | FedSieveError]:
+    known = None if classes is None else numbers_of([clean(each) for each in classes])
+    for row, label in enumerate(names_in(dataset, name)):
+        if label is None:
+            yield FedSieveError(f"row {row} of column {name!r} has no label")
+        elif isinstance(label, str) and known is not None and label not in known:
+            yield FedSieveError(
+                f"label {label!r} in row {row} of column {name!r} is none of the "
+                f"{len(classes or ())} classes: {_listing(classes or ())}"
+            )
+        else:
+            yield label
+
+
+def classes_of(features: Iterable[Any], labels: Iterable[str]) -> list[str]:
+    """The classes in their order: a ClassLabel's own names, else the labels that occur, as
+    `names.in_order` sorts them.
+
+    features: of the label's column, in each of the data sets that go together. If their ClassLabels
+        are not the same, they only name the labels
+    """
+    told = [feature for feature in features if isinstance(feature, ClassLabel)]
+    if told and all(each == told[0] for each in told):
+        return [clean(name) for name in told[0].names]
+    return in_order(labels)
 
 
 def _listing(names: Sequence[str]) -> str:

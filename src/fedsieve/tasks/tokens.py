@@ -37,8 +37,8 @@ class Examples(NamedTuple):
     attention_mask: (n, L) int64, one on tokens, zero on padding.
     labels: (n,) int64 class numbers, or (n, L) int64 next-token targets with -100 where there is
         no loss (padding, prompts).
-    token_type_ids: (n, L) int64 for sentence pairs, zero on the first text and on padding;
-        else None.
+    token_type_ids: (n, L) int64 where the tokenizer tells parts apart (sentence pairs; XLNet's
+        summary token), zero on padding; else None.
     """
 
     input_ids: Tensor
@@ -94,7 +94,7 @@ def ensure_pad_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 class Tokens(NamedTuple):
     ids: list[list[int]]
-    types: list[list[int]] | None  # which text of the pair
+    types: list[list[int]] | None  # which part of the row; None where all are zero
     ends: list[list[int]]  # where each token ends in its text, in characters; [] unless asked for
 
 
@@ -104,14 +104,21 @@ def tokenise(
     second: list[str] | None,
     max_length: int,
     offsets: bool = False,
+    special: bool = True,
 ) -> Tokens:
-    """Token numbers of each text (or pair), at most max_length of them, without padding."""
-    if max_length <= tokenizer.num_special_tokens_to_add(pair=second is not None):
+    """Token numbers of each text (or pair), at most max_length of them, without padding.
+
+    special: with the tokens that the tokenizer puts around a text
+    """
+    around = tokenizer.num_special_tokens_to_add(pair=second is not None) if special else 0
+    if max_length <= around:
         raise FedSieveError(f"max_length is {max_length}: no room for a token of the text")
     limit = CHARACTERS_PER_TOKEN * max_length
     # Truncation on the left keeps the end of a text; shortening it would keep the wrong part.
     if tokenizer.truncation_side == "left":
         limit = max([limit, *map(len, texts), *map(len, second or ())])
+
+    typed = second is not None or "token_type_ids" in tokenizer.model_input_names
 
     def call(first: list[str], other: list[str] | None) -> Tokens:
         made = tokenizer(
@@ -119,14 +126,15 @@ def tokenise(
             other,
             truncation=True,
             max_length=max_length,
+            add_special_tokens=special,
             return_attention_mask=False,
-            return_token_type_ids=other is not None,
+            return_token_type_ids=typed,
             return_offsets_mapping=offsets,
         )
         spans = made["offset_mapping"] if offsets else []
         return Tokens(
             made["input_ids"],
-            made["token_type_ids"] if other is not None else None,
+            made["token_type_ids"] if typed else None,
             [[end for _, end in row] for row in spans],
         )
 
@@ -143,6 +151,8 @@ def tokenise(
                 rows.types[number] = whole.types[0]
             if offsets:
                 rows.ends[number] = whole.ends[0]
+    if rows.types is not None and not any(map(any, rows.types)):
+        return rows._replace(types=None)
     return rows
 
 
@@ -157,11 +167,19 @@ def rectangle(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]
 
 def text_column(dataset: Dataset, name: str) -> list[str]:
     values: list[Any] = column(dataset, name)
+    for wrong in bad_texts(values, name).values():
+        raise wrong
+    return values
+
+
+def bad_texts(values: Sequence[Any], name: str) -> dict[int, FedSieveError]:
+    """The rows of a column that hold no text, and what is wrong with each."""
+    bad: dict[int, FedSieveError] = {}
     for row, value in enumerate(values):
         if not isinstance(value, str):
             what = "nothing" if value is None else f"a value of type {type(value).__name__}"
-            raise FedSieveError(f"row {row} of column {name!r} holds {what} instead of a text")
-    return values
+            bad[row] = FedSieveError(f"row {row} of column {name!r} holds {what} instead of a text")
+    return bad
 
 
 def check_rows(dataset: Dataset) -> None:

@@ -18,6 +18,7 @@ from fedsieve.algebra.keys import Key, generator, word
 from fedsieve.algebra.method import View
 from fedsieve.settings import Precision, Training
 from fedsieve.tasks.tokens import Examples, take
+from fedsieve.train.batch import inputs
 from fedsieve.train.model import ResidentModel
 
 
@@ -70,13 +71,14 @@ def fit(
     optimizer = _optimizer(parameters, training)
     order = _order(examples.labels.shape[0], training, generator(key.at("order")))
     devices = [resident.device] if resident.device.type == "cuda" else []
+    precise = _precision(resident, training.precision)
     total, compute, memory = 0.0, 0.0, 0
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(word(key.at("dropout")))
         for index in order:
-            batch = _inputs(take(examples, index), resident.device)
+            batch = inputs(model, take(examples, index), resident.device)
             start = time.perf_counter()
-            with _precision(resident.device, training.precision):
+            with precise:
                 loss = model(**batch).loss
             if view.penalty is not None:
                 loss = loss + view.penalty(everything)
@@ -111,11 +113,11 @@ def evaluate(
     resident.model.eval()
     rows = torch.arange(examples.labels.shape[0])
     loss, right, count = 0.0, 0, 0
-    with torch.inference_mode(), _precision(resident.device, precision):
+    with torch.inference_mode(), _precision(resident, precision):
         for index in rows.split(batch):
-            inputs = _inputs(take(examples, index), resident.device)
-            labels = inputs.pop("labels")
-            logits = resident.model(**inputs).logits.float()
+            given = inputs(resident.model, take(examples, index), resident.device)
+            labels = given.pop("labels")
+            logits = resident.model(**given).logits.float()
             if resident.task == "causal-lm":
                 logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
             counted = labels != -100
@@ -137,9 +139,12 @@ def runs_in_bf16(device: torch.device, precision: Precision) -> bool:
     return device.type == "cpu" and any(bool(check()) for check in checks)
 
 
-def _precision(device: torch.device, precision: Precision) -> Any:
-    if runs_in_bf16(device, precision):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+def _precision(resident: ResidentModel, precision: Precision) -> Any:
+    # What is trained is float32: a base in half precision multiplies with it in its own type.
+    half = {p.dtype for p in resident.model.parameters()} & {torch.float16, torch.bfloat16}
+    if half or runs_in_bf16(resident.device, precision):
+        dtype = min(half, key=str, default=torch.bfloat16)
+        return torch.autocast(resident.device.type, dtype=dtype)
     return nullcontext()
 
 
@@ -174,8 +179,3 @@ def _order(count: int, training: Training, draws: torch.Generator) -> list[Tenso
         batches.extend(torch.randperm(count, generator=draws).split(training.batch))
         passes += 1
     return batches[:wanted]
-
-
-def _inputs(examples: Examples, device: torch.device) -> dict[str, Tensor]:
-    given = {name: value for name, value in examples._asdict().items() if value is not None}
-    return {name: value.to(device, non_blocking=True) for name, value in given.items()}

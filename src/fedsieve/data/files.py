@@ -1,0 +1,271 @@
+"""One data file as a `datasets.Dataset`.
+
+Files are read with pyarrow into memory rather than through `datasets`' builders: those write a copy
+of every file into a cache, and read the words "NA", "None" and "null" in a text as missing values.
+CSV follows RFC 4180 (quotes, quoted newlines). TSV is read without quoting, as GLUE's files need:
+there a quotation mark is part of the sentence. `.tab` is Orange's format, with three header lines:
+names, types, roles. In all three every cell is a text: nothing is guessed from how it looks
+(names.py says what follows for labels and clients). JSON and Parquet have types, which stay. All
+but Parquet may be gzipped.
+
+Of a file only the columns that are used are read: the others may be nested, binary, damaged or
+there twice.
+"""
+
+import codecs
+import json
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pa_parquet
+from datasets import Dataset, DatasetInfo, Features
+
+from fedsieve.data.names import kind_of
+from fedsieve.errors import FedSieveError, nearest
+
+EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
+_DELIMITED = {".csv": ",", ".tsv": "\t"}
+# Orange's names for a column's type; "a b c" (the values themselves) is allowed there as well.
+_ORANGE_TYPES = frozenset({"d", "discrete", "s", "string", "c", "continuous", "t", "time", ""})
+
+
+class Columns(NamedTuple):
+    """The columns of a table that are used: as texts, and as names (labels, clients: names.py)."""
+
+    texts: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+def read(
+    path: Path,
+    *,
+    names: Sequence[str] | None = None,
+    separator: str | None = None,
+    columns: Columns | None = None,
+) -> Dataset:
+    """The rows of one file.
+
+    names, separator: for CSV and TSV, as in `sources.load`
+    columns: those that are read; by default all
+    Raises FedSieveError: an unknown extension, an empty or malformed file, an option that does not
+    apply, a column that is not there, twice there, or of a type that no column can have.
+    """
+    extension = extension_of(path)
+    if extension not in EXTENSIONS:
+        raise FedSieveError(
+            f"{path} has the unknown extension {extension!r}: "
+            f"FedSieve reads {', '.join(EXTENSIONS)}, all but the last also as .gz"
+        )
+    if path.stat().st_size == 0:
+        raise FedSieveError(f"{path} is empty")
+    if extension not in _DELIMITED and (names is not None or separator is not None):
+        raise FedSieveError(f"{path}: names and separator are for CSV and TSV files")
+    try:
+        if extension != ".parquet":
+            _refuse_utf16(path)
+        if extension in _DELIMITED:
+            mark = separator or _DELIMITED[extension]
+            table = _delimited(path, columns, names, mark, quoted=extension == ".csv")
+        elif extension == ".tab":
+            table = _orange(path, columns)
+        elif extension == ".parquet":
+            table = _parquet(path, columns)
+        else:
+            table = _json(path, columns)
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if "Empty CSV file" in str(error):
+            raise FedSieveError(f"{path} holds no rows") from error
+        raise FedSieveError(f"{path} could not be read: {error}") from error
+    if table.num_rows == 0:
+        raise FedSieveError(f"{path} holds no rows")
+    return _dataset(path, table)
+
+
+def extension_of(path: Path) -> str:
+    """`.csv` of `a.CSV.gz`."""
+    name = path.name.lower()
+    return Path(name.removesuffix(".gz")).suffix
+
+
+def array_of(values: Sequence[Any], what: str, place: Callable[[int], str]) -> pa.Array:
+    """A column from Python's values, which are all of one kind, or None.
+
+    what: the column, in an error; place: of a value, by its number, in an error
+    Raises FedSieveError naming the first value that is of another kind than those before it.
+    """
+    first: tuple[str, int] | None = None
+    for number, value in enumerate(values):
+        if value is None:
+            continue
+        kind = kind_of(value)
+        if first is None:
+            first = kind, number
+        elif kind != first[0]:
+            raise FedSieveError(
+                f"{place(number)} has {kind} in {what}, and {place(first[1])} has {first[0]}: "
+                "write all of them alike"
+            )
+    try:
+        return pa.array(values)
+    except OverflowError:  # integers of more than 64 bits
+        return pa.array([None if value is None else Decimal(value) for value in values])
+    except UnicodeEncodeError as error:
+        odd = next(n for n, value in enumerate(values) if value == error.object)
+        raise FedSieveError(f"{place(odd)} has half a character in {what}: {error}") from None
+
+
+def _chosen(path: Path, found: Sequence[str], columns: Columns | None) -> list[str]:
+    """The columns to read of those that a file has."""
+    chosen = list(dict.fromkeys(found if columns is None else (*columns.texts, *columns.names)))
+    for name in chosen:
+        if name not in found:
+            raise FedSieveError(f"{path}: no column {name!r}{nearest(name, set(found))}")
+        if found.count(name) > 1:
+            raise FedSieveError(f"{path} has the column {name!r} more than once")
+    return chosen
+
+
+def _delimited(
+    path: Path, columns: Columns | None, names: Sequence[str] | None, separator: str, quoted: bool
+) -> pa.Table:
+    """CSV or TSV, with a header line unless the names are given."""
+    if len(separator) != 1:
+        raise FedSieveError(f"separator {separator!r}: one character is needed")
+    return _texts(
+        path,
+        columns,
+        pa_csv.ReadOptions(column_names=None if names is None else list(names)),
+        pa_csv.ParseOptions(
+            delimiter=separator, quote_char='"' if quoted else False, newlines_in_values=quoted
+        ),
+    )
+
+
+def _orange(path: Path, columns: Columns | None) -> pa.Table:
+    """Orange's tab format. Lines two and three (types, roles) are no rows, nor are blank lines."""
+    head = _content(path).split("\n", 3)[:3]
+    header, types, roles = ([*(line.rstrip("\r").split("\t") for line in head), [], [], []])[:3]
+    if not len(header) == len(types) == len(roles) or not _ORANGE_TYPES.intersection(types):
+        raise FedSieveError(
+            f"{path} does not begin with Orange's three header lines (names, types, roles): "
+            "name a plain tab-separated file .tsv"
+        )
+    table = _texts(
+        path,
+        columns,
+        pa_csv.ReadOptions(skip_rows_after_names=2),
+        pa_csv.ParseOptions(delimiter="\t", newlines_in_values=True),
+    )
+    blank = pa.scalar(True)
+    for values in table.columns:
+        blank = pc.and_(blank, pc.equal(values, ""))
+    return table.filter(pc.invert(blank))
+
+
+def _texts(path: Path, columns: Columns | None, reading: Any, parsing: Any) -> pa.Table:
+    """A table of texts that a character separates."""
+    reading.block_size = 1 << 24  # bytes: a row must fit into one
+    with _opened(path) as file, pa_csv.open_csv(file, reading, parsing) as first:
+        found = first.schema.names
+    chosen = _chosen(path, found, columns)
+    with _opened(path) as file:
+        # As bytes, so that what is no UTF-8 does not matter in a column that is not used.
+        kinds = {"column_types": dict.fromkeys(found, pa.binary()), "include_columns": chosen}
+        table = pa_csv.read_csv(file, reading, parsing, pa_csv.ConvertOptions(**kinds))
+    for place, name in enumerate(chosen):
+        try:
+            table = table.set_column(place, name, table[name].cast(pa.string()))
+        except pa.ArrowInvalid:
+            raise FedSieveError(f"{path}: column {name!r} is not UTF-8 text") from None
+    return table
+
+
+def _parquet(path: Path, columns: Columns | None) -> pa.Table:
+    file = pa_parquet.ParquetFile(path)
+    chosen = _chosen(path, file.schema_arrow.names, columns)
+    table = file.read(chosen) if chosen else file.read()
+    for place, (name, values) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if pa.types.is_dictionary(values.type):  # pandas' categories
+            table = table.set_column(place, name, values.cast(values.type.value_type))
+    return table.select(chosen)  # `read` takes a.b for the column b inside of a, too
+
+
+def _json(path: Path, columns: Columns | None) -> pa.Table:
+    """A list of objects, or one object a line. A key that a row lacks is null there."""
+    content = _content(path)
+    rows: list[Any] = []
+    lines: list[int] = []  # of each row, where there is one a line
+    if content.lstrip().startswith("["):
+        try:
+            rows = json.loads(content, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
+            raise FedSieveError(f"{path} is not valid JSON: {error}") from None
+    else:
+        # Only \n ends a line: str.splitlines would also cut at characters that JSON allows in text.
+        for number, line in enumerate(content.split("\n"), start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line, object_pairs_hook=_object))
+                except (ValueError, RecursionError) as error:
+                    raise FedSieveError(
+                        f"{path}, line {number}: not a JSON object ({error})"
+                    ) from None
+                lines.append(number)
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise FedSieveError(f"{path}, row {number}: {type(row).__name__} instead of an object")
+    if not rows:
+        raise FedSieveError(f"{path} holds no rows")
+
+    def place(number: int) -> str:
+        return f"line {lines[number]}" if lines else f"row {number}"
+
+    table = {}
+    for key in _chosen(path, list(dict.fromkeys(key for row in rows for key in row)), columns):
+        try:
+            table[key] = array_of([row.get(key) for row in rows], f"column {key!r}", place)
+        except FedSieveError as error:
+            raise FedSieveError(f"{path} could not be read: {error}") from None
+    return pa.table(table)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"it has the key {twice!r} more than once")
+    return found
+
+
+def _dataset(path: Path, table: pa.Table) -> Dataset:
+    """The table with the features that `datasets` noted in it (names of classes), where it did."""
+    try:
+        features = Features.from_arrow_schema(table.schema)
+        return Dataset(table.replace_schema_metadata(None), info=DatasetInfo(features=features))
+    except (ValueError, TypeError, NotImplementedError, pa.ArrowException) as error:
+        raise FedSieveError(
+            f"{path} has a column of a type that cannot be used: {error}"
+        ) from error
+
+
+def _refuse_utf16(path: Path) -> None:
+    with _opened(path) as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise FedSieveError(f"{path} is UTF-16: save it as UTF-8")
+
+
+def _opened(path: Path) -> Any:
+    """A file's bytes, unzipped."""
+    zipped = path.name.lower().endswith(".gz")
+    return pa.input_stream(str(path), compression="gzip" if zipped else None)
+
+
+def _content(path: Path) -> str:
+    with _opened(path) as file:
+        return str(file.read().decode("utf-8-sig"))

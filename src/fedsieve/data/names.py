@@ -1,0 +1,103 @@
+"""Values as names: of classes, of clients, of whatever a column tells rows apart by.
+
+A name is a text, and never guessed to be anything else. In CSV, TSV and TAB files it is the cell as
+it stands there: 01, 1e5, 250.00, true, NA and 2024-05-01 are names like any other. A value that has
+a type has one spelling: an integer its digits, a Boolean True or False, a date is 2024-05-01,
+a decimal its digits. A float is a name only if it is whole, and then it is that integer
+(pandas makes 1.0 of 1 beside a missing value); which digits a fraction was written with, it does
+not tell. So 1 in one file and "1" in another are the same name, and 01 is not.
+
+White space around a name does not count, and é is é however it is composed (Unicode's form C). An
+empty text, null and NaN are no name.
+"""
+
+import datetime
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from fedsieve.errors import FedSieveError
+
+_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+_TRUTHS = ("True", "False")
+
+
+def name_of(value: Any) -> str | None:
+    """The name that a value is, or None where there is none.
+
+    Raises FedSieveError, with the end of a sentence that begins with the value's place, for a value
+    that cannot be a name.
+    """
+    value = _python(value)
+    if value is None or (isinstance(value, float | datetime.date | Decimal) and value != value):
+        return None  # NaN, and pandas' NaT, differ from themselves
+    if isinstance(value, str):
+        text = unicodedata.normalize("NFC", value).strip()
+        if len(text.splitlines()) > 1:
+            raise FedSieveError(
+                f"holds {text[:40]!r}, and a name has no line break (is a quotation mark left "
+                "open before it?)"
+            )
+        return text or None
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise FedSieveError(
+                f"holds {value:g}, and float values are names only where they are whole: write it "
+                "as a text"
+            )
+        return str(int(value))
+    if isinstance(value, int | Decimal | datetime.date | datetime.time):
+        return str(value)
+    raise FedSieveError(f"holds {kind_of(value)}, and a name is one text or whole number")
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of an error."""
+    value = _python(value)
+    for kind, name in (
+        (bool, "true or false"),
+        (int | float, "a number"),
+        (str, "a text"),
+        (list | tuple, "a list"),
+        (dict, "an object"),
+        (bytes, "bytes"),
+    ):
+        if isinstance(value, kind):
+            return name
+    return f"a value of type {type(value).__name__}"
+
+
+def _python(value: Any) -> Any:
+    """A scalar of NumPy's or torch's as Python's own."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def clean(text: str) -> str:
+    """A name that a user wrote, as those that are read from data are."""
+    return name_of(text) or ""
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names without repetition, sorted: as numbers if all are integers (2 before 10), else as text.
+
+    Names with leading zeros are no integers here; as text they have the same order.
+    """
+    found = set(names)
+    if all(_INTEGER.fullmatch(name) for name in found):
+        return sorted(found, key=int)
+    return sorted(found)
+
+
+def numbers_of(names: Sequence[str]) -> Mapping[str, int]:
+    """Each name's place. Where true or false is a name in one spelling, the others mean it too:
+    files with Booleans and files with words for them then agree.
+    """
+    numbers = {name: number for number, name in enumerate(names)}
+    for truth in _TRUTHS:
+        spelled = [name for name in names if name.casefold() == truth.casefold()]
+        if len(spelled) == 1:
+            for other in (truth, truth.lower(), truth.upper()):
+                numbers.setdefault(other, numbers[spelled[0]])
+    return numbers

@@ -1,0 +1,48 @@
+"""A batch as the base model wants it.
+
+Examples are padded on the right with the tokenizer's padding token. Models differ: many find a
+row's last token by the padding token of their own configuration, or count positions from it, a few
+read the last column, and not all can tell the texts of a pair apart.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsieve.tasks.tokens import Examples
+
+
+def inputs(model: Any, examples: Examples, device: torch.device) -> dict[str, Tensor]:
+    """What the model's forward pass is given, on the device.
+
+    Padding holds the model's own padding token, and is on the left where a model reads the last
+    column. Token types are left out where the model has no table that they fit.
+    """
+    config = model.config
+    given = {name: value for name, value in examples._asdict().items() if value is not None}
+    mask = examples.attention_mask
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None:
+        given["input_ids"] = examples.input_ids.masked_fill(mask == 0, pad)
+    if examples.token_type_ids is not None and not _typed(config, examples.token_type_ids):
+        del given["token_type_ids"]
+    if getattr(config, "summary_type", None) == "last":
+        given = {name: _right(value, mask) for name, value in given.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in given.items()}
+
+
+def _typed(config: Any, types: Tensor) -> bool:
+    # XLNet only compares the types of two tokens, with any number of them. GPT-2 and its kin would
+    # take a type for a word.
+    kinds = getattr(config, "type_vocab_size", 0)
+    return config.model_type == "xlnet" or int(types.max()) < kinds
+
+
+def _right(value: Tensor, mask: Tensor) -> Tensor:
+    """Each row moved to the right end, its padding to the left."""
+    if value.ndim == 1:
+        return value
+    width = mask.shape[1]
+    columns = torch.arange(width, device=mask.device) + mask.sum(1, keepdim=True)
+    return value.gather(1, columns % width)

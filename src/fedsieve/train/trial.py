@@ -1,0 +1,160 @@
+"""What every base model must keep to, tried on a few made-up tokens when it is loaded.
+
+Some models let padding leak into the other tokens, some see later tokens, some compute another loss
+than the task's. Their configurations do not say so, and a run over them ends with numbers that
+depend on which rows shared a batch. So it is tried: a handful of forward passes over two short
+rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fedsieve.errors import FedSieveError
+from fedsieve.settings import Task
+from fedsieve.tasks.tokens import Examples
+from fedsieve.train.batch import inputs
+from fedsieve.train.lengths import longest, position_tables, vocabulary
+
+CPU = torch.device("cpu")
+
+
+def settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
+    """Choose the padding token, and try what every model must keep to.
+
+    pad: the tokenizer's, taken unless the model has no embedding for it, counts positions from its
+        own (RoBERTa), or keeps rows apart with its own only. Set in the model's configuration.
+    Raises FedSieveError if a row's outputs depend on the rows beside it, a causal model's on later
+    tokens, the model's loss is not the task's, or the model does not run.
+    """
+    kind = model.config.model_type
+    try:
+        _choose_padding(model, task, pad)
+        if task == "causal-lm" and not _causal(model):
+            raise FedSieveError(
+                f"this {kind} model sees the tokens that it is to predict: choose a causal one, "
+                "or, if it was trained as a decoder, set is_decoder = true in [model.settings]"
+            )
+        if not _has_the_tasks_loss(model, task):
+            what = "the next token" if task == "causal-lm" else "the classes"
+            raise FedSieveError(
+                f"the loss of a {kind} model is not the mean cross-entropy of {what}: choose "
+                "another model"
+            )
+    except FedSieveError:
+        raise
+    except Exception as error:  # whatever a model's own code may raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FedSieveError(
+            f"a {kind} model cannot be trained on token numbers alone: {first}"
+        ) from error
+
+
+def _choose_padding(model: PreTrainedModel, task: Task, pad: int | None) -> None:
+    trouble: Exception = FedSieveError(
+        f"the outputs of a {model.config.model_type} model for one row depend on how far the row "
+        "is padded, so its results would depend on which rows share a batch: choose another model"
+    )
+    for token in _candidates(model, pad):
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = token
+        try:
+            if _apart(model, task):
+                return
+        except Exception as error:  # BART's kin count ends, and padding must not be one
+            trouble = error
+    raise trouble
+
+
+def _candidates(model: PreTrainedModel, pad: int | None) -> list[int]:
+    """The tokens that could be padding, the best first: those that the model has embeddings for."""
+    config = model.config.get_text_config()
+    own, end = _special(config, "pad"), _special(config, "eos")
+    counted = any(table.padding_idx is not None for table in position_tables(model))
+    order = [own, pad] if counted else [pad, own]
+    most = vocabulary(model)
+    return [
+        token
+        for token in dict.fromkeys([*order, end, 0])
+        if isinstance(token, int) and token >= 0 and (most is None or token < most)
+    ]
+
+
+def _apart(model: PreTrainedModel, task: Task) -> bool:
+    """Whether a row's outputs are the same alone and beside a longer one."""
+    both = _rows(model, task)
+    short = int(both.attention_mask[0].sum())
+    alone = both._replace(
+        input_ids=both.input_ids[:1, :short],
+        attention_mask=both.attention_mask[:1, :short],
+        labels=both.labels[:1] if both.labels.ndim == 1 else both.labels[:1, :short],
+    )
+    together = _run(model, both).logits[:1]
+    if task == "causal-lm":
+        together = together[:, :short]
+    return _same(_run(model, alone).logits, together)
+
+
+def _causal(model: PreTrainedModel) -> bool:
+    """Whether another last token leaves what was predicted before it as it was."""
+    rows = _rows(model, "causal-lm")
+    ids = rows.input_ids.clone()
+    ids[1, -1] = ids[1][ids[1] != ids[1, -1]][0]
+    before = _run(model, rows).logits[1, :-1]
+    return _same(before, _run(model, rows._replace(input_ids=ids)).logits[1, :-1])
+
+
+def _has_the_tasks_loss(model: PreTrainedModel, task: Task) -> bool:
+    """Whether the loss, while training, is what its own outputs make it."""
+    rows = _rows(model, task)
+    model.train()
+    out = _run(model, rows)
+    model.eval()
+    logits, labels = out.logits.float(), rows.labels
+    if task == "causal-lm":
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return _same(out.loss, torch.nn.functional.cross_entropy(logits, labels))
+
+
+def _run(model: PreTrainedModel, rows: Examples) -> Any:
+    # Not inference mode: what a model keeps from its first pass must be fit for training.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return model(**inputs(model, rows, CPU))
+
+
+def _rows(model: PreTrainedModel, task: Task) -> Examples:
+    """Two rows, of 9 and of 15 tokens where the model has positions for so many.
+
+    Odd numbers: some kinds take rows of certain lengths only.
+
+    No special token is among them but the end of sequence, at which some classifiers look.
+    """
+    config = model.config.get_text_config()
+    kinds = ("pad", "bos", "eos", "sep", "cls", "decoder_start")
+    special = {_special(config, kind) for kind in kinds}
+    words = [token for token in range(min(vocabulary(model) or 200, 200)) if token not in special]
+    most = min(longest(model) or 15, 15)
+    length = max(1, min(9, most - 1))
+    numbers = 3 + 5 * torch.arange(most) + 2 * torch.arange(2)[:, None]
+    ids = torch.tensor(words)[numbers % len(words)]
+    end = _special(config, "eos")
+    if end is not None:
+        ids[0, length - 1] = ids[1, -1] = end
+    mask = torch.ones_like(ids)
+    mask[0, length:] = 0
+    labels = torch.tensor([0, 1]) if task == "classification" else ids.where(mask == 1, -100)
+    return Examples(ids, mask, labels)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # In half precision the rounding itself depends on a batch's shape.
+    tolerance = 2e-3 if one.dtype == torch.float32 else 0.1
+    scale = one.abs().max().float()
+    return bool((one.float() - other.float()).abs().max() <= tolerance * scale)
+
+
+def _special(config: Any, kind: str) -> Any:
+    token = getattr(config, f"{kind}_token_id", None)
+    return token[0] if isinstance(token, list) and token else token
