@@ -20,7 +20,7 @@ from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.sites import site
 from fedsieve.study import plan
-from tests import commands_page, pages
+from tests import commands_page, defaults_page, pages
 from tests.pages import DOCS, PAGES, ROOT
 
 SOURCE = Path(fedsieve.__file__).parent
@@ -31,6 +31,10 @@ FOREIGN = {"--enable-supernode-auth", "--database", "--data", "--json", "--plot"
 # What docs/methods.md has its reader write.
 TO_BE_WRITTEN = {"src/fedsieve/methods/random_entries.py"}
 
+# A changelog names what is no more.
+today = pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name
+)
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -61,7 +65,7 @@ def test_links_and_images_lead_somewhere(page: Path) -> None:
             assert anchor in pages.anchors(place), f"{page.name}: {link}"
 
 
-@each_page
+@today
 def test_files_and_modules_that_are_named_exist(page: Path) -> None:
     """`tests/wire/reader.py`, `privacy.py`, `fedsieve.costs.table`."""
     for code in pages.inline(page):
@@ -169,6 +173,11 @@ def test_the_page_of_commands_is_what_the_command_line_says() -> None:
 # --- names
 
 
+def test_the_table_of_defaults_is_what_the_methods_have() -> None:
+    written = pages.read(defaults_page.PAGE)
+    assert defaults_page.table() in written, defaults_page.__doc__
+
+
 def test_every_method_is_on_the_pages_and_no_other() -> None:
     """All are in the table of docs/methods.md; the README's choice of them exists."""
     names = set(catalogue.names())
@@ -250,7 +259,7 @@ def _keys_of(table: str, method_options: set[str]) -> set[str]:
     return own | {f"{table}.{key}" for key in own}
 
 
-@each_page
+@today
 def test_keys_with_a_dot_lead_to_a_key(page: Path) -> None:
     tables = set(schema.keys_of(()))
     for code in pages.inline(page):

@@ -97,7 +97,7 @@ class Run:
         return self._experiment.federation.method.export(self._progress.state)
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format."""
+        """Write the adapter in PEFT's format, with the tokenizer and the names of the labels."""
         self._experiment.resident.save(self.adapter, Path(folder))
 
 
@@ -179,7 +179,15 @@ def finetune(
     base = load_base(
         locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
     )
-    resident = set_up(base, task, lora, method.trains, key=key, device=pick_device(device))
+    resident = set_up(
+        base,
+        task,
+        lora,
+        method.trains,
+        key=key,
+        device=pick_device(device),
+        tokenizer=tokenizer,
+    )
     check_rows(resident, *examples.values(), tested)
     if isinstance(budgets, Mapping):
         budgets = _by_id(budgets, "budgets")

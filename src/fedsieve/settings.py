@@ -3,12 +3,14 @@
 Nothing here needs torch, so that a recipe can be read, and a mistake in it told, at once.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic_core import ArgsKwargs
 
 from fedsieve.errors import FedSieveError
 
@@ -20,22 +22,72 @@ Source = Literal["seed", "system"]  # of noise
 PAPER_RATIOS = (0.125, 0.25, 0.5, 0.75)  # FSLoRA's experiments
 
 
+# Settings of PEFT's LoRA that users may look for, and why there are none here.
+_ONE_RANK = "not supported: methods cut and merge adapters that have one rank and scale everywhere"
+_NOT_OURS = {
+    "rank_pattern": _ONE_RANK,
+    "alpha_pattern": _ONE_RANK,
+    "target_parameters": "not supported: experts stacked in one parameter take no LoRA here",
+}
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class Lora:
     """What to train: PEFT's LoRA settings, by PEFT's names where it has them.
 
-    targets: names of modules (their last parts), "all-linear", or None for PEFT's choice for the
+    targets: names of modules (or their last parts), "all-linear", another text for a regular
+             expression that a module's whole name must match, or None for PEFT's choice for the
              model's family
-    whole:   modules trained whole beside the pairs (PEFT's modules_to_save); a classifier's head is
-             always among them
+    layers_to_transform, layers_pattern: of the targets, only those in layers of these numbers; and
+             what the list of layers is called, where names alone do not tell it
+    whole:   modules trained whole beside the pairs (PEFT's modules_to_save); a classifier's head,
+             and what the base's checkpoint does not hold, are always among them
     """
 
     rank: PositiveInt = 16
     alpha: PositiveFloat = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    targets: tuple[str, ...] | Literal["all-linear"] | None = None
+    targets: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[NonNegativeInt, ...] | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
     whole: tuple[str, ...] = ()
     rslora: bool = False
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _settings_of_peft_that_cannot_be(cls, given: Any) -> Any:
+        named = given.kwargs if isinstance(given, ArgsKwargs) else given
+        for key, why in _NOT_OURS.items():
+            if isinstance(named, Mapping) and key in named:
+                raise ValueError(f"{key}: {why}")
+        return given
+
+    @pydantic.field_validator("targets", "layers_pattern", mode="before")
+    @classmethod
+    def _names_or_pattern(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            try:
+                re.compile(given)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        elif given is not None and not (
+            isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
+        ):
+            raise ValueError("a list of names is needed, or a text: a regular expression")
+        return given
+
+    @pydantic.field_validator("layers_to_transform", mode="before")
+    @classmethod
+    def _one_layer(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, int) else given
+
+    @pydantic.model_validator(mode="after")
+    def _layers_of_named_targets(self) -> "Lora":
+        if self.layers_pattern is not None and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says what layers_to_transform counts: give that too")
+        if self.layers_to_transform is not None and isinstance(self.targets, str):
+            raise ValueError("layers_to_transform goes with a list of targets, not with a pattern")
+        return self
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))

@@ -15,6 +15,7 @@ from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
+from fedsieve.algebra.optim import sgd
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, begin, rounds
 from fedsieve.settings import Sampling
@@ -86,7 +87,8 @@ def share_left(name: str, case: Optimum) -> float:
                         tensor -= 0.1 * slope * view.moves.masks.get(name, torch.ones(()))
         return Fit({n: t.detach() for n, t in tree.items()}, float(value.detach()), 4, 0.0)
 
-    exact = {"down_values": "float64", "up_values": "float64"}
+    # A plain mean: Adam's steps of one size would need a rate that is chosen for the problem.
+    exact = {"server": sgd(), "down_values": "float64", "up_values": "float64"}
     method = methods.load(name)(**exact, **case.options)
     members = [Client(id, 20, case.budget) for id in data]
     memories: dict[str, Memory] = {}

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
+from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.runner import Stopped
 from tests import runs
@@ -553,3 +554,86 @@ def test_a_second_process_is_refused(tiny: Tiny, tmp_path: Path, command: Comman
         process.kill()
         process.join()
     assert command("resume", folder).code == 0  # a killed process holds nothing
+
+
+# --- a base that is not the one of the beginning
+
+
+def changed_weight(base: Path) -> None:
+    file = base / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["bert.encoder.layer.0.output.dense.weight"][3, 4] += 1e-6
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+def changed_head(base: Path) -> None:
+    """It is trained, but trained from what the checkpoint has."""
+    file = base / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["classifier.bias"][1] += 1e-6
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+def changed_configuration(base: Path) -> None:
+    file = base / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "layer_norm_eps": 1e-3}))
+
+
+def lost_pooler(base: Path) -> None:
+    """The adapter's own layout changes with it."""
+    file = base / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    safetensors.torch.save_file(kept, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change", [changed_weight, changed_head, changed_configuration, lost_pooler]
+)
+@pytest.mark.parametrize("method", ["fedit", "full"])
+def test_a_base_that_has_changed_is_refused(
+    tiny: Tiny, tmp_path: Path, change: Callable[[Path], None], method: str
+) -> None:
+    base, folder = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny.bert, base)
+    changes = {"model__source": str(base), "method": {"name": method}, "budgets": [{}]}
+    interrupted(tiny, folder, 1, **changes, rounds=2)
+    change(base)
+    before = untouched(folder)
+    with pytest.raises(FedSieveError, match=r"the base model has changed since the run began"):
+        runner.resume(folder, runs.quiet)
+    for merge in (False, True):
+        with pytest.raises(FedSieveError, match=r"has changed since the run began.*start a new"):
+            runner.export(folder, tmp_path / "out", merge=merge)
+    assert untouched(folder) == before
+    shutil.rmtree(base)
+    shutil.copytree(tiny.bert, base)
+    runner.resume(folder, runs.quiet)
+    runner.export(folder, tmp_path / "out")
+
+
+def untouched(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path): path.read_bytes() for path in files}
+
+
+def test_what_saving_writes_into_a_configuration_is_no_change(tiny: Tiny, tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny.bert, base)
+    interrupted(tiny, folder, 1, model__source=str(base), rounds=2)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"transformers_version": "9.9.9", "_name_or_path": "elsewhere"}
+    (base / "config.json").write_text(json.dumps(config))
+    runner.resume(folder, runs.quiet)
+
+
+def test_a_checkpoint_of_old_knows_no_base(tiny: Tiny, tmp_path: Path) -> None:
+    """Its run goes on as it did."""
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 1, rounds=2)
+    layout = from_recipe(recipe.check(tiny.table())).resident.layout
+    snapshot = checkpoint.load(folder / rundir.CHECKPOINTS, layout)
+    assert snapshot.base is not None
+    checkpoint.save(folder / rundir.CHECKPOINTS, snapshot._replace(base=None))
+    runner.resume(folder, runs.quiet)

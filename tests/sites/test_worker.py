@@ -199,7 +199,7 @@ def test_the_kept_adapter_scores_as_the_one_that_was_sent(
 # What is asked twice, late, or again after the server went back.
 
 
-class ResidentModel:
+class Worker:
     """One site in this process that is ready for a recipe, and a server's messages for it."""
 
     def __init__(self, tiny: Tiny, folder: Path, **changes: Any) -> None:
@@ -247,7 +247,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_same_request_gets_the_same_answer_and_no_training(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     first, second = site.train(1), site.train(2)
     assert first.body != second.body
     kept = contents(tmp_path)
@@ -259,7 +259,7 @@ def test_the_same_request_gets_the_same_answer_and_no_training(
 
 def test_a_server_that_went_back_finds_the_memory_of_then(tiny: Tiny, tmp_path: Path) -> None:
     """Rounds 1, 2, 3, then 2 and 3 again with another adapter: as if the first ones never were."""
-    site, other = ResidentModel(tiny, tmp_path / "a"), ResidentModel(tiny, tmp_path / "b")
+    site, other = Worker(tiny, tmp_path / "a"), Worker(tiny, tmp_path / "b")
     for number in (1, 2, 3):
         site.train(number)
     other.train(1)
@@ -272,7 +272,7 @@ def test_a_server_that_went_back_finds_the_memory_of_then(tiny: Tiny, tmp_path: 
 
 
 def test_a_site_says_so_when_the_server_goes_back_too_far(tiny: Tiny, tmp_path: Path) -> None:
-    site = ResidentModel(tiny, tmp_path, rounds=20)
+    site = Worker(tiny, tmp_path, rounds=20)
     for number in range(1, 9):
         site.train(number)
     # Two checkpoints a round apart are in reach, and one before them.
@@ -316,7 +316,7 @@ def test_a_lost_answer_does_not_shut_a_site_out(tiny: Tiny, tmp_path: Path, name
 
 
 def test_a_damaged_memory_is_passed_over_with_a_warning(tiny: Tiny, tmp_path: Path) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     site.train(1)
     after_one = site.residual()
     site.train(2)
@@ -333,7 +333,7 @@ def test_a_damaged_memory_is_passed_over_with_a_warning(tiny: Tiny, tmp_path: Pa
 def test_a_full_disk_is_an_answer_and_loses_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site, other = ResidentModel(tiny, tmp_path / "a"), ResidentModel(tiny, tmp_path / "b")
+    site, other = Worker(tiny, tmp_path / "a"), Worker(tiny, tmp_path / "b")
     for each in (site, other):
         each.train(1)
     kept = contents(tmp_path / "a")
@@ -355,7 +355,7 @@ def test_a_full_disk_is_an_answer_and_loses_nothing(
 
 
 def test_a_client_that_diverges_keeps_its_memory_and_says_why(tiny: Tiny, tmp_path: Path) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     site.train(1)
     before = site.residual()
     answer = site.train(2, scale=1e38)
@@ -376,17 +376,17 @@ def test_the_model_loads_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Mo
         return pretrained(kind, name, **given)
 
     monkeypatch.setattr(model, "_pretrained", counted)
-    site = ResidentModel(tiny, tmp_path, rounds=20)
+    site = Worker(tiny, tmp_path, rounds=20)
     whole = resident.whole_message(site.assignment.start)
     for number in range(1, 9):
         told(site.ask, site.text)
         assert site.train(number).header["ok"]
         assert site.ask(rate("evaluate", site.text, number, whole)).header["ok"]
-    assert sorted(loads) == ["AutoModelForSequenceClassification", "AutoTokenizer"]
+    assert sorted(loads) == ["AutoConfig", "AutoModelForSequenceClassification", "AutoTokenizer"]
 
 
 def test_a_worker_that_starts_again_knows_the_recipe(tiny: Tiny, tmp_path: Path) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     answers = site.train(1), site.train(2)
     site.state = settled(site.path)
     assert (site.train(1), site.train(2)) == answers
@@ -398,7 +398,7 @@ def test_a_worker_that_starts_again_knows_the_recipe(tiny: Tiny, tmp_path: Path)
 
 
 def test_old_runs_are_forgotten_and_their_adapters_stay(tiny: Tiny, tmp_path: Path) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     site.train(1)
     assert site.ask(
         rate("keep", site.text, 1, resident.whole_message(site.assignment.start))
@@ -412,7 +412,7 @@ def test_old_runs_are_forgotten_and_their_adapters_stay(tiny: Tiny, tmp_path: Pa
 
 
 def test_what_a_killed_worker_left_half_written_is_removed(tiny: Tiny, tmp_path: Path) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     site.train(1)
     whole = resident.whole_message(site.assignment.start)
     assert site.ask(rate("keep", site.text, 1, whole)).header["ok"]
@@ -458,7 +458,7 @@ def test_what_a_killed_worker_left_half_written_is_removed(tiny: Tiny, tmp_path:
 def test_requests_that_are_refused(
     tiny: Tiny, tmp_path: Path, header: dict[str, Any], said: str
 ) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     good = train(site.text, 1, site.message(1))
     asked = header if "do" in header or not header else {**good.header, **header}
     kept = contents(tmp_path)
@@ -471,7 +471,7 @@ def test_requests_that_are_refused(
 
 
 def test_messages_that_are_no_payload_change_nothing(tiny: Tiny, tmp_path: Path) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     site.train(1)
     kept = contents(tmp_path)
     good = site.message(2)
@@ -485,7 +485,7 @@ def test_messages_that_are_no_payload_change_nothing(tiny: Tiny, tmp_path: Path)
 
 
 def test_a_server_may_ask_for_less_than_the_site_affords(tiny: Tiny, tmp_path: Path) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     usual = site.train(1)
     budget = {"ratio": 1.0, "down": 0.5, "up": 0.1}
     less = site.ask(train(site.text, 1, site.message(1), budget=budget))
@@ -511,7 +511,7 @@ def test_a_server_may_ask_for_less_than_the_site_affords(tiny: Tiny, tmp_path: P
 def test_recipes_that_are_refused(
     tiny: Tiny, tmp_path: Path, changes: dict[str, Any], said: str | None
 ) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     answer = site.ask(Frame({"do": "recipe"}, recipe_text(tiny, **changes)))
     if said is None:
         assert answer.header["ok"]
@@ -522,7 +522,7 @@ def test_recipes_that_are_refused(
 
 @pytest.mark.parametrize("text", [b"\xff", b"rounds = ", b"[" * 9999, b"a" * (1 << 21), b""])
 def test_a_recipe_that_is_none_is_refused(tiny: Tiny, tmp_path: Path, text: bytes) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     assert not site.ask(Frame({"do": "recipe"}, text)).header["ok"]
     assert site.train(1).header["ok"]
 
@@ -608,7 +608,7 @@ def test_errors_do_not_tell_the_server_what_the_rows_hold(tiny: Tiny, tmp_path: 
 def test_whatever_breaks_is_an_answer(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    site = ResidentModel(tiny, tmp_path)
+    site = Worker(tiny, tmp_path)
     with monkeypatch.context() as patch:
 
         def broken(*_: Any) -> Any:
@@ -899,7 +899,7 @@ def test_a_worker_in_a_process_of_its_own(tiny: Tiny, tmp_path: Path, command: C
     One test, since a process takes seconds to start. The oracle is a site in this process that
     nothing ever happens to.
     """
-    calm = ResidentModel(tiny, tmp_path / "calm")
+    calm = Worker(tiny, tmp_path / "calm")
     path = write_site(tiny, tmp_path / "busy", budget={"down": 0.5, "up": 0.25})
     folder = path.parent / "worker"
     address = folder / SOCKET

@@ -104,6 +104,7 @@ class Method(NamedTuple):
     init:     the server's state before the first round
     plan:     what all clients of a round share, as a state
     export:   the global model
+    server:   the optimizer that moves it: the one that was given, or the method's own
     personal: a client's own model, from the global one and the client's memory, for methods that
               leave a part with the client; None for all others
     trains:   what of the model is its tree: LoRA pairs and the head, the head alone, or all weights
@@ -122,6 +123,7 @@ class Method(NamedTuple):
     report: Callable[[View, Tree, Memory, ClientContext], tuple[Payload, Memory]]
     merge: Callable[[State, Iterable[tuple[Client, Payload]], Key], State]
     export: Callable[[State], Adapter]
+    server: Optimizer
     personal: Callable[[Adapter, Memory], Adapter] | None = None
     trains: Trained = "lora"
     linear: bool = False
@@ -181,7 +183,8 @@ def compose(
     freeze_absent: a client trains only the entries that arrived, and returns exactly these
     returns:   the change, start minus end, or the trained values themselves; what a value's mean
                lacks because its client does not hold the rank then counts as the value zero
-    server:    the optimizer that takes the mean change as its gradient; default SGD with lr 1
+    server:    the optimizer that takes the mean change as its gradient; default SGD with lr 1,
+               FedAvg; a method whose paper has another gives that here
     weighting: clients count alike, by their number of examples, or by a function of what they
                return (a tree at the client's rank, and its layout)
     down_values, up_values: the form in which numbers travel
@@ -293,6 +296,7 @@ def compose(
         report=report,
         merge=merge,
         export=export,
+        server=optimizer,
         trains=trains,
         linear=linear,
         clip=clip,

@@ -10,7 +10,8 @@ arXiv 2003.00295), and neither decays weights.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.settings import Source
 
 Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
+Table = Mapping[str, str | float]  # what a recipe's [server] says
 
 
 def unlimited(slots: Slots) -> float:
@@ -42,6 +44,7 @@ class Optimizer(NamedTuple):
               and refuses a round without any
     settle:   (slots after the step, how many updates were within the clip, how many there were) ->
               slots; where a clip that adapts learns from the round
+    table:    what [server] in a recipe says for it; empty for one that no recipe can name
     private:  where the noise comes from that hides single clients (`privacy.private`); None where
               nothing does
     """
@@ -51,6 +54,7 @@ class Optimizer(NamedTuple):
     clip: Callable[[Slots], float] = unlimited
     expected: float | None = None
     settle: Callable[[Slots, int, int], Slots] = unchanged
+    table: Table = MappingProxyType({})
     private: Source | None = None
 
 
@@ -67,7 +71,7 @@ def bounded(optimizer: Optimizer, clip: float) -> Optimizer:
     """
     if limits(optimizer):
         raise FedSieveError("bounded: the server optimizer clips updates already: leave one out")
-    return optimizer._replace(clip=lambda slots: clip)
+    return optimizer._replace(clip=lambda slots: clip, table=_and(optimizer, clip=clip))
 
 
 def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
@@ -82,7 +86,7 @@ def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
         velocity = {n: momentum * u + gradient[n] for n, u in slots["velocity"].items()}
         return {n: p - lr * velocity[n] for n, p in params.items()}, {"velocity": velocity}
 
-    return Optimizer(init, step)
+    return Optimizer(init, step, table={"optimizer": "sgd", "lr": lr, "momentum": momentum})
 
 
 def adam(
@@ -108,7 +112,8 @@ def adam(
             moved[n] = p - scale * m[n] / ((v[n] / (1 - beta2**steps)).sqrt() + eps)
         return moved, {"m": m, "v": v, "count": count}
 
-    return Optimizer(init, step)
+    said: Table = {"optimizer": "adam", "lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
+    return Optimizer(init, step, table=said)
 
 
 def fedadam(
@@ -130,7 +135,8 @@ def fedadam(
         moved = {n: p - lr * m[n] / (v[n].sqrt() + tau) for n, p in params.items()}
         return moved, {"m": m, "v": v}
 
-    return Optimizer(init, step)
+    said: Table = {"optimizer": "fedadam", "lr": lr, "beta1": beta1, "beta2": beta2, "tau": tau}
+    return Optimizer(init, step, table=said)
 
 
 def fading(optimizer: Optimizer, decay: float) -> Optimizer:
@@ -153,7 +159,12 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
         faded = {n: p + share * (moved[n] - p) for n, p in params.items()}
         return faded, {**inner, "fading": {"rounds": rounds + 1}}
 
-    return optimizer._replace(init=init, step=step)
+    return optimizer._replace(init=init, step=step, table=_and(optimizer, decay=decay))
+
+
+def _and(optimizer: Optimizer, **more: float) -> Table:
+    """The optimizer's table with more in it; still none if it has none."""
+    return {**optimizer.table, **more} if optimizer.table else optimizer.table
 
 
 def _moments(gradient: Tree, slots: Slots, beta1: float, beta2: float) -> tuple[Tree, Tree]:

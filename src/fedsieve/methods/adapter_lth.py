@@ -18,7 +18,7 @@ from pydantic import Field
 
 from fedsieve.algebra.counts import exact
 from fedsieve.algebra.method import Method, State, Weighting
-from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.optim import Optimizer, adam
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.pruning import live_only, pruned
 
@@ -34,6 +34,7 @@ def method(
 ) -> Method:
     """Adapter LTH. Budgets have no say.
 
+    server: by default Adam, which the FLASC paper gives it too
     keep: the share of the live entries that stays live after a round
     """
 
@@ -42,7 +43,7 @@ def method(
 
     return live_only(
         prune,
-        server=server,
+        server=adam(5e-3) if server is None else server,
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,

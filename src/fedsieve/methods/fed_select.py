@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedsieve.algebra.method import Method, Ranked, Weighting, compose, evaluated_at
-from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.optim import Optimizer, adam
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import after, dense, top_k, top_ranks
 from fedsieve.errors import FedSieveError
@@ -37,6 +37,7 @@ def method(
 ) -> Method:
     """Federated Select. Densities (entries) or ratios (ranks) come from each client's budget.
 
+    server: by default Adam, which the FLASC paper gives it too
     dense_rounds: rounds before the first mask; ranked, evaluated: as in `flasc`
     Raises FedSieveError where the change would be ranked before there is one: what a client does
     not get it does not train, so the first choice, one among zeros, would stand for ever.
@@ -52,7 +53,7 @@ def method(
         up=dense,
         knobs=frozenset({"ratio"} if by_rank else {"down"}),
         freeze_absent=True,
-        server=server,
+        server=adam(5e-3) if server is None else server,
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,

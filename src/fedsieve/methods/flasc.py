@@ -22,7 +22,7 @@ P_0 is the start, which both ends draw from the seed. The rest is as above.
 from typing import Literal
 
 from fedsieve.algebra.method import Method, Ranked, Weighting, compose, evaluated_at
-from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.optim import Optimizer, adam
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import top_k
 from fedsieve.settings import Share
@@ -42,8 +42,10 @@ def method(
     up_values: Form = "float32",
     feedback: bool = False,
 ) -> Method:
-    """FLASC. The paper's server is `optim.adam`; densities come from each client's budget.
+    """FLASC. Densities come from each client's budget.
 
+    server: by default Adam, as in the paper; of its learning rates {1e-4, 5e-4, 1e-3, 5e-3} the
+        largest, which is nearest to what was best here (docs/results.md)
     ranked: what the download's mask keeps the largest of: the values, as in the paper, or their
         change since the start; `evaluated` ranks the same
     weights: "lora" trains LoRA pairs and the head, "all" every weight of the model
@@ -58,7 +60,7 @@ def method(
         down=top_k("down", head=head, decay=decay, least=least),
         up=top_k("up", head=head, decay=decay, least=least),
         knobs=frozenset({"down", "up"}),
-        server=server,
+        server=adam(5e-3) if server is None else server,
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,

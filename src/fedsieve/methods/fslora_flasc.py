@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedsieve.algebra.method import Method, Ranked, Weighting, compose, evaluated_at, r_over_k
-from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.optim import Optimizer, adam
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import sketch, top_k, within
 
@@ -27,13 +27,13 @@ def method(
     down_values: Form = "float32",
     up_values: Form = "float32",
 ) -> Method:
-    """The combination. Options as in `fslora` and `flasc`."""
+    """The combination. Options as in `fslora` and `flasc`; the server is FLASC's Adam."""
     inner = compose(
         down=within(sketch(shared=shared), top_k("down", head=head)),
         up=top_k("up", head=head),
         knobs=frozenset({"ratio", "down", "up"}),
         rescale=r_over_k,
-        server=server,
+        server=adam(5e-3) if server is None else server,
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,

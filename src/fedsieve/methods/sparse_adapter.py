@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from fedsieve.algebra.method import Method, State, Weighting
-from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.optim import Optimizer, adam
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.pruning import live_only, pruned
 
@@ -31,6 +31,7 @@ def method(
 ) -> Method:
     """SparseAdapter. Budgets have no say.
 
+    server:  by default Adam, which the FLASC paper gives it too
     density: the share of the entries that the mask keeps; head = "whole" leaves the head out of it
     """
 
@@ -39,7 +40,7 @@ def method(
 
     return live_only(
         prune,
-        server=server,
+        server=adam(5e-3) if server is None else server,
         weighting=weighting,
         down_values=down_values,
         up_values=up_values,

@@ -40,6 +40,7 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, Score, evaluate, fit, runs_in_bf16
 from fedsieve.train.model import ResidentModel, load_base, load_tokenizer, pick_device, set_up
@@ -237,8 +238,9 @@ def set_up_resident(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> ResidentModel:
     """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in."""
+    source = locate(recipe.model.source)
     base = load_base(
-        locate(recipe.model.source),
+        source,
         recipe.model.task,
         recipe.data.classes or (),
         key=Key(recipe.seed),
@@ -246,18 +248,28 @@ def set_up_resident(
         pad_token_id=tokenizer.pad_token_id,
         settings=recipe.model.settings,
     )
-    trains = build_method(recipe).trains
-    return set_up(base, recipe.model.task, recipe.lora, trains, key=Key(recipe.seed), device=device)
+    digest = base_digest(base, source)
+    resident = set_up(
+        base,
+        recipe.model.task,
+        recipe.lora,
+        build_method(recipe).trains,
+        key=Key(recipe.seed),
+        device=device,
+        tokenizer=tokenizer,
+    )
+    return dataclasses.replace(resident, digest=digest)
 
 
 def locate(source: str) -> str:
-    """Where a model is: a fetched name's folder, else the name itself (a folder or the hub).
+    """Where a model is: a fetched name's folder, another folder's whole path, else a hub name.
 
+    The whole path, because it is written into the adapter, for whoever loads that elsewhere.
     Fetched names come first, as for data: write `./name` for a folder that is called like one.
     """
     if source in fetch.PACKAGES:
         return str(fetch.cached(source))
-    return source
+    return absolute(source)
 
 
 def _settled(recipe: Recipe, device: torch.device) -> Recipe:

@@ -15,8 +15,10 @@ from fedsieve.errors import FedSieveError, nearest
 from fedsieve.recipe.schema import (
     Budgets,
     ListBudgets,
+    MethodTable,
     Recipe,
     ResourceBudgets,
+    ServerTable,
     TierBudgets,
     deployed,
     limits_by_id,
@@ -31,9 +33,16 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
     Raises FedSieveError for an option that the method lacks, a value that it does not take, or
     budgets that it would ignore.
     """
-    server_options = dict(recipe.server.model_extra or {})
-    make_server = getattr(optim, recipe.server.optimizer)
-    server = make_server(**_options(make_server, server_options, "server"))
+    build = methods.load(recipe.method.name)
+    options = _options(build, recipe.method.model_extra or {}, "method")
+    recipe = with_server(recipe)
+    server_options = recipe.server.model_extra or {}
+    if recipe.server.optimizer is None:
+        server = build(**options).server  # one that no recipe can name, and so cannot change
+        _options(lambda: None, server_options, "server")
+    else:
+        make_server = getattr(optim, recipe.server.optimizer)
+        server = make_server(**_options(make_server, server_options, "server"))
     if recipe.server.decay < 1:
         server = optim.fading(server, recipe.server.decay)
     if recipe.server.clip is not None:
@@ -46,8 +55,6 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
         # What the noise will be is not known yet; what it asks of the method is.
         clipped = optim.bounded(server, recipe.privacy.clip)
         server = clipped._replace(private=recipe.privacy.noise_from)
-    build = methods.load(recipe.method.name)
-    options = _options(build, recipe.method.model_extra or {}, "method")
     try:
         method: Method = build(server=server, **options)
     except Unbounded as error:
@@ -66,14 +73,38 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
     return method
 
 
+def with_server(recipe: Recipe) -> Recipe:
+    """The recipe with the method's own server optimizer written out, if it names none.
+
+    A run that is gone on with then has the same, whatever the method's own is by that time.
+    Raises FedSieveError for an option that the method lacks or a value that it does not take.
+    """
+    if recipe.server.optimizer is not None:
+        return recipe
+    own = alone(recipe.method).server.table
+    if not own:
+        return recipe
+    given = recipe.server.model_dump(exclude_unset=True, exclude_none=True)
+    server = ServerTable.model_validate({**own, **given})
+    return recipe.model_copy(update={"server": server})
+
+
 def knobs(recipe: Recipe) -> frozenset[Knob]:
     """The budgets that the recipe's method uses, whatever budgets the recipe gives.
 
     Raises FedSieveError for an option that the method lacks or a value that it does not take.
     """
-    build = methods.load(recipe.method.name)
-    method: Method = build(**_options(build, recipe.method.model_extra or {}, "method"))
-    return method.knobs
+    return alone(recipe.method).knobs
+
+
+def alone(table: MethodTable) -> Method:
+    """The method that a recipe's table [method] describes, with the server that is its own.
+
+    Raises FedSieveError for an option that the method lacks or a value that it does not take.
+    """
+    build = methods.load(table.name)
+    method: Method = build(**_options(build, table.model_extra or {}, "method"))
+    return method
 
 
 def _in_the_words_of(recipe: Recipe, error: Unbounded) -> FedSieveError:

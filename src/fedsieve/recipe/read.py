@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from fedsieve.errors import FedSieveError, explain_all, nearest
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
 from fedsieve.recipe.overrides import put
-from fedsieve.recipe.schema import Recipe, keys_of, path_of
+from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -55,10 +55,13 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def check(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
-    """The recipe that a table of plain values describes; raises FedSieveError, naming the key."""
-    from fedsieve.recipe.method import build_method  # needs torch
+    """The recipe that a table of plain values describes; raises FedSieveError, naming the key.
 
-    recipe = parse(table, source)
+    Where it names no server optimizer, the method's own is written out.
+    """
+    from fedsieve.recipe.method import build_method, with_server  # need torch
+
+    recipe = with_server(parse(table, source))
     build_method(recipe)  # its options are checked now, not after the data are loaded
     return recipe
 
@@ -79,7 +82,10 @@ def _refuse_unknown_options(recipe: Recipe) -> None:
     A method of the user's own is a module that would have to be imported: `check` does.
     """
     server = recipe.server
-    takes = [("server", server.model_extra, options(OPTIMIZERS, server.optimizer))]
+    # Which optimizer a method has of its own is known once it is built: `check` looks again.
+    possible = SERVERS if server.optimizer is None else (server.optimizer,)
+    of_server = dict.fromkeys(each for name in possible for each in options(OPTIMIZERS, name))
+    takes = [("server", server.model_extra, tuple(of_server))]
     name = recipe.method.name
     if "." not in name:
         takes.append(("method", recipe.method.model_extra, known(name).options))

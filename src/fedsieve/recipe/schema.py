@@ -246,15 +246,20 @@ class MethodTable(BaseModel):
     name: str
 
 
+ServerName = Literal["sgd", "adam", "fedadam"]
+SERVERS: tuple[ServerName, ...] = get_args(ServerName)
+
+
 class ServerTable(BaseModel):
     """The server optimizer's name; its parameters stand beside it.
 
+    optimizer: None is the method's own, with what stands beside it changed
     decay: its learning rate is multiplied by this after every round
     clip: the L2 norm to which a client's update is scaled down; none by default. No privacy
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    optimizer: Literal["sgd", "adam", "fedadam"] = "sgd"
+    optimizer: ServerName | None = None
     decay: Share = 1.0
     clip: PositiveFloat | None = None
 

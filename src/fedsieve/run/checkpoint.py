@@ -22,6 +22,7 @@ from fedsieve.algebra.adapter import Layout, Tree
 from fedsieve.algebra.method import Memory, State
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError
+from fedsieve.train.digest import BaseDigest
 
 KEEP = 2  # the newest, and one to fall back to
 
@@ -32,12 +33,14 @@ class Snapshot(NamedTuple):
     marks: length in bytes of each of the run's logs at this point, by file name; lines written
            after it belong to rounds that will be done again
     half:  the last round, where it is merged and no more: what is left of it is to be done
+    base:  digest of the base model that the run began with; none in checkpoints of old
     """
 
     progress: Progress
     memories: dict[str, Memory]
     marks: dict[str, int]
     half: Unevaluated | None = None
+    base: BaseDigest | None = None
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
@@ -60,6 +63,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         "clients": clients,
         "marks": snapshot.marks,
         "same": same,
+        "base": None if snapshot.base is None else snapshot.base._asdict(),
     }
     if snapshot.half is not None:
         half = snapshot.half
@@ -83,10 +87,10 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     return path
 
 
-def load(folder: Path, layout: Layout) -> Snapshot:
+def load(folder: Path, layout: Layout, base: BaseDigest | None = None) -> Snapshot:
     """The newest whole checkpoint; a damaged one is passed over with a warning.
 
-    Raises FedSieveError if there is none, or if it belongs to another layout.
+    Raises FedSieveError if there is none, or if it belongs to another base or another layout.
     """
     files = _newest_first(folder)
     for path in files:
@@ -98,6 +102,7 @@ def load(folder: Path, layout: Layout) -> Snapshot:
                 stacklevel=2,
             )
             continue
+        _refuse_another_base(facts, base)
         return _snapshot(path, facts, tensors, layout)
     what = "no checkpoint that is whole" if files else "no checkpoint"
     raise FedSieveError(f"{folder} holds {what}: the run cannot be resumed, start it again")
@@ -198,6 +203,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, tensors
 
 
+def _refuse_another_base(facts: Mapping[str, Any], now: BaseDigest | None) -> None:
+    if now is None or facts.get("base") is None:
+        return  # checkpoints of old do not know
+    then = BaseDigest(**facts["base"])
+    if now != then:
+        what = "weights" if now.weights != then.weights else "configuration"
+        raise FedSieveError(
+            f"the base model has changed since the run began (its {what}), and the run's adapter "
+            "belongs to the old one: put that back in its place, or start a new run"
+        )
+
+
 def _snapshot(
     path: Path, facts: dict[str, Any], tensors: dict[str, Tensor], layout: Layout
 ) -> Snapshot:
@@ -225,4 +242,5 @@ def _snapshot(
         told = facts["half"]
         receipts = [Receipt(**receipt) for receipt in told["receipts"]]
         half = Unevaluated(Round(**told["summary"]), receipts, progress, told["due"])
-    return Snapshot(progress, memories, facts["marks"], half)
+    base = None if facts.get("base") is None else BaseDigest(**facts["base"])
+    return Snapshot(progress, memories, facts["marks"], half, base)

@@ -63,7 +63,8 @@ def start(recipe: Recipe, folder: Path, show: Show, *, overwrite: bool = False) 
 def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
     """Go on with a run from its newest whole checkpoint; a finished run is left as it is.
 
-    Raises FedSieveError if the folder holds no run that can be resumed, Stopped as `start` does.
+    Raises FedSieveError if the folder holds no run that can be resumed, or if the base model has
+    changed since; Stopped as `start` does.
     """
     rundir.check(folder)
     with rundir.lock(folder):
@@ -74,7 +75,8 @@ def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
         checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
         snapshot = None
         if not rundir.untouched(folder):
-            snapshot = checkpoint.load(checkpoints, experiment.resident.layout)
+            resident = experiment.resident
+            snapshot = checkpoint.load(checkpoints, resident.layout, resident.digest)
             _refuse_one_count(folder, recipe, snapshot)
             experiment.memories.update(snapshot.memories)
         if deployed(recipe):
@@ -102,7 +104,8 @@ def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:
 def export(folder: Path, to: Path, *, merge: bool = False) -> int:
     """Write the newest checkpoint's adapter, or the whole model with it merged in, to a folder.
 
-    Returns the round it is from. Raises FedSieveError if there is no run or `to` is not empty.
+    Returns the round it is from. Raises FedSieveError if there is no run, if `to` is not empty, or
+    if the base model has changed since the run began.
     """
     rundir.check(folder)
     try:
@@ -115,13 +118,13 @@ def export(folder: Path, to: Path, *, merge: bool = False) -> int:
     tokenizer = load_tokenizer(locate(recipe.model.source))
     tokens.ensure_pad_token(tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
-    snapshot = checkpoint.load(rundir.place(folder, rundir.CHECKPOINTS), resident.layout)
+    place = rundir.place(folder, rundir.CHECKPOINTS)
+    snapshot = checkpoint.load(place, resident.layout, resident.digest)
     adapter = build_method(recipe).export(snapshot.progress.state)
     if merge:
         resident.merge(adapter, to)
     else:
         resident.save(adapter, to)
-    tokenizer.save_pretrained(str(to))
     return snapshot.progress.round
 
 
@@ -213,7 +216,8 @@ def _refuse_other_noise(folder: Path, number: int) -> None:
 
 
 def _snapshot(experiment: Experiment, progress: Progress, folder: Path) -> Snapshot:
-    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder))
+    base = experiment.resident.digest
+    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder), base=base)
 
 
 def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path) -> None:

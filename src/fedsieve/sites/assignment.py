@@ -8,12 +8,10 @@ has not stored. Errors that could quote a row or a path are told to the site's o
 server learns that there was one.
 """
 
-import hashlib
 import tomllib
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -84,9 +82,9 @@ def prepare(
     _refuse_too_many_steps(recipe, tokens.count(examples), most_steps)
     resident = _resident(recipe, tokenizer, say)
     check_rows(resident, examples, test)
-    return Assignment(
-        run, recipe, method, resident, resident.adapter(), examples, test, base_digest(resident)
-    )
+    assert resident.digest is not None
+    digest = resident.digest.weights
+    return Assignment(run, recipe, method, resident, resident.adapter(), examples, test, digest)
 
 
 def _recipe(text: bytes) -> Recipe:
@@ -109,11 +107,26 @@ def _recipe(text: bytes) -> Recipe:
         if not ("drop" in key and rate):
             # What is given there goes to the function that loads the model.
             raise FedSieveError(f"model.settings.{key[:40]}: a site takes dropout rates only")
+    refuse_patterns(recipe)
     if recipe.model.task == "classification" and recipe.data.classes is None:
         raise FedSieveError(
             "data.classes: sites cannot see each other's labels, so the recipe must list them"
         )
     return recipe
+
+
+def refuse_patterns(recipe: Recipe) -> None:
+    """Raises FedSieveError for a recipe whose layers are found by a regular expression.
+
+    A short one can keep a site's processor busy for ever.
+    """
+    targets = recipe.lora.targets
+    if isinstance(targets, str) and targets != "all-linear":
+        raise FedSieveError(
+            "lora.targets: a site takes no regular expression from a server: list the names"
+        )
+    if recipe.lora.layers_pattern is not None:
+        raise FedSieveError("lora.layers_pattern: a site takes none: it is a regular expression")
 
 
 def _localised(recipe: Recipe, site: Site) -> Recipe:
@@ -184,14 +197,3 @@ def _refuse_too_many_steps(recipe: Recipe, examples: int, most: int) -> None:
     steps = training.steps or training.epochs * -(-examples // training.batch)
     if steps > most:
         raise FedSieveError(f"{steps} optimizer steps a round: this site takes at most {most}")
-
-
-def base_digest(resident: ResidentModel) -> str:
-    """Of the frozen weights: two sites with different base models find out."""
-    trained = {id(parameter) for _, parameter in resident.parameters()}
-    digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in resident.model.named_parameters():
-        if id(parameter) not in trained:
-            flat = parameter.detach().cpu().contiguous().flatten()
-            digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -56,7 +56,7 @@ from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
-from fedsieve.sites.assignment import base_digest
+from fedsieve.sites.assignment import refuse_patterns
 from fedsieve.sites.resident import whole_message
 from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, number_of
 from fedsieve.sites.worker import SOCKET
@@ -267,7 +267,8 @@ def on_network(
     enough = sampling.size if sampling.extra else None
     policy = policy._replace(quorum=sampling.quorum, enough=enough)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    welcome = partial(_welcome, method=method, base=base_digest(resident), say=say)
+    assert resident.digest is not None
+    welcome = partial(_welcome, method=method, base=resident.digest.weights, say=say)
     known = json.loads(keys.read_text(encoding="utf-8")) if keys.exists() else {}
 
     def pin(all_keys: Mapping[str, str]) -> None:
@@ -372,6 +373,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
         )
+    refuse_patterns(recipe)
     sampling = _sampling(recipe, policy)
     if sampling.kind == "uniform" and sampling.size > policy.sites:
         warnings.warn(

@@ -11,7 +11,7 @@ counts as 1 for it, and options of another method or server optimizer are left o
 import itertools
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -23,10 +23,10 @@ from fedsieve.algebra import optim
 from fedsieve.clients.laws import tiers_by_density, tiers_by_rank
 from fedsieve.errors import FedSieveError, explain_all
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe.method import alone, limits_said, options_of
 from fedsieve.recipe.method import knobs as knobs_of
-from fedsieve.recipe.method import limits_said, options_of
 from fedsieve.recipe.overrides import flat, put
-from fedsieve.recipe.schema import Recipe
+from fedsieve.recipe.schema import MethodTable, Recipe, ServerTable
 from fedsieve.settings import Share
 from fedsieve.study.jobs import Job, refuse_changed
 
@@ -267,21 +267,27 @@ def _work_out(study: Study, given: EntryTable, base: Mapping[str, Any], source: 
 def _drop_foreign(table: dict[str, Any], own: Settings, where: str) -> list[str]:
     """Take out options of the shared recipe that are another method's, or another optimizer's.
 
-    An entry's own options stay, and are refused later if they are unknown.
+    An entry's own options stay, and are refused later if they are unknown. A server that is not
+    named is the method's own.
     """
     method, server = table.get("method", {}), table.get("server", {})
-    build = known_methods.load(str(method.get("name")))
-    make = getattr(optim, str(server.get("optimizer", "sgd")), None)
-    notes = []
-    for name, options, known in (
-        ("method", method, {"name", *options_of(build)}),
-        ("server", server, {"optimizer", "decay", *(options_of(make) if make else ())}),
-    ):
+    notes: list[str] = []
+
+    def drop(name: str, options: dict[str, Any], known: Collection[str]) -> None:
         foreign = [k for k in options if k not in known and f"{name}.{k}" not in own]
         for key in foreign:
             del options[key]
         if foreign:
             notes.append(f"has no {' and no '.join(f'{name}.{key}' for key in foreign)}")
+
+    build = known_methods.load(str(method.get("name")))
+    drop("method", method, {"name", *options_of(build)})
+    if server:
+        built = alone(MethodTable.model_validate(method))
+        optimizer = server.get("optimizer") or built.server.table.get("optimizer")
+        make = getattr(optim, str(optimizer), None)
+        known = {*ServerTable.model_fields, *(options_of(make) if make else ())}
+        drop("server", server, known if built.linear else known - {"clip"})
     return notes
 
 

@@ -124,6 +124,8 @@ def prepare(
     full = parsed.model_dump(mode="json")
     table["budgets"] = full["budgets"]
     table["lora"] = {key: value for key, value in full["lora"].items() if value is not None}
+    # What is found is a recipe: its server is written out as every run's is.
+    table["server"] = {key: value for key, value in full["server"].items() if value is not None}
     table["seed"] = parsed.seed
     search = Search(table, folder, tuple(seeds) or (parsed.seed,), budget_mb * 1e6, max_rank)
     if rank is not None:

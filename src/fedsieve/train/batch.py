@@ -8,7 +8,7 @@ read the last column, and not all can tell the texts of a pair apart.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsieve.tasks.tokens import Examples
 
@@ -30,6 +30,15 @@ def inputs(model: Any, examples: Examples, device: torch.device) -> dict[str, Te
     if getattr(config, "summary_type", None) == "last":
         given = {name: _right(value, mask) for name, value in given.items()}
     return {name: value.to(device, non_blocking=True) for name, value in given.items()}
+
+
+def half_type(model: nn.Module) -> torch.dtype | None:
+    """The type of a base in half precision, in which it multiplies with what is trained; or None.
+
+    What is trained is float32, so such a model runs under autocast only.
+    """
+    half = {p.dtype for p in model.parameters()} & {torch.float16, torch.bfloat16}
+    return min(half, key=str, default=None)
 
 
 def _typed(config: Any, types: Tensor) -> bool:

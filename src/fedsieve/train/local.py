@@ -18,7 +18,7 @@ from fedsieve.algebra.keys import Key, generator, word
 from fedsieve.algebra.method import View
 from fedsieve.settings import Precision, Training
 from fedsieve.tasks.tokens import Examples, take
-from fedsieve.train.batch import inputs
+from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.model import ResidentModel
 
 
@@ -140,11 +140,9 @@ def runs_in_bf16(device: torch.device, precision: Precision) -> bool:
 
 
 def _precision(resident: ResidentModel, precision: Precision) -> Any:
-    # What is trained is float32: a base in half precision multiplies with it in its own type.
-    half = {p.dtype for p in resident.model.parameters()} & {torch.float16, torch.bfloat16}
-    if half or runs_in_bf16(resident.device, precision):
-        dtype = min(half, key=str, default=torch.bfloat16)
-        return torch.autocast(resident.device.type, dtype=dtype)
+    half = half_type(resident.model)
+    if half is not None or runs_in_bf16(resident.device, precision):
+        return torch.autocast(resident.device.type, dtype=half or torch.bfloat16)
     return nullcontext()
 
 

@@ -6,14 +6,14 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 """
 
 import copy
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
@@ -21,21 +21,25 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.pytorch_utils import Conv1D
 
 from fedsieve.algebra.adapter import Adapter, Layout, Tree, layout_of
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError
 from fedsieve.settings import Lora, Task
+from fedsieve.train import parts, targets
+from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
 from fedsieve.train.head import match_rows
-from fedsieve.train.trial import settle
+from fedsieve.train.parts import Place
+from fedsieve.train.trial import run_with_pairs, settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
+LABELS = "labels.json"  # beside an adapter: id2label and label2id, which PEFT has no place for
 
 
 @dataclass(frozen=True)
@@ -48,16 +52,22 @@ class ResidentModel:
     frozen: `<module>.base` -> the base's own weight, kept from when it was first changed
     dense:  of dense LoRA as the settings have it, whatever is trained: what all bytes are compared
             with. It is empty where no such LoRA fits the model
+    ties:   tensor name -> the other places of the same parameter, where weights are tied
+    tokenizer: saved beside the model, if it is known
+    digest: of the base as it was loaded, where a run keeps it
     """
 
     model: PeftModel | PreTrainedModel
     task: Task
     layout: Layout
-    slots: dict[str, tuple[nn.Module, str]]
+    slots: dict[str, Place]
     loras: tuple[LoraLayer, ...]
     device: torch.device
     frozen: Tree
     dense: Layout
+    ties: Mapping[str, Sequence[Place]]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    digest: BaseDigest | None = None
 
     def adapter(self) -> Adapter:
         """A copy, on the CPU, of the adapter that is in the model."""
@@ -71,10 +81,11 @@ class ResidentModel:
     def put(self, adapter: Adapter) -> None:
         """Put an adapter of any rank into the model; its scale too."""
         for name, tensor in adapter.tensors.items():
-            module, attribute = self.slots[name]
             # A copy: training must not write into the caller's tensors.
             value = tensor.detach().to(self.device, torch.float32, copy=True)
-            setattr(module, attribute, nn.Parameter(value))
+            parameter = nn.Parameter(value)
+            for module, attribute in (self.slots[name], *self.ties.get(name, ())):
+                setattr(module, attribute, parameter)
         for module in self.loras:
             module.scaling[_NAME] = adapter.layout.scale
             module.r[_NAME] = adapter.layout.rank
@@ -100,15 +111,20 @@ class ResidentModel:
     def save(self, adapter: Adapter, folder: Path) -> None:
         """Write an adapter in PEFT's format: `PeftModel.from_pretrained` reads it.
 
+        The tokenizer goes beside it, and a classifier's names of labels in `labels.json`. (Not in a
+        `config.json`: transformers would take the folder for a whole model.) PEFT makes the base
+        from the base's own folder, so `AutoPeftModelForSequenceClassification` must be told
+        `num_labels`, or the names, where the base has another number of labels.
+
         Where more than an adapter was trained (all weights, the head alone, a changed base), the
         whole model is written, for `from_pretrained` of its own class.
         """
         self.put(adapter)
         if not isinstance(self.model, PeftModel):
-            self.model.save_pretrained(str(folder))
+            self._save_whole(self.model, folder)
             return
         if adapter.base:
-            copy.deepcopy(self.model).merge_and_unload().save_pretrained(str(folder))
+            self._save_whole(copy.deepcopy(self.model).merge_and_unload(), folder)
             return
         config = self.model.peft_config[_NAME]
         rank, scale = adapter.layout.rank, adapter.layout.scale
@@ -117,15 +133,26 @@ class ResidentModel:
         # A set's order differs from process to process, and so would the file.
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
-        self.model.save_pretrained(str(folder))
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)
+        if self.task == "classification":
+            own = self.model.config
+            labels = {"id2label": own.id2label, "label2id": own.label2id}
+            (folder / LABELS).write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(folder))
 
     def merge(self, adapter: Adapter, folder: Path) -> None:
         """Write the whole model with the adapter added into its weights. Uses up the resident."""
         self.put(adapter)
-        if isinstance(self.model, PeftModel):
-            self.model.merge_and_unload().save_pretrained(str(folder))
-        else:
-            self.model.save_pretrained(str(folder))
+        model = self.model
+        self._save_whole(
+            model.merge_and_unload() if isinstance(model, PeftModel) else model, folder
+        )
+
+    def _save_whole(self, model: Any, folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(str(folder))
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -157,15 +184,16 @@ def load_base(
     pad_token_id: int | None = None,
     settings: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A pretrained model, ready for the task.
+    """A pretrained model, ready for the task: frozen, but for what was drawn (see parts.py).
 
     classes:  names of the labels; a classifier without a head for them gets a new one, drawn from
               `key`, and one that has them in another order gets its rows into this one (head.py)
     pad_token_id: the tokenizer's
     settings: changes to the model's configuration, such as its dropout rates
-    Raises FedSieveError if the model cannot be found or read, or does not keep to what every model
-    must (trial.py).
+    Raises FedSieveError if the model cannot be found or read, if it is quantised, if more than a
+    head would have to be drawn, or if it does not keep to what every model must (trial.py).
     """
+    _refuse_quantised(name, settings or {})
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
     kind = AutoModelForCausalLM
     if task == "classification":
@@ -185,8 +213,10 @@ def load_base(
             f"model {name!r}: the weights of {odd[0]} have another shape than its configuration "
             "says; see model.settings"
         )
+    drawn = {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])}
+    parts.freeze_loaded(model, drawn)
+    parts.refuse_random_body(model, name, task)
     if task == "classification":
-        drawn = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
         match_rows(model, known, classes, drawn, key.at("head"))
     settle(model, task, pad_token_id)
     return model
@@ -199,7 +229,8 @@ def shape_of(name: str, task: Task, classes: int) -> PreTrainedModel:
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     with torch.device("meta"):
         model: PreTrainedModel = kind.from_config(config)
-    return model
+    # Which modules the checkpoint lacks is not known here.
+    return model.requires_grad_(False)
 
 
 def set_up(
@@ -210,12 +241,18 @@ def set_up(
     *,
     key: Key,
     device: torch.device,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ResidentModel:
-    """A base model with what a method trains: a fresh LoRA adapter, the head alone, or all."""
+    """A base model with what a method trains: a fresh LoRA adapter, the head alone, or all.
+
+    tokenizer: to be saved beside what is trained
+    """
     if trains == "lora":
-        return attach(base, task, lora, key=key, device=device)
-    dense = _dense_lora(base, task, lora)
-    return dataclasses.replace(whole(base, task, lora, trains, device=device), dense=dense)
+        resident = attach(base, task, lora, key=key, device=device)
+    else:
+        dense = _dense_lora(base, task, lora)
+        resident = replace(whole(base, task, lora, trains, device=device), dense=dense)
+    return replace(resident, tokenizer=tokenizer)
 
 
 def _dense_lora(base: PreTrainedModel, task: Task, lora: Lora) -> Layout:
@@ -223,10 +260,14 @@ def _dense_lora(base: PreTrainedModel, task: Task, lora: Lora) -> Layout:
     # The twin's modules are its own, and its parameters the model's: nothing large is copied.
     shared = {id(p): p for p in [*base.parameters(), *base.buffers()]}
     twin = copy.deepcopy(base, dict(shared))
+    trained = [(p, p.requires_grad) for p in base.parameters()]
     try:
         return attach(twin, task, lora, key=Key(0), device=base.device).layout
     except FedSieveError:
         return Layout({}, (), 0, 1.0)
+    finally:
+        for parameter, was in trained:
+            parameter.requires_grad_(was)
 
 
 def whole(
@@ -234,16 +275,14 @@ def whole(
 ) -> ResidentModel:
     """A base model of which the head, or all, is trained itself, without LoRA.
 
-    The head is what lies outside the model's body, and the modules that lora.whole names.
-    Raises FedSieveError if there is none.
+    The head is what lies outside the model's body, what was drawn at load, and the modules that
+    lora.whole names. Raises FedSieveError if there is none.
     """
-    body = f"{base.base_model_prefix}."
-    for name, parameter in base.named_parameters():
-        named = any(part in lora.whole for part in name.split("."))
-        parameter.requires_grad_(trains == "all" or named or not name.startswith(body))
+    chosen = parts.trained_whole(base, lora.whole, head=True) if trains == "head" else set()
+    ids = {id(base.get_parameter(name)) for name in chosen}
+    for parameter in base.parameters():
+        parameter.requires_grad_(trains == "all" or id(parameter) in ids)
     slots = _slots(base)
-    if not slots:
-        raise FedSieveError("the model has no head outside its body: name modules in lora.whole")
     tensors = {name: getattr(*slot) for name, slot in slots.items()}
     for tensor in tensors.values():
         tensor.data = tensor.data.float()
@@ -251,7 +290,8 @@ def whole(
     if device.type == "cpu":
         speed_up(base)
     layout = layout_of(tensors, 1.0)
-    return ResidentModel(base, task, layout, slots, (), device, {}, layout)
+    ties = _ties(base, slots)
+    return ResidentModel(base, task, layout, slots, (), device, {}, layout, ties)
 
 
 def attach(
@@ -259,31 +299,32 @@ def attach(
 ) -> ResidentModel:
     """Put a fresh LoRA adapter into a base model: A random from `key`, B zero.
 
-    Raises FedSieveError if no module can take LoRA, a target does not exist, or the rank is larger
-    than a side of a target's weight.
+    Raises FedSieveError if no module can take LoRA, a target does not exist, the rank is larger
+    than a side of a target's weight, or the model does not run with the pairs.
     """
-    _check_targets(base, lora)
-    kinds = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
-    targets = lora.targets
-    config = LoraConfig(
-        task_type=kinds[task],
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets if targets is None or isinstance(targets, str) else list(targets),
-        modules_to_save=list(lora.whole) or None,
-        use_rslora=lora.rslora,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
-    )
+    targets.check_names(base, lora)
+    chosen = parts.trained_whole(base, lora.whole, head=task == "classification")
+    modules = parts.modules_of(base, chosen)
+    tied = parts.tied_places(base)
+    parts.refuse_tied(tied, modules, "lora.whole")
+    config = targets.config_of(base, task, lora, modules)
     # Random numbers are drawn on the CPU, so that every device starts from the same adapter.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(word(key.at("adapter")))
         try:
             model = get_peft_model(base, config)
         except ValueError as error:
-            raise FedSieveError(f"LoRA cannot be added to the model: {error}") from error
+            what = " ".join(str(error).split())  # PEFT prints whole modules
+            if what.startswith("No modules were targeted"):
+                what = (
+                    "lora.targets: no layer outside the head can take LoRA, or is in these layers"
+                )
+            raise FedSieveError(f"LoRA cannot be added to the model: {what}") from error
+    found = model.base_model.targeted_module_names
+    targets.check_found(lora, config, found)
+    parts.refuse_tied(tied, found, "lora.targets")
     slots = _slots(model)
-    published = set(get_peft_model_state_dict(model))
+    published = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if published != set(slots):
         odd = sorted(published ^ set(slots))
         raise FedSieveError(f"PEFT would save other tensors than those trained: {odd[:4]}")
@@ -296,13 +337,19 @@ def attach(
         side = min(tensors[pair.a].shape[1], tensors[pair.b].shape[0])
         if lora.rank > side:
             raise FedSieveError(
-                f"lora.rank {lora.rank} is larger than a side of {pair.module} ({side}): lower it"
+                f"lora.rank {lora.rank} is larger than a side of {pair.module} ({side}): lower it, "
+                "or list lora.targets without that layer"
             )
+    loras = {name: each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
+    if base.device.type != "meta":
+        run_with_pairs(model, task, loras)
     model.to(device)
     if device.type == "cpu":
         speed_up(model)
-    loras = tuple(module for module in model.modules() if isinstance(module, LoraLayer))
-    return ResidentModel(model, task, layout, slots, loras, device, {}, layout)
+    ties = _ties(model, slots)
+    return ResidentModel(
+        model, task, layout, slots, tuple(loras.values()), device, {}, layout, ties
+    )
 
 
 def _pretrained(kind: Any, name: str, **given: Any) -> Any:
@@ -316,30 +363,37 @@ def _pretrained(kind: Any, name: str, **given: Any) -> Any:
         ) from error
 
 
-def _check_targets(base: nn.Module, lora: Lora) -> None:
-    able = {
-        name.rsplit(".", 1)[-1]
-        for name, module in base.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d | Conv1D)
-    }
-    if not able:
-        raise FedSieveError("the model has no module that can take LoRA (linear, embedding, conv)")
-    if lora.targets is None or isinstance(lora.targets, str):
-        return
-    for target in lora.targets:
-        if target.rsplit(".", 1)[-1] not in able:
-            raise FedSieveError(
-                f"lora.targets names {target!r}, which no module that can take LoRA is called"
-                + nearest(target.rsplit(".", 1)[-1], able)
-            )
+def _refuse_quantised(name: str, settings: Mapping[str, Any]) -> None:
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+    except (OSError, ValueError):
+        return  # loading the model says what is wrong
+    asked = sorted({"quantization_config", "load_in_4bit", "load_in_8bit"} & set(settings))
+    if asked or config.get("quantization_config") is not None:
+        by = f" by model.settings.{asked[0]}" if asked else ""
+        raise FedSieveError(
+            f"model {name!r} is quantised{by}, and such bases are not supported yet: give one of "
+            "float32, bfloat16 or float16"
+        )
 
 
-def _slots(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def _slots(model: nn.Module) -> dict[str, Place]:
     """Where each trained parameter sits, by the name under which PEFT saves it."""
-    slots: dict[str, tuple[nn.Module, str]] = {}
+    slots: dict[str, Place] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             holder, attribute = name.rsplit(".", 1)
             public = name.replace(f".modules_to_save.{_NAME}", "").replace(f".{_NAME}", "")
             slots[public] = (model.get_submodule(holder), attribute)
     return dict(sorted(slots.items()))
+
+
+def _ties(model: nn.Module, slots: Mapping[str, Place]) -> dict[str, list[Place]]:
+    """Where else each trained parameter sits, for those that sit in several places."""
+    known = parts.tied_places(model)
+    ties = {}
+    for name, slot in slots.items():
+        others = [place for _, place in known[id(getattr(*slot))] if place != slot]
+        if others:
+            ties[name] = others
+    return ties

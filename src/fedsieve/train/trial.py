@@ -6,6 +6,7 @@ depend on which rows shared a batch. So it is tried: a handful of forward passes
 rows.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Task
 from fedsieve.tasks.tokens import Examples
-from fedsieve.train.batch import inputs
+from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.lengths import longest, position_tables, vocabulary
 
 CPU = torch.device("cpu")
@@ -50,6 +51,38 @@ def settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
         raise FedSieveError(
             f"a {kind} model cannot be trained on token numbers alone: {first}"
         ) from error
+
+
+def run_with_pairs(model: Any, task: Task, pairs: Mapping[str, Any]) -> None:
+    """One forward pass of PEFT's model, on the CPU.
+
+    pairs: PEFT's layers, by name
+    Raises FedSieveError, naming the layer if it gives anything but one tensor, where the model does
+    not run.
+    """
+    odd: list[str] = []
+
+    def look(name: str) -> Any:
+        return lambda _, __, out: None if isinstance(out, Tensor) else odd.append(name)
+
+    hooks = [
+        layer.get_base_layer().register_forward_hook(look(name)) for name, layer in pairs.items()
+    ]
+    half = half_type(model)
+    try:
+        with torch.autocast("cpu", half, enabled=half is not None):
+            _run(model, _rows(model, task))
+    except Exception as error:  # whatever a model's own code may raise
+        if odd:
+            raise FedSieveError(
+                f"lora.targets takes in {odd[0]}, a layer that gives more than one tensor (a "
+                "router of experts does), and takes no pair: name layers of attention"
+            ) from error
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FedSieveError(f"the model does not run with LoRA on its layers: {first}") from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _choose_padding(model: PreTrainedModel, task: Task, pad: int | None) -> None:

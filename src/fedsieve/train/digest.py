@@ -1,0 +1,46 @@
+"""Whether a base model is still, or also elsewhere, the same."""
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What saving and loading writes into a configuration, and no number of the model depends on.
+_BOOKKEEPING = ("_name_or_path", "_commit_hash", "architectures", "transformers_version")
+
+
+class BaseDigest(NamedTuple):
+    """Of a base model.
+
+    weights: of all that was loaded; what was drawn follows from the seed
+    config:  of its configuration's file
+    """
+
+    weights: str
+    config: str
+
+
+def base_digest(base: "PreTrainedModel", source: str) -> BaseDigest:
+    """Of a base model as `load_base` gives it, before anything is put into it.
+
+    source: where it was loaded from
+    """
+    from transformers import PreTrainedConfig  # takes seconds: not for who reads a digest only
+
+    digest = hashlib.blake2b(digest_size=16)
+    kept = base.state_dict(keep_vars=True)
+    for name, tensor in sorted([*base.named_parameters(), *base.named_buffers()]):
+        if name in kept and not tensor.requires_grad:
+            flat = tensor.detach().cpu().contiguous().flatten()
+            digest.update(name.encode())
+            digest.update(flat.view(torch.uint8).numpy())
+    config, _ = PreTrainedConfig.get_config_dict(source)
+    plain = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
+    text = json.dumps(plain, sort_keys=True, default=str)
+    return BaseDigest(
+        digest.hexdigest(), hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    )

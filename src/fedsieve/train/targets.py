@@ -1,0 +1,109 @@
+"""Which layers get LoRA pairs: PEFT's own choice, names, a pattern, or all linear layers.
+
+PEFT passes over a name that fits no layer as long as another one fits. Here every name counts: a
+misspelt layer would otherwise be found missing after the training, if at all.
+"""
+
+import re
+from collections.abc import Sequence
+
+from peft import LoraConfig
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedsieve.errors import FedSieveError, nearest
+from fedsieve.settings import Lora, Task
+
+_TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+
+
+def check_names(base: nn.Module, lora: Lora) -> None:
+    """Raises FedSieveError for what can be told before PEFT changes the model."""
+    able = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d | Conv1D)
+    }
+    if not able:
+        raise FedSieveError("the model has no module that can take LoRA (linear, embedding, conv)")
+    kind = getattr(getattr(base, "config", None), "model_type", None)
+    if lora.targets is None and kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        raise FedSieveError(
+            f"lora.targets: PEFT has no choice for models of type {kind!r}: name the layers, or "
+            "take 'all-linear'"
+        )
+    pattern = lora.targets if isinstance(lora.targets, str) else "all-linear"
+    names = [name for name, _ in base.named_modules()]
+    if pattern != "all-linear" and not any(re.fullmatch(pattern, name) for name in names):
+        raise FedSieveError(
+            f"lora.targets: no module's whole name matches the regular expression {pattern!r}: "
+            "begin it with '.*', or give a list of names"
+        )
+    for target in lora.targets if isinstance(lora.targets, tuple) else ():
+        last = target.rpartition(".")[2]
+        if last in able:
+            continue
+        for name, parameter in base.named_parameters():
+            if parameter.ndim == 3 and last in name.split("."):
+                raise FedSieveError(
+                    f"lora.targets names {target!r}: the experts of this mixture are stacked in "
+                    f"one parameter ({name}), which takes no LoRA here; name layers of attention"
+                )
+        raise FedSieveError(
+            f"lora.targets names {target!r}, which no module that can take LoRA is called"
+            + nearest(last, able)
+        )
+
+
+def config_of(base: nn.Module, task: Task, lora: Lora, whole: list[str]) -> LoraConfig:
+    """PEFT's configuration; whole: the modules that are trained whole."""
+    targets, layers, pattern = lora.targets, lora.layers_to_transform, lora.layers_pattern
+    return LoraConfig(
+        task_type=_TASKS[task],
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        layers_to_transform=None if layers is None else list(layers),
+        layers_pattern=list(pattern) if isinstance(pattern, tuple) else pattern,
+        modules_to_save=whole or None,
+        use_rslora=lora.rslora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
+    )
+
+
+def check_found(lora: Lora, config: LoraConfig, found: Sequence[str]) -> None:
+    """Raises FedSieveError where PEFT found other layers than those that were asked for.
+
+    config: PEFT's, as it became; found: the names of the layers that got pairs
+    """
+    if config.target_parameters:
+        experts = ", ".join(sorted(config.target_parameters))
+        raise FedSieveError(
+            f"lora.targets takes in the experts of a mixture ({experts}), stacked in parameters "
+            "that take no LoRA here: name layers of attention, such as ['q_proj', 'v_proj']"
+        )
+    for target in lora.targets if isinstance(lora.targets, tuple) else ():
+        if any(_called(name, target) for name in found):
+            continue
+        if any(_called(module, target) for module in config.modules_to_save or ()):
+            raise FedSieveError(
+                f"lora.targets names {target!r}, which is trained whole already: leave it out"
+            )
+        among = "" if lora.layers_to_transform is None else " among lora.layers_to_transform"
+        raise FedSieveError(
+            f"LoRA cannot be added to the model: lora.targets names {target!r}, and no layer"
+            f"{among} is called so"
+        )
+    for number in lora.layers_to_transform or ():
+        if not any(str(number) in name.split(".") for name in found):
+            raise FedSieveError(
+                f"lora.layers_to_transform names layer {number}, and no target is in a layer of "
+                "that number"
+            )
+
+
+def _called(name: str, target: str) -> bool:
+    """PEFT's rule: a module goes by its whole name, and by the last parts of it."""
+    return name == target or name.endswith(f".{target}")

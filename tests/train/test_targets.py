@@ -1,0 +1,155 @@
+"""LoRA goes where PEFT itself would put it, and every name that a user gives counts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from pydantic import ValidationError
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fedsieve.algebra.keys import Key
+from fedsieve.errors import FedSieveError
+from fedsieve.settings import Lora, Task
+from fedsieve.sites import assignment
+from fedsieve.train.model import ResidentModel, attach, load_base
+from tests.conftest import LABELS, Tiny
+from tests.train import families
+
+CLASSIFIER = ("bert", "classification")
+CAUSAL = ("gpt2", "causal-lm")
+
+
+def resident_of(source: Path, task: Task, **lora: Any) -> ResidentModel:
+    classes = LABELS if task == "classification" else ()
+    base = load_base(str(source), task, classes, key=Key(0), pad_token_id=0)
+    return attach(base, task, Lora(rank=2, **lora), key=Key(0), device=torch.device("cpu"))
+
+
+def layers_of(model: Any) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@pytest.mark.parametrize(
+    ("where", "lora", "count"),
+    [
+        (CLASSIFIER, {}, 4),
+        (CLASSIFIER, {"targets": "all-linear"}, 13),  # the pooler too
+        (CLASSIFIER, {"targets": r".*\.(query|value)"}, 4),
+        (CLASSIFIER, {"targets": r".*layer\.1\..*dense"}, 3),
+        (CLASSIFIER, {"targets": ("query", "layer.1.output.dense")}, 3),
+        (CLASSIFIER, {"targets": ("bert.encoder.layer.0.attention.self.key",)}, 1),
+        (CLASSIFIER, {"targets": ("query", "dense")}, 9),  # of dense, none in the head
+        (CLASSIFIER, {"targets": ("word_embeddings", "query")}, 3),
+        (CLASSIFIER, {"targets": ("query", "key"), "layers_to_transform": (1,)}, 2),
+        (CLASSIFIER, {"targets": ("query",), "layers_to_transform": 0}, 1),
+        (CLASSIFIER, {"layers_to_transform": (1,), "layers_pattern": "layer"}, 2),
+        (CLASSIFIER, {"layers_to_transform": (0, 1), "layers_pattern": ("h", "layer")}, 4),
+        (CAUSAL, {}, 2),
+        (CAUSAL, {"targets": "all-linear"}, 8),
+        (CAUSAL, {"targets": r"transformer\.h\.0\.mlp\.c_\w+"}, 2),
+        (CAUSAL, {"targets": ("attn.c_proj",), "layers_to_transform": (1,)}, 1),
+    ],
+)
+def test_the_layers_are_pefts(
+    tiny: Tiny, where: tuple[str, Task], lora: dict[str, Any], count: int
+) -> None:
+    source, task = getattr(tiny, where[0]), where[1]
+    auto: Any = AutoModelForCausalLM
+    if task == "classification":
+        auto = AutoModelForSequenceClassification
+    renamed = {"target_modules" if key == "targets" else key: given for key, given in lora.items()}
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in renamed.items()}
+    kind = "SEQ_CLS" if task == "classification" else "CAUSAL_LM"
+    config = LoraConfig(task_type=kind, r=2, fan_in_fan_out=task == "causal-lm", **listed)
+    oracle = layers_of(get_peft_model(auto.from_pretrained(source), config))
+    resident = resident_of(source, task, **lora)
+    assert layers_of(resident.model) == oracle
+    assert len(resident.layout.pairs) == len(oracle) == count
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"targets": ("query", "qurey")}, "'qurey'.*did you mean 'query'"),
+        ({"targets": ("query", "layer.7.attention.self.query")}, r"'layer\.7\.att.*no layer is"),
+        ({"targets": ("query", "self.dense")}, r"names 'self\.dense', and no layer is called so"),
+        ({"targets": ("query", "uery")}, "names 'uery'"),
+        ({"targets": ("query", "classifier")}, "'classifier', which is trained whole already"),
+        ({"targets": ("query", "pooler.dense"), "whole": ("pooler",)}, "no layer is called so"),
+        ({"targets": ("query", "key"), "layers_to_transform": (1, 2)}, "names layer 2"),
+        (
+            {"targets": ("query", "layer.0.output.dense"), "layers_to_transform": (1,)},
+            r"'layer\.0\.output\.dense', and no layer among lora\.layers_to_transform",
+        ),
+        ({"targets": "query"}, r"regular expression 'query': begin it with '\.\*'"),
+        ({"targets": r".*layer\.7.*"}, "no module's whole name matches"),
+        ({"targets": ("attention",)}, "'attention', which no module that can take LoRA"),
+        ({"targets": r".*attention\.self"}, "LoRA cannot be added to the model: Target module"),
+        (
+            {"targets": ("query",), "layers_to_transform": (0,), "layers_pattern": "h"},
+            "cannot be added",
+        ),
+    ],
+)
+def test_what_is_asked_for_and_not_there(tiny: Tiny, lora: dict[str, Any], message: str) -> None:
+    with pytest.raises(FedSieveError, match=message) as caught:
+        resident_of(tiny.bert, "classification", **lora)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_family_for_which_peft_has_no_choice(tmp_path: Path) -> None:
+    family = next(each for each in families.FAMILIES if each.name == "distilbert")
+    source = families.write(family, tmp_path)
+    with pytest.raises(FedSieveError, match="no choice for models of type 'distilbert'"):
+        resident_of(source, "classification")
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ({"targets": "["}, "not a regular expression"),
+        ({"targets": 3}, "a list of names is needed"),
+        ({"layers_pattern": "h"}, "give that too"),
+        ({"targets": "all-linear", "layers_to_transform": (1,)}, "goes with a list of targets"),
+        ({"layers_to_transform": (-1,)}, "greater than or equal to 0"),
+        ({"rank_pattern": {"query": 3}}, "rank_pattern: not supported: .* one rank and scale"),
+        ({"alpha_pattern": {"query": 3.0}}, "alpha_pattern: not supported"),
+        ({"target_parameters": ("experts.down_proj",)}, "target_parameters: not supported"),
+    ],
+)
+def test_settings_that_cannot_be(lora: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Lora(**lora)
+
+
+def test_sites_take_no_regular_expression(tiny: Tiny) -> None:
+    from fedsieve.recipe import read as recipes
+
+    for key, given in (("targets", ".*query"), ("layers_pattern", "layer")):
+        lora = {"rank": 2, "layers_to_transform": [0], "layers_pattern": "layer", key: given}
+        if key == "targets":
+            lora = {"rank": 2, "targets": given}
+        recipe = recipes.check(tiny.table(lora=lora))
+        with pytest.raises(FedSieveError, match=rf"lora\.{key}: a site takes no"):
+            assignment.refuse_patterns(recipe)
+    assignment.refuse_patterns(recipes.check(tiny.table()))
+    assignment.refuse_patterns(recipes.check(tiny.table(lora={"targets": "all-linear", "rank": 2})))
+
+
+@pytest.mark.parametrize("by", ["checkpoint", "quantization_config", "load_in_4bit"])
+def test_a_quantised_base_is_refused(tiny: Tiny, tmp_path: Path, by: str) -> None:
+    source, settings = tmp_path / "base", None
+    shutil.copytree(tiny.bert, source)
+    if by == "checkpoint":
+        config = json.loads((source / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (source / "config.json").write_text(json.dumps(config))
+    else:
+        settings = {by: {"quant_method": "bitsandbytes"} if "config" in by else True}
+    with pytest.raises(FedSieveError, match=r"is quantised.*not supported yet"):
+        load_base(str(source), "classification", LABELS, key=Key(0), settings=settings)
