@@ -50,7 +50,7 @@ def fold(state: State, factors: Tree, clients: Iterable[str], number: int) -> St
 
 def missing(state: State, client: Client, number: int) -> Base | None:
     """What a client lacks of the base at the beginning of round `number`; None if nothing."""
-    if "base" not in state.trees:
+    if "base" not in state.trees or not state.layout.pairs:
         return None
     seen = state.trees["seen"].get(client.id)
     since = 0 if seen is None else int(seen)

@@ -267,14 +267,18 @@ def compose(
                 share = weighting(part, own)
             else:
                 share = share_of(client, weighting)
+            if weight == 0 < share:
+                total = {n: torch.zeros_like(p) for n, p in params.items()}
             weight += share
             limit = 1.0 if most == math.inf else within(part, most)
             merged, inside = merged + 1, inside + (limit == 1.0)
-            add_back(total, part, state.layout, payload.support.ranks, share * limit)
+            # While nobody weighs anything all count alike; beside one who does they are nothing.
+            counted = share if weight else 1.0
+            add_back(total, part, state.layout, payload.support.ranks, counted * limit)
             del payload, part  # before the next one comes: one client's update in memory at a time
-        divisor = weight if optimizer.expected is None else optimizer.expected
-        if divisor == 0:
+        if merged == 0 and not optimizer.expected:
             raise NoUsableUpdate("no client returned an update that can be merged")
+        divisor = (weight or merged) if optimizer.expected is None else optimizer.expected
         # The mean counts zeros: a client that did not hold a rank still counts below the line
         # (FSLoRA, equation 5; FLASC, Algorithm 1).
         for name, tensor in total.items():

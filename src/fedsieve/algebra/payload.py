@@ -36,6 +36,11 @@ class Seed(NamedTuple):
     shared: bool
 
 
+# No number beyond this is merged: products, squares and sums must have a float32 too, and what
+# training left out there is of no use.
+LARGEST = 2.0**32
+
+
 class Base(NamedTuple):
     """A change of the frozen weights that the adapter's pairs sit on, for clients to catch up.
 

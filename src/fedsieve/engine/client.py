@@ -15,6 +15,7 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Memory, Method, View
+from fedsieve.algebra.payload import LARGEST
 from fedsieve.train.local import Fit
 from fedsieve.wire import decode, encode
 
@@ -86,8 +87,10 @@ def _unusable(fit: Fit) -> str | None:
         return (
             f"the training loss became {fit.loss} (a lower training.lr or training.clip may help)"
         )
-    # The sum is not finite if any entry is not; one pass, no mask.
     for name, tensor in fit.tensors.items():
-        if not torch.isfinite(tensor.sum()):
-            return f"the trained {name} holds numbers that are not finite"
+        # One pass, no mask; NaN stays NaN.
+        largest = float(torch.linalg.vector_norm(tensor, math.inf)) if tensor.numel() else 0.0
+        if not largest <= LARGEST:
+            what = f"beyond {LARGEST:.1e}" if math.isfinite(largest) else "that are not finite"
+            return f"the trained {name} holds numbers {what} (a lower training.lr may help)"
     return None

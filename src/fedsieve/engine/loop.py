@@ -24,7 +24,7 @@ from fedsieve.algebra.adapter import Adapter, Layout
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
-from fedsieve.algebra.payload import Payload, exact, rounded
+from fedsieve.algebra.payload import LARGEST, Payload, exact, rounded
 from fedsieve.algebra.support import Support, everything, norm
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.clients.sampling import cohort, counting
@@ -372,14 +372,13 @@ def _refuse_again(reply: Reply, payload: Payload) -> None:
 
 
 def _refuse_too_large(payload: Payload, state: State) -> None:
-    """Raises WireError for numbers that are finite as they travel, but not in the adapter's type.
+    """Raises WireError for numbers that travel well, but that a merge could not hold.
 
     No clip can bound them: scaled down to nothing, infinity is not zero.
     """
-    numbers = exact(payload.values)
-    for dtype in {tensor.dtype for tensor in state.trees["adapter"].values()}:
-        if not numbers.to(dtype).isfinite().all():
-            raise WireError(f"it holds numbers that are too large for {str(dtype).split('.')[-1]}")
+    largest = min(LARGEST, *(torch.finfo(t.dtype).max for t in state.trees["adapter"].values()))
+    if exact(payload.values).abs().gt(largest).any():
+        raise WireError(f"it holds numbers beyond {largest:.1e}, which no merge can use")
 
 
 def _finite(state: State) -> State:
@@ -388,8 +387,8 @@ def _finite(state: State) -> State:
         for name, tensor in tree.items():
             if not tensor.isfinite().all():
                 raise NoUsableUpdate(
-                    f"after the merge, {group} {name} holds numbers that are not finite: some "
-                    "update was far too large. server.clip bounds what one update can do"
+                    f"after the merge, {group} {name} holds numbers that are not finite: "
+                    "server.lr is too large for these updates. server.clip bounds what one can do"
                 )
     return state
 
