@@ -69,7 +69,7 @@ class Tiny(NamedTuple):
             },
             "partition": {"kind": "dirichlet", "clients": 12, "alpha": 1.0},
             "budgets": [
-                {"ratio": 0.25, "down": 0.5, "up": 0.25},
+                {"ratio": 0.25, "down": 0.8, "up": 0.25},
                 {"ratio": 0.5, "down": 1.0, "up": 0.5},
                 {"ratio": 1.0},
             ],

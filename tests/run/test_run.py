@@ -29,7 +29,9 @@ def test_what_a_run_says_and_leaves(
     for number in range(5):
         assert said[number + 1].startswith(f"round {number}/4  ")
     assert re.search(r"loss \d\.\d{3}  accuracy 0\.\d{3}  eval loss", said[3])
-    assert re.search(r"down 0\.\d{3} MB  up 0\.\d{3} MB  total 0\.\d\d MB  left 0:0\d$", said[4])
+    kept = r"\(kept A 0\.\d+, B 0\.\d+, head 0\.\d+\)"
+    down, up = rf"down 0\.\d{{3}} MB {kept}", rf"up 0\.\d{{3}} MB {kept}"
+    assert re.search(rf"{down}  {up}  total 0\.\d\d MB  left 0:0\d$", said[4])
     last = runs.lines(folder)[-1]
     summary = "\n".join(said[6:])
     assert f"payload bytes  {last['total_bytes']:,} (" in summary
