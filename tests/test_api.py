@@ -16,7 +16,7 @@ import fedsieve
 from fedsieve import Budget, FedSieveError, Lora, Training
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.optim import sgd
-from fedsieve.clients.privacy import private
+from fedsieve.clients.noise import private
 from tests.conftest import LABELS, Tiny, texts
 
 pytestmark = pytest.mark.usefixtures("no_report")  # it has tests of its own

@@ -16,7 +16,7 @@ from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import State, step
 from fedsieve.algebra.optim import Optimizer, adam, bounded, fading, fedadam, sgd
-from fedsieve.clients.privacy import private
+from fedsieve.clients.noise import private
 from fedsieve.engine.loop import begin, rounds
 from fedsieve.methods import rolora
 from tests import toy

@@ -24,7 +24,7 @@ from fedsieve.algebra.method import Memory, Method, State, compose
 from fedsieve.algebra.optim import Optimizer, Slots, adam, bounded, fading, sgd
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import dense
-from fedsieve.clients.privacy import private
+from fedsieve.clients.noise import private
 from fedsieve.settings import Lora, Sampling
 from tests import toy
 from tests.conftest import Tiny, texts

@@ -22,13 +22,12 @@ from fedsieve.algebra.optim import Optimizer, adam, fading, fedadam, sgd
 from fedsieve.algebra.payload import Form, Payload, Values, rounded
 from fedsieve.algebra.sieve import dense
 from fedsieve.algebra.support import Support, draw_ranks, everything, gather, narrowed
+from fedsieve.clients.noise import Adaptive, private
 from fedsieve.clients.privacy import (
-    Adaptive,
     Cohorts,
     affordable,
     calibrate,
     ledger,
-    private,
     settle,
     unamplified,
 )

@@ -12,7 +12,7 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
 from fedsieve.algebra.optim import adam, sgd
-from fedsieve.clients.privacy import private
+from fedsieve.clients.noise import private
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import fed_select, flasc
 from fedsieve.wire import decode, encode

@@ -23,7 +23,7 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import View
 from fedsieve.algebra.optim import adam
-from fedsieve.clients.privacy import private
+from fedsieve.clients.noise import private
 from fedsieve.engine import loop
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation

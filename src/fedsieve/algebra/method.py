@@ -45,7 +45,7 @@ class Unbounded(FedSieveError):
 
     def __init__(self, by: Literal["weighting", "merge"]) -> None:
         self.by = by
-        clips = "a server that clips updates (privacy.private, optim.bounded)"
+        clips = "a server that clips updates (noise.private, optim.bounded)"
         super().__init__(
             f"weighting: with {clips} it must be 'uniform': a client's number of examples is its "
             "own secret, and would weigh its update beyond the clip"

@@ -45,7 +45,7 @@ class Optimizer(NamedTuple):
     settle:   (slots after the step, how many updates were within the clip, how many there were) ->
               slots; where a clip that adapts learns from the round
     table:    what [server] in a recipe says for it; empty for one that no recipe can name
-    private:  where the noise comes from that hides single clients (`privacy.private`); None where
+    private:  where the noise comes from that hides single clients (`noise.private`); None where
               nothing does
     """
 

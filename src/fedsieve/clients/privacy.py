@@ -1,49 +1,27 @@
-"""Client-level differential privacy with a trusted server: the noise, and what it buys.
-
-The server sees the clients' updates; whoever sees the models that it gives out shall learn almost
-nothing of any one client. Two things bring that about, and neither knows of a method:
-
-    clip     each decoded update u_i is scaled down to min(1, C / |u_i|) u_i, the norm over all of
-             its values together, so that no payload, however sparse, narrow or rounded, moves the
-             sum by more than C (`optim.Optimizer.clip`; the merge does it)
-    noise    g = (sum_i u_i) / n + N(0, (z C / n)^2) on EVERY coordinate, also where no client sent
-             anything: which coordinates were sent is a secret of the clients too. n is a fixed
-             number, not the count of those who answered, which is a secret as well
-
-C may follow a quantile of the updates' norms (`Adaptive`), found from a noised count of the updates
-that were within it, whose privacy is paid for out of the same z.
-
-`private` puts both around a server optimizer, so DP-FedAvg is `private(sgd(), ...)` (McMahan et al.
-2018, arXiv 1710.06963) and DP-FedAdam is `private(fedadam(...), ...)`; what comes after the noise
-(moments, masks, pruning, what the next round sends) is post-processing and costs nothing.
+"""What client-level differential privacy with a trusted server a run has, and against whom.
 
 `ledger` says what (epsilon, delta) a number of rounds has spent, for the sampling that is really
-used, by the Renyi accountant of dp-accounting; that number holds while nobody knows who took part.
-`unamplified` says it for those who do. `settle` works out a run's noise and rounds, and
-`refuse_what_is_not_covered` says where no account of this kind holds. docs/privacy.md says what the
-guarantee covers, against whom, and what not.
+used and the noise of `noise.private`, by the Renyi accountant of dp-accounting; that number holds
+while nobody knows who took part. `unamplified` says it for those who do. `settle` works out a run's
+noise and rounds, and `refuse_what_is_not_covered` says where no account of this kind holds.
+docs/privacy.md says what the guarantee covers, against whom, and what not.
 """
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from fedsieve.algebra.adapter import Tree
-from fedsieve.algebra.keys import Key, generator
+from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
-from fedsieve.algebra.optim import Optimizer, Slots, limits
+from fedsieve.algebra.optim import Optimizer
+from fedsieve.clients.noise import Adaptive, beside_the_count, private
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Kind, Sampling, Source
 
 Spent = Callable[[int], float]  # rounds -> epsilon at the ledger's delta
 
-_SLOT = "privacy"
 _GRID = 1000  # noise multipliers are searched in steps of 1 / _GRID: short to write down
 _LARGEST = 1e6
 _INSTALL = "privacy needs the package dp-accounting: pip install 'fedsieve[privacy]'"
@@ -63,29 +41,13 @@ class Cohorts(NamedTuple):
     clients: int
 
 
-class Adaptive(NamedTuple):
-    """A clip that follows a quantile of the updates' norms (Andrew et al. 2021, arXiv 1905.03871).
-
-    C <- C exp(-rate (b - quantile)), b the noised share of updates whose norm is at most C
-
-    quantile:    the share of updates that is to be within the clip
-    rate:        eta_C of the paper
-    count_noise: sigma_b: the standard deviation of the noise on the sum of (b_i - 1/2), which one
-                 client moves by at most 1/2
-    """
-
-    quantile: float = 0.5
-    rate: float = 0.2
-    count_noise: float = 1.0
-
-
 class PrivacyPlan(NamedTuple):
     """A run's privacy, settled: what `private` needs, and what is to be told.
 
     noise_multiplier: z; the noise on the sum of updates has the standard deviation z * clip
     expected:   n, what the sum is divided by
     simulated_cohort: the cohort that the noise is for, where that is not the real one; else None
-    noise_from, adaptive: see `private`
+    noise_from, adaptive: see `noise.private`
     spent:      rounds -> epsilon; None where there is no noise
     rounds:     how many rounds are within the target, at most those that were asked for
     guarantee:  one sentence for everyone who reads the results
@@ -121,105 +83,6 @@ class PrivacyPlan(NamedTuple):
             noise_from=self.noise_from,
             adaptive=self.adaptive,
         )
-
-
-def private(
-    optimizer: Optimizer,
-    *,
-    clip: float,
-    noise_multiplier: float,
-    expected: float,
-    key: Key,
-    simulated_cohort: float | None = None,
-    noise_from: Source = "seed",
-    adaptive: Adaptive | None = None,
-) -> Optimizer:
-    """The same optimizer, on clipped updates with Gaussian noise on their mean.
-
-    clip:             C, of each client's update over all of its values
-    noise_multiplier: z, the standard deviation of the noise on the SUM over C; 0 adds none
-    expected:         n, what the sum is divided by: the number of clients of a round, on average
-    key:              names the noise's stream; the round is counted in a slot of the optimizer's
-                      own, so that a resumed run draws the same
-    simulated_cohort: M: the noise on the mean is z C / M instead of z C / n, as if the M clients of
-                      a larger federation had answered. This is NOT private for the clients at hand
-    noise_from:       "seed" repeats with the recipe; "system" takes it from the operating system's
-                      entropy, as a deployment must
-    adaptive:         clip is where C starts; z is then shared between the sum and the count, so
-                      that both together are as private as the sum alone would be
-
-    Put it outermost: private(fading(adam())), so that the noise comes before all else.
-    Raises FedSieveError for numbers that make no sense, or where the optimizer clips or is private
-    already. A method whose server moves by more than a mean of clipped changes refuses the result
-    (`method.Unbounded`).
-    """
-    if limits(optimizer) and optimizer.private is None:
-        raise FedSieveError("privacy: the server optimizer has a clip of its own: leave it out")
-    if not clip > 0:
-        raise FedSieveError(f"privacy: clip is {clip}; it must be above 0")
-    if not (noise_multiplier >= 0 and math.isfinite(noise_multiplier)):
-        raise FedSieveError(
-            f"privacy: noise_multiplier is {noise_multiplier}; it must be a number from 0 up"
-        )
-    if noise_multiplier > 0 and math.isinf(clip):
-        raise FedSieveError("privacy: noise needs a finite clip: without one nothing bounds it")
-    over = expected if simulated_cohort is None else simulated_cohort
-    if not (expected > 0 and over > 0):
-        raise FedSieveError(f"privacy: a cohort of {min(expected, over)}; it must be above 0")
-    on_sum = noise_multiplier
-    if adaptive is not None and noise_multiplier:
-        on_sum = _beside_the_count(noise_multiplier, adaptive.count_noise)
-
-    def now(slots: Slots) -> float:
-        return clip if adaptive is None else float(slots[_SLOT]["clip"])
-
-    def init(params: Tree) -> Slots:
-        slots = optimizer.init(params)
-        if _SLOT in slots:
-            raise FedSieveError("privacy: the server optimizer adds noise already")
-        own = {"rounds": torch.zeros(())}
-        if adaptive is not None:
-            own["clip"] = torch.tensor(clip, dtype=torch.float64)
-        return {**slots, _SLOT: own}
-
-    def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
-        rounds = slots[_SLOT]["rounds"] + 1
-        if on_sum:
-            here, deviation = key._replace(round=int(rounds)), on_sum * now(slots) / over
-            gradient = {
-                n: g + _noise(g, deviation, here, n, noise_from) for n, g in gradient.items()
-            }
-        inner = {name: tree for name, tree in slots.items() if name != _SLOT}
-        moved, inner = optimizer.step(params, gradient, inner)
-        return moved, {**inner, _SLOT: {**slots[_SLOT], "rounds": rounds}}
-
-    def settle(slots: Slots, within: int, merged: int) -> Slots:
-        if adaptive is None:
-            return slots
-        own = slots[_SLOT]
-        share = 0.5 + (within - merged / 2) / expected
-        if noise_multiplier:
-            here = key._replace(round=int(own["rounds"]))
-            noise = _noise(own["clip"], adaptive.count_noise, here, "count", noise_from)
-            share += float(noise) / over
-        moved = own["clip"] * math.exp(-adaptive.rate * (share - adaptive.quantile))
-        return {**slots, _SLOT: {**own, "clip": moved}}
-
-    return Optimizer(init, step, clip=now, expected=expected, settle=settle, private=noise_from)
-
-
-def _beside_the_count(noise_multiplier: float, count_noise: float) -> float:
-    """z of the sum, so that it and the count together are as private as z alone (their Theorem 1).
-
-    Raises FedSieveError if the count alone spends more than that.
-    """
-    left = noise_multiplier**-2 - (2 * count_noise) ** -2
-    if left <= 0:
-        raise FedSieveError(
-            f"privacy.count_noise: {count_noise:g} is too little: with a noise multiplier of "
-            f"{noise_multiplier:g} it must be above {noise_multiplier / 2:g}"
-        )
-    return float(left**-0.5)
 
 
 def ledger(cohorts: Cohorts, noise_multiplier: float, delta: float) -> Spent:
@@ -360,7 +223,7 @@ def settle(
     cohorts: the sampling as it is, after clients without data are left out
     epsilon: the target. Without noise_multiplier the noise is what `rounds` rounds need; with it,
              the run ends before the round that would pass the target.
-    simulated_cohort, simulated_population: of the federation that is pretended (see `private`)
+    simulated_cohort, simulated_population: of the federation that is pretended (`noise.private`)
     quantile: of the updates' norms, which the clip then follows, from `clip` on (see `Adaptive`);
              count_noise is by default a 20th of the cohort, as in the paper
     Raises FedSieveError for what makes no sense, or if not one round is within the target.
@@ -393,7 +256,7 @@ def settle(
             adaptive=adaptive,
         )
     if adaptive is not None:
-        _beside_the_count(noise_multiplier, adaptive.count_noise)  # refused before training
+        beside_the_count(noise_multiplier, adaptive.count_noise)  # refused before training
     spent = ledger(counted, noise_multiplier, delta)
     asked, ending = rounds, None
     if epsilon is not None:
@@ -551,30 +414,6 @@ def _pretence(real: Cohorts, counted: Cohorts) -> str:
         f"round, but {real.size} of {real.clients} really take part. Every epsilon is that of the "
         "simulated federation; the clients at hand are NOT protected by it."
     )
-
-
-def _noise(like: Tensor, deviation: float, key: Key, name: str, source: Source) -> Tensor:
-    """Gaussian noise with the shape, type and device of a tensor.
-
-    In float64 first: Box and Muller's method on 24 random bits never leaves 5.8 deviations, on 53
-    bits it never leaves 8.6.
-    """
-    if source == "system":
-        normal = _from_system(like.numel()).view(like.shape)
-    else:
-        draws = generator(key.at(f"privacy noise {name}"))
-        normal = torch.randn(like.shape, generator=draws, dtype=torch.float64)
-    return (deviation * normal).to(like.device, like.dtype)
-
-
-def _from_system(count: int) -> Tensor:
-    """(count,) standard normal numbers in float64 from os.urandom, by Box and Muller's method."""
-    half = count // 2 + 1
-    words = torch.frombuffer(bytearray(os.urandom(16 * half)), dtype=torch.int64)[: 2 * half]
-    # 53 bits each: u in (0, 1], so that its logarithm is finite.
-    u, v = ((words >> 11) & (2**53 - 1)).to(torch.float64).add(1).div(2**53).view(2, half)
-    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
-    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count]
 
 
 @contextmanager
