@@ -22,6 +22,12 @@ Source = Literal["seed", "system"]  # of noise
 PAPER_RATIOS = (0.125, 0.25, 0.5, 0.75)  # FSLoRA's experiments
 
 
+class Table(pydantic.BaseModel):
+    """A table of a recipe, a study or a site: every key is known, and none changes."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
 # Settings of PEFT's LoRA that users may look for, and why there are none here.
 _ONE_RANK = "not supported: methods cut and merge adapters that have one rank and scale everywhere"
 _NOT_OURS = {

@@ -22,16 +22,12 @@ from pydantic import (
 
 from fedsieve.algebra.budget import refuse_rank
 from fedsieve.data.names import clean
-from fedsieve.settings import PAPER_RATIOS, Kind, Sampling, Share, Source
+from fedsieve.settings import PAPER_RATIOS, Kind, Sampling, Share, Source, Table
 from fedsieve.settings import Lora as Lora  # users of the schema find them here
 from fedsieve.settings import Training as Training
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Model(_Table):
+class Model(Table):
     """The pretrained model: a hub name, a folder, or a name that `fedsieve fetch` knows.
 
     settings: changes to the model's configuration, such as its dropout rates
@@ -40,10 +36,10 @@ class Model(_Table):
     source: str
     task: Literal["classification", "causal-lm"] = "classification"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
 
 
-class Data(_Table):
+class Data(Table):
     """Rows to train and to evaluate on, and the columns that matter.
 
     train, test: a hub data set, a file, a folder, or a fetched name; test defaults to train's
@@ -69,7 +65,7 @@ class Data(_Table):
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
-class Partition(_Table):
+class Partition(Table):
     """Which rows go to which client.
 
     dirichlet: `clients` clients whose label shares are drawn with concentration `alpha`
@@ -92,7 +88,7 @@ class Partition(_Table):
         return self
 
 
-class Tier(_Table):
+class Tier(Table):
     """A kind of client: its share of all clients and what it can afford (see budget.Budget)."""
 
     share: PositiveFloat = 1.0
@@ -101,7 +97,7 @@ class Tier(_Table):
     up: Share = 1.0
 
 
-class Limits(_Table):
+class Limits(Table):
     """What one client can afford: its ranks as a share of the server's or in number, densities."""
 
     ratio: Share | None = None
@@ -120,7 +116,7 @@ def _by_id(value: Any) -> str:
     return "by id" if isinstance(value, Mapping) else "in order"
 
 
-class ListBudgets(_Table):
+class ListBudgets(Table):
     """A budget for each client: by its id, or in order of id."""
 
     kind: Literal["list"]
@@ -130,7 +126,7 @@ class ListBudgets(_Table):
     ]
 
 
-class TierBudgets(_Table):
+class TierBudgets(Table):
     """FLASC's tiers (budget.tiers_by_rank and budget.tiers_by_density).
 
     by: what the tiers differ in; by default the rank if the method uses it, else the density
@@ -141,7 +137,7 @@ class TierBudgets(_Table):
     by: Literal["rank", "density"] | None = None
 
 
-class RatioBudgets(_Table):
+class RatioBudgets(Table):
     """A ratio for each client, drawn uniformly from a set; by default FSLoRA's."""
 
     kind: Literal["ratios"]
@@ -150,7 +146,7 @@ class RatioBudgets(_Table):
     up: Share = 1.0
 
 
-class RankLaw(_Table):
+class RankLaw(Table):
     """A rank for each client from one of FSLoRA's laws on [low, high]; see budget.py."""
 
     kind: Literal["normal", "heavy-tail"]
@@ -166,7 +162,7 @@ class RankLaw(_Table):
         return self
 
 
-class Machine(_Table):
+class Machine(Table):
     """What a client has (resources.Resources): MB, Mbit/s, seconds. share: of a tier of such."""
 
     share: PositiveFloat = 1.0
@@ -177,7 +173,7 @@ class Machine(_Table):
     step_seconds: NonNegativeFloat
 
 
-class ResourceBudgets(_Table):
+class ResourceBudgets(Table):
     """Budgets that keep each client's round under a deadline; see resources.py.
 
     deadline: seconds; least: the smallest density that may be chosen
@@ -196,7 +192,7 @@ class ResourceBudgets(_Table):
         return self
 
 
-_BUDGETS: dict[str, type[_Table]] = {
+_BUDGETS: dict[str, type[Table]] = {
     "shares": Tier,
     "list": ListBudgets,
     "tiers": TierBudgets,
@@ -230,7 +226,7 @@ Budgets = Annotated[
 ]
 
 
-class SamplingTable(_Table):
+class SamplingTable(Table):
     """Who takes part in a round (sampling.Sampling); its size is the recipe's `cohort`."""
 
     kind: Kind = "uniform"
@@ -264,7 +260,7 @@ class ServerTable(BaseModel):
     clip: PositiveFloat | None = None
 
 
-class Privacy(_Table):
+class Privacy(Table):
     """Client-level differential privacy with a trusted server; see privacy.py and docs/privacy.md.
 
     clip: the L2 norm to which a client's update is scaled down
@@ -294,7 +290,7 @@ class Privacy(_Table):
         return self
 
 
-class Evaluation(_Table):
+class Evaluation(Table):
     """every: rounds between evaluations (the last round is always evaluated)
 
     on: "validation" takes the rows that data.validation holds back; the test rows are not read
@@ -307,13 +303,13 @@ class Evaluation(_Table):
     limit: PositiveInt | None = None
 
 
-class Checkpoint(_Table):
+class Checkpoint(Table):
     """every: rounds between checkpoints (the last round always leaves one)."""
 
     every: PositiveInt = 1
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """A whole experiment."""
 
     name: str = "run"

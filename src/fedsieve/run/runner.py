@@ -89,7 +89,7 @@ def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
 
 
 def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:
-    """Raises FedSieveError for rounds that would go on from an Adam of before 0.1.0's release.
+    """Raises FedSieveError for rounds that would go on from an Adam of 0.1.
 
     It had one count of steps for all tensors, which is wrong for methods whose tensors take turns.
     """

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -25,14 +23,10 @@ from pydantic import (
 from fedsieve.algebra import budget
 from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError, explain_all
-from fedsieve.settings import Share
+from fedsieve.settings import Share, Table
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Rows(_Table):
+class Rows(Table):
     """The site's own rows, and the columns of them that may be read; keys as in a recipe's [data].
 
     test: rows that adapters are evaluated on; without `test` and `test_split` there are none
@@ -58,7 +52,7 @@ class Rows(_Table):
         return self
 
 
-class Link(_Table):
+class Link(Table):
     """The site's line to the server: Mbit/s down and up, seconds (budget.Link)."""
 
     down: PositiveFloat
@@ -66,7 +60,7 @@ class Link(_Table):
     latency: NonNegativeFloat = 0.0
 
 
-class Limits(_Table):
+class Limits(Table):
     """What the site can afford (budget.Budget); the server may ask for less."""
 
     ratio: Share = 1.0
@@ -74,7 +68,7 @@ class Limits(_Table):
     up: Share = 1.0
 
 
-class Site(_Table):
+class Site(Table):
     """All that a worker knows of its site.
 
     name:   by which the server calls this client; every site of a federation has its own
@@ -152,7 +146,7 @@ def _found(source: str, home: Path) -> str:
 
 
 def _keys(path: Sequence[str | int]) -> list[str]:
-    tables: dict[tuple[str | int, ...], type[_Table]] = {
+    tables: dict[tuple[str | int, ...], type[Table]] = {
         ("data",): Rows,
         ("link",): Link,
         ("budget",): Limits,

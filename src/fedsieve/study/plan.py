@@ -16,7 +16,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, ValidationError
 
 from fedsieve import methods as known_methods
 from fedsieve.algebra import optim
@@ -27,7 +27,7 @@ from fedsieve.recipe.method import alone, limits_said, options_of
 from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.recipe.schema import MethodTable, Recipe, ServerTable
-from fedsieve.settings import Share
+from fedsieve.settings import Share, Table
 from fedsieve.study.jobs import Job, refuse_changed
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
@@ -39,35 +39,31 @@ Settings = dict[str, Any]
 Grid = dict[str, list[Any]] | list[Settings]
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EntryTable(_Table):
+class EntryTable(Table):
     """A method and its own settings; `grid` replaces that of [tune], and [] leaves it untuned."""
 
     name: str
     method: str | None = None
-    set: Settings = {}
+    set: Settings = Field(default_factory=dict)
     seeds: Seeds | None = None
     grid: Grid | None = None
 
 
-class TuneTable(_Table):
+class TuneTable(Table):
     """Settings to try: lists by dotted key (every combination), or a list of sets of settings."""
 
     grid: Grid
     seeds: Seeds = (100,)
-    set: Settings = {}
+    set: Settings = Field(default_factory=dict)
 
 
-class Study(_Table):
+class Study(Table):
     """A whole comparison."""
 
     recipe: str
     seeds: Seeds = (0,)
     target: Share | None = None
-    set: Settings = {}
+    set: Settings = Field(default_factory=dict)
     entry: tuple[EntryTable, ...] = Field(min_length=1)
     tune: TuneTable | None = None
 
@@ -221,7 +217,7 @@ def _read(source: str, methods: Sequence[str]) -> Study:
 
 
 def _keys(path: Sequence[str | int]) -> list[str]:
-    tables: dict[str | int, type[_Table]] = {"entry": EntryTable, "tune": TuneTable}
+    tables: dict[str | int, type[Table]] = {"entry": EntryTable, "tune": TuneTable}
     return list((tables.get(path[0], Study) if path else Study).model_fields)
 
 
