@@ -27,11 +27,14 @@ demo: install
 	$(BIN)/fedsieve fetch minilm-l6 20newsgroups
 	$(BIN)/fedsieve run demo --out runs/demo --overwrite
 
+# As many processes as JOBS says, of one thread each: more threads than cores crawl.
+JOBS := 2
 test: lint types contracts
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 
-test-all: lint types contracts
-	$(BIN)/python -m pytest
+# What is slow measures time as well, and has the machine for itself.
+test-all: test
+	$(BIN)/python -m pytest -m slow
 
 lint: install-test
 	$(BIN)/ruff check

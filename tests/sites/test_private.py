@@ -21,7 +21,7 @@ import torch
 
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key, word
-from fedsieve.clients import privacy
+from fedsieve.clients import noise
 from fedsieve.clients.sampling import cohort
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
@@ -185,7 +185,7 @@ def test_with_the_same_secrets_one_process_does_the_same(
     for federated in (True, False):
         draws = torch.Generator().manual_seed(9)
         again = partial(torch.randn, generator=draws, dtype=torch.float64)
-        monkeypatch.setattr(privacy, "_from_system", again)
+        monkeypatch.setattr(noise, "_from_system", again)
         if federated:
             ran(given)
         else:

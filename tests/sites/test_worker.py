@@ -698,7 +698,7 @@ def spoken(address: Path, data: bytes, *, listen: bool = True) -> bytes:
     """What comes back for these bytes."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(60)
-        connection.connect(str(address))
+        connection.connect(min(str(address), os.path.relpath(address), key=len))
         connection.sendall(data)
         if not listen:
             return b""
@@ -757,7 +757,7 @@ def test_those_who_say_nothing_keep_nobody_waiting_for_ever(
     silent = [socket.socket(socket.AF_UNIX) for _ in range(2 * worker.CONNECTIONS)]
     for each in silent:
         each.settimeout(60)
-        each.connect(str(echo))
+        each.connect(min(str(echo), os.path.relpath(echo), key=len))
     began = time.monotonic()
     assert ask(echo, Frame({"do": "x"}), 60).header["ok"]
     assert time.monotonic() - began < 10
