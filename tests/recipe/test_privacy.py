@@ -64,6 +64,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "evaluation.on: privacy.noise_from = 'system' needs 'test'",
     ),
     (
+        {"privacy": {**TARGET, "noise_from": "system"}, "data__validation": 0.2},
+        "data.validation: leave it out with privacy.noise_from = 'system'",
+    ),
+    (
         {"privacy": TARGET, "method": {"name": "fslora_flasc", "weighting": "examples"}},
         "method.weighting: with [privacy] it must be 'uniform'",
     ),
@@ -247,6 +251,12 @@ UNCOVERED: list[tuple[dict[str, Any], str, bool]] = [
         True,
     ),
     ({"privacy": SYSTEM}, "mean training loss: withheld", True),
+    ({"privacy": SYSTEM}, "the classes, where they are taken from the rows", True),
+    (
+        {"privacy": {**SYSTEM, "noise_from": "seed"}, "data__validation": 0.2},
+        "which ones data.validation holds back",
+        True,
+    ),
     (
         {
             "privacy": SYSTEM,

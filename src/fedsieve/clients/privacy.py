@@ -341,7 +341,10 @@ def uncovered(source: Source, evaluated: str | None) -> str:
     figures = "the mean training loss"
     if evaluated is not None:
         figures += f", and accuracy and evaluation loss, which are taken on {evaluated}"
-    counts = "how many took part, how often at most, bytes and times in metrics.jsonl"
+    counts = (
+        "how many took part, how often at most, bytes and times in metrics.jsonl; and the classes, "
+        "where they are taken from the rows and not from data.classes"
+    )
     if source == "system":
         return f"Privacy: no noise covers {figures}: withheld. Not covered either: {counts}."
     return f"Privacy: no noise covers {figures}; {counts}; and all of clients.jsonl."

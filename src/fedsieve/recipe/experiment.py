@@ -207,6 +207,12 @@ def from_recipe(recipe: Recipe) -> Experiment:
         if prepared.test is not None and method.personal is not None:
             on_own = "what each client keeps to itself"
         said = all_cautions(plan, "rows of the clients" if on_validation else on_own)
+        if data.validation is not None and plan.spent is not None:
+            said.append(
+                "Privacy: how many rows there are in all decides which ones data.validation holds "
+                "back, so a client more or less changes what others train on, and epsilon does not "
+                "cover that: tune with it, and leave it out of the run that you report."
+            )
         notes += [plan.guarantee, *said]
         for caution in said:
             warnings.warn(caution, stacklevel=2)

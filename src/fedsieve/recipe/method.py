@@ -134,6 +134,12 @@ def _refuse_what_a_deployment_must_not(recipe: Recipe) -> None:
             "evaluation.on: privacy.noise_from = 'system' needs 'test': the rows that are held "
             "back for validation are the clients' own, and no noise covers figures from them"
         )
+    if recipe.data.validation is not None:
+        raise FedSieveError(
+            "data.validation: leave it out with privacy.noise_from = 'system': which rows "
+            "are held back depends on how many there are in all, so one client's would decide which "
+            "rows the others train on, and the clip would not bound what one client does"
+        )
 
 
 def limits_said(budgets: Budgets, knobs: frozenset[Knob]) -> list[Knob]:
