@@ -137,8 +137,8 @@ def _refuse_what_a_deployment_must_not(recipe: Recipe) -> None:
     if recipe.data.validation is not None:
         raise FedSieveError(
             "data.validation: leave it out with privacy.noise_from = 'system': which rows "
-            "are held back depends on how many there are in all, so one client's would decide which "
-            "rows the others train on, and the clip would not bound what one client does"
+            "are held back depends on how many there are in all, so one client's would decide "
+            "which rows the others train on, and the clip would not bound what one client does"
         )
 
 
