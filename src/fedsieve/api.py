@@ -196,6 +196,8 @@ def finetune(
     missing = sorted(set(given) - set(budgets))
     if missing:
         raise FedSieveError(f"budgets: none for client {missing[0]!r}")
+    if isinstance(evaluate_every, bool) or evaluate_every < 1:
+        raise FedSieveError(f"evaluate_every is {evaluate_every!r}; it must be at least 1")
     if isinstance(cohort, Sampling):
         sampling = cohort
     elif cohort is None:

@@ -7,7 +7,7 @@ of laws in every situation.
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method, View
 from fedsieve.algebra.optim import Optimizer, adam, fedadam, sgd
 from fedsieve.algebra.payload import LARGEST, Form
+from fedsieve.clients.sampling import cohort
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, Progress, Receipt, Round, begin, rounds
 from fedsieve.settings import Sampling
@@ -269,3 +270,22 @@ def test_one_product_among_zeros_is_all_that_counts_in_hetlora(alone: str) -> No
     expected, *_ = federate(method, situation, number=1, members=only)
     found, *_ = federate(method, situation, number=1)
     assert torch.allclose(found.tensors[toy.HEAD], expected.tensors[toy.HEAD], atol=1e-12)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_draw_of_nobody_leaves_the_model_as_it_is(row: Row) -> None:
+    members = toy.clients((Budget(),) * 3)
+    setup = toy.federation(row.build(), members)
+    setup = replace(setup, sampling=Sampling("poisson", 1), seed=_empty_first(members))
+    _, progress = begin(setup, toy.start())
+    (summary, receipts, after), *_ = rounds(setup, progress, 1)
+    assert (summary.clients, receipts, after.round) == (0, [], 1)
+    for group, tree in progress.state.trees.items():
+        for name, tensor in tree.items():
+            assert torch.equal(after.state.trees[group][name], tensor)
+
+
+def _empty_first(members: list[Client]) -> int:
+    """A seed whose first Poisson draw is of nobody."""
+    draws = (s for s in range(1000) if not cohort(members, Sampling("poisson", 1), Key(s, 1)))
+    return next(draws)

@@ -307,8 +307,11 @@ def merged(federation: Federation, progress: Progress, *, evaluate: bool = False
                 f"{usable} updates can be merged, and the quorum is {federation.sampling.quorum}"
             )
 
+    # A Poisson draw may be empty. Only a private server moves then: whether it was is a secret.
+    drawn_empty = federation.sampling.kind == "poisson" and not chosen
     try:
-        state = _finite(method.merge(state, updates(), own))
+        if not drawn_empty or method.private is not None or federation.sampling.quorum:
+            state = _finite(method.merge(state, updates(), own))
     except NoUsableUpdate as error:
         # The round leaves no line in the logs, so the error says what the clients ran into.
         dropped = [r for r in receipts if r.dropped is not None]
