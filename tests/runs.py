@@ -46,6 +46,18 @@ def start(
         return runner.start(recipe.check(tiny.table(**changes)), folder, show)
 
 
+def start_language_model(tiny: Tiny, folder: Path, **changes: Any) -> Adapter:
+    """`start` of the tiny GPT-2, whose tokenizer has no padding token."""
+    with pytest.warns(UserWarning, match="no padding token"):
+        return start(
+            tiny,
+            folder,
+            model={"source": str(tiny.gpt2), "task": "causal-lm"},
+            data__label=None,
+            **changes,
+        )
+
+
 def lines(folder: Path, log: str = rundir.METRICS) -> list[dict[str, Any]]:
     text = (folder / log).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]

@@ -14,11 +14,22 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Memory, Method, View
 from fedsieve.algebra.support import everything
+from fedsieve.clients.sampling import cohort as drawn
 from fedsieve.engine.local import in_process
-from fedsieve.engine.loop import Federation, Progress, Receipt, begin, rounds
+from fedsieve.engine.loop import (
+    Federation,
+    Progress,
+    Receipt,
+    Round,
+    begin,
+    evaluated,
+    merged,
+    rounds,
+)
 from fedsieve.settings import Sampling
 from fedsieve.train.local import Fit
 
+SEED = 7  # of the clients
 RANK, INPUTS, HIDDEN, OUTPUTS = 8, 12, 10, 3
 A1, B1 = "m.first.lora_A.weight", "m.first.lora_B.weight"
 A2, B2 = "m.second.lora_A.weight", "m.second.lora_B.weight"
@@ -99,7 +110,7 @@ def federation(
     members: Sequence[Client],
     *,
     cohort: int | None = None,
-    seed: int = 7,
+    seed: int = SEED,
     memories: dict[str, Memory] | None = None,
     adapter: Adapter | None = None,
 ) -> Federation:
@@ -115,7 +126,7 @@ def after(
     number: int,
     *,
     cohort: int | None = None,
-    seed: int = 7,
+    seed: int = SEED,
     zero_b: bool = False,
     memories: dict[str, Memory] | None = None,
 ) -> tuple[Tree, list[Receipt], Progress]:
@@ -128,6 +139,25 @@ def after(
         receipts.extend(part)
         progress = now
     return method.export(progress.state).tensors, receipts, progress
+
+
+def one_round(
+    setup: Federation, progress: Progress, *, evaluate: bool = False
+) -> tuple[Round, list[Receipt], Progress]:
+    """One round, evaluated when it is due or when `evaluate` says so."""
+    half = merged(setup, progress, evaluate=evaluate)
+    return evaluated(setup, half), half.receipts, half.progress
+
+
+def nobody_drawn() -> tuple[Sampling, list[Client]]:
+    """A Poisson sampling whose first round has nobody in it, at `federation`'s own seed."""
+    members = clients([Budget()] * 4)
+    sampling = Sampling("poisson", 1)
+    for number in range(1, 60):
+        ids = [c._replace(id=f"{int(c.id) + 10 * number:04d}") for c in members]
+        if not drawn(ids, sampling, Key(SEED, 1)):
+            return sampling, ids
+    raise AssertionError("a round of four clients at 1/4 is empty in a third of all draws")
 
 
 def whole(adapter: Adapter) -> View:

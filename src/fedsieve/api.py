@@ -1,6 +1,5 @@
 """Federated fine-tuning from a notebook: data sets in, an adapter and its metrics out."""
 
-import dataclasses
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
-from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons
+from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, with_secret
 from fedsieve.settings import Lora, Sampling, Task, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
@@ -137,6 +136,8 @@ def finetune(
     budgets: what each client can afford, by id; or one budget for all
     Raises FedSieveError for bad input, and if no client has rows that can be used.
     """
+    if isinstance(evaluate_every, bool) or evaluate_every < 1:
+        raise FedSieveError(f"evaluate_every is {evaluate_every!r}; it must be at least 1")
     if task == "classification":
         columns = Columns(_given(text), (label,))
     else:
@@ -196,8 +197,6 @@ def finetune(
     missing = sorted(set(given) - set(budgets))
     if missing:
         raise FedSieveError(f"budgets: none for client {missing[0]!r}")
-    if isinstance(evaluate_every, bool) or evaluate_every < 1:
-        raise FedSieveError(f"evaluate_every is {evaluate_every!r}; it must be at least 1")
     if isinstance(cohort, Sampling):
         sampling = cohort
     elif cohort is None:
@@ -220,8 +219,7 @@ def finetune(
     )
     if method.private == "system":
         # A seed that somebody can guess would tell who took part.
-        federation = dataclasses.replace(experiment.federation, secret=secrets.randbits(256))
-        experiment = dataclasses.replace(experiment, federation=federation)
+        experiment = with_secret(experiment, secrets.randbits(256))
     return Run(experiment, rounds)
 
 

@@ -17,7 +17,7 @@ from fedsieve.algebra.method import Memory, Method
 from fedsieve.clients.sampling import check, cohort, late
 from fedsieve.engine.client import Reply
 from fedsieve.engine.local import punctual
-from fedsieve.engine.loop import Receipt, begin, one_round, rounds
+from fedsieve.engine.loop import Receipt, begin, rounds
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.methods import fedit, flasc, flora
 from fedsieve.recipe import read as recipes
@@ -182,7 +182,7 @@ def round_of(
     in_time = punctual(broken, sampling.size) if sampling.extra else broken
     federation = replace(federation, exchange=in_time)
     _, progress = begin(federation, toy.start())
-    return one_round(federation, progress)
+    return toy.one_round(federation, progress)
 
 
 def members(step_seconds: Sequence[float], budgets: Sequence[Budget] | None = None) -> list[Client]:
@@ -254,20 +254,8 @@ def test_a_quorum_that_is_met_changes_nothing_and_one_that_is_not_refuses_the_ro
         )
 
 
-def empty() -> tuple[Sampling, list[Client]]:
-    """A Poisson sampling whose first round has nobody in it."""
-    clients = toy.clients([Budget()] * 4)
-    sampling = Sampling("poisson", 1)
-    seed = 7  # toy.federation's own
-    for number in range(1, 60):
-        ids = [c._replace(id=f"{int(c.id) + 10 * number:04d}") for c in clients]
-        if not cohort(ids, sampling, Key(seed, 1)):
-            return sampling, ids
-    raise AssertionError("a round of four clients at 1/4 is empty in a third of all draws")
-
-
 def test_an_empty_round_goes_by() -> None:
-    sampling, clients = empty()
+    sampling, clients = toy.nobody_drawn()
     method = fedit.method(**DOUBLE)
     summary, receipts, progress = round_of(method, clients, sampling)
     assert receipts == []
@@ -289,7 +277,7 @@ def test_sampling_in_a_recipe(tiny: Tiny) -> None:
     experiment = from_recipe(recipes.check(table))
     assert experiment.federation.sampling == Sampling("uniform", 4, 1.0, 2, 2)
     _, progress = begin(experiment.federation, experiment.start)
-    summary, receipts, _ = one_round(experiment.federation, progress)
+    summary, receipts, _ = toy.one_round(experiment.federation, progress)
     assert (summary.clients, summary.dropped) == (6, 2)
     assert sum(str(r.dropped).startswith("late: ") for r in receipts) == 2
     default = schema.sampling(recipes.check(tiny.table()))
@@ -338,6 +326,6 @@ def test_a_late_client_remembers_nothing_of_the_round(method: Method) -> None:
     # When it is on time at last, it catches up from the very start.
     quick = [client._replace(step_seconds=1.0) for client in clients]
     federation = replace(federation, clients=quick, sampling=Sampling("all"), exchange=alone)
-    _, receipts, _ = one_round(federation, now)
+    _, receipts, _ = toy.one_round(federation, now)
     assert all(r.dropped is None for r in receipts)
     assert "0001" in memories

@@ -19,7 +19,7 @@ from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import from_recipe
-from tests import runs
+from tests import runs, toy
 from tests.conftest import LABELS, Command, Tiny, texts
 
 HEAD = 64  # bytes of a message beside its numbers, at most
@@ -43,7 +43,7 @@ def one_message(summary: Round, receipts: Sequence[Receipt]) -> float:
 def trained(tiny: Tiny, **changes: Any) -> tuple[Round, list[Receipt]]:
     experiment = from_recipe(recipes.check(tiny.table(**changes)))
     _, progress = loop.begin(experiment.federation, experiment.start)
-    summary, receipts, _ = loop.one_round(experiment.federation, progress)
+    summary, receipts, _ = toy.one_round(experiment.federation, progress)
     return summary, receipts
 
 

@@ -16,7 +16,7 @@ from fedsieve.algebra.support import Support
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.engine.client import Reply
 from fedsieve.engine.kept import kept, starves_b
-from fedsieve.engine.loop import Receipt, Round, begin, one_round
+from fedsieve.engine.loop import Receipt, Round, begin
 from tests import toy
 from tests.wire import reader
 from tests.wire.test_reader import spec_of
@@ -61,7 +61,7 @@ def run(
     _, progress = begin(setup, begun)
     summaries, receipts = [], []
     for _ in range(number):
-        summary, more, progress = one_round(setup, progress)
+        summary, more, progress = toy.one_round(setup, progress)
         summaries.append(summary)
         receipts += more
     return summaries, receipts, log
@@ -170,7 +170,7 @@ def test_a_client_that_was_dropped_has_the_share_that_went_down() -> None:
             yield reply._replace(reason="late") if number else reply
 
     broken = replace(setup, exchange=setup.exchange._replace(carry=carry))
-    _, receipts, _ = one_round(broken, begin(broken, toy.start())[1])
+    _, receipts, _ = toy.one_round(broken, begin(broken, toy.start())[1])
     assert [receipt.dropped for receipt in receipts] == [None, "late"]
     assert receipts[1].down_a == receipts[0].down_a is not None
     assert receipts[1].up_a is None

@@ -20,7 +20,7 @@ from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.run import rundir, runner
 from fedsieve.settings import Sampling
-from tests import runs
+from tests import runs, toy
 from tests.conftest import Command, Tiny, write_rows
 from tests.runs import FLASC
 
@@ -43,7 +43,7 @@ def train(experiment: Experiment, last: int) -> tuple[Tree, list[Round], list[Re
     summaries, receipts = [first], []
     while progress.round < last:
         final = progress.round + 1 == last
-        summary, more, progress = loop.one_round(federation, progress, evaluate=final)
+        summary, more, progress = toy.one_round(federation, progress, evaluate=final)
         summaries.append(summary)
         receipts += more
     return federation.method.export(progress.state).tensors, summaries, receipts
@@ -204,10 +204,10 @@ def test_a_dropped_client_keeps_its_old_memory(tiny: Tiny, monkeypatch: pytest.M
     runs.before_fit(monkeypatch, explode({"0002"}, begin=2))
     federation = experiment.federation
     _, progress = loop.begin(federation, experiment.start)
-    _, _, progress = loop.one_round(federation, progress)
+    _, _, progress = toy.one_round(federation, progress)
     before = {id: memory["residual"] for id, memory in experiment.memories.items()}
     assert sorted(before) == ["0000", "0001", "0002", "0003"]
-    summary, _, _ = loop.one_round(federation, progress)
+    summary, _, _ = toy.one_round(federation, progress)
     assert summary.dropped == 1
     after = {id: memory["residual"] for id, memory in experiment.memories.items()}
     assert [same(before[id], after[id]) for id in sorted(before)] == [False, False, True, False]

@@ -21,7 +21,6 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method, View
 from fedsieve.algebra.optim import Optimizer, adam, fedadam, sgd
 from fedsieve.algebra.payload import LARGEST, Form
-from fedsieve.clients.sampling import cohort
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, Progress, Receipt, Round, begin, rounds
 from fedsieve.settings import Sampling
@@ -171,6 +170,11 @@ def built(row: Row, situation: Situation, server: str = "sgd", form: Form = "flo
     return methods.load(row.name)(**options)
 
 
+def assert_finite(*trees: Tree) -> None:
+    for tree in trees:
+        assert all(tensor.isfinite().all() for tensor in tree.values())
+
+
 @pytest.mark.parametrize("situation", SITUATIONS, ids=str)
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_no_round_stops_and_all_stays_finite(row: Row, situation: Situation) -> None:
@@ -186,8 +190,7 @@ def test_no_round_stops_and_all_stays_finite(row: Row, situation: Situation) -> 
         assert progress.round == ROUNDS
         assert [receipt.dropped for receipt in receipts] == [None] * len(receipts)
         assert {summary.dropped for summary in told} == {0}
-        for tree in (*progress.state.trees.values(), found.tensors, found.base):
-            assert all(tensor.isfinite().all() for tensor in tree.values())
+        assert_finite(*progress.state.trees.values(), found.tensors, found.base)
 
 
 def all_huge(tensor: Tensor) -> Tensor:
@@ -230,8 +233,7 @@ def test_updates_too_large_for_a_merge_are_left_out_and_named(
     assert {r.client: r.dropped is not None for r in receipts} == {
         c.id: is_bad(c.id) for c in toy.clients(MIXED)
     }
-    for tree in (*progress.state.trees.values(), found.tensors, found.base):
-        assert all(tensor.isfinite().all() for tensor in tree.values())
+    assert_finite(*progress.state.trees.values(), found.tensors, found.base)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -244,7 +246,7 @@ def test_the_largest_numbers_that_are_merged_leave_a_state_of_numbers(row: Row) 
     for server in SERVERS:
         method = built(row, situation, server, form="float32")
         found, *_ = federate(method, situation, dtype=torch.float32, number=1)
-        assert all(t.isfinite().all() for t in (*found.tensors.values(), *found.base.values()))
+        assert_finite(found.tensors, found.base)
 
 
 @pytest.mark.parametrize("act", [unmoved, head_moves], ids=["nothing", "the head"])
@@ -274,18 +276,11 @@ def test_one_product_among_zeros_is_all_that_counts_in_hetlora(alone: str) -> No
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_a_draw_of_nobody_leaves_the_model_as_it_is(row: Row) -> None:
-    members = toy.clients((Budget(),) * 3)
-    setup = toy.federation(row.build(), members)
-    setup = replace(setup, sampling=Sampling("poisson", 1), seed=_empty_first(members))
+    sampling, members = toy.nobody_drawn()
+    setup = replace(toy.federation(row.build(), members), sampling=sampling)
     _, progress = begin(setup, toy.start())
     (summary, receipts, after), *_ = rounds(setup, progress, 1)
     assert (summary.clients, receipts, after.round) == (0, [], 1)
     for group, tree in progress.state.trees.items():
         for name, tensor in tree.items():
             assert torch.equal(after.state.trees[group][name], tensor)
-
-
-def _empty_first(members: list[Client]) -> int:
-    """A seed whose first Poisson draw is of nobody."""
-    draws = (s for s in range(1000) if not cohort(members, Sampling("poisson", 1), Key(s, 1)))
-    return next(draws)

@@ -694,11 +694,16 @@ def echo(tmp_path: Path) -> Iterator[Path]:
     assert not (folder / SOCKET).exists()
 
 
+def near(address: Path) -> str:
+    """The shorter way to name a socket: only so many bytes fit."""
+    return min(str(address), os.path.relpath(address), key=len)
+
+
 def spoken(address: Path, data: bytes, *, listen: bool = True) -> bytes:
     """What comes back for these bytes."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(60)
-        connection.connect(min(str(address), os.path.relpath(address), key=len))
+        connection.connect(near(address))
         connection.sendall(data)
         if not listen:
             return b""
@@ -757,7 +762,7 @@ def test_those_who_say_nothing_keep_nobody_waiting_for_ever(
     silent = [socket.socket(socket.AF_UNIX) for _ in range(2 * worker.CONNECTIONS)]
     for each in silent:
         each.settimeout(60)
-        each.connect(min(str(echo), os.path.relpath(echo), key=len))
+        each.connect(near(echo))
     began = time.monotonic()
     assert ask(echo, Frame({"do": "x"}), 60).header["ok"]
     assert time.monotonic() - began < 10

@@ -208,15 +208,12 @@ def test_full_training_of_tied_weights_is_a_plain_loop(tiny: Tiny) -> None:
 @pytest.mark.parametrize("merge", [False, True])
 def test_a_full_run_of_tied_weights_is_saved_tied(tiny: Tiny, tmp_path: Path, merge: bool) -> None:
     folder = tmp_path / "run"
-    with pytest.warns(UserWarning, match="no padding token"):
-        runs.start(
-            tiny,
-            folder,
-            model={"source": str(tiny.gpt2), "task": "causal-lm"},
-            data__label=None,
-            partition={"kind": "iid", "clients": 3},
-            **FULL,
-        )
+    runs.start_language_model(
+        tiny,
+        folder,
+        partition={"kind": "iid", "clients": 3},
+        **FULL,
+    )
     runner.export(folder, tmp_path / "out", merge=merge)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert ties(model) == ties(AutoModelForCausalLM.from_pretrained(tiny.gpt2))
@@ -276,16 +273,13 @@ def test_an_adapter_finds_its_base_from_everywhere(
 
 def test_a_language_models_adapter_has_its_tokenizer(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.warns(UserWarning, match="no padding token"):
-        runs.start(
-            tiny,
-            folder,
-            model={"source": str(tiny.gpt2), "task": "causal-lm"},
-            lora={"rank": 4, "targets": ["c_attn", "c_proj"]},
-            data__label=None,
-            partition={"kind": "iid", "clients": 3},
-            rounds=2,
-        )
+    runs.start_language_model(
+        tiny,
+        folder,
+        lora={"rank": 4, "targets": ["c_attn", "c_proj"]},
+        partition={"kind": "iid", "clients": 3},
+        rounds=2,
+    )
     saved = folder / rundir.ADAPTER
     assert not (saved / "labels.json").exists()
     model = AutoPeftModelForCausalLM.from_pretrained(saved).eval()

@@ -110,16 +110,13 @@ def test_export_takes_the_newest_whole_checkpoint(tiny: Tiny, tmp_path: Path) ->
 
 def test_a_merged_causal_model_speaks_as_the_adapter_does(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with pytest.warns(UserWarning, match="no padding token"):
-        runs.start(
-            tiny,
-            folder,
-            model={"source": str(tiny.gpt2), "task": "causal-lm"},
-            lora={"rank": 4, "targets": ["c_attn", "c_proj"]},
-            data__label=None,
-            partition={"kind": "iid", "clients": 6},
-            rounds=2,
-        )
+    runs.start_language_model(
+        tiny,
+        folder,
+        lora={"rank": 4, "targets": ["c_attn", "c_proj"]},
+        partition={"kind": "iid", "clients": 6},
+        rounds=2,
+    )
     runner.export(folder, tmp_path / "merged", merge=True)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     base = AutoModelForCausalLM.from_pretrained(tiny.gpt2)

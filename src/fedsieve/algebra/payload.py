@@ -4,6 +4,7 @@ A payload holds its values in the form in which they cross the network, already 
 encoding loses nothing: decode(encode(p)) == p. `rounded` is the one place where numbers are lost.
 """
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,6 +40,11 @@ class Seed(NamedTuple):
 # No number beyond this is merged: products, squares and sums must have a float32 too, and what
 # training left out there is of no use.
 LARGEST = 2.0**32
+
+
+def magnitude(tensor: Tensor) -> float:
+    """The largest magnitude of a tensor, 0 for an empty one; NaN where there is one. One pass."""
+    return float(torch.linalg.vector_norm(tensor, math.inf)) if tensor.numel() else 0.0
 
 
 class Base(NamedTuple):

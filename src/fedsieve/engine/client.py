@@ -9,13 +9,11 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Memory, Method, View
-from fedsieve.algebra.payload import LARGEST
+from fedsieve.algebra.payload import LARGEST, magnitude
 from fedsieve.train.local import Fit
 from fedsieve.wire import decode, encode
 
@@ -88,9 +86,8 @@ def _unusable(fit: Fit) -> str | None:
             f"the training loss became {fit.loss} (a lower training.lr or training.clip may help)"
         )
     for name, tensor in fit.tensors.items():
-        # One pass, no mask; NaN stays NaN.
-        largest = float(torch.linalg.vector_norm(tensor, math.inf)) if tensor.numel() else 0.0
-        if not largest <= LARGEST:
-            what = f"beyond {LARGEST:.1e}" if math.isfinite(largest) else "that are not finite"
+        found = magnitude(tensor)
+        if not found <= LARGEST:  # NaN is not
+            what = f"beyond {LARGEST:.1e}" if math.isfinite(found) else "that are not finite"
             return f"the trained {name} holds numbers {what} (a lower training.lr may help)"
     return None

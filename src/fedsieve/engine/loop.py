@@ -24,7 +24,7 @@ from fedsieve.algebra.adapter import Adapter, Layout
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
-from fedsieve.algebra.payload import LARGEST, Payload, exact, rounded
+from fedsieve.algebra.payload import LARGEST, Payload, exact, magnitude, rounded
 from fedsieve.algebra.support import Support, everything, norm
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.clients.sampling import cohort, counting
@@ -236,14 +236,6 @@ def rounds(
         yield evaluated(federation, half), half.receipts, progress
 
 
-def one_round(
-    federation: Federation, progress: Progress, *, evaluate: bool = False
-) -> tuple[Round, list[Receipt], Progress]:
-    """One round, evaluated when it is due or when `evaluate` says so."""
-    half = merged(federation, progress, evaluate=evaluate)
-    return evaluated(federation, half), half.receipts, half.progress
-
-
 def merged(federation: Federation, progress: Progress, *, evaluate: bool = False) -> Unevaluated:
     """One round up to the server's new state; its evaluation is due when `evaluate` says so, too.
 
@@ -379,9 +371,10 @@ def _refuse_too_large(payload: Payload, state: State) -> None:
 
     No clip can bound them: scaled down to nothing, infinity is not zero.
     """
-    largest = min(LARGEST, *(torch.finfo(t.dtype).max for t in state.trees["adapter"].values()))
-    if exact(payload.values).abs().gt(largest).any():
-        raise WireError(f"it holds numbers beyond {largest:.1e}, which no merge can use")
+    dtypes = {tensor.dtype for tensor in state.trees["adapter"].values()}
+    most = min([LARGEST, *(torch.finfo(dtype).max for dtype in dtypes)])
+    if magnitude(exact(payload.values)) > most:
+        raise WireError(f"it holds numbers beyond {most:.1e}, which no merge can use")
 
 
 def _finite(state: State) -> State:

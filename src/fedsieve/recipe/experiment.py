@@ -169,6 +169,12 @@ def reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join([*shown, *([f"{len(left_out) - 3} more"] if len(left_out) > 3 else [])])
 
 
+def with_secret(experiment: Experiment, secret: int) -> Experiment:
+    """The experiment with a seed that only its server knows (`Federation.secret`)."""
+    federation = dataclasses.replace(experiment.federation, secret=secret)
+    return dataclasses.replace(experiment, federation=federation)
+
+
 def from_recipe(recipe: Recipe) -> Experiment:
     """Load model and data, split the data over clients, and set up the federation.
 
@@ -203,16 +209,8 @@ def from_recipe(recipe: Recipe) -> Experiment:
     if recipe.privacy is not None:
         recipe, plan = with_privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
         method = build_method(recipe, partial(plan.around, key=key))
-        on_own = None
-        if prepared.test is not None and method.personal is not None:
-            on_own = "what each client keeps to itself"
-        said = all_cautions(plan, "rows of the clients" if on_validation else on_own)
-        if data.validation is not None and plan.spent is not None:
-            said.append(
-                "Privacy: how many rows there are in all decides which ones data.validation holds "
-                "back, so a client more or less changes what others train on, and epsilon does not "
-                "cover that: tune with it, and leave it out of the run that you report."
-            )
+        own = prepared.test is not None and method.personal is not None
+        said = _cautions(recipe, plan, "what each client keeps to itself" if own else None)
         notes += [plan.guarantee, *said]
         for caution in said:
             warnings.warn(caution, stacklevel=2)
@@ -325,6 +323,20 @@ def all_cautions(plan: PrivacyPlan, evaluated: str | None) -> list[str]:
     if plan.spent is None:
         return list(plan.cautions)
     return [*plan.cautions, uncovered(plan.noise_from, evaluated)]
+
+
+def _cautions(recipe: Recipe, plan: PrivacyPlan, evaluated: str | None) -> list[str]:
+    """`all_cautions`, and what holding rows of the clients back does to them."""
+    if recipe.evaluation.on == "validation":
+        evaluated = "rows of the clients"
+    found = all_cautions(plan, evaluated)
+    if recipe.data.validation is not None and plan.spent is not None:
+        found.append(
+            "Privacy: how many rows there are in all decides which ones data.validation holds "
+            "back, so a client more or less changes what others train on, and epsilon does not "
+            "cover that: tune with it, and leave it out of the run that you report."
+        )
+    return found
 
 
 def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[str, str]]:

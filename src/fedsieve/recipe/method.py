@@ -38,7 +38,7 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
     recipe = with_server(recipe)
     server_options = recipe.server.model_extra or {}
     if recipe.server.optimizer is None:
-        server = build(**options).server  # one that no recipe can name, and so cannot change
+        server = alone(recipe.method).server  # one that no recipe can name, and so cannot change
         _options(lambda: None, server_options, "server")
     else:
         make_server = getattr(optim, recipe.server.optimizer)

@@ -22,7 +22,7 @@ from pydantic import (
 
 from fedsieve.algebra.budget import refuse_rank
 from fedsieve.data.names import clean
-from fedsieve.settings import PAPER_RATIOS, Kind, Sampling, Share, Source, Table
+from fedsieve.settings import PAPER_RATIOS, Kind, Sampling, Share, Source, Table, Task
 from fedsieve.settings import Lora as Lora  # users of the schema find them here
 from fedsieve.settings import Training as Training
 
@@ -34,7 +34,7 @@ class Model(Table):
     """
 
     source: str
-    task: Literal["classification", "causal-lm"] = "classification"
+    task: Task = "classification"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     settings: dict[str, Any] = Field(default_factory=dict)
 

@@ -102,8 +102,9 @@ def load(folder: Path, layout: Layout, base: BaseDigest | None = None) -> Snapsh
                 stacklevel=2,
             )
             continue
-        _refuse_another_base(facts, base)
-        return _snapshot(path, facts, tensors, layout)
+        then = None if facts.get("base") is None else BaseDigest(**facts["base"])
+        _refuse_another_base(then, base)
+        return _snapshot(path, facts, tensors, layout)._replace(base=then)
     what = "no checkpoint that is whole" if files else "no checkpoint"
     raise FedSieveError(f"{folder} holds {what}: the run cannot be resumed, start it again")
 
@@ -203,10 +204,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return facts, tensors
 
 
-def _refuse_another_base(facts: Mapping[str, Any], now: BaseDigest | None) -> None:
-    if now is None or facts.get("base") is None:
+def _refuse_another_base(then: BaseDigest | None, now: BaseDigest | None) -> None:
+    if now is None or then is None:
         return  # checkpoints of old do not know
-    then = BaseDigest(**facts["base"])
     if now != then:
         what = "weights" if now.weights != then.weights else "configuration"
         raise FedSieveError(
@@ -242,5 +242,4 @@ def _snapshot(
         told = facts["half"]
         receipts = [Receipt(**receipt) for receipt in told["receipts"]]
         half = Unevaluated(Round(**told["summary"]), receipts, progress, told["due"])
-    base = None if facts.get("base") is None else BaseDigest(**facts["base"])
-    return Snapshot(progress, memories, facts["marks"], half, base)
+    return Snapshot(progress, memories, facts["marks"], half)

@@ -10,7 +10,6 @@ is never drawn a second time once it is: two noisy versions of one round would t
 account of epsilon counts.
 """
 
-import dataclasses
 import shutil
 import signal
 import threading
@@ -27,7 +26,13 @@ from fedsieve.engine import loop
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe.experiment import Experiment, from_recipe, locate, set_up_resident
+from fedsieve.recipe.experiment import (
+    Experiment,
+    from_recipe,
+    locate,
+    set_up_resident,
+    with_secret,
+)
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir
@@ -200,8 +205,7 @@ def _with_secret(experiment: Experiment, recipe: Recipe, folder: Path) -> Experi
     """The experiment with the seed that only its server knows, where it has one."""
     if not deployed(recipe):
         return experiment
-    federation = dataclasses.replace(experiment.federation, secret=rundir.secret_seed(folder))
-    return dataclasses.replace(experiment, federation=federation)
+    return with_secret(experiment, rundir.secret_seed(folder))
 
 
 def _refuse_other_noise(folder: Path, number: int) -> None:

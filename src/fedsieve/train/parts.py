@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Task
+from fedsieve.train.targets import called
 
 Place = tuple[nn.Module, str]  # the module that holds a parameter, and its attribute there
 
@@ -69,7 +70,7 @@ def trained_whole(base: PreTrainedModel, named: Sequence[str], *, head: bool) ->
             )
         names |= set(outside)
     for each in named:
-        modules = [name for name, _ in base.named_modules() if _called(name, each)]
+        modules = [name for name, _ in base.named_modules() if called(name, each)]
         found = {
             name
             for name, _ in base.named_parameters(remove_duplicate=False)
@@ -150,11 +151,6 @@ def _head(base: PreTrainedModel) -> list[str]:
 
 def _drawn(base: PreTrainedModel) -> list[str]:
     return [name for name, parameter in base.named_parameters() if parameter.requires_grad]
-
-
-def _called(name: str, wanted: str) -> bool:
-    """PEFT's rule: a module goes by its whole name, and by the last parts of it."""
-    return name == wanted or name.endswith(f".{wanted}")
 
 
 def _holds_only(base: PreTrainedModel, module: str, names: set[str]) -> bool:

@@ -85,9 +85,9 @@ def check_found(lora: Lora, config: LoraConfig, found: Sequence[str]) -> None:
             "that take no LoRA here: name layers of attention, such as ['q_proj', 'v_proj']"
         )
     for target in lora.targets if isinstance(lora.targets, tuple) else ():
-        if any(_called(name, target) for name in found):
+        if any(called(name, target) for name in found):
             continue
-        if any(_called(module, target) for module in config.modules_to_save or ()):
+        if any(called(module, target) for module in config.modules_to_save or ()):
             raise FedSieveError(
                 f"lora.targets names {target!r}, which is trained whole already: leave it out"
             )
@@ -104,6 +104,6 @@ def check_found(lora: Lora, config: LoraConfig, found: Sequence[str]) -> None:
             )
 
 
-def _called(name: str, target: str) -> bool:
+def called(name: str, target: str) -> bool:
     """PEFT's rule: a module goes by its whole name, and by the last parts of it."""
     return name == target or name.endswith(f".{target}")
