@@ -210,6 +210,8 @@ def test_what_a_notebook_gets_wrong(tiny: Tiny) -> None:
         ({"label": "labl"}, "no column 'labl'"),
         ({"lora": Lora(rank=99, targets=("query",))}, "lora.rank 99 is larger"),
         ({"device": "nowhere"}, "device 'nowhere'"),
+        ({"evaluate_every": 0}, "evaluate_every is 0; it must be at least 1"),
+        ({"evaluate_every": -1}, "evaluate_every is -1"),
     ):
         with pytest.raises(FedSieveError, match=message):
             finetune(tiny, [rows(10, 1)], **options)
