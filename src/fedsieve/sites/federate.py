@@ -37,6 +37,7 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
+from fedsieve.disk import refuse_link, write_whole
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
@@ -178,8 +179,32 @@ def begin_again(folder: Path) -> list[str]:
         raise FedSieveError(
             f"{folder} holds a run in one process: go on with `fedsieve resume {folder}`"
         )
+    _refuse_other_app(app)
     _renew(app / "pyproject.toml")
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
+
+
+def _refuse_other_app(app: Path) -> None:
+    """Raises FedSieveError for an app that holds more than `_write_app` has put there.
+
+    Flower would run it: the directory may come from somebody else.
+    """
+    refuse_link(app, folder=True)
+    refuse_link(app / "pyproject.toml")
+    for path in sorted(app.iterdir()):
+        if path.name != "pyproject.toml":
+            raise FedSieveError(f"{path} is no part of a federation, and would be run: remove it")
+    source = str(app / "pyproject.toml")
+    table = recipes.toml((app / "pyproject.toml").read_text(encoding="utf-8"), source)
+    try:
+        given, needs = table["tool"]["flwr"]["app"], table["project"]["dependencies"]
+        ours = Path(given["config"]["folder"]).resolve() == app.parent.resolve() and needs == []
+    except (KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise FedSieveError(
+            f"{source} is not what `fedsieve federate` wrote for {app.parent}: begin a new one"
+        )
 
 
 def _renew(path: Path) -> None:
@@ -188,7 +213,7 @@ def _renew(path: Path) -> None:
     app = table["tool"]["flwr"]["app"]
     if app["components"] != COMPONENTS:
         app["components"] = COMPONENTS
-        checkpoint.write_whole(path, tomli_w.dumps(table).encode())
+        write_whole(path, tomli_w.dumps(table).encode())
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -269,10 +294,11 @@ def on_network(
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert resident.digest is not None
     welcome = partial(_welcome, method=method, base=resident.digest.weights, say=say)
+    refuse_link(keys)
     known = json.loads(keys.read_text(encoding="utf-8")) if keys.exists() else {}
 
     def pin(all_keys: Mapping[str, str]) -> None:
-        checkpoint.write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
+        write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
     sites = Sites(transport, text, digest, welcome, policy, say, merged=merged, keys=known, pin=pin)
     say(f"waiting for {policy.sites} sites")
@@ -481,8 +507,9 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
     config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
     for name, table in ((f"{APP}/pyproject.toml", app), (f"{HOME}/config.toml", config)):
         path = folder / name
+        refuse_link(path.parent, folder=True)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(tomli_w.dumps(table), encoding="utf-8")
+        write_whole(path, tomli_w.dumps(table).encode())
 
 
 def _merged(folder: Path) -> dict[str, int]:
