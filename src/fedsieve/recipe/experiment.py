@@ -1,6 +1,7 @@
 """From a recipe, or from data sets in a notebook, to a federation that is ready to run."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import bad_rows, load_rows, prepare
-from fedsieve.recipe.method import build_method
+from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import tokens
@@ -84,6 +85,7 @@ def assemble(
     privacy: PrivacyPlan | None = None,
     resources: Mapping[str, Resources] | None = None,
     left_out: Mapping[str, str] | None = None,
+    norm_bound: float = math.inf,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
@@ -91,6 +93,7 @@ def assemble(
     A client without examples is left out with a warning.
     resources: what clients have, by id, where it is known
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
+    norm_bound: as in `Federation`
     Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve, and
     for clients drawn in a way that the method's privacy cannot be accounted for.
     """
@@ -156,6 +159,7 @@ def assemble(
         evaluate_every=evaluate_every,
         privacy=privacy,
         dense=resident.dense,
+        norm_bound=norm_bound,
     )
     ending = None if privacy is None else privacy.ending
     return Experiment(
@@ -235,6 +239,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
         privacy=plan,
         resources=machines,
         left_out=left_out,
+        norm_bound=norm_bound(recipe),
     )
 
 

@@ -51,7 +51,7 @@ from fedsieve.recipe.experiment import (
     set_up_resident,
     with_privacy,
 )
-from fedsieve.recipe.method import build_method
+from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
@@ -313,6 +313,7 @@ def on_network(
         there=there,
         aside=sites.aside,
         dense=resident.dense,
+        norm_bound=norm_bound(recipe),
     )
     notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
