@@ -148,7 +148,7 @@ def commands(folder: Path, listen: ServerAddress) -> list[str]:
         f"{home} flower-superlink {server} {tls} --disable-runtime-dependency-installation",
         f"{QUIET} {OBJECTS} flower-supernode --superlink {name}:{listen.port} {trust} "
         f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
-        f"{home} flwr run {folder / APP} {CONNECTION} --stream",
+        f"fedsieve federate --resume {folder}",
     ]
 
 
@@ -180,6 +180,25 @@ def begin_again(folder: Path) -> list[str]:
         )
     _renew(app / "pyproject.toml")
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raises FedSieveError if a Flower run that has ended left the federation unfinished.
+
+    `flwr run` ends with 0 whatever became of what it ran.
+    """
+    begun = (folder / rundir.METRICS).exists()
+    last, rounds = rundir.last_round(folder) if begun else 0, runner.rounds_of(folder)
+    if last < rounds:
+        where = f"after round {last} of {rounds}"
+    elif not (folder / rundir.ADAPTER).is_dir():
+        where = "and has no final adapter yet"
+    else:
+        return
+    raise FedSieveError(
+        f"the federation in {folder} stopped {where}: why is said above, and in the log of its "
+        f"Flower run. Go on with `fedsieve federate --resume {folder}`"
+    )
 
 
 def _renew(path: Path) -> None:
