@@ -24,7 +24,7 @@ from fedsieve.algebra.adapter import Adapter, Layout
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
-from fedsieve.algebra.payload import Payload, rounded
+from fedsieve.algebra.payload import Payload, digest, rounded
 from fedsieve.algebra.support import Support, everything
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.clients.sampling import cohort, counting
@@ -81,6 +81,7 @@ class Receipt(NamedTuple):
     down_a, down_b, down_head, up_a, up_b, up_head: which share of its entries of A, of B and of all
         other tensors a masked message carries (kept.py); None where a message has no masks, and up
         where the clients' updates are private
+    digest: of what the update says (payload.digest), where clients are on other machines
     """
 
     round: int
@@ -108,6 +109,7 @@ class Receipt(NamedTuple):
     up_a: float | None = None
     up_b: float | None = None
     up_head: float | None = None
+    digest: str | None = None
 
 
 class Round(NamedTuple):
@@ -180,6 +182,8 @@ class Federation:
     evaluate: may give None where nobody could be asked
     there: who can be drawn now, where clients come and go; None where they do not
     aside: bytes of the messages beside the rounds' own since it was last asked, on a network
+    before: (client, digest of what its update says, round) -> an earlier round in which it said the
+        same, where clients are on other machines and old messages may come again
     norm_bound: an update whose L2 norm is so many times the median of its round's is left out. Not
         in private runs, whose clip bounds every update by itself
     dense: the layout of dense LoRA at the server's rank, which all bytes are compared with; None
@@ -199,6 +203,7 @@ class Federation:
     dense: Layout | None = None
     secret: int | None = None
     norm_bound: float = math.inf
+    before: Callable[[str, str, int], int | None] | None = None
 
     def own_key(self, number: int) -> Key:
         """The server's own key of a round."""
@@ -357,12 +362,12 @@ def _gather(
     for reply in federation.exchange.carry(messages(), Key(federation.seed, number)):
         down_bytes, support = sent.pop(reply.client.id)
         began = time.perf_counter()
-        size, came, reason = None, None, reply.reason
+        size, came, said, reason = None, None, None, reply.reason
         if reply.update is not None and reason is None:
             try:
                 payload = decode(reply.update, state.layout, support)
-                _refuse_again(reply, payload)
                 arrivals.check(method, state, payload, support, reply.client, own)
+                said = _refuse_again(federation, reply.client, payload, number)
                 size = waiting.add(reply.client, reply.update, payload, support)
                 if method.private is None:  # a mask is made of the client's own numbers
                     came = kept(payload.support, state.layout)
@@ -372,7 +377,8 @@ def _gather(
         starved += starves_b(support, state.layout)
         shares = {**_named("down", kept(support, state.layout)), **_named("up", came)}
         receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
-        receipts.append(receipt._replace(norm=size if told else None, **shares))
+        size = size if told else None
+        receipts.append(receipt._replace(norm=size, digest=said, **shares))
     return _Came(receipts, wire, starved)
 
 
@@ -394,10 +400,20 @@ def _why(receipts: Sequence[Receipt]) -> str:
     return "; ".join(shown + more) or f"{len(receipts)} clients were asked"
 
 
-def _refuse_again(reply: Reply, payload: Payload) -> None:
-    """Raises WireError for an update that was given before; one that changes nothing may be."""
-    if reply.repeats is not None and payload.values.data.any():
-        raise WireError(f"it is, byte for byte, that of round {reply.repeats}")
+def _refuse_again(
+    federation: Federation, client: Client, payload: Payload, number: int
+) -> str | None:
+    """The digest of what an update says, where that is noted.
+
+    Raises WireError for one that said the same in another round; one that changes nothing may.
+    """
+    if federation.before is None:
+        return None
+    said = digest(payload)
+    first = federation.before(client.id, said, number)
+    if first is not None and payload.values.data.any():
+        raise WireError(f"it says the same as that of round {first}, number for number")
+    return said
 
 
 def dense_bytes(layout: Layout) -> int:

@@ -88,6 +88,17 @@ OBJECTS = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=131072"
 CA, CERTIFICATE, PRIVATE = "ca.crt", "server.pem", "server.key"
 
 
+class History(NamedTuple):
+    """What the log tells of the rounds up to the newest whole checkpoint.
+
+    merged: site -> the last round in which its update was merged
+    given:  (site, digest of what an update said) -> its round
+    """
+
+    merged: dict[str, int]
+    given: dict[tuple[str, str], int]
+
+
 class ServerAddress(NamedTuple):
     """Where the server listens, and with which certificates.
 
@@ -230,7 +241,7 @@ def serve(
 
     def build(recipe: Recipe) -> Experiment:
         experiment, sites = on_network(
-            recipe, text, transport, policy, say, _merged(folder), folder / KEYS
+            recipe, text, transport, policy, say, _history(folder), folder / KEYS
         )
         board.append(sites)
         return experiment
@@ -260,13 +271,13 @@ def on_network(
     transport: Transport,
     policy: RoundPolicy,
     say: Callable[[str], None],
-    merged: Mapping[str, int],
+    history: History,
     keys: Path,
 ) -> tuple[Experiment, Sites]:
     """A federation whose clients are the sites that the transport reaches, once they are there.
 
     text: the recipe as the sites are told it
-    merged: the last round in which each site's update was merged
+    history: what of the rounds before is in the log
     keys: the file with the key of each site's node; new sites are added to it
     Raises FedSieveError if too few sites come, or for what of the recipe does not fit.
     """
@@ -293,7 +304,9 @@ def on_network(
     def pin(all_keys: Mapping[str, str]) -> None:
         checkpoint.write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
-    sites = Sites(transport, text, digest, welcome, policy, say, merged=merged, keys=known, pin=pin)
+    sites = Sites(
+        transport, text, digest, welcome, policy, say, keys=known, pin=pin, **history._asdict()
+    )
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
     there = sites.there
@@ -333,6 +346,7 @@ def on_network(
         aside=sites.aside,
         dense=resident.dense,
         norm_bound=norm_bound(recipe),
+        before=sites.before,
     )
     notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
@@ -505,14 +519,13 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
         path.write_text(tomli_w.dumps(table), encoding="utf-8")
 
 
-def _merged(folder: Path) -> dict[str, int]:
-    """site -> the last round in which its update was merged, as of the newest whole checkpoint.
-
-    The log may hold lines of a round after the checkpoint: that round is done again.
-    """
+def _history(folder: Path) -> History:
+    """The log may hold lines of a round after the checkpoint: that round is done again."""
     last, unlogged = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
     log = rundir.place(folder, rundir.CLIENTS)
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     receipts = [json.loads(line) for line in lines if line.endswith("}")]
     receipts = [r for r in receipts if r["round"] <= last] + unlogged
-    return {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
+    merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
+    said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
+    return History(merged, {(site, digest): number for site, digest, number in reversed(said)})
