@@ -23,7 +23,7 @@ from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
-from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, with_secret
+from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
@@ -122,6 +122,7 @@ def finetune(
     budgets: Mapping[str, Budget] | Budget | None = None,
     evaluate_every: int = 1,
     norm_bound: float | None = None,
+    strict: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> Run:
@@ -139,6 +140,7 @@ def finetune(
     budgets: what each client can afford, by id; or one budget for all
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
              warning; by default 100, and without a bound (math.inf) where the method's server clips
+    strict:  a client whose rows cannot be used is an error, not left out
     Raises FedSieveError for bad input, and if no client has rows that can be used.
     """
     if isinstance(evaluate_every, bool) or evaluate_every < 1:
@@ -178,6 +180,8 @@ def finetune(
     examples: dict[str, Examples] = {id: each for id, (each, _) in made.items()}
     if not examples:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
+    if strict and left_out:
+        raise stopped(left_out)
     try:
         tested = None if test is None else read(_rows(test, columns))[0]
     except FedSieveError as error:

@@ -173,6 +173,13 @@ def reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join([*shown, *([f"{len(left_out) - 3} more"] if len(left_out) > 3 else [])])
 
 
+def stopped(left_out: Mapping[str, str]) -> FedSieveError:
+    """The error of a run that is strict, and that has clients whose rows cannot be used."""
+    return FedSieveError(
+        f"strict: rows of {len(left_out)} clients cannot be used: {reasons(left_out)}"
+    )
+
+
 def with_secret(experiment: Experiment, secret: int) -> Experiment:
     """The experiment with a seed that only its server knows (`Federation.secret`)."""
     federation = dataclasses.replace(experiment.federation, secret=secret)
@@ -348,7 +355,8 @@ def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[s
     """The rows of the clients all of whose rows can be used; and the others, with what is wrong.
 
     Only where a column says whose each row is. Clients that are drawn are parts of one data set,
-    and a bad row is an error of it. Raises FedSieveError if no client is left.
+    and a bad row is an error of it. Raises FedSieveError if no client is left, or for the first bad
+    one where the recipe is strict.
     """
     if recipe.partition.column is None:
         return rows, {}
@@ -359,6 +367,8 @@ def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[s
     left_out: dict[str, str] = {}
     for row, wrong in sorted(bad.items()):
         left_out.setdefault(owners[row], str(wrong))
+    if recipe.strict:
+        raise stopped(left_out)
     kept = [row for row, owner in enumerate(owners) if owner not in left_out]
     if not kept:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")

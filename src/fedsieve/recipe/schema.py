@@ -313,13 +313,17 @@ class Checkpoint(Table):
 
 
 class Recipe(Table):
-    """A whole experiment."""
+    """A whole experiment.
+
+    strict: a client whose rows cannot be used stops the run; else it is left out with a warning
+    """
 
     name: str = "run"
     seed: NonNegativeInt = 0
     rounds: PositiveInt
     cohort: PositiveInt
     device: str = "auto"
+    strict: bool = False
     model: Model
     lora: Lora = Lora()
     data: Data
