@@ -5,6 +5,7 @@ ends where it would have ended had that client sent nothing.
 """
 
 import math
+import random
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
@@ -32,6 +33,7 @@ from tests.methods.test_laws import MIXED, ROWS, Row
 
 BAD = "0001"
 ROUNDS = 2
+TRIALS = 5
 
 # A client's own update, and what it was sent -> what it sends in its place; None where the method
 # leaves no room for such an update.
@@ -134,12 +136,13 @@ def another_form(update: Payload, sent: Support) -> Payload | None:
 
 
 def a_change_of_the_base(update: Payload, sent: Support) -> Payload | None:
-    if not update.layout.pairs:
-        return None
-    layout = base_layout(update.layout, 1)
-    numbers = rounded(torch.ones(layout.size), "float32", torch.Generator())
-    change = Payload(layout, everything(layout), numbers, "known", "known")
-    return update._replace(base=Base(0, change))
+    return update._replace(base=a_base(update.layout)) if update.layout.pairs else None
+
+
+def a_base(layout: Layout) -> Base:
+    of_base = base_layout(layout, 1)
+    numbers = rounded(torch.ones(of_base.size), "float32", torch.Generator())
+    return Base(0, Payload(of_base, everything(of_base), numbers, "known", "known"))
 
 
 def times(factor: float) -> Forge:
@@ -354,3 +357,58 @@ def test_a_bound_of_norms_beside_privacy_is_refused(tiny: Tiny) -> None:
         recipes.check(tiny.table(privacy=privacy, server={"norm_bound": 10}))
     recipe = recipes.check(tiny.table(privacy=privacy))
     assert recipe.server.norm_bound == "none"
+
+
+def anything(draws: random.Random, update: Payload) -> Payload:
+    """A payload of any names, ranks, masks, form and size that the format has words for."""
+    layout = update.layout
+    torch.manual_seed(draws.randrange(1 << 30))
+    count = len(layout.names)
+    names = tuple(
+        sorted(draws.sample(layout.names, draws.choice([count, draws.randint(0, count)])))
+    )
+    ranks = None
+    if draws.random() < 0.7:
+        keep = draws.randint(1, layout.rank)
+        rows = [sorted(draws.sample(range(layout.rank), keep)) for _ in layout.pairs]
+        ranks = torch.tensor(rows)
+    if draws.random() < 0.3:
+        names, ranks = update.support.names, update.support.ranks
+    rank = layout.rank if ranks is None else ranks.shape[1]
+    shapes = layout.narrow(rank, layout.scale).shapes
+    masked = [n for n in names if draws.random() < draws.choice([0, 0.5, 1])]
+    share = draws.random()
+    masks = {n: torch.rand(shapes[n]) < share for n in masked}
+    support = Support(names, ranks, masks)
+    form: Form = draws.choice(["float64", "float32", "bfloat16", "int8"])
+    most = 290 if form == "float64" else 37
+    numbers = torch.randn(_count(layout, support), dtype=torch.float64)
+    numbers = numbers * 10.0 ** draws.uniform(-most, most)
+    values = rounded(numbers, form, torch.Generator())
+    forged = Payload(layout, support, values, "sent", "sent")
+    return forged._replace(base=a_base(layout)) if draws.random() < 0.1 else forged
+
+
+def endure(row: Row, draws: random.Random) -> None:
+    """One run in which one client sends anything, beside honest ones."""
+    done: list[int] = []
+
+    def forge(update: Payload, sent: Support) -> Payload:
+        return anything(draws, update)
+
+    found, receipts = run(row.build(), lambda e: forging(e, toy.start().layout, forge, done))
+    assert done == list(range(1, ROUNDS + 1))
+    assert all(r.dropped is None for r in receipts if r.client != BAD)
+    assert all(t.isfinite().all() for tree in found.trees.values() for t in tree.values())
+    if all(r.dropped is not None for r in receipts if r.client == BAD):
+        expected, _ = run(row.build(), lambda e: silent(e, done))
+        for group, tree in expected.trees.items():
+            for name, tensor in tree.items():
+                assert torch.equal(found.trees[group][name], tensor)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_whatever_decodes_leaves_the_others_merged(row: Row) -> None:
+    draws = random.Random(str(row))
+    for _ in range(TRIALS):
+        endure(row, draws)
