@@ -18,8 +18,10 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Layout, Tree, base_layout
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Method, State
+from fedsieve.algebra.method import Method, State, compose
+from fedsieve.algebra.optim import sgd
 from fedsieve.algebra.payload import Base, Form, Payload, exact, rounded
+from fedsieve.algebra.sieve import Passed, dense
 from fedsieve.algebra.support import Support, everything, gather
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Exchange, Federation, Receipt, begin, rounds
@@ -239,6 +241,19 @@ def test_what_was_not_asked_is_left_out_by_name_and_the_others_are_merged(
         assert tree.keys() == found.trees[group].keys()
         for name, tensor in tree.items():
             assert torch.equal(found.trees[group][name], tensor)
+
+
+def above(tree: Tree, layout: Layout, client: Client, key: Key) -> Passed:
+    """The entries above a threshold: how many, only the client's own numbers tell."""
+    masks = {n: t.abs() > 0.01 for n, t in tree.items()}
+    return Passed(Support(tuple(sorted(tree)), None, masks), "known", "sent")
+
+
+def test_a_sieve_whose_number_of_entries_depends_on_the_change_is_no_misfit() -> None:
+    method = compose(down=dense, up=above, server=sgd(), down_values="float64", up_values="float64")
+    _, receipts = run(method, lambda e: e)
+    assert [r.dropped for r in receipts] == [None] * len(receipts)
+    assert {r.up_bytes for r in receipts} != {receipts[0].up_bytes}
 
 
 def failing(method: Method, culprit: Callable[[Tensor], bool], error: Exception) -> Method:

@@ -260,12 +260,13 @@ def compose(
         return payload, memory
 
     def misfit(update: Payload, sent: Support, client: Client, key: Key) -> str | None:
-        # What `up` would let pass of a client's change is told by names, shapes and budget alone.
+        # Of a change whose entries are all alike `up` lets pass as many as it ever does: a sieve of
+        # the largest its share of them, one with a threshold all.
         own = own_layout(update.layout, sent, rescale)
         names = [
             n for n in shared(update.layout, key.round) if not freeze_absent or n in sent.names
         ]
-        change = {n: torch.zeros(()).expand(own.shapes[n]) for n in names}
+        change = {n: torch.ones(()).expand(own.shapes[n]) for n in names}
         asked = up(change, own, client, key).support._replace(ranks=sent.ranks)
         exactly = freeze_absent and not asked.masks
         if exactly:
