@@ -4,7 +4,6 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -161,8 +160,7 @@ def finetune(
     if task == "classification":
         labels = _each(partial(_labels, columns=columns), rows, left_out)
         if classes is None and labels:
-            features = [rows[id].features[label] for id in labels]
-            classes = classes_of(features, chain.from_iterable(labels.values()))
+            classes = classes_of([(rows[id].features[label], labels[id]) for id in labels])
         classes = [clean(name) for name in classes or ()]
         read = partial(classification, text=columns.texts[0], label=label, classes=classes)
     else:

@@ -110,14 +110,20 @@ def names_in(dataset: Dataset, name: str) -> list[str | FedSieveError | None]:
     row, for a value that cannot be a name.
     """
     values, feature = column(dataset, name), dataset.features[name]
-    if isinstance(feature, ClassLabel):
-        known = dict(enumerate(map(clean, feature.names)))
-        # The hub's test sets hold -1 for "not given": no class, but not nothing either.
-        return [None if value is None else known.get(value, str(value)) for value in values]
+    told = [*map(clean, feature.names)] if isinstance(feature, ClassLabel) else None
     found: list[str | FedSieveError | None] = []
     for row, value in enumerate(values):
+        if told is not None and value is not None and not 0 <= value < len(told):
+            # The hub's test sets hold -1 for "not given": no class, but not nothing either.
+            found.append(
+                FedSieveError(
+                    f"row {row} of column {name!r} holds {value}, and its {len(told)} classes "
+                    f"have the numbers 0 to {len(told) - 1}"
+                )
+            )
+            continue
         try:
-            found.append(name_of(value))
+            found.append(name_of(value if told is None or value is None else told[value]))
         except FedSieveError as error:
             found.append(FedSieveError(f"row {row} of column {name!r} {error}"))
     return found
