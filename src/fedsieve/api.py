@@ -26,6 +26,7 @@ from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
 from fedsieve.tasks.classification import classes_of, classification, labels_of
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.changes import check_changes
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import load_base, load_tokenizer, pick_device, set_up
 
@@ -187,6 +188,7 @@ def finetune(
         device=pick_device(device),
         tokenizer=tokenizer,
     )
+    check_changes(resident, method)
     check_rows(resident, *examples.values(), tested)
     if isinstance(budgets, Mapping):
         budgets = _by_id(budgets, "budgets")

@@ -5,6 +5,7 @@ text is, and whatever its words, spaces and characters are. The oracle is the to
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -51,7 +52,7 @@ def unigram() -> PreTrainedTokenizerBase:
     return _fast(made)
 
 
-def _quietly() -> dict[str, object]:
+def _quietly() -> dict[str, Any]:
     return {"special_tokens": SPECIAL, "show_progress": False}
 
 
