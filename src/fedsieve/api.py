@@ -5,7 +5,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,17 +18,19 @@ from fedsieve.algebra.method import Method
 from fedsieve.algebra.optim import limits
 from fedsieve.data import partition, sources
 from fedsieve.data.files import Columns
-from fedsieve.data.names import clean, name_of
+from fedsieve.data.names import name_of
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import arguments
 from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
 from fedsieve.tasks.classification import classes_of, classification, labels_of
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.changes import check_changes
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import load_base, load_tokenizer, pick_device, set_up
 
@@ -98,12 +100,16 @@ class Run:
         return self._experiment.federation.method.export(self._progress.state)
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format, with the tokenizer and the names of the labels."""
+        """Write the adapter in PEFT's format, with the tokenizer and the names of the labels.
+
+        Raises FedSieveError if there can be no such folder.
+        """
+        arguments.of_kind("save", folder, str | PathLike, "a folder")
         self._experiment.resident.save(self.adapter, Path(folder))
 
 
 def finetune(
-    model: str,
+    model: str | Path,
     clients: Sequence[Dataset | IterableDataset] | Mapping[str, Dataset | IterableDataset],
     method: Method,
     *,
@@ -141,10 +147,12 @@ def finetune(
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
              warning; by default 100, and without a bound (math.inf) where the method's server clips
     strict:  a client whose rows cannot be used is an error, not left out
-    Raises FedSieveError for bad input, and if no client has rows that can be used.
+    Raises FedSieveError for bad input, naming the argument, and if no client has rows that can be
+    used.
     """
-    if isinstance(evaluate_every, bool) or evaluate_every < 1:
-        raise FedSieveError(f"evaluate_every is {evaluate_every!r}; it must be at least 1")
+    arguments.check(locals())
+    rounds, seed, max_length = int(rounds), int(seed), int(max_length)
+    classes = None if classes is None else arguments.classes_given(classes)
     if task == "classification":
         columns = Columns(_given(text), (label,))
     else:
@@ -154,13 +162,23 @@ def finetune(
         raise FedSieveError("text: say which column holds the texts")
     left_out: dict[str, str] = {}
     given = _by_id(clients, "clients")
+    if isinstance(budgets, Mapping):
+        budgets = _by_id(budgets, "budgets")
+        for id, own in budgets.items():
+            arguments.of_kind(f"budgets: client {id!r}", own, Budget, arguments.A_BUDGET)
+    else:
+        budgets = dict.fromkeys(given, budgets or Budget())
+    missing = sorted(set(given) - set(budgets))
+    if missing:
+        raise FedSieveError(f"budgets: none for client {missing[0]!r}")
     rows = _each(partial(_rows, columns=columns), given, left_out)
     rows = {id: own for id, own in rows.items() if len(own)}
     if not rows and not left_out:
         raise FedSieveError("clients: at least one data set with a row in it is needed")
     lora, training = lora or Lora(), training or Training()
     key = Key(seed)
-    tokenizer = load_tokenizer(locate(model))
+    source = locate(str(model))
+    tokenizer = load_tokenizer(source)
     note = tokens.ensure_pad_token(tokenizer)
     if note:
         warnings.warn(note, stacklevel=2)
@@ -168,9 +186,8 @@ def finetune(
     if task == "classification":
         labels = _each(partial(_labels, columns=columns), rows, left_out)
         if classes is None and labels:
-            features = [rows[id].features[label] for id in labels]
-            classes = classes_of(features, chain.from_iterable(labels.values()))
-        classes = [clean(name) for name in classes or ()]
+            classes = classes_of([(rows[id].features[label], labels[id]) for id in labels])
+        classes = classes or ()
         read = partial(classification, text=columns.texts[0], label=label, classes=classes)
     else:
         read = partial(causal_lm, text=text, prompt=prompt, completion=completion)
@@ -186,9 +203,7 @@ def finetune(
         tested = None if test is None else read(_rows(test, columns))[0]
     except FedSieveError as error:
         raise FedSieveError(f"test: {error}") from error
-    base = load_base(
-        locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
-    )
+    base = load_base(source, task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id)
     resident = set_up(
         base,
         task,
@@ -198,20 +213,14 @@ def finetune(
         device=pick_device(device),
         tokenizer=tokenizer,
     )
+    check_changes(resident, method)
     check_rows(resident, *examples.values(), tested)
-    if isinstance(budgets, Mapping):
-        budgets = _by_id(budgets, "budgets")
-    else:
-        budgets = dict.fromkeys(given, budgets or Budget())
-    missing = sorted(set(given) - set(budgets))
-    if missing:
-        raise FedSieveError(f"budgets: none for client {missing[0]!r}")
     if isinstance(cohort, Sampling):
         sampling = cohort
     elif cohort is None:
         sampling = Sampling(kind="all", size=len(examples))
     else:
-        sampling = Sampling(size=cohort)
+        sampling = Sampling(size=int(cohort))
     experiment = assemble(
         resident,
         method,

@@ -41,6 +41,7 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, Score, evaluate, fit, runs_in_bf16
@@ -253,7 +254,10 @@ def from_recipe(recipe: Recipe) -> Experiment:
 def set_up_resident(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> ResidentModel:
-    """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in."""
+    """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in.
+
+    Raises FedSieveError where model, lora and method do not go together.
+    """
     source = locate(recipe.model.source)
     base = load_base(
         source,
@@ -264,16 +268,17 @@ def set_up_resident(
         pad_token_id=tokenizer.pad_token_id,
         settings=recipe.model.settings,
     )
-    digest = base_digest(base, source)
+    digest, method = base_digest(base, source), build_method(recipe)
     resident = set_up(
         base,
         recipe.model.task,
         recipe.lora,
-        build_method(recipe).trains,
+        method.trains,
         key=Key(recipe.seed),
         device=device,
         tokenizer=tokenizer,
     )
+    check_changes(resident, method)
     return dataclasses.replace(resident, digest=digest)
 
 
