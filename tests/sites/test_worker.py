@@ -650,7 +650,8 @@ def test_what_a_site_tells_about_itself(tiny: Tiny, tmp_path: Path) -> None:
     ready = told(site, text).header
     assert ready["recipe"] == hashlib.sha256(text).hexdigest()
     assert ready["examples"] == facts["examples"] - round(0.2 * facts["examples"])
-    assert site(Frame({"do": "describe"})).header == ready
+    told_before = {name: value for name, value in ready.items() if name != "tag"}
+    assert site(Frame({"do": "describe"})).header == told_before
     assert not site(Frame({"do": "describe", "path": "/"})).header["ok"]
     # Two sites find out whether they hold the same base.
     changed = recipe_text(tiny, method={"name": "fedit"}, budgets=None, model__dtype="bfloat16")

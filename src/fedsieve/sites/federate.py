@@ -51,7 +51,7 @@ from fedsieve.recipe.experiment import (
     set_up_resident,
     with_privacy,
 )
-from fedsieve.recipe.method import build_method
+from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
@@ -86,6 +86,17 @@ QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
 OBJECTS = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=131072"
 # The files of a folder of certificates: openssl's names in docs/deploy.md.
 CA, CERTIFICATE, PRIVATE = "ca.crt", "server.pem", "server.key"
+
+
+class History(NamedTuple):
+    """What the log tells of the rounds up to the newest whole checkpoint.
+
+    merged: site -> the last round in which its update was merged
+    given:  (site, digest of what an update said) -> its round
+    """
+
+    merged: dict[str, int]
+    given: dict[tuple[str, str], int]
 
 
 class ServerAddress(NamedTuple):
@@ -148,7 +159,7 @@ def commands(folder: Path, listen: ServerAddress) -> list[str]:
         f"{home} flower-superlink {server} {tls} --disable-runtime-dependency-installation",
         f"{QUIET} {OBJECTS} flower-supernode --superlink {name}:{listen.port} {trust} "
         f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
-        f"{home} flwr run {folder / APP} {CONNECTION} --stream",
+        f"fedsieve federate --resume {folder}",
     ]
 
 
@@ -182,6 +193,25 @@ def begin_again(folder: Path) -> list[str]:
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
 
 
+def refuse_unfinished(folder: Path) -> None:
+    """Raises FedSieveError if a Flower run that has ended left the federation unfinished.
+
+    `flwr run` ends with 0 whatever became of what it ran.
+    """
+    begun = (folder / rundir.METRICS).exists()
+    last, rounds = rundir.last_round(folder) if begun else 0, runner.rounds_of(folder)
+    if last < rounds:
+        where = f"after round {last} of {rounds}"
+    elif not (folder / rundir.ADAPTER).is_dir():
+        where = "and has no final adapter yet"
+    else:
+        return
+    raise FedSieveError(
+        f"the federation in {folder} stopped {where}: why is said above, and in the log of its "
+        f"Flower run. Go on with `fedsieve federate --resume {folder}`"
+    )
+
+
 def _renew(path: Path) -> None:
     """Let the app of a federation that 0.1 prepared name our ends as they are now."""
     table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -211,7 +241,7 @@ def serve(
 
     def build(recipe: Recipe) -> Experiment:
         experiment, sites = on_network(
-            recipe, text, transport, policy, say, _merged(folder), folder / KEYS
+            recipe, text, transport, policy, say, _history(folder), folder / KEYS
         )
         board.append(sites)
         return experiment
@@ -241,13 +271,13 @@ def on_network(
     transport: Transport,
     policy: RoundPolicy,
     say: Callable[[str], None],
-    merged: Mapping[str, int],
+    history: History,
     keys: Path,
 ) -> tuple[Experiment, Sites]:
     """A federation whose clients are the sites that the transport reaches, once they are there.
 
     text: the recipe as the sites are told it
-    merged: the last round in which each site's update was merged
+    history: what of the rounds before is in the log
     keys: the file with the key of each site's node; new sites are added to it
     Raises FedSieveError if too few sites come, or for what of the recipe does not fit.
     """
@@ -274,7 +304,9 @@ def on_network(
     def pin(all_keys: Mapping[str, str]) -> None:
         checkpoint.write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
-    sites = Sites(transport, text, digest, welcome, policy, say, merged=merged, keys=known, pin=pin)
+    sites = Sites(
+        transport, text, digest, welcome, policy, say, keys=known, pin=pin, **history._asdict()
+    )
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
     there = sites.there
@@ -313,6 +345,8 @@ def on_network(
         there=there,
         aside=sites.aside,
         dense=resident.dense,
+        norm_bound=norm_bound(recipe),
+        before=sites.before,
     )
     notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
@@ -485,14 +519,13 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
         path.write_text(tomli_w.dumps(table), encoding="utf-8")
 
 
-def _merged(folder: Path) -> dict[str, int]:
-    """site -> the last round in which its update was merged, as of the newest whole checkpoint.
-
-    The log may hold lines of a round after the checkpoint: that round is done again.
-    """
+def _history(folder: Path) -> History:
+    """The log may hold lines of a round after the checkpoint: that round is done again."""
     last, unlogged = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
     log = rundir.place(folder, rundir.CLIENTS)
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     receipts = [json.loads(line) for line in lines if line.endswith("}")]
     receipts = [r for r in receipts if r["round"] <= last] + unlogged
-    return {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
+    merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
+    said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
+    return History(merged, {(site, digest): number for site, digest, number in reversed(said)})

@@ -180,7 +180,7 @@ def answer(resident: Resident, request: Frame) -> Frame:
     what += f", round {number}" if isinstance(number, int) else ""
     told = "done" if result.header["ok"] else f"refused: {result.header['error']}"
     resident.say(f"{what}: {told} ({seconds:.1f} s)")
-    return result
+    return worker.seal(worker.digest(request), result)
 
 
 def whole_message(adapter: Adapter) -> bytes:
@@ -242,6 +242,7 @@ class BudgetOffer(_Asked):
 class Train(_Asked):
     """One round. recipe: SHA-256 of its text; budget: where it is not the site's own.
 
+    site: whom it is for
     after: the last round of this site that the server merged: what it kept since then is void, and
         a method that keeps a memory needs that round's. None goes on from what is there
     """
@@ -251,6 +252,7 @@ class Train(_Asked):
     seed: NonNegativeInt
     round: PositiveInt
     after: NonNegativeInt | None = None
+    site: Annotated[str, Field(max_length=64)] | None = None
     budget: BudgetOffer | None = None
 
 
@@ -320,6 +322,8 @@ def _train(resident: Resident, request: Frame) -> Frame:
             f"seed {asked.seed}, round {number}: the recipe has seed {recipe.seed} and "
             f"{recipe.rounds} rounds"
         )
+    if asked.site not in (None, site.name):
+        raise FedSieveError("this request is for another site")
     budget = _budget(site, asked.budget)
     folder = _folder(resident, assignment.run) / "rounds"
     digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
