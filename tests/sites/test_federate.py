@@ -17,6 +17,7 @@ from fedsieve.recipe import schema
 from fedsieve.sites import federate
 from fedsieve.sites.server import RoundPolicy
 from tests.conftest import LABELS, Command, Tiny
+from tests.sites import certificates
 
 PATIENCE = RoundPolicy(sites=3, deadline=30.0)
 GOOD: Mapping[str, Any] = {
@@ -93,14 +94,13 @@ def test_a_run_that_is_there_is_not_replaced(tiny: Tiny, tmp_path: Path) -> None
 @pytest.mark.usefixtures("flower")
 @pytest.mark.parametrize("missing", ["ca.crt", "server.pem", "server.key"])
 def test_certificates_must_be_whole(tiny: Tiny, tmp_path: Path, missing: str) -> None:
-    safe = tmp_path / "safe"
-    safe.mkdir()
-    for name in {"ca.crt", "server.pem", "server.key"} - {missing}:
-        (safe / name).touch()
+    safe = certificates.make(tmp_path / "safe")
+    content = (safe / missing).read_bytes()
+    (safe / missing).unlink()
     listen = federate.ServerAddress("0.0.0.0", certificates=safe)
     with pytest.raises(FedSieveError, match=f"has no {missing}"):
         federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, listen)
-    (safe / missing).touch()
+    (safe / missing).write_bytes(content)
     server, node, _ = federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, listen)
     assert "--enable-supernode-auth" in server
     assert "--insecure" not in server + node

@@ -205,7 +205,7 @@ class Worker:
     def __init__(self, tiny: Tiny, folder: Path, **changes: Any) -> None:
         method = {"name": "flasc", "feedback": True}
         budgets = {"kind": "list", "clients": {"north": {"down": 0.5, "up": 0.25}}}
-        self.text = recipe_text(tiny, method=method, budgets=budgets, **changes)
+        self.text = recipe_text(tiny, **{"method": method, "budgets": budgets, **changes})
         self.path = write_site(tiny, folder, budget={"down": 0.5, "up": 0.25})
         self.state = settled(self.path)
         told(self.ask, self.text)

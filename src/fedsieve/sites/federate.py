@@ -3,7 +3,8 @@
 `prepare` writes a run's directory that holds, beside what every run has,
 
     app/       a Flower app of one file: it names this package's two ends and this directory
-    flower/    what Flower's command line needs to know of the server
+    flower/    what Flower's command line needs to know of the server, and what the server must
+               still know when it is started anew: its nodes, their keys, messages on their way
     sites.json the key of each site's node, from when it was first met, where nodes have keys
 
 (and beside it, with [privacy], the directory of what only the server may know: rundir.py)
@@ -19,6 +20,7 @@ Nothing here needs Flower, except that `check_installed` looks for it.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import secrets
@@ -56,7 +58,11 @@ from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
+from fedsieve.sites import certificates
 from fedsieve.sites.assignment import refuse_patterns
+from fedsieve.sites.certificates import CA as CA
+from fedsieve.sites.certificates import CERTIFICATE as CERTIFICATE
+from fedsieve.sites.certificates import PRIVATE as PRIVATE
 from fedsieve.sites.resident import whole_message
 from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, number_of
 from fedsieve.sites.worker import SOCKET
@@ -73,6 +79,7 @@ HOME = "flower"  # of Flower's command line
 # What of a RoundPolicy users choose; the rest follows from the recipe.
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
 KEYS = "sites.json"  # site -> its node's public key
+LINK = "link.db"  # in HOME: without it a SuperLink that restarts knows none of its nodes
 CONNECTION = "fedsieve"  # what that calls this server
 COMPONENTS = {
     "serverapp": "fedsieve.sites.flower_app:server",
@@ -84,8 +91,6 @@ QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
 # Flower sends a message in objects of this many bytes, and a node begins one again that is not
 # through after 30 s: its own 5 MiB never get through a slow uplink (docs/deploy.md, What travels).
 OBJECTS = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=131072"
-# The files of a folder of certificates: openssl's names in docs/deploy.md.
-CA, CERTIFICATE, PRIVATE = "ca.crt", "server.pem", "server.key"
 
 
 class History(NamedTuple):
@@ -156,7 +161,8 @@ def commands(folder: Path, listen: ServerAddress) -> list[str]:
         )
         trust = f"--root-certificates {CA} --auth-supernode-private-key <the site's key>"
     return [
-        f"{home} flower-superlink {server} {tls} --disable-runtime-dependency-installation",
+        f"{home} flower-superlink {server} --database {folder / HOME / LINK} {tls} "
+        "--disable-runtime-dependency-installation",
         f"{QUIET} {OBJECTS} flower-supernode --superlink {name}:{listen.port} {trust} "
         f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
         f"fedsieve federate --resume {folder}",
@@ -164,10 +170,14 @@ def commands(folder: Path, listen: ServerAddress) -> list[str]:
 
 
 def cautions(listen: ServerAddress) -> list[str]:
-    """What whoever opens the server to other machines should know."""
+    """What whoever starts the server should know: who may reach it, and for how long.
+
+    Raises FedSieveError for certificates that do not hold now.
+    """
+    found = [] if listen.certificates is None else _endings(listen.certificates)
     if listen.host in LOOPBACK:
-        return []
-    found = [
+        return found
+    found += [
         f"Flower {'.'.join(map(str, FLOWER))} takes orders (`flwr run`, `flwr supernode register`) "
         "at the port at which it serves the nodes, from anyone who reaches it: let other machines "
         "reach the paths under /v1/fleet/ only (docs/deploy.md)"
@@ -180,7 +190,8 @@ def cautions(listen: ServerAddress) -> list[str]:
 def begin_again(folder: Path) -> list[str]:
     """The command that goes on with a federation, as a list of its words.
 
-    Raises FedSieveError if the folder holds no federation.
+    Warns of certificates that end soon. Raises FedSieveError if the folder holds no federation, or
+    if its server's certificates do not hold now.
     """
     check_installed()
     rundir.check(folder)
@@ -190,6 +201,10 @@ def begin_again(folder: Path) -> list[str]:
             f"{folder} holds a run in one process: go on with `fedsieve resume {folder}`"
         )
     _renew(app / "pyproject.toml")
+    config = tomllib.loads((folder / HOME / "config.toml").read_text(encoding="utf-8"))
+    if root := config["superlink"][CONNECTION].get("root-certificates"):
+        for ending in _endings(Path(root).parent):
+            warnings.warn(ending, stacklevel=2)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
 
 
@@ -472,12 +487,17 @@ def _refuse_open_door(listen: ServerAddress) -> None:
                 raise FedSieveError(
                     f"--certificates: {listen.certificates} has no {name} (docs/deploy.md makes it)"
                 )
+        _endings(listen.certificates)
     elif listen.host not in LOOPBACK and not listen.insecure:
         raise FedSieveError(
             f"--host {listen.host}: other machines reach it, so it needs TLS and the nodes' keys: "
             "give --certificates (docs/deploy.md makes them), or --insecure if you know that the "
             "network is yours alone"
         )
+
+
+def _endings(folder: Path) -> list[str]:
+    return certificates.endings(folder, datetime.datetime.now(datetime.UTC))
 
 
 def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None:
@@ -517,6 +537,7 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
         path = folder / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(tomli_w.dumps(table), encoding="utf-8")
+    (folder / HOME / LINK).touch(mode=0o600)  # updates of the sites pass through it
 
 
 def _history(folder: Path) -> History:

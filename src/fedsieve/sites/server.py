@@ -177,6 +177,7 @@ class Sites:
         self._looked = -math.inf  # when it was seen last who is connected
         self._number = 0
         self._merged = dict(merged)
+        self._lost: set[str] = set()  # sites without their memory: they go on from what they have
         self._keys, self._pin = dict(keys), pin
         self._given = dict(given)
 
@@ -223,6 +224,7 @@ class Sites:
     def settle(self, merged: Collection[str]) -> None:
         """Note whose updates of the last round were merged: what a site keeps begins there."""
         self._merged |= dict.fromkeys(merged, self._number)
+        self._lost -= {*merged}
 
     def carry(self, messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
         """The round's messages to their sites, all at once, and a reply for each, in their order.
@@ -239,7 +241,9 @@ class Sites:
         for client, message in messages:
             asked.append(client)
             stray = self._stray.pop(client.id, 0)
-            own = {**head, "after": self._merged.get(client.id, 0), "site": client.id}
+            own: dict[str, Any] = {**head, "site": client.id}
+            if client.id not in self._lost:
+                own["after"] = self._merged.get(client.id, 0)
             request, dispatch = self._go(
                 client, "train", Frame(own, message), policy.deadline, stray
             )
@@ -253,8 +257,10 @@ class Sites:
         for done in self._come_back(waiting, began + policy.deadline):
             for dispatch, incoming in done:
                 reply = _reply(dispatch, incoming, key.round)
-                if _forgotten(incoming):
+                if _says(incoming, "unknown_recipe"):
                     del self._sites[dispatch.client.id]  # its worker lost its folder: meet it again
+                if _says(incoming, "lost_memory"):
+                    self._lost.add(dispatch.client.id)
                 if updates >= enough:
                     reply = reply._replace(update=None, reason=self._too_late(began, enough))
                 updates += reply.update is not None
@@ -474,11 +480,10 @@ def _told(incoming: Incoming) -> Frame:
     return frame
 
 
-def _forgotten(incoming: Incoming) -> bool:
+def _says(incoming: Incoming, what: str) -> bool:
+    """Whether a site's answer says this of itself."""
     try:
-        return incoming.data is not None and bool(
-            unpack(incoming.data).header.get("unknown_recipe")
-        )
+        return incoming.data is not None and unpack(incoming.data).header.get(what) is True
     except WireError:
         return False
 
