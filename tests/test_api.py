@@ -296,7 +296,7 @@ BAD: list[tuple[Any, str]] = [
     (Dataset.from_dict({"text": ["a"], "lable": ["cars"]}), "no column 'label' .did you mean"),
     (
         Dataset.from_dict({"text": ["a"], "label": [-1]}, features=NAMED),
-        "label '-1' in row 0 of column 'label' is none of the 3 classes",
+        "row 0 of column 'label' holds -1, and its 3 classes have the numbers 0 to 2",
     ),
     (
         Dataset.from_dict({"text": ["a"], "label": [0]}),
@@ -329,6 +329,12 @@ def test_a_client_with_bad_rows_is_named_and_left_out(tiny: Tiny, number: int) -
     if bad is not None:
         with pytest.raises(FedSieveError, match=f"test: .*{said}"):
             finetune(tiny, [named], test=bad)
+
+
+def test_strict_stops_at_a_client_with_bad_rows(tiny: Tiny) -> None:
+    bad = Dataset.from_dict({"text": ["a"], "label": [None]})
+    with pytest.raises(FedSieveError, match=r"strict: rows of 1 clients .*client '0001': row 0 of"):
+        finetune(tiny, [Dataset.from_list(GOOD), bad], strict=True)
 
 
 def test_a_class_that_only_bad_rows_have_is_none(tiny: Tiny) -> None:
@@ -373,6 +379,47 @@ def test_clients_whose_class_labels_have_another_order_agree(tiny: Tiny) -> None
     run = finetune(tiny, [one, two], rounds=1).finish()
     plain = finetune(tiny, [Dataset.from_list(GOOD)] * 2, rounds=1).finish()
     assert same(run.adapter, plain.adapter)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([[True, False], ["true", "false"]], "'False' and 'false'; 'True' and 'true'"),
+        ([["0.0", "1.0"], [0, 1]], "'0' and '0.0'; '1' and '1.0'"),
+        ([["Cars", "wine"], ["cars", "wine"]], "'Cars' and 'cars'"),
+        ([["cars", "wine", "CARS"]], "'CARS' and 'cars'"),
+    ],
+)
+def test_classes_that_differ_in_spelling_alone_are_named(
+    tiny: Tiny, labels: list[Any], said: str
+) -> None:
+    clients = [Dataset.from_dict({"text": ["a"] * len(each), "label": each}) for each in labels]
+    with pytest.warns(UserWarning, match=f"differ in spelling alone: {said} .write them alike"):
+        finetune(tiny, clients)
+
+
+def test_a_number_that_names_nothing_is_no_class_beside_other_class_labels(tiny: Tiny) -> None:
+    """Neither -1, which is no class of its own, nor the numbers of a client without names."""
+
+    def named(names: Any, labels: list[int]) -> Dataset:
+        kinds = Features({"text": Value("string"), "label": ClassLabel(names=list(names))})
+        return Dataset.from_dict({"text": ["a"] * len(labels), "label": labels}, features=kinds)
+
+    clients = {"one": named(LABELS, [0, 1, 2]), "two": named(LABELS[::-1], [2, 0])}
+    for bad, why in (
+        (named(("cars", "wine"), [0, -1]), "row 1 of column 'label' holds -1, and its 2 classes"),
+        (
+            Dataset.from_dict({"text": ["a", "b"], "label": [0, 2]}),
+            "label '0' in row 0 of column 'label' is none of the 3 classes: cars, space, wine",
+        ),
+    ):
+        with pytest.warns(UserWarning, match=f"client 'bad': {why}"):
+            run = finetune(tiny, {**clients, "bad": bad})
+        assert tuple(run._experiment.resident.model.config.id2label.values()) == LABELS
+    # Numbers that are the names of classes are names.
+    both = [named(["0", "1"], [0, 1]), named(["1", "2"], [0, 1])]
+    run = finetune(tiny, [*both, Dataset.from_dict({"text": ["a", "b"], "label": [0, 2]})])
+    assert len(run._experiment.federation.clients) == 3
 
 
 def test_ids_of_clients_are_names(tiny: Tiny) -> None:

@@ -1,10 +1,11 @@
 """Federated fine-tuning from a notebook: data sets in, an adapter and its metrics out."""
 
+import math
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,19 +15,22 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
+from fedsieve.algebra.optim import limits
 from fedsieve.data import partition, sources
 from fedsieve.data.files import Columns
-from fedsieve.data.names import clean, name_of
+from fedsieve.data.names import name_of
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
-from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, with_secret
-from fedsieve.settings import Lora, Sampling, Task, Training
+from fedsieve.recipe import arguments
+from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
+from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
 from fedsieve.tasks.classification import classes_of, classification, labels_of
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.changes import check_changes
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import load_base, load_tokenizer, pick_device, set_up
 
@@ -96,12 +100,16 @@ class Run:
         return self._experiment.federation.method.export(self._progress.state)
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format, with the tokenizer and the names of the labels."""
+        """Write the adapter in PEFT's format, with the tokenizer and the names of the labels.
+
+        Raises FedSieveError if there can be no such folder.
+        """
+        arguments.of_kind("save", folder, str | PathLike, "a folder")
         self._experiment.resident.save(self.adapter, Path(folder))
 
 
 def finetune(
-    model: str,
+    model: str | Path,
     clients: Sequence[Dataset | IterableDataset] | Mapping[str, Dataset | IterableDataset],
     method: Method,
     *,
@@ -119,6 +127,8 @@ def finetune(
     training: Training | None = None,
     budgets: Mapping[str, Budget] | Budget | None = None,
     evaluate_every: int = 1,
+    norm_bound: float | None = None,
+    strict: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> Run:
@@ -134,10 +144,15 @@ def finetune(
              text is not used). `classes` defaults to the labels that the clients hold. Labels
              are names (data/names.py): one a row, 1 and "1" alike
     budgets: what each client can afford, by id; or one budget for all
-    Raises FedSieveError for bad input, and if no client has rows that can be used.
+    norm_bound: an update whose norm is so many times the median of its round's is left out, with a
+             warning; by default 100, and without a bound (math.inf) where the method's server clips
+    strict:  a client whose rows cannot be used is an error, not left out
+    Raises FedSieveError for bad input, naming the argument, and if no client has rows that can be
+    used.
     """
-    if isinstance(evaluate_every, bool) or evaluate_every < 1:
-        raise FedSieveError(f"evaluate_every is {evaluate_every!r}; it must be at least 1")
+    arguments.check(locals())
+    rounds, seed, max_length = int(rounds), int(seed), int(max_length)
+    classes = None if classes is None else arguments.classes_given(classes)
     if task == "classification":
         columns = Columns(_given(text), (label,))
     else:
@@ -147,13 +162,23 @@ def finetune(
         raise FedSieveError("text: say which column holds the texts")
     left_out: dict[str, str] = {}
     given = _by_id(clients, "clients")
+    if isinstance(budgets, Mapping):
+        budgets = _by_id(budgets, "budgets")
+        for id, own in budgets.items():
+            arguments.of_kind(f"budgets: client {id!r}", own, Budget, arguments.A_BUDGET)
+    else:
+        budgets = dict.fromkeys(given, budgets or Budget())
+    missing = sorted(set(given) - set(budgets))
+    if missing:
+        raise FedSieveError(f"budgets: none for client {missing[0]!r}")
     rows = _each(partial(_rows, columns=columns), given, left_out)
     rows = {id: own for id, own in rows.items() if len(own)}
     if not rows and not left_out:
         raise FedSieveError("clients: at least one data set with a row in it is needed")
     lora, training = lora or Lora(), training or Training()
     key = Key(seed)
-    tokenizer = load_tokenizer(locate(model))
+    source = locate(str(model))
+    tokenizer = load_tokenizer(source)
     note = tokens.ensure_pad_token(tokenizer)
     if note:
         warnings.warn(note, stacklevel=2)
@@ -161,9 +186,8 @@ def finetune(
     if task == "classification":
         labels = _each(partial(_labels, columns=columns), rows, left_out)
         if classes is None and labels:
-            features = [rows[id].features[label] for id in labels]
-            classes = classes_of(features, chain.from_iterable(labels.values()))
-        classes = [clean(name) for name in classes or ()]
+            classes = classes_of([(rows[id].features[label], labels[id]) for id in labels])
+        classes = classes or ()
         read = partial(classification, text=columns.texts[0], label=label, classes=classes)
     else:
         read = partial(causal_lm, text=text, prompt=prompt, completion=completion)
@@ -173,13 +197,13 @@ def finetune(
     examples: dict[str, Examples] = {id: each for id, (each, _) in made.items()}
     if not examples:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
+    if strict and left_out:
+        raise stopped(left_out)
     try:
         tested = None if test is None else read(_rows(test, columns))[0]
     except FedSieveError as error:
         raise FedSieveError(f"test: {error}") from error
-    base = load_base(
-        locate(model), task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id
-    )
+    base = load_base(source, task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id)
     resident = set_up(
         base,
         task,
@@ -189,20 +213,14 @@ def finetune(
         device=pick_device(device),
         tokenizer=tokenizer,
     )
+    check_changes(resident, method)
     check_rows(resident, *examples.values(), tested)
-    if isinstance(budgets, Mapping):
-        budgets = _by_id(budgets, "budgets")
-    else:
-        budgets = dict.fromkeys(given, budgets or Budget())
-    missing = sorted(set(given) - set(budgets))
-    if missing:
-        raise FedSieveError(f"budgets: none for client {missing[0]!r}")
     if isinstance(cohort, Sampling):
         sampling = cohort
     elif cohort is None:
         sampling = Sampling(kind="all", size=len(examples))
     else:
-        sampling = Sampling(size=cohort)
+        sampling = Sampling(size=int(cohort))
     experiment = assemble(
         resident,
         method,
@@ -216,11 +234,23 @@ def finetune(
         evaluate_every=evaluate_every,
         notes=[note] if note else [],
         left_out=left_out,
+        norm_bound=_bound(norm_bound, method),
     )
     if method.private == "system":
         # A seed that somebody can guess would tell who took part.
         experiment = with_secret(experiment, secrets.randbits(256))
     return Run(experiment, rounds)
+
+
+def _bound(given: float | None, method: Method) -> float:
+    """What `norm_bound` says. Raises FedSieveError for none, or for one that privacy forbids."""
+    if given is None:
+        return math.inf if limits(method.server) else NORM_BOUND
+    if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 1:
+        raise FedSieveError(f"norm_bound is {given!r}; it must be at least 1, or math.inf for none")
+    if method.private is not None and given < math.inf:
+        raise FedSieveError("norm_bound: leave it out: the method's own clip bounds every update")
+    return given
 
 
 def _by_id(given: Sequence[T] | Mapping[Any, T], what: str) -> dict[str, T]:

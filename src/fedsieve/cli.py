@@ -602,6 +602,7 @@ def _go_on_with(folder: Path) -> None:
             f"`flwr run` could not go on with {folder}: is the SuperLink running? (see "
             "docs/deploy.md)"
         )
+    federating.refuse_unfinished(folder)
 
 
 def _show_of_many() -> Callable[["Job", "Round"], None]:

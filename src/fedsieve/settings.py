@@ -6,27 +6,58 @@ Nothing here needs torch, so that a recipe can be read, and a mistake in it told
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from functools import wraps
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_core import ArgsKwargs
 
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, explain
 
 Share = Annotated[float, Field(gt=0, le=1)]  # of a whole, and some of it
 Task = Literal["classification", "causal-lm"]
 Precision = Literal["auto", "bf16", "fp32"]
 Kind = Literal["uniform", "poisson", "all"]  # of sampling
 Source = Literal["seed", "system"]  # of noise
+# The default of server.norm_bound. Honest clients that differ in rank, density, steps and rows stay
+# under it by far (docs/security.md); what would spoil a mean of ten is over it.
+NORM_BOUND = 100.0
 PAPER_RATIOS = (0.125, 0.25, 0.5, 0.75)  # FSLoRA's experiments
 
 
 class Table(pydantic.BaseModel):
-    """A table of a recipe, a study or a site: every key is known, and none changes."""
+    """A table of a recipe, a study or a site: every key is known, every number finite, and none
+    changes.
+    """
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+
+def told(kind: Any) -> Any:
+    """The same pydantic dataclass, whose errors are a FedSieveError where it is made in Python.
+
+    As part of a recipe it is checked without its `__init__`, and its errors are the recipe's.
+    """
+    check = kind.__init__
+
+    @wraps(check)
+    def init(self: Any, *given: Any, **named: Any) -> None:
+        try:
+            check(self, *given, **named)
+        except pydantic.ValidationError as error:
+            known = list(kind.__pydantic_fields__)
+            said = [
+                explain(each, [*map(str, each["loc"])], lambda _: known) for each in error.errors()
+            ]
+            raise FedSieveError(f"{kind.__name__}: {'; '.join(said)}") from None
+
+    kind.__init__ = init
+    return kind
+
+
+_STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 # Settings of PEFT's LoRA that users may look for, and why there are none here.
 _ONE_RANK = "not supported: methods cut and merge adapters that have one rank and scale everywhere"
@@ -37,7 +68,8 @@ _NOT_OURS = {
 }
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+@told
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Lora:
     """What to train: PEFT's LoRA settings, by PEFT's names where it has them.
 
@@ -96,7 +128,8 @@ class Lora:
         return self
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+@told
+@pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class Training:
     """A client's local training.
 
@@ -115,6 +148,20 @@ class Training:
     batch: PositiveInt = 16
     clip: PositiveFloat | None = None
     precision: Precision = "auto"
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """A whole number of Python's or NumPy's. Raises FedSieveError, naming it, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise FedSieveError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+    if value < least:
+        raise FedSieveError(f"{name} is {value!r}; it must be at least {least}")
+    return int(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number of Python's or NumPy's; a Boolean is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -140,11 +187,11 @@ class Sampling:
     quorum: int = 0
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            kinds = ", ".join(map(repr, get_args(Kind)))
+            raise FedSieveError(f"sampling.kind is {self.kind!r}; it must be {kinds}")
         for name, least in (("size", 1), ("extra", 0), ("quorum", 0)):
-            if getattr(self, name) < least:
-                raise FedSieveError(
-                    f"sampling.{name} is {getattr(self, name)}; it must be at least {least}"
-                )
+            whole(f"sampling.{name}", getattr(self, name), least)
         if self.extra and self.kind != "uniform":
             raise FedSieveError(
                 "sampling.extra asks for more clients than the cohort's size, and sampling of "
@@ -156,9 +203,9 @@ class Sampling:
                 "updates: lower it or raise the cohort"
             )
         for share in _shares(self.availability):
-            if not 0 < share <= 1:
+            if not (is_number(share) and 0 < share <= 1):
                 raise FedSieveError(
-                    f"sampling.availability is {share}; it must be above 0 and at most 1"
+                    f"sampling.availability is {share!r}; it must be above 0 and at most 1"
                 )
 
     @property

@@ -78,9 +78,11 @@ def examples(tiny: Tiny, train: Path, test: Path) -> Prepared:
     return prepare(told, rows, tests, tokenizer(bert=True))
 
 
+ONES = "ignore:labels. these classes differ in spelling alone. '01' and '1':UserWarning"
 ENDINGS = ("csv", "tsv", "tab", "jsonl", "parquet")
 
 
+@pytest.mark.filterwarnings(ONES)
 @pytest.mark.parametrize("tested", ENDINGS)
 @pytest.mark.parametrize("trained", ENDINGS)
 @pytest.mark.parametrize(
@@ -174,6 +176,26 @@ def test_names_stay_as_they_are_in_a_runs_files(
         'classes = [\n    "01",\n    "02",\n    "10",\n]'
         in (tmp_path / "run" / rundir.RECIPE).read_text()
     )
+
+
+def test_classes_that_differ_in_spelling_alone_are_named(
+    tiny: Tiny, tmp_path: Path, command: Command, no_report: None
+) -> None:
+    changes: dict[str, Any] = {
+        "data__train": str(write(tmp_path / "train.csv", rows_of(["true", "1", "True", "01"]))),
+        "data__test": None,
+        "partition": BY_SITE,
+        "rounds": 1,
+    }
+    ran = command("run", tiny.write(tmp_path / "a.toml", **changes), "--out", tmp_path / "a")
+    assert ran.code == 0, ran.err
+    said = "classes differ in spelling alone: '01' and '1'; 'True' and 'true'"
+    assert ran.err.count(said) == 1
+    # Whoever lists them means it.
+    changes["data__classes"] = ["01", "1", "True", "true"]
+    ran = command("run", tiny.write(tmp_path / "b.toml", **changes), "--out", tmp_path / "b")
+    assert ran.code == 0, ran.err
+    assert "spelling" not in ran.err
 
 
 # --- what is not used does not matter
@@ -283,6 +305,17 @@ def test_a_client_with_a_bad_row_is_named_and_left_out(
     assert classes(made) == classes(other)
     for one, two in zip(made.start.tensors.values(), other.start.tensors.values(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("column", ["label", "text"])
+def test_a_strict_run_stops_at_a_bad_row(tiny: Tiny, tmp_path: Path, column: str) -> None:
+    rows = rows_of(["a", "b", "c"], clients=["north", "south", "east"])
+    rows[4][column] = None
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        FedSieveError, match=f"strict: rows of 1 clients.*'south': {NEEDED[column]}"
+    ):
+        experiment(tiny, path, strict=True)
 
 
 def test_labels_outside_of_the_classes_are_bad_rows_too(tiny: Tiny, tmp_path: Path) -> None:

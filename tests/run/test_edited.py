@@ -56,7 +56,8 @@ def test_an_edit_is_refused_by_its_name(
     assert EDITS[key][0] in text
     path.write_text(text.replace(*EDITS[key]), encoding="utf-8")
     before = {p: p.read_bytes() for p in mine.rglob("*") if p.is_file()}
-    ran = command(name, mine, *(["--to", tmp_path / "to"] if name == "export" else []))
+    to = ("--to", str(tmp_path / "to")) if name == "export" else ()
+    ran = command(name, mine, *to)
     assert ran.code == 2, ran
     assert f"{key} was" in " ".join(ran.err.split())
     assert "--accept-changes" in ran.err

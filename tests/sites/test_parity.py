@@ -124,5 +124,9 @@ def test_open_door_is_refused(tiny: Tiny, tmp_path: Path, command: Command) -> N
     ran = command("federate", path, "--out", tmp_path / "run", "--host", "0.0.0.0", "--insecure")
     assert ran.code == 0
     assert "paths under /v1/fleet/ only" in ran.err
-    for program in ("flower-superlink --host 0.0.0.0", "flower-supernode ", "flwr run "):
+    for program in (
+        "flower-superlink --host 0.0.0.0",
+        "flower-supernode ",
+        "fedsieve federate --resume ",
+    ):
         assert program in ran.out

@@ -166,7 +166,7 @@ NAMED = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes
         (
             Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=NAMED),
             {},
-            "label '-1' in row 1",
+            "row 1 of column 'label' holds -1, and its 2 classes have the numbers 0 to 1",
         ),
         (rows(text=["a", "b"], label=[0, 1]), {"max_length": 0}, "max_length is 0"),
         (

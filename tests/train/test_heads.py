@@ -67,6 +67,10 @@ def test_rows_of_the_head_are_matched_by_name(tmp_path: Path, kind: str) -> None
         (("wine", "cars", "space"), ("0", "1", "2"), (0, 1, 2)),  # numbers are the rows'
         (("wine", "cars", "space"), ("2", "0", "1"), (2, 0, 1)),
         (("2", "0", "1"), ("0", "1", "2"), (1, 2, 0)),  # unless they are names
+        (("cafe\u0301", "\u0130s", "bar"), ("\u0130s", "bar", "caf\u00e9"), (1, 2, 0)),
+        (("caf\u00e9", "\u01f0", "bar"), ("bar", "J\u030c", "CAFE\u0301"), (2, 1, 0)),
+        (("a", "A", "b"), ("A", "a", "b"), (1, 0, 2)),  # as they stand, if that tells them apart
+        (("e\u0301", "E\u0301", "b"), ("b", "\u00c9", "\u00e9"), (2, 1, 0)),
         (("LABEL_0", "LABEL_1", "LABEL_2"), ("cars", "space", "wine"), (0, 1, 2)),  # no names
         (("LABEL_0", "LABEL_1", "LABEL_2"), ("2", "1", "0"), (2, 1, 0)),
         (("LABEL_0", "LABEL_1", "LABEL_2"), ("LABEL_1", "LABEL_0", "LABEL_2"), (1, 0, 2)),

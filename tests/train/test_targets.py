@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
-from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedsieve.algebra.keys import Key
@@ -123,7 +122,7 @@ def test_a_family_for_which_peft_has_no_choice(tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_cannot_be(lora: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(FedSieveError, match=message):
         Lora(**lora)
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fedsieve.algebra.counts import exact, nearest
 from fedsieve.errors import FedSieveError
+from fedsieve.settings import is_number
 
 
 class Budget(NamedTuple):
@@ -57,9 +58,15 @@ class Client(NamedTuple):
 def check(budgets: Mapping[str, Budget], rank: int) -> None:
     """Raises FedSieveError, naming the client, for a budget that no server of this rank can serve.
 
-    That is a rank above the server's, or a ratio or density outside (0, 1].
+    That is a rank above the server's, or a ratio or density that is no number in (0, 1].
     """
     for id, budget in sorted(budgets.items()):
+        for knob, value in budget._asdict().items():
+            if not is_number(value):
+                raise FedSieveError(
+                    f"client {id!r}: its budget has {knob} {value!r}; it must be a number above 0, "
+                    "at most 1"
+                )
         if math.isfinite(budget.ratio) and budget.ratio > 1:
             refuse_rank(id, round(exact(budget.ratio) * rank), rank)
         for knob, value in budget._asdict().items():

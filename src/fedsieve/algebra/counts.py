@@ -23,7 +23,7 @@ def exact(share: float | Fraction) -> Fraction:
     """The fraction that a share stands for: the simplest within rounding, else its decimals."""
     if isinstance(share, Fraction):
         return share
-    own = Fraction(share)
+    own = Fraction(float(share))  # NumPy's too
     simple = own.limit_denominator(_LARGEST)
     return simple if abs(simple - own) <= own * _ROUNDING else Fraction(repr(float(share)))
 

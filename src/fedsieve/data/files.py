@@ -96,7 +96,8 @@ def array_of(values: Sequence[Any], what: str, place: Callable[[int], str]) -> p
     """A column from Python's values, which are all of one kind, or None.
 
     what: the column, in an error; place: of a value, by its number, in an error
-    Raises FedSieveError naming the first value that is of another kind than those before it.
+    Raises FedSieveError naming the first value that is of another kind than those before it, or
+    that a column cannot hold.
     """
     first: tuple[str, int] | None = None
     for number, value in enumerate(values):
@@ -111,12 +112,32 @@ def array_of(values: Sequence[Any], what: str, place: Callable[[int], str]) -> p
                 "write all of them alike"
             )
     try:
-        return pa.array(values)
-    except OverflowError:  # integers of more than 64 bits
-        return pa.array([None if value is None else Decimal(value) for value in values])
+        return _array(values)
     except UnicodeEncodeError as error:
         odd = next(n for n, value in enumerate(values) if value == error.object)
         raise FedSieveError(f"{place(odd)} has half a character in {what}: {error}") from None
+    except (pa.ArrowException, ArithmeticError, TypeError, ValueError) as error:
+        odd = next((n for n, value in enumerate(values) if not _can_be_one(value)), 0)
+        why = " ".join(str(error).split())
+        raise FedSieveError(
+            f"{place(odd)} has a value in {what} that no column can hold: {why}"
+        ) from None
+
+
+def _array(values: Sequence[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except OverflowError:  # integers of more than 64 bits
+        return pa.array([None if value is None else Decimal(value) for value in values])
+
+
+def _can_be_one(value: Any) -> bool:
+    """Whether a value can be a column of its own."""
+    try:
+        _array([value])
+    except Exception:  # whatever a value's own code may raise
+        return False
+    return True
 
 
 def _chosen(path: Path, found: Sequence[str], columns: Columns | None) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 from fedsieve.errors import FedSieveError
 
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]*")
 _TRUTHS = ("True", "False")
 
@@ -88,6 +89,17 @@ def in_order(names: Iterable[str]) -> list[str]:
     if all(_INTEGER.fullmatch(name) for name in found):
         return sorted(found, key=int)
     return sorted(found)
+
+
+def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The groups of two and more names that differ in spelling alone: in capitals, in spaces, in
+    forms of the same letters, or in how one number is written (0 and 0.0, 1 and 01).
+    """
+    groups: dict[str | Decimal, list[str]] = {}
+    for name in dict.fromkeys(names):
+        text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+        groups.setdefault(Decimal(text) if _NUMBER.fullmatch(text) else text, []).append(name)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 def numbers_of(names: Sequence[str]) -> Mapping[str, int]:

@@ -70,7 +70,7 @@ def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
     """The columns of a stream that are used, as a data set: the stream is read to its end.
 
     Raises FedSieveError for a column that no row has, or that has values of several kinds, naming
-    the row.
+    the row; and where the stream, or a function in it, raises anything.
     """
     told = stream.features or {}
     values: dict[str, list[Any]] = {name: [] for name in (*columns.texts, *columns.names)}
@@ -82,8 +82,8 @@ def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
             seen |= dict.fromkeys(row)
             for name, of_rows in values.items():
                 of_rows.append(row.get(name))
-    except (pa.ArrowException, TypeError, ValueError) as error:  # values of other types than told
-        raise FedSieveError(f"the stream breaks off after {count} rows: {error}") from error
+    except Exception as error:  # values of other types than told; whatever its functions raise
+        raise FedSieveError(f"the stream breaks off after {count} rows: {_named(error)}") from error
     if not count:
         return Dataset.from_dict({})
     for name in values:
@@ -93,8 +93,19 @@ def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
     rows = Dataset(pa.table(table))
     for name, feature in told.items():
         if name in values and isinstance(feature, ClassLabel):
-            rows = rows.cast_column(name, feature)
+            try:
+                rows = rows.cast_column(name, feature)
+            except (pa.ArrowException, LookupError, TypeError, ValueError) as error:
+                raise FedSieveError(
+                    f"column {name!r} holds what its {len(feature.names)} classes do not name: "
+                    f"{_named(error)}"
+                ) from error
     return rows
+
+
+def _named(error: Exception) -> str:
+    """An error's kind and its words, in one line."""
+    return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
 
 
 def column(dataset: Dataset, name: str) -> list[Any]:
@@ -110,14 +121,20 @@ def names_in(dataset: Dataset, name: str) -> list[str | FedSieveError | None]:
     row, for a value that cannot be a name.
     """
     values, feature = column(dataset, name), dataset.features[name]
-    if isinstance(feature, ClassLabel):
-        known = dict(enumerate(map(clean, feature.names)))
-        # The hub's test sets hold -1 for "not given": no class, but not nothing either.
-        return [None if value is None else known.get(value, str(value)) for value in values]
+    told = [*map(clean, feature.names)] if isinstance(feature, ClassLabel) else None
     found: list[str | FedSieveError | None] = []
     for row, value in enumerate(values):
+        if told is not None and value is not None and not 0 <= value < len(told):
+            # The hub's test sets hold -1 for "not given": no class, but not nothing either.
+            found.append(
+                FedSieveError(
+                    f"row {row} of column {name!r} holds {value}, and its {len(told)} classes "
+                    f"have the numbers 0 to {len(told) - 1}"
+                )
+            )
+            continue
         try:
-            found.append(name_of(value))
+            found.append(name_of(value if told is None or value is None else told[value]))
         except FedSieveError as error:
             found.append(FedSieveError(f"row {row} of column {name!r} {error}"))
     return found

@@ -1,6 +1,7 @@
 """From a recipe, or from data sets in a notebook, to a federation that is ready to run."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,11 +36,12 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import bad_rows, load_rows, prepare
-from fedsieve.recipe.method import build_method
+from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
+from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, Score, evaluate, fit, runs_in_bf16
@@ -84,6 +86,7 @@ def assemble(
     privacy: PrivacyPlan | None = None,
     resources: Mapping[str, Resources] | None = None,
     left_out: Mapping[str, str] | None = None,
+    norm_bound: float = math.inf,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
@@ -91,6 +94,7 @@ def assemble(
     A client without examples is left out with a warning.
     resources: what clients have, by id, where it is known
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
+    norm_bound: as in `Federation`
     Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve, and
     for clients drawn in a way that the method's privacy cannot be accounted for.
     """
@@ -156,6 +160,7 @@ def assemble(
         evaluate_every=evaluate_every,
         privacy=privacy,
         dense=resident.dense,
+        norm_bound=norm_bound,
     )
     ending = None if privacy is None else privacy.ending
     return Experiment(
@@ -167,6 +172,13 @@ def reasons(left_out: Mapping[str, str]) -> str:
     """Which clients are left out, and why: the first three."""
     shown = [f"client {id!r}: {why}" for id, why in sorted(left_out.items())[:3]]
     return "; ".join([*shown, *([f"{len(left_out) - 3} more"] if len(left_out) > 3 else [])])
+
+
+def stopped(left_out: Mapping[str, str]) -> FedSieveError:
+    """The error of a run that is strict, and that has clients whose rows cannot be used."""
+    return FedSieveError(
+        f"strict: rows of {len(left_out)} clients cannot be used: {reasons(left_out)}"
+    )
 
 
 def with_secret(experiment: Experiment, secret: int) -> Experiment:
@@ -237,6 +249,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         privacy=plan,
         resources=machines,
         left_out=left_out,
+        norm_bound=norm_bound(recipe),
     )
 
 
@@ -250,6 +263,7 @@ def set_up_resident(
     """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in.
 
     trust_remote_code: see `load_base`
+    Raises FedSieveError where model, lora and method do not go together.
     """
     source = locate(recipe.model.source)
     base = load_base(
@@ -262,16 +276,17 @@ def set_up_resident(
         settings=recipe.model.settings,
         trust_remote_code=trust_remote_code,
     )
-    digest = base_digest(base, source)
+    digest, method = base_digest(base, source), build_method(recipe)
     resident = set_up(
         base,
         recipe.model.task,
         recipe.lora,
-        build_method(recipe).trains,
+        method.trains,
         key=Key(recipe.seed),
         device=device,
         tokenizer=tokenizer,
     )
+    check_changes(resident, method)
     return dataclasses.replace(resident, digest=digest)
 
 
@@ -353,7 +368,8 @@ def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[s
     """The rows of the clients all of whose rows can be used; and the others, with what is wrong.
 
     Only where a column says whose each row is. Clients that are drawn are parts of one data set,
-    and a bad row is an error of it. Raises FedSieveError if no client is left.
+    and a bad row is an error of it. Raises FedSieveError if no client is left, or for the first bad
+    one where the recipe is strict.
     """
     if recipe.partition.column is None:
         return rows, {}
@@ -364,6 +380,8 @@ def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[s
     left_out: dict[str, str] = {}
     for row, wrong in sorted(bad.items()):
         left_out.setdefault(owners[row], str(wrong))
+    if recipe.strict:
+        raise stopped(left_out)
     kept = [row for row, owner in enumerate(owners) if owner not in left_out]
     if not kept:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")

@@ -277,12 +277,15 @@ class ServerTable(BaseModel):
     optimizer: None is the method's own, with what stands beside it changed
     decay: its learning rate is multiplied by this after every round
     clip: the L2 norm to which a client's update is scaled down; none by default. No privacy
+    norm_bound: an update whose L2 norm is so many times the median of its round's is left out;
+        "none" leaves none out. None is 100, or "none" where the server clips
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
     optimizer: ServerName | None = None
     decay: Share = 1.0
     clip: PositiveFloat | None = None
+    norm_bound: Annotated[float, Field(ge=1)] | Literal["none"] | None = None
 
 
 class Privacy(Table):
@@ -335,13 +338,17 @@ class Checkpoint(Table):
 
 
 class Recipe(Table):
-    """A whole experiment."""
+    """A whole experiment.
+
+    strict: a client whose rows cannot be used stops the run; else it is left out with a warning
+    """
 
     name: str = "run"
     seed: NonNegativeInt = 0
     rounds: PositiveInt
     cohort: PositiveInt
     device: str = "auto"
+    strict: bool = False
     model: Model
     lora: Lora = Lora()
     data: Data

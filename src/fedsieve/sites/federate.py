@@ -3,7 +3,8 @@
 `prepare` writes a run's directory that holds, beside what every run has,
 
     app/       a Flower app of one file: it names this package's two ends and this directory
-    flower/    what Flower's command line needs to know of the server
+    flower/    what Flower's command line needs to know of the server, and what the server must
+               still know when it is started anew: its nodes, their keys, messages on their way
     sites.json the key of each site's node, from when it was first met, where nodes have keys
 
 (and beside it, with [privacy], the directory of what only the server may know: rundir.py)
@@ -19,6 +20,7 @@ Nothing here needs Flower, except that `check_installed` looks for it.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
 import secrets
@@ -52,12 +54,16 @@ from fedsieve.recipe.experiment import (
     set_up_resident,
     with_privacy,
 )
-from fedsieve.recipe.method import build_method
+from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
+from fedsieve.sites import certificates
 from fedsieve.sites.assignment import refuse_patterns
+from fedsieve.sites.certificates import CA as CA
+from fedsieve.sites.certificates import CERTIFICATE as CERTIFICATE
+from fedsieve.sites.certificates import PRIVATE as PRIVATE
 from fedsieve.sites.resident import whole_message
 from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, number_of
 from fedsieve.sites.worker import SOCKET
@@ -74,6 +80,7 @@ HOME = "flower"  # of Flower's command line
 # What of a RoundPolicy users choose; the rest follows from the recipe.
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
 KEYS = "sites.json"  # site -> its node's public key
+LINK = "link.db"  # in HOME: without it a SuperLink that restarts knows none of its nodes
 CONNECTION = "fedsieve"  # what that calls this server
 COMPONENTS = {
     "serverapp": "fedsieve.sites.flower_app:server",
@@ -85,8 +92,17 @@ QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
 # Flower sends a message in objects of this many bytes, and a node begins one again that is not
 # through after 30 s: its own 5 MiB never get through a slow uplink (docs/deploy.md, What travels).
 OBJECTS = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=131072"
-# The files of a folder of certificates: openssl's names in docs/deploy.md.
-CA, CERTIFICATE, PRIVATE = "ca.crt", "server.pem", "server.key"
+
+
+class History(NamedTuple):
+    """What the log tells of the rounds up to the newest whole checkpoint.
+
+    merged: site -> the last round in which its update was merged
+    given:  (site, digest of what an update said) -> its round
+    """
+
+    merged: dict[str, int]
+    given: dict[tuple[str, str], int]
 
 
 class ServerAddress(NamedTuple):
@@ -146,18 +162,23 @@ def commands(folder: Path, listen: ServerAddress) -> list[str]:
         )
         trust = f"--root-certificates {CA} --auth-supernode-private-key <the site's key>"
     return [
-        f"{home} flower-superlink {server} {tls} --disable-runtime-dependency-installation",
+        f"{home} flower-superlink {server} --database {folder / HOME / LINK} {tls} "
+        "--disable-runtime-dependency-installation",
         f"{QUIET} {OBJECTS} flower-supernode --superlink {name}:{listen.port} {trust} "
         f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
-        f"{home} flwr run {folder / APP} {CONNECTION} --stream",
+        f"fedsieve federate --resume {folder}",
     ]
 
 
 def cautions(listen: ServerAddress) -> list[str]:
-    """What whoever opens the server to other machines should know."""
+    """What whoever starts the server should know: who may reach it, and for how long.
+
+    Raises FedSieveError for certificates that do not hold now.
+    """
+    found = [] if listen.certificates is None else _endings(listen.certificates)
     if listen.host in LOOPBACK:
-        return []
-    found = [
+        return found
+    found += [
         f"Flower {'.'.join(map(str, FLOWER))} takes orders (`flwr run`, `flwr supernode register`) "
         "at the port at which it serves the nodes, from anyone who reaches it: let other machines "
         "reach the paths under /v1/fleet/ only (docs/deploy.md)"
@@ -170,7 +191,8 @@ def cautions(listen: ServerAddress) -> list[str]:
 def begin_again(folder: Path) -> list[str]:
     """The command that goes on with a federation, as a list of its words.
 
-    Raises FedSieveError if the folder holds no federation.
+    Warns of certificates that end soon. Raises FedSieveError if the folder holds no federation, or
+    if its server's certificates do not hold now.
     """
     check_installed()
     rundir.check(folder)
@@ -181,6 +203,10 @@ def begin_again(folder: Path) -> list[str]:
         )
     _refuse_other_app(app)
     _renew(app / "pyproject.toml")
+    config = tomllib.loads((folder / HOME / "config.toml").read_text(encoding="utf-8"))
+    if root := config["superlink"][CONNECTION].get("root-certificates"):
+        for ending in _endings(Path(root).parent):
+            warnings.warn(ending, stacklevel=2)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
 
 
@@ -205,6 +231,25 @@ def _refuse_other_app(app: Path) -> None:
         raise FedSieveError(
             f"{source} is not what `fedsieve federate` wrote for {app.parent}: begin a new one"
         )
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raises FedSieveError if a Flower run that has ended left the federation unfinished.
+
+    `flwr run` ends with 0 whatever became of what it ran.
+    """
+    begun = (folder / rundir.METRICS).exists()
+    last, rounds = rundir.last_round(folder) if begun else 0, runner.rounds_of(folder)
+    if last < rounds:
+        where = f"after round {last} of {rounds}"
+    elif not (folder / rundir.ADAPTER).is_dir():
+        where = "and has no final adapter yet"
+    else:
+        return
+    raise FedSieveError(
+        f"the federation in {folder} stopped {where}: why is said above, and in the log of its "
+        f"Flower run. Go on with `fedsieve federate --resume {folder}`"
+    )
 
 
 def _renew(path: Path) -> None:
@@ -236,7 +281,7 @@ def serve(
 
     def build(recipe: Recipe) -> Experiment:
         experiment, sites = on_network(
-            recipe, text, transport, policy, say, _merged(folder), folder / KEYS
+            recipe, text, transport, policy, say, _history(folder), folder / KEYS
         )
         board.append(sites)
         return experiment
@@ -266,13 +311,13 @@ def on_network(
     transport: Transport,
     policy: RoundPolicy,
     say: Callable[[str], None],
-    merged: Mapping[str, int],
+    history: History,
     keys: Path,
 ) -> tuple[Experiment, Sites]:
     """A federation whose clients are the sites that the transport reaches, once they are there.
 
     text: the recipe as the sites are told it
-    merged: the last round in which each site's update was merged
+    history: what of the rounds before is in the log
     keys: the file with the key of each site's node; new sites are added to it
     Raises FedSieveError if too few sites come, or for what of the recipe does not fit.
     """
@@ -300,7 +345,9 @@ def on_network(
     def pin(all_keys: Mapping[str, str]) -> None:
         write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
-    sites = Sites(transport, text, digest, welcome, policy, say, merged=merged, keys=known, pin=pin)
+    sites = Sites(
+        transport, text, digest, welcome, policy, say, keys=known, pin=pin, **history._asdict()
+    )
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
     there = sites.there
@@ -339,6 +386,8 @@ def on_network(
         there=there,
         aside=sites.aside,
         dense=resident.dense,
+        norm_bound=norm_bound(recipe),
+        before=sites.before,
     )
     notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
@@ -464,12 +513,17 @@ def _refuse_open_door(listen: ServerAddress) -> None:
                 raise FedSieveError(
                     f"--certificates: {listen.certificates} has no {name} (docs/deploy.md makes it)"
                 )
+        _endings(listen.certificates)
     elif listen.host not in LOOPBACK and not listen.insecure:
         raise FedSieveError(
             f"--host {listen.host}: other machines reach it, so it needs TLS and the nodes' keys: "
             "give --certificates (docs/deploy.md makes them), or --insecure if you know that the "
             "network is yours alone"
         )
+
+
+def _endings(folder: Path) -> list[str]:
+    return certificates.endings(folder, datetime.datetime.now(datetime.UTC))
 
 
 def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None:
@@ -510,16 +564,17 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
         refuse_link(path.parent, folder=True)
         path.parent.mkdir(exist_ok=True)
         write_whole(path, tomli_w.dumps(table).encode())
+    refuse_link(folder / HOME / LINK)
+    (folder / HOME / LINK).touch(mode=0o600)  # updates of the sites pass through it
 
 
-def _merged(folder: Path) -> dict[str, int]:
-    """site -> the last round in which its update was merged, as of the newest whole checkpoint.
-
-    The log may hold lines of a round after the checkpoint: that round is done again.
-    """
+def _history(folder: Path) -> History:
+    """The log may hold lines of a round after the checkpoint: that round is done again."""
     last, unlogged = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
     log = rundir.place(folder, rundir.CLIENTS)
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     receipts = [json.loads(line) for line in lines if line.endswith("}")]
     receipts = [r for r in receipts if r["round"] <= last] + unlogged
-    return {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
+    merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
+    said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
+    return History(merged, {(site, digest): number for site, digest, number in reversed(said)})

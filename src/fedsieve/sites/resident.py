@@ -25,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -59,6 +60,7 @@ from fedsieve.wire.format import VERSION
 
 RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
+TOLD = "told"  # the digests of the recipes, in the order in which they were told last
 _SAID = 500  # characters of an error
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -117,8 +119,9 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     not there.
     """
     pick_device(site.device)
-    for part in [*site.folder.glob("runs/*/.*.part"), *site.folder.glob("runs/*/*/.*.part")]:
-        part.unlink()
+    for place in (".", "runs/*/", "runs/*/*/"):
+        for part in site.folder.glob(f"{place}.*.part"):
+            part.unlink()
     for part in site.folder.glob("adapters/.*.part"):
         shutil.rmtree(part)
     for old in site.folder.glob("adapters/.*.old"):
@@ -159,6 +162,8 @@ def answer(resident: Resident, request: Frame) -> Frame:
         result = work(resident, request)
     except _Unknown as error:
         result = refusal(str(error), unknown_recipe=True)
+    except _Lost as error:
+        result = refusal(str(error), lost_memory=True)
     except FedSieveError as error:
         result = refusal(str(error)[:_SAID])
     except (OSError, SafetensorError) as error:
@@ -175,7 +180,7 @@ def answer(resident: Resident, request: Frame) -> Frame:
     what += f", round {number}" if isinstance(number, int) else ""
     told = "done" if result.header["ok"] else f"refused: {result.header['error']}"
     resident.say(f"{what}: {told} ({seconds:.1f} s)")
-    return result
+    return worker.seal(worker.digest(request), result)
 
 
 def whole_message(adapter: Adapter) -> bytes:
@@ -237,7 +242,9 @@ class BudgetOffer(_Asked):
 class Train(_Asked):
     """One round. recipe: SHA-256 of its text; budget: where it is not the site's own.
 
-    after: the last round of this site that the server merged: what it kept since then is void
+    site: whom it is for
+    after: the last round of this site that the server merged: what it kept since then is void, and
+        a method that keeps a memory needs that round's. None goes on from what is there
     """
 
     do: Literal["train"]
@@ -245,6 +252,7 @@ class Train(_Asked):
     seed: NonNegativeInt
     round: PositiveInt
     after: NonNegativeInt | None = None
+    site: Annotated[str, Field(max_length=64)] | None = None
     budget: BudgetOffer | None = None
 
 
@@ -258,6 +266,10 @@ class EvaluateRequest(_Asked):
 
 class _Unknown(FedSieveError):
     """A recipe that was never told here."""
+
+
+class _Lost(FedSieveError):
+    """A memory that a round needs, and that is not on the disk any more."""
 
 
 def _checked(kind: type[T], request: Frame) -> T:
@@ -297,7 +309,7 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     folder = _folder(resident, run)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_whole(folder / RECIPE, request.body)
-    _forget_old_runs(folder.parent)
+    _forget_old_runs(resident.site.folder, run)
     return Frame(_facts(resident))
 
 
@@ -310,6 +322,8 @@ def _train(resident: Resident, request: Frame) -> Frame:
             f"seed {asked.seed}, round {number}: the recipe has seed {recipe.seed} and "
             f"{recipe.rounds} rounds"
         )
+    if asked.site not in (None, site.name):
+        raise FedSieveError("this request is for another site")
     budget = _budget(site, asked.budget)
     folder = _folder(resident, assignment.run) / "rounds"
     digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
@@ -320,11 +334,27 @@ def _train(resident: Resident, request: Frame) -> Frame:
         )
         key = Key(recipe.seed, number, site.name)
         since = number if asked.after is None else min(number, asked.after + 1)
-        done = _round(assignment, client, journal.memories(folder, since), key, request.body)
+        memories = journal.memories(folder, since)
+        if assignment.method.keeps and asked.after is not None and since == asked.after + 1:
+            memories = _from(asked.after, memories)
+        done = _round(assignment, client, memories, key, request.body)
         done = done._replace(asked=digest)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
         journal.write(folder, done, keep=2 * recipe.checkpoint.every)
     return Frame(done.facts, done.answer)
+
+
+def _from(after: int, memories: Iterator[tuple[int, Memory]]) -> Iterator[tuple[int, Memory]]:
+    """The memories again, of which the newest is that after this round. Raises _Lost else."""
+    newest = next(memories, None)
+    if newest is None:
+        return iter(())  # forgotten in good order: `_round` says so
+    if newest[0] != after:
+        raise _Lost(
+            f"this site has lost what it kept after round {after}: its own update of that round "
+            "counts on it"
+        )
+    return chain([newest], memories)
 
 
 def _round(
@@ -451,11 +481,19 @@ def _folder(resident: Resident, run: str) -> Path:
     return resident.site.folder / "runs" / run
 
 
-def _forget_old_runs(folder: Path) -> None:
-    """All but the newest `RUNS`, by when their recipe was told last."""
-    told = sorted(folder.glob(f"*/{RECIPE}"), key=lambda path: path.stat().st_mtime_ns)
-    for path in told[:-RUNS]:
-        shutil.rmtree(path.parent)
+def _forget_old_runs(folder: Path, run: str) -> None:
+    """Forget all but the newest `RUNS`, of which this one was told last.
+
+    In the order in which they were told, and not by the dates of files: clocks are set back.
+    """
+    place = folder / TOLD
+    before = place.read_text(encoding="ascii").split() if place.exists() else []
+    there = {path.name for path in (folder / "runs").iterdir()} - {run}
+    known = [digest for digest in before if digest in there]
+    order = [*sorted(there - {*known}), *known, run]
+    write_whole(place, "\n".join(order[-RUNS:]).encode("ascii"))
+    for digest in order[:-RUNS]:
+        shutil.rmtree(folder / "runs" / digest)
 
 
 def _assignment(resident: Resident, run: str) -> Assignment:

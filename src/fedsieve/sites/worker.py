@@ -11,6 +11,10 @@ A request or an answer is a frame, and one connection carries one request and it
     header         a JSON object; its "length" is the length of the body
     body           bytes: a message of the wire format, a recipe's text, or nothing
 
+An answer's header also holds a tag that ties it to the request that it answers (`seal`), and so to
+its run, its round, its site and the very bytes that were sent: an answer to another request that is
+called this one's is refused, whatever it says.
+
 The socket and its folder are the owner's alone,
 and what comes in is read as if it came from an enemy all the same: sizes have limits, a connection
 has so many seconds to say what it wants, and whatever is wrong with it is answered with
@@ -21,6 +25,7 @@ threads only read and write. Those that ask about the worker itself are answered
 it trains.
 """
 
+import hashlib
 import json
 import os
 import queue
@@ -43,6 +48,7 @@ HEADER = 1 << 16  # the longest header, in bytes
 BODY = (1 << 31) - 1  # the longest body; what carries messages between machines takes no more
 CONNECTIONS = 16  # read at once, and requests that wait for their turn; more are put off
 PATIENCE = 60.0  # seconds for a request to arrive whole, and for an answer to be taken
+TAG = "tag"
 _CHUNK = 1 << 20
 _ADDRESS = 107  # bytes of a Unix socket's address on Linux
 
@@ -82,6 +88,27 @@ def unpack(data: bytes) -> Frame:
     if len(rest):
         raise WireError(f"{len(rest)} bytes follow the end of a frame")
     return frame
+
+
+def digest(frame: Frame) -> bytes:
+    """Of all that a frame says, its tag left out."""
+    said = {name: value for name, value in frame.header.items() if name != TAG}
+    head = json.dumps(said, sort_keys=True).encode()
+    return hashlib.blake2b(
+        b"".join((len(head).to_bytes(8, "big"), head, frame.body)), digest_size=32
+    ).digest()
+
+
+def seal(request: bytes, answer: Frame) -> Frame:
+    """An answer with its tag. request: the digest of what it answers."""
+    tag = hashlib.blake2b(digest(answer), key=request, digest_size=16).hexdigest()
+    return answer._replace(header={**answer.header, TAG: tag})
+
+
+def check_seal(request: bytes, answer: Frame) -> None:
+    """Raises WireError for an answer that answers another request, or none."""
+    if answer.header.get(TAG) != seal(request, answer).header[TAG]:
+        raise WireError("an answer to another request than this one")
 
 
 def refusal(error: str, **more: Any) -> Frame:

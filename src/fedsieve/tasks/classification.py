@@ -1,12 +1,13 @@
 """Sequence classification: a text, or a pair of texts, and its class."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import ClassLabel, Dataset
 
-from fedsieve.data.names import clean, in_order, numbers_of
+from fedsieve.data.names import alike, clean, in_order, numbers_of
 from fedsieve.data.sources import names_in
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.tokens import Examples, check_rows, pad_id, rectangle, text_column, tokenise
@@ -38,7 +39,7 @@ def classification(
     check_rows(dataset)
     found = labels_of(dataset, label)
     names = tuple(
-        classes_of([dataset.features[label]], found) if classes is None else map(clean, classes)
+        classes_of([(dataset.features[label], found)]) if classes is None else map(clean, classes)
     )
     if len(names) < 2 or len(set(names)) < len(names):
         raise FedSieveError(
@@ -99,17 +100,33 @@ def _labels(
             yield label
 
 
-def classes_of(features: Iterable[Any], labels: Iterable[str]) -> list[str]:
+def classes_of(columns: Sequence[tuple[Any, Sequence[str]]]) -> list[str]:
     """The classes in their order: a ClassLabel's own names, else the labels that occur, as
-    `names.in_order` sorts them.
+    `names.in_order` sorts them. Warns of those that differ in spelling alone.
 
-    features: of the label's column, in each of the data sets that go together. If their ClassLabels
-        are not the same, they only name the labels
+    columns: the feature and the labels of the label's column, in each of the data sets that go
+        together. If their ClassLabels are not the same, they only name the labels; integers beside
+        them are no classes unless they are such names
     """
-    told = [feature for feature in features if isinstance(feature, ClassLabel)]
+    told = [feature for feature, _ in columns if isinstance(feature, ClassLabel)]
     if told and all(each == told[0] for each in told):
         return [clean(name) for name in told[0].names]
-    return in_order(labels)
+    named = {clean(name) for feature in told for name in feature.names}
+    classes = in_order(
+        label
+        for feature, labels in columns
+        for label in labels
+        if label in named or not (named and "int" in getattr(feature, "dtype", ""))
+    )
+    if same := alike(classes):
+        shown = "; ".join(" and ".join(map(repr, group)) for group in same[:5])
+        warnings.warn(
+            f"labels: these classes differ in spelling alone: {shown}"
+            + (f"; {len(same) - 5} more" if len(same) > 5 else "")
+            + " (write them alike if they are the same, or give the classes)",
+            stacklevel=3,
+        )
+    return classes
 
 
 def _listing(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """From rows of text to tensors that a model can train on.
 
-All texts are tokenised once, in one call to the fast tokenizer, and kept as rectangles of token
+All texts are tokenised once, many in one call to the tokenizer, and kept as rectangles of token
 numbers padded on the right. A batch is then a few tensor slices (`take`), some twenty microseconds:
 nothing in the training loop touches text. Padding is always on the right, whatever the tokenizer
 would do, because only then can a batch be trimmed to its longest row by dropping columns.
@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that torch's cross entropy, and so every transformers loss, leaves out
 
-# A tokenizer reads a text to its end before it truncates, and a mail may be a thousand times longer
-# than what is kept. Tokens of prose hold 4 to 5 characters; 10 leave a margin (shortening makes 20
-# Newsgroups at 64 tokens three times as fast), and where even that is too little (see tokenise)
-# the whole text is read after all.
-CHARACTERS_PER_TOKEN = 10
+_AT_ONCE = 1000  # texts that the tokenizer is given in one call: it holds all their tokens, uncut
 
 
 class Examples(NamedTuple):
@@ -108,22 +104,21 @@ def tokenise(
 ) -> Tokens:
     """Token numbers of each text (or pair), at most max_length of them, without padding.
 
+    The tokenizer reads every text to its end, however little of it is kept: a text shortened before
+    has other tokens (half a word, another share of a pair).
+
     special: with the tokens that the tokenizer puts around a text
     """
     around = tokenizer.num_special_tokens_to_add(pair=second is not None) if special else 0
     if max_length <= around:
         raise FedSieveError(f"max_length is {max_length}: no room for a token of the text")
-    limit = CHARACTERS_PER_TOKEN * max_length
-    # Truncation on the left keeps the end of a text; shortening it would keep the wrong part.
-    if tokenizer.truncation_side == "left":
-        limit = max([limit, *map(len, texts), *map(len, second or ())])
-
     typed = second is not None or "token_type_ids" in tokenizer.model_input_names
-
-    def call(first: list[str], other: list[str] | None) -> Tokens:
+    rows = Tokens([], [] if typed else None, [])
+    for first in range(0, len(texts), _AT_ONCE):
+        some = slice(first, first + _AT_ONCE)
         made = tokenizer(
-            first,
-            other,
+            texts[some],
+            None if second is None else second[some],
             truncation=True,
             max_length=max_length,
             add_special_tokens=special,
@@ -131,26 +126,11 @@ def tokenise(
             return_token_type_ids=typed,
             return_offsets_mapping=offsets,
         )
-        spans = made["offset_mapping"] if offsets else []
-        return Tokens(
-            made["input_ids"],
-            made["token_type_ids"] if typed else None,
-            [[end for _, end in row] for row in spans],
-        )
-
-    short = [text[:limit] for text in texts]
-    short_second = None if second is None else [text[:limit] for text in second]
-    rows = call(short, short_second)
-    # A shortened text that leaves room had long tokens (spaces, one endless word): read it whole.
-    for number, ids in enumerate(rows.ids):
-        pair = texts[number], "" if second is None else second[number]
-        if len(ids) < max_length and max(map(len, pair)) > limit:
-            whole = call([pair[0]], None if second is None else [pair[1]])
-            rows.ids[number] = whole.ids[0]
-            if rows.types is not None and whole.types is not None:
-                rows.types[number] = whole.types[0]
-            if offsets:
-                rows.ends[number] = whole.ends[0]
+        rows.ids.extend(made["input_ids"])
+        if rows.types is not None:
+            rows.types.extend(made["token_type_ids"])
+        if offsets:
+            rows.ends.extend([end for _, end in row] for row in made["offset_mapping"])
     if rows.types is not None and not any(map(any, rows.types)):
         return rows._replace(types=None)
     return rows

@@ -5,6 +5,7 @@ names them; the rows of the head are put into the order of the data's classes.
 """
 
 import copy
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -54,14 +55,27 @@ def match_rows(
 
 
 def _order(known: Mapping[int, str], classes: Sequence[str]) -> list[int] | None:
-    """For each class the row that is its own; None if the names do not tell."""
-    rows = [known[row].strip().casefold().removeprefix(_UNNAMED) for row in sorted(known)]
-    wanted = [name.strip().casefold().removeprefix(_UNNAMED) for name in classes]
+    """For each class the row that is its own; None if the names do not tell.
+
+    As the names stand, else as people write them: capitals then do not count, nor LABEL_.
+    """
+    rows = [_composed(known[row]) for row in sorted(known)]
+    wanted = [_composed(name) for name in classes]
     numbers = [str(number) for number in range(len(rows))]
-    for names in (rows, numbers):
-        if sorted(names) == sorted(wanted) and len(set(names)) == len(names):
-            return [names.index(name) for name in wanted]
-    return list(range(len(rows))) if rows == numbers else None
+    loose, asked = [*map(_loose, rows)], [*map(_loose, wanted)]
+    for names, given in ((rows, wanted), (loose, asked), (numbers, asked)):
+        if sorted(names) == sorted(given) and len(set(names)) == len(names):
+            return [names.index(name) for name in given]
+    return list(range(len(rows))) if loose == numbers else None
+
+
+def _composed(name: str) -> str:
+    """A name as those of rows are (data/names.py): Unicode's form C, without space around it."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def _loose(name: str) -> str:
+    return _composed(name.casefold()).removeprefix(_UNNAMED)
 
 
 def _sized_by_classes(model: PreTrainedModel) -> dict[str, int]:

@@ -52,15 +52,15 @@ def fit(
 ) -> Fit:
     """Train a client's adapter on its examples. The adapter's own tensors are left as they are.
 
-    Tensors that the view does not let move take no gradient; of entries that it does not let move
-    the gradient is zero, and those are zero themselves in the methods that have them, so that
-    weight decay leaves them alone too.
+    What the view does not let move stays to the bit, whatever the optimizer: such tensors take no
+    gradient; such entries take a gradient of zero, which counts for nothing in `training.clip`, and
+    are set back after each step, as weight decay moves what has no gradient too.
     """
     resident.put(view.adapter)
     model = resident.model
     model.train()
     everything = dict(resident.parameters())
-    parameters = []
+    parameters, held = [], []
     for name, parameter in everything.items():
         parameter.requires_grad_(name in view.moves.names)
         if name in view.moves.names:
@@ -68,6 +68,8 @@ def fit(
         if name in view.moves.masks:
             mask = view.moves.masks[name].to(resident.device)
             parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+            own = view.adapter.tensors[name].to(resident.device, torch.float32)  # as it was put
+            held.append((parameter, mask, own))
     optimizer = _optimizer(parameters, training)
     order = _order(examples.labels.shape[0], training, generator(key.at("order")))
     devices = [resident.device] if resident.device.type == "cuda" else []
@@ -90,6 +92,8 @@ def fit(
             if training.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, training.clip)
             optimizer.step()
+            for parameter, mask, own in held:
+                parameter.data = torch.where(mask, parameter.data, own)
             memory = memory or _allocated(list(everything.values()), optimizer)
             optimizer.zero_grad(set_to_none=True)
             if resident.device.type == "cuda":

@@ -119,7 +119,10 @@ class ResidentModel:
 
         Where more than an adapter was trained (all weights, the head alone, a changed base), the
         whole model is written, for `from_pretrained` of its own class.
+
+        Raises FedSieveError if there can be no such folder.
         """
+        _make(folder)
         self.put(adapter)
         if not isinstance(self.model, PeftModel):
             self._save_whole(self.model, folder)
@@ -143,7 +146,11 @@ class ResidentModel:
             self.tokenizer.save_pretrained(str(folder))
 
     def merge(self, adapter: Adapter, folder: Path) -> None:
-        """Write the whole model with the adapter added into its weights. Uses up the resident."""
+        """Write the whole model with the adapter added into its weights. Uses up the resident.
+
+        Raises FedSieveError if there can be no such folder.
+        """
+        _make(folder)
         self.put(adapter)
         model = self.model
         self._save_whole(
@@ -359,6 +366,14 @@ def attach(
     return ResidentModel(
         model, task, layout, slots, tuple(loras.values()), device, {}, layout, ties
     )
+
+
+def _make(folder: Path) -> None:
+    """Make a folder to write to: transformers goes on without one, and writes nothing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FedSieveError(f"{folder} cannot be written: {error.strerror}") from error
 
 
 def _pretrained(kind: Any, name: str, **given: Any) -> Any:

@@ -1,0 +1,50 @@
+"""Whether a model's layers can take what a method adds to the base.
+
+A product B A is added to the weight of a linear layer or a convolution. An embedding's weight has a
+row a token, so the product is none of its shape. Found out before the first round, not after it.
+"""
+
+from torch import nn
+
+from fedsieve.algebra.adapter import base_layout
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import ClientContext, Method
+from fedsieve.errors import FedSieveError
+from fedsieve.train.model import ResidentModel
+
+
+def check_changes(resident: ResidentModel, method: Method) -> None:
+    """Raises FedSieveError where the method changes the base under a layer that cannot take it."""
+    layer = _first_unfit(resident)
+    if layer is not None and _changes_the_base(resident, method):
+        raise FedSieveError(
+            f"lora.targets takes in {layer}, whose weight (an embedding's) cannot be changed: this "
+            "method adds to the weights under its pairs, so name linear layers alone, or choose a "
+            "method that leaves the base as it is"
+        )
+
+
+def _first_unfit(resident: ResidentModel) -> str | None:
+    """The name of the first layer with a pair whose product does not fit its weight."""
+    products = base_layout(resident.layout, 0).shapes
+    for pair in resident.layout.pairs:
+        layer = resident.model.get_submodule(pair.module)
+        base = layer.get_base_layer()
+        product = products[f"{pair.module}.base"]
+        turned = product[::-1] if layer.fan_in_fan_out else product
+        if isinstance(base, nn.Embedding) or tuple(base.weight.shape) != turned:
+            return pair.module
+    return None
+
+
+def _changes_the_base(resident: ResidentModel, method: Method) -> bool:
+    """Whether the base is another one after a round of one client, which learned nothing in it."""
+    start, client = resident.adapter(), Client("0", 1, Budget())
+    key = Key(0, 1)
+    context = ClientContext(client, start, key._replace(client=client.id))
+    state = method.init(start)
+    payload = method.publish(method.plan(state, key), client, context.key)
+    view, memory = method.view(payload, {}, context)
+    report, _ = method.report(view, view.adapter.tensors, memory, context)
+    return bool(method.export(method.merge(state, iter([(client, report)]), key)).base)

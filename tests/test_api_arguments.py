@@ -1,0 +1,214 @@
+"""Each argument of `finetune` and each wrong kind of value: one sentence that names the argument,
+before a row is read or a model loaded.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+
+import fedsieve
+from fedsieve import Budget, FedSieveError, Lora, Sampling, Training
+from tests.conftest import LABELS, Tiny
+from tests.test_api import GOOD, LORA, TRAINING, finetune, rows
+
+NAN, INF = float("nan"), float("inf")
+WHOLE: list[Any] = [1.5, 1.0, "3", True, NAN, [1], -1, {}]
+TEXT: list[Any] = [5, 1.5, b"text", ["text"], True, {}]
+
+WRONG: dict[str, list[Any]] = {
+    "rounds": [*WHOLE, 0, None],
+    "cohort": [*WHOLE, 0],
+    "evaluate_every": [*WHOLE, 0, None],
+    "max_length": [*WHOLE, 0, None],
+    "seed": [*WHOLE, None],
+    "task": ["seq", "SEQ_CLS", "causal_lm", "", None, 1],
+    "text": TEXT,
+    "label": [*TEXT, None],
+    "prompt": TEXT,
+    "completion": TEXT,
+    "classes": ["cars", 5, [0.5, 1], [["a"], "b"], [None, "b"], {"cars": 0}, ["a", "a"], ["a"], []],
+    "lora": [{"rank": 4}, 4, "query", Lora, TRAINING],
+    "training": [{"lr": 0.1}, 0.1, "adamw", Training, LORA],
+    "budgets": [
+        0.5,
+        "half",
+        Budget,
+        [Budget()] * 2,
+        (0.5, 1, 1),
+        {"0000": 0.5, "0001": 0.25},
+        {"0000": Budget(), "0001": None},
+        {"0000": Budget(), "0001": (0.5, 1, 1)},
+        Budget(ratio="half"),  # type: ignore[arg-type]
+        Budget(up=None),  # type: ignore[arg-type]
+        Budget(down=NAN),
+        Budget(ratio=INF),
+        Budget(ratio=-1),
+        {"0000": Budget(), "0001": Budget(down=True)},
+    ],
+    "device": [0, None, ["cpu"], "nowhere"],
+}
+METHODS: list[tuple[Any, str]] = [
+    ("fslora", r"method: 'fslora' is no method: give fedsieve\.fslora\(\)"),
+    ("fslra", r"method: 'fslra' is no method: .*did you mean 'fslora'"),
+    (fedsieve.fslora, r"method: it is a function: call it, as in fedsieve\.fslora\(\)"),
+    (fedsieve.methods.flasc, r"method: it is a module: call it, as in fedsieve\.flasc\(\)"),
+    (fedsieve.adam(), "method: .* is needed, not Optimizer"),
+    (None, "method: .* is needed, not NoneType"),
+    ({"name": "flasc"}, "method: .* is needed, not dict"),
+]
+
+
+def one_sentence(error: FedSieveError, name: str) -> None:
+    said = str(error)
+    assert said.startswith((name, "client '000"))  # whose budget it is
+    assert "\n" not in said
+    assert "pydantic" not in said
+    assert len(said) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+def test_a_wrong_value_is_told_by_its_argument(tiny: Tiny, name: str, value: Any) -> None:
+    clients = [rows(6, 1), rows(6, 2)]
+    with pytest.raises(FedSieveError) as caught:
+        finetune(tiny, clients, **{name: value})
+    one_sentence(caught.value, name)
+
+
+@pytest.mark.parametrize(("method", "said"), METHODS)
+def test_what_is_no_method(tiny: Tiny, method: Any, said: str) -> None:
+    with pytest.raises(FedSieveError, match=said) as caught:
+        fedsieve.finetune(str(tiny.bert), [rows(6, 1)], method, rounds=1)
+    one_sentence(caught.value, "method")
+
+
+@pytest.mark.parametrize("model", [None, 5, b"bert", ["bert"]])
+def test_what_is_no_model(model: Any) -> None:
+    with pytest.raises(FedSieveError, match="model: a name or a folder is needed, not"):
+        fedsieve.finetune(model, [rows(6, 1)], fedsieve.fedit(), rounds=1)
+
+
+def test_numbers_of_numpy_and_paths_are_taken(tiny: Tiny) -> None:
+    run = fedsieve.finetune(
+        tiny.bert,
+        [rows(6, 1), rows(6, 2)],
+        fedsieve.fslora(),
+        rounds=np.int64(1),  # type: ignore[arg-type]
+        cohort=np.int32(1),  # type: ignore[arg-type]
+        budgets=Budget(ratio=np.float32(0.5)),  # type: ignore[arg-type]
+        lora=LORA,
+        training=TRAINING,
+        device="cpu",
+    ).finish()
+    assert [receipt.rank for receipt in run.receipts] == [2]
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Lora(rank=0), r"^Lora: rank: .*greater than 0 \(it is 0\)$"),
+        (lambda: Lora(rank=1.5), r"^Lora: rank: .*integer.* \(it is 1\.5\)$"),  # type: ignore[arg-type]
+        (lambda: Lora(rank="a", alpha=-1), "^Lora: rank: .*; alpha: .*$"),  # type: ignore[arg-type]
+        (lambda: Lora(ranks=4), "^Lora: ranks: unknown key .did you mean 'rank'.*$"),  # type: ignore[call-arg]
+        (lambda: Lora(dropout=1), r"^Lora: dropout: .* less than 1 \(it is 1\)$"),
+        (lambda: Lora(alpha=NAN), "^Lora: alpha: .* finite number"),
+        (lambda: Lora(alpha=INF), "^Lora: alpha: .* finite number"),
+        (lambda: Lora(targets=3), "^Lora: targets: a list of names is needed"),  # type: ignore[arg-type]
+        (lambda: Training(optimizer="lion"), "^Training: optimizer: .*'sgd' or 'adamw'"),  # type: ignore[arg-type]
+        (lambda: Training(lr=-1), "^Training: lr: .*greater than 0"),
+        (lambda: Training(lr=INF), "^Training: lr: .*finite"),
+        (lambda: Training(learning_rate=1), "^Training: learning_rate: unknown key"),  # type: ignore[call-arg]
+        (lambda: Training(steps=0, batch=0), "^Training: steps: .*; batch: .*"),
+        (lambda: Sampling(size=1.5), r"sampling\.size is 1\.5; it must be a whole number"),  # type: ignore[arg-type]
+        (lambda: Sampling(size=True), "sampling.size is True; it must be a whole number"),
+        (lambda: Sampling(size=3, extra=0.5), r"sampling\.extra is 0\.5"),  # type: ignore[arg-type]
+        (lambda: Sampling(size=3, quorum="1"), r"sampling\.quorum is '1'"),  # type: ignore[arg-type]
+        (lambda: Sampling(kind="some"), r"sampling\.kind is 'some'; it must be 'uniform', 'poi"),  # type: ignore[arg-type]
+        (lambda: Sampling(availability="often"), r"sampling\.availability is 'often'; it must"),  # type: ignore[arg-type]
+        (lambda: Sampling(availability=NAN), r"sampling\.availability is nan"),
+        (lambda: Sampling(availability={"a": None}), r"sampling\.availability is None"),  # type: ignore[dict-item]
+    ],
+)
+def test_settings_that_make_no_sense(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(FedSieveError, match=said) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", [fedsieve.fedit(), fedsieve.full(), fedsieve.flora()])
+def test_saving_where_no_folder_can_be(tiny: Tiny, tmp_path: Path, method: Any) -> None:
+    """transformers writes nothing there, and says so in a log."""
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    run = finetune(tiny, [rows(6, 1)], method, rounds=1).finish()
+    for folder in (file, file / "below"):
+        with pytest.raises(FedSieveError, match=r"notes\.txt.* cannot be written: .*"):
+            run.save(folder)
+    assert file.read_text() == "mine"
+    for odd in (None, 5):
+        with pytest.raises(FedSieveError, match="save: a folder is needed, not"):
+            run.save(odd)  # type: ignore[arg-type]
+    run.save(str(tmp_path / "a" / "b"))
+    assert any((tmp_path / "a" / "b").iterdir())
+
+
+# --- streams in which anything may be
+
+
+def stream(give: Callable[[], Iterator[Any]]) -> IterableDataset:
+    return IterableDataset.from_generator(give)
+
+
+def labelled(*labels: Any) -> IterableDataset:
+    def give() -> Iterator[dict[str, Any]]:
+        for number, label in enumerate(labels):
+            yield {"text": f"word{number}", "label": label}
+
+    return stream(give)
+
+
+def failing(error: Exception) -> IterableDataset:
+    def change(row: dict[str, Any]) -> dict[str, Any]:
+        if row["text"] == "word4":
+            raise error
+        return row
+
+    return Dataset.from_list(GOOD).to_iterable_dataset().map(change)
+
+
+NAMED = Features({"text": Value("string"), "label": ClassLabel(names=list(LABELS))})
+ODD: list[tuple[Any, str]] = [
+    (labelled({"cars"}, {"wine"}), "row 0 .*column 'label' holds a list"),
+    (labelled(object()), "row 0 .*object"),
+    (labelled("cars", object()), "row 1 has a value of type object in column 'label'"),
+    (labelled(1j), "row 0 .*complex"),
+    (labelled(2**70, 0.5), "row 1 .*column 'label' holds 0.5|column 'label'"),
+    (labelled(["cars", 1]), "row 0 .*column 'label'"),
+    (labelled({1: "a"}), "row 0 .*column 'label'"),
+    (labelled(range(3)), "row 0 .*column 'label'"),
+    (labelled(len), "row 0 .*column 'label'"),
+    (labelled(-1).cast(NAMED), "column 'label' holds -1|the stream breaks off"),
+    (labelled(7).cast(NAMED), "column 'label'|the stream breaks off"),
+    (failing(KeyError("place")), "the stream breaks off after 4 rows: KeyError: 'place'"),
+    (failing(ValueError("bad")), "the stream breaks off after 4 rows: ValueError: bad"),
+    (failing(RuntimeError("gone")), "the stream breaks off after 4 rows: RuntimeError: gone"),
+    (failing(IndexError()), "the stream breaks off after 4 rows: IndexError"),
+    (failing(OSError("a\nb")), "the stream breaks off after 4 rows: OSError: a b"),
+    (failing(AssertionError("no")), "the stream breaks off after 4 rows: AssertionError: no"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(ODD)))
+def test_a_stream_that_cannot_be_read_leaves_out_its_client_alone(tiny: Tiny, number: int) -> None:
+    odd, said = ODD[number]
+    with pytest.warns(UserWarning, match=f"1 of 2 clients .* left out: client 'south': .*({said})"):
+        run = finetune(tiny, {"north": Dataset.from_list(GOOD), "south": odd}, rounds=1)
+    assert [client.id for client in run._experiment.federation.clients] == ["north"]
+    with pytest.raises(FedSieveError, match=f"^test: .*({said})") as caught:
+        finetune(tiny, [Dataset.from_list(GOOD)], test=odd)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,52 @@
+"""A method that changes the base is refused at set-up for layers whose weight it cannot change."""
+
+from typing import Any
+
+import pytest
+
+import fedsieve
+from fedsieve import FedSieveError, Lora, methods
+from fedsieve.recipe import read as recipe
+from fedsieve.recipe.experiment import from_recipe
+from tests.conftest import Tiny
+from tests.test_api import TRAINING, rows
+
+CHANGE = ("flora", "fedex_lora")  # those that fold what they learn into the base
+EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+
+
+def start(tiny: Tiny, method: Any, targets: Any, **more: Any) -> fedsieve.Run:
+    lora = Lora(rank=2, targets=targets, dropout=0.0)
+    given = {"lora": lora, "training": TRAINING, "device": "cpu", "rounds": 2, **more}
+    return fedsieve.finetune(str(tiny.bert), [rows(9, 1), rows(9, 2)], method, **given)
+
+
+@pytest.mark.parametrize("layer", EMBEDDINGS)
+@pytest.mark.parametrize("name", methods.names())
+def test_embeddings_take_every_method_that_leaves_the_base(
+    tiny: Tiny, name: str, layer: str
+) -> None:
+    method = methods.load(name)()
+    if name in CHANGE:
+        said = f"lora.targets takes in .*{layer}, whose weight .* cannot be changed"
+        with pytest.raises(FedSieveError, match=said):
+            start(tiny, method, ("query", layer))
+    elif layer == "word_embeddings":
+        start(tiny, method, ("query", layer)).finish()
+
+
+@pytest.mark.parametrize("name", CHANGE)
+@pytest.mark.parametrize("targets", [["query", "dense"], "all-linear"])
+def test_linear_layers_are_changed(tiny: Tiny, name: str, targets: Any) -> None:
+    targets = tuple(targets) if isinstance(targets, list) else targets
+    run = start(tiny, methods.load(name)(), targets).finish()
+    assert run.adapter.base
+
+
+@pytest.mark.parametrize("name", CHANGE)
+def test_a_recipe_is_refused_before_a_round(tiny: Tiny, name: str) -> None:
+    table = tiny.table(
+        method__name=name, budgets=[{}], server={}, lora__targets=["query", "word_embeddings"]
+    )
+    with pytest.raises(FedSieveError, match=r"lora\.targets takes in .*word_embeddings"):
+        from_recipe(recipe.check(table))
