@@ -2,7 +2,8 @@
 
 Floors come from [tool.importlinter] in pyproject.toml, imports from the code as it is (those for
 types alone left out). A room's number is how many lines it has; the wider an arrow, the more files
-import across it. The arrows to errors, settings, console and disk, which every room has, are left out.
+import across it. The arrows to errors, settings, console and disk, which every room has, are left
+out.
 
     python benchmarks/house.py [--out docs/house.png]
 """

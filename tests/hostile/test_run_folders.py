@@ -1,7 +1,7 @@
 """A run's folder that somebody else has made: which command, which file, which attack.
 
-Whatever is in the folder, a command neither writes, cuts, removes nor runs anything but what it says
-that it does. Either it does its work, or it ends with exit code 2 and one sentence that names the
+Whatever is in the folder, a command neither writes, cuts, removes nor runs anything but what it
+says that it does. Either it does its work, or it ends with exit code 2 and one sentence that names the
 file; what the attack aimed at is as it was, and no client has trained in vain.
 """
 
@@ -468,7 +468,7 @@ def test_no_site_is_sent_a_program(
 
 
 def test_modules_in_the_current_folder_are_not_imported(theirs: Path) -> None:
-    """`cd theirs; python -m fedsieve report .`: Python looks there first, unless it is told not to."""
+    """`cd theirs; python -m fedsieve report .`: Python looks there first, unless told not to."""
     for name in ("torch", "typer", "matplotlib", "tomllib", "pydantic", "sitecustomize"):
         (theirs / f"{name}.py").write_text("import pathlib\npathlib.Path('was-run').touch()\n")
     done = subprocess.run(
