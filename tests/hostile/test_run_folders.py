@@ -1,8 +1,8 @@
 """A run's folder that somebody else has made: which command, which file, which attack.
 
 Whatever is in the folder, a command neither writes, cuts, removes nor runs anything but what it
-says that it does. Either it does its work, or it ends with exit code 2 and one sentence that names the
-file; what the attack aimed at is as it was, and no client has trained in vain.
+says that it does. Either it does its work, or it ends with exit code 2 and one sentence that
+names the file; what the attack aimed at is as it was, and no client has trained in vain.
 """
 
 import json
