@@ -143,8 +143,14 @@ REFUSED: dict[Act, set[str]] = {
 }
 
 
-@pytest.mark.parametrize("name", LINKED)
-@pytest.mark.parametrize("act", REFUSED, ids=lambda act: act.__name__)
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        *((act, name) for act in (resume, export, replaced, begun) for name in LINKED),
+        *((report, name) for name in LINKED if name in REFUSED[report] or "report" in name),
+        *((resume_at, name) for name in (rundir.CHECKPOINTS, rundir.METRICS, "../run.secret")),
+    ],
+)
 def test_nothing_is_written_cut_or_removed_through_a_link(
     act: Act,
     name: str,
@@ -474,7 +480,13 @@ def test_no_site_is_sent_a_program(
 
 
 def test_modules_in_the_current_folder_are_not_imported(theirs: Path) -> None:
-    """`cd theirs; python -m fedsieve report .`: Python looks there first, unless told not to."""
+    """`cd theirs; python -m fedsieve report .`: Python looks there first, unless told not to.
+
+    Nor is the run's method: a report needs none.
+    """
+    named(theirs / rundir.RECIPE)
+    (theirs / "planted").mkdir()
+    (theirs / "planted" / "method.py").write_text("open('was-run', 'w')\n")
     for name in ("torch", "typer", "matplotlib", "tomllib", "pydantic", "sitecustomize"):
         (theirs / f"{name}.py").write_text("import pathlib\npathlib.Path('was-run').touch()\n")
     done = subprocess.run(
