@@ -71,6 +71,7 @@ from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Score, evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
+from fedsieve.wire import longest
 from fedsieve.wire.format import VERSION
 
 FLOWER = (1, 41)
@@ -320,7 +321,17 @@ def on_network(
         checkpoint.write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
     sites = Sites(
-        transport, text, digest, welcome, policy, say, keys=known, pin=pin, **history._asdict()
+        transport,
+        text,
+        digest,
+        welcome,
+        policy,
+        say,
+        merged=history.merged,
+        given=history.given,
+        keys=known,
+        pin=pin,
+        most=longest(resident.layout),
     )
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()

@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -55,11 +55,12 @@ from fedsieve.sites.worker import Frame, refusal
 from fedsieve.tasks import tokens
 from fedsieve.train.local import Fit, evaluate, fit
 from fedsieve.train.model import pick_device
-from fedsieve.wire import decode, encode
+from fedsieve.wire import decode, encode, longest
 from fedsieve.wire.format import VERSION
 
 RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
+RECIPE_BYTES = 1 << 20  # the longest that is taken
 TOLD = "told"  # the digests of the recipes, in the order in which they were told last
 _SAID = 500  # characters of an error
 
@@ -107,6 +108,7 @@ def run(path: Path, say: Callable[[str], None]) -> None:
                 partial(answer, resident),
                 partial(about, resident),
                 lambda address: tell(f"ready at {address}"),
+                partial(most_bytes, resident),
             )
     finally:
         os.umask(before)
@@ -119,8 +121,8 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     not there.
     """
     pick_device(site.device)
-    for place in (".", "runs/*/", "runs/*/*/"):
-        for part in site.folder.glob(f"{place}.*.part"):
+    for within in ("", "runs/*/", "runs/*/*/"):
+        for part in site.folder.glob(f"{within}.*.part"):
             part.unlink()
     for part in site.folder.glob("adapters/.*.part"):
         shutil.rmtree(part)
@@ -147,6 +149,22 @@ def about(resident: Resident, request: Frame) -> Frame | None:
     except FedSieveError as error:
         return refusal(str(error)[:_SAID])
     return Frame(_facts(resident))
+
+
+def most_bytes(resident: Resident, header: Mapping[str, Any]) -> int:
+    """The longest body of a request, from its header: what the adapter's layout can fill.
+
+    Before the worker knows a layout (it was started again, and its recipe is on the disk), any.
+    """
+    do = header.get("do")
+    if do == "recipe":
+        return RECIPE_BYTES
+    if do not in ("train", "evaluate", "keep"):
+        return 0
+    assignment = resident.assignment
+    if assignment is None or assignment.run != header.get("recipe"):
+        return worker.BODY
+    return longest(assignment.start.layout, base=True)
 
 
 def answer(resident: Resident, request: Frame) -> Frame:

@@ -124,6 +124,7 @@ class Dispatch(NamedTuple):
     """A request to a site that is there.
 
     transport: bytes of all that was carried for it; asked: digest of the request (worker.digest)
+    most: bytes that no answer to it can be longer than
     """
 
     client: Client
@@ -132,6 +133,7 @@ class Dispatch(NamedTuple):
     data: bytes
     transport: int
     asked: bytes
+    most: int
     tries: int = 1
 
 
@@ -152,6 +154,7 @@ class Sites:
         keys: Mapping[str, str] = MappingProxyType({}),
         pin: Callable[[Mapping[str, str]], None] = lambda keys: None,
         given: Mapping[tuple[str, str], int] = MappingProxyType({}),
+        most: int = worker.BODY,
     ) -> None:
         """
         recipe, digest: the recipe's text, which every site is told, and what requests call it
@@ -161,6 +164,7 @@ class Sites:
         keys: site -> the key of its node, as far as they are known. A site that is met for the
             first time is bound to its node's key; with another one it is refused from then on
         pin: told all keys whenever one is added
+        most: the longest update, in bytes, that the adapter's layout can fill (wire.longest)
         given: (site, digest of what an update said) -> its round, of the updates that came before
         """
         self._transport, self._recipe, self._digest = transport, recipe, digest
@@ -180,6 +184,7 @@ class Sites:
         self._lost: set[str] = set()  # sites without their memory: they go on from what they have
         self._keys, self._pin = dict(keys), pin
         self._given = dict(given)
+        self._most = most + worker.HEADER
 
     def there(self) -> list[Client]:
         """The sites that can be drawn now, in order of id; waits until there are enough.
@@ -302,7 +307,7 @@ class Sites:
             for dispatch, incoming in done:
                 self._aside += dispatch.transport
                 try:
-                    answers[dispatch.client.id] = _answer(incoming, dispatch.asked)
+                    answers[dispatch.client.id] = _answer(incoming, dispatch)
                 except WireError as error:
                     self._say(f"{dispatch.client.id}: {do}: {error}")
         for dispatch in waiting.values():
@@ -315,7 +320,9 @@ class Sites:
     ) -> tuple[str | None, Dispatch]:
         site = self._sites.get(client.id)
         node = Node(0) if site is None else site.node
-        dispatch = Dispatch(client, node, kind, pack(frame), transport, worker.digest(frame))
+        dispatch = Dispatch(
+            client, node, kind, pack(frame), transport, worker.digest(frame), self._most
+        )
         there = node in self._connected
         pending = (
             self._transport.send(node.id, kind, dispatch.data, seconds + SKEW) if there else None
@@ -464,10 +471,12 @@ def mean_score(answers: Mapping[str, Frame], say: Callable[[str], None]) -> Scor
     return Score(loss / counted, right / counted, counted) if counted else None
 
 
-def _answer(incoming: Incoming, asked: bytes) -> Frame:
+def _answer(incoming: Incoming, dispatch: Dispatch) -> Frame:
     """What a site answers to this request. Raises WireError for a refusal or another's answer."""
+    if incoming.data is not None and len(incoming.data) > dispatch.most:
+        raise WireError(f"an answer of {len(incoming.data)} bytes: at most {dispatch.most} can be")
     frame = _told(incoming)
-    check_seal(asked, frame)
+    check_seal(dispatch.asked, frame)
     return frame
 
 
@@ -491,7 +500,7 @@ def _says(incoming: Incoming, what: str) -> bool:
 def _reply(dispatch: Dispatch, incoming: Incoming, number: int) -> Reply:
     client = dispatch.client
     try:
-        frame = _answer(incoming, dispatch.asked)
+        frame = _answer(incoming, dispatch)
         head = frame.header
         if head.get("round") != number:
             raise WireError(f"an answer for round {head.get('round')!r} in round {number}")
