@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from fedsieve.errors import FedSieveError, explain_all, nearest
+from fedsieve.methods import catalogue
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
 from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
@@ -92,7 +93,19 @@ def _refuse_unknown_options(recipe: Recipe) -> None:
     for table, given, names in takes:
         for key in given or ():
             if key not in names:
-                raise FedSieveError(f"{table}.{key}: unknown key{nearest(key, names)}")
+                said = f"{table}.{key}: unknown key{nearest(key, names)}"
+                if table == "method" and _is_of_another(key):
+                    said = (
+                        f"method.{key}: the method {name!r} has no such option"
+                        f"{nearest(key, names)}: remove it from [method], or replace the whole "
+                        f"table, as in method='{{ name = \"{name}\" }}' on the command line"
+                    )
+                raise FedSieveError(said)
+
+
+def _is_of_another(option: str) -> bool:
+    """Whether a method that ships has an option of this name."""
+    return any(option in known(each).options for each in catalogue.names())
 
 
 def dump(recipe: Recipe, environment: Mapping[str, Any]) -> str:
