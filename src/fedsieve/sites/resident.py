@@ -147,7 +147,7 @@ def about(resident: Resident, request: Frame) -> Frame | None:
     try:
         _checked(Describe, request)
     except FedSieveError as error:
-        return refusal(str(error)[:_SAID])
+        return refusal(_told(resident.site, error))
     return Frame(_facts(resident))
 
 
@@ -183,7 +183,9 @@ def answer(resident: Resident, request: Frame) -> Frame:
     except _Lost as error:
         result = refusal(str(error), lost_memory=True)
     except FedSieveError as error:
-        result = refusal(str(error)[:_SAID])
+        result = refusal(_told(resident.site, error))
+        if result.header["error"] != str(error):
+            resident.say(f"error: {error}")
     except (OSError, SafetensorError) as error:
         resident.say(f"error: {error}")
         why = getattr(error, "strerror", None) or type(error).__name__
@@ -199,6 +201,13 @@ def answer(resident: Resident, request: Frame) -> Frame:
     told = "done" if result.header["ok"] else f"refused: {result.header['error']}"
     resident.say(f"{what}: {told} ({seconds:.1f} s)")
     return worker.seal(worker.digest(request), result)
+
+
+def _told(site: Site, error: FedSieveError) -> str:
+    """An error as the server may read it: no path of the site, and of a bounded length."""
+    own = (site.folder, site.cache, site.model, site.data.train, site.data.test)
+    paths = [str(path) for path in own if path is not None and os.sep in str(path)]
+    return worker.without_paths(str(error), *paths)[:_SAID]
 
 
 def whole_message(adapter: Adapter) -> bytes:

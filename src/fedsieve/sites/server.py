@@ -168,7 +168,8 @@ class Sites:
         given: (site, digest of what an update said) -> its round, of the updates that came before
         """
         self._transport, self._recipe, self._digest = transport, recipe, digest
-        self._welcome, self._policy, self._say = welcome, policy, say
+        self._welcome, self._policy = welcome, policy
+        self._say: Callable[[str], None] = lambda text: say(cleaned(text))
         self._clock, self._sleep = clock, sleep
         self._sites: dict[str, _Site] = {}
         self._connected: frozenset[Node] = frozenset()
@@ -418,6 +419,11 @@ class Sites:
         self._say(f"site {client.id} is {'back' if known else 'there'}: {client.examples} examples")
 
     def _refuse_another(self, name: str, node: Node) -> None:
+        others = [site for site, key in self._keys.items() if key == node.key and site != name]
+        if node.key and others:
+            raise FedSieveError(
+                f"its node's key is that of site {others[0]!r}: a key holds one name"
+            )
         if self._keys.get(name, node.key) != node.key:
             raise FedSieveError(
                 f"its node has another key than the one that was site {name!r} before"
@@ -503,7 +509,8 @@ def _reply(dispatch: Dispatch, incoming: Incoming, number: int) -> Reply:
         frame = _answer(incoming, dispatch)
         head = frame.header
         if head.get("round") != number:
-            raise WireError(f"an answer for round {head.get('round')!r} in round {number}")
+            said = cleaned(head.get("round"), 20)
+            raise WireError(f"an answer for round {said} in round {number}")
         reason = head.get("reason")
         if reason is None and not frame.body:
             raise WireError("an answer without an update")
@@ -523,14 +530,24 @@ def _reply(dispatch: Dispatch, incoming: Incoming, number: int) -> Reply:
 
 
 def _nothing(client: Client, reason: str) -> Reply:
-    return Reply(client, None, reason, math.nan, 0, 0.0, 0.0, 0.0, 0)
+    return Reply(client, None, cleaned(reason), math.nan, 0, 0.0, 0.0, 0.0, 0)
 
 
 def _words(said: object) -> str:
-    """What a site says, for a log: it is trusted with neither its length nor its characters."""
-    if not isinstance(said, str):
-        return "what it says is no text"
-    return "".join(c if c.isprintable() else "?" for c in said[:500])
+    """What a site says in a text of its own."""
+    return cleaned(said) if isinstance(said, str) else "what it says is no text"
+
+
+def cleaned(said: object, most: int = 500) -> str:
+    """What a site says, for a log, a terminal or a page.
+
+    It is trusted with neither its length nor its characters: at most so many, and printable ones.
+    """
+    if isinstance(said, int) and not isinstance(said, bool) and abs(said) > LARGEST:
+        return "a number beyond all sense"  # Python refuses to write one of 5000 digits
+    text = said if isinstance(said, str) else repr(said)
+    shown = "".join(c if c.isprintable() else "?" for c in text[:most])
+    return shown + ("..." if len(text) > most else "")
 
 
 def number_of(head: Mapping[str, Any], name: str) -> float:

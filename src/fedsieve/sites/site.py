@@ -25,6 +25,8 @@ from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError, explain_all
 from fedsieve.settings import Share, Table
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
 
 class Rows(Table):
     """The site's own rows, and the columns of them that may be read; keys as in a recipe's [data].
@@ -80,7 +82,7 @@ class Site(Table):
     most_steps: optimizer steps that a server may ask for in one round
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     data: Rows
     folder: Path = Path("worker")
     device: str = "auto"

@@ -29,6 +29,7 @@ import json
 import math
 import os
 import queue
+import re
 import socket
 import stat
 import threading
@@ -50,6 +51,8 @@ BODY = (1 << 31) - 1  # the longest body; what carries messages between machines
 JOBS = 16  # requests that wait for their turn; more are put off
 PATIENCE = 60.0  # seconds for an answer to be taken
 TAG = "tag"
+# From the root, from the home folder, or from Windows' drives, to the next space, quote or colon.
+_PATH = re.compile(r"(?:(?<![\w.>/])~?/|\b[A-Za-z]:\\)[^\s'\"`:,;)]*[\w/\\]")
 _ADDRESS = 107  # bytes of a Unix socket's address on Linux
 
 
@@ -114,6 +117,13 @@ def check_seal(request: bytes, answer: Frame) -> None:
 def refusal(error: str, **more: Any) -> Frame:
     """The answer that says why nothing was done."""
     return Frame({"ok": False, "error": error, **more})
+
+
+def without_paths(text: str, *known: object) -> str:
+    """A text for the server: paths that are known, and what looks like one, are left out of it."""
+    for path in sorted({str(each) for each in known if each}, key=len, reverse=True):
+        text = text.replace(path, "<a path of the site>")
+    return _PATH.sub("<a path of the site>", text)
 
 
 def ask(address: Path, request: Frame, timeout: float | None = None) -> Frame:
