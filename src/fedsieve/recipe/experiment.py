@@ -187,16 +187,18 @@ def with_secret(experiment: Experiment, secret: int) -> Experiment:
     return dataclasses.replace(experiment, federation=federation)
 
 
-def from_recipe(recipe: Recipe) -> Experiment:
+def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experiment:
     """Load model and data, split the data over clients, and set up the federation.
 
+    trust_remote_code: see `load_base`
     Raises FedSieveError for whatever of the recipe does not fit the model or the data.
     """
     method = build_method(recipe)
     key = Key(recipe.seed)
     device = pick_device(recipe.device)
     recipe = _settled(recipe, device)
-    tokenizer = load_tokenizer(locate(recipe.model.source))
+    source = locate(recipe.model.source)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     note = tokens.ensure_pad_token(tokenizer)
     notes = [note] if note else []
     if note:
@@ -226,7 +228,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
         notes += [plan.guarantee, *said]
         for caution in said:
             warnings.warn(caution, stacklevel=2)
-    resident = set_up_resident(recipe, tokenizer, device)
+    resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     check_rows(resident, examples, prepared.test)
     counts = {id: index.numel() for id, index in parts.items()}
     machines = machines_of(recipe, counts)
@@ -252,10 +254,15 @@ def from_recipe(recipe: Recipe) -> Experiment:
 
 
 def set_up_resident(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
 ) -> ResidentModel:
     """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in.
 
+    trust_remote_code: see `load_base`
     Raises FedSieveError where model, lora and method do not go together.
     """
     source = locate(recipe.model.source)
@@ -267,6 +274,7 @@ def set_up_resident(
         dtype=recipe.model.dtype,
         pad_token_id=tokenizer.pad_token_id,
         settings=recipe.model.settings,
+        trust_remote_code=trust_remote_code,
     )
     digest, method = base_digest(base, source), build_method(recipe)
     resident = set_up(

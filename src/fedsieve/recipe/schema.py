@@ -3,7 +3,7 @@
 recipe.py reads them from a file; docs/recipes.md describes the keys.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -37,6 +37,31 @@ class Model(Table):
     task: Task = "classification"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_code(cls, given: Any) -> Any:
+        for key in _keys_anywhere(given):
+            if key in _CODE:
+                raise ValueError(
+                    f"{key}: a recipe cannot say that foreign code is run: whoever trusts the "
+                    "model's gives --trust-remote-code on the command line"
+                )
+        return given
+
+
+# What would have transformers run what a model's folder or the hub holds as code.
+_CODE = frozenset({"trust_remote_code", "auto_map", "code_revision", "use_kernels", "custom_code"})
+
+
+def _keys_anywhere(value: Any) -> Iterator[str]:
+    """The keys of a table and of all that is in it."""
+    if isinstance(value, Mapping):
+        yield from (str(key) for key in value)
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _keys_anywhere(each)
 
 
 class Data(Table):

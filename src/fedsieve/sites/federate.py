@@ -41,6 +41,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.data.fetch import PACKAGES
+from fedsieve.disk import refuse_link, write_whole
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
@@ -155,7 +156,7 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
         text = recipes.dump(recipe, {**facts, "notes": notes} if notes else facts)
         rundir.create(folder, text, secret=deployed(recipe))
         told = recipes.dump(_for_sites(recipe), {"federation": facts["federation"]})
-        checkpoint.write_whole(folder / TOLD, told.encode())
+        write_whole(folder / TOLD, told.encode())
         _write_app(folder, policy, listen)
     return commands(folder, listen)
 
@@ -214,12 +215,36 @@ def begin_again(folder: Path) -> list[str]:
         raise FedSieveError(
             f"{folder} holds a run in one process: go on with `fedsieve resume {folder}`"
         )
+    _refuse_other_app(app)
     _renew(app / "pyproject.toml")
     config = tomllib.loads((folder / HOME / "config.toml").read_text(encoding="utf-8"))
     if root := config["superlink"][CONNECTION].get("root-certificates"):
         for ending in _endings(Path(root).parent):
             warnings.warn(ending, stacklevel=2)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
+
+
+def _refuse_other_app(app: Path) -> None:
+    """Raises FedSieveError for an app that holds more than `_write_app` has put there.
+
+    Flower would run it: the directory may come from somebody else.
+    """
+    refuse_link(app, folder=True)
+    refuse_link(app / "pyproject.toml")
+    for path in sorted(app.iterdir()):
+        if path.name != "pyproject.toml":
+            raise FedSieveError(f"{path} is no part of a federation, and would be run: remove it")
+    source = str(app / "pyproject.toml")
+    table = recipes.toml((app / "pyproject.toml").read_text(encoding="utf-8"), source)
+    try:
+        given, needs = table["tool"]["flwr"]["app"], table["project"]["dependencies"]
+        ours = Path(given["config"]["folder"]).resolve() == app.parent.resolve() and needs == []
+    except (KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise FedSieveError(
+            f"{source} is not what `fedsieve federate` wrote for {app.parent}: begin a new one"
+        )
 
 
 def refuse_unfinished(folder: Path) -> None:
@@ -247,7 +272,7 @@ def _renew(path: Path) -> None:
     app = table["tool"]["flwr"]["app"]
     if app["components"] != COMPONENTS:
         app["components"] = COMPONENTS
-        checkpoint.write_whole(path, tomli_w.dumps(table).encode())
+        write_whole(path, tomli_w.dumps(table).encode())
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -330,10 +355,11 @@ def on_network(
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert resident.digest is not None
     welcome = partial(_welcome, method=method, base=resident.digest.weights, say=say)
+    refuse_link(keys)
     known = _known(keys)
 
     def pin(all_keys: Mapping[str, str]) -> None:
-        checkpoint.write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
+        write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
     sites = Sites(
         transport,
@@ -467,7 +493,8 @@ def _flowers(line: str) -> str:
 
     key = serialization.load_ssh_public_key(line.encode())
     form = serialization.PublicFormat.SubjectPublicKeyInfo
-    return key.public_bytes(serialization.Encoding.PEM, form).hex()
+    told: bytes = key.public_bytes(serialization.Encoding.PEM, form)
+    return told.hex()
 
 
 def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[str]]:
@@ -608,8 +635,10 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
     config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
     for name, table in ((f"{APP}/pyproject.toml", app), (f"{HOME}/config.toml", config)):
         path = folder / name
+        refuse_link(path.parent, folder=True)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(tomli_w.dumps(table), encoding="utf-8")
+        write_whole(path, tomli_w.dumps(table).encode())
+    refuse_link(folder / HOME / LINK)
     (folder / HOME / LINK).touch(mode=0o600)  # updates of the sites pass through it
 
 

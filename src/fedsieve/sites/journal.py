@@ -14,7 +14,7 @@ it gave:
     another message           what came after it is forgotten
 
 How far back a server can go follows from its checkpoints, two of which it keeps. A file is whole or
-not there (`checkpoint.write_whole`) and begins with a digest; one that is damaged counts as not
+not there (`disk.write_whole`) and begins with a digest; one that is damaged counts as not
 there, with a warning. Nothing is kept in this process: what is on the disk is what counts.
 """
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.algebra.method import Memory
-from fedsieve.run.checkpoint import write_whole
+from fedsieve.disk import write_whole
 
 _DIGEST = 16  # bytes
 _ANSWER = "answer"

@@ -41,11 +41,11 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
+from fedsieve.disk import write_whole
 from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
-from fedsieve.run.checkpoint import write_whole
 from fedsieve.settings import Share
 from fedsieve.sites import journal, worker
 from fedsieve.sites.assignment import Assignment, checked, prepare
