@@ -254,7 +254,7 @@ class ServerTable(BaseModel):
     clip: the L2 norm to which a client's update is scaled down; none by default. No privacy
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     optimizer: ServerName | None = None
     decay: Share = 1.0
     clip: PositiveFloat | None = None
@@ -272,7 +272,7 @@ class Privacy(Table):
     quantile, clip_rate, count_noise: a clip that follows this quantile of the updates' norms
     """
 
-    clip: PositiveFloat
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=True)]  # without noise it may be inf
     delta: Annotated[float, Field(gt=0, lt=1)]
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
