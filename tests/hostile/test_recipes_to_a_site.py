@@ -32,8 +32,8 @@ from tests.sites.test_worker import Worker, told
 
 MEGA = 1 << 20
 META = torch.device("meta")
-BEYOND: tuple[Any, ...] = (2**63, 10**30, 10**400, 1e300, math.inf, -math.inf, -(10**30))
-LARGE: tuple[Any, ...] = (10**9, 10**12, 10**15, -1)
+BEYOND: tuple[Any, ...] = (2**63, 10**400, math.inf)
+LARGE: tuple[Any, ...] = (10**9, 10**15)
 NEVER = {"rounds", "lora.rank", "training.steps", "training.epochs"}  # not even what is LARGE
 
 
@@ -151,7 +151,7 @@ WORK = [
     ({"lora__rank": 16, "lora__targets": "all-linear"}, {"most_memory": 0.01}, "most_memory"),
     ({"method": {"name": "full"}, "budgets": None}, {"most_memory": 0.05}, "most_memory"),
     ({"training__batch": 1_000_000}, {"most_memory": 0.3}, "training.batch 1000000"),
-    ({"evaluation__batch": 1_000_000}, {"most_memory": 0.12}, "evaluation.batch 1000000"),
+    ({"evaluation__batch": 1_000_000}, {"most_memory": 0.06}, "evaluation.batch 1000000"),
     ({"data__max_length": 1_000_000}, {"most_memory": 0.001}, "data.max_length 1000000"),
     ({"training__steps": 100_001}, {}, "most_steps"),
     ({"training__steps": None, "training__epochs": 10**7}, {}, "most_steps"),
@@ -180,7 +180,9 @@ def test_what_a_recipe_asks_for_is_worked_out_before_it_is_done(
     assert state.assignment is None
 
 
-def test_many_recipes_leave_no_more_adapters_than_the_site_takes(tiny: Tiny, tmp_path: Path) -> None:
+def test_many_recipes_leave_no_more_adapters_than_the_site_takes(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     here = Worker(tiny, tmp_path)
     here.state.site = here.state.site.model_copy(update={"most_adapters": 3})
     whole = resident.whole_message(here.assignment.start)
@@ -206,14 +208,13 @@ def test_a_full_quota_is_said_and_loses_nothing(tiny: Tiny, tmp_path: Path) -> N
     before = here.residual()
     site = here.state.site
     used = sum(p.stat().st_size for p in site.folder.rglob("*") if p.is_file())
-    bounds = here.state.bounds
-    here.state.bounds = bounds._replace(disk=used)
+    here.state.site = site.model_copy(update={"most_disk": used / 1e6})
     whole = resident.whole_message(here.assignment.start)
     for answer in (here.train(2), here.ask(rate("keep", here.text, 1, whole))):
         assert not answer.header["ok"]
         assert "most_disk" in answer.header["error"]
     assert all((here.residual()[name] == tensor).all() for name, tensor in before.items())
-    here.state.bounds = bounds
+    here.state.site = site
     assert here.train(2).body == calm.train(2).body
 
 
