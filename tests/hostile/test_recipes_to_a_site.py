@@ -22,7 +22,7 @@ import torch
 from fedsieve import methods
 from fedsieve.algebra.keys import Key
 from fedsieve.recipe import schema
-from fedsieve.settings import Lora, Training
+from fedsieve.settings import Lora, Table, Training
 from fedsieve.sites import limits, resident
 from fedsieve.sites.worker import Frame
 from fedsieve.train.model import load_base, set_up, shape_of
@@ -50,7 +50,7 @@ def tables(kind: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
             continue
         inner = [a for a in [annotation, *get_args(annotation)] if isinstance(a, type)]
         table = next((a for a in inner if get_type_hints(a) and a not in (int, float, str)), None)
-        if table is not None and (issubclass(table, schema.Table) or table in (Lora, Training)):
+        if table is not None and (issubclass(table, Table) or table in (Lora, Training)):
             yield from tables(table, (*place, name))
         elif holds_numbers(annotation):
             yield (*place, name)

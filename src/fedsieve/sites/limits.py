@@ -84,11 +84,8 @@ def check_texts(recipe: Recipe, site: Site, rows: Dataset) -> None:
 
 def check(
     recipe: Recipe, method: Method, site: Site, train: Examples, test: Examples | None
-) -> int:
-    """Raises FedSieveError for a recipe that is beyond one of the site's bounds.
-
-    Returns how many numbers the method trains.
-    """
+) -> None:
+    """Raises FedSieveError for a recipe that is beyond one of the site's bounds."""
     training, count, length = recipe.training, tokens.count(train), train.input_ids.shape[1]
     batch = min(training.batch, count)
     steps = training.steps or training.epochs * -(-count // training.batch)
@@ -182,7 +179,7 @@ def _by_formula(config: Any, rows: int, length: int) -> int:
     text = config.get_text_config()
     width, layers = text.hidden_size, text.num_hidden_layers
     each = 34 * width + 5 * text.num_attention_heads * length
-    return rows * length * (2 * layers * each + 2 * _FLOAT * text.vocab_size)
+    return int(rows * length * (2 * layers * each + 2 * _FLOAT * text.vocab_size))
 
 
 def _shape(recipe: Recipe, method: Method) -> ResidentModel:
