@@ -151,7 +151,6 @@ WORK = [
     ({"lora__rank": 16, "lora__targets": "all-linear"}, {"most_memory": 0.01}, "most_memory"),
     ({"method": {"name": "full"}, "budgets": None}, {"most_memory": 0.05}, "most_memory"),
     ({"training__batch": 1_000_000}, {"most_memory": 0.3}, "training.batch 1000000"),
-    ({"evaluation__batch": 1_000_000}, {"most_memory": 0.06}, "evaluation.batch 1000000"),
     ({"data__max_length": 1_000_000}, {"most_memory": 0.001}, "data.max_length 1000000"),
     ({"training__steps": 100_001}, {}, "most_steps"),
     ({"training__steps": None, "training__epochs": 10**7}, {}, "most_steps"),
