@@ -331,6 +331,12 @@ def test_a_client_with_bad_rows_is_named_and_left_out(tiny: Tiny, number: int) -
             finetune(tiny, [named], test=bad)
 
 
+def test_strict_stops_at_a_client_with_bad_rows(tiny: Tiny) -> None:
+    bad = Dataset.from_dict({"text": ["a"], "label": [None]})
+    with pytest.raises(FedSieveError, match=r"strict: rows of 1 clients .*client '0001': row 0 of"):
+        finetune(tiny, [Dataset.from_list(GOOD), bad], strict=True)
+
+
 def test_a_class_that_only_bad_rows_have_is_none(tiny: Tiny) -> None:
     strange = [{"text": "a", "label": "boats"}, {"text": None, "label": "cars"}]
     with pytest.warns(UserWarning, match="client '0001': row 1 of column 'text' holds nothing"):

@@ -1,4 +1,8 @@
-"""No byte that came from elsewhere is ever unpickled, and no model's own code is ever run."""
+"""No byte that came from elsewhere is ever unpickled, and no model's own code is run unasked.
+
+Whoever starts a run may ask for it on the command line; what they said is handed on under one name,
+and nothing here says it for them.
+"""
 
 import ast
 from pathlib import Path
@@ -8,6 +12,7 @@ import fedsieve
 SOURCE = Path(fedsieve.__file__).parent
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 CALLS = {("torch", "load"), ("torch", "save"), ("numpy", "load"), ("np", "load")}
+HANDED_ON = "trust_remote_code"
 NAMES = {"eval", "exec", "compile", "__import__"}
 
 
@@ -31,6 +36,7 @@ def faults(source: str) -> list[str]:
                 for keyword in node.keywords
                 if keyword.arg in ("trust_remote_code", "allow_pickle")
                 and not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+                and not (isinstance(keyword.value, ast.Name) and keyword.value.id == HANDED_ON)
             ]
     return found
 
@@ -49,7 +55,8 @@ import pickle, os
 from joblib import load
 x = torch.load(path)
 y = Model.from_pretrained(name, trust_remote_code=True)
+w = Model.from_pretrained(name, trust_remote_code=given)
 z = eval(text)
 model.eval()
 """
-    assert faults(text) == ["pickle", "joblib", "torch.load", "trust_remote_code", "eval"]
+    assert faults(text) == ["pickle", "joblib", "torch.load", *2 * ["trust_remote_code"], "eval"]

@@ -1,5 +1,6 @@
 """Federated fine-tuning from a notebook: data sets in, an adapter and its metrics out."""
 
+import math
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
+from fedsieve.algebra.optim import limits
 from fedsieve.data import partition, sources
 from fedsieve.data.files import Columns
 from fedsieve.data.names import name_of
@@ -22,8 +24,8 @@ from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import arguments
-from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, with_secret
-from fedsieve.settings import Lora, Sampling, Task, Training
+from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
+from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
 from fedsieve.tasks.classification import classes_of, classification, labels_of
@@ -125,6 +127,8 @@ def finetune(
     training: Training | None = None,
     budgets: Mapping[str, Budget] | Budget | None = None,
     evaluate_every: int = 1,
+    norm_bound: float | None = None,
+    strict: bool = False,
     seed: int = 0,
     device: str = "auto",
 ) -> Run:
@@ -140,6 +144,9 @@ def finetune(
              text is not used). `classes` defaults to the labels that the clients hold. Labels
              are names (data/names.py): one a row, 1 and "1" alike
     budgets: what each client can afford, by id; or one budget for all
+    norm_bound: an update whose norm is so many times the median of its round's is left out, with a
+             warning; by default 100, and without a bound (math.inf) where the method's server clips
+    strict:  a client whose rows cannot be used is an error, not left out
     Raises FedSieveError for bad input, naming the argument, and if no client has rows that can be
     used.
     """
@@ -190,6 +197,8 @@ def finetune(
     examples: dict[str, Examples] = {id: each for id, (each, _) in made.items()}
     if not examples:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
+    if strict and left_out:
+        raise stopped(left_out)
     try:
         tested = None if test is None else read(_rows(test, columns))[0]
     except FedSieveError as error:
@@ -225,11 +234,23 @@ def finetune(
         evaluate_every=evaluate_every,
         notes=[note] if note else [],
         left_out=left_out,
+        norm_bound=_bound(norm_bound, method),
     )
     if method.private == "system":
         # A seed that somebody can guess would tell who took part.
         experiment = with_secret(experiment, secrets.randbits(256))
     return Run(experiment, rounds)
+
+
+def _bound(given: float | None, method: Method) -> float:
+    """What `norm_bound` says. Raises FedSieveError for none, or for one that privacy forbids."""
+    if given is None:
+        return math.inf if limits(method.server) else NORM_BOUND
+    if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 1:
+        raise FedSieveError(f"norm_bound is {given!r}; it must be at least 1, or math.inf for none")
+    if method.private is not None and given < math.inf:
+        raise FedSieveError("norm_bound: leave it out: the method's own clip bounds every update")
+    return given
 
 
 def _by_id(given: Sequence[T] | Mapping[Any, T], what: str) -> dict[str, T]:

@@ -49,6 +49,22 @@ def _methods(beginning: str) -> list[str]:
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")]
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Run the method's program, where it is not FedSieve's own."),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the program that the model's folder or the hub brings."
+    ),
+]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option(
+        "--accept-changes", help="Take the recipe as it is, though it was edited during the run."
+    ),
+]
 T = TypeVar("T")
 
 
@@ -60,6 +76,9 @@ def main() -> None:
     except FedSieveError as error:
         problems.print(f"[bold red]error:[/] {escape(str(error))}")
         sys.exit(2)
+    except KeyboardInterrupt:
+        problems.print("stopped")
+        sys.exit(130)
 
 
 @app.callback(invoke_without_command=True)
@@ -88,28 +107,47 @@ def run(
         Path | None, typer.Option(help="The run's directory; default runs/<name of the recipe>.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is there.")] = False,
+    allow_code: AllowCode = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Run a recipe: train, evaluate, and leave adapter, metrics and report in a directory."""
+    from functools import partial
+
     from fedsieve.recipe import read as recipes
     from fedsieve.run import rundir
 
     table = recipes.read(recipe, overrides or [])
     planned = recipes.parse(table, recipe)
-    folder = out or Path("runs") / planned.name
+    if not allow_code:
+        recipes.refuse_code(planned.method.name, recipe)
+    folder = out or _by_name(planned.name)
     if not overwrite:
         rundir.refuse(folder)
     _announce(planned, folder)
+    from fedsieve.recipe.experiment import from_recipe
     from fedsieve.run import runner
 
-    given = recipes.check(table, recipe)
+    given = recipes.check(table, recipe, allow_code=allow_code)
+    build = partial(from_recipe, trust_remote_code=trust_remote_code)
     with _Live(given.rounds) as live:
-        _guarded(lambda: runner.start(given, folder, live.show, overwrite=overwrite))
+        _guarded(lambda: runner.start(given, folder, live.show, build, overwrite=overwrite))
     _summary(folder)
 
 
 @app.command()
-def resume(folder: Folder) -> None:
+def resume(
+    folder: Folder,
+    at_round: Annotated[
+        int | None,
+        typer.Option(min=0, help="Go back to the checkpoint of this round; what is later is kept."),
+    ] = None,
+    accept_changes: AcceptChanges = False,
+    allow_code: AllowCode = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
     """Go on with a run that was stopped, as if nothing had happened."""
+    from functools import partial
+
     from fedsieve.recipe import read as recipes
     from fedsieve.run import rundir
 
@@ -120,11 +158,19 @@ def resume(folder: Folder) -> None:
     rundir.check(folder)
     source = str(folder / rundir.RECIPE)
     planned = recipes.parse(recipes.read(source), source)
+    if not allow_code:
+        recipes.refuse_code(planned.method.name, source)
     _announce(planned, folder)
-    from fedsieve.run import runner
+    from fedsieve.recipe.experiment import from_recipe
+    from fedsieve.run import back, runner
 
+    if at_round is not None:
+        left = back.fall_back(folder, at_round)
+        say(f"what came after round {at_round} is kept in {left}" if left else "nothing is later")
+    build = partial(from_recipe, trust_remote_code=trust_remote_code)
+    given = {"allow_code": allow_code, "accept_changes": accept_changes}
     with _Live(planned.rounds) as live:
-        _guarded(lambda: runner.resume(folder, live.show))
+        _guarded(lambda: runner.resume(folder, live.show, build, **given))
     _summary(folder)
 
 
@@ -147,6 +193,7 @@ def compare(
         typer.Option(min=0, max=1, help="The accuracy that bytes and time are counted to."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
+    allow_code: AllowCode = False,
 ) -> None:
     """Run several methods and seeds, tuned alike, into one table and report; resumable."""
     from fedsieve.recipe import read as recipes
@@ -164,6 +211,7 @@ def compare(
         seeds=_numbers(seeds),
         target=target,
         overrides=overrides or [],
+        allow_code=allow_code,
     )
     console.print(escape(f"{len(plan.entries)} entries, into {folder}"))
     result = _guarded(lambda: comparing.run(plan, jobs, _show_of_many(), say))
@@ -197,11 +245,14 @@ def search(
     max_rank: Annotated[int, typer.Option(min=1, help="The rank to stop at.")] = 64,
     seeds: Annotated[str, typer.Option(help="Seeds of each trial; default the recipe's.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
+    allow_code: AllowCode = False,
 ) -> None:
     """Search rank and density together, at equal bytes, on validation rows only; resumable."""
     from fedsieve.recipe import read as recipes
 
-    recipes.parse(recipes.read(recipe, overrides or []), recipe)
+    planned = recipes.parse(recipes.read(recipe, overrides or []), recipe)
+    if not allow_code:
+        recipes.refuse_code(planned.method.name, recipe)
     folder = out or Path("runs") / f"{Path(recipe).stem}-search"
     quiet()
     from fedsieve.study import search as searching
@@ -215,6 +266,7 @@ def search(
         max_rank=max_rank,
         seeds=_numbers(seeds),
         overrides=overrides or [],
+        allow_code=allow_code,
     )
     found = _guarded(lambda: searching.run(plan, jobs, _show_of_many(), say))
     _table(found.rows)
@@ -269,7 +321,8 @@ def federate(
     if recipe is None:
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
     table = recipes.read(recipe, overrides or [])
-    recipes.parse(table, recipe)  # a mistake is told before anything heavy is loaded
+    # A mistake is told before anything heavy is loaded; no site takes a program from a server.
+    recipes.refuse_code(recipes.parse(table, recipe).method.name, recipe)
     quiet()
     from fedsieve.sites import federate as federating
     from fedsieve.sites.server import RoundPolicy
@@ -277,7 +330,7 @@ def federate(
     given = recipes.check(table, recipe)
     policy = RoundPolicy(sites, deadline, setup, wait, extra)
     listen = federating.ServerAddress(host, port, certificates, insecure)
-    folder = out or Path("runs") / given.name
+    folder = out or _by_name(given.name)
     commands = federating.prepare(given, folder, policy, listen)
     titles = (
         "on the server:",
@@ -336,6 +389,9 @@ def export(
     folder: Folder,
     to: Annotated[Path, typer.Option(help="The folder to write; must be empty or not there.")],
     merge: Annotated[bool, typer.Option(help="The whole model, adapter merged in.")] = False,
+    accept_changes: AcceptChanges = False,
+    allow_code: AllowCode = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a run's adapter in PEFT's format, or the merged model, from its newest checkpoint."""
     from fedsieve.run import rundir
@@ -344,7 +400,14 @@ def export(
     quiet()
     from fedsieve.run import runner
 
-    number = runner.export(folder, to, merge=merge)
+    number = runner.export(
+        folder,
+        to,
+        merge=merge,
+        trust_remote_code=trust_remote_code,
+        allow_code=allow_code,
+        accept_changes=accept_changes,
+    )
     what = "the merged model" if merge else "the adapter"
     console.print(escape(f"{to}: {what} after round {number}"))
 
@@ -427,6 +490,15 @@ def list_methods(
     Console(highlight=False).print(table)
 
 
+def _by_name(name: str) -> Path:
+    """Where a run goes by default. A recipe's name says what it is, and not where to write."""
+    if Path(name).name != name or name == "..":
+        raise FedSieveError(
+            f"name {name[:80]!r} is no name of a directory: give --out, or change it"
+        )
+    return Path("runs") / name
+
+
 def _share(option: str, value: float) -> float:
     if not 0 < value <= 1:
         raise FedSieveError(f"--{option} {value:g}: it must be above 0 and at most 1")
@@ -486,21 +558,19 @@ def _announce(recipe: "Recipe", folder: Path) -> None:
 
 
 def _summary(folder: Path) -> None:
-    import json
-
+    from fedsieve import report
     from fedsieve.report.words import fewer
     from fedsieve.run import rundir
 
-    lines = (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
-    rounds = [json.loads(line) for line in lines]
+    rounds = report.rounds(folder / rundir.METRICS)
     last = rounds[-1]
-    scores = [entry["accuracy"] for entry in rounds if "accuracy" in entry]
-    total, dense = last["total_bytes"], last["dense_bytes"]
+    scores = [entry.accuracy for entry in rounds if entry.accuracy is not None]
+    total, dense = last.total_bytes, last.dense_bytes
     console.print()
     if scores:
         console.print(f"accuracy       {scores[-1]:.4f} (best {max(scores):.4f})")
-    if "eval_loss" in last:
-        console.print(f"eval loss      {last['eval_loss']:.4f}")
+    if last.eval_loss is not None:
+        console.print(f"eval loss      {last.eval_loss:.4f}")
     console.print(f"payload bytes  {total:,} ({total / MB:.2f} MB, both ways)")
     if total and dense:
         console.print(
@@ -509,7 +579,7 @@ def _summary(folder: Path) -> None:
         )
     elif total:
         console.print("dense LoRA     cannot be had of this model at this rank: no comparison")
-    dropped = sum(entry["dropped"] for entry in rounds)
+    dropped = sum(entry.dropped for entry in rounds)
     if dropped:
         console.print(f"dropped        {dropped} updates (see {rundir.CLIENTS})")
     console.print(escape(f"adapter        {folder / rundir.ADAPTER}"))
@@ -532,6 +602,7 @@ def _go_on_with(folder: Path) -> None:
             f"`flwr run` could not go on with {folder}: is the SuperLink running? (see "
             "docs/deploy.md)"
         )
+    federating.refuse_unfinished(folder)
 
 
 def _show_of_many() -> Callable[["Job", "Round"], None]:

@@ -242,7 +242,7 @@ single = {name: tensor.float() for name, tensor in toy.start().tensors.items()}
 START = Adapter(toy.start().layout, single)
 
 
-def said(number: float, form: Form = "float32") -> bytes:
+def said(number: float, form: Form = "float64") -> bytes:
     """An update whose numbers are all the same; each is finite as it travels."""
     data = torch.full((START.layout.size,), number, dtype=DTYPES[form])
     values = Values(form, data, torch.empty(0))
@@ -260,13 +260,15 @@ def saying(updates: dict[str, bytes]) -> Carry:
 
 
 def federation(server: Optimizer) -> Federation:
-    return toy.federation(fedit.method(server=server), toy.clients([Budget()] * 3), adapter=START)
+    """Any number that a float64 holds can travel."""
+    method = fedit.method(server=server, up_values="float64")
+    return toy.federation(method, toy.clients([Budget()] * 3), adapter=START)
 
 
 @pytest.mark.parametrize("server", [sgd(), bounded(sgd(), 1.0)], ids=["no clip", "clip"])
 @pytest.mark.parametrize("size", [1e300, -1e39, 3e38, 1e15])
 def test_numbers_that_no_merge_can_use_are_refused(size: float, server: Optimizer) -> None:
-    updates = {"0000": said(0.1), "0001": said(size, "float64"), "0002": said(-0.2)}
+    updates = {"0000": said(0.1), "0001": said(size), "0002": said(-0.2)}
     receipts = after(federation(server), saying(updates), 2, START)
     bad = [r.dropped for r in receipts if r.client == "0001"]
     why = "it holds numbers beyond 4.3e+09, which no merge can use"

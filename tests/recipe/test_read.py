@@ -162,7 +162,7 @@ def test_a_wrong_recipe_is_refused_by_the_name_of_its_key(
     tiny: Tiny, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(FedSieveError, match=re.escape(message)):
-        recipes.check(tiny.table(**changes))
+        recipes.check(tiny.table(**changes), allow_code=True)
 
 
 def test_all_mistakes_are_told_at_once(tiny: Tiny) -> None:
@@ -208,3 +208,13 @@ def test_names_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert recipes.load("demo").name == "demo"
     Path("mine").write_text(tomli_w.dumps(recipes.load("demo").model_dump(exclude_none=True)))
     assert recipes.load("mine").name == "demo"
+
+
+def test_what_a_run_s_recipe_has_written_out_is_what_the_page_says(tiny: Tiny) -> None:
+    """Defaults of the tables and the method's own server, not the options of the method."""
+    table = tiny.table(method={"name": "flasc"}, budgets=[{}], server=None, lora={"rank": 4})
+    written = tomllib.loads(recipes.dump(recipes.check(table), {}))
+    assert written["training"]["epochs"] == 1
+    assert written["server"]["optimizer"] == "adam"
+    assert written["method"] == {"name": "flasc"}
+    assert "targets" not in written["lora"]

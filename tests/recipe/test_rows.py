@@ -307,6 +307,17 @@ def test_a_client_with_a_bad_row_is_named_and_left_out(
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("column", ["label", "text"])
+def test_a_strict_run_stops_at_a_bad_row(tiny: Tiny, tmp_path: Path, column: str) -> None:
+    rows = rows_of(["a", "b", "c"], clients=["north", "south", "east"])
+    rows[4][column] = None
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(
+        FedSieveError, match=f"strict: rows of 1 clients.*'south': {NEEDED[column]}"
+    ):
+        experiment(tiny, path, strict=True)
+
+
 def test_labels_outside_of_the_classes_are_bad_rows_too(tiny: Tiny, tmp_path: Path) -> None:
     rows = rows_of(["a", "b", "c"], clients=["north", "south", "east"])
     rows[1]["label"] = "z"

@@ -338,7 +338,7 @@ def test_sums_that_disagree_are_told(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"round": 1, "total_bytes": 4, "loss": "x"}\n', "'loss' is 'x'"),
         ("clients.jsonl", '{"round": 1}\n', "there is no 'down_bytes'"),
         ("clients.jsonl", lines([dict(CLIENTS[0], seconds=-1)]), "'seconds' is -1, not a time"),
-        ("recipe.toml", "name = ", "is not TOML"),
+        ("recipe.toml", "name = ", "is not valid TOML"),
     ],
 )
 def test_damage_is_refused(tmp_path: Path, file: str, text: str, message: str) -> None:

@@ -14,13 +14,18 @@ from fedsieve.sites import federate
 _PEM = serialization.Encoding.PEM
 
 
-def make(folder: Path) -> Path:
+NOW = datetime.datetime.now(datetime.UTC)
+USUAL = (NOW - datetime.timedelta(hours=1), NOW + datetime.timedelta(days=365))
+Span = tuple[datetime.datetime, datetime.datetime]
+
+
+def make(folder: Path, authority_holds: Span = USUAL, server_holds: Span = USUAL) -> Path:
     """A folder with an authority's certificate, and a server's that it signed for 127.0.0.1."""
     folder.mkdir()
     ours, theirs = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     authority, server = _name("authority"), _name("127.0.0.1")
     root = (
-        _certificate(authority, authority, ours.public_key())
+        _certificate(authority, authority, ours.public_key(), authority_holds)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(ours.public_key()), critical=False)
         .add_extension(_usage(signs=True), critical=True)
@@ -29,7 +34,7 @@ def make(folder: Path) -> Path:
     names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ours.public_key())
     leaf = (
-        _certificate(server, authority, theirs.public_key())
+        _certificate(server, authority, theirs.public_key(), server_holds)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(issuer, critical=False)
@@ -61,17 +66,16 @@ def _name(text: str) -> x509.Name:
 
 
 def _certificate(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, holds: Span
 ) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
     return (
         x509.CertificateBuilder()
         .subject_name(subject)
         .issuer_name(issuer)
         .public_key(key)
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(holds[0])
+        .not_valid_after(holds[1])
     )
 
 

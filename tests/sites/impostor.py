@@ -109,7 +109,7 @@ def main(path: Path, plan: dict[str, str]) -> None:
             answered = Answered(answer, before, state.assignment.start)
             honest.append(answer)
             say(f"round {number}: {how}")
-            return SPOILT[how](answered)
+            return worker.seal(worker.digest(request), SPOILT[how](answered))
         honest.append(answer)
         return answer
 

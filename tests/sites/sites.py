@@ -114,7 +114,7 @@ def exchange(asks: Mapping[str, Ask], text: bytes) -> Exchange:
             answer = asks[client.id](train(text, key.round, message))
             assert answer.header["ok"], answer.header
             said = dict(answer.header)
-            del said["ok"], said["round"]
+            del said["ok"], said["round"], said["tag"]
             loss = math.nan if said["loss"] is None else said["loss"]
             yield Reply(client, answer.body or None, **{**said, "loss": loss})
 

@@ -54,7 +54,7 @@ MEMORY: dict[str, Any] = {
 }
 LIES = {2: "again", 3: "noise", 4: "garbage", 5: "layout", 6: "nan", 7: "round", 8: "huge"}
 WHY = {
-    2: "its update was refused: it is, byte for byte, that of round 1",
+    2: "its update was refused: it says the same as that of round 1, number for number",
     3: "header",
     4: "its update was refused: these bytes are not a message",
     5: "its update was refused: a message for the layout",

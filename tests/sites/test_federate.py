@@ -1,5 +1,6 @@
 """What `fedsieve federate` writes and says, and whom the server lets in; nothing is started."""
 
+import json
 import tomllib
 from collections.abc import Mapping
 from importlib import metadata
@@ -16,6 +17,7 @@ from fedsieve.recipe import schema
 from fedsieve.sites import federate
 from fedsieve.sites.server import RoundPolicy
 from tests.conftest import LABELS, Command, Tiny
+from tests.sites import certificates
 
 PATIENCE = RoundPolicy(sites=3, deadline=30.0)
 GOOD: Mapping[str, Any] = {
@@ -92,14 +94,13 @@ def test_a_run_that_is_there_is_not_replaced(tiny: Tiny, tmp_path: Path) -> None
 @pytest.mark.usefixtures("flower")
 @pytest.mark.parametrize("missing", ["ca.crt", "server.pem", "server.key"])
 def test_certificates_must_be_whole(tiny: Tiny, tmp_path: Path, missing: str) -> None:
-    safe = tmp_path / "safe"
-    safe.mkdir()
-    for name in {"ca.crt", "server.pem", "server.key"} - {missing}:
-        (safe / name).touch()
+    safe = certificates.make(tmp_path / "safe")
+    content = (safe / missing).read_bytes()
+    (safe / missing).unlink()
     listen = federate.ServerAddress("0.0.0.0", certificates=safe)
     with pytest.raises(FedSieveError, match=f"has no {missing}"):
         federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, listen)
-    (safe / missing).touch()
+    (safe / missing).write_bytes(content)
     server, node, _ = federate.prepare(checked(tiny), tmp_path / "run", PATIENCE, listen)
     assert "--enable-supernode-auth" in server
     assert "--insecure" not in server + node
@@ -139,6 +140,39 @@ def test_resume_wants_a_federation(tmp_path: Path, command: Command, whole: Path
     ran = command("federate", "--resume", whole)
     assert ran.code == 2
     assert "holds a run in one process" in ran.err
+
+
+ENDS = {  # what the Flower run leaves -> the command's exit code, and what it says
+    "nothing at all": (2, "round 0 of 2"),
+    "one round": (2, "round 1 of 2"),
+    "all rounds, but not the adapter": (2, "has no final adapter"),
+    "everything": (0, ""),
+}
+
+
+@pytest.mark.usefixtures("flower")
+@pytest.mark.parametrize("left", ENDS)
+def test_a_flower_run_that_ended_early_is_no_success(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    """`flwr run` itself ends with 0 when what it ran has failed."""
+    folder = tmp_path / "run"
+    federate.prepare(checked(tiny, rounds=2), folder, PATIENCE, federate.ServerAddress())
+    number = {"nothing at all": -1, "one round": 1}.get(left, 2)
+    for each in range(number + 1):
+        line = json.dumps({"round": each}) + "\n"
+        (folder / "metrics.jsonl").open("a").write(line)
+    if left == "everything":
+        (folder / "adapter").mkdir()
+    flwr = tmp_path / "bin" / "flwr"
+    flwr.parent.mkdir()
+    flwr.write_text("#!/bin/sh\nexit 0\n")
+    flwr.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{flwr.parent}:/usr/bin:/bin")
+    code, said = ENDS[left]
+    ran = command("federate", "--resume", folder)
+    assert ran.code == code, ran.err
+    assert said in " ".join(ran.err.split())
 
 
 @pytest.mark.usefixtures("flower")

@@ -30,7 +30,7 @@ def assert_parity(run: Path, alone: Path) -> None:
     for line in runs.lines(run)[1:]:
         assert line["transport_bytes"] > line["down_bytes"] + line["up_bytes"]
     # Before round 0 every site was met, and told the recipe.
-    text = (run / rundir.RECIPE).read_text()
+    text = (run / federate.TOLD).read_text()
     sites = {line["client"] for line in runs.lines(run, rundir.CLIENTS)}
     assert runs.lines(run)[0]["aside_bytes"] > len(sites) * len(text)
 
@@ -124,5 +124,9 @@ def test_open_door_is_refused(tiny: Tiny, tmp_path: Path, command: Command) -> N
     ran = command("federate", path, "--out", tmp_path / "run", "--host", "0.0.0.0", "--insecure")
     assert ran.code == 0
     assert "paths under /v1/fleet/ only" in ran.err
-    for program in ("flower-superlink --host 0.0.0.0", "flower-supernode ", "flwr run "):
+    for program in (
+        "flower-superlink --host 0.0.0.0",
+        "flower-supernode ",
+        "fedsieve federate --resume ",
+    ):
         assert program in ran.out

@@ -37,7 +37,7 @@ BUDGETS = {
     "west": {"ratio": 0.25, "down": 0.25, "up": 0.25},
 }
 # What a run in one process and a federation cannot have in common.
-OWN = {*runs.CLOCKS, "transport_bytes", "aside_bytes"}
+OWN = {*runs.CLOCKS, "transport_bytes", "aside_bytes", "digest"}
 # A machine with much else to do starts Flower's processes slowly.
 PATIENCE = RoundPolicy(sites=2, deadline=200.0, setup=200.0, wait=200.0)
 

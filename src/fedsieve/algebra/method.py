@@ -97,6 +97,11 @@ class View(NamedTuple):
     penalty: Callable[[Tree], Tensor] | None = None
 
 
+def anything_fits(update: Payload, sent: Support, client: Client, key: Key) -> str | None:
+    """Nothing is known of what a method asks of its clients."""
+    return None
+
+
 class Method(NamedTuple):
     """The functions of a round; see the module's head.
 
@@ -113,6 +118,8 @@ class Method(NamedTuple):
     clip:     that limit in a state, on the L2 norm of one client's decoded update
     private:  where the noise comes from that hides single clients; None where nothing does
     keeps:    clients keep something from round to round that came from their rows
+    misfit:   an update, the support that its client was sent, the client, the round's key -> how
+              the update differs from what was asked, or None: what `merge` may count on
     """
 
     knobs: frozenset[Knob]
@@ -130,6 +137,7 @@ class Method(NamedTuple):
     clip: Callable[[State], float] = unlimited
     private: Source | None = None
     keeps: bool = False
+    misfit: Callable[[Payload, Support, Client, Key], str | None] = anything_fits
 
 
 def unscaled(rank: int, kept: int) -> float:
@@ -251,6 +259,21 @@ def compose(
             memory = {**memory, "residual": {n: c - sent[n] for n, c in result.items()}}
         return payload, memory
 
+    def misfit(update: Payload, sent: Support, client: Client, key: Key) -> str | None:
+        # Of a change whose entries are all alike `up` lets pass as many as it ever does: a sieve of
+        # the largest its share of them, one with a threshold all.
+        own = own_layout(update.layout, sent, rescale)
+        names = [
+            n for n in shared(update.layout, key.round) if not freeze_absent or n in sent.names
+        ]
+        change = {n: torch.ones(()).expand(own.shapes[n]) for n in names}
+        asked = up(change, own, client, key).support._replace(ranks=sent.ranks)
+        exactly = freeze_absent and not asked.masks
+        if exactly:
+            masks = {n: m for n, m in sent.masks.items() if n in asked.names}
+            asked = asked._replace(masks=masks)
+        return difference(update, asked, up_values, places=exactly)
+
     def clip(state: State) -> float:
         return optimizer.clip(state.trees)
 
@@ -306,6 +329,7 @@ def compose(
         clip=clip,
         private=optimizer.private,
         keeps=feedback,
+        misfit=misfit,
     )
     return since_start(method) if ranked == "change" else method
 
@@ -324,6 +348,42 @@ def step(optimizer: Optimizer, state: State, gradient: Tree, names: tuple[str, .
     )
     after = {group: {**slots.get(group, {}), **tree} for group, tree in stepped.items()}
     return State(state.layout, {**slots, **after, "adapter": {**params, **moved}})
+
+
+def difference(update: Payload, asked: Support, form: Form, *, places: bool) -> str | None:
+    """How an update differs from what was asked, in a few words; None if it does not.
+
+    places: its masks must be the asked ones; else at most as many entries as those keep may come,
+            of the same tensors
+    """
+    came = update.support
+    if update.base is not None:
+        return "it holds a change of the base, which only downloads have"
+    if update.values.form != form:
+        return f"its numbers are {update.values.form}, and {form} was asked"
+    if came.names != asked.names:
+        return f"it holds {_these(came.names)}, and {_these(asked.names)} were asked"
+    if not _equal(came.ranks, asked.ranks):
+        return "it is on other ranks than were sent"
+    if came.masks.keys() != asked.masks.keys():
+        masked, wanted = _these(tuple(came.masks)), _these(tuple(asked.masks))
+        return f"it masks {masked}, and masks of {wanted} were asked"
+    if places and any(not torch.equal(came.masks[n], m) for n, m in asked.masks.items()):
+        return "it holds other entries than were sent"
+    held, most = (sum(int(m.sum()) for m in each.masks.values()) for each in (came, asked))
+    if held > most:
+        return f"it holds {held} entries under masks, and at most {most} were asked"
+    return None
+
+
+def _these(names: tuple[str, ...]) -> str:
+    return "no tensors" if not names else f"{len(names)} tensors ({names[0]}, ...)"
+
+
+def _equal(ranks: Tensor | None, asked: Tensor | None) -> bool:
+    if ranks is None or asked is None:
+        return ranks is asked
+    return torch.equal(ranks, asked)
 
 
 def share_of(client: Client, weighting: Weighting) -> float:

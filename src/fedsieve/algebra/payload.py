@@ -4,6 +4,7 @@ A payload holds its values in the form in which they cross the network, already 
 encoding loses nothing: decode(encode(p)) == p. `rounded` is the one place where numbers are lost.
 """
 
+import hashlib
 import math
 from typing import Literal, NamedTuple
 
@@ -83,6 +84,21 @@ class Payload(NamedTuple):
     def tree(self) -> Tree:
         """The tensors, at the narrowed shapes, with zeros where nothing travelled."""
         return scatter(exact(self.values), self.support, self.layout)
+
+
+def digest(payload: Payload) -> str:
+    """Of what a payload says, in hexadecimal: the same however its support is told.
+
+    Any change of a number, of its form or of its place is another digest. A base has no part in it.
+    """
+    names, ranks, masks = payload.support
+    form, data, scales = payload.values
+    said = hashlib.blake2b(repr((names, form)).encode(), digest_size=16)
+    for tensor in (ranks, *(masks.get(name) for name in names), data, scales):
+        whole = torch.empty(0) if tensor is None else tensor.contiguous()
+        said.update(repr((tensor is None, tuple(whole.shape))).encode())
+        said.update(whole.view(torch.uint8).numpy().tobytes() if whole.numel() else b"")
+    return said.hexdigest()
 
 
 def rounded(numbers: Tensor, form: Form, draws: torch.Generator) -> Values:

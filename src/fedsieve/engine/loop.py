@@ -3,8 +3,8 @@
 An engine is an `Exchange`: it carries messages to clients and brings their replies, in the order of
 the messages (a sum of floats depends on its order), and is told whose updates were merged.
 Everything else of a round is here: the cohort, publishing, decoding, merging, counting, evaluating.
-Messages are made as the engine asks for them and replies are merged as they come, so that one
-client's update is in memory at a time.
+Messages are made as the engine asks for them; what becomes of the updates that come back is in
+arrivals.py.
 
 A round has two halves. `merged` ends with the server's new state, which nobody has seen yet;
 `evaluated` gives it out for the first time. Where the state holds noise that could not be drawn
@@ -24,10 +24,12 @@ from fedsieve.algebra.adapter import Adapter, Layout
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
-from fedsieve.algebra.payload import LARGEST, Payload, exact, magnitude, rounded
-from fedsieve.algebra.support import Support, everything, norm
+from fedsieve.algebra.payload import Payload, digest, rounded
+from fedsieve.algebra.support import Support, everything
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.clients.sampling import cohort, counting
+from fedsieve.engine import arrivals
+from fedsieve.engine.arrivals import Waiting, waiting_room
 from fedsieve.engine.client import Reply
 from fedsieve.engine.kept import Kept, kept, starves_b
 from fedsieve.errors import NoUsableUpdate, WireError
@@ -72,12 +74,14 @@ class Receipt(NamedTuple):
     memory_bytes: of adapter, gradients, optimizer state, and what the client keeps between rounds
     dropped: why the update was not merged, or None
     transport_bytes: of the messages that carried both payloads, where a network did
-    norm: of the decoded update, where server.clip bounds it; the clip is the recipe's
+    norm: of the decoded update, where server.norm_bound or server.clip bounds it; None in private
+        runs
     epsilon: of private runs whose clients are drawn: what this client has spent in the rounds that
         it was drawn in, against those who know which these were
     down_a, down_b, down_head, up_a, up_b, up_head: which share of its entries of A, of B and of all
         other tensors a masked message carries (kept.py); None where a message has no masks, and up
         where the clients' updates are private
+    digest: of what the update says (payload.digest), where clients are on other machines
     """
 
     round: int
@@ -105,6 +109,7 @@ class Receipt(NamedTuple):
     up_a: float | None = None
     up_b: float | None = None
     up_head: float | None = None
+    digest: str | None = None
 
 
 class Round(NamedTuple):
@@ -177,6 +182,10 @@ class Federation:
     evaluate: may give None where nobody could be asked
     there: who can be drawn now, where clients come and go; None where they do not
     aside: bytes of the messages beside the rounds' own since it was last asked, on a network
+    before: (client, digest of what its update says, round) -> an earlier round in which it said the
+        same, where clients are on other machines and old messages may come again
+    norm_bound: an update whose L2 norm is so many times the median of its round's is left out. Not
+        in private runs, whose clip bounds every update by itself
     dense: the layout of dense LoRA at the server's rank, which all bytes are compared with; None
            where the method trains just that. An empty one compares with nothing
     """
@@ -193,6 +202,8 @@ class Federation:
     aside: Callable[[], int] | None = None
     dense: Layout | None = None
     secret: int | None = None
+    norm_bound: float = math.inf
+    before: Callable[[str, str, int], int | None] | None = None
 
     def own_key(self, number: int) -> Key:
         """The server's own key of a round."""
@@ -244,73 +255,30 @@ def merged(federation: Federation, progress: Progress, *, evaluate: bool = False
     start = time.perf_counter()
     method, state = federation.method, progress.state
     number = progress.round + 1
-    key, own = Key(federation.seed, number), federation.own_key(number)
+    own = federation.own_key(number)
     clients = federation.clients if federation.there is None else federation.there()
     chosen = cohort(clients, federation.sampling, own)
-    plan = method.plan(state, own)
-    sent: dict[str, tuple[int, Support]] = {}
-    receipts: list[Receipt] = []
-    server_wire = 0.0
-    # A private run has a clip too, and how large a client's update was is the client's secret.
-    told = method.private is None and method.clip(state) < math.inf
     known = _known(federation, number)
-    starved = 0
-
-    def messages() -> Iterator[tuple[Client, bytes]]:
-        nonlocal server_wire
-        for client in chosen:
-            payload = method.publish(plan, client, own._replace(client=client.id))
-            began = time.perf_counter()
-            message = encode(payload)
-            server_wire += time.perf_counter() - began
-            sent[client.id] = len(message), payload.support
-            yield client, message
-
-    def updates() -> Iterator[tuple[Client, Payload]]:
-        nonlocal server_wire, starved
-        usable = 0
-        for reply in federation.exchange.carry(messages(), key):
-            down_bytes, support = sent.pop(reply.client.id)
-            began = time.perf_counter()
-            payload, size, came, reason = None, None, None, reply.reason
-            if reply.update is not None and reason is None:
-                try:
-                    found = decode(reply.update, state.layout, support)
-                    _refuse_again(reply, found)
-                    _refuse_too_large(found, state)
-                    size = norm(found.tree()) if told else None
-                    if method.private is None:  # a mask is made of the client's own numbers
-                        came = kept(found.support, state.layout)
-                    payload = found
-                except WireError as error:
-                    reason = f"its update was refused: {error}"
-            server_wire += time.perf_counter() - began
-            went = kept(support, state.layout)
-            starved += starves_b(support, state.layout)
-            receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
-            spent = None if known is None else known.get(reply.client.id)
-            shares = {**_named("down", went), **_named("up", came)}
-            receipts.append(receipt._replace(norm=size, epsilon=spent, **shares))
-            if payload is not None:
-                usable += 1
-                yield reply.client, payload
-        if usable < federation.sampling.quorum:
-            raise NoUsableUpdate(
-                f"{usable} updates can be merged, and the quorum is {federation.sampling.quorum}"
-            )
-
-    # A Poisson draw may be empty. Only a private server moves then: whether it was is a secret.
-    drawn_empty = federation.sampling.kind == "poisson" and not chosen
-    try:
-        if not drawn_empty or method.private is not None or federation.sampling.quorum:
-            state = _finite(method.merge(state, updates(), own))
-    except NoUsableUpdate as error:
-        # The round leaves no line in the logs, so the error says what the clients ran into.
-        dropped = [r for r in receipts if r.dropped is not None]
-        shown = [f"client {r.client}: {r.dropped}" for r in dropped[:3]]
-        more = [f"{len(dropped) - 3} more"] if len(dropped) > 3 else []
-        why = "; ".join(shown + more) or f"{len(chosen)} clients were asked"
-        raise NoUsableUpdate(f"{error} ({why})") from error
+    with waiting_room(state.layout) as waiting:
+        came = _gather(federation, state, chosen, number, waiting)
+        # A private run has a clip, and how large a client's update was is the client's secret.
+        bound = math.inf if method.private is not None else federation.norm_bound
+        left_out = arrivals.outliers(waiting.norms, bound)
+        usable = [id for id in waiting.norms if id not in left_out]
+        # A Poisson draw may be empty. Only a private server moves then: whether it was is a secret.
+        drawn_empty = federation.sampling.kind == "poisson" and not chosen
+        try:
+            _refuse_too_few(len(usable), federation.sampling)
+            if not drawn_empty or method.private is not None:
+                state, failed = arrivals.merge(method, state, waiting, usable, own)
+                left_out |= failed
+                _refuse_too_few(len(usable) - len(failed), federation.sampling)
+        except NoUsableUpdate as error:
+            receipts = _without(came.receipts, left_out)
+            raise NoUsableUpdate(f"{error} ({_why(receipts)})") from error
+    receipts = _without(came.receipts, left_out)
+    if known is not None:
+        receipts = [r._replace(epsilon=known.get(r.client)) for r in receipts]
     taken = [r for r in receipts if r.dropped is None]
     federation.exchange.settle({r.client for r in taken})
     down = sum(r.down_bytes for r in receipts)
@@ -336,12 +304,12 @@ def merged(federation: Federation, progress: Progress, *, evaluate: bool = False
         seconds=time.perf_counter() - start,
         compute_seconds=sum(r.compute for r in receipts),
         evaluation_seconds=0.0,
-        wire_seconds=server_wire + sum(r.wire for r in receipts),
+        wire_seconds=came.wire + sum(r.wire for r in receipts),
         **_figures(None)._asdict(),
         **_spent(federation.privacy, number)._asdict(),
         transport_bytes=_transport(receipts),
         epsilon_unamplified=None if known is None else max(known.values(), default=0.0),
-        starved=starved if any(r.down_b is not None for r in receipts) else None,
+        starved=came.starved if any(r.down_b is not None for r in receipts) else None,
         **_mean_shares(receipts),
     )
     due = evaluate or number % federation.evaluate_every == 0
@@ -360,33 +328,92 @@ def evaluated(federation: Federation, half: Unevaluated) -> Round:
     )
 
 
-def _refuse_again(reply: Reply, payload: Payload) -> None:
-    """Raises WireError for an update that was given before; one that changes nothing may be."""
-    if reply.repeats is not None and payload.values.data.any():
-        raise WireError(f"it is, byte for byte, that of round {reply.repeats}")
-
-
-def _refuse_too_large(payload: Payload, state: State) -> None:
-    """Raises WireError for numbers that travel well, but that a merge could not hold.
-
-    No clip can bound them: scaled down to nothing, infinity is not zero.
+class _Came(NamedTuple):
+    """What came back of a round. wire: seconds in encode and decode, at the server; starved: as in
+    `Round`
     """
-    dtypes = {tensor.dtype for tensor in state.trees["adapter"].values()}
-    most = min([LARGEST, *(torch.finfo(dtype).max for dtype in dtypes)])
-    if magnitude(exact(payload.values)) > most:
-        raise WireError(f"it holds numbers beyond {most:.1e}, which no merge can use")
+
+    receipts: list[Receipt]
+    wire: float
+    starved: int
 
 
-def _finite(state: State) -> State:
-    """The state, if all its numbers are. Raises NoUsableUpdate if not."""
-    for group, tree in state.trees.items():
-        for name, tensor in tree.items():
-            if not tensor.isfinite().all():
-                raise NoUsableUpdate(
-                    f"after the merge, {group} {name} holds numbers that are not finite: "
-                    "server.lr is too large for these updates. server.clip bounds what one can do"
-                )
-    return state
+def _gather(
+    federation: Federation, state: State, chosen: Sequence[Client], number: int, waiting: Waiting
+) -> _Came:
+    """Send the round's messages, and let every update that is what was asked wait for the merge."""
+    method, own = federation.method, federation.own_key(number)
+    plan = method.plan(state, own)
+    told = method.private is None and min(method.clip(state), federation.norm_bound) < math.inf
+    sent: dict[str, tuple[int, Support]] = {}
+    receipts: list[Receipt] = []
+    wire, starved = 0.0, 0
+
+    def messages() -> Iterator[tuple[Client, bytes]]:
+        nonlocal wire
+        for client in chosen:
+            payload = method.publish(plan, client, own._replace(client=client.id))
+            began = time.perf_counter()
+            message = encode(payload)
+            wire += time.perf_counter() - began
+            sent[client.id] = len(message), payload.support
+            yield client, message
+
+    for reply in federation.exchange.carry(messages(), Key(federation.seed, number)):
+        down_bytes, support = sent.pop(reply.client.id)
+        began = time.perf_counter()
+        size, came, said, reason = None, None, None, reply.reason
+        if reply.update is not None and reason is None:
+            try:
+                payload = decode(reply.update, state.layout, support)
+                arrivals.check(method, state, payload, support, reply.client, own)
+                said = _refuse_again(federation, reply.client, payload, number)
+                size = waiting.add(reply.client, reply.update, payload, support)
+                if method.private is None:  # a mask is made of the client's own numbers
+                    came = kept(payload.support, state.layout)
+            except WireError as error:
+                reason = f"its update was refused: {error}"
+        wire += time.perf_counter() - began
+        starved += starves_b(support, state.layout)
+        shares = {**_named("down", kept(support, state.layout)), **_named("up", came)}
+        receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
+        size = size if told else None
+        receipts.append(receipt._replace(norm=size, digest=said, **shares))
+    return _Came(receipts, wire, starved)
+
+
+def _without(receipts: Sequence[Receipt], left_out: Mapping[str, str]) -> list[Receipt]:
+    """The receipts, with the reasons that were found after all had come."""
+    return [r._replace(dropped=left_out.get(r.client, r.dropped)) for r in receipts]
+
+
+def _refuse_too_few(usable: int, sampling: Sampling) -> None:
+    if usable < sampling.quorum:
+        raise NoUsableUpdate(f"{usable} updates can be merged, and the quorum is {sampling.quorum}")
+
+
+def _why(receipts: Sequence[Receipt]) -> str:
+    """What the clients of a round ran into: it leaves no line in the logs, so the error says it."""
+    dropped = [r for r in receipts if r.dropped is not None]
+    shown = [f"client {r.client}: {r.dropped}" for r in dropped[:3]]
+    more = [f"{len(dropped) - 3} more"] if len(dropped) > 3 else []
+    return "; ".join(shown + more) or f"{len(receipts)} clients were asked"
+
+
+def _refuse_again(
+    federation: Federation, client: Client, payload: Payload, number: int
+) -> str | None:
+    """The digest of what an update says, where that is noted.
+
+    Raises WireError for one that said the same in another round; one that changes nothing may.
+    """
+    if federation.before is None:
+        return None
+    said = digest(payload)
+    first = federation.before(client.id, said, number)
+    if first is not None and payload.values.data.any():
+        raise WireError(f"it says the same as that of round {first}, number for number")
+    return said
 
 
 def dense_bytes(layout: Layout) -> int:

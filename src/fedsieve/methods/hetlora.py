@@ -33,6 +33,7 @@ from fedsieve.algebra.method import ClientContext, Memory, Method, State, View, 
 from fedsieve.algebra.optim import Optimizer
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import dense, leading
+from fedsieve.algebra.support import Support
 
 
 def method(
@@ -92,6 +93,14 @@ def method(
         payload, memory = inner.report(smaller, narrow, memory, context)
         return payload._replace(ranks_told="sent"), memory  # the server expects more ranks
 
+    def misfit(update: Payload, sent: Support, client: Client, key: Key) -> str | None:
+        ranks = update.support.ranks
+        most = update.layout.rank if sent.ranks is None else sent.ranks.shape[1]
+        # It may have dropped the last ones of those that it was sent.
+        if ranks is not None and ranks.shape[1] < most:
+            sent = sent._replace(ranks=torch.arange(ranks.shape[1]).expand_as(ranks))
+        return inner.misfit(update, sent, client, key)
+
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
         ranks: Tree = dict(state.trees.get("ranks", {}))
 
@@ -104,7 +113,7 @@ def method(
         merged = inner.merge(state, noted(), key)
         return State(merged.layout, {**merged.trees, "ranks": ranks})
 
-    return inner._replace(publish=publish, view=view, report=report, merge=merge)
+    return inner._replace(publish=publish, view=view, report=report, misfit=misfit, merge=merge)
 
 
 def _product_norm(part: Tree, own: Layout) -> float:

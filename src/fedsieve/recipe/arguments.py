@@ -25,6 +25,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "prompt": (str | None, _COLUMN),
     "completion": (str | None, _COLUMN),
     "device": (str, "a name, such as 'cpu',"),
+    "strict": (bool, "True or False"),
     "lora": (Lora | None, "a fedsieve.Lora, such as Lora(rank=8),"),
     "training": (Training | None, "a fedsieve.Training, such as Training(lr=0.1),"),
     "budgets": (Budget | Mapping | None, f"{A_BUDGET} or a dict of them by client"),

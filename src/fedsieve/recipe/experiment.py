@@ -1,6 +1,7 @@
 """From a recipe, or from data sets in a notebook, to a federation that is ready to run."""
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import bad_rows, load_rows, prepare
-from fedsieve.recipe.method import build_method
+from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import tokens
@@ -85,6 +86,7 @@ def assemble(
     privacy: PrivacyPlan | None = None,
     resources: Mapping[str, Resources] | None = None,
     left_out: Mapping[str, str] | None = None,
+    norm_bound: float = math.inf,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
@@ -92,6 +94,7 @@ def assemble(
     A client without examples is left out with a warning.
     resources: what clients have, by id, where it is known
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
+    norm_bound: as in `Federation`
     Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve, and
     for clients drawn in a way that the method's privacy cannot be accounted for.
     """
@@ -157,6 +160,7 @@ def assemble(
         evaluate_every=evaluate_every,
         privacy=privacy,
         dense=resident.dense,
+        norm_bound=norm_bound,
     )
     ending = None if privacy is None else privacy.ending
     return Experiment(
@@ -170,22 +174,31 @@ def reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join([*shown, *([f"{len(left_out) - 3} more"] if len(left_out) > 3 else [])])
 
 
+def stopped(left_out: Mapping[str, str]) -> FedSieveError:
+    """The error of a run that is strict, and that has clients whose rows cannot be used."""
+    return FedSieveError(
+        f"strict: rows of {len(left_out)} clients cannot be used: {reasons(left_out)}"
+    )
+
+
 def with_secret(experiment: Experiment, secret: int) -> Experiment:
     """The experiment with a seed that only its server knows (`Federation.secret`)."""
     federation = dataclasses.replace(experiment.federation, secret=secret)
     return dataclasses.replace(experiment, federation=federation)
 
 
-def from_recipe(recipe: Recipe) -> Experiment:
+def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experiment:
     """Load model and data, split the data over clients, and set up the federation.
 
+    trust_remote_code: see `load_base`
     Raises FedSieveError for whatever of the recipe does not fit the model or the data.
     """
     method = build_method(recipe)
     key = Key(recipe.seed)
     device = pick_device(recipe.device)
     recipe = _settled(recipe, device)
-    tokenizer = load_tokenizer(locate(recipe.model.source))
+    source = locate(recipe.model.source)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     note = tokens.ensure_pad_token(tokenizer)
     notes = [note] if note else []
     if note:
@@ -215,7 +228,7 @@ def from_recipe(recipe: Recipe) -> Experiment:
         notes += [plan.guarantee, *said]
         for caution in said:
             warnings.warn(caution, stacklevel=2)
-    resident = set_up_resident(recipe, tokenizer, device)
+    resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     check_rows(resident, examples, prepared.test)
     counts = {id: index.numel() for id, index in parts.items()}
     machines = machines_of(recipe, counts)
@@ -236,14 +249,20 @@ def from_recipe(recipe: Recipe) -> Experiment:
         privacy=plan,
         resources=machines,
         left_out=left_out,
+        norm_bound=norm_bound(recipe),
     )
 
 
 def set_up_resident(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    trust_remote_code: bool = False,
 ) -> ResidentModel:
     """The recipe's model with a fresh adapter; a classifier's `data.classes` must be filled in.
 
+    trust_remote_code: see `load_base`
     Raises FedSieveError where model, lora and method do not go together.
     """
     source = locate(recipe.model.source)
@@ -255,6 +274,7 @@ def set_up_resident(
         dtype=recipe.model.dtype,
         pad_token_id=tokenizer.pad_token_id,
         settings=recipe.model.settings,
+        trust_remote_code=trust_remote_code,
     )
     digest, method = base_digest(base, source), build_method(recipe)
     resident = set_up(
@@ -348,7 +368,8 @@ def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[s
     """The rows of the clients all of whose rows can be used; and the others, with what is wrong.
 
     Only where a column says whose each row is. Clients that are drawn are parts of one data set,
-    and a bad row is an error of it. Raises FedSieveError if no client is left.
+    and a bad row is an error of it. Raises FedSieveError if no client is left, or for the first bad
+    one where the recipe is strict.
     """
     if recipe.partition.column is None:
         return rows, {}
@@ -359,6 +380,8 @@ def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[s
     left_out: dict[str, str] = {}
     for row, wrong in sorted(bad.items()):
         left_out.setdefault(owners[row], str(wrong))
+    if recipe.strict:
+        raise stopped(left_out)
     kept = [row for row, owner in enumerate(owners) if owner not in left_out]
     if not kept:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")

@@ -1,6 +1,7 @@
 """The method that a recipe describes, built and checked against the recipe's other tables."""
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any, Literal, get_type_hints
@@ -25,6 +26,7 @@ from fedsieve.recipe.schema import (
     limits_by_id,
     sampling,
 )
+from fedsieve.settings import NORM_BOUND
 
 
 def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None = None) -> Method:
@@ -79,19 +81,38 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
 
 
 def with_server(recipe: Recipe) -> Recipe:
-    """The recipe with the method's own server optimizer written out, if it names none.
+    """The recipe with the method's own server optimizer written out, if it names none, and with the
+    bound on updates.
 
-    A run that is gone on with then has the same, whatever the method's own is by that time.
+    A run that is gone on with then has the same, whatever the defaults are by that time.
     Raises FedSieveError for an option that the method lacks or a value that it does not take.
     """
-    if recipe.server.optimizer is not None:
-        return recipe
-    own = alone(recipe.method).server.table
-    if not own:
-        return recipe
+    own = {} if recipe.server.optimizer is not None else alone(recipe.method).server.table
     given = recipe.server.model_dump(exclude_unset=True, exclude_none=True)
-    server = ServerTable.model_validate({**own, **given})
+    bound = norm_bound(recipe)
+    told = "none" if bound == math.inf else bound
+    server = ServerTable.model_validate({**own, **given, "norm_bound": told})
     return recipe.model_copy(update={"server": server})
+
+
+def norm_bound(recipe: Recipe) -> float:
+    """How many times the median norm of its round an update may have: `Federation.norm_bound`.
+
+    Raises FedSieveError for one beside [privacy]: who is merged would depend on others' updates.
+    """
+    said = recipe.server.norm_bound
+    if said == "none":
+        return math.inf
+    if recipe.privacy is not None:
+        if said is not None:
+            raise FedSieveError(
+                "server.norm_bound: [privacy] has a clip, which bounds every update by itself, and "
+                "whether one is left out would tell of the others: leave it out"
+            )
+        return math.inf
+    if said is not None:
+        return said
+    return NORM_BOUND if recipe.server.clip is None else math.inf
 
 
 def knobs(recipe: Recipe) -> frozenset[Knob]:

@@ -14,20 +14,24 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
+from fedsieve.disk import LARGEST
 from fedsieve.errors import FedSieveError, explain_all, nearest
 from fedsieve.methods import catalogue
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
 from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
 
+DEEPEST = 32  # tables and lists in one another; no recipe has more than a few
 
-def load(source: str, overrides: Sequence[str] = ()) -> Recipe:
+
+def load(source: str, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Recipe:
     """Read a recipe from a file, or one that ships with FedSieve by its name.
 
     overrides: "key=value" each; the key is dotted ("training.lr"), the value is TOML, or plain text
+    allow_code: see `check`
     Raises FedSieveError for anything that is not right, naming the key.
     """
-    return check(read(source, overrides), source)
+    return check(read(source, overrides), source, allow_code=allow_code)
 
 
 def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -45,24 +49,64 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         text = shipped()[source]
     else:
         raise FedSieveError(f"no recipe is called {source!r}{nearest(source, shipped())}")
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise FedSieveError(f"the recipe {source} is not valid TOML: {error}") from error
+    table = toml(text, f"the recipe {source}")
     for given in overrides:
         override(table, given)
     table.pop("environment", None)
     return table
 
 
-def check(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
+def toml(text: str, source: str) -> dict[str, Any]:
+    """The table that a TOML file holds; source: what the file is called.
+
+    Raises FedSieveError where it is not TOML, and for nesting or whole numbers beyond what anybody
+    writes.
+    """
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FedSieveError(f"{source} is not valid TOML: {error}") from error
+    _refuse_beyond(table, source)
+    return table
+
+
+def parse_text(text: str, source: str) -> Recipe:
+    """`parse` of what `dump` gave."""
+    table = toml(text, source)
+    table.pop("environment", None)
+    return parse(table, source)
+
+
+def _refuse_beyond(table: Mapping[str, Any], source: str) -> None:
+    """Raises FedSieveError for tables in tables that no recursion gets through, and for numbers."""
+    left: list[tuple[Any, str, int]] = [(table, "", 0)]
+    while left:
+        value, place, depth = left.pop()
+        if depth > DEEPEST:
+            raise FedSieveError(f"{source}: {place[:80]} is nested more than {DEEPEST} deep")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise FedSieveError(f"{source}: {place} is a number beyond {LARGEST}")
+        if isinstance(value, dict | list):
+            each = value.items() if isinstance(value, dict) else enumerate(value)
+            left += [(inner, f"{place}.{key}".lstrip("."), depth + 1) for key, inner in each]
+
+
+def check(
+    table: Mapping[str, Any], source: str = "the recipe", *, allow_code: bool = False
+) -> Recipe:
     """The recipe that a table of plain values describes; raises FedSieveError, naming the key.
 
     Where it names no server optimizer, the method's own is written out.
+
+    allow_code: that a method which is no part of FedSieve is imported, and so run, was asked for by
+        who started this; a recipe cannot ask for it
     """
     from fedsieve.recipe.method import build_method, with_server  # need torch
 
-    recipe = with_server(parse(table, source))
+    recipe = parse(table, source)
+    if not allow_code:
+        refuse_code(recipe.method.name, source)
+    recipe = with_server(recipe)
     build_method(recipe)  # its options are checked now, not after the data are loaded
     return recipe
 
@@ -75,6 +119,15 @@ def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
         raise FedSieveError(explain_all(error, source, keys_of, path_of)) from error
     _refuse_unknown_options(recipe)
     return recipe
+
+
+def refuse_code(name: str, source: str) -> None:
+    """Raises FedSieveError for a method's name that is a module of somebody's own."""
+    if "." in name and not name.startswith("fedsieve.methods."):
+        raise FedSieveError(
+            f"{source}: method.name {name[:80]!r} is no method of FedSieve but somebody's program, "
+            "which would run with your rights: give --allow-code if you trust it"
+        )
 
 
 def _refuse_unknown_options(recipe: Recipe) -> None:
@@ -109,7 +162,8 @@ def _is_of_another(option: str) -> bool:
 
 
 def dump(recipe: Recipe, environment: Mapping[str, Any]) -> str:
-    """The recipe with every default written out, as TOML; `environment` is a table of its own."""
+    """The recipe with the defaults of its tables written out, as TOML, less those of the method's
+    own options; `environment` is a table of its own."""
     table = _without_none(recipe.model_dump(mode="json"))
     text: str = tomli_w.dumps({**table, "environment": dict(environment)})
     return text

@@ -3,7 +3,7 @@
 recipe.py reads them from a file; docs/recipes.md describes the keys.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -37,6 +37,31 @@ class Model(Table):
     task: Task = "classification"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     settings: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_code(cls, given: Any) -> Any:
+        for key in _keys_anywhere(given):
+            if key in _CODE:
+                raise ValueError(
+                    f"{key}: a recipe cannot say that foreign code is run: whoever trusts the "
+                    "model's gives --trust-remote-code on the command line"
+                )
+        return given
+
+
+# What would have transformers run what a model's folder or the hub holds as code.
+_CODE = frozenset({"trust_remote_code", "auto_map", "code_revision", "use_kernels", "custom_code"})
+
+
+def _keys_anywhere(value: Any) -> Iterator[str]:
+    """The keys of a table and of all that is in it."""
+    if isinstance(value, Mapping):
+        yield from (str(key) for key in value)
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _keys_anywhere(each)
 
 
 class Data(Table):
@@ -252,12 +277,15 @@ class ServerTable(BaseModel):
     optimizer: None is the method's own, with what stands beside it changed
     decay: its learning rate is multiplied by this after every round
     clip: the L2 norm to which a client's update is scaled down; none by default. No privacy
+    norm_bound: an update whose L2 norm is so many times the median of its round's is left out;
+        "none" leaves none out. None is 100, or "none" where the server clips
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     optimizer: ServerName | None = None
     decay: Share = 1.0
     clip: PositiveFloat | None = None
+    norm_bound: Annotated[float, Field(ge=1)] | Literal["none"] | None = None
 
 
 class Privacy(Table):
@@ -310,13 +338,17 @@ class Checkpoint(Table):
 
 
 class Recipe(Table):
-    """A whole experiment."""
+    """A whole experiment.
+
+    strict: a client whose rows cannot be used stops the run; else it is left out with a warning
+    """
 
     name: str = "run"
     seed: NonNegativeInt = 0
     rounds: PositiveInt
     cohort: PositiveInt
     device: str = "auto"
+    strict: bool = False
     model: Model
     lora: Lora = Lora()
     data: Data

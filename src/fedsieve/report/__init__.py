@@ -10,14 +10,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedsieve.clients.network import REFERENCE, Conditions
+from fedsieve.disk import refuse_link, write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.report import series as _series
 from fedsieve.report.page import page
-from fedsieve.report.plots import draw, save_png, to_svg
-from fedsieve.report.read import Run, evaluations, load, load_all
+from fedsieve.report.plots import draw, to_png, to_svg
+from fedsieve.report.read import Run, check_logs, evaluations, load, load_all, rounds
 from fedsieve.report.series import Row, Spread, Target, table
 
-__all__ = ["Row", "Run", "Spread", "Target", "evaluations", "load", "load_all", "table", "write"]
+__all__ = [
+    "Row",
+    "Run",
+    "Spread",
+    "Target",
+    "check_logs",
+    "evaluations",
+    "load",
+    "load_all",
+    "rounds",
+    "table",
+    "write",
+]
 
 
 def write(
@@ -46,16 +59,18 @@ def write(
     rows = _series.rows(series, _series.find_target(series, target), conditions)
     if out.is_dir():
         raise FedSieveError(f"{out} is a directory: name a file, such as {out / 'report.html'}")
+    refuse_link(out)
     plots = draw(series, rows, conditions)
     written = [out]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for plot in plots:
             path = out.with_name(f"{out.stem}-{plot.key}.png")
-            save_png(plot, path)
+            refuse_link(path)
+            write_whole(path, to_png(plot))
             written.append(path)
         drawn = [(plot, to_svg(plot)) for plot in plots]
-        out.write_text(page(series, rows, conditions, drawn), encoding="utf-8")
+        write_whole(out, page(series, rows, conditions, drawn).encode())
     except OSError as error:
         raise FedSieveError(f"The report {out} cannot be written: {error}") from error
     return written

@@ -13,7 +13,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
@@ -82,10 +81,12 @@ def draw(
         return plots
 
 
-def save_png(plot: Plot, path: Path) -> None:
-    """Write the plot on white at twice the screen's resolution."""
+def to_png(plot: Plot) -> bytes:
+    """The plot on white at twice the screen's resolution."""
+    buffer = io.BytesIO()
     with _style():
-        plot.figure.savefig(path, format="png", dpi=192, facecolor="white")
+        plot.figure.savefig(buffer, format="png", dpi=192, facecolor="white")
+    return buffer.getvalue()
 
 
 def to_svg(plot: Plot) -> str:

@@ -5,17 +5,17 @@ clients of a round that has not finished are not counted. Any other damage is re
 that quietly skips lines would show sums that are wrong.
 """
 
-import json
 import math
-import tomllib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsieve.clients.network import Part
+from fedsieve.disk import objects, refuse_link
 from fedsieve.engine.shares import Shares
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
 from fedsieve.report.words import count
 
 # Where a run has no message with masks, or was made before shares were told.
@@ -120,14 +120,16 @@ def load(path: Path) -> Run:
     """
     if not path.is_dir():
         raise FedSieveError(f"{path} is not a run directory: there is no such directory.")
+    for name in ("recipe.toml", "metrics.jsonl", "clients.jsonl"):
+        refuse_link(path / name)
     missing = [name for name in ("recipe.toml", "metrics.jsonl") if not (path / name).is_file()]
     if missing:
         raise FedSieveError(f"{path} is not a run directory: it has no {' and no '.join(missing)}.")
     try:
         text = (path / "recipe.toml").read_text(encoding="utf-8")
-        recipe = tomllib.loads(text)
-    except ValueError as error:
-        raise FedSieveError(f"{path / 'recipe.toml'} is not TOML: {error}") from error
+    except (OSError, ValueError) as error:
+        raise FedSieveError(f"{path / 'recipe.toml'} cannot be read: {error}") from error
+    recipe = recipes.toml(text, str(path / "recipe.toml"))
 
     # What the run itself said while it was set up, such as clients without data.
     environment = recipe.get("environment")
@@ -186,9 +188,33 @@ def _doubts(recipe: dict[str, Any], start: Round | None, rounds: list[Round]) ->
     return doubts
 
 
-def _rounds(path: Path, notes: list[str]) -> list[Round]:
+def rounds(path: Path) -> list[Round]:
+    """The whole lines of a metrics.jsonl, round 0 too. Raises FedSieveError as `load` does."""
+    return _rounds(path, [])
+
+
+def check_logs(metrics: Path, clients: Path, marks: Mapping[str, int], last: int) -> None:
+    """Read what a checkpoint knows of a run's logs, as the report will at the end of the run.
+
+    marks: file name -> the bytes of it that are read; last: the round that they end with
+    Raises FedSieveError, naming file and line, for damage of any kind.
+    """
+    rows = _rounds(metrics, [], marks.get(metrics.name, 0))
+    found = rows[-1].round if rows else None
+    if found != last:
+        raise FedSieveError(
+            f"{metrics}: its lines end with round {found} where the checkpoint ends with {last}: "
+            "it has lost lines, or is of another run"
+        )
+    _clients(clients, rows, [], marks.get(clients.name, 0))
+
+
+def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Round]:
     rounds: list[Round] = []
-    for number, row in _objects(path, notes):
+    for number, row in objects(path, until):
+        if row is None:
+            notes.append(f"The last line of {path.name} was cut and is left out.")
+            continue
         where = f"{path}, line {number}"
         loss = _real(row, "loss", where)
         new = Round(
@@ -216,7 +242,9 @@ def _rounds(path: Path, notes: list[str]) -> list[Round]:
     return rounds
 
 
-def _clients(path: Path, rounds: Sequence[Round], notes: list[str]) -> Clients:
+def _clients(
+    path: Path, rounds: Sequence[Round], notes: list[str], until: int | None = None
+) -> Clients:
     seen: set[str] = set()
     dropped: Counter[str] = Counter()
     sums: dict[str, list[int]] = {}  # label -> client-rounds, down, up
@@ -224,7 +252,10 @@ def _clients(path: Path, rounds: Sequence[Round], notes: list[str]) -> Clients:
     parts: dict[int, list[Part]] = {row.round: [] for row in rounds}
     memory: int | None = None
     untimed = 0
-    for number, row in _objects(path, notes):
+    for number, row in objects(path, until):
+        if row is None:
+            notes.append(f"The last line of {path.name} was cut and is left out.")
+            continue
         where = f"{path}, line {number}"
         at = _integer(row, "round", where)
         if at > rounds[-1].round:
@@ -293,27 +324,6 @@ def _both_ways(row: Round) -> int:
     return row.down_bytes + row.up_bytes
 
 
-def _objects(path: Path, notes: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and objects of a JSON-lines file; a last line that was cut is noted."""
-    broken = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            if broken:
-                raise FedSieveError(f"{path}, line {broken} is not JSON: the file is damaged.")
-            try:
-                row = json.loads(line)
-            except ValueError:
-                broken = number
-                continue
-            if not isinstance(row, dict):
-                raise FedSieveError(f"{path}, line {number} is not a JSON object.")
-            yield number, row
-    if broken:
-        notes.append(f"The last line of {path.name} was cut and is left out.")
-
-
 def _shares(row: dict[str, Any], way: str, where: str) -> Shares:
     """What messages of this way kept of A, B and head. Raises FedSieveError for no shares."""
     found = [_real(row, f"{way}_{part}", where) for part in ("a", "b", "head")]
@@ -334,11 +344,11 @@ def _optional_integer(row: dict[str, Any], key: str, where: str) -> int | None:
     value = row.get(key)
     if value is None or (type(value) is int and value >= 0):
         return value
-    raise FedSieveError(f"{where}: {key!r} is {value!r}, not a whole number from 0 up.")
+    raise FedSieveError(f"{where}: {key!r} is {repr(value)[:80]}, not a whole number from 0 up.")
 
 
 def _real(row: dict[str, Any], key: str, where: str) -> float | None:
     value = row.get(key)
     if value is None or type(value) in (int, float):
         return value
-    raise FedSieveError(f"{where}: {key!r} is {value!r}, not a number.")
+    raise FedSieveError(f"{where}: {key!r} is {repr(value)[:80]}, not a number.")

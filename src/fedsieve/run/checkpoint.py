@@ -3,28 +3,36 @@
 A file is written beside its place, flushed to the disk and then renamed, so that a crash or a full
 disk leaves the one before untouched. It holds the method's state, the clients' memories and a few
 numbers, all under a digest; a file that does not match its digest counts as damaged, and the one
-before it is used instead.
+before it is used instead. The digest is for accidents: who makes a file up makes up its digest too,
+so what it says is checked besides.
+
+What clients keep was computed from their rows: the files are for their owner alone.
 """
 
 import hashlib
 import json
-import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import safetensors
 import safetensors.torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, Tree
 from fedsieve.algebra.method import Memory, State
+from fedsieve.disk import LARGEST, parsed, refuse_link, sync, write_whole
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError
 from fedsieve.train.digest import BaseDigest
 
+# What reading a file raises that was cut, or changed by accident.
+_DAMAGE = (OSError, ValueError, KeyError, safetensors.SafetensorError)
 KEEP = 2  # the newest, and one to fall back to
+_NAME = re.compile(r"round-(\d{6,})\.safetensors")
 
 
 class Snapshot(NamedTuple):
@@ -34,6 +42,7 @@ class Snapshot(NamedTuple):
            after it belong to rounds that will be done again
     half:  the last round, where it is merged and no more: what is left of it is to be done
     base:  digest of the base model that the run began with; none in checkpoints of old
+    recipe: by which its rounds were trained, as TOML; none in checkpoints of old
     """
 
     progress: Progress
@@ -41,6 +50,37 @@ class Snapshot(NamedTuple):
     marks: dict[str, int]
     half: Unevaluated | None = None
     base: BaseDigest | None = None
+    recipe: str | None = None
+
+
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
+class _Facts(BaseModel):
+    """What a checkpoint holds beside tensors; see `Snapshot`, and `_same` for `same`."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1]
+    round: Count
+    total_bytes: Count
+    dense_bytes: Count
+    clients: list[str]
+    marks: dict[Literal["metrics.jsonl", "clients.jsonl"], Count]
+    same: dict[str, str]
+    base: dict[Literal["weights", "config"], str] | None = None
+    recipe: str | None = None
+    half: "_Half | None" = None
+
+
+class _Half(BaseModel):
+    """See `Unevaluated`: the fields of a `Round` and of `Receipt`s."""
+
+    model_config = ConfigDict(strict=True)
+
+    summary: dict[str, Any]
+    receipts: list[dict[str, Any]]
+    due: bool
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
@@ -64,6 +104,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         "marks": snapshot.marks,
         "same": same,
         "base": None if snapshot.base is None else snapshot.base._asdict(),
+        "recipe": snapshot.recipe,
     }
     if snapshot.half is not None:
         half = snapshot.half
@@ -74,9 +115,9 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     path = folder / _name(progress.round)
     try:
         if not folder.is_dir():
-            folder.mkdir(parents=True)
+            folder.mkdir(mode=0o700, parents=True)
             sync(folder.parent)
-        write_whole(path, data)
+        write_whole(path, data, mode=0o600)
     except OSError as error:
         raise FedSieveError(
             f"the checkpoint {path} cannot be written: {error.strerror or error}. The older "
@@ -90,18 +131,20 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
 def load(folder: Path, layout: Layout, base: BaseDigest | None = None) -> Snapshot:
     """The newest whole checkpoint; a damaged one is passed over with a warning.
 
-    Raises FedSieveError if there is none, or if it belongs to another base or another layout.
+    Raises FedSieveError if there is none, if it says what no run says, or if it belongs to another
+    base or another layout.
     """
     files = _newest_first(folder)
     for path in files:
         try:
             facts, tensors = _read(path)
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except _DAMAGE as error:
             warnings.warn(
                 f"the checkpoint {path} is damaged ({error}): the one before it is used",
                 stacklevel=2,
             )
             continue
+        _check(path, facts, tensors)
         then = None if facts.get("base") is None else BaseDigest(**facts["base"])
         _refuse_another_base(then, base)
         return _snapshot(path, facts, tensors, layout)._replace(base=then)
@@ -111,7 +154,42 @@ def load(folder: Path, layout: Layout, base: BaseDigest | None = None) -> Snapsh
 
 def names_later(folder: Path, number: int) -> bool:
     """Whether there is a checkpoint of a later round, whole or not."""
-    return any(path.name > _name(number) for path in _newest_first(folder))
+    return bool(later(folder, number))
+
+
+class Note(NamedTuple):
+    """What a checkpoint tells before a model is there. Of the fields of a `Snapshot`:
+
+    round:    of its progress
+    receipts: of its half round, where the log lacks them yet
+    evaluated: whether the log has the line of its round
+    """
+
+    path: Path
+    round: int
+    marks: dict[str, int]
+    recipe: str | None
+    receipts: list[dict[str, Any]]
+    evaluated: bool
+
+
+def notes(folder: Path) -> list[Note]:
+    """What the whole checkpoints of a folder tell, the newest first.
+
+    Raises FedSieveError for one that says what no run says.
+    """
+    found = []
+    for path in _newest_first(folder):
+        try:
+            facts, tensors = _read(path)
+        except _DAMAGE:
+            continue  # `load` warns of it
+        _check(path, facts, tensors)
+        half = facts.get("half")
+        receipts = half["receipts"] if half else []
+        recipe, marks = facts.get("recipe"), facts["marks"]
+        found.append(Note(path, facts["round"], marks, recipe, receipts, half is None))
+    return found
 
 
 def newest_round(folder: Path) -> tuple[int, list[dict[str, Any]]]:
@@ -119,13 +197,13 @@ def newest_round(folder: Path) -> tuple[int, list[dict[str, Any]]]:
 
     0 and none where there is no checkpoint.
     """
-    for path in _newest_first(folder):
-        try:
-            facts, _ = _read(path)
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError):
-            continue  # `load` warns of it
-        return int(facts["round"]), facts["half"]["receipts"] if "half" in facts else []
-    return 0, []
+    found = notes(folder)
+    return (found[0].round, found[0].receipts) if found else (0, [])
+
+
+def later(folder: Path, number: int) -> list[Path]:
+    """The checkpoints of later rounds, whole or not, the newest first."""
+    return [path for path in _newest_first(folder) if _round(path) > number]
 
 
 def forget_after(folder: Path, number: int) -> None:
@@ -133,33 +211,8 @@ def forget_after(folder: Path, number: int) -> None:
 
     Left there, a damaged one would count among the newest `KEEP` and push out a whole one.
     """
-    for path in _newest_first(folder):
-        if path.name > _name(number):
-            path.unlink()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there with all of `data`, or not changed at all."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-    sync(path.parent)  # the rename itself must reach the disk too
-
-
-def sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    for path in later(folder, number):
+        path.unlink()
 
 
 def _name(number: int) -> str:
@@ -167,7 +220,21 @@ def _name(number: int) -> str:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("round-*.safetensors"), reverse=True)
+    """The files that are called as checkpoints are; nothing else in the folder is touched.
+
+    Raises FedSieveError for a link among them.
+    """
+    refuse_link(folder, folder=True)
+    found = [path for path in folder.glob("round-*.safetensors") if _NAME.fullmatch(path.name)]
+    for path in found:
+        refuse_link(path)
+    return sorted(found, key=_round, reverse=True)
+
+
+def _round(path: Path) -> int:
+    named = _NAME.fullmatch(path.name)
+    assert named is not None
+    return int(named[1])
 
 
 def _flat(prefix: str, trees: Mapping[str, Tree]) -> dict[str, Tensor]:
@@ -200,8 +267,52 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _digest(tensors, metadata["facts"]) != metadata["digest"]:
         raise ValueError("its digest does not match")
-    facts: dict[str, Any] = json.loads(metadata["facts"])
-    return facts, tensors
+    return parsed(metadata["facts"], f"what {path} says"), tensors
+
+
+def _check(path: Path, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raises FedSieveError, naming the fact, for a checkpoint that no run has written."""
+
+    def refuse(what: str) -> FedSieveError:
+        return FedSieveError(
+            f"the checkpoint {path} was not written by FedSieve ({what}): remove it, and go on "
+            "from the one before it"
+        )
+
+    try:
+        _Facts.model_validate(facts)
+        for kind, rows in _rows(facts):
+            hints = get_type_hints(kind)
+            for row in rows:
+                kind(**row)  # no field too many or too few
+                for name, value in row.items():
+                    TypeAdapter(hints[name]).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise refuse(f"{place}: {first['msg']}"[:200]) from None
+    except TypeError as error:
+        raise refuse(f"half: {error}"[:200]) from None
+    if facts["round"] != _round(path):
+        raise refuse(f"round is {facts['round']}")
+    if len(set(facts["clients"])) != len(facts["clients"]):
+        raise refuse("clients: one is there twice")
+    for name, earlier in facts["same"].items():
+        if earlier not in tensors or name in tensors:
+            raise refuse(f"same: {name[:80]!r} is {earlier[:80]!r}")
+    for name in [*tensors, *facts["same"]]:
+        kind, _, rest = name.partition("/")
+        number, _, of_client = rest.partition("/")
+        known = number.isdecimal() and int(number) < len(facts["clients"]) and "/" in of_client
+        if not (kind == "state" and "/" in rest) and not (kind == "memory" and known):
+            raise refuse(f"it holds a tensor {name[:80]!r}")
+    if not any(name.startswith("state/adapter/") for name in tensors):
+        raise refuse("it holds no adapter")
+
+
+def _rows(facts: Mapping[str, Any]) -> list[tuple[Any, list[dict[str, Any]]]]:
+    half = facts.get("half")
+    return [] if half is None else [(Round, [half["summary"]]), (Receipt, half["receipts"])]
 
 
 def _refuse_another_base(then: BaseDigest | None, now: BaseDigest | None) -> None:
@@ -238,8 +349,8 @@ def _snapshot(
         facts["round"], State(layout, trees), facts["total_bytes"], facts["dense_bytes"]
     )
     half = None
-    if "half" in facts:
+    if facts.get("half") is not None:
         told = facts["half"]
         receipts = [Receipt(**receipt) for receipt in told["receipts"]]
         half = Unevaluated(Round(**told["summary"]), receipts, progress, told["due"])
-    return Snapshot(progress, memories, facts["marks"], half)
+    return Snapshot(progress, memories, facts["marks"], half, recipe=facts.get("recipe"))

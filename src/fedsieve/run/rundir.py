@@ -1,5 +1,9 @@
 """A run's directory: the recipe, the logs, the checkpoints, the adapter and the report.
 
+A directory that is made here is its owner's alone (mode 0700): logs and checkpoints tell of single
+clients. It may also come from somebody else. So nothing in it is followed that leads out of it:
+where a link stands in the place of one of the run's files, the run is refused (`check`).
+
 The logs hold one JSON object a line and only ever grow, except that resuming cuts off the lines
 written after the checkpoint from which it goes on: those rounds are done again.
 
@@ -15,14 +19,17 @@ import platform
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
+from safetensors import SafetensorError
 
+from fedsieve import disk
+from fedsieve.disk import refuse_link, remove_link, write_whole
 from fedsieve.errors import FedSieveError
 
 RECIPE = "recipe.toml"
@@ -31,8 +38,10 @@ CLIENTS = "clients.jsonl"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 REPORT = "report.html"
-_LOGS = (METRICS, CLIENTS)
-_OURS = (RECIPE, *_LOGS, CHECKPOINTS, ADAPTER, REPORT)  # in the order of removal
+LOCK = ".lock"
+LOGS = (METRICS, CLIENTS)
+_OURS = (RECIPE, *LOGS, CHECKPOINTS, ADAPTER, REPORT)  # in the order of removal
+_FOLDERS = (CHECKPOINTS, ADAPTER)
 SEED = "seed"
 _TELLING = (CLIENTS, CHECKPOINTS)  # of who took part
 
@@ -97,26 +106,29 @@ def create(folder: Path, recipe: str, *, overwrite: bool = False, secret: bool =
     """
     if not overwrite:
         refuse(folder)
-    for name in _OURS:
-        there = folder / name
+    for there in (*(folder / name for name in _OURS), own(folder)):
+        if remove_link(there):
+            continue
         if there.is_dir():
             shutil.rmtree(there)
         else:
             there.unlink(missing_ok=True)
-    if own(folder).exists():
-        shutil.rmtree(own(folder))
     if secret:
         _make_secret(folder)
-    for name in _LOGS:
-        place(folder, name).write_bytes(b"")
+    for name in LOGS:
+        write_whole(place(folder, name), b"")
     # Last, and by a rename: a folder with a recipe is a run that can be resumed.
-    part = folder / f".{RECIPE}.part"
-    part.write_text(recipe, encoding="utf-8")
-    part.replace(folder / RECIPE)
+    write_whole(folder / RECIPE, recipe.encode())
 
 
 def check(folder: Path) -> None:
-    """Raises FedSieveError if the folder holds no run."""
+    """Raises FedSieveError if the folder holds no run, or a link in the place of a run's file."""
+    for name in (*_OURS, LOCK):
+        refuse_link(folder / name, folder=name in _FOLDERS)
+    secret = own(folder)
+    refuse_link(secret, folder=True)
+    for name in (SEED, *_TELLING):
+        refuse_link(secret / name, folder=name in _FOLDERS)
     if not (folder / RECIPE).is_file():
         raise FedSieveError(f"{folder} holds no run: there is no {RECIPE} in it")
 
@@ -134,8 +146,9 @@ def lock(folder: Path) -> AbstractContextManager[object]:
     Raises FedSieveError if another process has it, or if the folder cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(folder / ".lock").acquire(timeout=0)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        refuse_link(folder / LOCK)
+        return filelock.FileLock(folder / LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise FedSieveError(f"another process is working on the run in {folder}") from None
     except OSError as error:
@@ -148,38 +161,50 @@ def append(folder: Path, log: str, rows: Iterable[NamedTuple]) -> None:
     for row in rows:
         known = {key: value for key, value in row._asdict().items() if value is not None}
         lines.append(json.dumps(known, allow_nan=False) + "\n")
-    with place(folder, log).open("a", encoding="utf-8") as file:
-        file.writelines(lines)
+    disk.append(place(folder, log), "".join(lines))
 
 
 def marks(folder: Path) -> dict[str, int]:
     """The logs' lengths in bytes, after making sure that they are on the disk."""
-    lengths = {}
-    for name in _LOGS:
-        with place(folder, name).open("rb") as file:
-            os.fsync(file.fileno())
-            lengths[name] = os.fstat(file.fileno()).st_size
-    return lengths
+    return {name: disk.synced_length(place(folder, name)) for name in LOGS}
 
 
 def last_round(folder: Path) -> int:
-    """The round of the last whole line of metrics.jsonl; 0 where there is none."""
-    lines = (folder / METRICS).read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    return int(json.loads(whole[-1])["round"]) if whole else 0
+    """The round of the last whole line of metrics.jsonl; 0 where there is none.
+
+    Raises FedSieveError, naming the line, where the file is damaged.
+    """
+    path, last = folder / METRICS, 0
+    for number, line in disk.objects(path):
+        if line is not None:
+            if type(line.get("round")) is not int:
+                raise FedSieveError(f"{path}, line {number} tells no round")
+            last = line["round"]
+    return last
 
 
-def cut_back(folder: Path, lengths: dict[str, int]) -> None:
+def cut_back(folder: Path, lengths: Mapping[str, int]) -> None:
     """Cut the logs to the lengths that a checkpoint noted.
 
-    Raises FedSieveError if a log is shorter: somebody has changed it.
+    Raises FedSieveError if a log is shorter: somebody has changed it. Nothing but logs is cut.
     """
-    for name, length in lengths.items():
+    for name in LOGS:
         path = place(folder, name)
-        size = path.stat().st_size if path.exists() else 0
-        if size < length:
+        if name in lengths and not disk.cut(path, lengths[name]):
             raise FedSieveError(f"{path} has lost lines since the checkpoint: it cannot be resumed")
-        os.truncate(path, length)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk is the user's to mend, whichever file met it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        what, why = getattr(error, "filename", None) or folder, getattr(error, "strerror", None)
+        raise FedSieveError(
+            f"{what} cannot be written: {why or error}. The checkpoints are whole: make room, then "
+            f"`fedsieve resume {folder}`"
+        ) from error
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -189,7 +214,9 @@ def environment(device: str) -> dict[str, Any]:
     facts |= {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {"cpus": os.cpu_count() or 0, "device": device}
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        # A repository that came from elsewhere may name a program there.
+        command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
+        command += ["--abbrev=40", "--exclude=*"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         facts["git_commit"] = done.stdout.strip()
     except (OSError, subprocess.SubprocessError):

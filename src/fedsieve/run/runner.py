@@ -8,20 +8,26 @@ Noise that comes from the operating system is the one thing that no recipe repea
 such noise is on the disk before anything of it leaves (an evaluation, a message, the adapter), and
 is never drawn a second time once it is: two noisy versions of one round would tell more than the
 account of epsilon counts.
+
+A run's folder may come from somebody else, or have been changed by hand. Before the model is loaded
+all that is there has been read and found in order (found.py): no links, no programs, the recipe by
+which the rounds were trained, whole logs.
 """
 
 import shutil
 import signal
 import threading
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from safetensors import SafetensorError
+
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
+from fedsieve.disk import remove_link
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError, NoUsableUpdate
@@ -37,6 +43,7 @@ from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
+from fedsieve.run.found import in_order
 from fedsieve.tasks import tokens
 from fedsieve.train.model import load_tokenizer, pick_device
 
@@ -48,32 +55,48 @@ class Stopped(Exception):
     """The run was stopped by the user; its state is kept."""
 
 
-def start(recipe: Recipe, folder: Path, show: Show, *, overwrite: bool = False) -> Adapter:
+def start(
+    recipe: Recipe,
+    folder: Path,
+    show: Show,
+    build: Build = from_recipe,
+    *,
+    overwrite: bool = False,
+) -> Adapter:
     """Run a recipe from its beginning, in a directory of its own.
 
     Raises FedSieveError for bad input, Stopped after Ctrl-C or SIGTERM.
     """
     if not overwrite:
         rundir.refuse(folder)  # before the model and the data are loaded
-    experiment = from_recipe(recipe)
+    experiment = build(recipe)
     assert experiment.recipe is not None
     facts = rundir.environment(str(experiment.resident.device))
     text = recipes.dump(experiment.recipe, {**facts, "notes": list(experiment.notes)})
-    with rundir.lock(folder), _disk_errors(folder):
+    with rundir.lock(folder), rundir.disk_errors(folder):
         recipe = experiment.recipe
         rundir.create(folder, text, overwrite=overwrite, secret=deployed(recipe))
         return _go_on(_with_secret(experiment, recipe, folder), recipe, None, folder, show)
 
 
-def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
+def resume(
+    folder: Path,
+    show: Show,
+    build: Build = from_recipe,
+    *,
+    allow_code: bool = False,
+    accept_changes: bool = False,
+) -> Adapter:
     """Go on with a run from its newest whole checkpoint; a finished run is left as it is.
 
-    Raises FedSieveError if the folder holds no run that can be resumed, or if the base model has
-    changed since; Stopped as `start` does.
+    allow_code: see `recipes.check`
+    accept_changes: go on though the recipe was edited since the rounds so far were trained
+    Raises FedSieveError if the folder holds no run that can be resumed, if anything in it is not as
+    a run leaves it, or if the base model has changed since; Stopped as `start` does.
     """
     rundir.check(folder)
     with rundir.lock(folder):
-        recipe = recipes.load(str(folder / rundir.RECIPE))
+        recipe = in_order(folder, allow_code=allow_code, accept_changes=accept_changes)
         if deployed(recipe):
             rundir.secret_seed(folder)  # refused before the model and the data are loaded
         experiment = _with_secret(build(recipe), recipe, folder)
@@ -83,14 +106,27 @@ def resume(folder: Path, show: Show, build: Build = from_recipe) -> Adapter:
             resident = experiment.resident
             snapshot = checkpoint.load(checkpoints, resident.layout, resident.digest)
             _refuse_one_count(folder, recipe, snapshot)
+            _refuse_other_state(folder, experiment, snapshot)
             experiment.memories.update(snapshot.memories)
         if deployed(recipe):
             _refuse_other_noise(folder, snapshot.progress.round if snapshot else 0)
-        with _disk_errors(folder):
+        with rundir.disk_errors(folder):
             rundir.cut_back(folder, snapshot.marks if snapshot else {rundir.METRICS: 0})
             if snapshot:
                 checkpoint.forget_after(checkpoints, snapshot.progress.round)
             return _go_on(experiment, recipe, snapshot, folder, show)
+
+
+def _refuse_other_state(folder: Path, experiment: Experiment, snapshot: Snapshot) -> None:
+    """Raises FedSieveError for a state that the method does not have: rounds would break off."""
+    trees = snapshot.progress.state.trees
+    for group, tree in experiment.federation.method.init(experiment.start).trees.items():
+        shapes = {name: tuple(tensor.shape) for name, tensor in tree.items()}
+        if {name: tuple(tensor.shape) for name, tensor in trees.get(group, {}).items()} != shapes:
+            raise FedSieveError(
+                f"{folder}: the newest checkpoint's {group!r} is not what the recipe's method and "
+                "server keep: it is of another recipe, or was not written by FedSieve"
+            )
 
 
 def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:
@@ -106,11 +142,19 @@ def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:
         )
 
 
-def export(folder: Path, to: Path, *, merge: bool = False) -> int:
+def export(
+    folder: Path,
+    to: Path,
+    *,
+    merge: bool = False,
+    trust_remote_code: bool = False,
+    allow_code: bool = False,
+    accept_changes: bool = False,
+) -> int:
     """Write the newest checkpoint's adapter, or the whole model with it merged in, to a folder.
 
-    Returns the round it is from. Raises FedSieveError if there is no run, if `to` is not empty, or
-    if the base model has changed since the run began.
+    trust_remote_code: see `load_base`; allow_code, accept_changes: see `resume`
+    Returns the round it is from. Raises FedSieveError as `resume` does, and if `to` is not empty.
     """
     rundir.check(folder)
     try:
@@ -119,24 +163,30 @@ def export(folder: Path, to: Path, *, merge: bool = False) -> int:
             raise FedSieveError(f"{to} is not empty: choose another folder")
     except OSError as error:
         raise FedSieveError(f"{to} cannot be written: {error.strerror}") from error
-    recipe = recipes.load(str(folder / rundir.RECIPE))
-    tokenizer = load_tokenizer(locate(recipe.model.source))
+    recipe = in_order(folder, allow_code=allow_code, accept_changes=accept_changes)
+    source = locate(recipe.model.source)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     tokens.ensure_pad_token(tokenizer)
-    resident = set_up_resident(recipe, tokenizer, pick_device("cpu"))
+    device = pick_device("cpu")
+    resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     place = rundir.place(folder, rundir.CHECKPOINTS)
     snapshot = checkpoint.load(place, resident.layout, resident.digest)
     adapter = build_method(recipe).export(snapshot.progress.state)
-    if merge:
-        resident.merge(adapter, to)
-    else:
-        resident.save(adapter, to)
+    try:
+        if merge:
+            resident.merge(adapter, to)
+        else:
+            resident.save(adapter, to)
+    except (OSError, SafetensorError) as error:
+        raise FedSieveError(f"{to} cannot be written: {error}") from error
     return snapshot.progress.round
 
 
 def rounds_of(folder: Path) -> int:
     """How many rounds a run's recipe asks for."""
     rundir.check(folder)
-    return int(tomllib.loads((folder / rundir.RECIPE).read_text(encoding="utf-8"))["rounds"])
+    source = str(folder / rundir.RECIPE)
+    return recipes.parse(recipes.read(source), source).rounds
 
 
 def _go_on(
@@ -144,11 +194,12 @@ def _go_on(
 ) -> Adapter:
     """Train the rounds that are left, from a snapshot that is on the disk, or from none."""
     checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
+    text = recipes.dump(recipe, {})
     with sigterm_as_ctrl_c():
         if snapshot is None:
             first, progress = loop.begin(experiment.federation, experiment.start)
             rundir.append(folder, rundir.METRICS, [first])
-            snapshot = _snapshot(experiment, progress, folder)
+            snapshot = _snapshot(experiment, progress, folder, text)
             checkpoint.save(checkpoints, snapshot)
             show(first, [])
         saved = snapshot
@@ -158,7 +209,7 @@ def _go_on(
             nonlocal snapshot, saved
             if not fresh:
                 return  # the round can be done again as it was
-            snapshot = _snapshot(experiment, half.progress, folder)._replace(half=half)
+            snapshot = _snapshot(experiment, half.progress, folder, text)._replace(half=half)
             checkpoint.save(checkpoints, snapshot)
             saved = snapshot
 
@@ -174,7 +225,7 @@ def _go_on(
                 rundir.append(folder, rundir.CLIENTS, receipts)
                 # Before this line a Ctrl-C finds the snapshot of the round before, with its own
                 # marks and memories: what of this round is written already will be cut off.
-                snapshot = _snapshot(experiment, progress, folder)
+                snapshot = _snapshot(experiment, progress, folder, text)
                 if progress.round % recipe.checkpoint.every == 0 or progress.round == recipe.rounds:
                     checkpoint.save(checkpoints, snapshot)
                     saved = snapshot
@@ -219,30 +270,20 @@ def _refuse_other_noise(folder: Path, number: int) -> None:
         )
 
 
-def _snapshot(experiment: Experiment, progress: Progress, folder: Path) -> Snapshot:
-    base = experiment.resident.digest
-    return Snapshot(progress, dict(experiment.memories), rundir.marks(folder), base=base)
+def _snapshot(experiment: Experiment, progress: Progress, folder: Path, recipe: str) -> Snapshot:
+    """recipe: as TOML."""
+    marks, base = rundir.marks(folder), experiment.resident.digest
+    return Snapshot(progress, dict(experiment.memories), marks, base=base, recipe=recipe)
 
 
 def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path) -> None:
     """Write the adapter beside its place first, so that a crash leaves no half of it."""
     part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    if not remove_link(part):
+        shutil.rmtree(part, ignore_errors=True)
     experiment.resident.save(adapter, part)
     shutil.rmtree(folder, ignore_errors=True)
     part.replace(folder)
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk is the user's to mend, whichever file met it."""
-    try:
-        yield
-    except OSError as error:
-        raise FedSieveError(
-            f"{error.filename or folder} cannot be written: {error.strerror or error}. The "
-            f"checkpoints are whole: make room, then `fedsieve resume {folder}`"
-        ) from error
 
 
 @contextmanager

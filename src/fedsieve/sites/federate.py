@@ -3,7 +3,8 @@
 `prepare` writes a run's directory that holds, beside what every run has,
 
     app/       a Flower app of one file: it names this package's two ends and this directory
-    flower/    what Flower's command line needs to know of the server
+    flower/    what Flower's command line needs to know of the server, and what the server must
+               still know when it is started anew: its nodes, their keys, messages on their way
     sites.json the key of each site's node, from when it was first met, where nodes have keys
 
 (and beside it, with [privacy], the directory of what only the server may know: rundir.py)
@@ -19,8 +20,10 @@ Nothing here needs Flower, except that `check_installed` looks for it.
 """
 
 import dataclasses
+import datetime
 import hashlib
 import json
+import re
 import secrets
 import tomllib
 import warnings
@@ -37,6 +40,8 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
+from fedsieve.data.fetch import PACKAGES
+from fedsieve.disk import refuse_link, write_whole
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
@@ -51,20 +56,33 @@ from fedsieve.recipe.experiment import (
     set_up_resident,
     with_privacy,
 )
-from fedsieve.recipe.method import build_method
+from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
+from fedsieve.sites import certificates
 from fedsieve.sites.assignment import refuse_patterns
+from fedsieve.sites.certificates import CA as CA
+from fedsieve.sites.certificates import CERTIFICATE as CERTIFICATE
+from fedsieve.sites.certificates import PRIVATE as PRIVATE
 from fedsieve.sites.resident import whole_message
-from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, number_of
+from fedsieve.sites.server import (
+    RoundPolicy,
+    Sites,
+    Transport,
+    cleaned,
+    mean_score,
+    number_of,
+)
+from fedsieve.sites.site import NAME
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Score, evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
+from fedsieve.wire import longest
 from fedsieve.wire.format import VERSION
 
 FLOWER = (1, 41)
@@ -72,7 +90,9 @@ APP = "app"
 HOME = "flower"  # of Flower's command line
 # What of a RoundPolicy users choose; the rest follows from the recipe.
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
+TOLD = "told.toml"  # the recipe as the sites are told it
 KEYS = "sites.json"  # site -> its node's public key
+LINK = "link.db"  # in HOME: without it a SuperLink that restarts knows none of its nodes
 CONNECTION = "fedsieve"  # what that calls this server
 COMPONENTS = {
     "serverapp": "fedsieve.sites.flower_app:server",
@@ -84,8 +104,17 @@ QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
 # Flower sends a message in objects of this many bytes, and a node begins one again that is not
 # through after 30 s: its own 5 MiB never get through a slow uplink (docs/deploy.md, What travels).
 OBJECTS = "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE=131072"
-# The files of a folder of certificates: openssl's names in docs/deploy.md.
-CA, CERTIFICATE, PRIVATE = "ca.crt", "server.pem", "server.key"
+
+
+class History(NamedTuple):
+    """What the log tells of the rounds up to the newest whole checkpoint.
+
+    merged: site -> the last round in which its update was merged
+    given:  (site, digest of what an update said) -> its round
+    """
+
+    merged: dict[str, int]
+    given: dict[tuple[str, str], int]
 
 
 class ServerAddress(NamedTuple):
@@ -126,6 +155,8 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     with rundir.lock(folder):
         text = recipes.dump(recipe, {**facts, "notes": notes} if notes else facts)
         rundir.create(folder, text, secret=deployed(recipe))
+        told = recipes.dump(_for_sites(recipe), {"federation": facts["federation"]})
+        write_whole(folder / TOLD, told.encode())
         _write_app(folder, policy, listen)
     return commands(folder, listen)
 
@@ -145,18 +176,23 @@ def commands(folder: Path, listen: ServerAddress) -> list[str]:
         )
         trust = f"--root-certificates {CA} --auth-supernode-private-key <the site's key>"
     return [
-        f"{home} flower-superlink {server} {tls} --disable-runtime-dependency-installation",
+        f"{home} flower-superlink {server} --database {folder / HOME / LINK} {tls} "
+        "--disable-runtime-dependency-installation",
         f"{QUIET} {OBJECTS} flower-supernode --superlink {name}:{listen.port} {trust} "
         f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
-        f"{home} flwr run {folder / APP} {CONNECTION} --stream",
+        f"fedsieve federate --resume {folder}",
     ]
 
 
 def cautions(listen: ServerAddress) -> list[str]:
-    """What whoever opens the server to other machines should know."""
+    """What whoever starts the server should know: who may reach it, and for how long.
+
+    Raises FedSieveError for certificates that do not hold now.
+    """
+    found = [] if listen.certificates is None else _endings(listen.certificates)
     if listen.host in LOOPBACK:
-        return []
-    found = [
+        return found
+    found += [
         f"Flower {'.'.join(map(str, FLOWER))} takes orders (`flwr run`, `flwr supernode register`) "
         "at the port at which it serves the nodes, from anyone who reaches it: let other machines "
         "reach the paths under /v1/fleet/ only (docs/deploy.md)"
@@ -169,7 +205,8 @@ def cautions(listen: ServerAddress) -> list[str]:
 def begin_again(folder: Path) -> list[str]:
     """The command that goes on with a federation, as a list of its words.
 
-    Raises FedSieveError if the folder holds no federation.
+    Warns of certificates that end soon. Raises FedSieveError if the folder holds no federation, or
+    if its server's certificates do not hold now.
     """
     check_installed()
     rundir.check(folder)
@@ -178,8 +215,55 @@ def begin_again(folder: Path) -> list[str]:
         raise FedSieveError(
             f"{folder} holds a run in one process: go on with `fedsieve resume {folder}`"
         )
+    _refuse_other_app(app)
     _renew(app / "pyproject.toml")
+    config = tomllib.loads((folder / HOME / "config.toml").read_text(encoding="utf-8"))
+    if root := config["superlink"][CONNECTION].get("root-certificates"):
+        for ending in _endings(Path(root).parent):
+            warnings.warn(ending, stacklevel=2)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
+
+
+def _refuse_other_app(app: Path) -> None:
+    """Raises FedSieveError for an app that holds more than `_write_app` has put there.
+
+    Flower would run it: the directory may come from somebody else.
+    """
+    refuse_link(app, folder=True)
+    refuse_link(app / "pyproject.toml")
+    for path in sorted(app.iterdir()):
+        if path.name != "pyproject.toml":
+            raise FedSieveError(f"{path} is no part of a federation, and would be run: remove it")
+    source = str(app / "pyproject.toml")
+    table = recipes.toml((app / "pyproject.toml").read_text(encoding="utf-8"), source)
+    try:
+        given, needs = table["tool"]["flwr"]["app"], table["project"]["dependencies"]
+        ours = Path(given["config"]["folder"]).resolve() == app.parent.resolve() and needs == []
+    except (KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise FedSieveError(
+            f"{source} is not what `fedsieve federate` wrote for {app.parent}: begin a new one"
+        )
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raises FedSieveError if a Flower run that has ended left the federation unfinished.
+
+    `flwr run` ends with 0 whatever became of what it ran.
+    """
+    begun = (folder / rundir.METRICS).exists()
+    last, rounds = rundir.last_round(folder) if begun else 0, runner.rounds_of(folder)
+    if last < rounds:
+        where = f"after round {last} of {rounds}"
+    elif not (folder / rundir.ADAPTER).is_dir():
+        where = "and has no final adapter yet"
+    else:
+        return
+    raise FedSieveError(
+        f"the federation in {folder} stopped {where}: why is said above, and in the log of its "
+        f"Flower run. Go on with `fedsieve federate --resume {folder}`"
+    )
 
 
 def _renew(path: Path) -> None:
@@ -188,7 +272,7 @@ def _renew(path: Path) -> None:
     app = table["tool"]["flwr"]["app"]
     if app["components"] != COMPONENTS:
         app["components"] = COMPONENTS
-        checkpoint.write_whole(path, tomli_w.dumps(table).encode())
+        write_whole(path, tomli_w.dumps(table).encode())
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -204,14 +288,16 @@ def serve(
 
     Raises FedSieveError if it cannot go on, runner.Stopped if it was stopped.
     """
-    text = (folder / rundir.RECIPE).read_text(encoding="utf-8")
+    # A federation that was prepared before there was one goes on under its digest.
+    told = folder / TOLD if (folder / TOLD).exists() else folder / rundir.RECIPE
+    text = told.read_text(encoding="utf-8")
     rounds = runner.rounds_of(folder)
     board: list[Sites] = []
     warned: list[str] = []
 
     def build(recipe: Recipe) -> Experiment:
         experiment, sites = on_network(
-            recipe, text, transport, policy, say, _merged(folder), folder / KEYS
+            recipe, text, transport, policy, say, _history(folder), folder / KEYS
         )
         board.append(sites)
         return experiment
@@ -241,13 +327,13 @@ def on_network(
     transport: Transport,
     policy: RoundPolicy,
     say: Callable[[str], None],
-    merged: Mapping[str, int],
+    history: History,
     keys: Path,
 ) -> tuple[Experiment, Sites]:
     """A federation whose clients are the sites that the transport reaches, once they are there.
 
     text: the recipe as the sites are told it
-    merged: the last round in which each site's update was merged
+    history: what of the rounds before is in the log
     keys: the file with the key of each site's node; new sites are added to it
     Raises FedSieveError if too few sites come, or for what of the recipe does not fit.
     """
@@ -269,12 +355,25 @@ def on_network(
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert resident.digest is not None
     welcome = partial(_welcome, method=method, base=resident.digest.weights, say=say)
-    known = json.loads(keys.read_text(encoding="utf-8")) if keys.exists() else {}
+    refuse_link(keys)
+    known = _known(keys)
 
     def pin(all_keys: Mapping[str, str]) -> None:
-        checkpoint.write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
+        write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
-    sites = Sites(transport, text, digest, welcome, policy, say, merged=merged, keys=known, pin=pin)
+    sites = Sites(
+        transport,
+        text,
+        digest,
+        welcome,
+        policy,
+        say,
+        merged=history.merged,
+        given=history.given,
+        keys=known,
+        pin=pin,
+        most=longest(resident.layout),
+    )
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
     there = sites.there
@@ -313,6 +412,8 @@ def on_network(
         there=there,
         aside=sites.aside,
         dense=resident.dense,
+        norm_bound=norm_bound(recipe),
+        before=sites.before,
     )
     notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
@@ -343,24 +444,57 @@ def _welcome(
             raise FedSieveError(f"site {client.id!r} has no examples")
         return client._replace(examples=examples)
     name, versions, given = head.get("name"), head.get("versions"), head.get("budget")
-    if not isinstance(name, str) or not name or len(name) > 64 or not name.isprintable():
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise FedSieveError("its description has no usable name")
     wire = versions.get("wire") if isinstance(versions, Mapping) else None
     if wire != VERSION:
         raise FedSieveError(
-            f"site {name!r} speaks version {wire!r} of FedSieve's messages, this server version "
-            f"{VERSION}: install the same FedSieve there"
+            f"site {name!r} speaks version {cleaned(wire, 40)} of FedSieve's messages, this server "
+            f"version {VERSION}: install the same FedSieve there"
         )
     shares = {}
     for knob in Budget._fields:
         value = given.get(knob, 1.0) if isinstance(given, Mapping) else 1.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise FedSieveError(f"site {name!r}: its budget has {knob} {value!r}, not in (0, 1]")
+            raise FedSieveError(
+                f"site {name!r}: its budget has {knob} {cleaned(value, 40)}, not in (0, 1]"
+            )
         shares[knob] = float(value)
     unused = [knob for knob, value in shares.items() if value < 1 and knob not in method.knobs]
     if unused:
         say(f"site {name!r}: the method makes no use of its budget's {', '.join(unused)}")
     return Client(name, 1, Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
+
+
+def _known(place: Path) -> dict[str, str]:
+    """site -> its node's key, in Flower's form; the file may hold OpenSSH's lines (`site-key.pub`).
+
+    Raises FedSieveError for a file that is none, or where one key has two names.
+    """
+    if not place.exists():
+        return {}
+    try:
+        known = {
+            name: _flowers(key) if key.startswith("ecdsa-") else key
+            for name, key in json.loads(place.read_text(encoding="utf-8")).items()
+        }
+    except (ValueError, AttributeError) as error:
+        raise FedSieveError(
+            f"{place} does not list names and keys of sites (docs/deploy.md): {error}"
+        ) from error
+    if len({*known.values()}) < len(known):
+        raise FedSieveError(f"{place}: one key has two names; a key holds one")
+    return known
+
+
+def _flowers(line: str) -> str:
+    """A public key in OpenSSH's form as nodes prove it: PEM, in hexadecimal digits."""
+    from cryptography.hazmat.primitives import serialization  # comes with Flower
+
+    key = serialization.load_ssh_public_key(line.encode())
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    told: bytes = key.public_bytes(serialization.Encoding.PEM, form)
+    return told.hex()
 
 
 def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[str]]:
@@ -393,6 +527,21 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
     data = recipe.data.model_copy(update={"test": None if test is None else absolute(test)})
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
     return recipe.model_copy(update={"data": data, "model": model}), notes
+
+
+def _for_sites(recipe: Recipe) -> Recipe:
+    """The recipe without what is the server's own: paths, files, columns, device, versions."""
+    own = "the site's own"
+    asked = recipe.data
+    data = schema.Data(
+        train=own,
+        classes=asked.classes,
+        max_length=asked.max_length,
+        validation=asked.validation,
+    )
+    source = recipe.model.source if recipe.model.source in PACKAGES else own
+    model = recipe.model.model_copy(update={"source": source})
+    return recipe.model_copy(update={"data": data, "model": model, "device": "auto"})
 
 
 def _refuse_noise_that_sites_know(plan: PrivacyPlan) -> None:
@@ -438,12 +587,17 @@ def _refuse_open_door(listen: ServerAddress) -> None:
                 raise FedSieveError(
                     f"--certificates: {listen.certificates} has no {name} (docs/deploy.md makes it)"
                 )
+        _endings(listen.certificates)
     elif listen.host not in LOOPBACK and not listen.insecure:
         raise FedSieveError(
             f"--host {listen.host}: other machines reach it, so it needs TLS and the nodes' keys: "
             "give --certificates (docs/deploy.md makes them), or --insecure if you know that the "
             "network is yours alone"
         )
+
+
+def _endings(folder: Path) -> list[str]:
+    return certificates.endings(folder, datetime.datetime.now(datetime.UTC))
 
 
 def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None:
@@ -481,18 +635,20 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
     config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
     for name, table in ((f"{APP}/pyproject.toml", app), (f"{HOME}/config.toml", config)):
         path = folder / name
+        refuse_link(path.parent, folder=True)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(tomli_w.dumps(table), encoding="utf-8")
+        write_whole(path, tomli_w.dumps(table).encode())
+    refuse_link(folder / HOME / LINK)
+    (folder / HOME / LINK).touch(mode=0o600)  # updates of the sites pass through it
 
 
-def _merged(folder: Path) -> dict[str, int]:
-    """site -> the last round in which its update was merged, as of the newest whole checkpoint.
-
-    The log may hold lines of a round after the checkpoint: that round is done again.
-    """
+def _history(folder: Path) -> History:
+    """The log may hold lines of a round after the checkpoint: that round is done again."""
     last, unlogged = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
     log = rundir.place(folder, rundir.CLIENTS)
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     receipts = [json.loads(line) for line in lines if line.endswith("}")]
     receipts = [r for r in receipts if r["round"] <= last] + unlogged
-    return {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
+    merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
+    said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
+    return History(merged, {(site, digest): number for site, digest, number in reversed(said)})

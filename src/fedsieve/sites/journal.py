@@ -14,14 +14,14 @@ it gave:
     another message           what came after it is forgotten
 
 How far back a server can go follows from its checkpoints, two of which it keeps. A file is whole or
-not there (`checkpoint.write_whole`) and begins with a digest; one that is damaged counts as not
+not there (`disk.write_whole`) and begins with a digest; one that is damaged counts as not
 there, with a warning. Nothing is kept in this process: what is on the disk is what counts.
 """
 
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.algebra.method import Memory
-from fedsieve.run.checkpoint import write_whole
+from fedsieve.disk import write_whole
 
 _DIGEST = 16  # bytes
 _ANSWER = "answer"
@@ -77,18 +77,23 @@ def memories(folder: Path, number: int) -> Iterator[tuple[int, Memory]]:
         yield 0, {}
 
 
-def write(folder: Path, entry: Entry, keep: int) -> None:
+def write(
+    folder: Path, entry: Entry, keep: int, room: Callable[[int], None] = lambda more: None
+) -> None:
     """Add a round. Later rounds are void and go first; then those that are no longer needed.
 
     keep: the entries of so many rounds before this one stay, the newest one before those, and the
           one that this round began with
+    room: told how many bytes the entry has, before anything is changed; raises to refuse them
     Raises OSError if it cannot be written; the entries of earlier rounds are as they were then.
     """
+    data = _to_bytes(entry)
+    room(len(data))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in _files(folder):
         if path.name >= _name(entry.round):
             path.unlink()
-    write_whole(folder / _name(entry.round), _to_bytes(entry))
+    write_whole(folder / _name(entry.round), data)
     old = [p for p in _files(folder) if p.name < _name(max(0, entry.round - keep))]
     for path in old[:-1]:
         if path.name != _name(entry.before):

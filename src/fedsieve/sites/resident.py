@@ -20,11 +20,12 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -40,13 +41,13 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
+from fedsieve.disk import write_whole
 from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
-from fedsieve.run.checkpoint import write_whole
 from fedsieve.settings import Share
-from fedsieve.sites import journal, worker
+from fedsieve.sites import journal, limits, worker
 from fedsieve.sites.assignment import Assignment, checked, prepare
 from fedsieve.sites.journal import Entry
 from fedsieve.sites.site import Site, budget_of, link_of, load
@@ -54,11 +55,13 @@ from fedsieve.sites.worker import Frame, refusal
 from fedsieve.tasks import tokens
 from fedsieve.train.local import Fit, evaluate, fit
 from fedsieve.train.model import pick_device
-from fedsieve.wire import decode, encode
+from fedsieve.wire import decode, encode, longest
 from fedsieve.wire.format import VERSION
 
 RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
+RECIPE_BYTES = 1 << 20  # the longest that is taken
+TOLD = "told"  # the digests of the recipes, in the order in which they were told last
 _SAID = 500  # characters of an error
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -105,6 +108,7 @@ def run(path: Path, say: Callable[[str], None]) -> None:
                 partial(answer, resident),
                 partial(about, resident),
                 lambda address: tell(f"ready at {address}"),
+                partial(most_bytes, resident),
             )
     finally:
         os.umask(before)
@@ -117,8 +121,9 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     not there.
     """
     pick_device(site.device)
-    for part in [*site.folder.glob("runs/*/.*.part"), *site.folder.glob("runs/*/*/.*.part")]:
-        part.unlink()
+    for within in ("", "runs/*/", "runs/*/*/"):
+        for part in site.folder.glob(f"{within}.*.part"):
+            part.unlink()
     for part in site.folder.glob("adapters/.*.part"):
         shutil.rmtree(part)
     for old in site.folder.glob("adapters/.*.old"):
@@ -142,8 +147,24 @@ def about(resident: Resident, request: Frame) -> Frame | None:
     try:
         _checked(Describe, request)
     except FedSieveError as error:
-        return refusal(str(error)[:_SAID])
+        return refusal(_told(resident.site, error))
     return Frame(_facts(resident))
+
+
+def most_bytes(resident: Resident, header: Mapping[str, Any]) -> int:
+    """The longest body of a request, from its header: what the adapter's layout can fill.
+
+    Before the worker knows a layout (it was started again, and its recipe is on the disk), any.
+    """
+    do = header.get("do")
+    if do == "recipe":
+        return RECIPE_BYTES
+    if do not in ("train", "evaluate", "keep"):
+        return 0
+    assignment = resident.assignment
+    if assignment is None or assignment.run != header.get("recipe"):
+        return worker.BODY
+    return longest(assignment.start.layout, base=True)
 
 
 def answer(resident: Resident, request: Frame) -> Frame:
@@ -159,8 +180,12 @@ def answer(resident: Resident, request: Frame) -> Frame:
         result = work(resident, request)
     except _Unknown as error:
         result = refusal(str(error), unknown_recipe=True)
+    except _Lost as error:
+        result = refusal(str(error), lost_memory=True)
     except FedSieveError as error:
-        result = refusal(str(error)[:_SAID])
+        result = refusal(_told(resident.site, error))
+        if result.header["error"] != str(error):
+            resident.say(f"error: {error}")
     except (OSError, SafetensorError) as error:
         resident.say(f"error: {error}")
         why = getattr(error, "strerror", None) or type(error).__name__
@@ -175,7 +200,14 @@ def answer(resident: Resident, request: Frame) -> Frame:
     what += f", round {number}" if isinstance(number, int) else ""
     told = "done" if result.header["ok"] else f"refused: {result.header['error']}"
     resident.say(f"{what}: {told} ({seconds:.1f} s)")
-    return result
+    return worker.seal(worker.digest(request), result)
+
+
+def _told(site: Site, error: FedSieveError) -> str:
+    """An error as the server may read it: no path of the site, and of a bounded length."""
+    own = (site.folder, site.cache, site.model, site.data.train, site.data.test)
+    paths = [str(path) for path in own if path is not None and os.sep in str(path)]
+    return worker.without_paths(str(error), *paths)[:_SAID]
 
 
 def whole_message(adapter: Adapter) -> bytes:
@@ -237,7 +269,9 @@ class BudgetOffer(_Asked):
 class Train(_Asked):
     """One round. recipe: SHA-256 of its text; budget: where it is not the site's own.
 
-    after: the last round of this site that the server merged: what it kept since then is void
+    site: whom it is for
+    after: the last round of this site that the server merged: what it kept since then is void, and
+        a method that keeps a memory needs that round's. None goes on from what is there
     """
 
     do: Literal["train"]
@@ -245,6 +279,7 @@ class Train(_Asked):
     seed: NonNegativeInt
     round: PositiveInt
     after: NonNegativeInt | None = None
+    site: Annotated[str, Field(max_length=64)] | None = None
     budget: BudgetOffer | None = None
 
 
@@ -258,6 +293,10 @@ class EvaluateRequest(_Asked):
 
 class _Unknown(FedSieveError):
     """A recipe that was never told here."""
+
+
+class _Lost(FedSieveError):
+    """A memory that a round needs, and that is not on the disk any more."""
 
 
 def _checked(kind: type[T], request: Frame) -> T:
@@ -297,7 +336,7 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     folder = _folder(resident, run)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_whole(folder / RECIPE, request.body)
-    _forget_old_runs(folder.parent)
+    _forget_old_runs(resident.site.folder, run)
     return Frame(_facts(resident))
 
 
@@ -310,6 +349,8 @@ def _train(resident: Resident, request: Frame) -> Frame:
             f"seed {asked.seed}, round {number}: the recipe has seed {recipe.seed} and "
             f"{recipe.rounds} rounds"
         )
+    if asked.site not in (None, site.name):
+        raise FedSieveError("this request is for another site")
     budget = _budget(site, asked.budget)
     folder = _folder(resident, assignment.run) / "rounds"
     digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
@@ -320,11 +361,28 @@ def _train(resident: Resident, request: Frame) -> Frame:
         )
         key = Key(recipe.seed, number, site.name)
         since = number if asked.after is None else min(number, asked.after + 1)
-        done = _round(assignment, client, journal.memories(folder, since), key, request.body)
+        memories = journal.memories(folder, since)
+        if assignment.method.keeps and asked.after is not None and since == asked.after + 1:
+            memories = _from(asked.after, memories)
+        done = _round(assignment, client, memories, key, request.body)
         done = done._replace(asked=digest)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
-        journal.write(folder, done, keep=2 * recipe.checkpoint.every)
+        room = partial(limits.check_room, site)
+        journal.write(folder, done, keep=2 * recipe.checkpoint.every, room=room)
     return Frame(done.facts, done.answer)
+
+
+def _from(after: int, memories: Iterator[tuple[int, Memory]]) -> Iterator[tuple[int, Memory]]:
+    """The memories again, of which the newest is that after this round. Raises _Lost else."""
+    newest = next(memories, None)
+    if newest is None:
+        return iter(())  # forgotten in good order: `_round` says so
+    if newest[0] != after:
+        raise _Lost(
+            f"this site has lost what it kept after round {after}: its own update of that round "
+            "counts on it"
+        )
+    return chain([newest], memories)
 
 
 def _round(
@@ -403,9 +461,11 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     place = resident.site.folder / "adapters" / assignment.run[:16]
     part, old = (place.with_name(f".{place.name}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
+    _refuse_another_adapter(resident.site, place)
     try:
         part.mkdir(mode=0o700, parents=True)
         assignment.resident.save(adapter, part)
+        limits.check_room(resident.site, 0)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -415,6 +475,15 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     shutil.rmtree(old, ignore_errors=True)
     resident.say(f"the adapter after round {asked.round} is in {place}")
     return Frame({"ok": True, "round": asked.round})
+
+
+def _refuse_another_adapter(site: Site, place: Path) -> None:
+    others = [path for path in place.parent.glob("[!.]*") if path != place]
+    if len(others) >= site.most_adapters:
+        raise FedSieveError(
+            f"this site's folder has {len(others)} adapters, and takes at most "
+            f"{site.most_adapters} (most_adapters): its owner moves old ones away, or raises that"
+        )
 
 
 _WORK: dict[str, Callable[[Resident, Frame], Frame]] = {
@@ -451,11 +520,19 @@ def _folder(resident: Resident, run: str) -> Path:
     return resident.site.folder / "runs" / run
 
 
-def _forget_old_runs(folder: Path) -> None:
-    """All but the newest `RUNS`, by when their recipe was told last."""
-    told = sorted(folder.glob(f"*/{RECIPE}"), key=lambda path: path.stat().st_mtime_ns)
-    for path in told[:-RUNS]:
-        shutil.rmtree(path.parent)
+def _forget_old_runs(folder: Path, run: str) -> None:
+    """Forget all but the newest `RUNS`, of which this one was told last.
+
+    In the order in which they were told, and not by the dates of files: clocks are set back.
+    """
+    place = folder / TOLD
+    before = place.read_text(encoding="ascii").split() if place.exists() else []
+    there = {path.name for path in (folder / "runs").iterdir()} - {run}
+    known = [digest for digest in before if digest in there]
+    order = [*sorted(there - {*known}), *known, run]
+    write_whole(place, "\n".join(order[-RUNS:]).encode("ascii"))
+    for digest in order[:-RUNS]:
+        shutil.rmtree(folder / "runs" / digest)
 
 
 def _assignment(resident: Resident, run: str) -> Assignment:
@@ -478,4 +555,4 @@ def _change_assignment(resident: Resident, run: str, text: bytes) -> None:
     recipe = checked(text, site)
     resident.assignment = None  # two models at once may be more than the memory holds
     rows, test_rows = resident.rows, resident.test_rows
-    resident.assignment = prepare(run, recipe, rows, test_rows, site.most_steps, resident.say)
+    resident.assignment = prepare(run, recipe, rows, test_rows, site, resident.say)

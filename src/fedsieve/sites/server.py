@@ -12,7 +12,6 @@ A round closes when all who were asked have answered, or when as many updates ar
 and what it sends afterwards is counted and thrown away. Until then its site is busy and not drawn.
 """
 
-import hashlib
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,8 @@ from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Exchange
 from fedsieve.errors import FedSieveError, WireError
-from fedsieve.sites.worker import Frame, pack, unpack
+from fedsieve.sites import worker
+from fedsieve.sites.worker import Frame, check_seal, pack, unpack
 from fedsieve.train.local import Score
 
 # Clocks of different machines differ, and a message's time to live is counted on all of them.
@@ -121,13 +121,19 @@ class _Asked(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """A request to a site that is there. transport: bytes of all that was carried for it."""
+    """A request to a site that is there.
+
+    transport: bytes of all that was carried for it; asked: digest of the request (worker.digest)
+    most: bytes that no answer to it can be longer than
+    """
 
     client: Client
     node: Node
     kind: str
     data: bytes
     transport: int
+    asked: bytes
+    most: int
     tries: int = 1
 
 
@@ -147,6 +153,8 @@ class Sites:
         merged: Mapping[str, int] = MappingProxyType({}),
         keys: Mapping[str, str] = MappingProxyType({}),
         pin: Callable[[Mapping[str, str]], None] = lambda keys: None,
+        given: Mapping[tuple[str, str], int] = MappingProxyType({}),
+        most: int = worker.BODY,
     ) -> None:
         """
         recipe, digest: the recipe's text, which every site is told, and what requests call it
@@ -156,9 +164,12 @@ class Sites:
         keys: site -> the key of its node, as far as they are known. A site that is met for the
             first time is bound to its node's key; with another one it is refused from then on
         pin: told all keys whenever one is added
+        most: the longest update, in bytes, that the adapter's layout can fill (wire.longest)
+        given: (site, digest of what an update said) -> its round, of the updates that came before
         """
         self._transport, self._recipe, self._digest = transport, recipe, digest
-        self._welcome, self._policy, self._say = welcome, policy, say
+        self._welcome, self._policy = welcome, policy
+        self._say: Callable[[str], None] = lambda text: say(cleaned(text))
         self._clock, self._sleep = clock, sleep
         self._sites: dict[str, _Site] = {}
         self._connected: frozenset[Node] = frozenset()
@@ -171,8 +182,10 @@ class Sites:
         self._looked = -math.inf  # when it was seen last who is connected
         self._number = 0
         self._merged = dict(merged)
+        self._lost: set[str] = set()  # sites without their memory: they go on from what they have
         self._keys, self._pin = dict(keys), pin
-        self._given: dict[tuple[str, bytes], int] = {}  # (site, digest of an update) -> its round
+        self._given = dict(given)
+        self._most = most + worker.HEADER
 
     def there(self) -> list[Client]:
         """The sites that can be drawn now, in order of id; waits until there are enough.
@@ -206,9 +219,18 @@ class Sites:
         """What the round loop needs of the sites."""
         return Exchange(self.carry, self.settle)
 
+    def before(self, site: str, said: str, number: int) -> int | None:
+        """The earlier round in which a site's update said the same, if there is one.
+
+        said: digest of an update's meaning (`payload.digest`), which is noted for this round
+        """
+        first = self._given.setdefault((site, said), number)
+        return None if first == number else first
+
     def settle(self, merged: Collection[str]) -> None:
         """Note whose updates of the last round were merged: what a site keeps begins there."""
         self._merged |= dict.fromkeys(merged, self._number)
+        self._lost -= {*merged}
 
     def carry(self, messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
         """The round's messages to their sites, all at once, and a reply for each, in their order.
@@ -225,7 +247,9 @@ class Sites:
         for client, message in messages:
             asked.append(client)
             stray = self._stray.pop(client.id, 0)
-            own = {**head, "after": self._merged.get(client.id, 0)}
+            own: dict[str, Any] = {**head, "site": client.id}
+            if client.id not in self._lost:
+                own["after"] = self._merged.get(client.id, 0)
             request, dispatch = self._go(
                 client, "train", Frame(own, message), policy.deadline, stray
             )
@@ -238,10 +262,11 @@ class Sites:
         enough = math.inf if policy.enough is None else policy.enough
         for done in self._come_back(waiting, began + policy.deadline):
             for dispatch, incoming in done:
-                reply = _reply(dispatch.client, incoming, key.round)
-                if _forgotten(incoming):
+                reply = _reply(dispatch, incoming, key.round)
+                if _says(incoming, "unknown_recipe"):
                     del self._sites[dispatch.client.id]  # its worker lost its folder: meet it again
-                reply = self._compared(reply, key.round)
+                if _says(incoming, "lost_memory"):
+                    self._lost.add(dispatch.client.id)
                 if updates >= enough:
                     reply = reply._replace(update=None, reason=self._too_late(began, enough))
                 updates += reply.update is not None
@@ -283,7 +308,7 @@ class Sites:
             for dispatch, incoming in done:
                 self._aside += dispatch.transport
                 try:
-                    answers[dispatch.client.id] = _answer(incoming)
+                    answers[dispatch.client.id] = _answer(incoming, dispatch)
                 except WireError as error:
                     self._say(f"{dispatch.client.id}: {do}: {error}")
         for dispatch in waiting.values():
@@ -296,7 +321,9 @@ class Sites:
     ) -> tuple[str | None, Dispatch]:
         site = self._sites.get(client.id)
         node = Node(0) if site is None else site.node
-        dispatch = Dispatch(client, node, kind, pack(frame), transport)
+        dispatch = Dispatch(
+            client, node, kind, pack(frame), transport, worker.digest(frame), self._most
+        )
         there = node in self._connected
         pending = (
             self._transport.send(node.id, kind, dispatch.data, seconds + SKEW) if there else None
@@ -338,14 +365,6 @@ class Sites:
                     self._meet()  # whoever comes back now can be drawn in the next round
                 self._sleep(self._policy.poll)
 
-    def _compared(self, reply: Reply, number: int) -> Reply:
-        """The reply, with the round in which this server process got the same update before."""
-        if reply.update is None:
-            return reply
-        digest = hashlib.blake2b(reply.update, digest_size=16).digest()
-        first = self._given.setdefault((reply.client.id, digest), number)
-        return reply if first == number else reply._replace(repeats=first)
-
     def _too_late(self, began: float, enough: float) -> str:
         seconds = self._clock() - began
         if seconds >= self._policy.deadline:
@@ -377,7 +396,7 @@ class Sites:
         node, client = asked.node, asked.client
         self._aside += incoming.transport
         try:
-            head = _answer(incoming).header
+            head = _told(incoming).header
             if client is None:
                 client = self._welcome(head, None)
                 self._refuse_another(client.id, node)
@@ -400,6 +419,11 @@ class Sites:
         self._say(f"site {client.id} is {'back' if known else 'there'}: {client.examples} examples")
 
     def _refuse_another(self, name: str, node: Node) -> None:
+        others = [site for site, key in self._keys.items() if key == node.key and site != name]
+        if node.key and others:
+            raise FedSieveError(
+                f"its node's key is that of site {others[0]!r}: a key holds one name"
+            )
         if self._keys.get(name, node.key) != node.key:
             raise FedSieveError(
                 f"its node has another key than the one that was site {name!r} before"
@@ -453,7 +477,16 @@ def mean_score(answers: Mapping[str, Frame], say: Callable[[str], None]) -> Scor
     return Score(loss / counted, right / counted, counted) if counted else None
 
 
-def _answer(incoming: Incoming) -> Frame:
+def _answer(incoming: Incoming, dispatch: Dispatch) -> Frame:
+    """What a site answers to this request. Raises WireError for a refusal or another's answer."""
+    if incoming.data is not None and len(incoming.data) > dispatch.most:
+        raise WireError(f"an answer of {len(incoming.data)} bytes: at most {dispatch.most} can be")
+    frame = _told(incoming)
+    check_seal(dispatch.asked, frame)
+    return frame
+
+
+def _told(incoming: Incoming) -> Frame:
     if incoming.data is None:
         raise WireError(f"no answer: {incoming.error}")
     frame = unpack(incoming.data)
@@ -462,21 +495,22 @@ def _answer(incoming: Incoming) -> Frame:
     return frame
 
 
-def _forgotten(incoming: Incoming) -> bool:
+def _says(incoming: Incoming, what: str) -> bool:
+    """Whether a site's answer says this of itself."""
     try:
-        return incoming.data is not None and bool(
-            unpack(incoming.data).header.get("unknown_recipe")
-        )
+        return incoming.data is not None and unpack(incoming.data).header.get(what) is True
     except WireError:
         return False
 
 
-def _reply(client: Client, incoming: Incoming, number: int) -> Reply:
+def _reply(dispatch: Dispatch, incoming: Incoming, number: int) -> Reply:
+    client = dispatch.client
     try:
-        frame = _answer(incoming)
+        frame = _answer(incoming, dispatch)
         head = frame.header
         if head.get("round") != number:
-            raise WireError(f"an answer for round {head.get('round')!r} in round {number}")
+            said = cleaned(head.get("round"), 20)
+            raise WireError(f"an answer for round {said} in round {number}")
         reason = head.get("reason")
         if reason is None and not frame.body:
             raise WireError("an answer without an update")
@@ -496,14 +530,24 @@ def _reply(client: Client, incoming: Incoming, number: int) -> Reply:
 
 
 def _nothing(client: Client, reason: str) -> Reply:
-    return Reply(client, None, reason, math.nan, 0, 0.0, 0.0, 0.0, 0)
+    return Reply(client, None, cleaned(reason), math.nan, 0, 0.0, 0.0, 0.0, 0)
 
 
 def _words(said: object) -> str:
-    """What a site says, for a log: it is trusted with neither its length nor its characters."""
-    if not isinstance(said, str):
-        return "what it says is no text"
-    return "".join(c if c.isprintable() else "?" for c in said[:500])
+    """What a site says in a text of its own."""
+    return cleaned(said) if isinstance(said, str) else "what it says is no text"
+
+
+def cleaned(said: object, most: int = 500) -> str:
+    """What a site says, for a log, a terminal or a page.
+
+    It is trusted with neither its length nor its characters: at most so many, and printable ones.
+    """
+    if isinstance(said, int) and not isinstance(said, bool) and abs(said) > LARGEST:
+        return "a number beyond all sense"  # Python refuses to write one of 5000 digits
+    text = said if isinstance(said, str) else repr(said)
+    shown = "".join(c if c.isprintable() else "?" for c in text[:most])
+    return shown + ("..." if len(text) > most else "")
 
 
 def number_of(head: Mapping[str, Any], name: str) -> float:

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from fedsieve import report
 from fedsieve.clients.network import REFERENCE
+from fedsieve.disk import write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.overrides import flat
 from fedsieve.report import words
 from fedsieve.report.words import duration
 from fedsieve.run import rundir
-from fedsieve.run.checkpoint import write_whole
 from fedsieve.study.jobs import Job, Outcome, ShowRound, diverged, finished, run_all
 from fedsieve.study.plan import LAST, Plan, Settings, final_jobs, trial_job, trial_jobs
 
@@ -107,8 +107,8 @@ def score(folder: Path) -> float:
 
     Raises FedSieveError if the run was never evaluated.
     """
-    rows = map(json.loads, (folder / rundir.METRICS).read_text(encoding="utf-8").splitlines())
-    values = [row["accuracy"] for row in rows if row["round"] > 0 and "accuracy" in row]
+    rows = report.rounds(folder / rundir.METRICS)
+    values = [row.accuracy for row in rows if row.round > 0 and row.accuracy is not None]
     if not values:
         raise FedSieveError(f"{folder} holds no evaluation, so that its settings cannot be judged")
     return statistics.fmean(values[-LAST:])

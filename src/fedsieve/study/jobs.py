@@ -18,12 +18,14 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import torch
 
+from fedsieve import report
+from fedsieve.disk import refuse_link, write_whole
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.recipe import read as recipes
@@ -56,16 +58,25 @@ ShowEnd = Callable[[Outcome], None]
 
 
 def refuse_changed(jobs: Sequence[Job]) -> None:
-    """Raises FedSieveError, naming the key, if a directory holds a run of another recipe."""
+    """Raises FedSieveError, naming the key, if a directory holds a run of another recipe.
+
+    Also if its own recipe is not what it was asked for with, and for a link in the place of a file
+    or of the directory: what is here may have been changed, or come from somebody else.
+    """
     for job in jobs:
+        for place in (job.folder.parent, job.folder):
+            refuse_link(place, folder=True)
+        for name in (ASKED, DIVERGED):
+            refuse_link(job.folder / name)
         if not (job.folder / rundir.RECIPE).exists():
             continue
+        rundir.check(job.folder)
         asked = job.folder / ASKED
         if not asked.exists():
             raise FedSieveError(f"{job.folder} holds some other run: choose another --out")
-        before, now = (
+        before, now, own = (
             dict(flat(recipe.model_dump(mode="json")))
-            for recipe in (recipes.load(str(asked)), job.recipe)
+            for recipe in (_parsed(asked), job.recipe, _parsed(job.folder / rundir.RECIPE))
         )
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
@@ -74,6 +85,29 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
                     f"{now.get(key)!r} is asked for now: choose another --out, or remove that "
                     "directory to run it again"
                 )
+        for key in sorted(before.keys() | own.keys()):
+            if before.get(key) != own.get(key) and not _settled(key, before):
+                raise FedSieveError(
+                    f"{job.folder / rundir.RECIPE} was edited: {key} was {before.get(key)!r} when "
+                    f"the run was asked for and is {own.get(key)!r}: put it back, or remove that "
+                    "directory to run it again"
+                )
+
+
+def _parsed(path: Path) -> Recipe:
+    """A recipe as a file has it. Its method is not imported: that of the job was asked for."""
+    return recipes.parse(recipes.read(str(path)), str(path))
+
+
+def _settled(key: str, asked: Mapping[str, Any]) -> bool:
+    """Whether a run fills this key in by itself, for what was asked."""
+    if key in ("model.source", "data.train", "data.test"):
+        return not Path(str(asked.get(key))).is_absolute()
+    if key == "training.precision":
+        return asked.get(key) == "auto"
+    if key == "rounds":
+        return asked.get("privacy.clip") is not None
+    return key in ("data.classes", "privacy.noise_multiplier") and asked.get(key) is None
 
 
 def diverged(job: Job) -> str | None:
@@ -86,9 +120,9 @@ def finished(job: Job) -> bool:
     """Whether the job's directory holds the run, done to its last round."""
     if not (job.folder / rundir.ADAPTER).is_dir():
         return False
-    lines = (job.folder / rundir.METRICS).read_text(encoding="utf-8").splitlines()
+    rounds = report.rounds(job.folder / rundir.METRICS)
     # The rounds of the run's own recipe: a privacy budget may allow fewer than were asked for.
-    return bool(lines) and json.loads(lines[-1])["round"] == runner.rounds_of(job.folder)
+    return bool(rounds) and rounds[-1].round == runner.rounds_of(job.folder)
 
 
 def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) -> list[Outcome]:
@@ -130,14 +164,16 @@ def _problem(job: Job, show: ShowRound) -> str | None:
 
     try:
         if (job.folder / rundir.RECIPE).exists():
-            runner.resume(job.folder, after)
+            # Of the method of this job, which the directory holds (`refuse_changed`), it was asked
+            # whether it may be a program of somebody's own.
+            runner.resume(job.folder, after, allow_code=True)
         else:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / ASKED).write_text(recipes.dump(job.recipe, {}), encoding="utf-8")
+            job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_whole(job.folder / ASKED, recipes.dump(job.recipe, {}).encode())
             runner.start(job.recipe, job.folder, after)
     except FedSieveError as error:
         if isinstance(error.__cause__, NoUsableUpdate):
-            (job.folder / DIVERGED).write_text(str(error), encoding="utf-8")
+            write_whole(job.folder / DIVERGED, str(error).encode())
         return str(error)
     except runner.Stopped:
         raise
@@ -165,7 +201,7 @@ def _side_by_side(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowE
     def start() -> subprocess.Popen[str]:
         # A session of its own: Ctrl-C in a terminal reaches this process alone, which passes it on.
         process = subprocess.Popen(
-            [sys.executable, "-m", "fedsieve.study.jobs"],
+            [sys.executable, "-P", "-m", "fedsieve.study.jobs"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -246,7 +282,8 @@ def _work(requests: IO[str], answers: IO[str]) -> None:
 
     for line in requests:
         request = json.loads(line)
-        job = Job(request["name"], recipes.check(request["recipe"]), Path(request["folder"]))
+        recipe = recipes.check(request["recipe"], allow_code=True)  # it was asked where we started
+        job = Job(request["name"], recipe, Path(request["folder"]))
         answer(
             {"problem": _problem(job, lambda job, summary: answer({"round": summary._asdict()}))}
         )

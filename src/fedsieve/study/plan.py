@@ -10,7 +10,6 @@ counts as 1 for it, and options of another method or server optimizer are left o
 
 import itertools
 import re
-import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -104,11 +103,13 @@ def plan(
     seeds: Sequence[int] = (),
     target: float | None = None,
     overrides: Sequence[str] = (),
+    allow_code: bool = False,
 ) -> Plan:
     """Read a study, or a recipe with the methods to compare, and check all that it would run.
 
     methods, seeds, target: for a recipe; for a study, seeds and target replace its own.
     overrides: "key=value" changes to the shared recipe.
+    allow_code: see `recipes.check`
     Raises FedSieveError for anything that is not right, naming entry and key.
     """
     study = _read(source, methods)
@@ -128,7 +129,7 @@ def plan(
             f"Settings were chosen on {share:g} of the training rows, which no client of any run "
             f"holds; a trial's score is the mean of its last {LAST} evaluations there."
         )
-    entries = tuple(_work_out(study, each, base, source) for each in study.entry)
+    entries = tuple(_work_out(study, each, base, source, allow_code) for each in study.entry)
     _refuse_twice(entries, source)
     tuned = {entry.name: len(entry.trials) for entry in entries if entry.trials}
     if len(set(tuned.values())) > 1:
@@ -183,7 +184,9 @@ def recipe_of(entry: Entry, settings: Settings, seed: int) -> Recipe:
     for key, value in flat(settings):
         put(table, key, value, f"{where}: {key}")
     table["seed"] = seed
-    return recipes.check(table, where)
+    # Of the entry's own method it was asked when the study was read; a setting may name another.
+    asked = table["method"]["name"] == entry.method
+    return recipes.check(table, where, allow_code=asked)
 
 
 def trial_job(plan: Plan, tune: TuneTable, entry: Entry, number: int, seed: int) -> Job:
@@ -199,9 +202,10 @@ def _read(source: str, methods: Sequence[str]) -> Study:
     table: dict[str, Any] = {}
     if path.is_file():
         try:
-            table = tomllib.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise FedSieveError(f"the study {source} cannot be read: {error}") from error
+        table = recipes.toml(text, f"the study {source}")
     if "entry" not in table and "recipe" not in table:
         # A recipe, and the methods to run it with.
         own = recipes.read(source).get("method", {}).get("name")
@@ -227,7 +231,9 @@ def _beside(source: str, recipe: str) -> str:
     return str(path) if path.is_file() else recipe
 
 
-def _work_out(study: Study, given: EntryTable, base: Mapping[str, Any], source: str) -> Entry:
+def _work_out(
+    study: Study, given: EntryTable, base: Mapping[str, Any], source: str, allow_code: bool
+) -> Entry:
     where = f"{source}: entry {given.name!r}"
     if not _NAME.fullmatch(given.name):
         raise FedSieveError(f"{where}: a name is letters, digits and . , + = - ( ) _ or spaces")
@@ -238,6 +244,8 @@ def _work_out(study: Study, given: EntryTable, base: Mapping[str, Any], source: 
     for key, value in own.items():
         put(table, key, value, f"{where}: set.{key}")
     table["name"] = given.name
+    if not allow_code:
+        recipes.refuse_code(str(table.get("method", {}).get("name")), where)
     notes = _drop_foreign(table, own, where)
     parsed = recipes.parse(table, where)
     knobs = knobs_of(parsed)

@@ -23,12 +23,12 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from fedsieve import report
+from fedsieve.disk import write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.report import words
 from fedsieve.run import rundir
-from fedsieve.run.checkpoint import write_whole
 from fedsieve.study.compare import counting, markdown, score
 from fedsieve.study.jobs import Job, ShowRound, diverged, run_all
 from fedsieve.study.plan import LAST, VALIDATION
@@ -98,11 +98,13 @@ def prepare(
     max_rank: int = 64,
     seeds: Sequence[int] = (),
     overrides: Sequence[str] = (),
+    allow_code: bool = False,
 ) -> Search:
     """Read the recipe from which a search starts.
 
     rank, density: where to begin; by default the recipe's rank and budgets. A density replaces the
         budgets: all clients get it, both ways.
+    allow_code: see `recipes.check`
     Raises FedSieveError for what cannot be searched.
     """
     table = recipes.read(source, overrides)
@@ -114,7 +116,7 @@ def prepare(
             "--density"
         )
     table.setdefault("data", {}).setdefault("validation", VALIDATION)
-    parsed = recipes.check(table, source)
+    parsed = recipes.check(table, source, allow_code=allow_code)
     if not {"down", "up"} <= knobs_of(parsed):
         raise FedSieveError(
             f"{source}: the method {parsed.method.name!r} has no densities to search: choose one "
@@ -269,21 +271,17 @@ def _job(search: Search, config: Config, last: str, seed: int, rounds: int, ever
     name = f"{_name(search, config)}/{last}"
     table |= {"name": name.replace("/", " "), "seed": seed, "rounds": rounds}
     table["evaluation"] = {**table.get("evaluation", {}), "on": "validation", "every": every}
-    return Job(name, recipes.check(table, name), search.folder / name)
-
-
-def _lines(job: Job) -> list[dict[str, Any]]:
-    log = job.folder / rundir.METRICS
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    recipe = recipes.check(table, name, allow_code=True)  # of its method it was asked in `prepare`
+    return Job(name, recipe, search.folder / name)
 
 
 def _sent(job: Job) -> int:
-    return int(_lines(job)[-1]["total_bytes"])
+    return report.rounds(job.folder / rundir.METRICS)[-1].total_bytes
 
 
 def _last_round(job: Job) -> int:
-    last = _lines(job)[-1]
-    return int(last["down_bytes"] + last["up_bytes"])
+    last = report.rounds(job.folder / rundir.METRICS)[-1]
+    return last.down_bytes + last.up_bytes
 
 
 def _rating(trial: Trial) -> float:

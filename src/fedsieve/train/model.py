@@ -29,13 +29,14 @@ from transformers import (
 from fedsieve.algebra.adapter import Adapter, Layout, Tree, layout_of
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
 from fedsieve.train import card, parts, targets
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
 from fedsieve.train.head import match_rows
 from fedsieve.train.parts import Place
+from fedsieve.train.source import refuse_pickled
 from fedsieve.train.trial import run_with_pairs, settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
@@ -187,9 +188,9 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub model or a local folder."""
-    return _pretrained(AutoTokenizer, name)
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub model or a local folder. trust_remote_code: see `load_base`."""
+    return _pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
 
 
 def load_base(
@@ -201,26 +202,34 @@ def load_base(
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     pad_token_id: int | None = None,
     settings: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A pretrained model, ready for the task: frozen, but for what was drawn (see parts.py).
 
     classes:  names of the labels; a classifier without a head for them gets a new one, drawn from
               `key`, and one that has them in another order gets its rows into this one (head.py)
     pad_token_id: the tokenizer's
-    settings: changes to the model's configuration, such as its dropout rates
-    Raises FedSieveError if the model cannot be found or read, if it is quantised, if more than a
-    head would have to be drawn, or if it does not keep to what every model must (trial.py).
+    settings: changes to the model's configuration, such as its dropout rates, and to nothing else
+              of how it is loaded
+    trust_remote_code: that the model's own code, from the hub or its folder, is run was asked for
+              by who started this
+    Raises FedSieveError if the model cannot be found or read, if its weights are pickled, if it is
+    quantised, if more than a head would have to be drawn, or if it does not keep to what every
+    model must (trial.py).
     """
+    refuse_pickled(name)
     _refuse_quantised(name, settings or {})
+    _refuse_no_setting(name, settings or {}, trust_remote_code)
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
     kind = AutoModelForCausalLM
     if task == "classification":
         kind = AutoModelForSequenceClassification
-        known = _pretrained(AutoConfig, name).id2label
+        known = _pretrained(AutoConfig, name, trust_remote_code=trust_remote_code).id2label
         given["problem_type"] = "single_label_classification"
         given["id2label"] = dict(enumerate(classes))
         given["label2id"] = {label: number for number, label in enumerate(classes)}
     given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    given |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(word(key.at("head")))
         model, info = _pretrained(kind, name, **given)
@@ -242,7 +251,7 @@ def load_base(
 
 def shape_of(name: str, task: Task, classes: int) -> PreTrainedModel:
     """A model without numbers, on the meta device, from its configuration alone."""
-    config = _pretrained(AutoConfig, name)
+    config = _pretrained(AutoConfig, name, trust_remote_code=False)
     config.num_labels = classes
     kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     with torch.device("meta"):
@@ -381,8 +390,13 @@ def _make(folder: Path) -> None:
 def _pretrained(kind: Any, name: str, **given: Any) -> Any:
     try:
         return kind.from_pretrained(name, **given)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, RecursionError) as error:
+        first = (str(error).strip() or "nested too deep").splitlines()[0]
+        if "trust_remote_code" in str(error):
+            raise FedSieveError(
+                f"model {name!r} needs code of its own, which would run with your rights: give "
+                "--trust-remote-code to `fedsieve run`, `resume` or `export` if you trust it"
+            ) from error
         raise FedSieveError(
             f"model {name!r} cannot be loaded: {first} (give a folder that exists, a name on the "
             "hub, or a name that `fedsieve fetch` knows)"
@@ -392,7 +406,7 @@ def _pretrained(kind: Any, name: str, **given: Any) -> Any:
 def _refuse_quantised(name: str, settings: Mapping[str, Any]) -> None:
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return  # loading the model says what is wrong
     asked = sorted({"quantization_config", "load_in_4bit", "load_in_8bit"} & set(settings))
     if asked or config.get("quantization_config") is not None:
@@ -401,6 +415,28 @@ def _refuse_quantised(name: str, settings: Mapping[str, Any]) -> None:
             f"model {name!r} is quantised{by}, and such bases are not supported yet: give one of "
             "float32, bfloat16 or float16"
         )
+
+
+def _refuse_no_setting(name: str, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
+    """Raises FedSieveError for a setting that the model's configuration does not have.
+
+    What it does not have would go to the function that loads the model: options that say which code
+    is run, which files are read, and where others are written.
+    """
+    if settings:
+        config = _pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+        for key in settings:
+            known = {"attn_implementation", *config.attribute_map, *config.to_dict()}
+            if key not in known or key.startswith("_"):
+                raise FedSieveError(
+                    f"model.settings.{key[:80]}: the configuration of {name!r} has no such setting"
+                    + nearest(key, known)
+                )
+            if key == "attn_implementation" and "/" in str(settings[key]):
+                raise FedSieveError(
+                    f"model.settings.{key}: {str(settings[key])[:80]!r} is a program from the hub, "
+                    "and none is run: name one that transformers has (sdpa, eager)"
+                )
 
 
 def _slots(model: nn.Module) -> dict[str, Place]:

@@ -1,0 +1,184 @@
+"""Files in folders that somebody else may have made.
+
+A run's folder gets copied, mailed and unpacked from archives, and an archive may hold a link in the
+place of any file. So what is written is whole or not there, and goes through no link; what is read
+is read as if an enemy had written it: ordinary files, lines of a bounded length, numbers that fit.
+
+The folder that a user names may be a link itself, as may what lies above it: that is their word.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedsieve.errors import FedSieveError
+
+LARGEST = 2**63 - 1  # a whole number in a file; what is computed from it fits a float
+LONGEST = 1 << 20  # bytes of a line
+
+
+def refuse_link(path: Path, *, folder: bool = False) -> None:
+    """Raises FedSieveError for what is neither missing nor an ordinary file (or folder)."""
+    try:
+        mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not (stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode)):
+        what = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
+        raise FedSieveError(
+            f"{path} is {what}, where a run has a {'folder' if folder else 'file'} of its own: "
+            "nothing is read or written there; put what belongs there in its place, or remove it"
+        )
+
+
+def remove_link(path: Path) -> bool:
+    """Remove a link, not what it leads to. Whether there was one."""
+    if path.is_symlink():
+        path.unlink()
+        return True
+    return False
+
+
+def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write a file so that it is there with all of `data`, or not changed at all.
+
+    mode: less what the process's umask takes. A link at `path` is replaced, not followed.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.unlink(missing_ok=True)
+        # What another process puts there in between is not opened.
+        opened = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        with os.fdopen(opened, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)  # the rename itself must reach the disk too
+
+
+def sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def append(path: Path, text: str) -> None:
+    """Add to the end of a file, which is made if need be."""
+    with os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as f:
+        f.write(text)
+
+
+def synced_length(path: Path) -> int:
+    """The length of a file in bytes, after making sure that they are on the disk."""
+    opened = _open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+        return os.fstat(opened).st_size
+    finally:
+        os.close(opened)
+
+
+def cut(path: Path, length: int) -> bool:
+    """Cut a file to a length in bytes. False, with nothing done, where it is shorter."""
+    if not path.exists():
+        return length == 0
+    opened = _open(path, os.O_WRONLY)
+    try:
+        if os.fstat(opened).st_size < length:
+            return False
+        os.ftruncate(opened, length)
+        return True
+    finally:
+        os.close(opened)
+
+
+def _open(path: Path, flags: int) -> int:
+    """Raises FedSieveError for a link, also a hard one: another file would be written to."""
+    refuse_link(path)
+    opened = os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    found = os.fstat(opened)
+    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+        return opened
+    os.close(opened)
+    raise FedSieveError(
+        f"{path} is a hard link: what is written to it would change another file too. Copy it "
+        "in its own place"
+    )
+
+
+def objects(path: Path, until: int | None = None) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Line numbers and JSON objects of a file of lines; None for a last line that was cut.
+
+    until: how many bytes a checkpoint knows of: these alone are read, and no line of them is cut
+    Raises FedSieveError, naming the line, for any other line that is no JSON object, or that is
+    longer, deeper or of larger numbers than what anybody writes.
+    """
+    refuse_link(path)
+    if not path.exists() and not until:
+        return
+    broken: FedSieveError | None = None
+    with path.open("rb") as file:
+        if until is not None and os.fstat(file.fileno()).st_size < until:
+            raise FedSieveError(f"{path} has lost lines since the checkpoint: it cannot be resumed")
+        number = 0
+        while broken is None and (until is None or file.tell() < until):
+            line = file.readline(LONGEST + 1)
+            if not line:
+                break
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > LONGEST:
+                raise FedSieveError(f"{where} is longer than {LONGEST} bytes: the file is damaged")
+            if not line.strip():
+                continue
+            try:
+                yield number, parsed(line, where)
+            except NotJson as error:
+                broken = FedSieveError(f"{error}: the file is damaged")
+        if broken is not None and (until is not None or any(line.strip() for line in file)):
+            raise broken
+        if until is not None and file.tell() != until:
+            raise FedSieveError(f"{where} is not where the checkpoint has its end: it was changed")
+        if broken is not None:
+            yield number, None
+
+
+class NotJson(FedSieveError):
+    """A text that is not JSON: it may have been cut."""
+
+
+class _TooLarge(ValueError):
+    """A whole number beyond what a file may hold."""
+
+
+def parsed(text: bytes | str, where: str) -> dict[str, Any]:
+    """The JSON object that a text holds.
+
+    Raises NotJson, and FedSieveError for any other value, or for a whole number beyond `LARGEST`;
+    both begin with `where`.
+    """
+    try:
+        value = json.loads(text, parse_int=_whole)
+    except _TooLarge:
+        raise FedSieveError(f"{where} holds a number beyond {LARGEST}") from None
+    except (ValueError, RecursionError):
+        raise NotJson(f"{where} is not JSON") from None
+    if not isinstance(value, dict):
+        raise FedSieveError(f"{where} is not a JSON object")
+    return value
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > len(str(LARGEST)) + 1 or abs(int(digits)) > LARGEST:
+        raise _TooLarge
+    return int(digits)

@@ -1,0 +1,69 @@
+"""A run's folder as it is found: in order, or refused before its model is loaded.
+
+It may come from somebody else, or have been changed by hand since it was left. What is asked here:
+the recipe names no program and is the one by which the rounds so far were trained, and the logs are
+whole as far as the newest checkpoint knows of them.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsieve import report
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.overrides import flat
+from fedsieve.recipe.schema import Recipe, deployed
+from fedsieve.run import checkpoint, rundir
+
+# Keys that say where things are, and not what they are.
+PLACES = ("name", "device", "model.source", "data.train", "data.test")
+
+
+def in_order(folder: Path, *, allow_code: bool, accept_changes: bool) -> Recipe:
+    """A run's recipe, after all that can be read without its model was read.
+
+    allow_code, accept_changes: see `runner.resume`
+    Raises FedSieveError, naming file and line or key, for what is not as a run leaves it. Warns of
+    changes of the recipe that are accepted.
+    """
+    source = str(folder / rundir.RECIPE)
+    recipe = recipes.load(source, allow_code=allow_code)
+    if rundir.untouched(folder):
+        return recipe
+    for note in checkpoint.notes(rundir.place(folder, rundir.CHECKPOINTS))[:1]:
+        if note.recipe is not None:
+            _refuse_edited(source, note.recipe, recipe, accept_changes)
+        last = note.round if note.evaluated else note.round - 1
+        metrics, clients = (rundir.place(folder, name) for name in rundir.LOGS)
+        report.check_logs(metrics, clients, note.marks, last)
+    return recipe
+
+
+def _refuse_edited(source: str, text: str, now: Recipe, accept_changes: bool) -> None:
+    """Raises FedSieveError, naming what, where a recipe is not the one that rounds were trained by.
+
+    text: that recipe, as TOML
+    """
+    then = recipes.parse_text(text, f"the recipe in a checkpoint of {source}")
+    before, after = (_plain(each) for each in (then, now))
+    changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    if not changed:
+        return
+    said = "; ".join(f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in changed)
+    if deployed(then) and not set(changed) <= {*PLACES}:
+        raise FedSieveError(
+            f"{source} was edited since the run's rounds were trained ({said}), and epsilon is of "
+            "the recipe as it was: put it back"
+        )
+    if not accept_changes:
+        raise FedSieveError(
+            f"{source} was edited since the run's rounds were trained ({said}): put it back, start "
+            "a new run, or give --accept-changes to go on with the recipe as it is now"
+        )
+    warnings.warn(f"{source} was edited since the run's rounds were trained: {said}", stacklevel=4)
+
+
+def _plain(recipe: Recipe) -> Mapping[str, Any]:
+    return dict(flat(recipe.model_dump(mode="json")))

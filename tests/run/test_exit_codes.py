@@ -1,0 +1,171 @@
+"""How a command ends: 0 if what it was asked for is there, and never where a run has stopped short.
+
+Scripts and schedulers see nothing else of a run. Each case stops one at some place, for some
+reason; 2 is for what the user can mend, 130 for Ctrl-C and SIGTERM, as shells have it.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsieve.errors import FedSieveError
+from fedsieve.run import rundir
+from tests import runs
+from tests.conftest import Command, Ran, Tiny
+
+# Where a run can be stopped, by the name that its caller has for it.
+PLACES = {
+    "while the recipe is checked": "fedsieve.recipe.read.check",
+    "while the rows are read": "fedsieve.recipe.experiment.load_rows",
+    "while the model is loaded": "fedsieve.recipe.experiment.load_base",
+    "while a client trains": "fedsieve.recipe.experiment.fit",
+    "while it is evaluated": "fedsieve.recipe.experiment.evaluate",
+    "while a line is logged": "fedsieve.run.rundir.append",
+    "while a checkpoint is written": "fedsieve.run.checkpoint.save",
+    "while the adapter is saved": "fedsieve.train.model.ResidentModel.save",
+    "while the report is drawn": "fedsieve.report.write",
+}
+FULL = OSError(28, "No space left on device")
+REASONS: dict[str, tuple[BaseException, int]] = {
+    "Ctrl-C": (KeyboardInterrupt(), 130),
+    "a full disk": (FULL, 2),
+    "bad input": (FedSieveError("no"), 2),
+    "a fault of ours": (RuntimeError("a fault"), 1),
+}
+
+
+def ended(command: Command, *words: str | Path) -> int:
+    """The exit code; 1 where Python shows a traceback."""
+    try:
+        return command(*words).code
+    except Exception:  # what Python does with it is exit code 1
+        return 1
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after round 1 of 2. Not to be changed."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.raises(BaseException, match="stopped after round 1"):
+        runs.start(tiny, folder, runs.stop_at(1), rounds=2)
+    return folder
+
+
+# Every place for every reason in `run`; the other commands have its way, and one reason a place.
+CASES = [
+    *(("run", place, reason) for place in PLACES for reason in REASONS),
+    *(("resume", place, "Ctrl-C") for place in list(PLACES)[1:]),
+    *(("compare", place, "Ctrl-C") for place in PLACES),
+    *(("compare", "while a client trains", reason) for reason in REASONS if reason != "Ctrl-C"),
+]
+
+
+@pytest.mark.parametrize(("name", "place", "reason"), CASES)
+def test_a_run_that_stops_short_does_not_end_with_0(
+    name: str,
+    place: str,
+    reason: str,
+    tiny: Tiny,
+    stopped: Path,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    raised, code = REASONS[reason]
+    recipe, out = tiny.write(tmp_path / "r.toml", rounds=2), tmp_path / "out"
+    words: dict[str, tuple[str | Path, ...]] = {
+        "run": ("run", recipe, "--out", out),
+        "resume": ("resume", out),
+        "compare": ("compare", recipe, "--out", out),
+    }
+    if name == "resume":
+        shutil.copytree(stopped, out)
+
+    def stop(*_: object, **__: object) -> Any:
+        raise raised
+
+    monkeypatch.setattr(PLACES[place], stop)
+    ended_with = ended(command, *words[name])
+    assert ended_with != 0
+    if reason == "Ctrl-C":
+        assert ended_with == 130
+    elif name != "compare":  # which goes on with its other runs, and says at its end what failed
+        assert ended_with in (code, 1 if reason == "a full disk" else code)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "no client's update is of use": {"training__lr": 1e30},
+    "no such model": {"model__source": "/nowhere"},
+    "no such rows": {"data__train": "/nowhere.csv"},
+    "no such method": {"method__name": "fedsieve.methods.nothing"},
+    "no such column": {"data__text": "nothing"},
+    "a key that is not known": {"training__speed": 1},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("name", ["run", "compare"])
+def test_a_run_that_is_refused_does_not_end_with_0(
+    name: str, what: str, tiny: Tiny, tmp_path: Path, command: Command, no_report: None
+) -> None:
+    recipe = tiny.write(tmp_path / "r.toml", rounds=2, **REFUSED[what])
+    ran = command(name, recipe, "--out", tmp_path / "out")
+    assert ran.code in ((2,) if name == "run" else (1, 2)), ran
+    assert "Traceback" not in ran.err
+
+
+def test_what_cannot_be_resumed_does_not_end_with_0(
+    stopped: Path, tmp_path: Path, command: Command, no_report: None
+) -> None:
+    assert command("resume", tmp_path / "nothing").code == 2
+    shutil.copytree(stopped, tmp_path / "run")
+    with rundir.lock(tmp_path / "run"):
+        assert command("resume", tmp_path / "run").code == 2
+    for path in (tmp_path / "run" / rundir.CHECKPOINTS).iterdir():
+        path.unlink()
+    assert command("resume", tmp_path / "run").code == 2
+
+
+def test_a_run_that_is_done_ends_with_0(
+    tiny: Tiny, tmp_path: Path, command: Command, no_report: None
+) -> None:
+    recipe, out = tiny.write(tmp_path / "r.toml", rounds=1), tmp_path / "out"
+    acts: list[Callable[[], Ran]] = [
+        lambda: command("run", recipe, "--out", out),
+        lambda: command("resume", out),
+    ]
+    assert [act().code for act in acts] == [0, 0]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["run", "compare"])
+def test_a_process_that_is_asked_to_stop_ends_with_130(
+    sent: signal.Signals, name: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    recipe = tiny.write(tmp_path / "r.toml", rounds=10**6)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedsieve", name, str(recipe), "--out", str(tmp_path / "out")],
+        env={**os.environ},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not any(p.stat().st_size for p in tmp_path.rglob(rundir.CLIENTS)):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
