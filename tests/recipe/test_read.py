@@ -208,3 +208,13 @@ def test_names_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert recipes.load("demo").name == "demo"
     Path("mine").write_text(tomli_w.dumps(recipes.load("demo").model_dump(exclude_none=True)))
     assert recipes.load("mine").name == "demo"
+
+
+def test_what_a_run_s_recipe_has_written_out_is_what_the_page_says(tiny: Tiny) -> None:
+    """Defaults of the tables and the method's own server, not the options of the method."""
+    table = tiny.table(method={"name": "flasc"}, budgets=[{}], server=None, lora={"rank": 4})
+    written = tomllib.loads(recipes.dump(recipes.check(table), {}))
+    assert written["training"]["epochs"] == 1
+    assert written["server"]["optimizer"] == "adam"
+    assert written["method"] == {"name": "flasc"}
+    assert "targets" not in written["lora"]

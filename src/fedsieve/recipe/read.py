@@ -162,7 +162,8 @@ def _is_of_another(option: str) -> bool:
 
 
 def dump(recipe: Recipe, environment: Mapping[str, Any]) -> str:
-    """The recipe with every default written out, as TOML; `environment` is a table of its own."""
+    """The recipe with the defaults of its tables written out, as TOML, less those of the method's
+    own options; `environment` is a table of its own."""
     table = _without_none(recipe.model_dump(mode="json"))
     text: str = tomli_w.dumps({**table, "environment": dict(environment)})
     return text

@@ -47,7 +47,7 @@ from fedsieve.errors import FedSieveError, WireError
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
 from fedsieve.settings import Share
-from fedsieve.sites import journal, worker
+from fedsieve.sites import journal, limits, worker
 from fedsieve.sites.assignment import Assignment, checked, prepare
 from fedsieve.sites.journal import Entry
 from fedsieve.sites.site import Site, budget_of, link_of, load
@@ -367,7 +367,8 @@ def _train(resident: Resident, request: Frame) -> Frame:
         done = _round(assignment, client, memories, key, request.body)
         done = done._replace(asked=digest)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
-        journal.write(folder, done, keep=2 * recipe.checkpoint.every)
+        room = partial(limits.check_room, site)
+        journal.write(folder, done, keep=2 * recipe.checkpoint.every, room=room)
     return Frame(done.facts, done.answer)
 
 
@@ -460,9 +461,11 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     place = resident.site.folder / "adapters" / assignment.run[:16]
     part, old = (place.with_name(f".{place.name}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
+    _refuse_another_adapter(resident.site, place)
     try:
         part.mkdir(mode=0o700, parents=True)
         assignment.resident.save(adapter, part)
+        limits.check_room(resident.site, 0)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -472,6 +475,15 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     shutil.rmtree(old, ignore_errors=True)
     resident.say(f"the adapter after round {asked.round} is in {place}")
     return Frame({"ok": True, "round": asked.round})
+
+
+def _refuse_another_adapter(site: Site, place: Path) -> None:
+    others = [path for path in place.parent.glob("[!.]*") if path != place]
+    if len(others) >= site.most_adapters:
+        raise FedSieveError(
+            f"this site's folder has {len(others)} adapters, and takes at most "
+            f"{site.most_adapters} (most_adapters): its owner moves old ones away, or raises that"
+        )
 
 
 _WORK: dict[str, Callable[[Resident, Frame], Frame]] = {
@@ -543,4 +555,4 @@ def _change_assignment(resident: Resident, run: str, text: bytes) -> None:
     recipe = checked(text, site)
     resident.assignment = None  # two models at once may be more than the memory holds
     rows, test_rows = resident.rows, resident.test_rows
-    resident.assignment = prepare(run, recipe, rows, test_rows, site.most_steps, resident.say)
+    resident.assignment = prepare(run, recipe, rows, test_rows, site, resident.say)
