@@ -202,10 +202,11 @@ class Sampling:
                 f"sampling.quorum is {self.quorum}, but a round merges at most {self.size} "
                 "updates: lower it or raise the cohort"
             )
-        given = self.availability
-        by_id = given if isinstance(given, Mapping) else {}
-        places = {f"sampling.availability.{id}": share for id, share in by_id.items()}
-        for name, share in places.items() if by_id else [("sampling.availability", given)]:
+        place, given = "sampling.availability", self.availability
+        places = {place: given}
+        if isinstance(given, Mapping):
+            places = {f"{place}.{id}": share for id, share in given.items()}
+        for name, share in places.items():
             if not (is_number(share) and 0 < share <= 1):
                 raise FedSieveError(f"{name} is {share!r}; it must be above 0 and at most 1")
 

@@ -113,7 +113,7 @@ def numbers(table: Any, *path: str | int) -> Iterator[tuple[str | int, ...]]:
 
 
 def changed(table: Any, path: tuple[str | int, ...], value: Any) -> Any:
-    copied = dict(table) if isinstance(table, dict) else list(table)
+    copied: Any = dict(table) if isinstance(table, dict) else list(table)
     first, *rest = path
     copied[first] = changed(copied[first], tuple(rest), value) if rest else value
     return copied
