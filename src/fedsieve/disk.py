@@ -8,6 +8,7 @@ The folder that a user names may be a link itself, as may what lies above it: th
 """
 
 import json
+import math
 import os
 import stat
 from collections.abc import Iterator
@@ -158,19 +159,19 @@ class NotJson(FedSieveError):
 
 
 class _TooLarge(ValueError):
-    """A whole number beyond what a file may hold."""
+    """A number beyond what a file may hold."""
 
 
 def parsed(text: bytes | str, where: str) -> dict[str, Any]:
     """The JSON object that a text holds.
 
-    Raises NotJson, and FedSieveError for any other value, or for a whole number beyond `LARGEST`;
-    both begin with `where`.
+    Raises NotJson, and FedSieveError for any other value, for a whole number beyond `LARGEST`, or
+    for one that no float holds; all begin with `where`. NaN and Infinity are words of their own.
     """
     try:
-        value = json.loads(text, parse_int=_whole)
+        value = json.loads(text, parse_int=_whole, parse_float=_real)
     except _TooLarge:
-        raise FedSieveError(f"{where} holds a number beyond {LARGEST}") from None
+        raise FedSieveError(f"{where} holds a number beyond all that are written") from None
     except (ValueError, RecursionError):
         raise NotJson(f"{where} is not JSON") from None
     if not isinstance(value, dict):
@@ -182,3 +183,10 @@ def _whole(digits: str) -> int:
     if len(digits) > len(str(LARGEST)) + 1 or abs(int(digits)) > LARGEST:
         raise _TooLarge
     return int(digits)
+
+
+def _real(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise _TooLarge
+    return value

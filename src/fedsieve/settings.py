@@ -203,9 +203,10 @@ class Sampling:
                 "updates: lower it or raise the cohort"
             )
         place, given = "sampling.availability", self.availability
-        places = {place: given}
         if isinstance(given, Mapping):
             places = {f"{place}.{id}": share for id, share in given.items()}
+        else:
+            places = {place: given}
         for name, share in places.items():
             if not (is_number(share) and 0 < share <= 1):
                 raise FedSieveError(f"{name} is {share!r}; it must be above 0 and at most 1")

@@ -89,6 +89,7 @@ def whole(tiny: Tiny, form: str) -> dict[str, Any]:
         told = recipe.check(table).model_dump(mode="json")
         table = {**told, **{key: table[key] for key in ("method", "server", "budgets")}}
         table["data"]["validation"] = 0.1
+        table["server"] = {**table["server"], "norm_bound": 10.0}
         table["training"] |= {"steps": 3, "clip": 1.0}
         table["lora"]["layers_to_transform"] = [0]
         table["evaluation"]["limit"] = 10

@@ -5,6 +5,7 @@ key is refused and the nearest known one is named, because a misspelt setting th
 ignored costs a day of training. Nothing here needs torch until a recipe has been found in order.
 """
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -22,6 +23,10 @@ from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
 
 DEEPEST = 32  # tables and lists in one another; no recipe has more than a few
+
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
+# Python's reader takes the cube of its length to read one, which is minutes for a few kilobytes.
+_LONG_KEY = re.compile(rf"{_PART}(?:[ \t]*\.[ \t]*{_PART}){{{DEEPEST},}}")
 
 
 def load(source: str, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Recipe:
@@ -63,6 +68,9 @@ def toml(text: str, source: str) -> dict[str, Any]:
     writes.
     """
     try:
+        if long := _LONG_KEY.search(text):
+            number = text.count("\n", 0, long.start()) + 1
+            raise ValueError(f"a key of more than {DEEPEST} parts (at line {number})")
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise FedSieveError(f"{source} is not valid TOML: {error}") from error

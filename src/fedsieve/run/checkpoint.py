@@ -138,6 +138,8 @@ def load(folder: Path, layout: Layout, base: BaseDigest | None = None) -> Snapsh
     for path in files:
         try:
             facts, tensors = _read(path)
+        except FedSieveError:
+            raise  # no accident: the digest is right
         except _DAMAGE as error:
             warnings.warn(
                 f"the checkpoint {path} is damaged ({error}): the one before it is used",
@@ -182,6 +184,8 @@ def notes(folder: Path) -> list[Note]:
     for path in _newest_first(folder):
         try:
             facts, tensors = _read(path)
+        except FedSieveError:
+            raise
         except _DAMAGE:
             continue  # `load` warns of it
         _check(path, facts, tensors)
@@ -267,7 +271,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if _digest(tensors, metadata["facts"]) != metadata["digest"]:
         raise ValueError("its digest does not match")
-    return parsed(metadata["facts"], f"what {path} says"), tensors
+    return parsed(metadata["facts"], f"what the checkpoint {path} says"), tensors
 
 
 def _check(path: Path, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -85,6 +85,7 @@ def _make_secret(folder: Path) -> None:
 
 def refuse(folder: Path) -> None:
     """Raises FedSieveError if the folder holds a run already, or the secrets of one are left."""
+    refuse_link(folder / RECIPE)
     if (folder / RECIPE).exists():
         raise FedSieveError(
             f"{folder} holds a run already: go on with `fedsieve resume {folder}`, choose "
@@ -106,6 +107,8 @@ def create(folder: Path, recipe: str, *, overwrite: bool = False, secret: bool =
     """
     if not overwrite:
         refuse(folder)
+    for plot in _plots(folder):
+        remove_link(plot)
     for there in (*(folder / name for name in _OURS), own(folder)):
         if remove_link(there):
             continue
@@ -125,12 +128,19 @@ def check(folder: Path) -> None:
     """Raises FedSieveError if the folder holds no run, or a link in the place of a run's file."""
     for name in (*_OURS, LOCK):
         refuse_link(folder / name, folder=name in _FOLDERS)
+    for plot in _plots(folder):
+        refuse_link(plot)
     secret = own(folder)
     refuse_link(secret, folder=True)
     for name in (SEED, *_TELLING):
         refuse_link(secret / name, folder=name in _FOLDERS)
     if not (folder / RECIPE).is_file():
         raise FedSieveError(f"{folder} holds no run: there is no {RECIPE} in it")
+
+
+def _plots(folder: Path) -> list[Path]:
+    """The report's pictures."""
+    return sorted(folder.glob(f"{Path(REPORT).stem}-*.png"))
 
 
 def untouched(folder: Path) -> bool:
