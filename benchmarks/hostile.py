@@ -1,18 +1,31 @@
-"""Hostile bytes given to the decoder, in a loop, with the checksum mended after each change.
+"""What is hostile, in long forms: bytes for the decoder, updates for the methods, connections.
 
-Each trial takes a true message of one of many kinds, changes it (bits, bytes, ranges, sizes, pieces
-of other messages, or everything behind the head) and mends the checksum, so that the bytes reach
-the inner code. The decoder may refuse with WireError. What it accepts must fit the layout, hold
-only finite numbers, and encode to the same bytes. Anything else is a failure: the script prints
-the bytes and exits with code 1.
+    python benchmarks/hostile.py messages [--n 100000] [--seed 0] [--json FILE]
+    python benchmarks/hostile.py updates [--n 100] [--seed 0]
+    python benchmarks/hostile.py sockets [--n 64]
 
-    python benchmarks/hostile.py [--n 100000] [--seed 0] [--json FILE]
+messages    Each trial takes a true message of one of many kinds, changes it (bits, bytes, ranges,
+            sizes, pieces of other messages, or everything behind the head) and mends the checksum,
+            so that the bytes reach the inner code. The decoder may refuse with WireError. What it
+            accepts must fit the layout, hold only finite numbers, and encode to the same bytes.
+updates     n runs of two rounds for each row of the table of laws, in which one of four clients
+            sends payloads of any names, ranks, masks, form and size (tests/hostile): the others
+            must be merged, and the state be as if that client had sent nothing.
+sockets     n connections to a worker's socket that promise a body of 100 MB, send 8 MB of it and
+            stop, and n that say nothing: how long others wait, and the worker's peak memory.
+
+Anything else than what must be is a failure: the script says what, and exits with code 1.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import resource
+import socket
+import subprocess
+import sys
+import tempfile
 import time
 import tracemalloc
 from collections import Counter
@@ -28,23 +41,107 @@ from fedsieve.algebra.adapter import Layout, Tree, layout_of
 from fedsieve.algebra.payload import Form, Payload, Seed, rounded
 from fedsieve.algebra.support import Support, cut, draw_ranks, gather, top_k
 from fedsieve.errors import WireError
+from fedsieve.sites import worker
+from fedsieve.sites.worker import Frame
 from fedsieve.wire import decode, encode
 
+# The parts, and how many of what each takes if nothing is said.
+PARTS = {"messages": 100_000, "updates": 100, "sockets": 64}
 FORMS: tuple[Form, ...] = ("float64", "float32", "bfloat16", "int8")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Hostile bytes for the decoder.")
-    parser.add_argument("--n", type=int, default=100_000, help="how many messages")
+    parser = argparse.ArgumentParser(description="Hostile bytes, updates and connections.")
+    parser.add_argument("part", nargs="?", default="messages", choices=PARTS)
+    parser.add_argument("--n", type=int, help="how many")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser.add_argument("--json", type=Path, help="where to write the numbers of messages")
     args = parser.parse_args()
+    args.n = PARTS[args.part] if args.n is None else args.n
+    {"messages": messages, "updates": updates, "sockets": sockets}[args.part](args)
+
+
+def updates(args: argparse.Namespace) -> None:
+    """Random payloads of one client, against every method."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from tests.hostile.test_updates import endure
+    from tests.methods.test_laws import ROWS
+
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    for row in track(ROWS, description="updates", console=Console(stderr=True)):
+        draws = random.Random(f"{args.seed} {row}")
+        for _ in range(args.n):
+            endure(row, draws)
+    seconds = time.perf_counter() - start
+    print(
+        f"{args.n * len(ROWS)} runs over {len(ROWS)} rows of methods: no failure ({seconds:.0f} s)"
+    )
+
+
+def sockets(args: argparse.Namespace) -> None:
+    """Connections that do not go on, and what others and the worker's memory have of them."""
+    with tempfile.TemporaryDirectory(prefix="fs") as home:
+        serving = subprocess.Popen([sys.executable, "-c", SERVE, home], stdout=subprocess.PIPE)
+        try:
+            assert serving.stdout is not None
+            serving.stdout.readline()
+            address = Path(home) / worker.SOCKET
+            before = peak_of(serving.pid)
+            head = b'{"do": "train", "length": 100000000}'
+            begun = len(head).to_bytes(4, "big") + head + bytes(8 << 20)
+            with contextlib.ExitStack() as opened:
+                for data in [begun] * args.n + [b""] * args.n:
+                    each = opened.enter_context(socket.socket(socket.AF_UNIX))
+                    each.settimeout(0.2)
+                    each.connect(str(address))
+                    with contextlib.suppress(OSError):
+                        each.sendall(data)
+                waits = [waited(address, Frame({"do": do})) for do in ("describe", "train")]
+            grown = peak_of(serving.pid) - before
+        finally:
+            serving.terminate()
+            serving.wait(20)
+    print(f"{args.n} unfinished bodies of 100 MB and {args.n} silent connections:")
+    print(f"  describe after {waits[0]:.2f} s, a request after {waits[1]:.2f} s")
+    print(f"  the worker's peak memory grew by {grown / 1024:.0f} MiB")
+
+
+# A worker whose requests are echoed: what is measured is its socket.
+SERVE = """
+import sys
+from pathlib import Path
+from fedsieve.sites import worker
+from fedsieve.sites.worker import Frame
+worker.serve(
+    Path(sys.argv[1]),
+    lambda request: Frame({"ok": True}),
+    lambda request: Frame({"ok": True}) if request.header["do"] == "describe" else None,
+    lambda address: print("ready", flush=True),
+)
+"""
+
+
+def waited(address: Path, request: Frame) -> float:
+    start = time.perf_counter()
+    worker.ask(address, request, 120)
+    return time.perf_counter() - start
+
+
+def peak_of(process: int) -> int:
+    """The largest resident size of a process so far, in KiB."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def messages(args: argparse.Namespace) -> None:
+    """Hostile bytes given to the decoder, with the checksum mended after each change."""
     torch.set_num_threads(1)
 
     tree = small_tree()
     layout = layout_of(tree, 1.0)
-    messages = true_messages(tree, layout)
-    for data in messages:
+    true = true_messages(tree, layout)
+    for data in true:
         check(decode(data, layout), data)
 
     draws = random.Random(args.seed)
@@ -52,11 +149,11 @@ def main() -> None:
     reasons: Counter[str] = Counter()
     # Python's and numpy's memory is traced on a part of the trials: tracing is slow.
     traced = max(1, args.n // 20)
-    peak = traced_peak(messages, layout, random.Random(args.seed + 1), traced)
+    peak = traced_peak(true, layout, random.Random(args.seed + 1), traced)
     before = resident()
     start = time.perf_counter()
     for _ in track(range(args.n), description="hostile", console=Console(stderr=True)):
-        data = hostile(draws, messages)
+        data = hostile(draws, true)
         try:
             payload = decode(data, layout)
         except WireError as error:

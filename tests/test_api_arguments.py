@@ -131,7 +131,7 @@ def test_numbers_of_numpy_and_paths_are_taken(tiny: Tiny) -> None:
         (lambda: Sampling(kind="some"), r"sampling\.kind is 'some'; it must be 'uniform', 'poi"),  # type: ignore[arg-type]
         (lambda: Sampling(availability="often"), r"sampling\.availability is 'often'; it must"),  # type: ignore[arg-type]
         (lambda: Sampling(availability=NAN), r"sampling\.availability is nan"),
-        (lambda: Sampling(availability={"a": None}), r"sampling\.availability is None"),  # type: ignore[dict-item]
+        (lambda: Sampling(availability={"a": None}), r"sampling\.availability\.a is None"),  # type: ignore[dict-item]
     ],
 )
 def test_settings_that_make_no_sense(make: Callable[[], Any], said: str) -> None:

@@ -53,6 +53,57 @@ def test_the_readmes_notebook_code_runs(
         assert run.metrics[-1].accuracy >= plain.metrics[-1].accuracy
 
 
+def test_the_readmes_labels_are_what_stands_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the reader of recipes has them: 01 and 1 are two names, and so are 1.0 and 1e5."""
+    (code,) = fenced(ROOT / "README.md", "python")
+    until = code.index("clients = ")
+    names = ["01", "1", "1.0", "1e5", "007"]
+    monkeypatch.chdir(tmp_path)
+    lines = [f"good {number},{name}" for number, name in enumerate(names * 5)]
+    (tmp_path / "reviews.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    scope: dict[str, Any] = {}
+    exec(compile(code[:until], "README.md", "exec"), scope)
+    both = scope["rows"]
+    found = {*both["train"]["label"], *both["test"]["label"]}
+    assert found == set(names)
+
+
+def test_the_code_of_the_page_on_finetune_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny: Tiny,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With small models in the place of the hub's; the language model's adapter is made here."""
+    first, load, load_lm = fenced(ROOT / "docs" / "finetune.md", "python")
+    small = {
+        "sentence-transformers/all-MiniLM-L6-v2": tiny.bert,
+        "openai-community/gpt2": tiny.gpt2,
+    }
+    monkeypatch.chdir(tmp_path)
+
+    def run(code: str, scope: dict[str, Any]) -> str:
+        for name, path in small.items():
+            code = code.replace(name, str(path))
+        capsys.readouterr()
+        exec(compile(code, "docs/finetune.md", "exec"), scope)
+        return capsys.readouterr().out
+
+    scope: dict[str, Any] = {}
+    assert [line.split()[0] for line in run(first, scope).splitlines()] == ["1", "2"]
+    said = run(load, scope)
+    assert re.search(r"'label': '(01|1)'", said)
+    rows = scope["wards"]["north"]
+    with pytest.warns(UserWarning, match="no padding token"):
+        language = fedsieve.finetune(
+            tiny.gpt2, [rows], fedsieve.fedit(), rounds=1, task="causal-lm"
+        )
+    language.save(tmp_path / "adapter")
+    assert run(load_lm, {}).strip()
+
+
 def _by_value() -> Method:
     """The README's method, but with the paper's ranking."""
     return fedsieve.flasc(server=fedsieve.adam(5e-3), up_values="int8")

@@ -492,7 +492,7 @@ def list_methods(
 
 def _by_name(name: str) -> Path:
     """Where a run goes by default. A recipe's name says what it is, and not where to write."""
-    if not name or Path(name).name != name or name == "..":
+    if Path(name).name != name or name in ("", ".."):
         raise FedSieveError(
             f"name {name[:80]!r} is no name of a directory: give --out, or change it"
         )

@@ -35,6 +35,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" (known are {', '.join(names)})" if 0 < len(names) <= 20 else ""
 
 
+def count(n: int, thing: str) -> str:
+    """ "1 round", "1,000 rounds"."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
 def explain_all(
     error: Failed,
     source: str,

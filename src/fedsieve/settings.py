@@ -202,11 +202,14 @@ class Sampling:
                 f"sampling.quorum is {self.quorum}, but a round merges at most {self.size} "
                 "updates: lower it or raise the cohort"
             )
-        for share in _shares(self.availability):
+        place, given = "sampling.availability", self.availability
+        if isinstance(given, Mapping):
+            places = {f"{place}.{id}": share for id, share in given.items()}
+        else:
+            places = {place: given}
+        for name, share in places.items():
             if not (is_number(share) and 0 < share <= 1):
-                raise FedSieveError(
-                    f"sampling.availability is {share!r}; it must be above 0 and at most 1"
-                )
+                raise FedSieveError(f"{name} is {share!r}; it must be above 0 and at most 1")
 
     @property
     def plain(self) -> bool:

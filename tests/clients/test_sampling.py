@@ -131,7 +131,7 @@ def test_what_an_accountant_reads() -> None:
         ({"kind": "poisson", "extra": 1}, "kind 'poisson' has no fixed size"),
         ({"kind": "all", "extra": 1}, "kind 'all' has no fixed size"),
         ({"availability": 0.0}, "sampling.availability is 0.0; it must be above 0"),
-        ({"availability": {"a": 1.5}}, "sampling.availability is 1.5; it must be above 0"),
+        ({"availability": {"a": 1.5}}, "sampling.availability.a is 1.5; it must be above 0"),
     ],
 )
 def test_sampling_that_makes_no_sense(options: dict[str, Any], message: str) -> None:
@@ -293,7 +293,7 @@ def test_sampling_in_a_recipe(tiny: Tiny) -> None:
         ({"sampling__extra": 1}, "sampling.extra: who is late follows from each client's link"),
         ({"sampling": {"kind": "poisson", "extra": 1}}, "kind 'poisson' has no fixed size"),
         ({"sampling__availability": 2.0}, "sampling.availability is 2.0; it must be above 0"),
-        ({"sampling__availability": {"a": -1.0}}, "sampling.availability is -1.0"),
+        ({"sampling__availability": {"a": -1.0}}, "sampling.availability.a is -1.0"),
     ],
 )
 def test_wrong_sampling_is_refused(tiny: Tiny, changes: dict[str, Any], message: str) -> None:

@@ -22,7 +22,7 @@ from tests.sites.sites import settled, train
 from tests.sites.test_flower import EXACT, Net, federation, run, site, sites_of
 from tests.sites.test_worker import Worker, told
 
-DATES = {
+DATES: dict[str, Callable[[int], float]] = {
     "all alike": lambda number: 1e9,
     "set back": lambda number: 2e9 - number,
     "after today": lambda number: 4e9 + number,

@@ -35,7 +35,7 @@ from tests.methods.test_laws import MIXED, ROWS, Row
 
 BAD = "0001"
 ROUNDS = 2
-TRIALS = 5
+TRIALS = 3
 
 # A client's own update, and what it was sent -> what it sends in its place; None where the method
 # leaves no room for such an update.

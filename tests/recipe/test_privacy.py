@@ -161,7 +161,8 @@ def test_what_those_know_who_know_who_took_part_is_logged_beside_it(
         drawn.update(client["client"] for client in now)
         assert [client["epsilon"] for client in now] == [known(drawn[c["client"]]) for c in now]
         assert row["epsilon_unamplified"] == known(max(drawn.values(), default=0))
-        assert f"({row['epsilon_unamplified']:.3f} to who knows" in seen[row["round"]]
+        said = f"({row['epsilon_unamplified']:.3f} against those who know who took part)"
+        assert said in seen[row["round"]]
     assert len(set(drawn.values())) > 1
     start(tiny, tmp_path / "all", privacy=noisy, sampling={"kind": "all"})
     assert not any("epsilon_unamplified" in row for row in lines(tmp_path / "all"))
@@ -306,6 +307,29 @@ def test_without_noise_and_clip_the_adapter_is_that_of_a_run_without_privacy(
     assert not any("epsilon" in row for row in lines(tmp_path / "clipped"))
     notes = tomllib.loads((tmp_path / "clipped" / rundir.RECIPE).read_text())["environment"]
     assert any("Privacy: NONE" in note for note in notes["notes"])
+
+
+@pytest.mark.parametrize("noise", [None, 3.0])
+def test_a_run_that_ends_where_it_was_to_end_warns_of_no_spent_budget(
+    tiny: Tiny, tmp_path: Path, noise: float | None
+) -> None:
+    """The noise was found for these rounds, or is given and carries just as many."""
+    spent = ledger(Cohorts("all", 12, 12), 3.0, 1e-3)
+    privacy: dict[str, Any] = {**CLIP, "epsilon": (spent(2) + spent(3)) / 2}
+    if noise is not None:
+        privacy["noise_multiplier"] = noise
+    table = tiny.table(
+        rounds=2,
+        privacy=privacy,
+        sampling={"kind": "all"},
+        partition={"kind": "iid", "clients": 12},
+    )
+    with warnings.catch_warnings(record=True) as said, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsieve.report.write", lambda *_: [])
+        warnings.simplefilter("always")
+        runner.start(recipes.check(table), tmp_path, quiet)
+    assert not any("spent" in str(each.message) for each in said)
+    assert lines(tmp_path)[-1]["round"] == 2
 
 
 def test_the_run_ends_as_finished_before_the_target_is_passed(tiny: Tiny, tmp_path: Path) -> None:

@@ -61,6 +61,17 @@ def test_overrides_are_toml_or_plain_text(tiny: Tiny, tmp_path: Path) -> None:
     assert changed.data.label == "a=b"
 
 
+def test_what_the_error_about_anothers_option_says_to_do_can_be_done() -> None:
+    with pytest.raises(
+        FedSieveError, match=r"method\.head: the method .flexlora. has no"
+    ) as raised:
+        recipes.parse(recipes.read("demo", ["method.name=flexlora"]))
+    advice = re.search(r"method=.(\{.*\}). on the command line", str(raised.value))
+    assert advice is not None
+    changed = recipes.parse(recipes.read("demo", [f"method={advice[1]}"]))
+    assert changed.method.model_extra == {}
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -113,6 +124,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"server__lr": "high"}, "server.lr: Input should be a valid number"),
     ({"method__head": "half"}, "method.head: Input should be 'sieved' or 'whole'"),
     ({"method__up_values": "int4"}, "method.up_values: Input should be"),
+    (
+        {"method": {"name": "fedit", "head": "whole"}},
+        "method.head: the method 'fedit' has no such option (known are ",
+    ),
+    (
+        {"method": {"name": "flora", "feedback": True}},
+        "or replace the whole table, as in method='{ name = \"flora\" }' on the command line",
+    ),
     ({"method__name": "flask"}, "unknown method 'flask' (did you mean 'flasc'"),
     ({"method__name": "no.such.module"}, "method 'no.such.module' cannot be imported"),
     ({"method__name": "fedsieve.algebra.keys"}, "'fedsieve.algebra.keys' has no function `method`"),
@@ -189,3 +208,13 @@ def test_names_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert recipes.load("demo").name == "demo"
     Path("mine").write_text(tomli_w.dumps(recipes.load("demo").model_dump(exclude_none=True)))
     assert recipes.load("mine").name == "demo"
+
+
+def test_what_a_run_s_recipe_has_written_out_is_what_the_page_says(tiny: Tiny) -> None:
+    """Defaults of the tables and the method's own server, not the options of the method."""
+    table = tiny.table(method={"name": "flasc"}, budgets=[{}], server=None, lora={"rank": 4})
+    written = tomllib.loads(recipes.dump(recipes.check(table), {}))
+    assert written["training"]["epochs"] == 1
+    assert written["server"]["optimizer"] == "adam"
+    assert written["method"] == {"name": "flasc"}
+    assert "targets" not in written["lora"]

@@ -271,9 +271,7 @@ def test_names_with_brackets_are_said_as_they_are(
     ran = command("run", path, "--out", folder)
     assert ran.code == 0
     assert "[/red] one: fslora_flasc on " in ran.out
-    assert (
-        f"1 rounds, 3 of 12 clients a round, rank 4, seed 0, device cpu, into {folder}" in ran.out
-    )
+    assert f"1 round, 3 of 12 clients a round, rank 4, seed 0, device cpu, into {folder}" in ran.out
     assert f"adapter        {folder / 'adapter'}" in ran.out
 
 

@@ -31,7 +31,7 @@ from fedsieve.sites.server import (
     Transport,
     mean_score,
 )
-from fedsieve.sites.worker import Frame, digest, pack, seal, unpack
+from fedsieve.sites.worker import BODY, Frame, digest, pack, seal, unpack
 from fedsieve.wire import encode
 from tests import toy
 
@@ -137,6 +137,7 @@ def sites_of(
     net: Net,
     said: list[str] | None = None,
     given: Mapping[tuple[str, str], int] | None = None,
+    most: int = BODY,
     **policy: Any,
 ) -> Sites:
     say = (lambda text: None) if said is None else said.append
@@ -151,6 +152,7 @@ def sites_of(
         lambda: net.now,
         net.sleep,
         given=given or {},
+        most=most,
     )
 
 

@@ -30,7 +30,7 @@ def assert_parity(run: Path, alone: Path) -> None:
     for line in runs.lines(run)[1:]:
         assert line["transport_bytes"] > line["down_bytes"] + line["up_bytes"]
     # Before round 0 every site was met, and told the recipe.
-    text = (run / rundir.RECIPE).read_text()
+    text = (run / federate.TOLD).read_text()
     sites = {line["client"] for line in runs.lines(run, rundir.CLIENTS)}
     assert runs.lines(run)[0]["aside_bytes"] > len(sites) * len(text)
 

@@ -749,7 +749,7 @@ def test_what_is_no_request_is_told_so(echo: Path, data: bytes) -> None:
 
 
 def test_a_worker_outlives_those_who_hang_up(echo: Path) -> None:
-    for _ in range(3 * worker.CONNECTIONS):
+    for _ in range(3 * worker.JOBS):
         spoken(echo, b"", listen=False)
         spoken(echo, pack(Frame({"do": "x"}, bytes(1 << 20))), listen=False)
         spoken(echo, (1 << 31).to_bytes(4, "big") + bytes(100_000), listen=False)
@@ -760,7 +760,7 @@ def test_those_who_say_nothing_keep_nobody_waiting_for_ever(
     echo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "PATIENCE", 0.3)
-    silent = [socket.socket(socket.AF_UNIX) for _ in range(2 * worker.CONNECTIONS)]
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(2 * worker.JOBS)]
     for each in silent:
         each.settimeout(60)
         each.connect(near(echo))
@@ -790,7 +790,7 @@ def test_a_worker_tells_about_itself_while_it_works(echo: Path) -> None:
 
 def test_too_many_requests_are_put_off(echo: Path) -> None:
     answers: list[Frame] = []
-    count = 2 * worker.CONNECTIONS
+    count = 2 * worker.JOBS
 
     def wait() -> None:
         answers.append(ask(echo, Frame({"do": "wait"}), 30))
@@ -799,13 +799,13 @@ def test_too_many_requests_are_put_off(echo: Path) -> None:
     for each in waiting:
         each.start()
     until = time.monotonic() + 60
-    while len(answers) < count - worker.CONNECTIONS - 1 and time.monotonic() < until:
+    while len(answers) < count - worker.JOBS - 1 and time.monotonic() < until:
         time.sleep(0.01)
     assert all("ask again later" in a.header["error"] for a in answers)
     ask(echo, Frame({"do": "go on"}), 5)
     for each in waiting:
         each.join(60)
-    assert sum(a.header["ok"] for a in answers) in (worker.CONNECTIONS, worker.CONNECTIONS + 1)
+    assert sum(a.header["ok"] for a in answers) in (worker.JOBS, worker.JOBS + 1)
 
 
 def test_large_bodies_come_whole(echo: Path) -> None:

@@ -20,6 +20,7 @@ from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.settings import Task
 from fedsieve.sites import assignment
+from fedsieve.sites.site import Rows, Site
 from fedsieve.train.lengths import longest
 from tests.conftest import Tiny
 from tests.train import small
@@ -123,8 +124,9 @@ def test_a_site_checks_training_and_test_rows(tiny: Tiny, long: str) -> None:
     recipe = recipes.check(tiny.table(data__max_length=64, data__classes=["cars", "space"]))
     sets = {"train": rows("cars1", "space1"), "test": rows("cars2", "space2")}
     sets[long] = rows("cars1", LONG)
+    site = Site(name="north", data=Rows(train="rows.csv", text="text", label="label"))
     with pytest.raises(FedSieveError, match=REFUSED):
-        assignment.prepare("run", recipe, sets["train"], sets["test"], 100, lambda _: None)
+        assignment.prepare("run", recipe, sets["train"], sets["test"], site, lambda _: None)
 
 
 def _with_a_long_row(tiny: Tiny, folder: Path) -> Path:

@@ -18,7 +18,7 @@ import torch
 
 from fedsieve.algebra.adapter import Tree
 from fedsieve.errors import FedSieveError
-from fedsieve.settings import Source
+from fedsieve.settings import Source, is_number
 
 Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
 Table = Mapping[str, str | float]  # what a recipe's [server] says
@@ -69,13 +69,20 @@ def bounded(optimizer: Optimizer, clip: float) -> Optimizer:
     Without noise this is no privacy: it bounds what one client of n can do to the mean, clip / n.
     Raises FedSieveError where the optimizer clips already: of two clips only one would count.
     """
+    if not (is_number(clip) and clip > 0):
+        raise FedSieveError(f"clip is {clip!r}; it must be a number above 0")
     if limits(optimizer):
         raise FedSieveError("bounded: the server optimizer clips updates already: leave one out")
     return optimizer._replace(clip=lambda slots: clip, table=_and(optimizer, clip=clip))
 
 
 def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
-    """x <- x - lr * u with u = momentum * u + g. lr = 1 without momentum is FedAvg."""
+    """x <- x - lr * u with u = momentum * u + g. lr = 1 without momentum is FedAvg.
+
+    Raises FedSieveError, as all optimizers here do, for a number that makes no sense.
+    """
+    _positive(lr=lr)
+    _below_one(momentum=momentum)
 
     def init(params: Tree) -> Slots:
         return {"velocity": _zeros(params)} if momentum else {}
@@ -97,6 +104,8 @@ def adam(
     Each tensor counts its own steps, so that one that a round leaves alone has none of it, as torch
     does with a parameter that has no gradient.
     """
+    _positive(lr=lr, eps=eps)
+    _below_one(beta1=beta1, beta2=beta2)
 
     def init(params: Tree) -> Slots:
         count = {n: torch.zeros(()) for n in params}
@@ -123,6 +132,8 @@ def fedadam(
 
     x <- x - lr m / (sqrt(v) + tau): tau bounds the push on a coordinate that hardly moved.
     """
+    _positive(lr=lr, tau=tau)
+    _below_one(beta1=beta1, beta2=beta2)
 
     def init(params: Tree) -> Slots:
         return {
@@ -147,6 +158,8 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
     All optimizers here move by lr times something, so it is the move that is scaled. A cohort of
     few clients with few labels pulls the model to and fro; smaller steps at the end settle it.
     """
+    if not (is_number(decay) and 0 < decay <= 1):
+        raise FedSieveError(f"decay is {decay!r}; it must be a number above 0, at most 1")
 
     def init(params: Tree) -> Slots:
         return {**optimizer.init(params), "fading": {"rounds": torch.zeros(())}}
@@ -160,6 +173,18 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
         return faded, {**inner, "fading": {"rounds": rounds + 1}}
 
     return optimizer._replace(init=init, step=step, table=_and(optimizer, decay=decay))
+
+
+def _positive(**given: float) -> None:
+    for name, value in given.items():
+        if not (is_number(value) and 0 < value < math.inf):
+            raise FedSieveError(f"{name} is {value!r}; it must be a finite number above 0")
+
+
+def _below_one(**given: float) -> None:
+    for name, value in given.items():
+        if not (is_number(value) and 0 <= value < 1):
+            raise FedSieveError(f"{name} is {value!r}; it must be a number from 0 up, below 1")
 
 
 def _and(optimizer: Optimizer, **more: float) -> Table:

@@ -17,7 +17,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.algebra.optim import Optimizer
 from fedsieve.clients.noise import Adaptive, beside_the_count, private
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, count
 from fedsieve.settings import Kind, Sampling, Source
 
 Spent = Callable[[int], float]  # rounds -> epsilon at the ledger's delta
@@ -185,8 +185,9 @@ def calibrate(cohorts: Cohorts, *, epsilon: float, delta: float, rounds: int) ->
         low, high = high, 2 * high
         if high > _LARGEST * _GRID:
             raise FedSieveError(
-                f"privacy: epsilon {epsilon:g} at delta {delta:g} over {rounds} rounds needs a "
-                f"noise multiplier above {_LARGEST:g}: ask for less"
+                f"privacy: epsilon {epsilon:g} at delta {delta:g} over "
+                f"{count(rounds, 'round')} needs a noise multiplier above {_LARGEST:g}: "
+                "ask for less"
             )
     while high - low > 1:
         middle = (low + high) // 2
@@ -266,7 +267,7 @@ def settle(
                 f"privacy: one round spends epsilon {spent(1):.4g}, which is over the target "
                 f"{epsilon:g}: raise noise_multiplier, or leave it out and let it be found"
             )
-        if spent(rounds + 1) > epsilon:
+        if rounds < asked:  # else it ends where it was to end
             ending = (
                 f"the privacy budget is spent: epsilon {spent(rounds):.4g} of {epsilon:g} at delta "
                 f"{delta:g} after round {rounds}; one more round would make it "
@@ -286,7 +287,10 @@ def settle(
             "to publish some client's data as they are."
         )
     if rounds < asked:
-        cautions.append(f"Privacy: {rounds} of the {asked} rounds asked for are within the target.")
+        verb = "is" if rounds == 1 else "are"
+        cautions.append(
+            f"Privacy: {rounds} of the {asked} rounds asked for {verb} within the target."
+        )
     known = None
     if simulated_cohort is None and expected < cohorts.clients:
         known = unamplified(real, noise_multiplier, delta)
@@ -395,7 +399,7 @@ def _guarantee(
     whose = "" if simulated is None else " IN THE SIMULATED FEDERATION"
     return (
         f"Privacy{whose}: client-level, trusted server, epsilon {spent(rounds):.4g} at delta "
-        f"{delta:g} after {rounds} rounds, for the models alone ({drawn}; {clipped}, "
+        f"{delta:g} after {count(rounds, 'round')}, for the models alone ({drawn}; {clipped}, "
         f"noise multiplier {noise_multiplier:g}; Renyi accounting)."
     )
 
@@ -404,7 +408,7 @@ def _to_those_who_know(known: Spent, real: Cohorts, rounds: int) -> str:
     """The same without the draw of the clients, for a client in few, as many as expected, all."""
     mean = max(1, round(rounds * real.size / real.clients))
     counts = sorted({1, mean, rounds})
-    shares = ", ".join(f"{known(count):.4g} for {count}" for count in counts)
+    shares = ", ".join(f"{known(n):.4g} for {n}" for n in counts)
     return (
         " It holds while nobody knows who took part; without amplification by sampling, against "
         f"those who know, epsilon is, by the number of a client's rounds: {shares}."

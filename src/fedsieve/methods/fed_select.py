@@ -14,7 +14,7 @@ entries of |P| would all lie in A, whose gradient is then zero for ever; so the 
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, NonNegativeInt
 
 from fedsieve.algebra.method import Method, Ranked, Weighting, compose, evaluated_at
 from fedsieve.algebra.optim import Optimizer, adam
@@ -27,7 +27,7 @@ def method(
     *,
     server: Optimizer | None = None,
     kind: Literal["entries", "ranks"] = "entries",
-    dense_rounds: int = 1,
+    dense_rounds: NonNegativeInt = 1,
     ranked: Ranked = "values",
     head: Literal["sieved", "whole"] = "sieved",
     evaluated: Annotated[float, Field(gt=0, le=1)] = 1.0,

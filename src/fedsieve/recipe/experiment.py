@@ -287,7 +287,7 @@ def set_up_resident(
         tokenizer=tokenizer,
     )
     check_changes(resident, method)
-    return dataclasses.replace(resident, digest=digest)
+    return dataclasses.replace(resident, digest=digest, method=recipe.method.name)
 
 
 def locate(source: str) -> str:

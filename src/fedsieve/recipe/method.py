@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from typing import Any, Literal, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -44,7 +45,11 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
         _options(lambda: None, server_options, "server")
     else:
         make_server = getattr(optim, recipe.server.optimizer)
-        server = make_server(**_options(make_server, server_options, "server"))
+        chosen = _options(make_server, server_options, "server")
+        try:
+            server = make_server(**chosen)
+        except FedSieveError as error:  # which begins with the number's name
+            raise FedSieveError(f"server.{error}") from None
     if recipe.server.decay < 1:
         server = optim.fading(server, recipe.server.decay)
     if recipe.server.clip is not None:
@@ -197,7 +202,7 @@ def options_of(build: Any) -> list[str]:
 
 
 def _options(build: Any, given: Mapping[str, Any], table: str) -> dict[str, Any]:
-    hints = get_type_hints(build)
+    hints = get_type_hints(build, include_extras=True)  # with the limits of their values
     known = options_of(build)
     checked = {}
     for name, value in given.items():
@@ -206,5 +211,8 @@ def _options(build: Any, given: Mapping[str, Any], table: str) -> dict[str, Any]
         try:
             checked[name] = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
-            raise FedSieveError(f"{table}.{name}: {error.errors()[0]['msg']}") from error
+            said = f"{error.errors()[0]['msg']} (it is {value!r})"
+            raise FedSieveError(f"{table}.{name}: {said}") from error
+        if isinstance(checked[name], float) and not isfinite(checked[name]):
+            raise FedSieveError(f"{table}.{name} is {value}; it must be a finite number")
     return checked

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from fedsieve.disk import LARGEST
 from fedsieve.errors import FedSieveError, explain_all, nearest
+from fedsieve.methods import catalogue
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
 from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
@@ -153,11 +154,24 @@ def _refuse_unknown_options(recipe: Recipe) -> None:
     for table, given, names in takes:
         for key in given or ():
             if key not in names:
-                raise FedSieveError(f"{table}.{key}: unknown key{nearest(key, names)}")
+                said = f"{table}.{key}: unknown key{nearest(key, names)}"
+                if table == "method" and _is_of_another(key):
+                    said = (
+                        f"method.{key}: the method {name!r} has no such option"
+                        f"{nearest(key, names)}: remove it from [method], or replace the whole "
+                        f"table, as in method='{{ name = \"{name}\" }}' on the command line"
+                    )
+                raise FedSieveError(said)
+
+
+def _is_of_another(option: str) -> bool:
+    """Whether a method that ships has an option of this name."""
+    return any(option in known(each).options for each in catalogue.names())
 
 
 def dump(recipe: Recipe, environment: Mapping[str, Any]) -> str:
-    """The recipe with every default written out, as TOML; `environment` is a table of its own."""
+    """The recipe with the defaults of its tables written out, as TOML, less those of the method's
+    own options; `environment` is a table of its own."""
     table = _without_none(recipe.model_dump(mode="json"))
     text: str = tomli_w.dumps({**table, "environment": dict(environment)})
     return text

@@ -281,7 +281,7 @@ class ServerTable(BaseModel):
         "none" leaves none out. None is 100, or "none" where the server clips
     """
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
     optimizer: ServerName | None = None
     decay: Share = 1.0
     clip: PositiveFloat | None = None
@@ -300,7 +300,7 @@ class Privacy(Table):
     quantile, clip_rate, count_noise: a clip that follows this quantile of the updates' norms
     """
 
-    clip: PositiveFloat
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=True)]  # without noise it may be inf
     delta: Annotated[float, Field(gt=0, lt=1)]
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None

@@ -5,6 +5,8 @@ MB is 10^6 bytes everywhere, as network tariffs count, not 2^20.
 
 import math
 
+from fedsieve.errors import count as count
+
 
 def significant(x: float) -> str:
     """Three significant digits, never an exponent: 0.0123, 4.21, 160, 12,345."""
@@ -48,8 +50,3 @@ def duration(seconds: float, deviation: float | None = None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def count(n: int, thing: str) -> str:
-    """ "1 round", "1,000 rounds"."""
-    return f"{n:,} {thing}{'' if n == 1 else 's'}"

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedsieve.engine.shares import Shares, in_words
+from fedsieve.errors import count
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Round
@@ -14,14 +15,22 @@ MB = 1e6
 
 def lines_of_plan(recipe: "Recipe", folder: Path) -> list[str]:
     """What a recipe asks for, from its own words alone."""
-    split = recipe.partition
-    among = f"one for each {split.column}" if split.column else f"{split.clients} clients"
-    drawn = "all of" if recipe.sampling.kind == "all" else f"{recipe.cohort} of"
     return [
         f"{recipe.name}: {recipe.method.name} on {recipe.model.source} ({recipe.model.task})",
-        f"{recipe.rounds} rounds, {drawn} {among} a round, rank {recipe.lora.rank}, "
+        f"{count(recipe.rounds, 'round')}, {_who(recipe)} a round, rank {recipe.lora.rank}, "
         f"seed {recipe.seed}, device {recipe.device}, into {folder}",
     ]
+
+
+def _who(recipe: "Recipe") -> str:
+    """Which clients take part in a round."""
+    split, everyone = recipe.partition, recipe.sampling.kind == "all"
+    about = "about " if recipe.sampling.kind == "poisson" else ""
+    if split.column is not None:
+        drawn = "all clients" if everyone else about + count(recipe.cohort, "client")
+        return f"{drawn} of column {split.column!r}"
+    drawn = "all of" if everyone else f"{about}{recipe.cohort} of"
+    return f"{drawn} {count(split.clients or 0, 'client')}"
 
 
 def line_of(summary: "Round", rounds: int) -> str:
@@ -38,7 +47,7 @@ def line_of(summary: "Round", rounds: int) -> str:
         simulated = f" (simulated cohort of {cohort})" if cohort else ""
         spent = f"epsilon {summary.epsilon:.3f}{simulated}"
         if summary.epsilon_unamplified is not None:
-            spent += f" ({summary.epsilon_unamplified:.3f} to who knows who took part)"
+            spent += f" ({summary.epsilon_unamplified:.3f} against those who know who took part)"
         parts.append(spent)
     if summary.round:
         down = _kept((summary.down_a, summary.down_b, summary.down_head))

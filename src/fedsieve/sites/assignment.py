@@ -26,6 +26,7 @@ from fedsieve.recipe import schema
 from fedsieve.recipe.experiment import locate, set_up_resident
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
+from fedsieve.sites import limits
 from fedsieve.sites.site import Site
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
@@ -68,18 +69,22 @@ def prepare(
     recipe: Recipe,
     rows: Dataset,
     test_rows: Dataset | None,
-    most_steps: int,
+    site: Site,
     say: Say,
 ) -> Assignment:
     """Load the model and make the examples that a checked recipe needs.
 
-    run: digest of the recipe's text. Raises FedSieveError where model or rows do not fit; its words
-    may be told to the server.
+    run: digest of the recipe's text. Raises FedSieveError where model or rows do not fit, or where
+    the recipe asks for more than the site's bounds (limits.py), before that is spent; its words may
+    be told to the server.
     """
     method = build_method(recipe)
     tokenizer = _tokenizer(recipe, say)
+    for each in (rows, test_rows):
+        if each is not None:
+            limits.check_texts(recipe, site, each)
     examples, test = _examples(recipe, rows, test_rows, tokenizer, say)
-    _refuse_too_many_steps(recipe, tokens.count(examples), most_steps)
+    _within(recipe, method, site, examples, test, say)
     resident = _resident(recipe, tokenizer, say)
     check_rows(resident, examples, test)
     assert resident.digest is not None
@@ -96,6 +101,7 @@ def _recipe(text: bytes) -> Recipe:
     except (ValueError, RecursionError) as error:
         raise FedSieveError(f"the recipe is not valid TOML: {error}") from error
     table.pop("environment", None)
+    limits.check_numbers(table)
     method = table.get("method")
     name = method.get("name") if isinstance(method, dict) else None
     if name not in methods.names():
@@ -192,8 +198,14 @@ def _examples(
     return prepared.train, prepared.test
 
 
-def _refuse_too_many_steps(recipe: Recipe, examples: int, most: int) -> None:
-    training = recipe.training
-    steps = training.steps or training.epochs * -(-examples // training.batch)
-    if steps > most:
-        raise FedSieveError(f"{steps} optimizer steps a round: this site takes at most {most}")
+def _within(
+    recipe: Recipe, method: Method, site: Site, examples: Examples, test: Examples | None, say: Say
+) -> None:
+    """Raises FedSieveError where the recipe is beyond what the site's file allows."""
+    place = locate(recipe.model.source)
+    try:
+        limits.check(recipe, method, site, examples, test)
+    except FedSieveError as error:
+        if place in str(error):
+            raise _no_model(error, say) from None
+        raise

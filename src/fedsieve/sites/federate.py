@@ -23,6 +23,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import re
 import secrets
 import tomllib
 import warnings
@@ -39,6 +40,7 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
+from fedsieve.data.fetch import PACKAGES
 from fedsieve.disk import refuse_link, write_whole
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.engine.shares import starving
@@ -65,13 +67,22 @@ from fedsieve.sites.certificates import CA as CA
 from fedsieve.sites.certificates import CERTIFICATE as CERTIFICATE
 from fedsieve.sites.certificates import PRIVATE as PRIVATE
 from fedsieve.sites.resident import whole_message
-from fedsieve.sites.server import RoundPolicy, Sites, Transport, mean_score, number_of
+from fedsieve.sites.server import (
+    RoundPolicy,
+    Sites,
+    Transport,
+    cleaned,
+    mean_score,
+    number_of,
+)
+from fedsieve.sites.site import NAME
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Score, evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
+from fedsieve.wire import longest
 from fedsieve.wire.format import VERSION
 
 FLOWER = (1, 41)
@@ -79,6 +90,7 @@ APP = "app"
 HOME = "flower"  # of Flower's command line
 # What of a RoundPolicy users choose; the rest follows from the recipe.
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
+TOLD = "told.toml"  # the recipe as the sites are told it
 KEYS = "sites.json"  # site -> its node's public key
 LINK = "link.db"  # in HOME: without it a SuperLink that restarts knows none of its nodes
 CONNECTION = "fedsieve"  # what that calls this server
@@ -143,6 +155,8 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     with rundir.lock(folder):
         text = recipes.dump(recipe, {**facts, "notes": notes} if notes else facts)
         rundir.create(folder, text, secret=deployed(recipe))
+        told = recipes.dump(_for_sites(recipe), {"federation": facts["federation"]})
+        write_whole(folder / TOLD, told.encode())
         _write_app(folder, policy, listen)
     return commands(folder, listen)
 
@@ -274,7 +288,9 @@ def serve(
 
     Raises FedSieveError if it cannot go on, runner.Stopped if it was stopped.
     """
-    text = (folder / rundir.RECIPE).read_text(encoding="utf-8")
+    # A federation that was prepared before there was one goes on under its digest.
+    told = folder / TOLD if (folder / TOLD).exists() else folder / rundir.RECIPE
+    text = told.read_text(encoding="utf-8")
     rounds = runner.rounds_of(folder)
     board: list[Sites] = []
     warned: list[str] = []
@@ -340,13 +356,23 @@ def on_network(
     assert resident.digest is not None
     welcome = partial(_welcome, method=method, base=resident.digest.weights, say=say)
     refuse_link(keys)
-    known = json.loads(keys.read_text(encoding="utf-8")) if keys.exists() else {}
+    known = _known(keys)
 
     def pin(all_keys: Mapping[str, str]) -> None:
         write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
     sites = Sites(
-        transport, text, digest, welcome, policy, say, keys=known, pin=pin, **history._asdict()
+        transport,
+        text,
+        digest,
+        welcome,
+        policy,
+        say,
+        merged=history.merged,
+        given=history.given,
+        keys=known,
+        pin=pin,
+        most=longest(resident.layout),
     )
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
@@ -418,24 +444,57 @@ def _welcome(
             raise FedSieveError(f"site {client.id!r} has no examples")
         return client._replace(examples=examples)
     name, versions, given = head.get("name"), head.get("versions"), head.get("budget")
-    if not isinstance(name, str) or not name or len(name) > 64 or not name.isprintable():
+    if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise FedSieveError("its description has no usable name")
     wire = versions.get("wire") if isinstance(versions, Mapping) else None
     if wire != VERSION:
         raise FedSieveError(
-            f"site {name!r} speaks version {wire!r} of FedSieve's messages, this server version "
-            f"{VERSION}: install the same FedSieve there"
+            f"site {name!r} speaks version {cleaned(wire, 40)} of FedSieve's messages, this server "
+            f"version {VERSION}: install the same FedSieve there"
         )
     shares = {}
     for knob in Budget._fields:
         value = given.get(knob, 1.0) if isinstance(given, Mapping) else 1.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise FedSieveError(f"site {name!r}: its budget has {knob} {value!r}, not in (0, 1]")
+            raise FedSieveError(
+                f"site {name!r}: its budget has {knob} {cleaned(value, 40)}, not in (0, 1]"
+            )
         shares[knob] = float(value)
     unused = [knob for knob, value in shares.items() if value < 1 and knob not in method.knobs]
     if unused:
         say(f"site {name!r}: the method makes no use of its budget's {', '.join(unused)}")
     return Client(name, 1, Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
+
+
+def _known(place: Path) -> dict[str, str]:
+    """site -> its node's key, in Flower's form; the file may hold OpenSSH's lines (`site-key.pub`).
+
+    Raises FedSieveError for a file that is none, or where one key has two names.
+    """
+    if not place.exists():
+        return {}
+    try:
+        known = {
+            name: _flowers(key) if key.startswith("ecdsa-") else key
+            for name, key in json.loads(place.read_text(encoding="utf-8")).items()
+        }
+    except (ValueError, AttributeError) as error:
+        raise FedSieveError(
+            f"{place} does not list names and keys of sites (docs/deploy.md): {error}"
+        ) from error
+    if len({*known.values()}) < len(known):
+        raise FedSieveError(f"{place}: one key has two names; a key holds one")
+    return known
+
+
+def _flowers(line: str) -> str:
+    """A public key in OpenSSH's form as nodes prove it: PEM, in hexadecimal digits."""
+    from cryptography.hazmat.primitives import serialization  # comes with Flower
+
+    key = serialization.load_ssh_public_key(line.encode())
+    form = serialization.PublicFormat.SubjectPublicKeyInfo
+    told: bytes = key.public_bytes(serialization.Encoding.PEM, form)
+    return told.hex()
 
 
 def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[str]]:
@@ -468,6 +527,21 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
     data = recipe.data.model_copy(update={"test": None if test is None else absolute(test)})
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
     return recipe.model_copy(update={"data": data, "model": model}), notes
+
+
+def _for_sites(recipe: Recipe) -> Recipe:
+    """The recipe without what is the server's own: paths, files, columns, device, versions."""
+    own = "the site's own"
+    asked = recipe.data
+    data = schema.Data(
+        train=own,
+        classes=asked.classes,
+        max_length=asked.max_length,
+        validation=asked.validation,
+    )
+    source = recipe.model.source if recipe.model.source in PACKAGES else own
+    model = recipe.model.model_copy(update={"source": source})
+    return recipe.model_copy(update={"data": data, "model": model, "device": "auto"})
 
 
 def _refuse_noise_that_sites_know(plan: PrivacyPlan) -> None:

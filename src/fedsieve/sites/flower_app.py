@@ -24,7 +24,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedsieve.errors import FedSieveError, WireError
-from fedsieve.sites.worker import SOCKET, carry, pack, refusal
+from fedsieve.sites.worker import SOCKET, carry, pack, refusal, without_paths
 
 if TYPE_CHECKING:
     from fedsieve.sites.server import Incoming, Node, PendingRequest, Transport
@@ -45,7 +45,10 @@ def relay(message: Message, context: Context) -> Message:
             )
         answer = carry(Path(path), frame_of(message))
     except FedSieveError as error:
-        answer = pack(refusal(str(error)))
+        print(
+            f"fedsieve: {error}", flush=True
+        )  # the node's own log: where the socket lies is told here
+        answer = pack(refusal(without_paths(str(error))))
     return Message(content_of(answer), reply_to=message)
 
 

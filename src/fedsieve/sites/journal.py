@@ -21,7 +21,7 @@ there, with a warning. Nothing is kept in this process: what is on the disk is w
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,18 +77,23 @@ def memories(folder: Path, number: int) -> Iterator[tuple[int, Memory]]:
         yield 0, {}
 
 
-def write(folder: Path, entry: Entry, keep: int) -> None:
+def write(
+    folder: Path, entry: Entry, keep: int, room: Callable[[int], None] = lambda more: None
+) -> None:
     """Add a round. Later rounds are void and go first; then those that are no longer needed.
 
     keep: the entries of so many rounds before this one stay, the newest one before those, and the
           one that this round began with
+    room: told how many bytes the entry has, before anything is changed; raises to refuse them
     Raises OSError if it cannot be written; the entries of earlier rounds are as they were then.
     """
+    data = _to_bytes(entry)
+    room(len(data))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in _files(folder):
         if path.name >= _name(entry.round):
             path.unlink()
-    write_whole(folder / _name(entry.round), _to_bytes(entry))
+    write_whole(folder / _name(entry.round), data)
     old = [p for p in _files(folder) if p.name < _name(max(0, entry.round - keep))]
     for path in old[:-1]:
         if path.name != _name(entry.before):

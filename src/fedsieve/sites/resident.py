@@ -20,7 +20,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +47,7 @@ from fedsieve.errors import FedSieveError, WireError
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
 from fedsieve.settings import Share
-from fedsieve.sites import journal, worker
+from fedsieve.sites import journal, limits, worker
 from fedsieve.sites.assignment import Assignment, checked, prepare
 from fedsieve.sites.journal import Entry
 from fedsieve.sites.site import Site, budget_of, link_of, load
@@ -55,11 +55,12 @@ from fedsieve.sites.worker import Frame, refusal
 from fedsieve.tasks import tokens
 from fedsieve.train.local import Fit, evaluate, fit
 from fedsieve.train.model import pick_device
-from fedsieve.wire import decode, encode
+from fedsieve.wire import decode, encode, longest
 from fedsieve.wire.format import VERSION
 
 RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
+RECIPE_BYTES = 1 << 20  # the longest that is taken
 TOLD = "told"  # the digests of the recipes, in the order in which they were told last
 _SAID = 500  # characters of an error
 
@@ -107,6 +108,7 @@ def run(path: Path, say: Callable[[str], None]) -> None:
                 partial(answer, resident),
                 partial(about, resident),
                 lambda address: tell(f"ready at {address}"),
+                partial(most_bytes, resident),
             )
     finally:
         os.umask(before)
@@ -119,8 +121,8 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     not there.
     """
     pick_device(site.device)
-    for place in (".", "runs/*/", "runs/*/*/"):
-        for part in site.folder.glob(f"{place}.*.part"):
+    for within in ("", "runs/*/", "runs/*/*/"):
+        for part in site.folder.glob(f"{within}.*.part"):
             part.unlink()
     for part in site.folder.glob("adapters/.*.part"):
         shutil.rmtree(part)
@@ -145,8 +147,24 @@ def about(resident: Resident, request: Frame) -> Frame | None:
     try:
         _checked(Describe, request)
     except FedSieveError as error:
-        return refusal(str(error)[:_SAID])
+        return refusal(_told(resident.site, error))
     return Frame(_facts(resident))
+
+
+def most_bytes(resident: Resident, header: Mapping[str, Any]) -> int:
+    """The longest body of a request, from its header: what the adapter's layout can fill.
+
+    Before the worker knows a layout (it was started again, and its recipe is on the disk), any.
+    """
+    do = header.get("do")
+    if do == "recipe":
+        return RECIPE_BYTES
+    if do not in ("train", "evaluate", "keep"):
+        return 0
+    assignment = resident.assignment
+    if assignment is None or assignment.run != header.get("recipe"):
+        return worker.BODY
+    return longest(assignment.start.layout, base=True)
 
 
 def answer(resident: Resident, request: Frame) -> Frame:
@@ -165,7 +183,9 @@ def answer(resident: Resident, request: Frame) -> Frame:
     except _Lost as error:
         result = refusal(str(error), lost_memory=True)
     except FedSieveError as error:
-        result = refusal(str(error)[:_SAID])
+        result = refusal(_told(resident.site, error))
+        if result.header["error"] != str(error):
+            resident.say(f"error: {error}")
     except (OSError, SafetensorError) as error:
         resident.say(f"error: {error}")
         why = getattr(error, "strerror", None) or type(error).__name__
@@ -181,6 +201,13 @@ def answer(resident: Resident, request: Frame) -> Frame:
     told = "done" if result.header["ok"] else f"refused: {result.header['error']}"
     resident.say(f"{what}: {told} ({seconds:.1f} s)")
     return worker.seal(worker.digest(request), result)
+
+
+def _told(site: Site, error: FedSieveError) -> str:
+    """An error as the server may read it: no path of the site, and of a bounded length."""
+    own = (site.folder, site.cache, site.model, site.data.train, site.data.test)
+    paths = [str(path) for path in own if path is not None and os.sep in str(path)]
+    return worker.without_paths(str(error), *paths)[:_SAID]
 
 
 def whole_message(adapter: Adapter) -> bytes:
@@ -340,7 +367,8 @@ def _train(resident: Resident, request: Frame) -> Frame:
         done = _round(assignment, client, memories, key, request.body)
         done = done._replace(asked=digest)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
-        journal.write(folder, done, keep=2 * recipe.checkpoint.every)
+        room = partial(limits.check_room, site)
+        journal.write(folder, done, keep=2 * recipe.checkpoint.every, room=room)
     return Frame(done.facts, done.answer)
 
 
@@ -433,9 +461,11 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     place = resident.site.folder / "adapters" / assignment.run[:16]
     part, old = (place.with_name(f".{place.name}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
+    _refuse_another_adapter(resident.site, place)
     try:
         part.mkdir(mode=0o700, parents=True)
         assignment.resident.save(adapter, part)
+        limits.check_room(resident.site, 0)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -445,6 +475,15 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     shutil.rmtree(old, ignore_errors=True)
     resident.say(f"the adapter after round {asked.round} is in {place}")
     return Frame({"ok": True, "round": asked.round})
+
+
+def _refuse_another_adapter(site: Site, place: Path) -> None:
+    others = [path for path in place.parent.glob("[!.]*") if path != place]
+    if len(others) >= site.most_adapters:
+        raise FedSieveError(
+            f"this site's folder has {len(others)} adapters, and takes at most "
+            f"{site.most_adapters} (most_adapters): its owner moves old ones away, or raises that"
+        )
 
 
 _WORK: dict[str, Callable[[Resident, Frame], Frame]] = {
@@ -516,4 +555,4 @@ def _change_assignment(resident: Resident, run: str, text: bytes) -> None:
     recipe = checked(text, site)
     resident.assignment = None  # two models at once may be more than the memory holds
     rows, test_rows = resident.rows, resident.test_rows
-    resident.assignment = prepare(run, recipe, rows, test_rows, site.most_steps, resident.say)
+    resident.assignment = prepare(run, recipe, rows, test_rows, site, resident.say)

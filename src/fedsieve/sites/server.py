@@ -124,6 +124,7 @@ class Dispatch(NamedTuple):
     """A request to a site that is there.
 
     transport: bytes of all that was carried for it; asked: digest of the request (worker.digest)
+    most: bytes that no answer to it can be longer than
     """
 
     client: Client
@@ -132,6 +133,7 @@ class Dispatch(NamedTuple):
     data: bytes
     transport: int
     asked: bytes
+    most: int
     tries: int = 1
 
 
@@ -152,6 +154,7 @@ class Sites:
         keys: Mapping[str, str] = MappingProxyType({}),
         pin: Callable[[Mapping[str, str]], None] = lambda keys: None,
         given: Mapping[tuple[str, str], int] = MappingProxyType({}),
+        most: int = worker.BODY,
     ) -> None:
         """
         recipe, digest: the recipe's text, which every site is told, and what requests call it
@@ -161,10 +164,12 @@ class Sites:
         keys: site -> the key of its node, as far as they are known. A site that is met for the
             first time is bound to its node's key; with another one it is refused from then on
         pin: told all keys whenever one is added
+        most: the longest update, in bytes, that the adapter's layout can fill (wire.longest)
         given: (site, digest of what an update said) -> its round, of the updates that came before
         """
         self._transport, self._recipe, self._digest = transport, recipe, digest
-        self._welcome, self._policy, self._say = welcome, policy, say
+        self._welcome, self._policy = welcome, policy
+        self._say: Callable[[str], None] = lambda text: say(cleaned(text))
         self._clock, self._sleep = clock, sleep
         self._sites: dict[str, _Site] = {}
         self._connected: frozenset[Node] = frozenset()
@@ -180,6 +185,7 @@ class Sites:
         self._lost: set[str] = set()  # sites without their memory: they go on from what they have
         self._keys, self._pin = dict(keys), pin
         self._given = dict(given)
+        self._most = most + worker.HEADER
 
     def there(self) -> list[Client]:
         """The sites that can be drawn now, in order of id; waits until there are enough.
@@ -302,7 +308,7 @@ class Sites:
             for dispatch, incoming in done:
                 self._aside += dispatch.transport
                 try:
-                    answers[dispatch.client.id] = _answer(incoming, dispatch.asked)
+                    answers[dispatch.client.id] = _answer(incoming, dispatch)
                 except WireError as error:
                     self._say(f"{dispatch.client.id}: {do}: {error}")
         for dispatch in waiting.values():
@@ -315,7 +321,9 @@ class Sites:
     ) -> tuple[str | None, Dispatch]:
         site = self._sites.get(client.id)
         node = Node(0) if site is None else site.node
-        dispatch = Dispatch(client, node, kind, pack(frame), transport, worker.digest(frame))
+        dispatch = Dispatch(
+            client, node, kind, pack(frame), transport, worker.digest(frame), self._most
+        )
         there = node in self._connected
         pending = (
             self._transport.send(node.id, kind, dispatch.data, seconds + SKEW) if there else None
@@ -411,6 +419,11 @@ class Sites:
         self._say(f"site {client.id} is {'back' if known else 'there'}: {client.examples} examples")
 
     def _refuse_another(self, name: str, node: Node) -> None:
+        others = [site for site, key in self._keys.items() if key == node.key and site != name]
+        if node.key and others:
+            raise FedSieveError(
+                f"its node's key is that of site {others[0]!r}: a key holds one name"
+            )
         if self._keys.get(name, node.key) != node.key:
             raise FedSieveError(
                 f"its node has another key than the one that was site {name!r} before"
@@ -464,10 +477,12 @@ def mean_score(answers: Mapping[str, Frame], say: Callable[[str], None]) -> Scor
     return Score(loss / counted, right / counted, counted) if counted else None
 
 
-def _answer(incoming: Incoming, asked: bytes) -> Frame:
+def _answer(incoming: Incoming, dispatch: Dispatch) -> Frame:
     """What a site answers to this request. Raises WireError for a refusal or another's answer."""
+    if incoming.data is not None and len(incoming.data) > dispatch.most:
+        raise WireError(f"an answer of {len(incoming.data)} bytes: at most {dispatch.most} can be")
     frame = _told(incoming)
-    check_seal(asked, frame)
+    check_seal(dispatch.asked, frame)
     return frame
 
 
@@ -491,10 +506,11 @@ def _says(incoming: Incoming, what: str) -> bool:
 def _reply(dispatch: Dispatch, incoming: Incoming, number: int) -> Reply:
     client = dispatch.client
     try:
-        frame = _answer(incoming, dispatch.asked)
+        frame = _answer(incoming, dispatch)
         head = frame.header
         if head.get("round") != number:
-            raise WireError(f"an answer for round {head.get('round')!r} in round {number}")
+            said = cleaned(head.get("round"), 20)
+            raise WireError(f"an answer for round {said} in round {number}")
         reason = head.get("reason")
         if reason is None and not frame.body:
             raise WireError("an answer without an update")
@@ -514,14 +530,24 @@ def _reply(dispatch: Dispatch, incoming: Incoming, number: int) -> Reply:
 
 
 def _nothing(client: Client, reason: str) -> Reply:
-    return Reply(client, None, reason, math.nan, 0, 0.0, 0.0, 0.0, 0)
+    return Reply(client, None, cleaned(reason), math.nan, 0, 0.0, 0.0, 0.0, 0)
 
 
 def _words(said: object) -> str:
-    """What a site says, for a log: it is trusted with neither its length nor its characters."""
-    if not isinstance(said, str):
-        return "what it says is no text"
-    return "".join(c if c.isprintable() else "?" for c in said[:500])
+    """What a site says in a text of its own."""
+    return cleaned(said) if isinstance(said, str) else "what it says is no text"
+
+
+def cleaned(said: object, most: int = 500) -> str:
+    """What a site says, for a log, a terminal or a page.
+
+    It is trusted with neither its length nor its characters: at most so many, and printable ones.
+    """
+    if isinstance(said, int) and not isinstance(said, bool) and abs(said) > LARGEST:
+        return "a number beyond all sense"  # Python refuses to write one of 5000 digits
+    text = said if isinstance(said, str) else repr(said)
+    shown = "".join(c if c.isprintable() else "?" for c in text[:most])
+    return shown + ("..." if len(text) > most else "")
 
 
 def number_of(head: Mapping[str, Any], name: str) -> float:

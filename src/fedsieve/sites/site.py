@@ -25,6 +25,8 @@ from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError, explain_all
 from fedsieve.settings import Share, Table
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+
 
 class Rows(Table):
     """The site's own rows, and the columns of them that may be read; keys as in a recipe's [data].
@@ -78,9 +80,11 @@ class Site(Table):
     cache:  where fetched models and data lie; None is where `fedsieve fetch` puts them
     memory: free, in MB beside the base model; step_seconds: an optimizer step's
     most_steps: optimizer steps that a server may ask for in one round
+    most_tokens: and tokens of them all; most_memory: MB that training may take beside the base
+        model; most_disk: MB that the worker's folder may hold; most_adapters: final adapters in it
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, Field(pattern=NAME)]
     data: Rows
     folder: Path = Path("worker")
     device: str = "auto"
@@ -89,6 +93,10 @@ class Site(Table):
     memory: PositiveFloat | None = None
     step_seconds: NonNegativeFloat | None = None
     most_steps: PositiveInt = 100_000
+    most_tokens: PositiveInt = 10**9
+    most_memory: PositiveFloat = 8000.0
+    most_disk: PositiveFloat = 10_000.0
+    most_adapters: PositiveInt = 16
     link: Link | None = None
     budget: Limits = Limits()
 

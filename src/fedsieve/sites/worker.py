@@ -15,10 +15,9 @@ An answer's header also holds a tag that ties it to the request that it answers 
 its run, its round, its site and the very bytes that were sent: an answer to another request that is
 called this one's is refused, whatever it says.
 
-The socket and its folder are the owner's alone,
-and what comes in is read as if it came from an enemy all the same: sizes have limits, a connection
-has so many seconds to say what it wants, and whatever is wrong with it is answered with
-`{"ok": false, "error": ...}` and never stops the worker.
+The socket and its folder are the owner's alone, and what comes in is read as if it came from an
+enemy all the same: numbers, sizes and times have limits (intake.py), and whatever is wrong with a
+request is answered with `{"ok": false, "error": ...}` and never stops the worker.
 
 Requests are worked on one at a time, in the main thread, in the order in which they came; other
 threads only read and write. Those that ask about the worker itself are answered at once, also while
@@ -27,29 +26,33 @@ it trains.
 
 import hashlib
 import json
+import math
 import os
 import queue
+import re
 import socket
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
 
 from fedsieve.errors import FedSieveError, WireError
+from fedsieve.sites.intake import BUFFER, Ended, Intake, take
 
 # In a folder of its own: a node that is locked up gets this folder and nothing else of the site.
 SOCKET = "door/worker.sock"
 HEADER = 1 << 16  # the longest header, in bytes
 BODY = (1 << 31) - 1  # the longest body; what carries messages between machines takes no more
-CONNECTIONS = 16  # read at once, and requests that wait for their turn; more are put off
-PATIENCE = 60.0  # seconds for a request to arrive whole, and for an answer to be taken
+JOBS = 16  # requests that wait for their turn; more are put off
+PATIENCE = 60.0  # seconds for an answer to be taken
 TAG = "tag"
-_CHUNK = 1 << 20
+# From the root, from the home folder, or from Windows' drives, to the next space, quote or colon.
+_PATH = re.compile(r"(?:(?<![\w.>/])~?/|\b[A-Za-z]:\\)[^\s'\"`:,;)]*[\w/\\]")
 _ADDRESS = 107  # bytes of a Unix socket's address on Linux
 
 
@@ -116,6 +119,13 @@ def refusal(error: str, **more: Any) -> Frame:
     return Frame({"ok": False, "error": error, **more})
 
 
+def without_paths(text: str, *known: object) -> str:
+    """A text for the server: paths that are known, and what looks like one, are left out of it."""
+    for path in sorted({str(each) for each in known if each}, key=len, reverse=True):
+        text = text.replace(path, "<a path of the site>")
+    return _PATH.sub("<a path of the site>", text)
+
+
 def ask(address: Path, request: Frame, timeout: float | None = None) -> Frame:
     """Ask the worker that listens at `address` (`<folder of the site>/door/worker.sock`), and wait.
 
@@ -135,14 +145,14 @@ def carry(address: Path, request: bytes, timeout: float | None = None) -> bytes:
             _connect(connection, _address(address), until)
             with suppress(BrokenPipeError):  # the worker says why, if it did not like the beginning
                 connection.sendall(request)
-            return pack(_take(connection, until))
+            return pack(_frame(lambda count: take(connection, count, until or math.inf)))
     except TimeoutError:
         raise FedSieveError(f"the worker at {address} did not answer in {timeout:g} s") from None
     except (FileNotFoundError, ConnectionRefusedError):
         raise FedSieveError(
             f"no worker listens at {address}: start `fedsieve worker site.toml`"
         ) from None
-    except (ConnectionError, PermissionError, _Ended) as error:
+    except (ConnectionError, PermissionError, Ended) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise FedSieveError(f"the worker at {address} gave no answer: {why}") from error
 
@@ -186,6 +196,7 @@ def serve(
     work: Callable[[Frame], Frame],
     about: Callable[[Frame], Frame | None],
     ready: Callable[[Path], None] = lambda address: None,
+    most: Callable[[Mapping[str, Any]], int] = lambda header: BODY,
 ) -> None:
     """Answer requests at `<folder>/door/worker.sock` until the process is interrupted.
 
@@ -193,11 +204,12 @@ def serve(
     work:   does what a request asks; called in this thread, for one request at a time
     about:  the answer to a request that needs no work, or None; called in other threads
     ready:  called with the socket's path once it takes requests
+    most:   a request's header -> the longest body that it can have; called in other threads
     Neither function may raise. Raises FedSieveError if the socket cannot be made.
     """
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
     with _listening(folder / SOCKET) as listener:
-        threading.Thread(target=_accept, args=(listener, about, jobs), daemon=True).start()
+        threading.Thread(target=_accept, args=(listener, about, jobs, most), daemon=True).start()
         ready(folder / SOCKET)
         while True:
             try:
@@ -250,39 +262,41 @@ def _accept(
     listener: socket.socket,
     about: Callable[[Frame], Frame | None],
     jobs: "queue.SimpleQueue[Job]",
+    most: Callable[[Mapping[str, Any]], int],
 ) -> None:
-    reading = threading.BoundedSemaphore(CONNECTIONS)
+    intake = Intake()
+
+    def answer_to(request: Frame) -> Frame:
+        answer = about(request)
+        if answer is None and jobs.qsize() >= JOBS:
+            answer = refusal(f"{JOBS} requests wait already: ask again later")
+        if answer is None:
+            done: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+            jobs.put((request, done))
+            answer = done.get()
+        return answer
 
     def converse(connection: socket.socket) -> None:
         # A connection that breaks off is nobody's error here: who asked will ask again.
-        with connection, suppress(OSError):
+        with connection, suppress(OSError), ExitStack() as held:
             try:
-                request = _take(connection, time.monotonic() + PATIENCE)
-            except (WireError, _Ended, TimeoutError) as error:
-                wrong = str(error)
-            else:
-                wrong = ""
-            finally:
-                reading.release()
-            if wrong:
-                _send(connection, refusal(f"this is no request: {wrong}"))
+                with intake.reading(connection):
+                    header, length = _head(lambda count: take(connection, count))
+                    limit = most(header)
+                    if length > limit:
+                        raise WireError(f"a body of {length} bytes: at most {limit} for this")
+                    held.enter_context(intake.holding(length))
+                    request = Frame(header, take(connection, length))
+            except (WireError, Ended, TimeoutError) as error:
+                _send(connection, refusal(f"this is no request: {error}"))
                 _drain(connection)
                 return
-            answer = about(request)
-            if answer is None and jobs.qsize() >= CONNECTIONS:
-                answer = refusal(f"{CONNECTIONS} requests wait already: ask again later")
-            if answer is None:
-                done: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-                jobs.put((request, done))
-                answer = done.get()
-            _send(connection, answer)
+            _send(connection, answer_to(request))
 
     while True:
-        reading.acquire()
         try:
             connection, _ = listener.accept()
         except OSError:
-            reading.release()
             if listener.fileno() < 0:
                 return  # closed: the worker ends
             time.sleep(0.1)  # out of descriptors, say: they come back
@@ -301,37 +315,18 @@ def _drain(connection: socket.socket) -> None:
     until = time.monotonic() + 1
     while (left := until - time.monotonic()) > 0:
         connection.settimeout(left)
-        if not connection.recv(_CHUNK):
+        if not connection.recv(BUFFER):
             return
-
-
-class _Ended(Exception):
-    """The other end closed the connection in the middle of a frame."""
-
-
-def _receive(connection: socket.socket, count: int, until: float | None) -> bytes:
-    """So many bytes of a connection; memory grows with what came, not with what was promised."""
-    came = bytearray()
-    while len(came) < count:
-        if until is not None:
-            left = until - time.monotonic()
-            if left <= 0:
-                raise TimeoutError("it took too long to arrive")
-            connection.settimeout(left)
-        part = connection.recv(min(count - len(came), _CHUNK))
-        if not part:
-            raise _Ended("it ended in the middle")
-        came += part
-    return bytes(came)
-
-
-def _take(connection: socket.socket, until: float | None) -> Frame:
-    """The frame that arrives on a connection. Raises WireError, _Ended or TimeoutError."""
-    return _frame(lambda count: _receive(connection, count, until))
 
 
 def _frame(take: Callable[[int], bytes]) -> Frame:
     """A frame from a function that gives its next bytes."""
+    header, length = _head(take)
+    return Frame(header, take(length))
+
+
+def _head(take: Callable[[int], bytes]) -> tuple[dict[str, Any], int]:
+    """A frame's header, and the length of its body."""
     size = int.from_bytes(take(4), "big")
     _check_sizes(size, 0)
     try:
@@ -344,7 +339,7 @@ def _frame(take: Callable[[int], bytes]) -> Frame:
     if type(length) is not int:
         raise WireError("a frame's header does not say the length of its body")
     _check_sizes(size, length)
-    return Frame(header, take(length))
+    return header, length
 
 
 def _no_constant(name: str) -> None:

@@ -31,7 +31,7 @@ from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
-from fedsieve.train import parts, targets
+from fedsieve.train import card, parts, targets
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
 from fedsieve.train.head import match_rows
@@ -56,6 +56,7 @@ class ResidentModel:
     ties:   tensor name -> the other places of the same parameter, where weights are tied
     tokenizer: saved beside the model, if it is known
     digest: of the base as it was loaded, where a run keeps it
+    method: what trains the adapter, by name, for the card beside it (card.py), where it is known
     """
 
     model: PeftModel | PreTrainedModel
@@ -69,6 +70,7 @@ class ResidentModel:
     ties: Mapping[str, Sequence[Place]]
     tokenizer: PreTrainedTokenizerBase | None = None
     digest: BaseDigest | None = None
+    method: str | None = None
 
     def adapter(self) -> Adapter:
         """A copy, on the CPU, of the adapter that is in the model."""
@@ -112,7 +114,8 @@ class ResidentModel:
     def save(self, adapter: Adapter, folder: Path) -> None:
         """Write an adapter in PEFT's format: `PeftModel.from_pretrained` reads it.
 
-        The tokenizer goes beside it, and a classifier's names of labels in `labels.json`. (Not in a
+        The tokenizer goes beside it, a card that says how to load it (card.py), and a classifier's
+        names of labels in `labels.json`. (Not in a
         `config.json`: transformers would take the folder for a whole model.) PEFT makes the base
         from the base's own folder, so `AutoPeftModelForSequenceClassification` must be told
         `num_labels`, or the names, where the base has another number of labels.
@@ -137,13 +140,14 @@ class ResidentModel:
         # A set's order differs from process to process, and so would the file.
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
+        # PEFT adds a classifier's heads to those that were named to it, though they were.
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save or ())) or None
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         if self.task == "classification":
             own = self.model.config
             labels = {"id2label": own.id2label, "label2id": own.label2id}
             (folder / LABELS).write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(str(folder))
+        self._save_beside(folder, rank)
 
     def merge(self, adapter: Adapter, folder: Path) -> None:
         """Write the whole model with the adapter added into its weights. Uses up the resident.
@@ -159,8 +163,15 @@ class ResidentModel:
 
     def _save_whole(self, model: Any, folder: Path) -> None:
         model.save_pretrained(str(folder))
+        self._save_beside(folder, None)
+
+    def _save_beside(self, folder: Path, rank: int | None) -> None:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
+        names: dict[int, str] = self.model.config.id2label if self.task == "classification" else {}
+        labels = [names[number] for number in sorted(names)]
+        base = self.model.config.name_or_path
+        card.write(folder, base, self.task, labels=labels, rank=rank, method=self.method)
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -1,5 +1,8 @@
-"""Payloads as bytes: `encode` and `decode`. docs/wire.md describes the format byte by byte."""
+"""Payloads as bytes: `encode` and `decode`, and the longest that they make.
 
-from fedsieve.wire.envelope import decode, encode
+docs/wire.md describes the format byte by byte.
+"""
 
-__all__ = ["decode", "encode"]
+from fedsieve.wire.envelope import decode, encode, longest
+
+__all__ = ["decode", "encode", "longest"]

@@ -27,6 +27,7 @@ MAGIC = b"FSB"
 VERSION = 1
 HEAD = 18  # bytes before the base message
 CHECKSUM = 4
+OVERHEAD = 1 << 16
 
 
 def encode(payload: Payload) -> bytes:
@@ -89,6 +90,18 @@ def decode(data: bytes, layout: Layout, known: Support | None = None) -> Payload
     change = _whole(bytes(view[HEAD:start]), theirs)
     payload = plain.decode(bytes(view[stop:end]), layout, known)
     return payload._replace(base=Base(since, change))
+
+
+def longest(layout: Layout, *, base: bool = False) -> int:
+    """Bytes that no message for this layout is longer than; with a change of the base, if `base`.
+
+    An entry takes at most 8 bytes as a number and less than one in a mask; what is told of names
+    and ranks, and the tables of the coder, are in the rest.
+    """
+    entries = layout.size + len(layout.names) + len(layout.pairs) * layout.rank
+    if base and layout.pairs:
+        entries += base_layout(layout, 0).size
+    return 10 * entries + OVERHEAD
 
 
 def _fill(size: int, theirs: Layout, layout: Layout) -> int:

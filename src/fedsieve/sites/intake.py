@@ -1,0 +1,88 @@
+"""What a worker takes in from its socket at a time: bounded in number, in bytes and in time.
+
+Whoever reaches the socket may open connections and say nothing, or promise a body and not send it.
+So a connection has `SILENCE` seconds for its header and for each piece of its body; of more than
+`READING` connections that are not through, the oldest is closed; and bodies that were promised and
+are not yet answered hold at most `WAITING` bytes together, or one body alone.
+"""
+
+import math
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+SILENCE = 5.0  # seconds for a header, and for each piece of a body
+READING = 64  # connections that are read at once
+WAITING = 256 << 20  # bytes of all bodies together
+PIECE = 1 << 20
+BUFFER = 1 << 16
+
+
+class Ended(Exception):
+    """The other end closed the connection in the middle of a frame, or it was closed here."""
+
+
+class Intake:
+    """The connections that are being read, and the bytes that they may hold."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._reading: dict[int, socket.socket] = {}  # the oldest first
+        self._held = 0
+
+    @contextmanager
+    def reading(self, connection: socket.socket) -> Iterator[None]:
+        """Count a connection among those that are read; the oldest is closed if they are many."""
+        with self._changed:
+            while len(self._reading) >= READING:
+                oldest = self._reading.pop(next(iter(self._reading)))
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads it
+            self._reading[id(connection)] = connection
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._reading.pop(id(connection), None)
+
+    @contextmanager
+    def holding(self, count: int) -> Iterator[None]:
+        """So many bytes, as soon as there is room. Raises TimeoutError if there is none in time."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._fits(count), 2 * SILENCE):
+                raise TimeoutError(f"{self._held} bytes wait already: ask again later")
+            self._held += count
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= count
+                self._changed.notify_all()
+
+    def _fits(self, count: int) -> bool:
+        return not count or not self._held or self._held + count <= WAITING
+
+
+def take(connection: socket.socket, count: int, until: float | None = None) -> bytes:
+    """So many bytes of a connection; memory grows with what came, not with what was promised.
+
+    until: the time by which all must be there; None gives each piece `SILENCE` seconds
+    Raises Ended or TimeoutError.
+    """
+    came = bytearray()
+    due = time.monotonic() + SILENCE if until is None else until
+    while len(came) < count:
+        left = due - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it took too long to arrive")
+        connection.settimeout(left if left < math.inf else None)
+        part = connection.recv(min(count - len(came), BUFFER))
+        if not part:
+            raise Ended("it ended in the middle")
+        before = len(came) // PIECE
+        came += part
+        if until is None and len(came) // PIECE > before:
+            due = time.monotonic() + SILENCE
+    return bytes(came)

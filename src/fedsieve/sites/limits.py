@@ -1,0 +1,203 @@
+"""What a recipe would cost a site, worked out before anything is allocated or written for it.
+
+A server may name any number. So a site asks four things of a recipe that it is told, each with a
+bound in site.toml; a recipe beyond one is refused, with the bound, its value, and what was asked:
+
+    most_steps   optimizer steps of a round
+    most_tokens  steps x rows of a batch x tokens of a row, in a round
+    most_memory  what training takes beside the base model: trained numbers, gradients, the local
+                 optimizer's state, and activations, counted by a forward pass over tensors without
+                 numbers (torch's meta device)
+    most_disk    what the worker's folder may hold, with the rounds that `checkpoint.every` keeps
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Method
+from fedsieve.data.sources import column
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe.experiment import locate
+from fedsieve.recipe.schema import Recipe
+from fedsieve.settings import Training
+from fedsieve.sites.site import Site
+from fedsieve.tasks import tokens
+from fedsieve.tasks.tokens import Examples
+from fedsieve.train.model import ResidentModel, set_up, shape_of
+
+LARGEST = 10**15  # of any number in a recipe but its seed
+ROUNDS = 10**9 - 1  # nine digits in the names of a site's files
+SEEDS = 1 << 63
+MEGA = 10**6
+_META = torch.device("meta")
+_TENSORS = 3  # of examples: numbers, mask, labels or types
+_FLOAT, _INT = 4, 8  # bytes
+
+
+def check_numbers(table: Mapping[str, Any]) -> None:
+    """Raises FedSieveError, naming the key, for a number that no recipe has a use for."""
+    seed = table.get("seed")
+    if isinstance(seed, int) and seed >= SEEDS:
+        raise FedSieveError(f"seed: at most {SEEDS - 1}")
+    rounds = table.get("rounds")
+    if isinstance(rounds, int) and rounds > ROUNDS:
+        raise FedSieveError(f"rounds: a site takes at most {ROUNDS}")
+    _check_numbers({key: value for key, value in table.items() if key != "seed"}, ())
+
+
+def _check_numbers(value: Any, place: tuple[str, ...]) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_numbers(inner, (*place, str(key)))
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        for number, inner in enumerate(value):
+            _check_numbers(inner, (*place, str(number)))
+    elif isinstance(value, int | float) and not abs(value) <= LARGEST:
+        shown = f"{value:g}" if isinstance(value, float) else f"of {len(str(abs(value)))} digits"
+        raise FedSieveError(
+            f"{'.'.join(place)[:100]}: a number {shown}; a site takes none beyond {LARGEST}"
+        )
+
+
+def check_texts(recipe: Recipe, site: Site, rows: Dataset) -> None:
+    """Before the rows become tensors: (rows, tokens of the longest) each.
+
+    Raises FedSieveError where they would not fit `most_memory`.
+    """
+    data = recipe.data
+    names = [n for n in (data.text, data.text_b, data.prompt, data.completion) if n is not None]
+    # A token has at least one byte; a few more begin and end a row.
+    most = 8 + sum(
+        max((len(text.encode()) for text in column(rows, name) if isinstance(text, str)), default=0)
+        for name in names
+    )
+    taken = _TENSORS * _INT * len(rows) * min(data.max_length, most)
+    _refuse(taken, site, f"data.max_length {data.max_length} with {len(rows)} rows")
+
+
+def check(
+    recipe: Recipe, method: Method, site: Site, train: Examples, test: Examples | None
+) -> None:
+    """Raises FedSieveError for a recipe that is beyond one of the site's bounds."""
+    training, count, length = recipe.training, tokens.count(train), train.input_ids.shape[1]
+    batch = min(training.batch, count)
+    steps = training.steps or training.epochs * -(-count // training.batch)
+    if steps > site.most_steps:
+        raise FedSieveError(
+            f"{steps} optimizer steps a round: this site takes at most {site.most_steps} "
+            "(most_steps)"
+        )
+    work = steps * batch * length
+    if work > site.most_tokens:
+        raise FedSieveError(
+            f"{work} tokens a round ({steps} steps of {batch} rows of {length}): this site takes "
+            f"at most {site.most_tokens} (most_tokens): lower training.steps or training.batch"
+        )
+    shape = _shape(recipe, method)
+    trained = shape.layout.size
+    state = _FLOAT * trained * (4 + _moments(training))
+    _refuse(state, site, f"lora.rank {recipe.lora.rank} and what else is trained")
+    rank, kept = f"training.batch {training.batch}", activations(shape, batch, length)
+    _refuse(state + sum(kept), site, f"{rank} over rows of {length} tokens")
+    if test is not None:
+        rows, width = min(recipe.evaluation.batch, tokens.count(test)), test.input_ids.shape[1]
+        # Nothing is kept for a backward pass: a few of the largest tensors live at a time.
+        seen = 4 * max(activations(shape, rows, width), default=0)
+        _refuse(state + seen, site, f"evaluation.batch {recipe.evaluation.batch}")
+    _check_disk(recipe, site, trained)
+
+
+def _check_disk(recipe: Recipe, site: Site, trained: int) -> None:
+    """Raises FedSieveError where the rounds that must be kept do not fit `most_disk`."""
+    # Two checkpoints back, and the adapter at the end; a memory is at most as large again.
+    rounds = min(recipe.rounds, 2 * recipe.checkpoint.every + 2)
+    asked = _FLOAT * trained * (rounds + 1)
+    if asked > site.most_disk * MEGA:
+        raise FedSieveError(
+            f"checkpoint.every {recipe.checkpoint.every} keeps {rounds} rounds of "
+            f"{_FLOAT * trained / MEGA:.3g} MB: this site's folder may hold {site.most_disk:g} MB "
+            "(most_disk)"
+        )
+
+
+def check_room(site: Site, more: int) -> None:
+    """Raises FedSieveError if so many bytes more are too many for the worker's folder."""
+    used = used_bytes(site.folder)
+    if used + more > site.most_disk * MEGA:
+        raise FedSieveError(
+            f"this site's disk: its folder holds {used / MEGA:.3g} MB, {more / MEGA:.3g} MB more "
+            f"are asked, and it may hold {site.most_disk:g} MB (most_disk). Nothing that was kept "
+            "is lost"
+        )
+
+
+def used_bytes(folder: Path) -> int:
+    """Of all files in a folder; those that go away meanwhile count nothing."""
+    found = 0
+    for path in folder.rglob("*"):
+        try:
+            found += path.lstat().st_size if path.is_file() else 0
+        except OSError:
+            continue
+    return found
+
+
+def activations(resident: ResidentModel, rows: int, length: int) -> list[int]:
+    """Bytes of each tensor that a forward pass keeps for the backward pass.
+
+    resident: on the meta device, where tensors have shapes and no numbers
+    """
+    model = resident.model
+    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    ids = torch.ones(rows, length, dtype=torch.int64, device=_META)
+    labels = ids if resident.task == "causal-lm" else ids[:, 0]
+    model.train()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(input_ids=ids, labels=labels)
+    except Exception:  # whatever a model's own code may raise where there are no numbers
+        return [_by_formula(model.config, rows, length)]
+    return [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+
+
+def _by_formula(config: Any, rows: int, length: int) -> int:
+    """Korthikanti et al. 2022 (arXiv 2205.05198), equation 2, in float32, and the logits."""
+    text = config.get_text_config()
+    width, layers = text.hidden_size, text.num_hidden_layers
+    each = 34 * width + 5 * text.num_attention_heads * length
+    return int(rows * length * (2 * layers * each + 2 * _FLOAT * text.vocab_size))
+
+
+def _shape(recipe: Recipe, method: Method) -> ResidentModel:
+    """The model with what the method trains, of shapes alone."""
+    classes = len(recipe.data.classes or ())
+    base = shape_of(locate(recipe.model.source), recipe.model.task, classes)
+    with _META:
+        return set_up(base, recipe.model.task, recipe.lora, method.trains, key=Key(0), device=_META)
+
+
+def _moments(training: Training) -> int:
+    """Numbers that the local optimizer keeps for each trained one."""
+    return 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+
+
+def _refuse(taken: int, site: Site, what: str) -> None:
+    if taken > site.most_memory * MEGA:
+        raise FedSieveError(
+            f"{what}: {math.ceil(taken / MEGA)} MB of memory: this site takes at most "
+            f"{site.most_memory:g} (most_memory)"
+        )

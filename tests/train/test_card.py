@@ -1,0 +1,125 @@
+"""The card beside what is saved: it says what is there, and its code loads it."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import fedsieve
+from fedsieve.run import rundir, runner
+from fedsieve.train.card import CARD
+from tests import runs
+from tests.conftest import LABELS, Tiny, texts
+from tests.pages import fenced
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+NAMES = (*LABELS, "a `b` | *c*", "01")  # names that Markdown would take for something else
+METHODS = {
+    "fedit": fedsieve.fedit(),
+    "full": fedsieve.full(),
+    "head": fedsieve.head(),
+    "flora": fedsieve.flora(),
+}
+
+
+def rows(count: int = 20) -> Dataset:
+    made = [text for text, _ in texts(count, 3)]
+    return Dataset.from_dict(
+        {"text": made, "label": [NAMES[number % len(NAMES)] for number in range(count)]}
+    )
+
+
+def loaded_as_the_card_says(folder: Path) -> dict[str, Any]:
+    """What the card's code makes, with the folder's own place in it."""
+    (code,) = fenced(folder / CARD, "python")
+    assert '"path/to/this/folder"' in code
+    code = code.replace('"path/to/this/folder"', repr(str(folder)))
+    scope: dict[str, Any] = {}
+    exec(compile(code, str(folder / CARD), "exec"), scope)
+    return scope
+
+
+def outputs(model: Any, tokenizer: Any) -> torch.Tensor:
+    batch = tokenizer([text for text, _ in texts(8, 4)], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        out: torch.Tensor = model.eval()(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+        ).logits
+    return out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_classifier_is_loaded_by_its_cards_code(tiny: Tiny, tmp_path: Path, name: str) -> None:
+    """The base has 3 labels, what is saved has 5; every other loader must be told so."""
+    run = fedsieve.finetune(
+        tiny.bert, [rows()], METHODS[name], rounds=1, lora=fedsieve.Lora(rank=2, targets=("query",))
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        run.finish().save(tmp_path / "saved")
+    scope = loaded_as_the_card_says(tmp_path / "saved")
+    resident = run._experiment.resident
+    resident.put(run.adapter)
+    expected = outputs(resident.model, scope["tokenizer"])
+    assert expected.shape == (8, len(NAMES))
+    torch.testing.assert_close(outputs(scope["model"], scope["tokenizer"]), expected)
+    assert [scope["labels"][number] for number in range(len(NAMES))] == sorted(NAMES)
+    assert scope["model"].config.id2label == dict(enumerate(sorted(NAMES)))
+    assert scope["model"].config.label2id["01"] == 0
+    text = (tmp_path / "saved" / CARD).read_text(encoding="utf-8")
+    assert str(tiny.bert) in text
+    assert "`` a `b` | *c* ``" in text
+    assert "text classification" in text
+
+
+def test_a_language_model_is_loaded_by_its_cards_code(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    runs.start_language_model(
+        tiny, folder, lora={"rank": 2}, partition={"kind": "iid", "clients": 3}, rounds=1
+    )
+    saved = folder / rundir.ADAPTER
+    scope = loaded_as_the_card_says(saved)
+    assert outputs(scope["model"], scope["tokenizer"].__class__.from_pretrained(saved)).ndim == 3
+    text = (saved / CARD).read_text(encoding="utf-8")
+    assert "`fslora_flasc`" in text
+    assert "language model" in text
+    assert "labels" not in text
+
+
+def test_a_runs_card_names_its_method_and_its_export_has_the_same(
+    whole: Path, tmp_path: Path
+) -> None:
+    card = (whole / rundir.ADAPTER / CARD).read_text(encoding="utf-8")
+    assert "`fslora_flasc`" in card
+    assert all(f"`{label}`" in card for label in LABELS)
+    assert "More Information Needed" not in card
+    runner.export(whole, tmp_path / "out")
+    assert (tmp_path / "out" / CARD).read_text(encoding="utf-8") == card
+    runner.export(whole, tmp_path / "merged", merge=True)
+    scope = loaded_as_the_card_says(tmp_path / "merged")
+    assert isinstance(scope["model"], type(AutoModelForSequenceClassification.from_config(
+        AutoConfig.from_pretrained(tmp_path / "merged")
+    )))  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [(), ("bert.pooler",)])
+def test_a_module_that_is_trained_whole_is_named_once(
+    tiny: Tiny, tmp_path: Path, part: tuple[str, ...]
+) -> None:
+    run = fedsieve.finetune(
+        tiny.bert,
+        [rows()],
+        fedsieve.fedit(),
+        rounds=1,
+        lora=fedsieve.Lora(rank=2, targets=("query",), whole=part),
+    )
+    run.save(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    for key in ("modules_to_save", "target_modules"):
+        assert len(config[key]) == len(set(config[key])), key
