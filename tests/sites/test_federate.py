@@ -72,6 +72,30 @@ def test_a_federation_of_0_1_finds_the_program_where_it_is_now(tiny: Tiny, tmp_p
 
 
 @pytest.mark.usefixtures("flower")
+@pytest.mark.parametrize("odd", ["a module", "a link", "another folder", "a dependency"])
+def test_an_app_that_is_not_as_it_was_written_is_not_run(
+    tiny: Tiny, tmp_path: Path, odd: str
+) -> None:
+    """A directory from somebody else: Flower would put the app's folder before all others."""
+    run = tmp_path / "run"
+    federate.prepare(checked(tiny), run, PATIENCE, federate.ServerAddress())
+    app = run / federate.APP
+    file = app / "pyproject.toml"
+    text = file.read_text(encoding="utf-8")
+    if odd == "a module":
+        (app / "torch.py").write_text("")
+    elif odd == "a link":
+        file.unlink()
+        file.symlink_to(tmp_path / "elsewhere")
+    elif odd == "another folder":
+        file.write_text(text.replace(str(run), str(tmp_path / "other")), encoding="utf-8")
+    else:
+        file.write_text(text.replace("dependencies = []", 'dependencies = ["x"]'), encoding="utf-8")
+    with pytest.raises(FedSieveError, match="app"):
+        federate.begin_again(run)
+
+
+@pytest.mark.usefixtures("flower")
 def test_each_federation_has_a_name_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
     """Sites know a run by its recipe's digest: the same recipe started afresh is another run."""
     for name in ("a", "b"):
