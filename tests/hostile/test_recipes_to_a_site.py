@@ -97,6 +97,8 @@ def with_number(tiny: Tiny, key: str, changes: Mapping[str, Any], value: Any) ->
     for step in path:
         place = place[int(step)] if isinstance(place, list) else place.setdefault(step, {})
     kind = place.get(last)
+    if key == "training.epochs":
+        del place["steps"]  # beside steps, epochs cost nothing
     place[last] = [value] if isinstance(kind, list) or last == "layers_to_transform" else value
     return tomli_w.dumps(table).encode()
 
