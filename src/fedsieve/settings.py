@@ -21,8 +21,8 @@ Task = Literal["classification", "causal-lm"]
 Precision = Literal["auto", "bf16", "fp32"]
 Kind = Literal["uniform", "poisson", "all"]  # of sampling
 Source = Literal["seed", "system"]  # of noise
-# The default of server.norm_bound. Honest clients that differ in density, labels and steps (2 to 15)
-# came to 16 times the median (benchmarks/norms.py); what would spoil a mean of ten is over it.
+# The default of server.norm_bound. Honest clients that differ in density, labels and steps came to
+# 16 times the median (benchmarks/norms.py); what would spoil a mean of ten is over it.
 NORM_BOUND = 100.0
 PAPER_RATIOS = (0.125, 0.25, 0.5, 0.75)  # FSLoRA's experiments
 
