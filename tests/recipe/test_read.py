@@ -1,6 +1,8 @@
 """Recipes: every key has its place, its limits and a message that names it."""
 
+import contextlib
 import re
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -198,6 +200,52 @@ def test_files_that_are_no_recipe(
         path.write_bytes(content)
     with pytest.raises(FedSieveError, match=message):
         recipes.load(str(path))
+
+
+LONG = ".".join("a" * 40)  # parts, whose reading costs the cube of their number
+
+# Every way in which TOML begins and ends a string, with something like a long key inside and after.
+INSIDE = [
+    f'x = "{LONG}"', f"x = '{LONG}'", f'x = """\n{LONG}\n"""', f"x = '''\n it's {LONG}'''",
+    f"# {LONG}", f'x = """" {LONG}"""', f'x = "\\"{LONG}"', f'x = """a\\""" {LONG}"""',
+    f'x = """a""""" # {LONG}', f'x = """{LONG}\\\n  {LONG}"""', "d = 1979-05-27T07:32:00.5-07:00",
+]  # fmt: skip
+AFTER = [
+    f"{LONG} = 1", f"[{LONG}]", f"[[ {LONG} ]]", f"x = {{ y = 1, {LONG} = 1 }}",
+    " . ".join(['"\\""'] * 40) + " = 1", f'b = """"a""""\n{LONG} = 1', f"# it's\n{LONG} = 1",
+    f'x = {{ b = """"a"""", {LONG} = 1 }}', f"x = {{ b = ''''a'''', {LONG} = 1 }}",
+    f'b = "it\'s"\n{LONG} = 1', f'# """\n{LONG} = 1', f'x = "\\\\"\n{LONG} = 1',
+    f"x = '\\'\n{LONG} = 1", f'x = """\\\\"""\n{LONG} = 1', f'x = """a"""""\n{LONG} = 1',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", INSIDE)
+def test_what_stands_in_a_string_is_no_key(text: str) -> None:
+    assert recipes.toml(text, "mine.toml") == tomllib.loads(text)
+
+
+@pytest.mark.parametrize("text", AFTER)
+def test_a_key_of_many_parts_is_found_wherever_it_stands(text: str) -> None:
+    assert tomllib.loads(text)  # is TOML otherwise
+    with pytest.raises(FedSieveError, match="more than 32 parts"):
+        recipes.toml(text, "mine.toml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "name='" + "x" * 900_000 + "'",
+        '"\\' * 400_000,
+        "\"'" * 400_000,
+        "a" + " " * 900_000,
+        "a.'" * 300_000,
+    ],
+)
+def test_looking_for_long_keys_takes_no_square_of_a_text(text: str) -> None:
+    began = time.process_time()
+    with contextlib.suppress(FedSieveError):
+        recipes.toml(text, "mine.toml")
+    assert time.process_time() - began < 5
 
 
 def test_names_of_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

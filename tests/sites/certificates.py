@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from fedsieve.sites import federate
+from fedsieve.sites.certificates import CA, CERTIFICATE, PRIVATE
 
 _PEM = serialization.Encoding.PEM
 
@@ -41,11 +41,11 @@ def make(folder: Path, authority_holds: Span = USUAL, server_holds: Span = USUAL
         .add_extension(_usage(signs=False), critical=True)
         .sign(ours, hashes.SHA384())
     )
-    (folder / federate.CA).write_bytes(root.public_bytes(_PEM))
-    (folder / federate.CERTIFICATE).write_bytes(leaf.public_bytes(_PEM))
+    (folder / CA).write_bytes(root.public_bytes(_PEM))
+    (folder / CERTIFICATE).write_bytes(leaf.public_bytes(_PEM))
     form = serialization.PrivateFormat.TraditionalOpenSSL
     key = theirs.private_bytes(_PEM, form, serialization.NoEncryption())
-    (folder / federate.PRIVATE).write_bytes(key)
+    (folder / PRIVATE).write_bytes(key)
     return folder
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 
-from fedsieve.sites import federate, site
+from fedsieve.sites import site
+from fedsieve.sites.certificates import CA, CERTIFICATE, PRIVATE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "deploy.md").read_text(encoding="utf-8")
 BLOCKS = [
@@ -35,8 +36,8 @@ def shake_hands(folder: Path, name: str) -> None:
     As strict as newer Pythons are by default. Raises SSLCertVerificationError.
     """
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    theirs.load_cert_chain(folder / federate.CERTIFICATE, folder / federate.PRIVATE)
-    ours = ssl.create_default_context(cafile=str(folder / federate.CA))
+    theirs.load_cert_chain(folder / CERTIFICATE, folder / PRIVATE)
+    ours = ssl.create_default_context(cafile=str(folder / CA))
     ours.verify_flags |= ssl.VERIFY_X509_STRICT
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
     left = [

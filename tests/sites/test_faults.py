@@ -25,6 +25,7 @@ from fedsieve.engine.client import Reply
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import rundir
 from fedsieve.sites import federate
+from fedsieve.sites.certificates import CA
 from tests import runs
 from tests.conftest import Tiny
 from tests.sites import certificates, impostor, processes
@@ -318,8 +319,8 @@ def test_nodes_that_were_not_invited(tiny: Tiny, tmp_path: Path, no_report: None
     """
     given = prepared(tiny, tmp_path, "north", "south", tls=True, rounds=2)
     assert given.listen.certificates is not None
-    root = given.listen.certificates / federate.CA
-    other = certificates.make(tmp_path / "other") / federate.CA
+    root = given.listen.certificates / CA
+    other = certificates.make(tmp_path / "other") / CA
     key = certificates.node_key(tmp_path / "unknown")
     signed: list[str | Path] = ["--auth-supernode-private-key", key]
     # What such a node says in the end; the first goes on trying.

@@ -37,6 +37,7 @@ from fedsieve.clients import network
 from fedsieve.recipe import read as recipe
 from fedsieve.run import rundir
 from fedsieve.sites import federate
+from fedsieve.sites.certificates import CA
 from fedsieve.sites.server import RoundPolicy
 from fedsieve.sites.worker import SOCKET
 from tests import runs
@@ -211,7 +212,7 @@ def site_on_a_link(tiny: Tiny, folder: Path, make: Make, *, tls: bool = False) -
             key = certificates.node_key(folder / "key")
             public = key.with_suffix(".pub")
             processes.flwr(first, "supernode", "register", public, federate.CONNECTION)
-            trust = ["--root-certificates", safe / federate.CA]
+            trust = ["--root-certificates", safe / CA]
             trust += ["--auth-supernode-private-key", key]
         socket = site.parent / "worker" / SOCKET
         node: list[str | Path] = [

@@ -12,6 +12,7 @@ pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
 
 from fedsieve.run import runner
 from fedsieve.sites import federate
+from fedsieve.sites.certificates import CA
 from tests import runs
 from tests.conftest import Tiny
 from tests.sites import processes, worlds
@@ -45,7 +46,7 @@ def configuration(folder: Path, certificates: Path, behind: int, port: int) -> P
 
 
 def status(port: int, certificates: Path, path: str) -> int:
-    trust = ssl.create_default_context(cafile=str(certificates / federate.CA))
+    trust = ssl.create_default_context(cafile=str(certificates / CA))
     connection = http.client.HTTPSConnection("127.0.0.1", port, context=trust, timeout=60)
     connection.request("POST", path, body=b"")
     return connection.getresponse().status

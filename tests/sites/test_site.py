@@ -102,6 +102,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text("name = ")
     with pytest.raises(FedSieveError, match="not valid TOML"):
         sites.load(tmp_path / "site.toml")
+    (tmp_path / "site.toml").write_text("a" + ".a" * 200_000 + " = 1")
+    with pytest.raises(FedSieveError, match="a key of more than 32 parts"):
+        sites.load(tmp_path / "site.toml")
     (tmp_path / "site.toml").write_bytes(b"\xff")
     with pytest.raises(FedSieveError, match="cannot be read"):
         sites.load(tmp_path / "site.toml")

@@ -24,6 +24,7 @@ from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
+from fedsieve.sites.certificates import CA
 from fedsieve.sites.server import Incoming, Node, PendingRequest, RoundPolicy, Transport
 from fedsieve.sites.worker import SOCKET, carry, pack, refusal
 from tests import runs
@@ -137,7 +138,7 @@ def node(given: World, name: str) -> AbstractContextManager[Process]:
     home = given.sites[name].parent
     trust: list[str | Path] = ["--insecure"]
     if given.listen.certificates is not None:
-        root = given.listen.certificates / federate.CA
+        root = given.listen.certificates / CA
         trust = ["--root-certificates", root]
         trust += ["--auth-supernode-private-key", node_key(given, name)]
     address = home / "worker" / SOCKET

@@ -24,9 +24,17 @@ from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
 
 DEEPEST = 32  # tables and lists in one another; no recipe has more than a few
 
-_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')"""
-# Python's reader takes the cube of its length to read one, which is minutes for a few kilobytes.
-_LONG_KEY = re.compile(rf"{_PART}(?:[ \t]*\.[ \t]*{_PART}){{{DEEPEST},}}")
+# Python's reader takes the cube of a key's parts to read it: minutes and gigabytes for kilobytes.
+# So long keys are looked for before, among the tokens of TOML, since no key stands in a string.
+# Nothing is tried twice: a search that goes back takes the square of a long word's length.
+_WORD, _BASIC, _LITERAL = r"[\w-]++", r'"(?:[^"\\\n]|\\.)*+', r"'[^'\n]*+"
+_PART = rf"""(?:{_WORD}|{_BASIC}"|{_LITERAL}')"""
+_TOKENS = re.compile(
+    rf"(?P<key>{_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{DEEPEST},}}+)"
+    r'|"""(?:[^"\\]|\\[\s\S]|"(?!""))*+"{0,5}'
+    r"|'''(?:[^']|'(?!''))*+'{0,5}"
+    rf"""|{_BASIC}"?|{_LITERAL}'?|#[^\n]*+|{_WORD}|[^"'#\w-]++"""
+)
 
 
 def load(source: str, overrides: Sequence[str] = (), *, allow_code: bool = False) -> Recipe:
@@ -68,9 +76,10 @@ def toml(text: str, source: str) -> dict[str, Any]:
     writes.
     """
     try:
-        if long := _LONG_KEY.search(text):
-            number = text.count("\n", 0, long.start()) + 1
-            raise ValueError(f"a key of more than {DEEPEST} parts (at line {number})")
+        for token in _TOKENS.finditer(text):
+            if token["key"]:
+                number = text.count("\n", 0, token.start()) + 1
+                raise ValueError(f"a key of more than {DEEPEST} parts (at line {number})")
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise FedSieveError(f"{source} is not valid TOML: {error}") from error

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedsieve.clients.network import Conditions
 from fedsieve.engine.shares import Shares, in_words
+from fedsieve.errors import count
 from fedsieve.recipe.overrides import flat
 from fedsieve.report.plots import COLOURS, Plot, reached, to_reach
 from fedsieve.report.read import Budget, Run, best, evaluations
@@ -29,7 +30,7 @@ from fedsieve.report.series import (
     shown_measure,
     spread,
 )
-from fedsieve.report.words import count, duration, fewer, megabytes, score
+from fedsieve.report.words import duration, fewer, megabytes, score
 
 NONE = "–"  # noqa: RUF001
 SHOWN_REASONS = 5

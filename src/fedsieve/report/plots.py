@@ -23,6 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fedsieve.clients.network import Conditions, clock
+from fedsieve.errors import count
 from fedsieve.report.read import Run, evaluations
 from fedsieve.report.series import (
     MEASURES,
@@ -36,7 +37,7 @@ from fedsieve.report.series import (
     every_run,
     shown_measure,
 )
-from fedsieve.report.words import count, megabytes, score, significant
+from fedsieve.report.words import megabytes, score, significant
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # 8 and 7 share no factor: 56 pairs

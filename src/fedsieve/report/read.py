@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 from fedsieve.clients.network import Part
 from fedsieve.disk import objects, refuse_link
 from fedsieve.engine.shares import Shares
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe import read as recipes
-from fedsieve.report.words import count
 
 # Where a run has no message with masks, or was made before shares were told.
 UNTOLD: Shares = (None, None, None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsieve.clients.network import REFERENCE, Conditions, clock, first_round
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe.overrides import flat
 from fedsieve.report.read import (
     Budget,
@@ -24,7 +24,6 @@ from fedsieve.report.read import (
     load_all,
     mean_shares,
 )
-from fedsieve.report.words import count
 
 MEASURES = {"accuracy": "Accuracy", "eval_loss": "Evaluation loss"}
 

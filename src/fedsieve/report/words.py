@@ -5,8 +5,6 @@ MB is 10^6 bytes everywhere, as network tariffs count, not 2^20.
 
 import math
 
-from fedsieve.errors import count as count
-
 
 def significant(x: float) -> str:
     """Three significant digits, never an exponent: 0.0123, 4.21, 160, 12,345."""

@@ -8,7 +8,6 @@ has not stored. Errors that could quote a row or a path are told to the site's o
 server learns that there was one.
 """
 
-import tomllib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -97,9 +96,10 @@ def _recipe(text: bytes) -> Recipe:
     if len(text) > LONGEST:
         raise FedSieveError(f"a recipe of {len(text)} bytes: at most {LONGEST}")
     try:
-        table = tomllib.loads(text.decode())
-    except (ValueError, RecursionError) as error:
+        told = text.decode()
+    except UnicodeDecodeError as error:
         raise FedSieveError(f"the recipe is not valid TOML: {error}") from error
+    table = recipes.toml(told, "the recipe")
     table.pop("environment", None)
     limits.check_numbers(table)
     method = table.get("method")

@@ -25,7 +25,6 @@ import hashlib
 import json
 import re
 import secrets
-import tomllib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -41,7 +40,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.data.fetch import PACKAGES
-from fedsieve.disk import refuse_link, write_whole
+from fedsieve.disk import objects, refuse_link, write_whole
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
@@ -63,9 +62,7 @@ from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
 from fedsieve.sites import certificates
 from fedsieve.sites.assignment import refuse_patterns
-from fedsieve.sites.certificates import CA as CA
-from fedsieve.sites.certificates import CERTIFICATE as CERTIFICATE
-from fedsieve.sites.certificates import PRIVATE as PRIVATE
+from fedsieve.sites.certificates import CA, CERTIFICATE, PRIVATE
 from fedsieve.sites.resident import whole_message
 from fedsieve.sites.server import (
     RoundPolicy,
@@ -217,7 +214,7 @@ def begin_again(folder: Path) -> list[str]:
         )
     _refuse_other_app(app)
     _renew(app / "pyproject.toml")
-    config = tomllib.loads((folder / HOME / "config.toml").read_text(encoding="utf-8"))
+    config = _table(folder / HOME / "config.toml")
     if root := config["superlink"][CONNECTION].get("root-certificates"):
         for ending in _endings(Path(root).parent):
             warnings.warn(ending, stacklevel=2)
@@ -230,12 +227,11 @@ def _refuse_other_app(app: Path) -> None:
     Flower would run it: the directory may come from somebody else.
     """
     refuse_link(app, folder=True)
-    refuse_link(app / "pyproject.toml")
     for path in sorted(app.iterdir()):
         if path.name != "pyproject.toml":
             raise FedSieveError(f"{path} is no part of a federation, and would be run: remove it")
-    source = str(app / "pyproject.toml")
-    table = recipes.toml((app / "pyproject.toml").read_text(encoding="utf-8"), source)
+    source = app / "pyproject.toml"
+    table = _table(source)
     try:
         given, needs = table["tool"]["flwr"]["app"], table["project"]["dependencies"]
         ours = Path(given["config"]["folder"]).resolve() == app.parent.resolve() and needs == []
@@ -245,6 +241,11 @@ def _refuse_other_app(app: Path) -> None:
         raise FedSieveError(
             f"{source} is not what `fedsieve federate` wrote for {app.parent}: begin a new one"
         )
+
+
+def _table(path: Path) -> dict[str, Any]:
+    refuse_link(path)
+    return recipes.toml(path.read_text(encoding="utf-8"), str(path))
 
 
 def refuse_unfinished(folder: Path) -> None:
@@ -268,7 +269,7 @@ def refuse_unfinished(folder: Path) -> None:
 
 def _renew(path: Path) -> None:
     """Let the app of a federation that 0.1 prepared name our ends as they are now."""
-    table = tomllib.loads(path.read_text(encoding="utf-8"))
+    table = _table(path)
     app = table["tool"]["flwr"]["app"]
     if app["components"] != COMPONENTS:
         app["components"] = COMPONENTS
@@ -646,9 +647,8 @@ def _history(folder: Path) -> History:
     """The log may hold lines of a round after the checkpoint: that round is done again."""
     last, unlogged = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
     log = rundir.place(folder, rundir.CLIENTS)
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    receipts = [json.loads(line) for line in lines if line.endswith("}")]
-    receipts = [r for r in receipts if r["round"] <= last] + unlogged
+    logged = [row for _, row in objects(log) if row is not None]
+    receipts = [r for r in logged if r["round"] <= last] + unlogged
     merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
     said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
     return History(merged, {(site, digest): number for site, digest, number in reversed(said)})

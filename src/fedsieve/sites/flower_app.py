@@ -45,9 +45,8 @@ def relay(message: Message, context: Context) -> Message:
             )
         answer = carry(Path(path), frame_of(message))
     except FedSieveError as error:
-        print(
-            f"fedsieve: {error}", flush=True
-        )  # the node's own log: where the socket lies is told here
+        # The node's own log, and no other, is told where the socket lies.
+        print(f"fedsieve: {error}", flush=True)
         answer = pack(refusal(without_paths(str(error))))
     return Message(content_of(answer), reply_to=message)
 

@@ -104,8 +104,8 @@ def check(
     trained = shape.layout.size
     state = _FLOAT * trained * (4 + _moments(training))
     _refuse(state, site, f"lora.rank {recipe.lora.rank} and what else is trained")
-    rank, kept = f"training.batch {training.batch}", activations(shape, batch, length)
-    _refuse(state + sum(kept), site, f"{rank} over rows of {length} tokens")
+    kept = sum(activations(shape, batch, length))
+    _refuse(state + kept, site, f"training.batch {training.batch} over rows of {length} tokens")
     if test is not None:
         rows, width = min(recipe.evaluation.batch, tokens.count(test)), test.input_ids.shape[1]
         # Nothing is kept for a backward pass: a few of the largest tensors live at a time.

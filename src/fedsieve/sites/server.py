@@ -263,9 +263,10 @@ class Sites:
         for done in self._come_back(waiting, began + policy.deadline):
             for dispatch, incoming in done:
                 reply = _reply(dispatch, incoming, key.round)
-                if _says(incoming, "unknown_recipe"):
+                said = _header(incoming)
+                if said.get("unknown_recipe") is True:
                     del self._sites[dispatch.client.id]  # its worker lost its folder: meet it again
-                if _says(incoming, "lost_memory"):
+                if said.get("lost_memory") is True:
                     self._lost.add(dispatch.client.id)
                 if updates >= enough:
                     reply = reply._replace(update=None, reason=self._too_late(began, enough))
@@ -495,12 +496,12 @@ def _told(incoming: Incoming) -> Frame:
     return frame
 
 
-def _says(incoming: Incoming, what: str) -> bool:
-    """Whether a site's answer says this of itself."""
+def _header(incoming: Incoming) -> Mapping[str, Any]:
+    """What a site's answer says of itself; nothing where there is no answer."""
     try:
-        return incoming.data is not None and unpack(incoming.data).header.get(what) is True
+        return {} if incoming.data is None else unpack(incoming.data).header
     except WireError:
-        return False
+        return {}
 
 
 def _reply(dispatch: Dispatch, incoming: Incoming, number: int) -> Reply:

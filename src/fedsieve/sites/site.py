@@ -6,7 +6,6 @@ that are read, their columns, the model's folder and the machine are those that 
 docs/deploy.md describes the keys. Paths are relative to the file's own folder.
 """
 
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +22,7 @@ from pydantic import (
 from fedsieve.algebra import budget
 from fedsieve.data import fetch
 from fedsieve.errors import FedSieveError, explain_all
+from fedsieve.recipe import read as recipes
 from fedsieve.settings import Share, Table
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -104,11 +104,10 @@ class Site(Table):
 def load(path: Path) -> Site:
     """Read a site's file. Raises FedSieveError for anything that is not right, naming the key."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FedSieveError(f"the site's file {path} cannot be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise FedSieveError(f"the site's file {path} is not valid TOML: {error}") from error
+    table = recipes.toml(text, f"the site's file {path}")
     try:
         site = Site.model_validate(table)
     except ValidationError as error:
