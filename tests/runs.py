@@ -12,8 +12,9 @@ from fedsieve.algebra.keys import Key
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.recipe import read as recipe
 from fedsieve.run import rundir, runner
+from fedsieve.tasks.tally import Tally
 from fedsieve.train import local
-from fedsieve.train.local import Fit, Score
+from fedsieve.train.local import Fit
 from tests.conftest import Tiny
 
 # What a clock measures differs from run to run; everything else must not.
@@ -102,11 +103,11 @@ def before_fit(monkeypatch: pytest.MonkeyPatch, act: Callable[[Key, Any], Any]) 
 
 def before_evaluation(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> None:
     """Call `act(n)` before the n-th evaluation, counted from 0."""
-    evaluate = local.evaluate
+    tally = local.tally
     count = iter(range(10_000))
 
-    def changed(*args: Any, **given: Any) -> Score:
+    def changed(*args: Any, **given: Any) -> Tally:
         act(next(count))
-        return evaluate(*args, **given)
+        return tally(*args, **given)
 
-    monkeypatch.setattr("fedsieve.recipe.experiment.evaluate", changed)
+    monkeypatch.setattr("fedsieve.recipe.experiment.tally", changed)

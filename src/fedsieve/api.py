@@ -26,9 +26,8 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import arguments
 from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
-from fedsieve.tasks import tokens
-from fedsieve.tasks.causal_lm import causal_lm
-from fedsieve.tasks.classification import classes_of, classification, labels_of
+from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks.task import Bad, Fields, Rows
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.changes import check_changes
 from fedsieve.train.lengths import check_rows
@@ -118,7 +117,7 @@ def finetune(
     test: Dataset | IterableDataset | None = None,
     task: Task = "classification",
     text: str | None = "text",
-    label: str = "label",
+    label: str | Sequence[str] = "label",
     prompt: str | None = None,
     completion: str | None = None,
     classes: Sequence[str] | None = None,
@@ -140,9 +139,10 @@ def finetune(
              with a warning that names it, the row and the column
     method:  e.g. `fedsieve.methods.flasc.method(server=fedsieve.adam(1e-3))`
     cohort:  clients a round, or a `Sampling` that says how they are drawn; default all
+    task:    one of those of docs/tasks.md, which says what columns each reads
     text, label, prompt, completion: columns. For causal-lm give `text`, or the other two (then
              text is not used). `classes` defaults to the labels that the clients hold. Labels
-             are names (data/names.py): one a row, 1 and "1" alike
+             are names (data/names.py), 1 and "1" alike
     budgets: what each client can afford, by id; or one budget for all
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
              warning; by default 100, and without a bound (math.inf) where the method's server clips
@@ -153,13 +153,16 @@ def finetune(
     arguments.check(locals())
     rounds, seed, max_length = int(rounds), int(seed), int(max_length)
     classes = None if classes is None else arguments.classes_given(classes)
-    if task == "classification":
-        columns = Columns(_given(text), (label,))
-    else:
-        text = text if prompt is None and completion is None else None
-        columns = Columns(_given(text, prompt, completion))
-    if not columns.texts:
-        raise FedSieveError("text: say which column holds the texts")
+    fields = Fields(
+        text=text if prompt is None and completion is None else None,
+        label=label if isinstance(label, str) else tuple(label),
+        prompt=prompt,
+        completion=completion,
+        classes=classes,
+        max_length=max_length,
+    )
+    asked = catalogue.load(task)
+    columns = asked.columns(fields)
     left_out: dict[str, str] = {}
     given = _by_id(clients, "clients")
     if isinstance(budgets, Mapping):
@@ -182,28 +185,27 @@ def finetune(
     note = tokens.ensure_pad_token(tokenizer)
     if note:
         warnings.warn(note, stacklevel=2)
-    read: Any
-    if task == "classification":
-        labels = _each(partial(_labels, columns=columns), rows, left_out)
-        if classes is None and labels:
-            classes = classes_of([(rows[id].features[label], labels[id]) for id in labels])
-        classes = classes or ()
-        read = partial(classification, text=columns.texts[0], label=label, classes=classes)
-    else:
-        read = partial(causal_lm, text=text, prompt=prompt, completion=completion)
-    read = partial(read, tokenizer=tokenizer, max_length=max_length)
-    usable = {id: own for id, own in rows.items() if id not in left_out}
-    made = _each(read, usable, left_out)
-    examples: dict[str, Examples] = {id: each for id, (each, _) in made.items()}
+    sound = _each(lambda own: _sound(own, asked.bad(own, fields)), rows, left_out)
+    if sound:
+        # The labels of a client whose rows cannot be used make no classes.
+        fields = fields._replace(classes=asked.classes(list(sound.values()), fields) or None)
+
+    def read(own: Dataset) -> Rows:
+        return asked.read(own, tokenizer, fields)
+
+    made = _each(read, sound, left_out)
+    examples: dict[str, Examples] = {id: each.examples for id, each in made.items()}
     if not examples:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
     if strict and left_out:
         raise stopped(left_out)
     try:
-        tested = None if test is None else read(_rows(test, columns))[0]
+        tested = None if test is None else read(_rows(test, columns)).examples
     except FedSieveError as error:
         raise FedSieveError(f"test: {error}") from error
-    base = load_base(source, task, classes or (), key=key, pad_token_id=tokenizer.pad_token_id)
+    base = load_base(
+        source, task, fields.classes or (), key=key, pad_token_id=tokenizer.pad_token_id
+    )
     resident = set_up(
         base,
         task,
@@ -300,12 +302,8 @@ def _rows(given: object, columns: Columns) -> Dataset:
     )
 
 
-def _given(*names: str | None) -> tuple[str, ...]:
-    return tuple(name for name in names if name is not None)
-
-
-def _labels(rows: Dataset, columns: Columns) -> list[str]:
-    """The labels of a client all of whose rows can be used; those of others make no classes."""
-    for text in columns.texts:
-        tokens.text_column(rows, text)
-    return labels_of(rows, *columns.names)
+def _sound(rows: Dataset, bad: Bad) -> Dataset:
+    """The rows themselves. Raises FedSieveError for the first that is no example."""
+    for row in sorted(bad):
+        raise bad[row]
+    return rows

@@ -17,7 +17,7 @@ from pydantic_core import ArgsKwargs
 from fedsieve.errors import FedSieveError, explain
 
 Share = Annotated[float, Field(gt=0, le=1)]  # of a whole, and some of it
-Task = Literal["classification", "causal-lm"]
+Task = str  # by its name (tasks/catalogue.py)
 Precision = Literal["auto", "bf16", "fp32"]
 Kind = Literal["uniform", "poisson", "all"]  # of sampling
 Source = Literal["seed", "system"]  # of noise

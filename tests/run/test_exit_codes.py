@@ -27,7 +27,7 @@ PLACES = {
     "while the rows are read": "fedsieve.recipe.experiment.load_rows",
     "while the model is loaded": "fedsieve.recipe.experiment.load_base",
     "while a client trains": "fedsieve.recipe.experiment.fit",
-    "while it is evaluated": "fedsieve.recipe.experiment.evaluate",
+    "while it is evaluated": "fedsieve.recipe.experiment.tally",
     "while a line is logged": "fedsieve.run.rundir.append",
     "while a checkpoint is written": "fedsieve.run.checkpoint.save",
     "while the adapter is saved": "fedsieve.train.model.ResidentModel.save",

@@ -34,7 +34,8 @@ from fedsieve.recipe.experiment import Experiment
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.settings import Sampling
-from fedsieve.train.local import Fit, Score
+from fedsieve.tasks.tally import Score
+from fedsieve.train.local import Fit
 from tests import runs, toy
 from tests.conftest import Tiny
 
@@ -72,7 +73,7 @@ def building(out: list[str], before: Callable[[str], None] = lambda what: None) 
 
     def score(adapter: Adapter) -> Score:
         left("evaluation", adapter)
-        return Score(1.0, 0.5, 10)
+        return Score(1.0, {"accuracy": 0.5}, 10)
 
     def train(view: View, client: Client, key: Key) -> Fit:
         left("message", view.adapter)

@@ -4,6 +4,7 @@ The sites are clients of the toy federation; each answers frames as a worker doe
 is all that lies between the round loop and the bytes: who is met, asked, waited for and believed.
 """
 
+import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,7 @@ from fedsieve.sites.server import (
     RoundPolicy,
     Sites,
     Transport,
-    mean_score,
+    joint_score,
 )
 from fedsieve.sites.worker import BODY, Frame, digest, pack, seal, unpack
 from fedsieve.wire import encode
@@ -520,24 +521,36 @@ def test_too_few_sites_for_too_long() -> None:
     assert 40 < net.now < 45
 
 
-def test_mean_over_sites_is_that_of_all_rows() -> None:
+def counted(told: object, sums: object = None, loss: object = 1.0) -> Frame:
+    """A site's answer; sums that are no table are sent as they are."""
+    head = {"ok": True, "counted": told, "loss_sum": loss}
+    return Frame(head, sums if isinstance(sums, bytes) else json.dumps(sums).encode())
+
+
+def test_scores_over_sites_are_those_of_all_rows() -> None:
     answers = {
-        "a": Frame({"ok": True, "counted": 3, "right": 1, "loss_sum": 6.0}),
-        "b": Frame({"ok": True, "counted": 7, "right": 7, "loss_sum": 1.0}),
+        "a": counted(3, {"0 as 0": 1, "1 as 0": 2}, 6.0),
+        "b": counted(7, {"1 as 1": 3, "0 as 0": 4}, 1.0),
     }
     said: list[str] = []
-    score = mean_score(answers, said.append)
+    score = joint_score(answers, "classification", ("x", "y"), said.append)
     assert score is not None
-    assert (score.accuracy, score.loss, score.counted) == (0.8, 0.7, 10)
-    bad: list[dict[str, Any]] = [
-        {"right": 1},
-        {"counted": 3, "right": "all"},
-        {"counted": 3, "right": 4, "loss_sum": 1.0},
-    ]
-    answers |= {f"c{i}": Frame({"ok": True, **head}) for i, head in enumerate(bad)}
-    assert mean_score(answers, said.append) == score
-    assert [line.split(":")[0] for line in said] == ["site c0", "site c1", "site c2"]
-    assert mean_score({}, said.append) is None
+    assert (score.metrics["accuracy"], score.loss, score.counted) == (0.8, 0.7, 10)
+    # x: 5 right of 7 taken for it, none missed. y: 3 right, 2 missed.
+    assert score.metrics["macro_f1"] == pytest.approx((10 / 12 + 6 / 8) / 2)
+    bad = [
+        counted(None, {"0 as 0": 1}), counted("3", {"0 as 0": 3}), counted(3, b"\xff"),
+        counted(3, [3]), counted(3, {"0 as 0": 4}), counted(3, {"0 as 2": 3}),
+        counted(3, {"0 as 0": 4, "0 as 1": -1}), counted(3, {"all": 3}),
+        counted(3, {"0 as 0": 1e999}),
+        counted(2.5, {"0 as 0": 2.5}), counted(3, {"0 as 0": None}), counted(3, {}),
+        counted(3, b'{"0 as 0": ' + b"[" * 100_000), counted(1, {"0 as 0": "1"}, "much"),
+        counted(-3, {"0 as 0": -3}), counted(3, {f"0 as {'9' * 5000}": 3}),
+    ]  # fmt: skip
+    answers |= {f"c{i:02}": each for i, each in enumerate(bad)}
+    assert joint_score(answers, "classification", ("x", "y"), said.append) == score
+    assert [line.split(":")[0] for line in said] == [f"site c{i:02}" for i in range(len(bad))]
+    assert joint_score({}, "classification", ("x", "y"), said.append) is None
 
 
 def test_sites_evaluate_and_keep() -> None:

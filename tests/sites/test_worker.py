@@ -39,6 +39,7 @@ from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.sites import assignment as desks
 from fedsieve.sites import journal, resident, worker
 from fedsieve.sites import site as sites
+from fedsieve.sites.server import joint_score
 from fedsieve.sites.worker import SOCKET, Frame, ask, carry, pack, refusal, unpack
 from fedsieve.train import model
 from fedsieve.train.local import Fit, fit
@@ -141,13 +142,16 @@ def test_counts_from_the_sites_make_the_exact_mean(tiny: Tiny, tmp_path: Path) -
     for name in NAMES:
         site = asking(write_site(tiny, tmp_path, name))
         told(site, text)
-        answers.append(site(rate("evaluate", text, 2, resident.whole_message(adapter))).header)
-    counted = sum(a["counted"] for a in answers)
-    assert counted == expected.counted
-    assert len({a["counted"] for a in answers}) == 2  # else a plain mean would do
-    assert sum(a["right"] for a in answers) / counted == expected.accuracy
-    loss = sum(a["loss_sum"] for a in answers) / counted
-    assert loss == pytest.approx(expected.loss, rel=1e-6)
+        answers.append(site(rate("evaluate", text, 2, resident.whole_message(adapter))))
+    assert len({a.header["counted"] for a in answers}) == 2  # else a plain mean would do
+    said: list[str] = []
+    joint = joint_score(
+        dict(zip(NAMES, answers, strict=True)), "classification", LABELS, said.append
+    )
+    assert joint is not None
+    assert not said
+    assert (joint.counted, joint.metrics) == (expected.counted, expected.metrics)
+    assert joint.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["fedit", "flora", "fedsa_lora"])
@@ -176,7 +180,8 @@ def test_the_kept_adapter_scores_as_the_one_that_was_sent(
         )
         server = method.merge(server, [(client, update)], Key(0, number))
     message = resident.whole_message(method.export(server))
-    score = site(rate("evaluate", text, 2, message)).header
+    answer = site(rate("evaluate", text, 2, message))
+    score = joint_score({"north": answer}, "classification", LABELS, print)
     assert site(rate("keep", text, 2, message)).header["ok"]
     kept = path.parent / "worker" / "adapters" / hashlib.sha256(text).hexdigest()[:16]
     load = AutoModelForSequenceClassification.from_pretrained
@@ -190,10 +195,11 @@ def test_the_kept_adapter_scores_as_the_one_that_was_sent(
         logits = read(
             assignment.test.input_ids, attention_mask=assignment.test.attention_mask
         ).logits
-    right = int((logits.argmax(-1) == assignment.test.labels).sum())
+    right = float((logits.argmax(-1) == assignment.test.labels).double().mean())
     loss = float(torch.nn.functional.cross_entropy(logits, assignment.test.labels))
-    assert right == score["right"]
-    assert loss == pytest.approx(score["loss"], rel=1e-5)
+    assert score is not None
+    assert right == pytest.approx(score.metrics["accuracy"])
+    assert loss == pytest.approx(score.loss, rel=1e-5)
 
 
 # What is asked twice, late, or again after the server went back.

@@ -304,14 +304,14 @@ def test_dropout_acts_in_training_and_not_in_evaluation(tiny: Tiny) -> None:
     got = evaluate(noisy, some(noisy), examples, precision="fp32")
     assert expected.loss == pytest.approx(loss, abs=1e-6)
     assert got.loss == pytest.approx(loss, abs=1e-6)
-    assert got.accuracy == expected.accuracy
+    assert got.metrics == expected.metrics
 
 
 def test_evaluation_does_not_depend_on_the_batch(tiny: Tiny) -> None:
     resident = resident_of(tiny)
     whole = evaluate(resident, some(resident), classified(tiny), batch=20, precision="fp32")
     parts = evaluate(resident, some(resident), classified(tiny), batch=7, precision="fp32")
-    assert (parts.accuracy, parts.counted) == (whole.accuracy, whole.counted)
+    assert (parts.metrics, parts.counted) == (whole.metrics, whole.counted)
     assert parts.loss == pytest.approx(whole.loss, abs=1e-6)
 
 
@@ -428,7 +428,7 @@ def test_the_causal_loss_is_the_models_own(tiny: Tiny) -> None:
     learned = examples.labels[:, 1:] != -100
     right = (out.logits[:, :-1].argmax(-1) == examples.labels[:, 1:])[learned]
     assert score.counted == right.numel() == 20 * 3  # two words and the end
-    assert score.accuracy == right.sum().item() / right.numel()
+    assert score.metrics["token_accuracy"] == right.sum().item() / right.numel()
     once = Training(steps=1, batch=20, precision="fp32")
     assert fit(resident, start, examples, once, KEY).loss == pytest.approx(score.loss, abs=1e-5)
 

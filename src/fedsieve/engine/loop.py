@@ -34,7 +34,7 @@ from fedsieve.engine.client import Reply
 from fedsieve.engine.kept import Kept, kept, starves_b
 from fedsieve.errors import NoUsableUpdate, WireError
 from fedsieve.settings import Sampling
-from fedsieve.train.local import Score
+from fedsieve.tasks.tally import Score
 from fedsieve.wire import decode, encode
 
 SHARES = tuple(f"{way}_{part}" for way in ("down", "up") for part in Kept._fields)
@@ -119,7 +119,8 @@ class Round(NamedTuple):
     loss: mean training loss of the clients that were merged, weighted by their steps; withheld in
         private runs whose noise is fresh, as no noise covers it
     accuracy, eval_loss, eval_examples: None in rounds without an evaluation; a loss that is not
-        finite is None too. A causal LM counts tokens, not examples.
+        finite is None too. Where tokens are what is counted, eval_examples are tokens.
+    metrics: the task's own, by name, the leading one first (tasks/task.py); None as above
     epsilon: spent up to and with this round, where updates are made private; where there is a
         simulated_cohort, it is that of the simulated federation (see privacy.py)
     epsilon_unamplified: the same against those who know who took part when, for the client that was
@@ -158,6 +159,7 @@ class Round(NamedTuple):
     up_b: float | None = None
     up_head: float | None = None
     starved: int | None = None
+    metrics: dict[str, float | None] | None = None
 
 
 class Unevaluated(NamedTuple):
@@ -219,8 +221,8 @@ def begin(federation: Federation, adapter: Adapter) -> tuple[Round, Progress]:
     """Round 0: the adapter before any training, evaluated; nothing is sent."""
     progress = Progress(0, federation.method.init(adapter))
     score, seconds = _evaluate(federation, progress.state)
-    first = Round(0, None, 0, 0, 0, 0, 0, 0, seconds, 0.0, seconds, 0.0, *_figures(score))
-    return first._replace(aside_bytes=_aside(federation)), progress
+    first = Round(0, None, 0, 0, 0, 0, 0, 0, seconds, 0.0, seconds, 0.0, None, None, None)
+    return first._replace(**_figures(score)._asdict(), aside_bytes=_aside(federation)), progress
 
 
 def rounds(
@@ -432,13 +434,18 @@ class _Figures(NamedTuple):
     accuracy: float | None
     eval_loss: float | None
     eval_examples: int | None
+    metrics: dict[str, float | None] | None
 
 
 def _figures(score: Score | None) -> _Figures:
     if score is None:
-        return _Figures(None, None, None)
-    loss = score.loss if math.isfinite(score.loss) else None
-    return _Figures(score.accuracy, loss, score.counted)
+        return _Figures(None, None, None, None)
+    metrics = {name: _finite(value) for name, value in score.metrics.items()}
+    return _Figures(metrics.get("accuracy"), _finite(score.loss), score.counted, metrics)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 class _Spent(NamedTuple):

@@ -6,14 +6,13 @@ reported. It answers another question than a global model's accuracy, and is eas
 have few labels: do not compare the two.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.method import Memory
 from fedsieve.tasks.tokens import Examples, take
-from fedsieve.train.local import Score
 
 CLIENTS = 10  # evaluated at most
 ROWS = 50  # of the test split, for each
@@ -29,7 +28,7 @@ def some_of(memories: Mapping[str, Memory], key: Key) -> list[tuple[str, Memory]
 def own_test(test: Examples, own: Examples, key: Key) -> Examples:
     """`ROWS` test rows in a client's own mix of labels; any rows where none has such a label."""
     weights = torch.ones(test.labels.shape[0])
-    if own.labels.ndim == 1:
+    if own.labels.ndim == 1 and not own.labels.is_floating_point():
         classes = int(max(test.labels.max(), own.labels.max())) + 1
         mine = torch.bincount(own.labels, minlength=classes).double()
         there = torch.bincount(test.labels, minlength=classes).double()
@@ -38,11 +37,3 @@ def own_test(test: Examples, own: Examples, key: Key) -> Examples:
     rows = min(ROWS, int((weights > 0).sum()))
     draws = generator(key.at("personal"))
     return take(test, torch.multinomial(weights, rows, replacement=False, generator=draws))
-
-
-def mean_score(scores: Iterable[Score]) -> Score:
-    """The mean over all rows that were counted."""
-    given = list(scores)
-    count = sum(s.counted for s in given)
-    loss = sum(s.loss * s.counted for s in given) / max(1, count)
-    return Score(loss, sum(s.accuracy * s.counted for s in given) / max(1, count), count)

@@ -7,21 +7,22 @@ error of one sentence that begins with the argument's name.
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from types import FunctionType, ModuleType
-from typing import Any, get_args
+from typing import Any
 
 from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method
 from fedsieve.data.names import name_of
 from fedsieve.errors import FedSieveError, nearest
-from fedsieve.settings import Lora, Sampling, Task, Training, whole
+from fedsieve.settings import Lora, Sampling, Training, whole
+from fedsieve.tasks import catalogue
 
 A_BUDGET = "a fedsieve.Budget, such as Budget(ratio=0.5),"
 _COLUMN = "a column's name"
 _KINDS: dict[str, tuple[Any, str]] = {
     "model": (str | PathLike, "a name or a folder"),
     "text": (str | None, _COLUMN),
-    "label": (str, _COLUMN),
+    "label": (str | list | tuple, "a column's name, or a list of them,"),
     "prompt": (str | None, _COLUMN),
     "completion": (str | None, _COLUMN),
     "device": (str, "a name, such as 'cpu',"),
@@ -45,9 +46,8 @@ def check(given: Mapping[str, Any]) -> None:
         whole(name, given[name], least)
     if not isinstance(given["cohort"], Sampling | None):
         whole("cohort", given["cohort"], 1)
-    if given["task"] not in get_args(Task):
-        tasks = " or ".join(map(repr, get_args(Task)))
-        raise FedSieveError(f"task is {given['task']!r}; it must be {tasks}")
+    of_kind("task", given["task"], str, f"one of {', '.join(catalogue.names())}")
+    catalogue.known(given["task"])
 
 
 def of_kind(name: str, value: object, kind: Any, needed: str) -> None:

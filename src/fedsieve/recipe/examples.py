@@ -16,9 +16,8 @@ from fedsieve.data import sources
 from fedsieve.data.files import Columns
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
-from fedsieve.tasks import tokens
-from fedsieve.tasks.causal_lm import causal_lm
-from fedsieve.tasks.classification import bad_labels, classification
+from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks.task import Fields
 from fedsieve.tasks.tokens import Examples
 
 
@@ -27,13 +26,18 @@ class Prepared(NamedTuple):
 
     train:   to train on; came: (n,) the row of each
     test:    to evaluate on: test rows, or the rows held back; None if there are none
-    classes: of a classifier, in the order of its outputs; empty for a causal LM
+    classes: in the order of the model's outputs; empty where those are no classes
     """
 
     train: Examples
     came: Tensor
     test: Examples | None
     classes: tuple[str, ...]
+
+
+def fields_of(data: Data) -> Fields:
+    """Which columns hold what, for a task."""
+    return Fields(*(getattr(data, name) for name in Fields._fields))
 
 
 def load_rows(data: Data, source: str, split: str | None, clients: str | None = None) -> Dataset:
@@ -43,7 +47,8 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
     Raises FedSieveError as `sources.load` does.
     """
     texts = (data.text, data.text_b, data.prompt, data.completion)
-    names = (data.label, clients)
+    labels = data.label if isinstance(data.label, tuple) else (data.label,)
+    names = (*labels, clients)
     columns = Columns(*(tuple(c for c in kind if c is not None) for kind in (texts, names)))
     return sources.load(
         source,
@@ -57,13 +62,7 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
 
 def bad_rows(recipe: Recipe, rows: Dataset) -> dict[int, FedSieveError]:
     """The rows that are no examples because of what they hold, and what is wrong with each."""
-    data, bad = recipe.data, dict[int, FedSieveError]()
-    if recipe.model.task == "classification" and data.label is not None:
-        bad = bad_labels(rows, data.label, data.classes)
-    for name in (data.text, data.text_b, data.prompt, data.completion):
-        if name is not None:
-            bad = tokens.bad_texts(sources.column(rows, name), name) | bad
-    return bad
+    return catalogue.load(recipe.model.task).bad(rows, fields_of(recipe.data))
 
 
 def prepare(
@@ -94,33 +93,13 @@ def prepare(
 def tensors(
     recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Examples, Tensor, tuple[str, ...]]:
-    """Examples, the row that each came from, and a classifier's classes.
+    """Examples, the row that each came from, and the classes.
 
     Raises FedSieveError for rows that do not fit the recipe.
     """
-    data = recipe.data
-    if recipe.model.task == "classification":
-        if data.text is None or data.label is None:
-            raise FedSieveError("data.text and data.label are needed for classification")
-        examples, classes = classification(
-            rows,
-            tokenizer,
-            text=data.text,
-            label=data.label,
-            text_b=data.text_b,
-            max_length=data.max_length,
-            classes=data.classes,
-        )
-        return examples, torch.arange(len(rows)), classes
-    examples, came = causal_lm(
-        rows,
-        tokenizer,
-        text=data.text,
-        prompt=data.prompt,
-        completion=data.completion,
-        max_length=data.max_length,
-    )
-    return examples, torch.from_numpy(came), ()
+    task = catalogue.load(recipe.model.task)
+    examples, came, classes = task.read(rows, tokenizer, fields_of(recipe.data))
+    return examples, torch.from_numpy(came), classes
 
 
 def sample(recipe: Recipe, rows: Dataset) -> Dataset:

@@ -39,12 +39,14 @@ from fedsieve.recipe.examples import bad_rows, load_rows, prepare
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
-from fedsieve.tasks import tokens
+from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks.tally import Score, total
+from fedsieve.tasks.tally import score as score_of
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
-from fedsieve.train.local import Fit, Score, evaluate, fit, runs_in_bf16
+from fedsieve.train.local import Fit, fit, runs_in_bf16, tally
 from fedsieve.train.model import ResidentModel, load_base, load_tokenizer, pick_device, set_up
 
 
@@ -135,17 +137,19 @@ def assemble(
 
     def score(adapter: Adapter) -> Score:
         assert test is not None
-        rate = partial(evaluate, resident, batch=evaluate_batch, precision=training.precision)
+        rate = partial(tally, resident, batch=evaluate_batch, precision=training.precision)
         # Before the first round no client has anything of its own.
         if method.personal is None or not memories:
-            return rate(adapter, test)
-        return personal.mean_score(
-            rate(
-                method.personal(adapter, memory),
-                personal.own_test(test, examples[id](), Key(seed, 0, id)),
+            counts = rate(adapter, test)
+        else:
+            counts = total(
+                rate(
+                    method.personal(adapter, memory),
+                    personal.own_test(test, examples[id](), Key(seed, 0, id)),
+                )
+                for id, memory in personal.some_of(memories, Key(seed))
             )
-            for id, memory in personal.some_of(memories, Key(seed))
-        )
+        return score_of(catalogue.load(resident.task), counts, resident.classes)
 
     # A client's own part of the model is no part of what the noise covers.
     withheld = method.personal is not None and method.private == "system"
@@ -417,10 +421,10 @@ def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> d
     else:
         assert chosen.clients is not None
         assert chosen.alpha is not None
-        if examples.labels.ndim > 1:
+        if examples.labels.ndim > 1 or examples.labels.is_floating_point():
             raise FedSieveError(
-                "partition.kind: 'dirichlet' splits by label and a causal-lm task has none: "
-                "use 'column' or 'iid'"
+                "partition.kind: 'dirichlet' splits by class, and the rows of a "
+                f"{recipe.model.task} task have none: use 'column' or 'iid'"
             )
         split = partition.dirichlet(examples.labels, chosen.clients, chosen.alpha, seed)
     return {id: torch.as_tensor(index) for id, index in split.items()}

@@ -22,9 +22,18 @@ from pydantic import (
 
 from fedsieve.algebra.budget import refuse_rank
 from fedsieve.data.names import clean
-from fedsieve.settings import PAPER_RATIOS, Kind, Sampling, Share, Source, Table, Task
+from fedsieve.errors import FedSieveError
+from fedsieve.settings import PAPER_RATIOS, Kind, Sampling, Share, Source, Table
 from fedsieve.settings import Lora as Lora  # users of the schema find them here
 from fedsieve.settings import Training as Training
+from fedsieve.tasks import catalogue
+
+
+def _task(name: str) -> str:
+    try:
+        return catalogue.known(name)
+    except FedSieveError as error:
+        raise ValueError(str(error)) from None
 
 
 class Model(Table):
@@ -34,7 +43,7 @@ class Model(Table):
     """
 
     source: str
-    task: Task = "classification"
+    task: Annotated[str, AfterValidator(_task)] = "classification"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -82,7 +91,7 @@ class Data(Table):
     separator: str | None = None
     text: str | None = None
     text_b: str | None = None
-    label: str | None = None
+    label: str | tuple[str, ...] | None = None
     prompt: str | None = None
     completion: str | None = None
     classes: tuple[Annotated[str, AfterValidator(clean)], ...] | None = None

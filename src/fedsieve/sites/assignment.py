@@ -27,7 +27,7 @@ from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.sites import limits
 from fedsieve.sites.site import Site
-from fedsieve.tasks import tokens
+from fedsieve.tasks import catalogue, tokens
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import ResidentModel, load_tokenizer, pick_device
@@ -114,7 +114,7 @@ def _recipe(text: bytes) -> Recipe:
             # What is given there goes to the function that loads the model.
             raise FedSieveError(f"model.settings.{key[:40]}: a site takes dropout rates only")
     refuse_patterns(recipe)
-    if recipe.model.task == "classification" and recipe.data.classes is None:
+    if catalogue.load(recipe.model.task).named and recipe.data.classes is None:
         raise FedSieveError(
             "data.classes: sites cannot see each other's labels, so the recipe must list them"
         )

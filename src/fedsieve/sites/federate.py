@@ -69,15 +69,16 @@ from fedsieve.sites.server import (
     Sites,
     Transport,
     cleaned,
-    mean_score,
+    joint_score,
     number_of,
 )
 from fedsieve.sites.site import NAME
 from fedsieve.sites.worker import SOCKET
-from fedsieve.tasks import tokens
+from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks.tally import Score
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
-from fedsieve.train.local import Score, evaluate
+from fedsieve.train.local import evaluate
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire import longest
 from fedsieve.wire.format import VERSION
@@ -391,7 +392,7 @@ def on_network(
 
     def at_sites(adapter: Adapter) -> Score | None:
         answers = sites.ask_all("evaluate", whole_message(adapter), policy.deadline)
-        return mean_score(answers, say)
+        return joint_score(answers, recipe.model.task, resident.classes, say)
 
     def here(adapter: Adapter) -> Score:
         assert test is not None
@@ -504,7 +505,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
     Raises FedSieveError where it cannot run there.
     """
     notes: list[str] = []
-    if recipe.model.task == "classification" and not recipe.data.classes:
+    if catalogue.load(recipe.model.task).named and not recipe.data.classes:
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
         )

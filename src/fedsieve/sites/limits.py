@@ -28,7 +28,7 @@ from fedsieve.recipe.experiment import locate
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Training
 from fedsieve.sites.site import Site
-from fedsieve.tasks import tokens
+from fedsieve.tasks import catalogue, tokens
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.model import ResidentModel, set_up, shape_of
 
@@ -74,12 +74,17 @@ def check_texts(recipe: Recipe, site: Site, rows: Dataset) -> None:
     data = recipe.data
     names = [n for n in (data.text, data.text_b, data.prompt, data.completion) if n is not None]
     # A token has at least one byte; a few more begin and end a row.
-    most = 8 + sum(
-        max((len(text.encode()) for text in column(rows, name) if isinstance(text, str)), default=0)
-        for name in names
-    )
+    most = 8 + sum(max(map(_bytes_in, column(rows, name)), default=0) for name in names)
     taken = _TENSORS * _INT * len(rows) * min(data.max_length, most)
     _refuse(taken, site, f"data.max_length {data.max_length} with {len(rows)} rows")
+
+
+def _bytes_in(value: object) -> int:
+    """Of all texts in a cell, and what a template may put around each of several."""
+    if isinstance(value, str):
+        return len(value.encode())
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(8 + _bytes_in(part) for part in parts)
 
 
 def check(
@@ -164,7 +169,7 @@ def activations(resident: ResidentModel, rows: int, length: int) -> list[int]:
         return tensor
 
     ids = torch.ones(rows, length, dtype=torch.int64, device=_META)
-    labels = ids if resident.task == "causal-lm" else ids[:, 0]
+    labels = catalogue.load(resident.task).labels(ids, ids, model.config.num_labels)
     model.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

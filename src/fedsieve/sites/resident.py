@@ -15,6 +15,7 @@ own terminal; the server learns that there was one.
 """
 
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -53,7 +54,7 @@ from fedsieve.sites.journal import Entry
 from fedsieve.sites.site import Site, budget_of, link_of, load
 from fedsieve.sites.worker import Frame, refusal
 from fedsieve.tasks import tokens
-from fedsieve.train.local import Fit, evaluate, fit
+from fedsieve.train.local import Fit, fit, tally
 from fedsieve.train.model import pick_device
 from fedsieve.wire import decode, encode, longest
 from fedsieve.wire.format import VERSION
@@ -435,20 +436,15 @@ def _evaluate(resident: Resident, request: Frame) -> Frame:
         resident, assignment, _adapter(request.body, assignment.start.layout), asked.round
     )
     precision, batch = assignment.recipe.training.precision, assignment.recipe.evaluation.batch
-    score = evaluate(
-        assignment.resident, adapter, assignment.test, batch=batch, precision=precision
-    )
-    finite = math.isfinite(score.loss)
+    counts = tally(assignment.resident, adapter, assignment.test, batch=batch, precision=precision)
     return Frame(
         {
             "ok": True,
             "round": asked.round,
-            "counted": score.counted,
-            "right": round(score.accuracy * score.counted),
-            "loss_sum": score.loss * score.counted if finite else None,
-            "accuracy": score.accuracy,
-            "loss": score.loss if finite else None,
-        }
+            "counted": counts.counted,
+            "loss_sum": counts.loss if math.isfinite(counts.loss) else None,
+        },
+        json.dumps(dict(counts.sums)).encode(),  # what is kept row by row stays here
     )
 
 

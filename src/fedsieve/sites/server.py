@@ -12,6 +12,7 @@ A round closes when all who were asked have answered, or when as many updates ar
 and what it sends afterwards is counted and thrown away. Until then its site is busy and not drawn.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +26,8 @@ from fedsieve.engine.loop import Exchange
 from fedsieve.errors import FedSieveError, WireError
 from fedsieve.sites import worker
 from fedsieve.sites.worker import Frame, check_seal, pack, unpack
-from fedsieve.train.local import Score
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.tally import Score, Tally, score, total
 
 # Clocks of different machines differ, and a message's time to live is counted on all of them.
 SKEW = 60.0
@@ -458,24 +460,40 @@ class Sites:
         return [a for a in arrived.values() if a.request in wanted]
 
 
-def mean_score(answers: Mapping[str, Frame], say: Callable[[str], None]) -> Score | None:
-    """The mean over all that the sites counted, exact since they send sums; None if none counted.
+def joint_score(
+    answers: Mapping[str, Frame], task: str, classes: tuple[str, ...], say: Callable[[str], None]
+) -> Score | None:
+    """The scores over all that the sites counted, exact since they send sums; None if none counted.
 
     A site whose answer holds no such sums is left out, and that is said.
     """
-    loss, right, counted = 0.0, 0.0, 0
+    counts = []
     for site, frame in answers.items():
-        head = frame.header
         try:
-            own, hits = number_of(head, "counted"), number_of(head, "right")
-            total = math.nan if head.get("loss_sum") is None else number_of(head, "loss_sum")
-            if not 0 <= hits <= own:
-                raise WireError(f"{hits:g} of {own:g} cannot be right")
+            counts.append(_tally(frame, task, classes))
         except WireError as error:
             say(f"site {site}: its evaluation is left out: {error}")
-            continue
-        counted, right, loss = counted + int(own), right + hits, loss + total
-    return Score(loss / counted, right / counted, counted) if counted else None
+    joint = total(counts)
+    return score(catalogue.load(task), joint, classes) if joint.counted else None
+
+
+def _tally(frame: Frame, task: str, classes: tuple[str, ...]) -> Tally:
+    """What a site counted. Raises WireError for what cannot have been counted."""
+    head = frame.header
+    counted = number_of(head, "counted")
+    loss = math.nan if head.get("loss_sum") is None else number_of(head, "loss_sum")
+    try:
+        sums = json.loads(frame.body)
+        if not isinstance(sums, dict):
+            raise TypeError
+        sums = {name: float(value) for name, value in sums.items()}
+    except (ValueError, TypeError, RecursionError, OverflowError):
+        raise WireError("its sums cannot be read") from None
+    found = Tally(loss, int(counted), sums)
+    finite = all(map(math.isfinite, sums.values()))
+    if not (finite and counted == found.counted >= 0 and catalogue.load(task).fits(found, classes)):
+        raise WireError(f"such sums over {counted:g} cannot be")
+    return found
 
 
 def _answer(incoming: Incoming, dispatch: Dispatch) -> Frame:

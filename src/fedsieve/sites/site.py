@@ -43,7 +43,7 @@ class Rows(Table):
     separator: str | None = None
     text: str | None = None
     text_b: str | None = None
-    label: str | None = None
+    label: str | tuple[str, ...] | None = None
     prompt: str | None = None
     completion: str | None = None
 

@@ -1,1 +1,1 @@
-"""From rows to tensors, a file a task."""
+"""From rows to tensors and from outputs to scores, a file a task (task.py says what that is)."""

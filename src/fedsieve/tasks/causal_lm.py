@@ -1,16 +1,24 @@
 """Causal language modelling: texts to continue, or prompts and their completions."""
 
+import math
 import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from torch import Tensor
 
+from fedsieve.data.files import Columns
+from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
+from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.task import Bad, Fields, Rows, Task, no_classes
 from fedsieve.tasks.tokens import (
     IGNORED,
     Examples,
+    bad_texts,
     check_rows,
     pad_id,
     rectangle,
@@ -149,3 +157,68 @@ def _shared(one: list[int], other: list[int]) -> int:
         if a != b:
             return at
     return min(len(one), len(other))
+
+
+def _columns(fields: Fields) -> Columns:
+    names = (fields.text, fields.prompt, fields.completion)
+    if [name is not None for name in names] not in ([True, False, False], [False, True, True]):
+        raise FedSieveError("a causal language model needs either text, or prompt and completion")
+    return Columns(tuple(name for name in names if name is not None))
+
+
+def _bad(rows: Dataset, fields: Fields) -> Bad:
+    found: Bad = {}
+    for name in _columns(fields).texts:
+        found = bad_texts(column(rows, name), name) | found
+    return found
+
+
+def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    examples, came = causal_lm(
+        rows,
+        tokenizer,
+        text=fields.text,
+        prompt=fields.prompt,
+        completion=fields.completion,
+        max_length=fields.max_length,
+    )
+    return Rows(examples, came, ())
+
+
+def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
+    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    there = labels != IGNORED
+    logits, labels = logits[there], labels[there]
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    return Tally(loss, labels.numel(), {"right": float((logits.argmax(-1) == labels).sum())})
+
+
+def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
+    return set(tally.sums) == {"right"} and 0 <= tally.sums["right"] <= tally.counted
+
+
+def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
+    """The share of tokens that the model would have written next, and e to the mean loss."""
+    loss = tally.loss / tally.counted
+    return {
+        "token_accuracy": tally.sums["right"] / tally.counted,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+    }
+
+
+TASK = Task(
+    title="causal language model",
+    auto="AutoModelForCausalLM",
+    peft="CAUSAL_LM",
+    head=False,
+    named=False,
+    columns=_columns,
+    classes=no_classes,
+    bad=_bad,
+    read=_read,
+    config=lambda _: {},
+    labels=lambda ids, mask, _: ids.where(mask == 1, IGNORED),
+    judge=_judge,
+    fits=_fits,
+    metrics=_metrics,
+)

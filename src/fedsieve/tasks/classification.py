@@ -1,16 +1,22 @@
 """Sequence classification: a text, or a pair of texts, and its class."""
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
+from torch import Tensor
 
-from fedsieve.data.names import alike, clean, in_order, numbers_of
-from fedsieve.data.sources import names_in
+from fedsieve.data.files import Columns
+from fedsieve.data.names import clean, numbers_of
+from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks.tokens import Examples, check_rows, pad_id, rectangle, text_column, tokenise
+from fedsieve.tasks import confusion
+from fedsieve.tasks.classes import bad_labels, classes_of, labels_of
+from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed
+from fedsieve.tasks.tokens import Examples, bad_texts, check_rows, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,87 +54,76 @@ def classification(
     numbers = numbers_of(names)
     for wrong in bad_labels(dataset, label, names).values():
         raise wrong
-    rows = tokenise(
-        tokenizer,
-        text_column(dataset, text),
-        None if text_b is None else text_column(dataset, text_b),
-        max_length,
-    )
     labels = torch.tensor([numbers[name] for name in found], dtype=torch.int64)
-    pad = pad_id(tokenizer)
-    # A text without any token (an empty one, where no special token is added) would leave nothing
-    # to attend to, and a softmax over nothing is NaN: it gets one padding token, attended. A
-    # padding token that was added to the vocabulary may have no embedding: then it is the end's.
-    added, end = pad >= tokenizer.vocab_size, tokenizer.eos_token_id
-    alone = end if added and end is not None else pad
-    ids, mask = rectangle([row or [alone] for row in rows.ids], pad)
-    types = None if rows.types is None else rectangle([row or [0] for row in rows.types], 0)[0]
-    return Examples(ids, mask, labels, types), names
+    return texts(dataset, tokenizer, text, text_b, max_length)._replace(labels=labels), names
 
 
-def labels_of(dataset: Dataset, name: str) -> list[str]:
-    """The label of each row. Raises FedSieveError, naming the row, where there is none."""
-    found: list[str] = []
-    for label in _labels(dataset, name, None):
-        if isinstance(label, FedSieveError):
-            raise label
-        found.append(label)
+def columns_of(fields: Fields) -> Columns:
+    """A text or two, and one column of labels."""
+    needed(text=fields.text, label=fields.label)
+    if not isinstance(fields.label, str):
+        raise FedSieveError("label: this task takes one column")
+    return Columns(tuple(n for n in (fields.text, fields.text_b) if n is not None), (fields.label,))
+
+
+def of_all(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
+    """The classes of several data sets; those that were given come first."""
+    (label,) = columns_of(fields).names
+    if fields.classes is not None:
+        return fields.classes
+    return tuple(classes_of([(rows.features[label], labels_of(rows, label)) for rows in parts]))
+
+
+def bad(rows: Dataset, fields: Fields) -> Bad:
+    """Rows whose label or text cannot be used."""
+    columns = columns_of(fields)
+    found = bad_labels(rows, columns.names[0], fields.classes)
+    for name in columns.texts:
+        found = bad_texts(column(rows, name), name) | found
     return found
 
 
-def bad_labels(
-    dataset: Dataset, name: str, classes: Sequence[str] | None
-) -> dict[int, FedSieveError]:
-    """The rows without a label, or with none of the classes, and what is wrong with each."""
-    found = enumerate(_labels(dataset, name, classes))
-    return {row: label for row, label in found if isinstance(label, FedSieveError)}
-
-
-def _labels(
-    dataset: Dataset, name: str, classes: Sequence[str] | None
-) -> Iterator[str | FedSieveError]:
-    known = None if classes is None else numbers_of([clean(each) for each in classes])
-    for row, label in enumerate(names_in(dataset, name)):
-        if label is None:
-            yield FedSieveError(f"row {row} of column {name!r} has no label")
-        elif isinstance(label, str) and known is not None and label not in known:
-            yield FedSieveError(
-                f"label {label!r} in row {row} of column {name!r} is none of the "
-                f"{len(classes or ())} classes: {_listing(classes or ())}"
-            )
-        else:
-            yield label
-
-
-def classes_of(columns: Sequence[tuple[Any, Sequence[str]]]) -> list[str]:
-    """The classes in their order: a ClassLabel's own names, else the labels that occur, as
-    `names.in_order` sorts them. Warns of those that differ in spelling alone.
-
-    columns: the feature and the labels of the label's column, in each of the data sets that go
-        together. If their ClassLabels are not the same, they only name the labels; integers beside
-        them are no classes unless they are such names
-    """
-    told = [feature for feature, _ in columns if isinstance(feature, ClassLabel)]
-    if told and all(each == told[0] for each in told):
-        return [clean(name) for name in told[0].names]
-    named = {clean(name) for feature in told for name in feature.names}
-    classes = in_order(
-        label
-        for feature, labels in columns
-        for label in labels
-        if label in named or not (named and "int" in getattr(feature, "dtype", ""))
+def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    columns = columns_of(fields)
+    examples, classes = classification(
+        rows,
+        tokenizer,
+        text=columns.texts[0],
+        text_b=fields.text_b,
+        label=columns.names[0],
+        max_length=fields.max_length,
+        classes=fields.classes,
     )
-    if same := alike(classes):
-        shown = "; ".join(" and ".join(map(repr, group)) for group in same[:5])
-        warnings.warn(
-            f"labels: these classes differ in spelling alone: {shown}"
-            + (f"; {len(same) - 5} more" if len(same) > 5 else "")
-            + " (write them alike if they are the same, or give the classes)",
-            stacklevel=3,
-        )
-    return classes
+    return Rows(examples, np.arange(len(rows)), classes)
 
 
-def _listing(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:20])
-    return shown if len(names) <= 20 else f"{shown}, ..."
+def _config(classes: Sequence[str]) -> dict[str, Any]:
+    return {"problem_type": "single_label_classification", **confusion.names_of(classes)}
+
+
+def _labels(ids: Tensor, mask: Tensor, classes: int) -> Tensor:
+    return ids[:, 0] % classes
+
+
+def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    sums = confusion.sums(labels, logits.argmax(-1), logits.shape[-1])
+    return Tally(loss, labels.numel(), sums)
+
+
+TASK = Task(
+    title="text classification",
+    auto="AutoModelForSequenceClassification",
+    peft="SEQ_CLS",
+    head=True,
+    named=True,
+    columns=columns_of,
+    classes=of_all,
+    bad=bad,
+    read=_read,
+    config=_config,
+    labels=_labels,
+    judge=_judge,
+    fits=confusion.fits,
+    metrics=confusion.metrics,
+)

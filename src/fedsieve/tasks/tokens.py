@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label that torch's cross entropy, and so every transformers loss, leaves out
 
+IN_FILES = " (files of JSON, JSONL and Parquet have lists)"
 _AT_ONCE = 1000  # texts that the tokenizer is given in one call: it holds all their tokens, uncut
 
 
@@ -31,7 +32,8 @@ class Examples(NamedTuple):
 
     input_ids: (n, L) int64.
     attention_mask: (n, L) int64, one on tokens, zero on padding.
-    labels: (n,) int64 class numbers, or (n, L) int64 next-token targets with -100 where there is
+    labels: a row's: (n,) int64 class numbers, (n,) float32 values, or (n, C) float32, one where a
+        class holds; or each token's: (n, L) int64 classes or next tokens, with -100 where there is
         no loss (padding, prompts).
     token_type_ids: (n, L) int64 where the tokenizer tells parts apart (sentence pairs; XLNet's
         summary token), zero on padding; else None.
@@ -48,6 +50,11 @@ def count(examples: Examples) -> int:
     return examples.input_ids.shape[0]
 
 
+def by_token(labels: Tensor) -> bool:
+    """Whether each token has a label, and not the row as a whole."""
+    return labels.ndim == 2 and not labels.is_floating_point()
+
+
 def take(examples: Examples, index: Tensor) -> Examples:
     """The examples with these row numbers, without the padding that none of them needs.
 
@@ -56,7 +63,7 @@ def take(examples: Examples, index: Tensor) -> Examples:
     mask = examples.attention_mask.index_select(0, index)
     width = int(mask.sum(1).max()) if index.numel() else 0
     # Columns first (a view), rows second: index_select then returns contiguous tensors.
-    labels = examples.labels if examples.labels.ndim == 1 else examples.labels[:, :width]
+    labels = examples.labels[:, :width] if by_token(examples.labels) else examples.labels
     types = examples.token_type_ids
     return Examples(
         examples.input_ids[:, :width].index_select(0, index),
@@ -134,6 +141,31 @@ def tokenise(
     if rows.types is not None and not any(map(any, rows.types)):
         return rows._replace(types=None)
     return rows
+
+
+def texts(
+    dataset: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str,
+    text_b: str | None,
+    max_length: int,
+) -> Examples:
+    """Texts, or pairs of texts, with labels of zero that a task puts its own in place of."""
+    rows = tokenise(
+        tokenizer,
+        text_column(dataset, text),
+        None if text_b is None else text_column(dataset, text_b),
+        max_length,
+    )
+    pad = pad_id(tokenizer)
+    # A text without any token (an empty one, where no special token is added) would leave nothing
+    # to attend to, and a softmax over nothing is NaN: it gets one padding token, attended. A
+    # padding token that was added to the vocabulary may have no embedding: then it is the end's.
+    added, end = pad >= tokenizer.vocab_size, tokenizer.eos_token_id
+    alone = end if added and end is not None else pad
+    ids, mask = rectangle([row or [alone] for row in rows.ids], pad)
+    types = None if rows.types is None else rectangle([row or [0] for row in rows.types], 0)[0]
+    return Examples(ids, mask, torch.zeros(len(ids), dtype=torch.int64), types)
 
 
 def rectangle(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

@@ -50,8 +50,8 @@ def _typed(config: Any, types: Tensor) -> bool:
 
 def _right(value: Tensor, mask: Tensor) -> Tensor:
     """Each row moved to the right end, its padding to the left."""
-    if value.ndim == 1:
-        return value
+    if value.ndim == 1 or value.is_floating_point():
+        return value  # a row's
     width = mask.shape[1]
     columns = torch.arange(width, device=mask.device) + mask.sum(1, keepdim=True)
     return value.gather(1, columns % width)

@@ -9,14 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsieve.settings import Task
+from fedsieve.tasks import catalogue
 
 CARD = "README.md"
 _SHOWN = 50  # names of labels
-_CLASSES = {
-    "classification": "AutoModelForSequenceClassification",
-    "causal-lm": "AutoModelForCausalLM",
-}
-_TASKS = {"classification": "text classification", "causal-lm": "causal language model"}
 
 
 def write(
@@ -42,7 +38,7 @@ def write(
         f"# {title}, fine-tuned by FedSieve",
         "",
         f"- base model: {_code(base)}",
-        f"- task: {_TASKS[task]}",
+        f"- task: {catalogue.load(task).title}",
         f"- trained: over clients that kept their rows, by {by}",
     ]
     if labels:
@@ -68,7 +64,7 @@ def _front(base: str, *, whole: bool) -> list[str]:
 
 
 def _adapter(base: str, task: Task, labels: Sequence[str]) -> list[str]:
-    maker = _CLASSES[task]
+    maker = catalogue.load(task).auto
     made = [f"base = {maker}.from_pretrained({_literal(base)})"]
     head, names = [], []
     if labels:
@@ -100,7 +96,7 @@ def _adapter(base: str, task: Task, labels: Sequence[str]) -> list[str]:
 
 
 def _whole(task: Task, labels: Sequence[str]) -> list[str]:
-    maker = _CLASSES[task]
+    maker = catalogue.load(task).auto
     return [
         f"from transformers import {maker}, AutoTokenizer",
         "",

@@ -17,6 +17,8 @@ from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.keys import Key, generator, word
 from fedsieve.algebra.method import View
 from fedsieve.settings import Precision, Training
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.tally import Score, Tally, score, total
 from fedsieve.tasks.tokens import Examples, take
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.model import ResidentModel
@@ -37,14 +39,6 @@ class Fit(NamedTuple):
     steps: int
     compute: float
     memory: int = 0
-
-
-class Score(NamedTuple):
-    """An adapter's evaluation: means over examples (classification) or tokens (causal LM)."""
-
-    loss: float
-    accuracy: float
-    counted: int
 
 
 def fit(
@@ -112,24 +106,32 @@ def evaluate(
     batch: int = 64,
     precision: Precision = "auto",
 ) -> Score:
-    """Loss and accuracy of an adapter, dropout off."""
+    """How well an adapter does its model's task, dropout off."""
+    task = catalogue.load(resident.task)
+    counts = tally(resident, adapter, examples, batch=batch, precision=precision)
+    return score(task, counts, resident.classes)
+
+
+def tally(
+    resident: ResidentModel,
+    adapter: Adapter,
+    examples: Examples,
+    *,
+    batch: int = 64,
+    precision: Precision = "auto",
+) -> Tally:
+    """What `evaluate` counts."""
+    task, classes = catalogue.load(resident.task), resident.classes
     resident.put(adapter)
     resident.model.eval()
     rows = torch.arange(examples.labels.shape[0])
-    loss, right, count = 0.0, 0, 0
+    counts = []
     with torch.inference_mode(), _precision(resident, precision):
         for index in rows.split(batch):
             given = inputs(resident.model, take(examples, index), resident.device)
             labels = given.pop("labels")
-            logits = resident.model(**given).logits.float()
-            if resident.task == "causal-lm":
-                logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-            counted = labels != -100
-            logits, labels = logits[counted], labels[counted]
-            loss += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
-            right += int((logits.argmax(-1) == labels).sum())
-            count += labels.numel()
-    return Score(loss / count, right / count, count)
+            counts.append(task.judge(resident.model(**given).logits.float(), labels, classes))
+    return total(counts)
 
 
 def runs_in_bf16(device: torch.device, precision: Precision) -> bool:

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,6 +30,7 @@ from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
+from fedsieve.tasks import catalogue
 from fedsieve.train import card, parts, targets
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
@@ -71,6 +71,12 @@ class ResidentModel:
     tokenizer: PreTrainedTokenizerBase | None = None
     digest: BaseDigest | None = None
     method: str | None = None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the outputs, in their order; empty where they are no classes."""
+        names: dict[int, str] = self.model.config.id2label
+        return tuple(names[n] for n in sorted(names)) if catalogue.load(self.task).named else ()
 
     def adapter(self) -> Adapter:
         """A copy, on the CPU, of the adapter that is in the model."""
@@ -143,7 +149,7 @@ class ResidentModel:
         # PEFT adds a classifier's heads to those that were named to it, though they were.
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save or ())) or None
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
-        if self.task == "classification":
+        if self.classes:
             own = self.model.config
             labels = {"id2label": own.id2label, "label2id": own.label2id}
             (folder / LABELS).write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
@@ -168,10 +174,8 @@ class ResidentModel:
     def _save_beside(self, folder: Path, rank: int | None) -> None:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
-        names: dict[int, str] = self.model.config.id2label if self.task == "classification" else {}
-        labels = [names[number] for number in sorted(names)]
         base = self.model.config.name_or_path
-        card.write(folder, base, self.task, labels=labels, rank=rank, method=self.method)
+        card.write(folder, base, self.task, labels=self.classes, rank=rank, method=self.method)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -221,13 +225,10 @@ def load_base(
     _refuse_quantised(name, settings or {})
     _refuse_no_setting(name, settings or {}, trust_remote_code)
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
-    kind = AutoModelForCausalLM
-    if task == "classification":
-        kind = AutoModelForSequenceClassification
-        known = _pretrained(AutoConfig, name, trust_remote_code=trust_remote_code).id2label
-        given["problem_type"] = "single_label_classification"
-        given["id2label"] = dict(enumerate(classes))
-        given["label2id"] = {label: number for number, label in enumerate(classes)}
+    asked = catalogue.load(task)
+    kind = getattr(transformers, asked.auto)
+    known = _pretrained(AutoConfig, name, trust_remote_code=trust_remote_code).id2label
+    given |= asked.config(classes)
     given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     given |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
     with torch.random.fork_rng(devices=[]):
@@ -243,7 +244,7 @@ def load_base(
     drawn = {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])}
     parts.freeze_loaded(model, drawn)
     parts.refuse_random_body(model, name, task)
-    if task == "classification":
+    if asked.named:
         match_rows(model, known, classes, drawn, key.at("head"))
     settle(model, task, pad_token_id)
     return model
@@ -252,10 +253,12 @@ def load_base(
 def shape_of(name: str, task: Task, classes: int) -> PreTrainedModel:
     """A model without numbers, on the meta device, from its configuration alone."""
     config = _pretrained(AutoConfig, name, trust_remote_code=False)
-    config.num_labels = classes
-    kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    for setting, value in catalogue.load(task).config([str(n) for n in range(classes)]).items():
+        setattr(config, setting, value)
     with torch.device("meta"):
-        model: PreTrainedModel = kind.from_config(config)
+        model: PreTrainedModel = getattr(transformers, catalogue.load(task).auto).from_config(
+            config
+        )
     # Which modules the checkpoint lacks is not known here.
     return model.requires_grad_(False)
 
@@ -330,7 +333,7 @@ def attach(
     than a side of a target's weight, or the model does not run with the pairs.
     """
     targets.check_names(base, lora)
-    chosen = parts.trained_whole(base, lora.whole, head=task == "classification")
+    chosen = parts.trained_whole(base, lora.whole, head=catalogue.load(task).head)
     modules = parts.modules_of(base, chosen)
     tied = parts.tied_places(base)
     parts.refuse_tied(tied, modules, "lora.whole")

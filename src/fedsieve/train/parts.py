@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Task
+from fedsieve.tasks import catalogue
 from fedsieve.train.targets import called
 
 Place = tuple[nn.Module, str]  # the module that holds a parameter, and its attribute there
@@ -39,7 +40,7 @@ def refuse_random_body(base: PreTrainedModel, source: str, task: Task) -> None:
     embeddings = (nn.Embedding, nn.EmbeddingBag)
     for name in _drawn(base):
         holder = base.get_submodule(name.rpartition(".")[0])
-        if task == "causal-lm" and name in outside:
+        if name in outside and not catalogue.load(task).head:
             raise FedSieveError(
                 f"model {source!r}: its checkpoint holds no {name}, the head of a language model: "
                 "give a model that was trained to continue texts"

@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
-
-_TASKS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
+from fedsieve.tasks import catalogue
 
 
 def check_names(base: nn.Module, lora: Lora) -> None:
@@ -60,7 +59,7 @@ def config_of(base: nn.Module, task: Task, lora: Lora, whole: list[str]) -> Lora
     """PEFT's configuration; whole: the modules that are trained whole."""
     targets, layers, pattern = lora.targets, lora.layers_to_transform, lora.layers_pattern
     return LoraConfig(
-        task_type=_TASKS[task],
+        task_type=catalogue.load(task).peft,
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,

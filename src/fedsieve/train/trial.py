@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Task
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.tokens import Examples, by_token
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.lengths import longest, position_tables, vocabulary
 
@@ -39,10 +40,9 @@ def settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
                 "or, if it was trained as a decoder, set is_decoder = true in [model.settings]"
             )
         if not _has_the_tasks_loss(model, task):
-            what = "the next token" if task == "causal-lm" else "the classes"
             raise FedSieveError(
-                f"the loss of a {kind} model is not the mean cross-entropy of {what}: choose "
-                "another model"
+                f"the loss of a {kind} model is not that of its task "
+                f"({catalogue.load(task).title}): choose another model"
             )
     except FedSieveError:
         raise
@@ -122,10 +122,10 @@ def _apart(model: PreTrainedModel, task: Task) -> bool:
     alone = both._replace(
         input_ids=both.input_ids[:1, :short],
         attention_mask=both.attention_mask[:1, :short],
-        labels=both.labels[:1] if both.labels.ndim == 1 else both.labels[:1, :short],
+        labels=both.labels[:1, :short] if by_token(both.labels) else both.labels[:1],
     )
     together = _run(model, both).logits[:1]
-    if task == "causal-lm":
+    if by_token(both.labels):
         together = together[:, :short]
     return _same(_run(model, alone).logits, together)
 
@@ -145,10 +145,9 @@ def _has_the_tasks_loss(model: PreTrainedModel, task: Task) -> bool:
     model.train()
     out = _run(model, rows)
     model.eval()
-    logits, labels = out.logits.float(), rows.labels
-    if task == "causal-lm":
-        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return _same(out.loss, torch.nn.functional.cross_entropy(logits, labels))
+    classes = tuple(model.config.id2label.values())
+    told = catalogue.load(task).judge(out.logits.float(), rows.labels, classes)
+    return _same(out.loss, torch.tensor(told.loss / told.counted, dtype=out.loss.dtype))
 
 
 def _run(model: PreTrainedModel, rows: Examples) -> Any:
@@ -177,8 +176,7 @@ def _rows(model: PreTrainedModel, task: Task) -> Examples:
         ids[0, length - 1] = ids[1, -1] = end
     mask = torch.ones_like(ids)
     mask[0, length:] = 0
-    labels = torch.tensor([0, 1]) if task == "classification" else ids.where(mask == 1, -100)
-    return Examples(ids, mask, labels)
+    return Examples(ids, mask, catalogue.load(task).labels(ids, mask, model.config.num_labels))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,79 @@
+"""Labels that are names, and the classes that they make."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from fedsieve.data.names import alike, clean, in_order, numbers_of
+from fedsieve.data.sources import names_in
+from fedsieve.errors import FedSieveError
+
+
+def labels_of(dataset: Dataset, name: str) -> list[str]:
+    """The label of each row. Raises FedSieveError, naming the row, where there is none."""
+    found: list[str] = []
+    for label in _labels(dataset, name, None):
+        if isinstance(label, FedSieveError):
+            raise label
+        found.append(label)
+    return found
+
+
+def bad_labels(
+    dataset: Dataset, name: str, classes: Sequence[str] | None
+) -> dict[int, FedSieveError]:
+    """The rows without a label, or with none of the classes, and what is wrong with each."""
+    found = enumerate(_labels(dataset, name, classes))
+    return {row: label for row, label in found if isinstance(label, FedSieveError)}
+
+
+def _labels(
+    dataset: Dataset, name: str, classes: Sequence[str] | None
+) -> Iterator[str | FedSieveError]:
+    known = None if classes is None else numbers_of([clean(each) for each in classes])
+    for row, label in enumerate(names_in(dataset, name)):
+        if label is None:
+            yield FedSieveError(f"row {row} of column {name!r} has no label")
+        elif isinstance(label, str) and known is not None and label not in known:
+            yield FedSieveError(
+                f"label {label!r} in row {row} of column {name!r} is none of the "
+                f"{len(classes or ())} classes: {listing(classes or ())}"
+            )
+        else:
+            yield label
+
+
+def classes_of(columns: Sequence[tuple[Any, Sequence[str]]]) -> list[str]:
+    """The classes in their order: a ClassLabel's own names, else the labels that occur, as
+    `names.in_order` sorts them. Warns of those that differ in spelling alone.
+
+    columns: the feature and the labels of the label's column, in each of the data sets that go
+        together. If their ClassLabels are not the same, they only name the labels; integers beside
+        them are no classes unless they are such names
+    """
+    told = [feature for feature, _ in columns if isinstance(feature, ClassLabel)]
+    if told and all(each == told[0] for each in told):
+        return [clean(name) for name in told[0].names]
+    named = {clean(name) for feature in told for name in feature.names}
+    classes = in_order(
+        label
+        for feature, labels in columns
+        for label in labels
+        if label in named or not (named and "int" in getattr(feature, "dtype", ""))
+    )
+    if same := alike(classes):
+        shown = "; ".join(" and ".join(map(repr, group)) for group in same[:5])
+        warnings.warn(
+            f"labels: these classes differ in spelling alone: {shown}"
+            + (f"; {len(same) - 5} more" if len(same) > 5 else "")
+            + " (write them alike if they are the same, or give the classes)",
+            stacklevel=3,
+        )
+    return classes
+
+
+def listing(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:20])
+    return shown if len(names) <= 20 else f"{shown}, ..."

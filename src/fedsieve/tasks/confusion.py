@@ -1,0 +1,57 @@
+"""Which class each row has and which it was taken for: what scores over classes are made of."""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsieve.tasks.tally import Tally
+
+_PAIR = re.compile(r"([0-9]{1,9}) as ([0-9]{1,9})")
+
+
+def sums(labels: Tensor, found: Tensor, classes: int) -> dict[str, float]:
+    """How often rows of each class were taken for each class: "3 as 5"; those that occur."""
+    pairs, counts = torch.unique(labels * classes + found, return_counts=True)
+    told = zip(pairs.tolist(), counts.tolist(), strict=True)
+    return {f"{pair // classes} as {pair % classes}": float(count) for pair, count in told}
+
+
+def fits(tally: Tally, classes: tuple[str, ...]) -> bool:
+    """Whether a tally holds such counts, for so many classes."""
+    pairs = [_PAIR.fullmatch(name) for name in tally.sums]
+    known = all(pair and max(map(int, pair.groups())) < len(classes) for pair in pairs)
+    whole = all(value > 0 and value.is_integer() for value in tally.sums.values())
+    return known and whole and sum(tally.sums.values()) == tally.counted
+
+
+def metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
+    """Accuracy, macro F1 over the classes that occur, and Matthews' correlation."""
+    from sklearn import metrics as of  # takes a second to import
+
+    true, found, count = _pairs(tally.sums)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a class that is never told: its F1 is 0
+        return {
+            "accuracy": float(of.accuracy_score(true, found, sample_weight=count)),
+            "macro_f1": float(of.f1_score(true, found, average="macro", sample_weight=count)),
+            "matthews": float(of.matthews_corrcoef(true, found, sample_weight=count)),
+        }
+
+
+def names_of(classes: Sequence[str]) -> dict[str, Any]:
+    """A model's configuration: the names of its outputs."""
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {label: number for number, label in enumerate(classes)},
+    }
+
+
+def _pairs(counts: Mapping[str, float]) -> tuple[Any, Any, Any]:
+    pairs = [tuple(map(int, name.split(" as "))) for name in counts]
+    true, found = np.array(pairs, dtype=np.int64).T
+    return true, found, np.array(list(counts.values()))

@@ -1,0 +1,203 @@
+"""Multi-label classification: a text, or a pair of texts, and all the classes that hold of it.
+
+The labels are one column of lists of names, or a column for each class that says whether it holds.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+
+from fedsieve.data.files import Columns
+from fedsieve.data.names import clean, in_order, name_of
+from fedsieve.data.sources import column
+from fedsieve.errors import FedSieveError
+from fedsieve.tasks import confusion
+from fedsieve.tasks.classes import listing
+from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed
+from fedsieve.tasks.tokens import IN_FILES, bad_texts, texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_HOLDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+_COUNTS = ("right", "false", "missed")  # of a class: told and so, told and not so, so and not told
+
+
+def _columns(fields: Fields) -> Columns:
+    needed(text=fields.text, label=fields.label)
+    labels = (fields.label,) if isinstance(fields.label, str) else fields.label or ()
+    kept = [name for name in (fields.text, fields.text_b) if name is not None]
+    # Lists are read as they are; cells that say yes or no are names like others.
+    lists = isinstance(fields.label, str)
+    return Columns((*kept, *labels)) if lists else Columns(tuple(kept), tuple(labels))
+
+
+def _sets(rows: Dataset, fields: Fields) -> list[set[str] | FedSieveError]:
+    """The names that hold of each row, or what is wrong with it."""
+    if isinstance(fields.label, str):
+        return _of_lists(rows, fields.label)
+    found: list[set[str] | FedSieveError] = [set() for _ in range(len(rows))]
+    for name in fields.label or ():
+        for row, value in enumerate(column(rows, name)):
+            told = _HOLDS.get(str(value).strip().casefold().removesuffix(".0"))
+            known = found[row]
+            if told is None and isinstance(known, set):
+                found[row] = FedSieveError(
+                    f"row {row} of column {name!r} holds {str(value)[:40]!r}, where 1 or 0 (true "
+                    "or false, yes or no) says whether the class holds"
+                )
+            elif told and isinstance(known, set):
+                known.add(clean(name))
+    return found
+
+
+def _of_lists(rows: Dataset, name: str) -> list[set[str] | FedSieveError]:
+    feature = getattr(rows.features.get(name), "feature", None)
+    told = [*map(clean, feature.names)] if isinstance(feature, ClassLabel) else None
+    found: list[set[str] | FedSieveError] = []
+    for row, value in enumerate(column(rows, name)):
+        try:
+            if not isinstance(value, list):
+                raise FedSieveError(f"holds no list of names{IN_FILES}")
+            names = [name_of(told[v] if told is not None and v is not None else v) for v in value]
+            if None in names:
+                raise FedSieveError("holds an empty name in its list")
+            found.append({each for each in names if each is not None})
+        except (FedSieveError, IndexError) as error:
+            why = error if isinstance(error, FedSieveError) else "holds a number of no class"
+            found.append(FedSieveError(f"row {row} of column {name!r} {why}"))
+    return found
+
+
+def _classes(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
+    if fields.classes is not None:
+        return fields.classes
+    if isinstance(fields.label, tuple):
+        return tuple(map(clean, fields.label))
+    found: set[str] = set()
+    for rows in parts:
+        for each in _sets(rows, fields):
+            if isinstance(each, FedSieveError):
+                raise each
+            found |= each
+    return tuple(in_order(found))
+
+
+def _bad(rows: Dataset, fields: Fields) -> Bad:
+    found: Bad = {}
+    known = None if fields.classes is None else set(map(clean, fields.classes))
+    for row, names in enumerate(_sets(rows, fields)):
+        if isinstance(names, FedSieveError):
+            found[row] = names
+        elif known is not None and names - known:
+            found[row] = FedSieveError(
+                f"row {row}: label {min(names - known)!r} is none of the {len(known)} classes: "
+                f"{listing(fields.classes or ())}"
+            )
+    for name in (fields.text, fields.text_b):
+        if name is not None:
+            found = bad_texts(column(rows, name), name) | found
+    return found
+
+
+def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    _columns(fields)
+    fields = fields._replace(classes=tuple(map(clean, _classes([rows], fields))))
+    names = fields.classes or ()
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise FedSieveError(f"label: at least two different classes are needed, not {list(names)}")
+    bad = _bad(rows, fields)
+    for row in sorted(bad):
+        raise bad[row]
+    sets = _sets(rows, fields)
+    holds = [[float(name in each) for name in names] for each in sets if isinstance(each, set)]
+    assert fields.text is not None
+    examples = texts(rows, tokenizer, fields.text, fields.text_b, fields.max_length)
+    return Rows(examples._replace(labels=torch.tensor(holds)), np.arange(len(rows)), names)
+
+
+def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    told, so = logits > 0, labels > 0.5
+    counts = {"right": told & so, "false": told & ~so, "missed": ~told & so}
+    sums = {
+        f"{name} {number}": float(count)
+        for name in _COUNTS
+        for number, count in enumerate(counts[name].sum(0).tolist())
+    }
+    kept = {"told": logits.double().cpu().numpy(), "label": labels.double().cpu().numpy()}
+    return Tally(loss.mean(1).sum().item(), len(labels), sums, kept)
+
+
+def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
+    if set(tally.sums) != {f"{n} {number}" for n in _COUNTS for number in range(len(classes))}:
+        return False
+    each = np.array([[tally.sums[f"{n} {c}"] for n in _COUNTS] for c in range(len(classes))])
+    return bool((each >= 0).all() and (each.sum(1) <= tally.counted).all())
+
+
+def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
+    """Micro and macro F1 where an output above 0 (a half, as a probability) says that a class
+    holds; and the mean over the classes that occur of their average precision, which needs every
+    row's outputs and so is not told over sites.
+    """
+    from sklearn import metrics as of
+
+    # Each class as rows of four kinds, so many of each; those neither told nor so count for no F1.
+    true, told, count = [], [], []
+    for number in range(len(classes)):
+        for so, said, name in ((1, 1, "right"), (0, 1, "false"), (1, 0, "missed")):
+            row = np.zeros((2, len(classes)), dtype=np.int64)
+            row[:, number] = so, said
+            true.append(row[0])
+            told.append(row[1])
+            count.append(tally.sums[f"{name} {number}"])
+    scores = {
+        f"{kind}_f1": float(
+            of.f1_score(true, told, average=kind, sample_weight=count, zero_division=0.0)
+        )
+        for kind in ("micro", "macro")
+    }
+    if tally.kept:
+        labels = tally.kept["label"] > 0.5
+        there = np.flatnonzero(labels.any(0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            means = [
+                of.average_precision_score(labels[:, c], tally.kept["told"][:, c]) for c in there
+            ]
+        scores["map"] = float(np.mean(means)) if means else 0.0
+    return scores
+
+
+def _config(classes: Sequence[str]) -> dict[str, Any]:
+    return {"problem_type": "multi_label_classification", **confusion.names_of(classes)}
+
+
+def _labels(ids: Tensor, mask: Tensor, classes: int) -> Tensor:
+    each = torch.arange(classes, device=ids.device)
+    return ((ids[:, :1] + each) % 2).float()
+
+
+TASK = Task(
+    title="multi-label text classification",
+    auto="AutoModelForSequenceClassification",
+    peft="SEQ_CLS",
+    head=True,
+    named=True,
+    columns=_columns,
+    classes=_classes,
+    bad=_bad,
+    read=_read,
+    config=_config,
+    labels=_labels,
+    judge=_judge,
+    fits=_fits,
+    metrics=_metrics,
+)

@@ -1,0 +1,140 @@
+"""Regression: a text, or a pair of texts, and a number."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from fedsieve.data.files import Columns
+from fedsieve.data.names import kind_of
+from fedsieve.data.sources import column
+from fedsieve.errors import FedSieveError
+from fedsieve.tasks import classification
+from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.task import Bad, Fields, Rows, Task, no_classes
+from fedsieve.tasks.tokens import bad_texts, texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LARGEST = 1e6  # beyond it a squared error in float32 is no help to anybody
+_SUMS = ("x", "y", "xx", "yy", "xy")
+
+
+def _columns(fields: Fields) -> Columns:
+    # The numbers are read as they are: as names, those with a fraction would be none.
+    columns = classification.columns_of(fields)
+    return Columns((*columns.texts, *columns.names))
+
+
+def _number(value: Any) -> float:
+    """Raises ValueError, with the end of a sentence that begins with the value's place."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("holds " + ("nothing" if value is None else kind_of(value)))
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        shown = str(value)[:40]
+        raise ValueError("has no label" if not shown else f"holds {shown!r}") from None
+    if not abs(number) <= LARGEST:
+        raise ValueError(f"holds {number:g}")
+    return number
+
+
+def _bad(rows: Dataset, fields: Fields) -> Bad:
+    columns = classification.columns_of(fields)
+    (label,) = columns.names
+    found: Bad = {}
+    for row, value in enumerate(column(rows, label)):
+        try:
+            _number(value)
+        except ValueError as error:
+            found[row] = FedSieveError(
+                f"row {row} of column {label!r} {error}, where a number from {-LARGEST:g} to "
+                f"{LARGEST:g} is needed"
+            )
+    for name in columns.texts:
+        found = bad_texts(column(rows, name), name) | found
+    return found
+
+
+def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    columns = classification.columns_of(fields)
+    bad = _bad(rows, fields)
+    for row in sorted(bad):
+        raise bad[row]
+    numbers = [_number(value) for value in column(rows, columns.names[0])]
+    examples = texts(rows, tokenizer, columns.texts[0], fields.text_b, fields.max_length)
+    labels = torch.tensor(numbers, dtype=torch.float32)
+    return Rows(examples._replace(labels=labels), np.arange(len(rows)), ())
+
+
+def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
+    x, y = logits.squeeze(-1).double().cpu().numpy(), labels.double().cpu().numpy()
+    sums = {"x": x.sum(), "y": y.sum(), "xx": x @ x, "yy": y @ y, "xy": x @ y}
+    told = {name: float(value) for name, value in sums.items()}
+    return Tally(float(((x - y) ** 2).sum()), len(x), told, {"told": x, "label": y})
+
+
+def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
+    s, n = tally.sums, tally.counted
+    if set(s) != set(_SUMS):
+        return False
+    near = 1 + 1e-9
+    squares = s["xx"] >= 0 <= s["yy"] and s["xy"] ** 2 <= s["xx"] * s["yy"] * near
+    return squares and s["x"] ** 2 <= n * s["xx"] * near and s["y"] ** 2 <= n * s["yy"] * near
+
+
+def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
+    """Pearson's and Spearman's correlations, and the mean squared error.
+
+    Sums alone, which are all that sites send, give no ranks: then there is no Spearman, and
+    Pearson's is that of the sums. A correlation with a constant is 0.
+    """
+    error = tally.loss / tally.counted
+    if not tally.kept:
+        return {"pearson": _of_sums(tally), "mse": error}
+    from scipy import stats
+
+    x, y = tally.kept["told"], tally.kept["label"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a constant
+        pearson, spearman = stats.pearsonr(x, y)[0] if len(x) > 1 else 0.0, stats.spearmanr(x, y)[0]
+    return {"pearson": _or_none(pearson), "spearman": _or_none(spearman), "mse": error}
+
+
+def _of_sums(tally: Tally) -> float:
+    n, s = tally.counted, tally.sums
+    spread = (s["xx"] - s["x"] ** 2 / n) * (s["yy"] - s["y"] ** 2 / n)
+    return (s["xy"] - s["x"] * s["y"] / n) / math.sqrt(spread) if spread > 0 else 0.0
+
+
+def _or_none(value: Any) -> float:
+    return float(value) if math.isfinite(value) else 0.0
+
+
+def _config(classes: Sequence[str]) -> dict[str, Any]:
+    return {"problem_type": "regression", "num_labels": 1}
+
+
+TASK = Task(
+    title="regression over texts",
+    auto="AutoModelForSequenceClassification",
+    peft="SEQ_CLS",
+    head=True,
+    named=False,
+    columns=_columns,
+    classes=no_classes,
+    bad=_bad,
+    read=_read,
+    config=_config,
+    labels=lambda ids, mask, _: ids[:, 0] / 8.0,
+    judge=_judge,
+    fits=_fits,
+    metrics=_metrics,
+)

@@ -1,0 +1,61 @@
+"""What an evaluation adds up, batch by batch and client by client, and the scores made of it.
+
+A metric such as macro F1 is no mean of the metrics of parts. What parts do add up are counts: so a
+task counts, the counts of any number of batches or sites are added, and the metric is that of the
+sums, exactly what it would be over all rows at once.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from fedsieve.tasks.task import Task
+
+
+class Tally(NamedTuple):
+    """What was counted over some rows.
+
+    loss:    summed over what is counted, be it rows or tokens; counted: how many those are
+    sums:    the task's own counts, by name
+    kept:    values row by row, by name, for metrics that no sums give; they leave no site
+    """
+
+    loss: float = 0.0
+    counted: int = 0
+    sums: Mapping[str, float] = {}
+    kept: Mapping[str, NDArray[np.float64]] = {}
+
+
+class Score(NamedTuple):
+    """An adapter's evaluation.
+
+    loss:    the mean over what is counted: rows, or the tokens that a model predicts
+    metrics: the task's own, by name; the first leads, and is better when it is higher
+    """
+
+    loss: float
+    metrics: Mapping[str, float]
+    counted: int
+
+
+def total(tallies: Iterable[Tally]) -> Tally:
+    """All of them together."""
+    loss, counted = 0.0, 0
+    sums: dict[str, float] = {}
+    kept: dict[str, list[NDArray[np.float64]]] = {}
+    for each in tallies:
+        loss, counted = loss + each.loss, counted + each.counted
+        for name, value in each.sums.items():
+            sums[name] = sums.get(name, 0.0) + value
+        for name, values in each.kept.items():
+            kept.setdefault(name, []).append(values)
+    return Tally(loss, counted, sums, {name: np.concatenate(v) for name, v in kept.items()})
+
+
+def score(task: "Task", tally: Tally, classes: tuple[str, ...]) -> Score:
+    """The scores that a tally makes; nothing may be counted in it, and all is 0 then."""
+    loss = tally.loss / max(1, tally.counted)
+    return Score(loss, task.metrics(tally, classes) if tally.counted else {}, tally.counted)

@@ -1,0 +1,101 @@
+"""What a task is: a record of functions, from rows to examples and from outputs to scores.
+
+A file of this package is a task if it has a `TASK`. Loading, training, evaluation, the wire and the
+report ask the record, and know no task by name.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsieve.data.files import Columns
+from fedsieve.errors import FedSieveError
+from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.tokens import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Fields(NamedTuple):
+    """Which columns hold what, and how long a row may be. A task uses some of them.
+
+    text, text_b: what is read; label: what is to be told, one column or several
+    prompt, completion: of a causal LM
+    classes: the names in the order of the model's outputs; None is those of the rows
+    """
+
+    text: str | None = None
+    text_b: str | None = None
+    label: str | tuple[str, ...] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    classes: tuple[str, ...] | None = None
+    max_length: int = 128
+
+
+class Rows(NamedTuple):
+    """What a task makes of a data set.
+
+    came: (n,) int64 ascending, the row of each example
+    """
+
+    examples: Examples
+    came: NDArray[np.int64]
+    classes: tuple[str, ...]
+
+
+Bad = dict[int, FedSieveError]  # row -> what is wrong with it
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    title:  in words
+    auto:   transformers' class that loads its models; peft: PEFT's name of such tasks
+    head:   whether all outside the model's body is a head, trained whole
+    named:  whether the outputs are classes with names
+    columns: the columns that it uses. Raises FedSieveError where one that it needs is not given
+    classes: those of all these data sets together, in the order of the model's outputs
+    bad:    the rows that are no examples because of what they hold. Where classes are given, a
+            label outside them is bad
+    read:   the examples. Raises FedSieveError, naming row and column
+    config: changes to a model's configuration, for so many classes
+    labels: made-up labels for token numbers and their mask, to try a model with
+    judge:  logits, labels and classes of a batch -> what is counted
+    fits:   whether sums can be those of this task: a site may send anything
+    metrics: of what was counted, which is not nothing; the first leads
+    """
+
+    title: str
+    auto: str
+    peft: str
+    head: bool
+    named: bool
+    columns: Callable[[Fields], Columns]
+    classes: Callable[[Sequence[Dataset], Fields], tuple[str, ...]]
+    bad: Callable[[Dataset, Fields], Bad]
+    read: Callable[[Dataset, "PreTrainedTokenizerBase", Fields], Rows]
+    config: Callable[[Sequence[str]], dict[str, Any]]
+    labels: Callable[[Tensor, Tensor, int], Tensor]
+    judge: Callable[[Tensor, Tensor, tuple[str, ...]], Tally]
+    fits: Callable[[Tally, tuple[str, ...]], bool]
+    metrics: Callable[[Tally, tuple[str, ...]], dict[str, float]]
+
+
+def needed(**given: Any) -> None:
+    """Raises FedSieveError, naming the first of the fields that is not given."""
+    for name, value in given.items():
+        if value is None:
+            raise FedSieveError(f"{name}: this task needs it: say which column that is")
+
+
+def no_classes(*_: Any) -> tuple[str, ...]:
+    """The classes of a task that has none."""
+    return ()

@@ -1,0 +1,207 @@
+"""Token classification: words, and a tag for each (names of entities, parts of speech).
+
+A word's tag is told at the first of its tokens. Where the tags begin and go on (B-PER, I-PER),
+what counts are whole entities, as in CoNLL's evaluation; seqeval says which those are.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset
+from torch import Tensor
+
+from fedsieve.data.files import Columns
+from fedsieve.data.names import clean, in_order, name_of
+from fedsieve.data.sources import column
+from fedsieve.errors import FedSieveError
+from fedsieve.tasks import confusion
+from fedsieve.tasks.classes import listing
+from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed
+from fedsieve.tasks.tokens import IGNORED, IN_FILES, Examples, check_rows, pad_id, rectangle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_COUNTS = ("right", "told", "there")  # entities
+
+
+def _columns(fields: Fields) -> Columns:
+    needed(text=fields.text, label=fields.label)
+    if fields.text is None or not isinstance(fields.label, str) or fields.text_b is not None:
+        raise FedSieveError(
+            "this task takes a column of lists of words (text) and one of lists of tags (label)"
+        )
+    return Columns((fields.text, fields.label))
+
+
+def _rows(rows: Dataset, fields: Fields) -> list[tuple[list[str], list[str]] | FedSieveError]:
+    """The words and tags of each row, or what is wrong with it."""
+    text, label = _columns(fields).texts
+    feature = getattr(rows.features.get(label), "feature", None)
+    told = [*map(clean, feature.names)] if isinstance(feature, ClassLabel) else None
+    found: list[tuple[list[str], list[str]] | FedSieveError] = []
+    for row, (words, tags) in enumerate(zip(column(rows, text), column(rows, label), strict=True)):
+        try:
+            found.append((_words(words, text), _tags(tags, told, label, words)))
+        except (FedSieveError, IndexError) as error:
+            why = error if isinstance(error, FedSieveError) else f"{label!r}: a tag of no class"
+            found.append(FedSieveError(f"row {row} of column {why}"))
+    return found
+
+
+def _words(words: Any, name: str) -> list[str]:
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise FedSieveError(f"{name!r} holds no list of words{IN_FILES}")
+    return words
+
+
+def _tags(tags: Any, told: list[str] | None, name: str, words: list[str]) -> list[str]:
+    if not isinstance(tags, list):
+        raise FedSieveError(f"{name!r} holds no list of tags{IN_FILES}")
+    if len(tags) != len(words):
+        raise FedSieveError(f"{name!r} holds {len(tags)} tags for {len(words)} words")
+    names = []
+    for tag in tags:
+        try:
+            given = name_of(tag if told is None or tag is None else told[tag])
+        except FedSieveError as error:
+            raise FedSieveError(f"{name!r} {error}") from None
+        if given is None:
+            raise FedSieveError(f"{name!r} has an empty tag")
+        names.append(given)
+    return names
+
+
+def _classes(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
+    if fields.classes is not None:
+        return fields.classes
+    features = [getattr(rows.features.get(fields.label), "feature", None) for rows in parts]
+    first = features[0] if features else None
+    if isinstance(first, ClassLabel) and all(each == first for each in features):
+        return tuple(map(clean, first.names))
+    found: set[str] = set()
+    for rows in parts:
+        for each in _rows(rows, fields):
+            if isinstance(each, FedSieveError):
+                raise each
+            found.update(each[1])
+    return tuple(in_order(found))
+
+
+def _bad(rows: Dataset, fields: Fields) -> Bad:
+    found: Bad = {}
+    known = None if fields.classes is None else set(map(clean, fields.classes))
+    for row, each in enumerate(_rows(rows, fields)):
+        if isinstance(each, FedSieveError):
+            found[row] = each
+        elif known is not None and (odd := set(each[1]) - known):
+            found[row] = FedSieveError(
+                f"row {row} of column {fields.label!r} has the tag {min(odd)!r}, none of the "
+                f"{len(known)} classes: {listing(fields.classes or ())}"
+            )
+    return found
+
+
+def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    check_rows(rows)
+    fields = fields._replace(classes=tuple(map(clean, _classes([rows], fields))))
+    names = fields.classes or ()
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise FedSieveError(f"label: at least two different tags are needed, not {list(names)}")
+    bad = _bad(rows, fields)
+    for row in sorted(bad):
+        raise bad[row]
+    if not tokenizer.is_fast:
+        raise FedSieveError(
+            "token classification needs a tokenizer that tells which word each token is of (a "
+            "fast one), and this model's does not"
+        )
+    pairs = [each for each in _rows(rows, fields) if not isinstance(each, FedSieveError)]
+    ids, labels, came = [], [], []
+    for row, (words, tags) in enumerate(pairs):
+        made = tokenizer(
+            words, is_split_into_words=True, truncation=True, max_length=fields.max_length
+        )
+        of = made.word_ids()
+        targets = [
+            IGNORED if word is None or word == before else names.index(tags[word])
+            for before, word in zip([None, *of], of, strict=False)
+        ]
+        if any(target != IGNORED for target in targets):
+            ids.append(made["input_ids"])
+            labels.append(targets)
+            came.append(row)
+    if not came:
+        raise FedSieveError(f"none of the {len(rows)} rows has a word in it")
+    if len(came) < len(rows):
+        warnings.warn(f"{len(rows) - len(came)} of {len(rows)} rows dropped: no word", stacklevel=2)
+    input_ids, mask = rectangle(ids, pad_id(tokenizer))
+    examples = Examples(input_ids, mask, rectangle(labels, IGNORED)[0])
+    return Rows(examples, np.array(came, dtype=np.int64), names)
+
+
+def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
+    from seqeval.metrics.sequence_labeling import get_entities
+
+    there = labels != IGNORED
+    loss = torch.nn.functional.cross_entropy(logits[there], labels[there], reduction="sum").item()
+    told = logits.argmax(-1)
+    counts = dict.fromkeys(_COUNTS, 0.0)
+    if _begun(classes):
+        for row, (mask, true, found) in enumerate(zip(there, labels, told, strict=True)):
+            so = {(row, *e) for e in get_entities([classes[n] for n in true[mask].tolist()])}
+            said = {(row, *e) for e in get_entities([classes[n] for n in found[mask].tolist()])}
+            for name, entities in zip(_COUNTS, (so & said, said, so), strict=True):
+                counts[name] += len(entities)
+    counts["tokens"] = float((told == labels)[there].sum())
+    return Tally(loss, int(there.sum()), counts)
+
+
+def _begun(classes: Sequence[str]) -> bool:
+    """Whether the tags tell entities: some begin, or go on."""
+    return any(name.startswith(("B-", "I-")) for name in classes)
+
+
+def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
+    sums = tally.sums
+    return (
+        set(sums) == {*_COUNTS, "tokens"}
+        and all(0 <= value <= tally.counted for value in sums.values())
+        and sums["right"] <= min(sums["told"], sums["there"])
+    )
+
+
+def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
+    """F1, precision and recall of entities, where tags tell such; and the share of right tags."""
+    right, told, there = (tally.sums[name] for name in _COUNTS)
+    tokens = {"token_accuracy": tally.sums["tokens"] / tally.counted}
+    if not _begun(classes):
+        return tokens
+    entities = {
+        "entity_f1": 2 * right / max(1.0, told + there),
+        "entity_precision": right / max(1.0, told),
+        "entity_recall": right / max(1.0, there),
+    }
+    return entities | tokens
+
+
+TASK = Task(
+    title="token classification",
+    auto="AutoModelForTokenClassification",
+    peft="TOKEN_CLS",
+    head=True,
+    named=True,
+    columns=_columns,
+    classes=_classes,
+    bad=_bad,
+    read=_read,
+    config=confusion.names_of,
+    labels=lambda ids, mask, classes: (ids % classes).where(mask == 1, IGNORED),
+    judge=_judge,
+    fits=_fits,
+    metrics=_metrics,
+)

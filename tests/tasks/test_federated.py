@@ -1,0 +1,213 @@
+"""Each task trained over clients: from a recipe, from a notebook, and what its bad rows are called.
+
+The rows are of the words of conftest.py, whose subjects a tiny model tells apart.
+"""
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from datasets import Dataset
+
+import fedsieve
+from fedsieve.errors import FedSieveError
+from fedsieve.run import rundir
+from fedsieve.tasks import catalogue
+from tests import runs
+from tests.conftest import COMMON, LABELS, OWN, Tiny
+
+
+class Kind(NamedTuple):
+    """Rows of a task and the recipe's keys for them.
+
+    leads: the leading metric, and what it must reach; bad: a row that is none, and what is said
+    """
+
+    task: str
+    rows: list[dict[str, Any]]
+    data: dict[str, Any]
+    leads: str
+    reaches: float
+    bad: list[tuple[dict[str, Any], str]]
+
+
+def subjects(count: int, seed: int) -> Iterator[tuple[str, list[str]]]:
+    draw = random.Random(seed)
+    for _ in range(count):
+        subject = draw.choice(LABELS)
+        yield subject, draw.choices(OWN[subject], k=4) + draw.choices(COMMON, k=3)
+
+
+def numbers() -> list[dict[str, Any]]:
+    return [
+        {"text": " ".join(words), "label": float(LABELS.index(subject))}
+        for subject, words in subjects(120, 1)
+    ]
+
+
+def sets() -> list[dict[str, Any]]:
+    both = zip(subjects(160, 2), subjects(160, 3), strict=True)
+    return [{"text": " ".join(a[1] + b[1]), "label": sorted({a[0], b[0]})} for a, b in both]
+
+
+def tagged() -> list[dict[str, Any]]:
+    rows = []
+    for subject, words in subjects(120, 4):
+        tags = [f"B-{subject}" if word in OWN[subject] else "O" for word in words]
+        rows.append({"text": words, "label": tags})
+    return rows
+
+
+def asked() -> list[dict[str, Any]]:
+    return [{"ask": " ".join(words), "say": f" {subject}0"} for subject, words in subjects(60, 5)]
+
+
+PLAIN = {"text": "text", "label": "label"}
+KINDS = [
+    Kind(
+        "classification",
+        [{"text": " ".join(w), "label": s} for s, w in subjects(120, 6)],
+        PLAIN,
+        "accuracy",
+        0.9,
+        [({"text": None, "label": "cars"}, "column 'text' holds nothing")],
+    ),
+    Kind(
+        "regression",
+        numbers(),
+        PLAIN,
+        "pearson",
+        0.8,
+        [
+            ({"text": "cars0", "label": None}, "column 'label' holds nothing, where a number"),
+            ({"text": "cars0", "label": 1e30}, "column 'label' holds 1e+30, where a number"),
+            ({"text": None, "label": 1.0}, "column 'text' holds nothing"),
+        ],
+    ),
+    Kind(
+        "multi-label",
+        sets(),
+        PLAIN,
+        "micro_f1",
+        0.8,
+        [
+            ({"text": "cars0", "label": None}, "column 'label' holds no list of names"),
+            ({"text": "cars0", "label": ["cars", None]}, "holds an empty name in its list"),
+            ({"text": None, "label": ["cars"]}, "column 'text' holds nothing"),
+        ],
+    ),
+    Kind(
+        "token-classification",
+        tagged(),
+        PLAIN,
+        "entity_f1",
+        0.9,
+        [
+            ({"text": ["cars0", "cars1"], "label": ["O"]}, "'label' holds 1 tags for 2 words"),
+            ({"text": None, "label": ["O"]}, "'text' holds no list of words"),
+            ({"text": ["cars0"], "label": None}, "'label' holds no list of tags"),
+            ({"text": ["cars0"], "label": [None]}, "'label' has an empty tag"),
+        ],
+    ),
+    Kind(
+        "causal-lm",
+        asked(),
+        {"prompt": "ask", "completion": "say", "text": None, "label": None},
+        "token_accuracy",
+        0.3,
+        [({"ask": "cars0", "say": None}, "column 'say' holds nothing")],
+    ),
+]
+each = pytest.mark.parametrize("kind", KINDS, ids=[kind.task for kind in KINDS])
+quietly = pytest.mark.filterwarnings("ignore:.*no padding token", "ignore:the model's head is for")
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def base(tiny: Tiny, kind: Kind) -> str:
+    return str(tiny.gpt2 if kind.task == "causal-lm" else tiny.bert)
+
+
+def changes(tiny: Tiny, folder: Path, kind: Kind, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    third = len(kind.rows) // 3
+    data = {
+        "train": written(folder / "train.jsonl", rows),
+        "test": written(folder / "test.jsonl", kind.rows[:third]),
+        "max_length": 16,
+        **{name: column for name, column in kind.data.items() if column is not None},
+    }
+    return {
+        "model": {"source": base(tiny, kind), "task": kind.task},
+        "data": data,
+        "method": {"name": "fedit"},
+        "lora__targets": None,
+        "server": {"optimizer": "sgd"},
+        "budgets": [{}],
+        "rounds": 6,
+        "cohort": 4,
+        "evaluation__every": 3,
+    }
+
+
+def test_every_task_is_here() -> None:
+    assert {kind.task for kind in KINDS} == set(catalogue.names())
+
+
+@each
+@quietly
+def test_a_recipe_trains_each_task(tiny: Tiny, tmp_path: Path, kind: Kind) -> None:
+    third = len(kind.rows) // 3
+    given = changes(tiny, tmp_path, kind, kind.rows[third:])
+    runs.start(tiny, tmp_path / "run", **given, partition={"kind": "iid", "clients": 4})
+    first, *_, last = [r for r in runs.lines(tmp_path / "run") if "metrics" in r]
+    assert next(iter(last["metrics"])) == kind.leads
+    assert last["metrics"][kind.leads] >= kind.reaches
+    assert last["eval_loss"] < first["eval_loss"]
+    assert last.get("accuracy") == last["metrics"].get("accuracy")
+    assert (tmp_path / "run" / rundir.ADAPTER / "README.md").is_file()
+
+
+@each
+@quietly
+def test_a_notebook_trains_each_task_and_leaves_out_who_has_bad_rows(
+    tiny: Tiny, kind: Kind
+) -> None:
+    half = len(kind.rows) // 2
+    clients = {"north": kind.rows[:half], "south": kind.rows[half:]}
+    bad = {f"bad{n}": [*kind.rows[:3], row] for n, (row, _) in enumerate(kind.bad)}
+    given: dict[str, Any] = {**kind.data, "max_length": 16, "task": kind.task}
+    given |= {name: "label" for name, column in given.items() if name == "label" and not column}
+    with pytest.warns(UserWarning, match="left out") as told:
+        run = fedsieve.finetune(
+            base(tiny, kind),
+            {id: Dataset.from_list(rows) for id, rows in (clients | bad).items()},
+            fedsieve.fedit(),
+            rounds=1,
+            test=Dataset.from_list(kind.rows[:20]),
+            **given,
+        )
+    said = next(str(w.message) for w in told if "left out" in str(w.message))
+    for number, (_, why) in enumerate(kind.bad):
+        if number < 3:  # as many as are named
+            assert f"client 'bad{number}': row 3 of column" in said
+            assert why in said
+    last = run.finish().metrics[-1]
+    assert last.metrics is not None
+    assert next(iter(last.metrics)) == kind.leads
+
+
+@each
+@quietly
+def test_a_bad_row_is_named_before_training(tiny: Tiny, tmp_path: Path, kind: Kind) -> None:
+    for row, why in kind.bad:
+        given = changes(tiny, tmp_path, kind, [*kind.rows[:7], row])
+        with pytest.raises(FedSieveError) as refused:
+            runs.start(tiny, tmp_path / "run", **given, partition={"kind": "iid", "clients": 2})
+        assert why in str(refused.value)
+        assert "row 7" in str(refused.value)

@@ -1,0 +1,207 @@
+"""What a task counts and the scores that it makes of that, against other libraries: all tasks."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics.functional as other
+from scipy import stats
+from torch import Tensor
+
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.tally import Tally, score, total
+
+NAMES = ("a", "b", "c", "d")
+TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
+
+
+class Case(NamedTuple):
+    """A task, its classes, some outputs and labels, and what another library makes of them."""
+
+    task: str
+    classes: tuple[str, ...]
+    logits: Tensor
+    labels: Tensor
+    expected: Callable[[Tensor, Tensor], dict[str, float]]
+
+
+def drawn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def classes_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    given: dict[str, Any] = {"task": "multiclass", "num_classes": logits.shape[-1]}
+    told = logits.argmax(-1)
+    return {
+        "accuracy": float(other.accuracy(told, labels, **given, average="micro")),
+        "macro_f1": float(other.f1_score(told, labels, **given, average="macro")),
+        "matthews": float(other.matthews_corrcoef(told, labels, **given)),
+    }
+
+
+def numbers(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    x, y = logits[:, 0].double(), labels.double()
+    return {
+        "pearson": float(other.pearson_corrcoef(x, y)),
+        "spearman": float(other.spearman_corrcoef(x, y)),
+        "mse": float(other.mean_squared_error(x, y)),
+    }
+
+
+def labels_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    given: dict[str, Any] = {"num_labels": labels.shape[1]}
+    whole = labels.int()
+    return {
+        "micro_f1": float(
+            other.classification.multilabel_f1_score(logits, whole, **given, average="micro")
+        ),
+        "macro_f1": float(
+            other.classification.multilabel_f1_score(logits, whole, **given, average="macro")
+        ),
+        "map": float(other.classification.multilabel_average_precision(logits, whole, **given)),
+    }
+
+
+def entities(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    from seqeval import metrics as of
+
+    told = logits.argmax(-1)
+    pairs = [
+        ([TAGS[n] for n in row[there].tolist()], [TAGS[n] for n in said[there].tolist()])
+        for row, said, there in zip(labels, told, labels != -100, strict=True)
+    ]
+    true, found = zip(*pairs, strict=True)
+    return {
+        "entity_f1": float(of.f1_score(list(true), list(found))),
+        "entity_precision": float(of.precision_score(list(true), list(found))),
+        "entity_recall": float(of.recall_score(list(true), list(found))),
+        "token_accuracy": float(of.accuracy_score(list(true), list(found))),
+    }
+
+
+def next_tokens(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    right = (logits.argmax(-1) == labels)[labels != -100]
+    return {
+        "token_accuracy": float(right.double().mean()),
+        "perplexity": float(other.text.perplexity(logits, labels, ignore_index=-100)),
+    }
+
+
+def some_ignored(labels: Tensor) -> Tensor:
+    """As rows of several lengths have them, the first of each row left."""
+    away = drawn(3, *labels.shape) > 0.6
+    away[:, :2] = False
+    return labels.masked_fill(away, -100)
+
+
+def leaning(logits: Tensor, labels: Tensor, by: float) -> Tensor:
+    """Outputs that are right more often than by chance."""
+    return logits + by * torch.nn.functional.one_hot(labels.clamp(min=0), logits.shape[-1])
+
+
+ints = torch.randint
+drawer = torch.Generator().manual_seed(5)
+CLASS = ints(0, 4, (60,), generator=drawer)
+RARE = CLASS.where(CLASS != 3, torch.tensor(0))  # one of the classes never occurs
+TAGGED = some_ignored(ints(0, 5, (30, 12), generator=drawer))
+TOKENS = some_ignored(ints(0, 11, (8, 9), generator=drawer))
+VALUES = drawn(9, 50)
+HOLDS = (drawn(4, 40, 4) > 0).float()
+CASES = [
+    Case("classification", NAMES, leaning(drawn(0, 60, 4), CLASS, 1.0), CLASS, classes_of),
+    Case("regression", (), VALUES[:, None] + drawn(1, 50, 1), VALUES, numbers),
+    Case("multi-label", NAMES, drawn(2, 40, 4) + HOLDS, HOLDS, labels_of),
+    Case("token-classification", TAGS, leaning(drawn(6, 30, 12, 5), TAGGED, 2.0), TAGGED, entities),
+    Case("causal-lm", (), drawn(7, 8, 9, 11), TOKENS, next_tokens),
+]  # fmt: skip
+each = pytest.mark.parametrize("case", CASES, ids=[case.task for case in CASES])
+
+
+def counted(case: Case, size: int) -> list[Tally]:
+    task = catalogue.load(case.task)
+    parts = zip(case.logits.split(size), case.labels.split(size), strict=True)
+    return [task.judge(logits, labels, case.classes) for logits, labels in parts]
+
+
+def test_every_task_has_a_case() -> None:
+    assert {case.task for case in CASES} == set(catalogue.names())
+
+
+@each
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_scores_are_those_of_another_library_however_the_rows_are_parted(
+    case: Case, size: int
+) -> None:
+    task = catalogue.load(case.task)
+    tally = total(counted(case, size))
+    found = score(task, tally, case.classes)
+    expected = case.expected(case.logits, case.labels)
+    assert dict(found.metrics) == pytest.approx(expected, rel=1e-5)
+    assert list(found.metrics) == list(expected)  # the first leads
+    assert task.fits(tally, case.classes)
+
+
+@each
+def test_sums_alone_give_the_same_scores_as_far_as_they_go(case: Case) -> None:
+    task = catalogue.load(case.task)
+    sent = [part._replace(kept={}) for part in counted(case, 9)]
+    assert all(task.fits(part, case.classes) for part in sent)
+    found = task.metrics(total(sent), case.classes)
+    whole = task.metrics(total(counted(case, 9)), case.classes)
+    assert found == pytest.approx({name: whole[name] for name in found}, abs=1e-9)
+    assert next(iter(found)) == next(iter(whole))
+    assert set(whole) - set(found) <= {"spearman", "map"}
+
+
+@each
+def test_sums_that_cannot_be_do_not_fit(case: Case) -> None:
+    task = catalogue.load(case.task)
+    tally = total(counted(case, 9))._replace(kept={})
+    name = next(iter(tally.sums))
+    wrong = [
+        tally._replace(sums={}),
+        tally._replace(sums={**tally.sums, "more": 1.0}),
+        tally._replace(sums={n: v for n, v in tally.sums.items() if n != name}),
+        tally._replace(sums={n: 1e3 * v + 1e6 for n, v in tally.sums.items()}),
+        tally._replace(counted=0),
+    ]
+    assert [task.fits(each, case.classes) for each in wrong] == [False] * len(wrong)
+
+
+def test_a_class_that_never_occurs_is_left_out_of_macro_f1() -> None:
+    """As scikit-learn has it, unless it is told somewhere."""
+    logits = drawn(0, 60, 4)
+    logits[:, 3] = -9
+    case = Case("classification", NAMES, logits, RARE, classes_of)
+    found = score(catalogue.load(case.task), total(counted(case, 60)), NAMES).metrics
+    assert dict(found) == pytest.approx(classes_of(logits, RARE), abs=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_constant_correlates_with_nothing(count: int) -> None:
+    task = catalogue.load("regression")
+    tally = task.judge(torch.ones(count, 1), drawn(1, count), ())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given in (tally, tally._replace(kept={})):
+            found = task.metrics(given, ())
+            assert found["pearson"] == 0
+            assert np.isfinite(list(found.values())).all()
+
+
+def test_spearman_is_scipys() -> None:
+    case = CASES[1]
+    expected = stats.spearmanr(case.logits[:, 0].numpy(), case.labels.numpy())[0]
+    found = score(catalogue.load(case.task), total(counted(case, 7)), ()).metrics
+    assert found["spearman"] == pytest.approx(expected)
+
+
+def test_tags_that_tell_no_entities_are_scored_by_word() -> None:
+    classes = ("NOUN", "VERB", "DET", "ADJ", "X")
+    case = Case("token-classification", classes, CASES[3].logits, TAGGED, entities)
+    found = score(catalogue.load(case.task), total(counted(case, 7)), classes).metrics
+    assert list(found) == ["token_accuracy"]
