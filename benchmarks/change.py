@@ -156,7 +156,7 @@ def newsgroups(seed: int, folder: Path, rounds: int) -> None:
         run = load(place)
         kept = [(*row.down_kept, row.starved) for row in run.rounds]
         last = run.rounds[-1]
-        score = f"accuracy {last.accuracy:.3f} loss {last.eval_loss:.3f}"
+        score = f"accuracy {last.metrics['accuracy']:.3f} loss {last.eval_loss:.3f}"
         told(f"{ranked}, 1/{share}", kept, score, last.total_bytes)
 
 

@@ -215,7 +215,7 @@ def test_progress_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         for number in range(4):
             evaluated = number % 2 == 0
             summary = Round(**{**nothing, "round": number, "loss": 1.5, "eval_loss": 2.5,
-                               "accuracy": 0.25 if evaluated else None})  # type: ignore[arg-type] # fmt: skip
+                               "metrics": {"accuracy": 0.25} if evaluated else None})  # type: ignore[arg-type] # fmt: skip
             live.show(summary, [])
         live._bar.refresh()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())

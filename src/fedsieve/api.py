@@ -185,7 +185,7 @@ def finetune(
     note = tokens.ensure_pad_token(tokenizer)
     if note:
         warnings.warn(note, stacklevel=2)
-    sound = _each(lambda own: _sound(own, asked.bad(own, fields)), rows, left_out)
+    sound = _each(lambda own: _sound(own, asked.bad(own, tokenizer, fields)), rows, left_out)
     if sound:
         # The labels of a client whose rows cannot be used make no classes.
         fields = fields._replace(classes=asked.classes(list(sound.values()), fields) or None)

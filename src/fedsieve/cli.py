@@ -17,6 +17,7 @@ from fedsieve.console import console, problems, quiet, say, show_warning, warn
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.run.progress import MB, line_of, lines_of_plan
+from fedsieve.tasks.words import spoken
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Receipt, Round
@@ -190,7 +191,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds to run each with: 0,1,2.")] = "",
     target: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="The accuracy that bytes and time are counted to."),
+        typer.Option(min=0, max=1, help="The leading score that bytes and time are counted to."),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
     allow_code: AllowCode = False,
@@ -369,7 +370,7 @@ def report(
         Path | None, typer.Option(help="The HTML file; default report.html in the first run.")
     ] = None,
     target: Annotated[
-        float | None, typer.Option(help="The accuracy to which bytes and time are told.")
+        float | None, typer.Option(help="The leading score to which bytes and time are told.")
     ] = None,
 ) -> None:
     """Write one self-contained HTML report, and its plots as PNG, from one or several runs."""
@@ -543,7 +544,7 @@ class _Live:
             warn(problem)
             self._warned = True
         line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
-        if summary.accuracy is not None or not console.is_terminal:
+        if summary.metrics or not console.is_terminal:
             console.print(line)
         self._bar.update(self._task, completed=summary.round, description=line)
 
@@ -564,11 +565,12 @@ def _summary(folder: Path) -> None:
 
     rounds = report.rounds(folder / rundir.METRICS)
     last = rounds[-1]
-    scores = [entry.accuracy for entry in rounds if entry.accuracy is not None]
+    told = [entry.metrics for entry in rounds if entry.metrics]
     total, dense = last.total_bytes, last.dense_bytes
     console.print()
-    if scores:
-        console.print(f"accuracy       {scores[-1]:.4f} (best {max(scores):.4f})")
+    for number, (name, value) in enumerate(told[-1].items() if told else ()):
+        best = f" (best {max(each[name] for each in told):.4f})" if number == 0 else ""
+        console.print(f"{spoken(name):<14} {value:.4f}{best}")
     if last.eval_loss is not None:
         console.print(f"eval loss      {last.eval_loss:.4f}")
     console.print(f"payload bytes  {total:,} ({total / MB:.2f} MB, both ways)")
@@ -613,7 +615,7 @@ def _show_of_many() -> Callable[["Job", "Round"], None]:
         if job.name not in warned and (problem := starving(summary)):
             warned.add(job.name)
             warn(f"{job.name}, {problem}")
-        if summary.accuracy is not None:
+        if summary.metrics:
             console.print(escape(f"{job.name}  {line_of(summary, job.recipe.rounds)}"))
 
     return show

@@ -583,7 +583,9 @@ def test_the_band_reaches_from_the_lowest_to_the_highest(tmp_path: Path) -> None
 
     paths = seeds(tmp_path, "it", [0.5, 0.7, 0.9], [0.7, 0.6], [0.6, float("nan"), 0.8])
     (one,) = series.gather([], {"it": paths})
-    found = series.curve(one, lambda run: {r.round: r.accuracy or 0.0 for r in run.rounds})
+    found = series.curve(
+        one, lambda run: {r.round: r.metrics.get("accuracy", 0) for r in run.rounds}
+    )
     assert found.x == [1, 2]  # the rounds that all have
     assert (found.mean[0], found.low[0], found.high[0]) == pytest.approx((0.6, 0.5, 0.7))
     assert all(value[1] != value[1] for value in (found.mean, found.low, found.high))

@@ -241,7 +241,7 @@ def test_data_keys_that_a_task_needs(tiny: Tiny, tmp_path: Path, command: Comman
     path = tiny.write(tmp_path / "tiny.toml", data__label=None)
     ran = command("run", path, "--out", tmp_path / "run")
     assert ran.code == 2
-    assert "data.text and data.label are needed for classification" in ran.err
+    assert "data.label: this task needs it" in ran.err
 
 
 @pytest.mark.parametrize(

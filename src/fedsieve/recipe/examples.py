@@ -60,9 +60,11 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
     )
 
 
-def bad_rows(recipe: Recipe, rows: Dataset) -> dict[int, FedSieveError]:
+def bad_rows(
+    recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> dict[int, FedSieveError]:
     """The rows that are no examples because of what they hold, and what is wrong with each."""
-    return catalogue.load(recipe.model.task).bad(rows, fields_of(recipe.data))
+    return catalogue.load(recipe.model.task).bad(rows, tokenizer, fields_of(recipe.data))
 
 
 def prepare(
@@ -97,8 +99,12 @@ def tensors(
 
     Raises FedSieveError for rows that do not fit the recipe.
     """
-    task = catalogue.load(recipe.model.task)
-    examples, came, classes = task.read(rows, tokenizer, fields_of(recipe.data))
+    task, fields = catalogue.load(recipe.model.task), fields_of(recipe.data)
+    try:
+        task.columns(fields)
+    except FedSieveError as error:
+        raise FedSieveError(f"data.{error}") from None
+    examples, came, classes = task.read(rows, tokenizer, fields)
     return examples, torch.from_numpy(came), classes
 
 

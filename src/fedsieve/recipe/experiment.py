@@ -209,7 +209,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         warnings.warn(note, stacklevel=2)
     data = recipe.data
     rows = load_rows(data, data.train, data.train_split, recipe.partition.column)
-    rows, left_out = _without_bad_clients(recipe, rows)
+    rows, left_out = _without_bad_clients(recipe, rows, tokenizer)
     test_rows = None
     on_validation = recipe.evaluation.on == "validation"
     if not on_validation and (data.test is not None or data.test_split is not None):
@@ -368,7 +368,9 @@ def _cautions(recipe: Recipe, plan: PrivacyPlan, evaluated: str | None) -> list[
     return found
 
 
-def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[str, str]]:
+def _without_bad_clients(
+    recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, dict[str, str]]:
     """The rows of the clients all of whose rows can be used; and the others, with what is wrong.
 
     Only where a column says whose each row is. Clients that are drawn are parts of one data set,
@@ -377,7 +379,7 @@ def _without_bad_clients(recipe: Recipe, rows: Dataset) -> tuple[Dataset, dict[s
     """
     if recipe.partition.column is None:
         return rows, {}
-    bad = bad_rows(recipe, rows)
+    bad = bad_rows(recipe, rows, tokenizer)
     if not bad:
         return rows, {}
     owners = _owners(rows, recipe.partition.column)
@@ -423,8 +425,8 @@ def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> d
         assert chosen.alpha is not None
         if examples.labels.ndim > 1 or examples.labels.is_floating_point():
             raise FedSieveError(
-                "partition.kind: 'dirichlet' splits by class, and the rows of a "
-                f"{recipe.model.task} task have none: use 'column' or 'iid'"
+                "partition.kind: 'dirichlet' splits by label, and a "
+                f"{recipe.model.task} task has none that are classes: use 'column' or 'iid'"
             )
         split = partition.dirichlet(examples.labels, chosen.clients, chosen.alpha, seed)
     return {id: torch.as_tensor(index) for id, index in split.items()}

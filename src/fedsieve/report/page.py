@@ -16,9 +16,8 @@ from fedsieve.engine.shares import Shares, in_words
 from fedsieve.errors import count
 from fedsieve.recipe.overrides import flat
 from fedsieve.report.plots import COLOURS, Plot, reached, to_reach
-from fedsieve.report.read import Budget, Run, best, evaluations
+from fedsieve.report.read import LOSS, Budget, Run, best, evaluations
 from fedsieve.report.series import (
-    MEASURES,
     Row,
     Series,
     Spread,
@@ -31,6 +30,7 @@ from fedsieve.report.series import (
     spread,
 )
 from fedsieve.report.words import duration, fewer, megabytes, score
+from fedsieve.tasks.words import spoken
 
 NONE = "–"  # noqa: RUF001
 SHOWN_REASONS = 5
@@ -87,11 +87,10 @@ def _swatch(index: int) -> str:
 def _lead(index: int, series: Series) -> str:
     ends = [run.rounds[-1] for run in series.runs]
     parts = []
-    for measure, word in (("accuracy", "accuracy"), ("eval_loss", "evaluation loss")):
+    if measure := shown_measure([series]):
         found = [evaluations(run, measure) for run in series.runs]
         if final := spread([rows[-1].value for rows in found if rows]):
-            parts.append(f"{word} <b>{score(final.mean, final.deviation)}</b>")
-            break
+            parts.append(f"{spoken(measure)} <b>{score(final.mean, final.deviation)}</b>")
     sent = sum(end.total_bytes for end in ends) / len(ends)
     rounds = count(max(end.round for end in ends), "round")
     parts.append(f"after {rounds} and <b>{megabytes(sent)}</b>")
@@ -111,7 +110,7 @@ def _warnings(series: Sequence[Series]) -> str:
     if measure:
         without = [run.name for run in runs if not evaluations(run, measure)]
         if without and len(runs) > 1:
-            word = measure.replace("eval_", "evaluation ")
+            word = spoken(measure)
             notes.append(f"Not in the plots of the {word}, which they lack: {_list(without)}.")
     sizes = {row.eval_examples for run in runs for row in run.rounds if row.eval_examples}
     if len(sizes) > 1:
@@ -247,7 +246,7 @@ def _summary_of_groups(rows: Sequence[Row], conditions: Sequence[Conditions]) ->
     heads = ["", "Runs", "Sent in all"]
     note = "Mean ± standard deviation of the sample, over runs; point at a number for its range."
     if target:
-        word, at = MEASURES[target.measure].lower(), f"to {score(target.value)}"
+        word, at = spoken(target.measure), f"to {score(target.value)}"
         heads += [f"Final {word}", f"Best {word}", f"Sent {at}"]
         heads += [f"Time {at}, {world.link.up:g} Mbit/s up" for world in conditions]
         note = f"{_reason(target)} {note}"
@@ -267,7 +266,7 @@ def _summary_of_groups(rows: Sequence[Row], conditions: Sequence[Conditions]) ->
 
 def _reason(target: Target) -> str:
     """Where the table's target comes from."""
-    word = MEASURES[target.measure].lower()
+    word = spoken(target.measure)
     if target.given:
         return f"The target, {word} {score(target.value)}, was asked for."
     return f"The target, {word} {score(target.value)}, is the best that all runs reach."
@@ -285,7 +284,9 @@ def _size(found: Spread | None) -> str:
 
 
 def _summary_of_runs(runs: Sequence[Run]) -> str:
-    columns = [_facts(run) for run in runs]
+    names = [name for run in runs for row in run.rounds for name in row.metrics]
+    measures = [*dict.fromkeys(names), LOSS]
+    columns = [_facts(run, measures) for run in runs]
     body = "".join(
         f'<tr><th scope="row">{name}</th>'
         + "".join(f"<td>{column[name]}</td>" for column in columns)
@@ -296,18 +297,20 @@ def _summary_of_runs(runs: Sequence[Run]) -> str:
     return _table(["", *(run.name for run in runs)], body, "Summary of runs")
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: Run, measures: Sequence[str]) -> dict[str, str]:
     """The rows of the summary, as HTML."""
     last = run.rounds[-1]
     facts = {"Method": _text(run.method), "Rounds": f"{last.round:,}"}
-    for measure, word in (("accuracy", "accuracy"), ("eval_loss", "evaluation loss")):
-        found = evaluations(run, measure)
-        top = best(found, measure)
+    for measure in measures:
+        found, word = evaluations(run, measure), spoken(measure)
         final = f"{score(found[-1].value)} (round {found[-1].round:,})" if found else NONE
         facts[f"Final {word}"] = final
-        facts[f"Best {word}"] = f"{score(top.value)} (round {top.round:,})" if top else NONE
+        if measure in (measures[0], LOSS):
+            top = best(found, measure)
+            facts[f"Best {word}"] = f"{score(top.value)} (round {top.round:,})" if top else NONE
     sizes = sorted({row.eval_examples for row in run.rounds if row.eval_examples})
-    facts["Evaluated on"] = " or ".join(f"{n:,} examples" for n in sizes) or NONE
+    unit = "tokens" if any("token_accuracy" in row.metrics for row in run.rounds) else "examples"
+    facts["Evaluated on"] = " or ".join(f"{n:,} {unit}" for n in sizes) or NONE
     facts["Sent down"] = _mb(sum(row.down_bytes for row in run.rounds))
     facts["Sent up"] = _mb(sum(row.up_bytes for row in run.rounds))
     facts["Sent in all"] = f"<b>{_mb(last.total_bytes)}</b>"

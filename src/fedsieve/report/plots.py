@@ -26,7 +26,6 @@ from fedsieve.clients.network import Conditions, clock
 from fedsieve.errors import count
 from fedsieve.report.read import Run, evaluations
 from fedsieve.report.series import (
-    MEASURES,
     Curve,
     Row,
     Series,
@@ -38,6 +37,7 @@ from fedsieve.report.series import (
     shown_measure,
 )
 from fedsieve.report.words import megabytes, score, significant
+from fedsieve.tasks.words import spoken, titled
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # 8 and 7 share no factor: 56 pairs
@@ -111,7 +111,7 @@ def _use_variables(style: re.Match[str]) -> str:
 
 
 def _score_by_bytes(series: Sequence[Series], rows: Sequence[Row], measure: str) -> Plot:
-    figure, ax = _one_axes(MEASURES[measure], "Total traffic, down and up (MB)")
+    figure, ax = _one_axes(titled(measure), "Total traffic, down and up (MB)")
     for i, one in enumerate(series):
         _points(ax, curve(one, _scores(measure), _sent), look(i))
     ends = [run.rounds[-1].total_bytes for run in every_run(series)]
@@ -120,11 +120,15 @@ def _score_by_bytes(series: Sequence[Series], rows: Sequence[Row], measure: str)
     _mark_target(ax, rows)
     _legend(figure, series)
     return Plot(
-        "accuracy-bytes" if measure == "accuracy" else "eval-loss-bytes",
-        f"{MEASURES[measure]} against traffic",
+        f"{_dashes(measure)}-bytes",
+        f"{titled(measure)} against traffic",
         f"{_price(rows)} {_bands(series)}".rstrip(),
         figure,
     )
+
+
+def _dashes(measure: str) -> str:
+    return measure.replace("_", "-")
 
 
 def _scores(measure: str) -> Callable[[Run], dict[int, float]]:
@@ -141,7 +145,7 @@ def _price(rows: Sequence[Row]) -> str:
     if not target:
         return "No evaluation gave a finite number."
     if len(rows) == 1 and rows[0].runs == 1 and not target.given and rows[0].bytes_to_target:
-        name = MEASURES[target.measure].lower()
+        name = spoken(target.measure)
         cost = megabytes(rows[0].bytes_to_target.mean)
         return f"Best {name}: {score(target.value)}, after {cost}."
     prices = [
@@ -155,7 +159,7 @@ def to_reach(target: Target, rows: Sequence[Row]) -> str:
     why = "which all do" if sum(row.runs for row in rows) > 1 else "its best"
     if target.given:
         why = "the target asked for"
-    return f"To reach {MEASURES[target.measure].lower()} {score(target.value)}, {why}"
+    return f"To reach {spoken(target.measure)} {score(target.value)}, {why}"
 
 
 def reached(row: Row, cost: Spread | None, form: Callable[[float, float | None], str]) -> str:
@@ -211,11 +215,11 @@ def _score_by_time(
     if ends and min(ends) > 0 and max(ends) >= 4 * min(ends):
         _log_scale(column[0], "x")
     column[-1].set_xlabel(f"Simulated time ({unit})")
-    figure.supylabel(MEASURES[measure], fontsize=10.5)
+    figure.supylabel(titled(measure), fontsize=10.5)
     _legend(figure, series)
     return Plot(
-        "accuracy-time" if measure == "accuracy" else "eval-loss-time",
-        f"{MEASURES[measure]} against simulated time",
+        f"{_dashes(measure)}-time",
+        f"{titled(measure)} against simulated time",
         f"{_world(conditions)} {_bands(series)} {_dashed(rows)}".strip(),
         figure,
     )
@@ -260,7 +264,7 @@ def _world(conditions: Sequence[Conditions]) -> str:
 
 
 def _score_by_rounds(series: Sequence[Series], measure: str) -> Plot:
-    figure, ax = _one_axes(MEASURES[measure], "Round")
+    figure, ax = _one_axes(titled(measure), "Round")
     ax.xaxis.set_major_locator(_whole_numbers())
     ends = []
     for i, one in enumerate(series):
@@ -270,8 +274,8 @@ def _score_by_rounds(series: Sequence[Series], measure: str) -> Plot:
             ends.append(f"{_named(one, series)}{score(found.mean[-1])} in round {found.x[-1]:.0f}")
     _legend(figure, series)
     return Plot(
-        "accuracy-rounds" if measure == "accuracy" else "eval-loss-rounds",
-        f"{MEASURES[measure]} against rounds",
+        f"{_dashes(measure)}-rounds",
+        f"{titled(measure)} against rounds",
         f"At the end: {_said(ends)}. {_bands(series)}".rstrip(),
         figure,
     )

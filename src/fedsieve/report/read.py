@@ -6,6 +6,7 @@ that quietly skips lines would show sums that are wrong.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ class Round(NamedTuple):
     dense_bytes: int | None  # since the start, what dense float32 LoRA would have sent
     loss: float
     seconds: float
-    accuracy: float | None
+    metrics: Mapping[str, float]  # the task's own, the leading one first; empty without evaluation
     eval_loss: float | None
     eval_examples: int | None
     dropped: int
@@ -74,6 +75,11 @@ class Run(NamedTuple):
     notes: tuple[str, ...]  # what the reader should be warned of
 
 
+LOSS = "eval_loss"  # the one measure that is better when it is lower
+MOST = 100  # metrics of a round
+_METRIC = re.compile(r"[a-z0-9_]{1,40}")
+
+
 class Evaluation(NamedTuple):
     round: int
     total_bytes: int
@@ -81,16 +87,16 @@ class Evaluation(NamedTuple):
 
 
 def evaluations(run: Run, measure: str) -> list[Evaluation]:
-    """The rounds in which `measure`, "accuracy" or "eval_loss", was taken; round 0 included."""
+    """The rounds in which `measure`, "eval_loss" or a metric, was taken; round 0 included."""
     rows = (run.start, *run.rounds) if run.start else run.rounds
-    values = ((row, row.accuracy if measure == "accuracy" else row.eval_loss) for row in rows)
+    values = ((row, row.eval_loss if measure == LOSS else row.metrics.get(measure)) for row in rows)
     return [Evaluation(row.round, row.total_bytes, v) for row, v in values if v is not None]
 
 
 def best(found: Sequence[Evaluation], measure: str) -> Evaluation | None:
     """The best evaluation, the earliest of equals; None where all are NaN or infinite."""
     finite = [e for e in found if math.isfinite(e.value)]
-    if measure == "accuracy":
+    if measure != LOSS:
         return max(finite, key=lambda e: e.value, default=None)
     return min(finite, key=lambda e: e.value, default=None)
 
@@ -173,8 +179,8 @@ def _doubts(recipe: dict[str, Any], start: Round | None, rounds: list[Round]) ->
             f"The rounds add up to {told:,} bytes, but the last total_bytes is "
             f"{last.total_bytes:,}: metrics.jsonl lacks rounds or counts other bytes."
         )
-    if all(row.accuracy is None and row.eval_loss is None for row in rounds):
-        doubts.append("No round was evaluated: there is neither accuracy nor evaluation loss.")
+    if all(not row.metrics and row.eval_loss is None for row in rounds):
+        doubts.append("No round was evaluated: there is neither a score nor an evaluation loss.")
     if starved := [row.round for row in rounds if row.starved and row.round > 1]:
         doubts.append(
             f"In {len(starved)} of {count(len(rounds), 'round')} (first {starved[0]}, last "
@@ -224,7 +230,7 @@ def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Roun
             dense_bytes=_optional_integer(row, "dense_bytes", where),
             loss=math.nan if loss is None else loss,
             seconds=_real(row, "seconds", where) or 0.0,
-            accuracy=_real(row, "accuracy", where),
+            metrics=_metrics(row, where),
             eval_loss=_real(row, "eval_loss", where),
             eval_examples=_optional_integer(row, "eval_examples", where),
             dropped=_optional_integer(row, "dropped", where) or 0,
@@ -344,6 +350,18 @@ def _optional_integer(row: dict[str, Any], key: str, where: str) -> int | None:
     if value is None or (type(value) is int and value >= 0):
         return value
     raise FedSieveError(f"{where}: {key!r} is {repr(value)[:80]}, not a whole number from 0 up.")
+
+
+def _metrics(row: dict[str, Any], where: str) -> dict[str, float]:
+    """The scores of an evaluation. Those of 0.2 and before were accuracies only."""
+    told = row.get("metrics")
+    if told is None:
+        accuracy = _real(row, "accuracy", where)
+        return {} if accuracy is None else {"accuracy": accuracy}
+    if not isinstance(told, dict) or len(told) > MOST or not all(map(_METRIC.fullmatch, told)):
+        raise FedSieveError(f"{where}: 'metrics' is {repr(told)[:80]}, not a table of numbers.")
+    found = {name: _real(told, name, where) for name in told}
+    return {name: math.nan if value is None else value for name, value in found.items()}
 
 
 def _real(row: dict[str, Any], key: str, where: str) -> float | None:

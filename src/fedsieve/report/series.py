@@ -16,6 +16,7 @@ from fedsieve.clients.network import REFERENCE, Conditions, clock, first_round
 from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe.overrides import flat
 from fedsieve.report.read import (
+    LOSS,
     Budget,
     Run,
     best,
@@ -24,8 +25,7 @@ from fedsieve.report.read import (
     load_all,
     mean_shares,
 )
-
-MEASURES = {"accuracy": "Accuracy", "eval_loss": "Evaluation loss"}
+from fedsieve.tasks.words import spoken
 
 
 class Series(NamedTuple):
@@ -56,7 +56,7 @@ class Curve(NamedTuple):
 class Target(NamedTuple):
     """The score that the runs are compared at."""
 
-    measure: str  # "accuracy" or "eval_loss"
+    measure: str  # "eval_loss" or a metric
     value: float
     given: bool  # by the user; else what all runs reach
 
@@ -117,9 +117,11 @@ def every_run(series: Iterable[Series]) -> list[Run]:
 
 
 def shown_measure(series: Sequence[Series]) -> str | None:
-    """Accuracy if any run has it, else the evaluation loss if any run has that."""
+    """The leading metric of the first run that has one, else the evaluation loss if any has it."""
     runs = every_run(series)
-    return next((m for m in MEASURES if any(evaluations(run, m) for run in runs)), None)
+    leading = [next(iter(row.metrics)) for run in runs for row in run.rounds if row.metrics]
+    found = any(evaluations(run, LOSS) for run in runs)
+    return leading[0] if leading else LOSS if found else None
 
 
 def spread(values: Sequence[float]) -> Spread | None:
@@ -165,10 +167,10 @@ def find_target(series: Sequence[Series], given: float | None) -> Target | None:
     if given is not None:
         if measure is None:
             raise FedSieveError(f"A target of {given:g} was given, but no run was evaluated.")
-        if not (0 < given <= 1 if measure == "accuracy" else 0 < given < math.inf):
-            allowed = "in (0, 1]" if measure == "accuracy" else "finite and above 0"
+        if not (0 < given < math.inf if measure == LOSS else 0 < given <= 1):
+            allowed = "finite and above 0" if measure == LOSS else "in (0, 1]"
             raise FedSieveError(
-                f"A target of {given} was given: the runs tell {MEASURES[measure].lower()}, "
+                f"A target of {given} was given: the runs tell {spoken(measure)}, "
                 f"so it must be {allowed}."
             )
         return Target(measure, given, True)
@@ -178,7 +180,7 @@ def find_target(series: Sequence[Series], given: float | None) -> Target | None:
     values = [top.value for top in tops if top]
     if not values:
         return None
-    return Target(measure, (min if measure == "accuracy" else max)(values), False)
+    return Target(measure, (max if measure == LOSS else min)(values), False)
 
 
 def table(
@@ -189,8 +191,8 @@ def table(
 ) -> list[Row]:
     """The numbers of the report's table: a row a group (label -> run directories of its seeds).
 
-    target: the accuracy (or, where no run has any, the evaluation loss) to reach; None takes the
-        best that every run of every group reaches
+    target: the leading metric (or, where no run has any, the evaluation loss) to reach; None takes
+        the best that every run of every group reaches
     conditions: of the network, one for each entry of `seconds_to_target`
 
     Raises FedSieveError as `report.write` does.
@@ -215,7 +217,7 @@ def _row(series: Series, target: Target | None, conditions: Sequence[Conditions]
         final.append(found[-1].value)
         if best_found := best(found, target.measure):
             top.append(best_found.value)
-        sign = 1 if target.measure == "accuracy" else -1
+        sign = -1 if target.measure == LOSS else 1
         number = first_round(sign * target.value, {e.round: sign * e.value for e in found})
         if number is None:
             continue

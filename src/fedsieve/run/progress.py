@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fedsieve.engine.shares import Shares, in_words
 from fedsieve.errors import count
+from fedsieve.tasks import words
 
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Round
@@ -38,8 +39,9 @@ def line_of(summary: "Round", rounds: int) -> str:
     parts = [f"round {summary.round:>{len(str(rounds))}}/{rounds}"]
     if summary.loss is not None:
         parts.append(f"loss {summary.loss:.3f}")
-    if summary.accuracy is not None:
-        parts.append(f"accuracy {summary.accuracy:.3f}")
+    if summary.metrics:
+        name, value = next(iter(summary.metrics.items()))
+        parts.append(f"{words.spoken(name)} {'not finite' if value is None else f'{value:.3f}'}")
         loss = "not finite" if summary.eval_loss is None else f"{summary.eval_loss:.3f}"
         parts.append(f"eval loss {loss}")
     if summary.epsilon is not None:

@@ -22,6 +22,7 @@ from fedsieve.report.words import duration
 from fedsieve.run import rundir
 from fedsieve.study.jobs import Job, Outcome, ShowRound, diverged, finished, run_all
 from fedsieve.study.plan import LAST, Plan, Settings, final_jobs, trial_job, trial_jobs
+from fedsieve.tasks.words import spoken
 
 TABLE = "table"  # .json and .md
 TUNING = "tuning.json"
@@ -103,12 +104,13 @@ def judge(plan: Plan) -> dict[str, Tuned]:
 
 
 def score(folder: Path) -> float:
-    """What a trial reached: the mean accuracy of its last three evaluations after training began.
+    """What a trial reached: the mean of the leading metric in its last three evaluations after
+    training began.
 
     Raises FedSieveError if the run was never evaluated.
     """
     rows = report.rounds(folder / rundir.METRICS)
-    values = [row.accuracy for row in rows if row.round > 0 and row.accuracy is not None]
+    values = [next(iter(r.metrics.values())) for r in rows if r.round > 0 and r.metrics]
     if not values:
         raise FedSieveError(f"{folder} holds no evaluation, so that its settings cannot be judged")
     return statistics.fmean(values[-LAST:])
@@ -146,7 +148,7 @@ def _write_tuning(plan: Plan, tuned: Mapping[str, Tuned]) -> None:
     told = {
         "seeds": plan.tune.seeds,
         "set": plan.tune.set,
-        "score": f"mean accuracy on validation of the last {LAST} evaluations, mean over seeds",
+        "score": f"mean score on validation of the last {LAST} evaluations, mean over seeds",
         "entries": {
             name: {"trials": [t._asdict() for t in result.trials], "best": result.best}
             for name, result in tuned.items()
@@ -194,7 +196,7 @@ def _legend(target: report.Target | None) -> str:
         return text + "No run was evaluated."
     which = "as was asked for" if target.given else "the best that every run reached"
     return text + (
-        f"The target is {target.measure.replace('_', ' ')} {target.value:.4g}, {which}; bytes and "
+        f"The target is {spoken(target.measure)} {target.value:.4g}, {which}; bytes and "
         "time to it are means over the runs that reached it (2 of 3 where one did not). Time is "
         f"simulated, for downlinks of {REFERENCE[0].link.down:g} Mbit/s."
     )
@@ -215,7 +217,7 @@ def _notes(plan: Plan, tuned: Mapping[str, Tuned]) -> list[str]:
 
 
 def _cells(row: report.Row) -> dict[str, str]:
-    measure = "accuracy" if row.target is None else row.target.measure.replace("_", " ")
+    measure = "accuracy" if row.target is None else spoken(row.target.measure)
     at = "" if row.target is None else f" to {row.target.value:.3g}"
     reached = f" ({row.reached} of {row.runs})" if 0 < row.reached < row.runs else ""
     cells = {

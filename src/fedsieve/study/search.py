@@ -37,8 +37,9 @@ BEST = "best.toml"
 TABLE = "search"  # .json and .md
 PILOT = 2  # rounds; the second is measured, since at first most of an adapter is zeros
 LEGEND = (
-    "Every trial sends as much as the first, to half a round. A score is the mean accuracy on the "
-    f"validation rows of a trial's last {LAST} evaluations; the density is the clients' largest."
+    "Every trial sends as much as the first, to half a round. A score is the mean of the leading "
+    f"metric on the validation rows of a trial's last {LAST} evaluations; the density is the "
+    "clients' largest."
 )
 EVALUATIONS = 10  # about so many a trial, whatever its rounds: the last ones see the same bytes
 
@@ -294,7 +295,7 @@ def _cells(search: Search, trial: Trial) -> dict[str, str]:
         "density": f"{_density(search, trial.config):g}",
         "rounds": str(trial.rounds),
         "sent": words.megabytes(trial.sent),
-        "validation accuracy": "-" if trial.score is None else words.score(trial.score),
+        "validation score": "-" if trial.score is None else words.score(trial.score),
         "verdict": trial.verdict,
     }
 

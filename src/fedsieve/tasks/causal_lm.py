@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from fedsieve.data.files import Columns
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
+from fedsieve.tasks import chat
 from fedsieve.tasks.tally import Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, no_classes
 from fedsieve.tasks.tokens import (
@@ -76,8 +78,8 @@ def causal_lm(
     elif end not in after:
         after = [*after, end]
     whole = prompts is None
-    ids, labels, kept = [], [], []
-    for number, (tokens, first) in enumerate(rows):
+    ids, labels = [], []
+    for tokens, first in rows:
         # A text that was made by a template brings its own begin and end.
         opening = [] if tokens[: len(before)] == before else before
         closing = [] if tokens[-1:] == [end] else after
@@ -94,24 +96,79 @@ def causal_lm(
             del tokens[len(opening) : len(opening) + over]
             del targets[len(opening) : len(opening) + over]
         tokens, targets = tokens[:max_length], targets[:max_length]
-        # The model predicts from the second token on: the first target is never used.
-        if any(target != IGNORED for target in targets[1:]):
-            ids.append(tokens)
-            labels.append(targets)
-            kept.append(number)
+        ids.append(tokens)
+        labels.append(targets)
+    return _learned(ids, labels, pad_id(tokenizer), max_length)
+
+
+def conversations(
+    dataset: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    text: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    max_length: int,
+) -> tuple[Examples, NDArray[np.int64]]:
+    """`causal_lm` of columns that hold messages: the assistant's turns are learned, those of
+    `completion` alone where it is given. What is cut is the end, or the beginning, as the tokenizer
+    has it.
+    """
+    check_rows(dataset)
+    chat.check(tokenizer)
+    ids, labels = [], []
+    for made in _chats(dataset, tokenizer, text, prompt, completion):
+        if isinstance(made, FedSieveError):
+            raise made
+        tokens, targets = made
+        left = tokenizer.truncation_side == "left"
+        kept = slice(-max_length, None) if left else slice(max_length)
+        ids.append(tokens[kept])
+        labels.append(targets[kept])
+    return _learned(ids, labels, pad_id(tokenizer), max_length)
+
+
+def _chats(
+    dataset: Dataset,
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str | None,
+    prompt: str | None,
+    completion: str | None,
+) -> Iterator[tuple[list[int], list[int]] | FedSieveError]:
+    """Each row's tokens and targets, or what is wrong with it."""
+    names = [name for name in (text, prompt, completion) if name is not None]
+    for row, values in enumerate(zip(*(column(dataset, n) for n in names), strict=True)):
+        name = names[-1]
+        try:
+            parts = []
+            for name, value in zip(names, values, strict=True):  # noqa: B007
+                parts.append(chat.messages_of(value))
+            first = 0 if len(parts) == 1 else len(parts[0])
+            yield chat.encode(tokenizer, [m for part in parts for m in part], first)
+        except FedSieveError as error:
+            yield FedSieveError(f"row {row} of column {name!r} {error}")
+
+
+def _learned(
+    ids: list[list[int]], labels: list[list[int]], pad: int, max_length: int
+) -> tuple[Examples, NDArray[np.int64]]:
+    """The rows that have a token to learn, and which those are."""
+    # The model predicts from the second token on: the first target is never used.
+    kept = [n for n, row in enumerate(labels) if any(target != IGNORED for target in row[1:])]
     if not kept:
         raise FedSieveError(
-            f"none of the {dataset.num_rows} rows has a token to learn within the first "
+            f"none of the {len(ids)} rows has a token to learn within the first "
             f"{max_length}: raise max_length, or check the columns"
         )
-    if len(kept) < dataset.num_rows:
+    if len(kept) < len(ids):
         warnings.warn(
-            f"{dataset.num_rows - len(kept)} of {dataset.num_rows} rows dropped: no token to learn "
+            f"{len(ids) - len(kept)} of {len(ids)} rows dropped: no token to learn "
             f"within the first {max_length}",
-            stacklevel=2,
+            stacklevel=3,
         )
-    input_ids, mask = rectangle(ids, pad_id(tokenizer))
-    return Examples(input_ids, mask, rectangle(labels, IGNORED)[0]), np.array(kept, dtype=np.int64)
+    input_ids, mask = rectangle([ids[n] for n in kept], pad)
+    targets, _ = rectangle([labels[n] for n in kept], IGNORED)
+    return Examples(input_ids, mask, targets), np.array(kept, dtype=np.int64)
 
 
 def frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
@@ -162,19 +219,25 @@ def _shared(one: list[int], other: list[int]) -> int:
 def _columns(fields: Fields) -> Columns:
     names = (fields.text, fields.prompt, fields.completion)
     if [name is not None for name in names] not in ([True, False, False], [False, True, True]):
-        raise FedSieveError("a causal language model needs either text, or prompt and completion")
+        raise FedSieveError("text: a causal-lm task needs it, or else prompt and completion")
     return Columns(tuple(name for name in names if name is not None))
 
 
-def _bad(rows: Dataset, fields: Fields) -> Bad:
+def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
+    names = _columns(fields).texts
+    if chat.are(column(rows, names[-1])):
+        chat.check(tokenizer)
+        made = enumerate(_chats(rows, tokenizer, fields.text, fields.prompt, fields.completion))
+        return {row: each for row, each in made if isinstance(each, FedSieveError)}
     found: Bad = {}
-    for name in _columns(fields).texts:
+    for name in names:
         found = bad_texts(column(rows, name), name) | found
     return found
 
 
 def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
-    examples, came = causal_lm(
+    read = conversations if chat.are(column(rows, _columns(fields).texts[-1])) else causal_lm
+    examples, came = read(
         rows,
         tokenizer,
         text=fields.text,

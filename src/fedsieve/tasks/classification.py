@@ -74,7 +74,7 @@ def of_all(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
     return tuple(classes_of([(rows.features[label], labels_of(rows, label)) for rows in parts]))
 
 
-def bad(rows: Dataset, fields: Fields) -> Bad:
+def bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
     """Rows whose label or text cannot be used."""
     columns = columns_of(fields)
     found = bad_labels(rows, columns.names[0], fields.classes)

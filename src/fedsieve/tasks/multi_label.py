@@ -89,7 +89,7 @@ def _classes(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
     return tuple(in_order(found))
 
 
-def _bad(rows: Dataset, fields: Fields) -> Bad:
+def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
     found: Bad = {}
     known = None if fields.classes is None else set(map(clean, fields.classes))
     for row, names in enumerate(_sets(rows, fields)):
@@ -112,7 +112,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     names = fields.classes or ()
     if len(names) < 2 or len(set(names)) < len(names):
         raise FedSieveError(f"label: at least two different classes are needed, not {list(names)}")
-    bad = _bad(rows, fields)
+    bad = _bad(rows, tokenizer, fields)
     for row in sorted(bad):
         raise bad[row]
     sets = _sets(rows, fields)

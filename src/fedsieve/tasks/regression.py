@@ -46,7 +46,7 @@ def _number(value: Any) -> float:
     return number
 
 
-def _bad(rows: Dataset, fields: Fields) -> Bad:
+def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
     columns = classification.columns_of(fields)
     (label,) = columns.names
     found: Bad = {}
@@ -65,7 +65,7 @@ def _bad(rows: Dataset, fields: Fields) -> Bad:
 
 def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
     columns = classification.columns_of(fields)
-    bad = _bad(rows, fields)
+    bad = _bad(rows, tokenizer, fields)
     for row in sorted(bad):
         raise bad[row]
     numbers = [_number(value) for value in column(rows, columns.names[0])]

@@ -80,7 +80,7 @@ class Task:
     named: bool
     columns: Callable[[Fields], Columns]
     classes: Callable[[Sequence[Dataset], Fields], tuple[str, ...]]
-    bad: Callable[[Dataset, Fields], Bad]
+    bad: Callable[[Dataset, "PreTrainedTokenizerBase", Fields], Bad]
     read: Callable[[Dataset, "PreTrainedTokenizerBase", Fields], Rows]
     config: Callable[[Sequence[str]], dict[str, Any]]
     labels: Callable[[Tensor, Tensor, int], Tensor]

@@ -1,0 +1,121 @@
+"""Conversations: which tokens of a chat are the assistant's, and so are learned.
+
+A model's chat template makes one text of the messages. Some templates mark themselves what the
+assistant generates. With the others the text is made up to each of the assistant's turns, and with
+it: what the turn adds is its own, the mark that ends it included.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedsieve.errors import FedSieveError
+from fedsieve.tasks.tokens import IGNORED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, Any]
+_MARKED = re.compile(r"\{%-?\s*generation\b")
+
+
+def are(values: Sequence[Any]) -> bool:
+    """Whether a column holds conversations: lists of messages, and no texts."""
+    first = next((value for value in values if value is not None), None)
+    return isinstance(first, list)
+
+
+def messages_of(value: Any) -> list[Message]:
+    """A conversation's messages, without what is not set in them.
+
+    Raises FedSieveError, with the end of a sentence that begins with the value's place, for
+    anything but a list of messages with a role and a text each.
+    """
+    if not isinstance(value, list) or not value:
+        raise FedSieveError("holds no list of messages")
+    found: list[Message] = []
+    for number, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            raise FedSieveError(f"holds in message {number} no role and content")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise FedSieveError(f"holds in message {number} no text as its {key}")
+        found.append({key: each for key, each in message.items() if each is not None})
+    return found
+
+
+def encode(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], first: int
+) -> tuple[list[int], list[int]]:
+    """A conversation's tokens, and what is to be learned: the assistant's turns.
+
+    first: the number of the message from which on they are learned
+    Raises FedSieveError, with the end of a sentence that begins with the row's place, where the
+    template does not take the messages, or where its turns cannot be told apart.
+    """
+    text, spans = _text(tokenizer, messages, first)
+    if spans is None:
+        made = _rendered(
+            tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, own = made["input_ids"], made["assistant_masks"]
+        if first:
+            head = _rendered(tokenizer, messages[:first], tokenize=True, return_dict=True)
+            own = [0] * len(head["input_ids"]) + own[len(head["input_ids"]) :]
+        return ids, [token if it else IGNORED for token, it in zip(ids, own, strict=True)]
+    # The template brings the begin token itself.
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, places = made["input_ids"], made["offset_mapping"]
+    targets = [
+        token if any(end > a and start < b for a, b in spans) and end > start else IGNORED
+        for token, (start, end) in zip(ids, places, strict=True)
+    ]
+    return ids, targets
+
+
+def check(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises FedSieveError for a tokenizer that cannot make texts of conversations."""
+    if not tokenizer.chat_template:
+        raise FedSieveError(
+            "the rows are conversations, and the model's tokenizer has no chat template: take a "
+            "model that was made for chat, or set tokenizer.chat_template and save it"
+        )
+    if not tokenizer.is_fast:
+        raise FedSieveError(
+            "conversations need a tokenizer that tells where its tokens lie in a text (a fast "
+            "one), and this model's does not"
+        )
+
+
+def _text(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], first: int
+) -> tuple[str, list[tuple[int, int]] | None]:
+    """The text of all messages, and from where to where the assistant's turns go; None where the
+    template marks them itself.
+    """
+    text: str = _rendered(tokenizer, messages, tokenize=False)
+    if _MARKED.search(str(tokenizer.chat_template)):
+        return text, None
+    spans = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number < first:
+            continue
+        before = _rendered(tokenizer, messages[:number], tokenize=False, add_generation_prompt=True)
+        after = _rendered(tokenizer, messages[: number + 1], tokenize=False)
+        if not (after.startswith(before) and text.startswith(after)):
+            raise FedSieveError(
+                f"has a turn of the assistant (message {number}) that the chat template writes "
+                "differently when others follow, so that its tokens cannot be told: take a "
+                "template with generation marks"
+            )
+        # What follows the mark that ends a turn, a line break mostly, is nobody's.
+        spans.append((len(before), len(after.rstrip())))
+    return text, spans
+
+
+def _rendered(tokenizer: Any, messages: Sequence[Message], **how: Any) -> Any:
+    try:
+        return tokenizer.apply_chat_template(list(messages), **how)
+    except Exception as error:  # whatever a template may raise
+        why = " ".join(str(error).split())[:200]
+        raise FedSieveError(f"is refused by the chat template: {why}") from error

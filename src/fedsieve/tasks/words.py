@@ -1,0 +1,24 @@
+"""What metrics are called for people."""
+
+_MEASURES = {
+    "eval_loss": "evaluation loss",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "entity_f1": "entity F1",
+    "map": "mean average precision",
+    "mse": "mean squared error",
+    "matthews": "Matthews' correlation",
+    "pearson": "Pearson's correlation",
+    "spearman": "Spearman's correlation",
+}
+
+
+def spoken(name: str) -> str:
+    """A metric's name in words: "macro F1", "token accuracy"."""
+    return _MEASURES.get(name, name.replace("_", " "))
+
+
+def titled(name: str) -> str:
+    """`spoken` as a heading."""
+    words = spoken(name)
+    return words[:1].upper() + words[1:]

@@ -1,0 +1,158 @@
+"""Conversations become tokens of which the assistant's turns, their ends with them, are learned."""
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+import fedsieve
+from fedsieve.errors import FedSieveError
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.task import Fields, Rows
+from tests.conftest import Tiny
+
+CHATML = (
+    "{% for m in messages %}{{ '<start>' + m['role'] + '\n' + m['content'] + '<stop>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<start>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<stop>' }}{% endgeneration %}{% else %}"
+    "{{ m['content'] + '<stop>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>assistant\n' }}{% endif %}"
+)
+BEGUN = "{{ '<begin>' }}" + CHATML
+# Qwen's way: what was thought in earlier turns is not kept.
+FORGETS = CHATML.replace("m['content'] +", "(m['content'] if loop.last else m['content'][:1]) +")
+STRICT = (
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
+)
+TEMPLATES = {"prefixes": CHATML, "marks": MARKED, "with a begin token": BEGUN}
+WORDS = ["<pad>", "<start>", "<stop>", "<begin>", "user", "assistant", "system", "?", "hi", "ho"]
+WORDS += [f"w{n}" for n in range(20)]
+
+THREE = [
+    {"role": "system", "content": "w0 w1"},
+    {"role": "user", "content": "hi w2"},
+    {"role": "assistant", "content": "ho w3"},
+    {"role": "user", "content": "w4 ?"},
+    {"role": "assistant", "content": "w5"},
+]
+
+
+def tokenizer(template: str | None = CHATML, side: str = "right") -> PreTrainedTokenizerFast:
+    made = Tokenizer(WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<pad>"))
+    made.pre_tokenizer = Whitespace()
+    made.add_special_tokens([AddedToken(w, special=True) for w in WORDS[:4]])
+    ready = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<begin>", eos_token="<stop>"
+    )
+    ready.chat_template = template
+    ready.truncation_side = side
+    return ready
+
+
+def read(rows: list[dict[str, Any]], of: Any, length: int = 64, **columns: str) -> Rows:
+    fields = Fields(**(columns or {"text": "messages"}), max_length=length)  # type: ignore[arg-type]
+    return catalogue.load("causal-lm").read(Dataset.from_list(rows), of, fields)
+
+
+def words(made: Rows, row: int = 0) -> tuple[list[str], list[str]]:
+    """A row's tokens, and those of them that are learned."""
+    mask = made.examples.attention_mask[row].bool()
+    ids, targets = made.examples.input_ids[row][mask], made.examples.labels[row][mask]
+    assert all(t in (-100, i) for t, i in zip(targets.tolist(), ids.tolist(), strict=True))
+    return [WORDS[i] for i in ids], [WORDS[t] for t in targets if t != -100]
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_the_assistants_turns_and_their_ends_are_learned_and_nothing_else(template: str) -> None:
+    of = tokenizer(template)
+    tokens, learned = words(read([{"messages": THREE}], of))
+    assert learned == ["ho", "w3", "<stop>", "w5", "<stop>"]
+    assert tokens == of.convert_ids_to_tokens(of.apply_chat_template(THREE, return_dict=False))
+    assert tokens.count("<begin>") == template.count("<begin>")
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_of_a_prompt_and_its_completion_the_completion_is_learned(template: str) -> None:
+    rows = [{"prompt": THREE[:4], "completion": THREE[4:]}]
+    made = read(rows, tokenizer(template), prompt="prompt", completion="completion")
+    assert words(made)[1] == ["w5", "<stop>"]
+
+
+def test_what_is_cut_keeps_what_is_learned_where_there_is_room() -> None:
+    whole = words(read([{"messages": THREE}], tokenizer()))[0]
+    tokens, learned = words(read([{"messages": THREE}], tokenizer(), len(whole) - 2))
+    assert (tokens, learned) == (whole[:-2], ["ho", "w3", "<stop>"])
+    tokens, learned = words(read([{"messages": THREE}], tokenizer(side="left"), 4))
+    assert (tokens, learned) == (whole[-4:], ["w5", "<stop>"])
+    rows = [{"messages": THREE}, {"messages": THREE[1:3]}]
+    with pytest.warns(UserWarning, match="1 of 2 rows dropped: no token to learn"):
+        made = read(rows, tokenizer(), 9)
+    assert made.came.tolist() == [1]
+
+
+USER = {"role": "user", "content": "hi"}
+BAD: list[tuple[Any, str, str]] = [
+    (None, CHATML, "holds no list of messages"),
+    ([], CHATML, "holds no list of messages"),
+    ([{"role": None, "content": "hi"}], CHATML, "holds in message 0 no text as its role"),
+    ([USER, {"role": "assistant", "content": None}], CHATML, "message 1 no text as its content"),
+    ([USER, USER, THREE[2]], STRICT, "is refused by the chat template: roles must alternate"),
+    (THREE[1:], FORGETS, "(message 1) that the chat template writes differently"),
+    ([USER], "{{ nothing.at.all }}", "is refused by the chat template"),
+]
+
+
+@pytest.mark.parametrize(("messages", "template", "said"), BAD)
+def test_conversations_that_cannot_be_used(messages: Any, template: str, said: str) -> None:
+    good = [USER, {"role": "assistant", "content": "ho"}]
+    rows = Dataset.from_list([{"messages": good}, {"messages": messages}])
+    of, fields, task = tokenizer(template), Fields(text="messages"), catalogue.load("causal-lm")
+    bad = task.bad(rows, of, fields)
+    assert 1 in bad
+    assert str(bad[1]).startswith("row 1 of column 'messages' ")
+    assert said in str(bad[1])
+    with pytest.raises(FedSieveError, match=r"row \d of column 'messages'"):
+        task.read(rows, of, fields)
+
+
+def test_a_tokenizer_without_a_template_is_refused() -> None:
+    with pytest.raises(FedSieveError, match="no chat template"):
+        read([{"messages": THREE}], tokenizer(None))
+
+
+def test_a_chat_is_trained_over_clients(tiny: Tiny, tmp_path: Any) -> None:
+    """And one with a bad conversation is left out by name."""
+    folder = tmp_path / "gpt2"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(tiny.gpt2).save_pretrained(folder)
+    of = AutoTokenizer.from_pretrained(tiny.gpt2)
+    of.chat_template = "{% for m in messages %}{{ m['content'] + ' <end> ' }}{% endfor %}"
+    of.save_pretrained(folder)
+    ask = {"role": "user", "content": "cars0 cars1"}
+    good = Dataset.from_list([{"messages": [ask, {"role": "assistant", "content": "cars2"}]}] * 6)
+    bad = Dataset.from_list([{"messages": [{"role": "user", "content": None}]}])
+    with pytest.warns(UserWarning, match="'bad': row 0 of column 'messages' holds in message 0 no"):
+        run = fedsieve.finetune(
+            folder,
+            {"north": good, "south": good, "bad": bad},
+            fedsieve.fedit(),
+            rounds=3,
+            test=good,
+            task="causal-lm",
+            text="messages",
+            training=fedsieve.Training(optimizer="adamw", lr=0.05, batch=4),
+        )
+    run.finish()
+    first, *_, last = run.metrics
+    assert first.eval_loss is not None
+    assert last.eval_loss is not None
+    assert last.eval_loss < first.eval_loss
