@@ -11,6 +11,7 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.recipe import read as recipe
+from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.tasks.tally import Tally
 from fedsieve.train import local
@@ -42,9 +43,15 @@ def start(
     **changes: Any,
 ) -> Adapter:
     """Run a tiny recipe, without the report, which takes longer than the run."""
+    return start_from(recipe.check(tiny.table(**changes)), folder, show)
+
+
+def start_from(
+    given: Recipe, folder: Path, show: Callable[[Round, Sequence[Receipt]], None] = quiet
+) -> Adapter:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedsieve.report.write", lambda *_: [])
-        return runner.start(recipe.check(tiny.table(**changes)), folder, show)
+        return runner.start(given, folder, show)
 
 
 def start_language_model(tiny: Tiny, folder: Path, **changes: Any) -> Adapter:

@@ -1,7 +1,9 @@
 """The docs are tested: their code runs, and what they list is what there is."""
 
 import re
+import shutil
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import fedsieve
 from fedsieve import methods
 from fedsieve.algebra.method import Method
 from fedsieve.recipe import read as recipe
+from fedsieve.tasks import catalogue
+from tests import runs
 from tests.conftest import Tiny
 from tests.methods import test_laws as laws
 from tests.methods.optimum import Optimum
@@ -102,6 +106,36 @@ def test_the_code_of_the_page_on_finetune_runs(
         )
     language.save(tmp_path / "adapter")
     assert run(load_lm, {}).strip()
+
+
+TASKS = ROOT / "docs" / "tasks.md"
+
+
+@pytest.mark.filterwarnings("ignore:.*padding token", "ignore:the model's head is for")
+@pytest.mark.parametrize("task", catalogue.names())
+def test_the_recipe_of_each_task_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Tiny, task: str
+) -> None:
+    """With small models in the place of the hub's, over the page's rows several times."""
+    told = zip(fenced(TASKS, "json"), fenced(TASKS, "toml"), strict=True)
+    of_task = {tomllib.loads(text)["model"]["task"]: (rows, text) for rows, text in told}
+    assert set(of_task) == set(catalogue.names())
+    rows, text = of_task[task]
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text(rows * 8, encoding="utf-8")
+    model = tiny.bert
+    if task == "causal-lm":
+        model = tmp_path / "model"
+        shutil.copytree(tiny.gpt2, model)
+        template = "{% for m in messages %}{{ m['content'] + ' <end> ' }}{% endfor %}"
+        (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    source = tomllib.loads(text)["model"]["source"]
+    longest = ["data.max_length=24"]  # tiny models have 32 positions
+    Path("recipe.toml").write_text(text.replace(source, str(model)), encoding="utf-8")
+    runs.start_from(recipe.load("recipe.toml", longest), tmp_path / "run")
+    (line,) = [line for line in TASKS.read_text("utf-8").splitlines() if f"| `{task}` |" in line]
+    last = runs.lines(tmp_path / "run")[-1]
+    assert [f"`{name}`" for name in last["metrics"]] == line.split("|")[4].strip().split(", ")
 
 
 def _by_value() -> Method:
