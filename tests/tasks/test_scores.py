@@ -172,6 +172,17 @@ def test_sums_that_cannot_be_do_not_fit(case: Case) -> None:
     assert [task.fits(each, case.classes) for each in wrong] == [False] * len(wrong)
 
 
+@each
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_model_that_has_diverged_is_scored_all_the_same(case: Case, value: float) -> None:
+    broken = case._replace(logits=torch.full_like(case.logits, value))
+    found = score(catalogue.load(case.task), total(counted(broken, 9)), case.classes)
+    assert found.counted == total(counted(case, 9)).counted
+    assert not np.isfinite(found.loss)
+    leading = next(iter(found.metrics.values()))
+    assert 0 <= leading <= 1
+
+
 def test_a_class_that_never_occurs_is_left_out_of_macro_f1() -> None:
     """As scikit-learn has it, unless it is told somewhere."""
     logits = drawn(0, 60, 4)

@@ -29,6 +29,7 @@ from fedsieve.sites.worker import Frame, check_seal, pack, unpack
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import Score, Tally, score, total
 
+SUMS = 1 << 22  # bytes: what a site counts in an evaluation, however small the adapter is
 # Clocks of different machines differ, and a message's time to live is counted on all of them.
 SKEW = 60.0
 # Until a node that was refused is asked again: its worker may be running by then.
@@ -324,9 +325,8 @@ class Sites:
     ) -> tuple[str | None, Dispatch]:
         site = self._sites.get(client.id)
         node = Node(0) if site is None else site.node
-        dispatch = Dispatch(
-            client, node, kind, pack(frame), transport, worker.digest(frame), self._most
-        )
+        most = max(self._most, SUMS) if kind == "evaluate" else self._most
+        dispatch = Dispatch(client, node, kind, pack(frame), transport, worker.digest(frame), most)
         there = node in self._connected
         pending = (
             self._transport.send(node.id, kind, dispatch.data, seconds + SKEW) if there else None

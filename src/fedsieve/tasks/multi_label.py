@@ -150,28 +150,27 @@ def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
     from sklearn import metrics as of
 
     # Each class as rows of four kinds, so many of each; those neither told nor so count for no F1.
-    true, told, count = [], [], []
+    true, said, count = [], [], []
     for number in range(len(classes)):
-        for so, said, name in ((1, 1, "right"), (0, 1, "false"), (1, 0, "missed")):
+        for so, is_told, name in ((1, 1, "right"), (0, 1, "false"), (1, 0, "missed")):
             row = np.zeros((2, len(classes)), dtype=np.int64)
-            row[:, number] = so, said
+            row[:, number] = so, is_told
             true.append(row[0])
-            told.append(row[1])
+            said.append(row[1])
             count.append(tally.sums[f"{name} {number}"])
     scores = {
         f"{kind}_f1": float(
-            of.f1_score(true, told, average=kind, sample_weight=count, zero_division=0.0)
+            of.f1_score(true, said, average=kind, sample_weight=count, zero_division=0.0)
         )
         for kind in ("micro", "macro")
     }
     if tally.kept:
         labels = tally.kept["label"] > 0.5
         there = np.flatnonzero(labels.any(0))
+        told = np.nan_to_num(tally.kept["told"])  # of a model that has diverged
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            means = [
-                of.average_precision_score(labels[:, c], tally.kept["told"][:, c]) for c in there
-            ]
+            means = [of.average_precision_score(labels[:, c], told[:, c]) for c in there]
         scores["map"] = float(np.mean(means)) if means else 0.0
     return scores
 

@@ -76,9 +76,11 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
 
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
     x, y = logits.squeeze(-1).double().cpu().numpy(), labels.double().cpu().numpy()
-    sums = {"x": x.sum(), "y": y.sum(), "xx": x @ x, "yy": y @ y, "xy": x @ y}
+    with np.errstate(all="ignore"):  # of a model that has diverged
+        sums = {"x": x.sum(), "y": y.sum(), "xx": x @ x, "yy": y @ y, "xy": x @ y}
+        loss = float(((x - y) ** 2).sum())
     told = {name: float(value) for name, value in sums.items()}
-    return Tally(float(((x - y) ** 2).sum()), len(x), told, {"told": x, "label": y})
+    return Tally(loss, len(x), told, {"told": x, "label": y})
 
 
 def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:

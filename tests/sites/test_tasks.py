@@ -1,0 +1,84 @@
+"""Each task over sites: what they count makes the scores that one process has over all rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.recipe.schema import Recipe
+from fedsieve.sites import resident
+from fedsieve.sites.server import joint_score
+from fedsieve.sites.worker import Frame
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.tally import score, total
+from fedsieve.train.local import tally
+from fedsieve.wire import encode
+from tests.conftest import LABELS, Tiny
+from tests.sites.sites import rate, settled, train
+from tests.tasks.test_federated import KINDS, Kind, changes, each, quietly, written
+
+CLASSES = {
+    "classification": LABELS,
+    "multi-label": LABELS,
+    "token-classification": ("O", *(f"B-{label}" for label in LABELS)),
+}
+
+
+@each
+@quietly
+def test_the_scores_of_two_sites_are_those_of_all_their_rows(
+    tiny: Tiny, tmp_path: Path, kind: Kind
+) -> None:
+    table = tiny.table(**changes(tiny, tmp_path, kind, kind.rows))
+    given: dict[str, dict[str, Any]] = {
+        "lora": {"rank": 4, "targets": None},
+        "partition": {"kind": "iid", "clients": 2},
+    }
+    table |= {key: {k: v for k, v in value.items() if v} for key, value in given.items()}
+    if kind.task in CLASSES:
+        table["data"]["classes"] = list(CLASSES[kind.task])
+    Recipe.model_validate(table)
+    text = tomli_w.dumps(table).encode()
+    counts, answers = [], {}
+    columns = {k: v for k, v in table["data"].items() if k not in ("classes", "max_length")}
+    for number, name in enumerate(("north", "south")):
+        home = tmp_path / name
+        home.mkdir()
+        own = kind.rows[30 * number : 30 * number + 20 + 7 * number]
+        for split in ("train", "test"):
+            written(home / f"{split}.jsonl", own)
+        data = {**columns, "train": "train.jsonl", "test": "test.jsonl"}
+        site: dict[str, Any] = {"name": name, "device": "cpu", "data": data}
+        site["model"] = table["model"]["source"]
+        (home / "site.toml").write_text(tomli_w.dumps(site), encoding="utf-8")
+        state = settled(home / "site.toml")
+        told = resident.answer(state, Frame({"do": "recipe"}, text))
+        assert told.header["ok"], told.header
+        assignment = state.assignment
+        assert assignment is not None
+        method, start, client = assignment.method, assignment.start, Client(name, 20)
+        key = Key(0, 1, name)
+        payload = method.publish(method.plan(method.init(start), key), client, key)
+        trained = resident.answer(state, train(text, 1, encode(payload)))
+        assert trained.header["ok"], trained.header
+        assert trained.header["loss"] > 0
+        answers[name] = resident.answer(
+            state, rate("evaluate", text, 1, resident.whole_message(start))
+        )
+        assert assignment.test is not None
+        counts.append(tally(assignment.resident, start, assignment.test, precision="fp32"))
+        classes = assignment.resident.classes
+    said: list[str] = []
+    joint = joint_score(answers, kind.task, classes, said.append)
+    expected = score(catalogue.load(kind.task), total(counts), classes)
+    assert not said
+    assert joint is not None
+    assert joint.counted == expected.counted
+    assert joint.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert next(iter(joint.metrics)) == kind.leads
+    known = {name: expected.metrics[name] for name in joint.metrics}
+    assert dict(joint.metrics) == pytest.approx(known, rel=1e-5, abs=1e-6)
+    assert set(CLASSES) == {k.task for k in KINDS if catalogue.load(k.task).named}
