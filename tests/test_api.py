@@ -197,7 +197,7 @@ def test_causal_language_models(tiny: Tiny) -> None:
     assert run.metrics[-1].eval_loss is not None
     assert run.metrics[-1].eval_loss < run.metrics[0].eval_loss - 0.5
     assert run.metrics[-1].eval_examples == 48  # the reply and the end of each
-    with pytest.raises(FedSieveError, match="either text, or prompt and completion"):
+    with pytest.raises(FedSieveError, match="text: a causal-lm task needs it, or else prompt"):
         fedsieve.finetune(
             str(tiny.bert), [replies(1)], fedsieve.flasc(), rounds=1, task="causal-lm",
             completion="reply",
@@ -440,5 +440,5 @@ def test_ids_of_clients_are_names(tiny: Tiny) -> None:
     for clients, said in wrong:
         with pytest.raises(FedSieveError, match=said):
             finetune(tiny, clients)
-    with pytest.raises(FedSieveError, match="text: say which column holds the texts"):
+    with pytest.raises(FedSieveError, match="text: this task needs it: say which column that is"):
         finetune(tiny, [rows(9, 1)], text=None)

@@ -118,7 +118,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"training__lr": 0}, "training.lr: Input should be greater than 0 (it is 0)"),
     ({"training__lr": "fast"}, "(it is 'fast')"),
     ({"training__optimizer": "adan"}, "training.optimizer: Input should be 'sgd' or 'adamw'"),
-    ({"model__task": "regresion"}, "model.task: 'regresion' is no task: one of causal-lm, class"),
+    (
+        {"model__task": "regresion"},
+        "there is no task 'regresion' (did you mean 'regr",
+    ),
     (
         {"server__optimizer": "adamm"},
         "server.optimizer: Input should be 'sgd', 'adam' or 'fedadam'",

@@ -379,3 +379,18 @@ def test_bad_test_rows_are_an_error(tiny: Tiny, tmp_path: Path) -> None:
     good = write(tmp_path / "a.jsonl", rows_of(["a", "b", "c"]))
     with pytest.raises(FedSieveError, match="row 2 of column 'label' has no label"):
         experiment(tiny, good, write(tmp_path / "b.jsonl", rows))
+
+
+def test_texts_that_are_cut_are_counted_and_told(tiny: Tiny, tmp_path: Path) -> None:
+    lengths, labels = (2, 5, 6, 7, 12), ("cars", "wine", "cars", "wine", "cars")
+    train = write(  # and a token at each end
+        tmp_path / "train.jsonl",
+        [{"text": "word1 " * n, "label": name} for n, name in zip(lengths, labels, strict=True)],
+    )
+    changes: dict[str, Any] = {"partition": {"kind": "iid", "clients": 2}, "cohort": 2}
+    changes |= {"data__train": str(train), "data__test": None}
+    said = "3 of 5 training texts reach data.max_length (8 tokens): what is beyond it is cut"
+    with pytest.warns(UserWarning, match="3 of 5 training texts"):
+        assert said in from_recipe(recipe.check(tiny.table(**changes, data__max_length=8))).notes
+    made = from_recipe(recipe.check(tiny.table(**changes, data__max_length=16)))
+    assert not [note for note in made.notes if "max_length" in note]

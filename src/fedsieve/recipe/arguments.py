@@ -47,7 +47,10 @@ def check(given: Mapping[str, Any]) -> None:
     if not isinstance(given["cohort"], Sampling | None):
         whole("cohort", given["cohort"], 1)
     of_kind("task", given["task"], str, f"one of {', '.join(catalogue.names())}")
-    catalogue.known(given["task"])
+    try:
+        catalogue.known(given["task"])
+    except FedSieveError as error:
+        raise FedSieveError(f"task: {error}") from None
 
 
 def of_kind(name: str, value: object, kind: Any, needed: str) -> None:

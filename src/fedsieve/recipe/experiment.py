@@ -216,6 +216,9 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         test_rows = load_rows(data, data.test or data.train, data.test_split)
     prepared = prepare(recipe, rows, test_rows, tokenizer)
     examples = prepared.train
+    if recipe.privacy is None and (cut := _reaching(examples, data.max_length)):
+        notes.append(cut)
+        warnings.warn(cut, stacklevel=2)
     if on_validation and prepared.test is None:
         raise FedSieveError("data.validation: none of the rows held back can be used")
     if prepared.classes:
@@ -392,6 +395,17 @@ def _without_bad_clients(
     if not kept:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
     return rows.select(kept), left_out
+
+
+def _reaching(examples: Examples, most: int) -> str | None:
+    """How many texts are as long as they may be, and so were cut; but for those just as long."""
+    full = int((examples.attention_mask.sum(1) >= most).sum())
+    if not full:
+        return None
+    return (
+        f"{full:,} of {tokens.count(examples):,} training texts reach data.max_length ({most} "
+        "tokens): what is beyond it is cut"
+    )
 
 
 def _owners(rows: Dataset, column: str) -> list[str]:

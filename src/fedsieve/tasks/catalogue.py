@@ -26,9 +26,7 @@ def names() -> tuple[str, ...]:
 def known(name: str) -> str:
     """The name itself. Raises FedSieveError, with the nearest, where no task is called so."""
     if name not in names():
-        raise FedSieveError(
-            f"{name!r} is no task: one of {', '.join(names())}{nearest(name, names())}"
-        )
+        raise FedSieveError(f"there is no task {name!r}{nearest(name, names())}")
     return name
 
 
