@@ -5,11 +5,11 @@ _MEASURES = {
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
     "entity_f1": "entity F1",
-    "map": "mean average precision",
-    "mse": "mean squared error",
-    "matthews": "Matthews' correlation",
-    "pearson": "Pearson's correlation",
-    "spearman": "Spearman's correlation",
+    "map": "mAP",
+    "mse": "squared error",
+    "matthews": "Matthews",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
 }
 
 
