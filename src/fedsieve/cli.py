@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from fedsieve.console import console, problems, quiet, say, show_warning, warn
+from fedsieve.console import console, plain, problems, quiet, say, show_warning, warn
 from fedsieve.engine.shares import starving
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, printable
 from fedsieve.run.progress import MB, line_of, lines_of_plan
 from fedsieve.tasks.words import spoken
 
@@ -75,7 +74,7 @@ def main() -> None:
     try:
         app()
     except FedSieveError as error:
-        problems.print(f"[bold red]error:[/] {escape(str(error))}")
+        problems.print(f"[bold red]error:[/] {plain(str(error))}")
         sys.exit(2)
     except KeyboardInterrupt:
         problems.print("stopped")
@@ -214,7 +213,7 @@ def compare(
         overrides=overrides or [],
         allow_code=allow_code,
     )
-    console.print(escape(f"{len(plan.entries)} entries, into {folder}"))
+    say(f"{len(plan.entries)} entries, into {folder}")
     result = _guarded(lambda: comparing.run(plan, jobs, _show_of_many(), say))
     _table(result.rows)
     for note in result.notes:
@@ -382,7 +381,7 @@ def report(
 
     written = reports.write(folders, out or folders[0] / rundir.REPORT, target=target)
     for path in written:
-        console.print(escape(str(path)))
+        say(str(path))
 
 
 @app.command()
@@ -410,7 +409,7 @@ def export(
         accept_changes=accept_changes,
     )
     what = "the merged model" if merge else "the adapter"
-    console.print(escape(f"{to}: {what} after round {number}"))
+    say(f"{to}: {what} after round {number}")
 
 
 @app.command()
@@ -423,7 +422,7 @@ def fetch(
 
     for name in names:
         folder = fetching.fetch(name, again=again, log=console.print)
-        console.print(escape(f"{name}: {folder}"))
+        say(f"{name}: {folder}")
 
 
 @app.command("recipes")
@@ -433,7 +432,7 @@ def list_recipes() -> None:
 
     for name, text in recipes.shipped().items():
         first = text.splitlines()[0].removeprefix("#").strip()
-        console.print(f"[bold]{name}[/]  {escape(first)}")
+        console.print(f"[bold]{name}[/]  {plain(first)}")
 
 
 @app.command("methods")
@@ -465,12 +464,12 @@ def list_methods(
             table.add_column(title, justify="left" if title == "method" else "right")
         for name, cost in found:
             if isinstance(cost, str):
-                table.add_row(f"[bold]{name}[/]", "-", "-", "-", escape(cost))
+                table.add_row(f"[bold]{name}[/]", "-", "-", "-", plain(cost))
                 continue
             figures = (f"{part / MB:,.3f} MB" for part in (cost.memory, cost.down, cost.up))
             table.add_row(f"[bold]{name}[/]", str(cost.rank) if cost.rank else "-", *figures)
         console.print(
-            escape(
+            plain(
                 f"A client a round, {model}, rank {rank}; budget: ratio {ratio:g}, down {down:g}, "
                 f"up {up:g}, as far as the method uses it;\n{cohort} clients a round, all in every "
                 "round; float32 values; local SGD with momentum. Memory: the adapter,\nits "
@@ -552,10 +551,10 @@ class _Live:
 def _announce(recipe: "Recipe", folder: Path) -> None:
     """Say what is about to be done, and only then import what it takes."""
     for line in lines_of_plan(recipe, folder):
-        say(line)
+        say(printable(line))
     console.print("loading torch, transformers and peft ...")
     quiet()
-    say(f"loading {recipe.model.source} and the rows of {recipe.data.train} ...")
+    say(printable(f"loading {recipe.model.source} and the rows of {recipe.data.train} ..."))
 
 
 def _summary(folder: Path) -> None:
@@ -584,8 +583,8 @@ def _summary(folder: Path) -> None:
     dropped = sum(entry.dropped for entry in rounds)
     if dropped:
         console.print(f"dropped        {dropped} updates (see {rundir.CLIENTS})")
-    console.print(escape(f"adapter        {folder / rundir.ADAPTER}"))
-    console.print(escape(f"report         {folder / rundir.REPORT}"))
+    say(f"adapter        {folder / rundir.ADAPTER}")
+    say(f"report         {folder / rundir.REPORT}")
 
 
 def _go_on_with(folder: Path) -> None:
@@ -616,7 +615,7 @@ def _show_of_many() -> Callable[["Job", "Round"], None]:
             warned.add(job.name)
             warn(f"{job.name}, {problem}")
         if summary.metrics:
-            console.print(escape(f"{job.name}  {line_of(summary, job.recipe.rounds)}"))
+            say(f"{job.name}  {line_of(summary, job.recipe.rounds)}")
 
     return show
 
@@ -624,7 +623,7 @@ def _show_of_many() -> Callable[["Job", "Round"], None]:
 def _report_problems(found: Sequence[str]) -> None:
     """Runs that failed beside others that went well: exit code 1."""
     for each in found:
-        problems.print(f"[bold red]failed:[/] {escape(each)}")
+        problems.print(f"[bold red]failed:[/] {plain(each)}")
     if found:
         raise typer.Exit(1)
 
@@ -641,7 +640,7 @@ def _table(rows: Sequence[Mapping[str, str]]) -> None:
     if rows:
         table = Table(*rows[0], box=None, pad_edge=False, header_style="bold")
         for row in rows:
-            table.add_row(*map(escape, row.values()))
+            table.add_row(*map(plain, row.values()))
         # A file or a pipe has no width to keep to.
         width = None if console.is_terminal else 250
         Console(highlight=False, width=width).print(table)
@@ -653,7 +652,7 @@ def _guarded(work: Callable[[], T]) -> T:
     try:
         return work()
     except Stopped as stop:
-        problems.print(escape(str(stop)))
+        problems.print(plain(str(stop)))
         raise typer.Exit(130) from None
     except KeyboardInterrupt:
         problems.print("stopped while loading: no round was lost")

@@ -1,22 +1,34 @@
 """What the terminal shows, for whichever process shows it: ours to say, others kept quiet."""
 
+import re
 from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
 
+from fedsieve.errors import printable
+
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 problems = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
+def plain(text: str) -> str:
+    """A text to be printed as it is, whatever brackets it holds.
+
+    Names and values of files are quoted, and the files may be somebody else's: nothing in it steers
+    the terminal, and lines after the first are set in, so that none passes for one of ours.
+    """
+    return escape(re.sub(r"\n(?=\S)", "\n  ", printable(text, "\n")))
+
+
 def say(text: str) -> None:
-    """Print text as it is, whatever brackets it holds."""
-    console.print(escape(text))
+    """Print text as it is."""
+    console.print(plain(text))
 
 
 def warn(text: str) -> None:
     """Print a warning, apart from the results."""
-    problems.print(f"[yellow]warning:[/] {escape(text)}")
+    problems.print(f"[yellow]warning:[/] {plain(text)}")
 
 
 def show_warning(

@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+MOST_TOLD = 20  # things that are wrong with one file
+LONGEST_TOLD = 200  # characters of a place or a value
+
 
 class FedSieveError(ValueError):
     """Bad input. The message is ready to print; the command line exits with code 2."""
@@ -40,19 +43,29 @@ def count(n: int, thing: str) -> str:
     return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
+def printable(text: str, also: str = "") -> str:
+    """A text that steers no terminal: what is neither printable nor among `also` becomes "?"."""
+    return "".join(c if c.isprintable() or c in also else "?" for c in text)
+
+
 def explain_all(
     error: Failed,
     source: str,
     keys: Callable[[Sequence[str | int]], Iterable[str]],
     path: Callable[[Sequence[str | int]], Sequence[str]] = lambda loc: [*map(str, loc)],
 ) -> str:
-    """All that pydantic found wrong with a file's table, in words for whoever wrote the file.
+    """What pydantic found wrong with a file's table, in words for whoever wrote the file.
+
+    The first `MOST_TOLD` things: a hostile file has hundreds of thousands.
 
     source: what the file is called
     keys: the known keys of the table at a place
     path: pydantic's place -> the place as the file has it
     """
-    lines = [f"  {explain(detail, path(detail['loc']), keys)}" for detail in error.errors()]
+    found = error.errors()
+    lines = [f"  {explain(detail, path(detail['loc']), keys)}" for detail in found[:MOST_TOLD]]
+    if len(found) > MOST_TOLD:
+        lines.append(f"  and {len(found) - MOST_TOLD:,} more")
     return "\n".join([f"{source}:", *lines])
 
 
@@ -61,17 +74,17 @@ def explain(
     path: Sequence[str],
     keys: Callable[[Sequence[str | int]], Iterable[str]],
 ) -> str:
-    """One thing that pydantic found wrong; see `explain_all`.
+    """One thing that pydantic found wrong, on one line; see `explain_all`.
 
     path: where it is, as the file has it
     keys: the known keys of the table at a place, as pydantic names the place
     """
-    place, loc = ".".join(path), detail["loc"]
+    place, loc = printable(".".join(path))[:LONGEST_TOLD], detail["loc"]
     if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{place}: unknown key{nearest(str(loc[-1]), keys(loc[:-1]))}"
     if detail["type"] in ("missing", "missing_argument"):
         return f"{place}: this key is needed"
     message: str = detail["msg"].removeprefix("Value error, ")
     if isinstance(detail["input"], str | int | float):
-        message += f" (it is {detail['input']!r})"
+        message += f" (it is {repr(detail['input'])[:LONGEST_TOLD]})"
     return f"{place}: {message}" if place else message

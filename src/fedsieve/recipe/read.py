@@ -16,13 +16,15 @@ import tomli_w
 from pydantic import ValidationError
 
 from fedsieve.disk import LARGEST
-from fedsieve.errors import FedSieveError, explain_all, nearest
+from fedsieve.errors import FedSieveError, explain_all, nearest, printable
 from fedsieve.methods import catalogue
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
 from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
 
 DEEPEST = 32  # tables and lists in one another; no recipe has more than a few
+# Characters of a key and of those above it: places are told, and noted for each value.
+LONGEST = 1000
 
 # Python's reader takes the cube of a key's parts to read it: minutes and gigabytes for kilobytes.
 # So long keys are looked for before, among the tokens of TOML, since no key stands in a string.
@@ -72,8 +74,8 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def toml(text: str, source: str) -> dict[str, Any]:
     """The table that a TOML file holds; source: what the file is called.
 
-    Raises FedSieveError where it is not TOML, and for nesting or whole numbers beyond what anybody
-    writes.
+    Raises FedSieveError where it is not TOML, and for nesting, keys or whole numbers beyond what
+    anybody writes.
     """
     try:
         for token in _TOKENS.finditer(text):
@@ -94,18 +96,20 @@ def parse_text(text: str, source: str) -> Recipe:
     return parse(table, source)
 
 
-def _refuse_beyond(table: Mapping[str, Any], source: str) -> None:
-    """Raises FedSieveError for tables in tables that no recursion gets through, and for numbers."""
-    left: list[tuple[Any, str, int]] = [(table, "", 0)]
-    while left:
-        value, place, depth = left.pop()
-        if depth > DEEPEST:
-            raise FedSieveError(f"{source}: {place[:80]} is nested more than {DEEPEST} deep")
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise FedSieveError(f"{source}: {place} is a number beyond {LARGEST}")
-        if isinstance(value, dict | list):
-            each = value.items() if isinstance(value, dict) else enumerate(value)
-            left += [(inner, f"{place}.{key}".lstrip("."), depth + 1) for key, inner in each]
+def _refuse_beyond(value: Any, source: str, place: str = "", depth: int = 0) -> None:
+    """Raises FedSieveError for nesting that no recursion gets through, long keys, large numbers."""
+    if depth > DEEPEST:
+        raise FedSieveError(f"{source}: {place[:80]} is nested more than {DEEPEST} deep")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise FedSieveError(f"{source}: {place[:80]} is a number beyond {LARGEST}")
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if len(place) + len(str(key)) > LONGEST:
+                said = f"{place}.{str(key)[:80]}".lstrip(".")[:80]
+                raise FedSieveError(
+                    f"{source}: {said}... is a key of more than {LONGEST} characters"
+                )
+            _refuse_beyond(inner, source, f"{place}.{key}".lstrip("."), depth + 1)
 
 
 def check(
@@ -163,10 +167,11 @@ def _refuse_unknown_options(recipe: Recipe) -> None:
     for table, given, names in takes:
         for key in given or ():
             if key not in names:
-                said = f"{table}.{key}: unknown key{nearest(key, names)}"
+                shown = printable(key)
+                said = f"{table}.{shown}: unknown key{nearest(key, names)}"
                 if table == "method" and _is_of_another(key):
                     said = (
-                        f"method.{key}: the method {name!r} has no such option"
+                        f"method.{shown}: the method {name!r} has no such option"
                         f"{nearest(key, names)}: remove it from [method], or replace the whole "
                         f"table, as in method='{{ name = \"{name}\" }}' on the command line"
                     )

@@ -346,13 +346,20 @@ class Checkpoint(Table):
     every: PositiveInt = 1
 
 
+def _shown(name: str) -> str:
+    """A recipe's name is told before a run begins, and the recipe may be somebody else's."""
+    if not name.isprintable():
+        raise ValueError("a name holds printable characters, on one line")
+    return name
+
+
 class Recipe(Table):
     """A whole experiment.
 
     strict: a client whose rows cannot be used stops the run; else it is left out with a warning
     """
 
-    name: str = "run"
+    name: Annotated[str, AfterValidator(_shown)] = "run"
     seed: NonNegativeInt = 0
     rounds: PositiveInt
     cohort: PositiveInt

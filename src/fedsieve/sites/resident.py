@@ -44,7 +44,7 @@ from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
 from fedsieve.disk import write_whole
 from fedsieve.engine.client import Reply, take_part
-from fedsieve.errors import FedSieveError, WireError
+from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
 from fedsieve.settings import Share
@@ -64,6 +64,7 @@ RECIPE = "recipe.toml"
 RECIPE_BYTES = 1 << 20  # the longest that is taken
 TOLD = "told"  # the digests of the recipes, in the order in which they were told last
 _SAID = 500  # characters of an error
+_SHOWN = 20_000  # characters shown to the site's owner at a time, the last ones
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -91,10 +92,9 @@ def run(path: Path, say: Callable[[str], None]) -> None:
     """
 
     def tell(text: str) -> None:
-        # What a server sent may be quoted: nothing of it may steer the terminal.
-        shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+        # What a server sent may be quoted: nothing of it may steer the terminal, or fill a log.
         with suppress(OSError):
-            say(shown)
+            say(printable(text[-_SHOWN:], "\n"))
 
     site = load(path)
     if site.cache is not None:

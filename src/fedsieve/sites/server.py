@@ -23,7 +23,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Exchange
-from fedsieve.errors import FedSieveError, WireError
+from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.sites import worker
 from fedsieve.sites.worker import Frame, check_seal, pack, unpack
 from fedsieve.tasks import catalogue
@@ -565,8 +565,7 @@ def cleaned(said: object, most: int = 500) -> str:
     if isinstance(said, int) and not isinstance(said, bool) and abs(said) > LARGEST:
         return "a number beyond all sense"  # Python refuses to write one of 5000 digits
     text = said if isinstance(said, str) else repr(said)
-    shown = "".join(c if c.isprintable() else "?" for c in text[:most])
-    return shown + ("..." if len(text) > most else "")
+    return printable(text[:most]) + ("..." if len(text) > most else "")
 
 
 def number_of(head: Mapping[str, Any], name: str) -> float:

@@ -48,6 +48,7 @@ from fedsieve.sites.intake import BUFFER, Ended, Intake, take
 SOCKET = "door/worker.sock"
 HEADER = 1 << 16  # the longest header, in bytes
 BODY = (1 << 31) - 1  # the longest body; what carries messages between machines takes no more
+DEEPEST = 8  # tables and lists in one another, in a header
 JOBS = 16  # requests that wait for their turn; more are put off
 PATIENCE = 60.0  # seconds for an answer to be taken
 TAG = "tag"
@@ -339,7 +340,23 @@ def _head(take: Callable[[int], bytes]) -> tuple[dict[str, Any], int]:
     if type(length) is not int:
         raise WireError("a frame's header does not say the length of its body")
     _check_sizes(size, length)
+    _refuse_deep(header)
     return header, length
+
+
+def _refuse_deep(header: Mapping[str, Any]) -> None:
+    """Raises WireError for nesting that what reads and hashes the header later may not get through.
+
+    How deep JSON is read depends on how deep the stack is that reads it: a frame that one thread
+    could read would break another.
+    """
+    level: list[Any] = [header]
+    for _ in range(DEEPEST):
+        inner = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [one for each in inner for one in each if isinstance(one, dict | list)]
+        if not level:
+            return
+    raise WireError(f"a frame's header is nested more than {DEEPEST} deep")
 
 
 def _no_constant(name: str) -> None:
