@@ -394,3 +394,40 @@ def test_texts_that_are_cut_are_counted_and_told(tiny: Tiny, tmp_path: Path) -> 
         assert said in from_recipe(recipe.check(tiny.table(**changes, data__max_length=8))).notes
     made = from_recipe(recipe.check(tiny.table(**changes, data__max_length=16)))
     assert not [note for note in made.notes if "max_length" in note]
+
+
+@pytest.mark.parametrize("on", ["test", "validation"])
+@pytest.mark.parametrize("method", ["fedit", "fedsa_lora"])
+def test_each_clients_own_rows_are_scored(tiny: Tiny, tmp_path: Path, on: str, method: str) -> None:
+    """Also with what it keeps to itself, where it keeps something."""
+    made = [*texts(90, seed=4)]
+    table = [{"text": t, "label": n, "site": f"s{i % 3}"} for i, (t, n) in enumerate(made)]
+    changes: dict[str, Any] = {
+        "data__train": str(write(tmp_path / "train.jsonl", table[:60])),
+        "data__test": str(write(tmp_path / "test.jsonl", table[60:])),
+        "partition": {"kind": "column", "column": "site"},
+        "evaluation": {"on": on, "by_client": True, "every": 1},
+        "method": {"name": method},
+        "budgets": [{}],
+        "cohort": 3,
+        "rounds": 2,
+        **({"data__validation": 0.4} if on == "validation" else {}),
+    }
+    runs.start(tiny, tmp_path / "run", **changes)
+    last = runs.lines(tmp_path / "run")[-1]
+    spread = [last["metrics"][f"client_{name}"] for name in ("worst", "p10", "mean")]
+    assert spread == sorted(spread)
+    assert last["eval_examples"] == (30 if on == "test" else 24)
+    assert list(last["metrics"])[:3] == ["accuracy", "macro_f1", "matthews"]
+    plain = {**changes, "evaluation": {"on": on, "every": 1}}
+    runs.start(tiny, tmp_path / "plain", **plain)
+    joint = runs.lines(tmp_path / "plain")[-1]
+    if method == "fedit":  # the rows are the same, and so is the model
+        assert joint["metrics"] == {n: last["metrics"][n] for n in list(last["metrics"])[:3]}
+        assert joint["eval_loss"] == pytest.approx(last["eval_loss"], rel=1e-5)
+    with pytest.raises(FedSieveError, match=r"evaluation\.by_client: it needs"):
+        from_recipe(recipe.check(tiny.table(evaluation={"by_client": True})))
+    bare = write(tmp_path / "bare.jsonl", [{"text": "cars1", "label": "cars"}])
+    if on == "test":
+        with pytest.raises(FedSieveError, match="no column 'site'"):
+            runs.start(tiny, tmp_path / "bare", **{**changes, "data__test": str(bare)})

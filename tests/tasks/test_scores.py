@@ -12,7 +12,7 @@ from scipy import stats
 from torch import Tensor
 
 from fedsieve.tasks import catalogue
-from fedsieve.tasks.tally import Tally, score, total
+from fedsieve.tasks.tally import Tally, score, scores, total
 
 NAMES = ("a", "b", "c", "d")
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
@@ -216,3 +216,24 @@ def test_tags_that_tell_no_entities_are_scored_by_word() -> None:
     case = Case("token-classification", classes, CASES[3].logits, TAGGED, entities)
     found = score(catalogue.load(case.task), total(counted(case, 7)), classes).metrics
     assert list(found) == ["token_accuracy"]
+
+
+@each
+def test_the_spread_over_clients_is_that_of_their_own_leading_metrics(case: Case) -> None:
+    task, parts = catalogue.load(case.task), counted(case, 4)
+    found = scores(task, [*parts, Tally()], case.classes)  # one has no rows
+    joint = score(task, total(parts), case.classes)
+    own = [next(iter(score(task, part, case.classes).metrics.values())) for part in parts]
+    ordered = sorted(own)
+    place = 0.1 * (len(own) - 1)
+    below, above = ordered[int(place)], ordered[int(place) + 1]
+    assert dict(found.metrics) == pytest.approx(
+        {
+            **joint.metrics,
+            "client_mean": sum(own) / len(own),
+            "client_p10": below + (place - int(place)) * (above - below),
+            "client_worst": ordered[0],
+        }
+    )
+    assert list(found.metrics)[: len(joint.metrics)] == list(joint.metrics)
+    assert scores(task, parts[:1], case.classes) == score(task, parts[0], case.classes)

@@ -26,6 +26,7 @@ class Prepared(NamedTuple):
 
     train:   to train on; came: (n,) the row of each
     test:    to evaluate on: test rows, or the rows held back; None if there are none
+    owners:  the client that each example to evaluate on is of, where that was asked
     classes: in the order of the model's outputs; empty where those are no classes
     """
 
@@ -33,6 +34,7 @@ class Prepared(NamedTuple):
     came: Tensor
     test: Examples | None
     classes: tuple[str, ...]
+    owners: tuple[str, ...] = ()
 
 
 def fields_of(data: Data) -> Fields:
@@ -68,28 +70,54 @@ def bad_rows(
 
 
 def prepare(
-    recipe: Recipe, rows: Dataset, test_rows: Dataset | None, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe,
+    rows: Dataset,
+    test_rows: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    clients: str | None = None,
 ) -> Prepared:
     """The examples of the training rows, without those held back, and those to evaluate on.
 
+    clients: the column that says whose each row is that is evaluated on, where that is asked
     Raises FedSieveError for rows that do not fit the recipe.
     """
     data, on_validation = recipe.data, recipe.evaluation.on == "validation"
     train, came, classes = tensors(recipe, rows, tokenizer)
     test: Examples | None = None
+    owners: list[str] = []
     if not on_validation and test_rows is not None:
         if classes:  # those of the training rows count
             told = recipe.data.model_copy(update={"classes": classes})
             recipe = recipe.model_copy(update={"data": told})
-        test, _, _ = tensors(recipe, sample(recipe, test_rows), tokenizer)
+        some = sample(recipe, test_rows)
+        test, of, _ = tensors(recipe, some, tokenizer)
+        if clients is not None:
+            known = owners_of(some, clients)
+            owners = [known[row] for row in of.tolist()]
     if data.validation is not None:
         # After the texts became tensors: the classes are those of all rows, held back or not.
         held = held_back(len(rows), data.validation)[came]
         if on_validation and held.any():
             index = held.nonzero().flatten()
-            test = tokens.take(train, index[_drawn(recipe, index.numel())])
+            index = index[_drawn(recipe, index.numel())]
+            test = tokens.take(train, index)
+            if clients is not None:
+                known = owners_of(rows, clients)
+                owners = [known[row] for row in came[index].tolist()]
         train, came = tokens.take(train, (~held).nonzero().flatten()), came[~held]
-    return Prepared(train, came, test, classes)
+    return Prepared(train, came, test, classes, tuple(owners))
+
+
+def owners_of(rows: Dataset, column: str) -> list[str]:
+    """The client that each row belongs to. Raises FedSieveError, naming a row that has none."""
+    owners: list[str] = []
+    for row, name in enumerate(sources.names_in(rows, column)):
+        if isinstance(name, FedSieveError):
+            raise name
+        if name is None:
+            raise FedSieveError(f"row {row} has no client: column {column!r} is empty there")
+        owners.append(name)
+    return owners
 
 
 def tensors(

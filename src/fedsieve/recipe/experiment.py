@@ -28,20 +28,19 @@ from fedsieve.clients.privacy import (
 )
 from fedsieve.clients.resources import Resources
 from fedsieve.clients.sampling import check as check_sampling
-from fedsieve.data import fetch, partition, sources
+from fedsieve.data import fetch, partition
 from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
-from fedsieve.recipe.examples import bad_rows, load_rows, prepare
+from fedsieve.recipe.examples import Prepared, bad_rows, load_rows, owners_of, prepare
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import catalogue, tokens
-from fedsieve.tasks.tally import Score, total
-from fedsieve.tasks.tally import score as score_of
+from fedsieve.tasks.tally import Score, scores
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
@@ -81,6 +80,7 @@ def assemble(
     sampling: Sampling,
     seed: int,
     test: Examples | None,
+    own_tests: Mapping[str, Examples] | None = None,
     evaluate_every: int = 1,
     evaluate_batch: int = 64,
     notes: Sequence[str] = (),
@@ -94,6 +94,7 @@ def assemble(
 
     examples: id -> a function that gives the client's examples; counts: id -> how many those are.
     A client without examples is left out with a warning.
+    own_tests: what of `test` is each client's own, by id, where the scores of each are asked
     resources: what clients have, by id, where it is known
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
     norm_bound: as in `Federation`
@@ -139,17 +140,23 @@ def assemble(
         assert test is not None
         rate = partial(tally, resident, batch=evaluate_batch, precision=training.precision)
         # Before the first round no client has anything of its own.
-        if method.personal is None or not memories:
-            counts = rate(adapter, test)
+        own = method.personal if memories else None
+        if own_tests:
+            parts = [
+                rate(own(adapter, memories[id]) if own and id in memories else adapter, examples)
+                for id, examples in sorted(own_tests.items())
+            ]
+        elif own is None:
+            parts = [rate(adapter, test)]
         else:
-            counts = total(
+            parts = [
                 rate(
-                    method.personal(adapter, memory),
+                    own(adapter, memory),
                     personal.own_test(test, examples[id](), Key(seed, 0, id)),
                 )
                 for id, memory in personal.some_of(memories, Key(seed))
-            )
-        return score_of(catalogue.load(resident.task), counts, resident.classes)
+            ]
+        return scores(catalogue.load(resident.task), parts, resident.classes)
 
     # A client's own part of the model is no part of what the noise covers.
     withheld = method.personal is not None and method.private == "system"
@@ -210,11 +217,16 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     data = recipe.data
     rows = load_rows(data, data.train, data.train_split, recipe.partition.column)
     rows, left_out = _without_bad_clients(recipe, rows, tokenizer)
+    clients = recipe.partition.column if recipe.evaluation.by_client else None
+    if recipe.evaluation.by_client and clients is None:
+        raise FedSieveError(
+            "evaluation.by_client: it needs partition.kind = 'column', which says whose each row is"
+        )
     test_rows = None
     on_validation = recipe.evaluation.on == "validation"
     if not on_validation and (data.test is not None or data.test_split is not None):
-        test_rows = load_rows(data, data.test or data.train, data.test_split)
-    prepared = prepare(recipe, rows, test_rows, tokenizer)
+        test_rows = load_rows(data, data.test or data.train, data.test_split, clients)
+    prepared = prepare(recipe, rows, test_rows, tokenizer, clients)
     examples = prepared.train
     if recipe.privacy is None and (cut := _reaching(examples, data.max_length)):
         notes.append(cut)
@@ -249,6 +261,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         sampling=schema.sampling(recipe),
         seed=recipe.seed,
         test=prepared.test,
+        own_tests=_by_owner(prepared),
         evaluate_every=recipe.evaluation.every,
         evaluate_batch=recipe.evaluation.batch,
         notes=notes,
@@ -385,7 +398,7 @@ def _without_bad_clients(
     bad = bad_rows(recipe, rows, tokenizer)
     if not bad:
         return rows, {}
-    owners = _owners(rows, recipe.partition.column)
+    owners = owners_of(rows, recipe.partition.column)
     left_out: dict[str, str] = {}
     for row, wrong in sorted(bad.items()):
         left_out.setdefault(owners[row], str(wrong))
@@ -395,6 +408,14 @@ def _without_bad_clients(
     if not kept:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
     return rows.select(kept), left_out
+
+
+def _by_owner(prepared: Prepared) -> dict[str, Examples] | None:
+    """What is evaluated on, client by client, where it is known whose it is."""
+    if prepared.test is None or not prepared.owners:
+        return None
+    index = partition.natural(prepared.owners)
+    return {id: tokens.take(prepared.test, torch.as_tensor(rows)) for id, rows in index.items()}
 
 
 def _reaching(examples: Examples, most: int) -> str | None:
@@ -408,18 +429,6 @@ def _reaching(examples: Examples, most: int) -> str | None:
     )
 
 
-def _owners(rows: Dataset, column: str) -> list[str]:
-    """The client that each row belongs to."""
-    owners: list[str] = []
-    for row, name in enumerate(sources.names_in(rows, column)):
-        if isinstance(name, FedSieveError):
-            raise name
-        if name is None:
-            raise FedSieveError(f"row {row} has no client: column {column!r} is empty there")
-        owners.append(name)
-    return owners
-
-
 def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> dict[str, Tensor]:
     """Client id -> the numbers of its examples."""
     chosen = recipe.partition
@@ -427,7 +436,7 @@ def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> d
     seed = word(Key(recipe.seed, purpose="partition")) % 2**32
     if chosen.kind == "column":
         assert chosen.column is not None
-        owners = _owners(rows, chosen.column)
+        owners = owners_of(rows, chosen.column)
         split = partition.natural([owners[row] for row in came.tolist()])
         # Whoever has rows but no example of them keeps an id, and is counted among the empty.
         split |= dict.fromkeys(set(owners) - set(split), np.empty(0, dtype=np.int64))

@@ -332,12 +332,15 @@ class Evaluation(Table):
 
     on: "validation" takes the rows that data.validation holds back; the test rows are not read
     limit: evaluate on the first so many rows, after a shuffle by the seed; None takes all
+    by_client: the rows that are evaluated have the partition's column too, and the scores of each
+        client's own are told
     """
 
     on: Literal["test", "validation"] = "test"
     every: PositiveInt = 1
     batch: PositiveInt = 64
     limit: PositiveInt | None = None
+    by_client: bool = False
 
 
 class Checkpoint(Table):

@@ -27,7 +27,7 @@ from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.sites import worker
 from fedsieve.sites.worker import Frame, check_seal, pack, unpack
 from fedsieve.tasks import catalogue
-from fedsieve.tasks.tally import Score, Tally, score, total
+from fedsieve.tasks.tally import Score, Tally, scores
 
 SUMS = 1 << 22  # bytes: what a site counts in an evaluation, however small the adapter is
 # Clocks of different machines differ, and a message's time to live is counted on all of them.
@@ -463,7 +463,8 @@ class Sites:
 def joint_score(
     answers: Mapping[str, Frame], task: str, classes: tuple[str, ...], say: Callable[[str], None]
 ) -> Score | None:
-    """The scores over all that the sites counted, exact since they send sums; None if none counted.
+    """The scores over all that the sites counted, exact since they send sums, and their spread over
+    the sites; None if none counted.
 
     A site whose answer holds no such sums is left out, and that is said.
     """
@@ -473,8 +474,8 @@ def joint_score(
             counts.append(_tally(frame, task, classes))
         except WireError as error:
             say(f"site {site}: its evaluation is left out: {error}")
-    joint = total(counts)
-    return score(catalogue.load(task), joint, classes) if joint.counted else None
+    joint = scores(catalogue.load(task), counts, classes)
+    return joint if joint.counted else None
 
 
 def _tally(frame: Frame, task: str, classes: tuple[str, ...]) -> Tally:

@@ -5,7 +5,7 @@ task counts, the counts of any number of batches or sites are added, and the met
 sums, exactly what it would be over all rows at once.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -53,6 +53,27 @@ def total(tallies: Iterable[Tally]) -> Tally:
         for name, values in each.kept.items():
             kept.setdefault(name, []).append(values)
     return Tally(loss, counted, sums, {name: np.concatenate(v) for name, v in kept.items()})
+
+
+def scores(task: "Task", parts: Sequence[Tally], classes: tuple[str, ...]) -> Score:
+    """The scores over all clients' rows, and how the leading metric spreads over the clients.
+
+    parts: one of each client
+    Where two and more have rows, `client_mean`, `client_p10` (the 10th percentile, between
+    neighbours on a line) and `client_worst` come after the task's own metrics.
+    """
+    joint = score(task, total(parts), classes)
+    own = [
+        next(iter(score(task, part, classes).metrics.values())) for part in parts if part.counted
+    ]
+    if len(own) < 2:
+        return joint
+    spread = {
+        "client_mean": float(np.mean(own)),
+        "client_p10": float(np.percentile(own, 10)),
+        "client_worst": min(own),
+    }
+    return joint._replace(metrics={**joint.metrics, **spread})
 
 
 def score(task: "Task", tally: Tally, classes: tuple[str, ...]) -> Score:
