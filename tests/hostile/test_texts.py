@@ -10,6 +10,7 @@ import tomllib
 import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,5 +128,5 @@ def test_a_header_that_one_thread_can_read_all_can_use(kind: str) -> None:
         thread.join()
         assert bool(read) == (depth < 8)
         for frame in read:
-            deeper(50, lambda frame=frame: worker.seal(worker.digest(frame), frame))
+            deeper(50, partial(worker.digest, frame))
             assert json.loads(json.dumps(frame.header)) == frame.header
