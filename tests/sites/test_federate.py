@@ -251,3 +251,29 @@ def test_description_is_not_believed(change: dict[str, Any], why: str) -> None:
 def test_site_that_cannot_take_part(head: dict[str, Any], why: str) -> None:
     with pytest.raises(FedSieveError, match=why):
         welcome(head, Client("north", 1))
+
+
+def test_no_file_of_the_servers_is_told_to_sites_through_a_link(tiny: Tiny, tmp_path: Path) -> None:
+    folder, other = tmp_path / "run", tmp_path / "letter"
+    federate.prepare(checked(tiny), folder, PATIENCE, federate.ServerAddress())
+    other.write_text("dear")
+    (folder / federate.TOLD).unlink(missing_ok=True)
+    (folder / federate.TOLD).symlink_to(other)
+    with pytest.raises(FedSieveError, match="is a symbolic link"):
+        federate.serve(folder, None, PATIENCE, print)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "superlink = 1", "[superlink]", "x" + ".x" * 99 + " = 1"]
+)
+def test_a_federations_own_table_that_was_changed_is_refused(
+    tiny: Tiny, tmp_path: Path, text: str | None
+) -> None:
+    folder = tmp_path / "run"
+    federate.prepare(checked(tiny), folder, PATIENCE, federate.ServerAddress())
+    config = folder / federate.HOME / "config.toml"
+    config.unlink()
+    if text is not None:
+        config.write_text(text)
+    with pytest.raises(FedSieveError, match=r"config\.toml"):
+        federate.begin_again(folder)

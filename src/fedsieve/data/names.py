@@ -21,7 +21,7 @@ from typing import Any
 from fedsieve.errors import FedSieveError
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?")
-_INTEGER = re.compile(r"0|-?[1-9][0-9]*")
+_INTEGER = re.compile(r"0|-?[1-9][0-9]{0,999}")  # Python reads no number of many thousands
 _TRUTHS = ("True", "False")
 
 

@@ -256,6 +256,10 @@ def _same(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: earlier for name, earlier in names.items() if name != earlier}
 
 
+# What methods and optimizers keep.
+_TYPES = {f"torch.{name}" for name in ("float32", "float64", "int32", "int64", "bool", "uint8")}
+
+
 def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name in sorted(tensors):
@@ -269,6 +273,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if odd := {str(t.dtype) for t in tensors.values()} - _TYPES:
+        raise ValueError(f"it holds numbers of type {min(odd)}, and no run keeps such")
     if _digest(tensors, metadata["facts"]) != metadata["digest"]:
         raise ValueError("its digest does not match")
     return parsed(metadata["facts"], f"what the checkpoint {path} says"), tensors

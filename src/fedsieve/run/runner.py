@@ -23,10 +23,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import torch
 from safetensors import SafetensorError
 
 from fedsieve import report
-from fedsieve.algebra.adapter import Adapter
+from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.disk import remove_link
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
@@ -121,12 +122,25 @@ def _refuse_other_state(folder: Path, experiment: Experiment, snapshot: Snapshot
     """Raises FedSieveError for a state that the method does not have: rounds would break off."""
     trees = snapshot.progress.state.trees
     for group, tree in experiment.federation.method.init(experiment.start).trees.items():
-        shapes = {name: tuple(tensor.shape) for name, tensor in tree.items()}
-        if {name: tuple(tensor.shape) for name, tensor in trees.get(group, {}).items()} != shapes:
-            raise FedSieveError(
-                f"{folder}: the newest checkpoint's {group!r} is not what the recipe's method and "
-                "server keep: it is of another recipe, or was not written by FedSieve"
-            )
+        if _forms(trees.get(group, {})) != _forms(tree):
+            raise _other_state(folder, repr(group))
+    try:  # what a method keeps only later is seen by making use of it
+        method = experiment.federation.method
+        method.export(snapshot.progress.state)
+        method.plan(snapshot.progress.state, experiment.federation.own_key(snapshot.progress.round))
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise _other_state(folder, "state") from error
+
+
+def _forms(tree: Tree) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tree.items()}
+
+
+def _other_state(folder: Path, what: str) -> FedSieveError:
+    return FedSieveError(
+        f"{folder}: the newest checkpoint's {what} is not what the recipe's method and "
+        "server keep: it is of another recipe, or was not written by FedSieve"
+    )
 
 
 def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:

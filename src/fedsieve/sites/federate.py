@@ -40,7 +40,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.data.fetch import PACKAGES
-from fedsieve.disk import objects, refuse_link, write_whole
+from fedsieve.disk import objects, parsed, refuse_link, write_whole
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
@@ -215,8 +215,14 @@ def begin_again(folder: Path) -> list[str]:
         )
     _refuse_other_app(app)
     _renew(app / "pyproject.toml")
-    config = _table(folder / HOME / "config.toml")
-    if root := config["superlink"][CONNECTION].get("root-certificates"):
+    source = folder / HOME / "config.toml"
+    try:
+        root = _table(source)["superlink"][CONNECTION].get("root-certificates")
+    except (OSError, KeyError, TypeError, AttributeError):
+        raise FedSieveError(
+            f"{source} does not say where the federation's server is: begin a new one"
+        ) from None
+    if root:
         for ending in _endings(Path(root).parent):
             warnings.warn(ending, stacklevel=2)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
@@ -292,6 +298,7 @@ def serve(
     """
     # A federation that was prepared before there was one goes on under its digest.
     told = folder / TOLD if (folder / TOLD).exists() else folder / rundir.RECIPE
+    refuse_link(told)  # what it leads to would go to every site
     text = told.read_text(encoding="utf-8")
     rounds = runner.rounds_of(folder)
     board: list[Sites] = []
@@ -478,7 +485,7 @@ def _known(place: Path) -> dict[str, str]:
     try:
         known = {
             name: _flowers(key) if key.startswith("ecdsa-") else key
-            for name, key in json.loads(place.read_text(encoding="utf-8")).items()
+            for name, key in parsed(place.read_bytes(), str(place)).items()
         }
     except (ValueError, AttributeError) as error:
         raise FedSieveError(
