@@ -10,8 +10,10 @@ The folder that a user names may be a link itself, as may what lies above it: th
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +156,9 @@ def objects(path: Path, until: int | None = None) -> Iterator[tuple[int, dict[st
             yield number, None
 
 
+_LONG_NUMBER = re.compile(r"[0-9]{19}|[eE][+-]?[0-9]{3}")
+
+
 class NotJson(FedSieveError):
     """A text that is not JSON: it may have been cut."""
 
@@ -168,8 +173,12 @@ def parsed(text: bytes | str, where: str) -> dict[str, Any]:
     Raises NotJson, and FedSieveError for any other value, for a whole number beyond `LARGEST`, or
     for one that no float holds; all begin with `where`. NaN and Infinity are words of their own.
     """
+    text = text.decode() if isinstance(text, bytes) and text.isascii() else text
+    # Numbers one by one take ten times as long, and only where some are long can one be too large.
+    short = isinstance(text, str) and not _LONG_NUMBER.search(text)
+    read = json.loads if short else partial(json.loads, parse_int=_whole, parse_float=_real)
     try:
-        value = json.loads(text, parse_int=_whole, parse_float=_real)
+        value = read(text)
     except _TooLarge:
         raise FedSieveError(f"{where} holds a number beyond all that are written") from None
     except (ValueError, RecursionError):
