@@ -13,7 +13,7 @@ from fedsieve.sites import resident
 from fedsieve.sites.server import joint_score
 from fedsieve.sites.worker import Frame
 from fedsieve.tasks import catalogue
-from fedsieve.tasks.tally import score, total
+from fedsieve.tasks.tally import scores
 from fedsieve.train.local import tally
 from fedsieve.wire import encode
 from tests.conftest import LABELS, Tiny
@@ -73,7 +73,7 @@ def test_the_scores_of_two_sites_are_those_of_all_their_rows(
         classes = assignment.resident.classes
     said: list[str] = []
     joint = joint_score(answers, kind.task, classes, said.append)
-    expected = score(catalogue.load(kind.task), total(counts), classes)
+    expected = scores(catalogue.load(kind.task), counts, classes)
     assert not said
     assert joint is not None
     assert joint.counted == expected.counted
