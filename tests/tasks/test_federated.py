@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 
 import fedsieve
 from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
 from fedsieve.tasks import catalogue
+from fedsieve.tasks.task import Fields
 from tests import runs
 from tests.conftest import COMMON, LABELS, OWN, Tiny
 
@@ -211,3 +212,20 @@ def test_a_bad_row_is_named_before_training(tiny: Tiny, tmp_path: Path, kind: Ki
             runs.start(tiny, tmp_path / "run", **given, partition={"kind": "iid", "clients": 2})
         assert why in str(refused.value)
         assert "row 7" in str(refused.value)
+
+
+@pytest.mark.parametrize("task", ["multi-label", "token-classification"])
+@pytest.mark.parametrize("number", [-1, 2])
+def test_a_number_that_no_class_has_is_no_class(task: str, number: int) -> None:
+    """-1 is the hub's word for "not given", and no name counted from the end."""
+    words = Sequence(Value("string")) if task == "token-classification" else Value("string")
+    kind = Features({"text": words, "label": Sequence(ClassLabel(names=["a", "b"]))})
+    text = ["x"] if task == "token-classification" else "x"
+    rows = {"text": [text, text], "label": [[0], [0]]}
+    good = Dataset.from_dict(rows, features=kind).to_list()
+    good[1]["label"] = [number]
+    odd = Dataset.from_list(good).with_format(None)
+    odd = Dataset(odd.data, info=Dataset.from_dict(rows, features=kind).info)
+    bad = catalogue.load(task).bad(odd, None, Fields(text="text", label="label"))
+    assert list(bad) == [1]
+    assert f"holds {number}, and its 2 classes have the numbers 0 to 1" in str(bad[1])

@@ -54,6 +54,20 @@ def name_of(value: Any) -> str | None:
     raise FedSieveError(f"holds {kind_of(value)}, and a name is one text or whole number")
 
 
+def name_among(value: Any, told: Sequence[str] | None) -> str | None:
+    """`name_of` a value that is the number of one of the names that are told, where some are.
+
+    The hub's test sets hold -1 for "not given": no class, but not nothing either.
+    """
+    if told is None or value is None:
+        return name_of(value)
+    if not 0 <= value < len(told):
+        raise FedSieveError(
+            f"holds {value}, and its {len(told)} classes have the numbers 0 to {len(told) - 1}"
+        )
+    return name_of(told[value])
+
+
 def kind_of(value: Any) -> str:
     """What a value is, in the words of an error."""
     value = _python(value)

@@ -17,7 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
 
 from fedsieve.data import fetch, files
 from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
-from fedsieve.data.names import clean, name_of
+from fedsieve.data.names import clean, name_among
 from fedsieve.errors import FedSieveError, nearest
 
 _TEXTS = frozenset({"string", "large_string", "string_view"})
@@ -124,17 +124,8 @@ def names_in(dataset: Dataset, name: str) -> list[str | FedSieveError | None]:
     told = [*map(clean, feature.names)] if isinstance(feature, ClassLabel) else None
     found: list[str | FedSieveError | None] = []
     for row, value in enumerate(values):
-        if told is not None and value is not None and not 0 <= value < len(told):
-            # The hub's test sets hold -1 for "not given": no class, but not nothing either.
-            found.append(
-                FedSieveError(
-                    f"row {row} of column {name!r} holds {value}, and its {len(told)} classes "
-                    f"have the numbers 0 to {len(told) - 1}"
-                )
-            )
-            continue
         try:
-            found.append(name_of(value if told is None or value is None else told[value]))
+            found.append(name_among(value, told))
         except FedSieveError as error:
             found.append(FedSieveError(f"row {row} of column {name!r} {error}"))
     return found

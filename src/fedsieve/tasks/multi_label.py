@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 
 from fedsieve.data.files import Columns
-from fedsieve.data.names import clean, in_order, name_of
+from fedsieve.data.names import clean, in_order, name_among
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
@@ -65,13 +65,12 @@ def _of_lists(rows: Dataset, name: str) -> list[set[str] | FedSieveError]:
         try:
             if not isinstance(value, list):
                 raise FedSieveError(f"holds no list of names{IN_FILES}")
-            names = [name_of(told[v] if told is not None and v is not None else v) for v in value]
+            names = [name_among(each, told) for each in value]
             if None in names:
                 raise FedSieveError("holds an empty name in its list")
             found.append({each for each in names if each is not None})
-        except (FedSieveError, IndexError) as error:
-            why = error if isinstance(error, FedSieveError) else "holds a number of no class"
-            found.append(FedSieveError(f"row {row} of column {name!r} {why}"))
+        except FedSieveError as error:
+            found.append(FedSieveError(f"row {row} of column {name!r} {error}"))
     return found
 
 

@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 
 from fedsieve.data.files import Columns
-from fedsieve.data.names import clean, in_order, name_of
+from fedsieve.data.names import clean, in_order, name_among
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
@@ -47,9 +47,8 @@ def _rows(rows: Dataset, fields: Fields) -> list[tuple[list[str], list[str]] | F
     for row, (words, tags) in enumerate(zip(column(rows, text), column(rows, label), strict=True)):
         try:
             found.append((_words(words, text), _tags(tags, told, label, words)))
-        except (FedSieveError, IndexError) as error:
-            why = error if isinstance(error, FedSieveError) else f"{label!r}: a tag of no class"
-            found.append(FedSieveError(f"row {row} of column {why}"))
+        except FedSieveError as error:
+            found.append(FedSieveError(f"row {row} of column {error}"))
     return found
 
 
@@ -67,7 +66,7 @@ def _tags(tags: Any, told: list[str] | None, name: str, words: list[str]) -> lis
     names = []
     for tag in tags:
         try:
-            given = name_of(tag if told is None or tag is None else told[tag])
+            given = name_among(tag, told)
         except FedSieveError as error:
             raise FedSieveError(f"{name!r} {error}") from None
         if given is None:
