@@ -19,7 +19,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
 from fedsieve.tasks.classes import listing
 from fedsieve.tasks.tally import Tally
-from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed
+from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
 from fedsieve.tasks.tokens import IN_FILES, bad_texts, texts
 
 if TYPE_CHECKING:
@@ -111,9 +111,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     names = fields.classes or ()
     if len(names) < 2 or len(set(names)) < len(names):
         raise FedSieveError(f"label: at least two different classes are needed, not {list(names)}")
-    bad = _bad(rows, tokenizer, fields)
-    for row in sorted(bad):
-        raise bad[row]
+    refuse(_bad(rows, tokenizer, fields))
     sets = _sets(rows, fields)
     holds = [[float(name in each) for name in names] for each in sets if isinstance(each, set)]
     assert fields.text is not None

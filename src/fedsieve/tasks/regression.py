@@ -16,7 +16,7 @@ from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import classification
 from fedsieve.tasks.tally import Tally
-from fedsieve.tasks.task import Bad, Fields, Rows, Task, no_classes
+from fedsieve.tasks.task import Bad, Fields, Rows, Task, no_classes, refuse
 from fedsieve.tasks.tokens import bad_texts, texts
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) ->
 
 def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
     columns = classification.columns_of(fields)
-    bad = _bad(rows, tokenizer, fields)
-    for row in sorted(bad):
-        raise bad[row]
+    refuse(_bad(rows, tokenizer, fields))
     numbers = [_number(value) for value in column(rows, columns.names[0])]
     examples = texts(rows, tokenizer, columns.texts[0], fields.text_b, fields.max_length)
     labels = torch.tensor(numbers, dtype=torch.float32)

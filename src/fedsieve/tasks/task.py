@@ -96,6 +96,12 @@ def needed(**given: Any) -> None:
             raise FedSieveError(f"{name}: this task needs it: say which column that is")
 
 
+def refuse(bad: Bad) -> None:
+    """Raises the error of the first row that is no example, if any is none."""
+    for row in sorted(bad):
+        raise bad[row]
+
+
 def no_classes(*_: Any) -> tuple[str, ...]:
     """The classes of a task that has none."""
     return ()

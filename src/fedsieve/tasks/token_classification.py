@@ -20,7 +20,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
 from fedsieve.tasks.classes import listing
 from fedsieve.tasks.tally import Tally
-from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed
+from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
 from fedsieve.tasks.tokens import IGNORED, IN_FILES, Examples, check_rows, pad_id, rectangle
 
 if TYPE_CHECKING:
@@ -111,9 +111,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     names = fields.classes or ()
     if len(names) < 2 or len(set(names)) < len(names):
         raise FedSieveError(f"label: at least two different tags are needed, not {list(names)}")
-    bad = _bad(rows, tokenizer, fields)
-    for row in sorted(bad):
-        raise bad[row]
+    refuse(_bad(rows, tokenizer, fields))
     if not tokenizer.is_fast:
         raise FedSieveError(
             "token classification needs a tokenizer that tells which word each token is of (a "
