@@ -130,6 +130,7 @@ def finetune(
     strict: bool = False,
     seed: int = 0,
     device: str = "auto",
+    **data: Any,
 ) -> Run:
     """Set up federated LoRA fine-tuning; nothing is trained until the run is iterated.
 
@@ -143,6 +144,8 @@ def finetune(
     text, label, prompt, completion: columns. For causal-lm give `text`, or the other two (then
              text is not used). `classes` defaults to the labels that the clients hold. Labels
              are names (data/names.py), 1 and "1" alike
+    data:    what else of a recipe's [data] says what rows hold, such as `text_b`, `options`,
+             `option_word` (docs/recipes.md)
     budgets: what each client can afford, by id; or one budget for all
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
              warning; by default 100, and without a bound (math.inf) where the method's server clips
@@ -160,6 +163,7 @@ def finetune(
         completion=completion,
         classes=classes,
         max_length=max_length,
+        **arguments.fields_given(data),
     )
     asked = catalogue.load(task)
     columns = asked.columns(fields)

@@ -66,6 +66,14 @@ def asked() -> list[dict[str, Any]]:
     return [{"ask": " ".join(words), "say": f" {subject}0"} for subject, words in subjects(60, 5)]
 
 
+def chosen() -> list[dict[str, Any]]:
+    options = [f"{label}0" for label in LABELS]
+    return [
+        {"text": " ".join(words), "of": options, "label": f"{subject}0"}
+        for subject, words in subjects(240, 7)
+    ]
+
+
 PLAIN = {"text": "text", "label": "label"}
 KINDS = [
     Kind(
@@ -121,6 +129,32 @@ KINDS = [
         0.3,
         [({"ask": "cars0", "say": None}, "column 'say' holds nothing")],
     ),
+    Kind(
+        "multiple-choice",
+        chosen(),
+        {**PLAIN, "options": "of", "new_tokens": 4},
+        "accuracy",
+        0.45,  # a third by chance
+        [
+            ({"text": "cars0", "of": ["cars0"], "label": "cars0"}, "column 'of' holds 1 options"),
+            ({"text": "cars0", "of": ["cars0", " "], "label": "0"}, "'of': option 2 is empty"),
+            ({"text": "cars0", "of": ["cars0", "food0"], "label": "2"}, "'label' holds '2', which"),
+            ({"text": "cars0", "of": None, "label": "0"}, "column 'of' holds no list of options"),
+            ({"text": "cars0", "of": ["a", "b"], "label": None}, "does not say which is right"),
+            ({"text": None, "of": ["cars0", "food0"], "label": "0"}, "'text' holds nothing"),
+        ],
+    ),
+    Kind(
+        "generation",
+        asked(),
+        {"prompt": "ask", "completion": "say", "text": None, "label": None, "new_tokens": 4},
+        "token_f1",
+        0.4,  # none at the start
+        [
+            ({"ask": "cars0", "say": None}, "column 'say' holds nothing"),
+            ({"ask": "cars0", "say": "  "}, "column 'say' holds nothing that could be expected"),
+        ],
+    ),
 ]
 each = pytest.mark.parametrize("kind", KINDS, ids=[kind.task for kind in KINDS])
 quietly = pytest.mark.filterwarnings("ignore:.*no padding token", "ignore:the model's head is for")
@@ -132,7 +166,8 @@ def written(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def base(tiny: Tiny, kind: Kind) -> str:
-    return str(tiny.gpt2 if kind.task == "causal-lm" else tiny.bert)
+    writes = catalogue.load(kind.task).peft == "CAUSAL_LM"
+    return str(tiny.gpt2 if writes else tiny.bert)
 
 
 def changes(tiny: Tiny, folder: Path, kind: Kind, rows: list[dict[str, Any]]) -> dict[str, Any]:

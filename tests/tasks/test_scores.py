@@ -128,7 +128,8 @@ def counted(case: Case, size: int) -> list[Tally]:
 
 
 def test_every_task_has_a_case() -> None:
-    assert {case.task for case in CASES} == set(catalogue.names())
+    asking = {name for name in catalogue.names() if catalogue.load(name).ask}  # test_asked.py
+    assert {case.task for case in CASES} == set(catalogue.names()) - asking
 
 
 @each

@@ -48,7 +48,8 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
     clients: the column that names the clients, if one does
     Raises FedSieveError as `sources.load` does.
     """
-    texts = (data.text, data.text_b, data.prompt, data.completion)
+    options = data.options if isinstance(data.options, tuple) else (data.options,)
+    texts = (data.text, data.text_b, data.prompt, data.completion, *options)
     labels = data.label if isinstance(data.label, tuple) else (data.label,)
     names = (*labels, clients)
     columns = Columns(*(tuple(c for c in kind if c is not None) for kind in (texts, names)))

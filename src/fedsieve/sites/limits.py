@@ -73,10 +73,25 @@ def check_texts(recipe: Recipe, site: Site, rows: Dataset) -> None:
     """
     data = recipe.data
     names = [n for n in (data.text, data.text_b, data.prompt, data.completion) if n is not None]
+    options = [data.options] if isinstance(data.options, str) else [*(data.options or ())]
     # A token has at least one byte; a few more begin and end a row.
-    most = 8 + sum(max(map(_bytes_in, column(rows, name)), default=0) for name in names)
-    taken = _TENSORS * _INT * len(rows) * min(data.max_length, most)
+    most = 8 + sum(
+        max(map(_bytes_in, column(rows, name)), default=0) for name in (*names, *options)
+    )
+    copies = _TENSORS
+    if catalogue.load(recipe.model.task).ask is not None:
+        # The prompt is kept, and with each of the options once more.
+        listed = [max(map(_parts_of, column(rows, name)), default=0) for name in options]
+        copies += 1 + (sum(listed) or len(data.classes or "."))
+    taken = copies * _INT * len(rows) * min(data.max_length, most)
     _refuse(taken, site, f"data.max_length {data.max_length} with {len(rows)} rows")
+
+
+def _parts_of(value: object) -> int:
+    """How many options a cell holds."""
+    if isinstance(value, dict):
+        value = value.get("text")
+    return len(value) if isinstance(value, list) else 1
 
 
 def _bytes_in(value: object) -> int:
@@ -105,6 +120,14 @@ def check(
             f"{work} tokens a round ({steps} steps of {batch} rows of {length}): this site takes "
             f"at most {site.most_tokens} (most_tokens): lower training.steps or training.batch"
         )
+    if test is not None and catalogue.load(recipe.model.task).ask is not None:
+        written = tokens.count(test) * recipe.data.new_tokens
+        if written > site.most_tokens:
+            raise FedSieveError(
+                f"{written} tokens may be written at an evaluation ({tokens.count(test)} prompts "
+                f"of data.new_tokens each): this site takes at most {site.most_tokens} "
+                "(most_tokens)"
+            )
     shape = _shape(recipe, method)
     trained = shape.layout.size
     state = _FLOAT * trained * (4 + _moments(training))

@@ -46,6 +46,7 @@ class Rows(Table):
     label: str | tuple[str, ...] | None = None
     prompt: str | None = None
     completion: str | None = None
+    options: str | tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _columns_named(self) -> "Rows":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedsieve.data.files import Columns
 from fedsieve.errors import FedSieveError
+from fedsieve.tasks.asked import Asked, Speaker
 from fedsieve.tasks.tally import Tally
 from fedsieve.tasks.tokens import Examples
 
@@ -27,6 +28,10 @@ class Fields(NamedTuple):
 
     text, text_b: what is read; label: what is to be told, one column or several
     prompt, completion: of a causal LM
+    options: of multiple choice: a column of lists, or one column an option
+    option_word: what the options are listed and answered as: "answer" makes answer1, answer2, ...
+    answer: what is written for an option, with `{option}` in it; first_option: the first's number
+    new_tokens, stop: how many tokens a written answer may have, and the texts that end one
     classes: the names in the order of the model's outputs; None is those of the rows
     """
 
@@ -37,6 +42,12 @@ class Fields(NamedTuple):
     completion: str | None = None
     classes: tuple[str, ...] | None = None
     max_length: int = 128
+    options: str | tuple[str, ...] | None = None
+    option_word: str | None = None
+    answer: str | None = None
+    first_option: int = 0
+    new_tokens: int = 32
+    stop: tuple[str, ...] = ()
 
 
 class Rows(NamedTuple):
@@ -71,6 +82,7 @@ class Task:
     judge:  logits, labels and classes of a batch -> what is counted
     fits:   whether sums can be those of this task: a site may send anything
     metrics: of what was counted, which is not nothing; the first leads
+    ask:    of a task that asks (asked.py), in the place of `judge` at evaluation
     """
 
     title: str
@@ -87,6 +99,7 @@ class Task:
     judge: Callable[[Tensor, Tensor, tuple[str, ...]], Tally]
     fits: Callable[[Tally, tuple[str, ...]], bool]
     metrics: Callable[[Tally, tuple[str, ...]], dict[str, float]]
+    ask: Callable[[Sequence[Asked], Speaker], Tally] | None = None
 
 
 def needed(**given: Any) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
+from fedsieve.tasks.asked import Asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,12 +38,14 @@ class Examples(NamedTuple):
         no loss (padding, prompts).
     token_type_ids: (n, L) int64 where the tokenizer tells parts apart (sentence pairs; XLNet's
         summary token), zero on padding; else None.
+    asked: (n) what is asked at evaluation, of a task that asks (asked.py); else None.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     token_type_ids: Tensor | None = None
+    asked: tuple[Asked, ...] | None = None
 
 
 def count(examples: Examples) -> int:
@@ -64,12 +67,13 @@ def take(examples: Examples, index: Tensor) -> Examples:
     width = int(mask.sum(1).max()) if index.numel() else 0
     # Columns first (a view), rows second: index_select then returns contiguous tensors.
     labels = examples.labels[:, :width] if by_token(examples.labels) else examples.labels
-    types = examples.token_type_ids
+    types, asked = examples.token_type_ids, examples.asked
     return Examples(
         examples.input_ids[:, :width].index_select(0, index),
         mask[:, :width].contiguous(),
         labels.index_select(0, index),
         None if types is None else types[:, :width].index_select(0, index),
+        None if asked is None else tuple(asked[row] for row in index.tolist()),
     )
 
 

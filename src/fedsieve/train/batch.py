@@ -20,7 +20,7 @@ def inputs(model: Any, examples: Examples, device: torch.device) -> dict[str, Te
     column. Token types are left out where the model has no table that they fit.
     """
     config = model.config
-    given = {name: value for name, value in examples._asdict().items() if value is not None}
+    given = {n: value for n, value in examples._asdict().items() if isinstance(value, Tensor)}
     mask = examples.attention_mask
     pad = getattr(config, "pad_token_id", None)
     if pad is not None:

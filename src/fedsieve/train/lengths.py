@@ -23,6 +23,7 @@ def check_rows(resident: "ResidentModel", *sets: Examples | None) -> None:
         if examples is not None and examples.input_ids.numel():
             check_length(resident, examples)
             _check_vocabulary(resident, examples)
+            _check_room(resident, examples)
 
 
 def check_length(resident: "ResidentModel", examples: Examples) -> None:
@@ -82,4 +83,16 @@ def _check_vocabulary(resident: "ResidentModel", examples: Examples) -> None:
             f"the texts have token {largest}, and the model has embeddings for {rows} tokens: the "
             "tokenizer is another model's, or tokens were added to it for which the model was "
             "never resized (save it after model.resize_token_embeddings)"
+        )
+
+
+def _check_room(resident: "ResidentModel", examples: Examples) -> None:
+    """That what is written after the longest prompt has positions too."""
+    asked, room = examples.asked or (), longest(resident.model)
+    most = max((len(each.prompt) for each in asked), default=0)
+    written = max((each.most for each in asked), default=0)
+    if room is not None and most + written > room:
+        raise FedSieveError(
+            f"data.new_tokens: prompts of {most} tokens and {written} written after them do not "
+            f"fit the model's {room} positions: lower it, or data.max_length"
         )

@@ -22,6 +22,7 @@ from fedsieve.tasks.tally import Score, Tally, score, total
 from fedsieve.tasks.tokens import Examples, take
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.model import ResidentModel
+from fedsieve.train.speaker import speaker
 
 
 class Fit(NamedTuple):
@@ -127,6 +128,8 @@ def tally(
     rows = torch.arange(examples.labels.shape[0])
     counts = []
     with torch.inference_mode(), _precision(resident, precision):
+        if task.ask is not None:
+            return task.ask(examples.asked or (), speaker(resident, batch))
         for index in rows.split(batch):
             given = inputs(resident.model, take(examples, index), resident.device)
             labels = given.pop("labels")

@@ -34,7 +34,7 @@ def settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
     kind = model.config.model_type
     try:
         _choose_padding(model, task, pad)
-        if task == "causal-lm" and not _causal(model):
+        if catalogue.load(task).peft == "CAUSAL_LM" and not _causal(model, task):
             raise FedSieveError(
                 f"this {kind} model sees the tokens that it is to predict: choose a causal one, "
                 "or, if it was trained as a decoder, set is_decoder = true in [model.settings]"
@@ -130,9 +130,9 @@ def _apart(model: PreTrainedModel, task: Task) -> bool:
     return _same(_run(model, alone).logits, together)
 
 
-def _causal(model: PreTrainedModel) -> bool:
+def _causal(model: PreTrainedModel, task: Task) -> bool:
     """Whether another last token leaves what was predicted before it as it was."""
-    rows = _rows(model, "causal-lm")
+    rows = _rows(model, task)
     ids = rows.input_ids.clone()
     ids[1, -1] = ids[1][ids[1] != ids[1, -1]][0]
     before = _run(model, rows).logits[1, :-1]
