@@ -124,13 +124,13 @@ def test_the_recipe_of_each_task_runs(
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(rows * 8, encoding="utf-8")
     model = tiny.bert
-    if task == "causal-lm":
+    if catalogue.load(task).peft == "CAUSAL_LM":
         model = tmp_path / "model"
         shutil.copytree(tiny.gpt2, model)
         template = "{% for m in messages %}{{ m['content'] + ' <end> ' }}{% endfor %}"
         (model / "chat_template.jinja").write_text(template, encoding="utf-8")
     source = tomllib.loads(text)["model"]["source"]
-    longest = ["data.max_length=24"]  # tiny models have 32 positions
+    longest = ["data.max_length=24", "data.new_tokens=8"]  # tiny models have 32 positions
     Path("recipe.toml").write_text(text.replace(source, str(model)), encoding="utf-8")
     runs.start_from(recipe.load("recipe.toml", longest), tmp_path / "run")
     (line,) = [line for line in TASKS.read_text("utf-8").splitlines() if f"| `{task}` |" in line]

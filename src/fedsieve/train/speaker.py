@@ -27,7 +27,7 @@ def speaker(resident: ResidentModel, batch: int) -> Speaker:
     def likelihoods(rows: Sequence[tuple[Ids, int]]) -> list[float]:
         found = [0.0] * len(rows)
         for some in _alike([len(ids) for ids, _ in rows], batch):
-            ids, mask = rectangle([rows[n][0] for n in some], 0)
+            ids, mask = rectangle([rows[n][0].tolist() for n in some], 0)
             begins = torch.tensor([rows[n][1] for n in some])[:, None]
             learned = (mask == 1) & (torch.arange(ids.shape[1]) >= begins)
             labels = ids.masked_fill(~learned, IGNORED)
@@ -78,7 +78,7 @@ def _written(
     own = model.generation_config
     if tokenizer is None or own is None:
         raise FedSieveError(f"a {model.config.model_type} model cannot be asked for a text")
-    ids, mask = rectangle([prompt[::-1] for prompt in prompts], tokenizer.pad_token_id)
+    ids, mask = rectangle([prompt[::-1].tolist() for prompt in prompts], tokenizer.pad_token_id)
     ids, mask = ids.flip(1).to(resident.device), mask.flip(1).to(resident.device)
     ends = {tokenizer.eos_token_id}
     ends |= set(own.eos_token_id) if isinstance(own.eos_token_id, list) else {own.eos_token_id}
