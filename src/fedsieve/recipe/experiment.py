@@ -40,7 +40,7 @@ from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import catalogue, tokens
-from fedsieve.tasks.tally import Score, scores
+from fedsieve.tasks.tally import Details, Score, scores
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
@@ -58,6 +58,7 @@ class Experiment:
     memories: what clients keep between rounds, by id
     notes:    what a user should know about how it was set up
     ending:   why there are no more rounds, to be said at the end; or None
+    details:  of the last evaluation, one or none; a run whose noise is fresh has none
     """
 
     recipe: Recipe | None
@@ -67,6 +68,20 @@ class Experiment:
     memories: dict[str, Memory]
     notes: tuple[str, ...]
     ending: str | None = None
+    details: list[Details] = dataclasses.field(default_factory=list)
+
+
+def keeping(
+    evaluate: Callable[[Adapter], Score | None], details: list[Details]
+) -> Callable[[Adapter], Score | None]:
+    """An evaluation that puts what it shows beyond its scores in the place of the last one's."""
+
+    def evaluated(adapter: Adapter) -> Score | None:
+        score = evaluate(adapter)
+        details[:] = [] if score is None else [score.details]
+        return score
+
+    return evaluated
 
 
 def assemble(
@@ -158,8 +173,10 @@ def assemble(
             ]
         return scores(catalogue.load(resident.task), parts, resident.classes)
 
+    details: list[Details] = []
     # A client's own part of the model is no part of what the noise covers.
     withheld = method.personal is not None and method.private == "system"
+    evaluated = score if method.private == "system" else keeping(score, details)
     exchange = in_process(method, train, resident.adapter(), memories)
     federation = Federation(
         method=method,
@@ -167,7 +184,7 @@ def assemble(
         sampling=sampling,
         seed=seed,
         exchange=punctual(exchange, sampling.size) if sampling.extra else exchange,
-        evaluate=None if test is None or withheld else score,
+        evaluate=None if test is None or withheld else evaluated,
         evaluate_every=evaluate_every,
         privacy=privacy,
         dense=resident.dense,
@@ -175,7 +192,7 @@ def assemble(
     )
     ending = None if privacy is None else privacy.ending
     return Experiment(
-        recipe, federation, resident, resident.adapter(), memories, tuple(notes), ending
+        recipe, federation, resident, resident.adapter(), memories, tuple(notes), ending, details
     )
 
 

@@ -213,6 +213,7 @@ def _go_on(
         if snapshot is None:
             first, progress = loop.begin(experiment.federation, experiment.start)
             rundir.append(folder, rundir.METRICS, [first])
+            rundir.keep_details(folder, 0, experiment.details)
             snapshot = _snapshot(experiment, progress, folder, text)
             checkpoint.save(checkpoints, snapshot)
             show(first, [])
@@ -236,6 +237,8 @@ def _go_on(
                 hold=hold,
             ):
                 rundir.append(folder, rundir.METRICS, [summary])
+                if summary.metrics is not None:
+                    rundir.keep_details(folder, summary.round, experiment.details)
                 rundir.append(folder, rundir.CLIENTS, receipts)
                 # Before this line a Ctrl-C finds the snapshot of the round before, with its own
                 # marks and memories: what of this round is written already will be cut off.

@@ -51,6 +51,7 @@ from fedsieve.recipe.experiment import (
     Experiment,
     absolute,
     all_cautions,
+    keeping,
     locate,
     set_up_resident,
     with_privacy,
@@ -75,7 +76,7 @@ from fedsieve.sites.server import (
 from fedsieve.sites.site import NAME
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import catalogue, tokens
-from fedsieve.tasks.tally import Score
+from fedsieve.tasks.tally import Details, Score
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import evaluate
@@ -409,6 +410,9 @@ def on_network(
     score: Callable[[Adapter], Score | None] | None = at_sites if test is None else here
     if test is None and method.private == "system":
         score = None  # the sites' test rows are their own, and no noise covers figures from them
+    details: list[Details] = []
+    if score is not None and method.private != "system":
+        score = keeping(score, details)
     federation = Federation(
         method=method,
         clients=clients,
@@ -427,7 +431,7 @@ def on_network(
     notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
     start = resident.adapter()
-    return Experiment(recipe, federation, resident, start, {}, notes, ending), sites
+    return Experiment(recipe, federation, resident, start, {}, notes, ending, details), sites
 
 
 def _welcome(

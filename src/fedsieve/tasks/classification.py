@@ -126,4 +126,6 @@ TASK = Task(
     judge=_judge,
     fits=confusion.fits,
     metrics=confusion.metrics,
+    by_class=confusion.by_class,
+    told=confusion.told,
 )

@@ -19,7 +19,7 @@ from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import causal_lm, chat
 from fedsieve.tasks.asked import Asked, Speaker
-from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.tally import SHOWN, Answer, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.tokens import check_rows, pad_id
 
@@ -110,7 +110,11 @@ def _ask(asked: Sequence[Asked], speaker: Speaker) -> Tally:
         (parts,) = chrf._extract_corpus_statistics([text], [[expected]])
         for n, count in enumerate(parts):
             sums[f"chrf{n}"] += count
-    return Tally(loss, len(asked), sums)
+    answers = tuple(
+        Answer(each.said, each.texts[0], text)
+        for each, text in zip(asked[:SHOWN], told, strict=False)
+    )
+    return Tally(loss, len(asked), sums, answers=answers)
 
 
 def _plain(text: str) -> str:

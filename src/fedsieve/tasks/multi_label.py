@@ -18,7 +18,7 @@ from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
 from fedsieve.tasks.classes import listing
-from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.tally import OfClass, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
 from fedsieve.tasks.tokens import IN_FILES, bad_texts, texts
 
@@ -172,6 +172,31 @@ def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
     return scores
 
 
+def _by_class(tally: Tally, classes: tuple[str, ...]) -> tuple[OfClass, ...]:
+    from sklearn import metrics as of
+
+    found = []
+    for number, name in enumerate(classes):
+        right, false, missed = (tally.sums[f"{kind} {number}"] for kind in _COUNTS)
+        precision, recall, f1, _ = of.precision_recall_fscore_support(
+            [1, 0, 1],
+            [1, 1, 0],
+            average="binary",
+            sample_weight=[right, false, missed],
+            zero_division=0.0,
+        )
+        scores = float(precision), float(recall), float(f1)
+        found.append(OfClass(name, int(right + missed), *scores))
+    return tuple(found)
+
+
+def _told(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> list[tuple[str, str]]:
+    def words(holds: Tensor) -> str:
+        return ", ".join(classes[n] for n in holds.nonzero().flatten().tolist())
+
+    return [(words(so), words(said)) for so, said in zip(labels > 0.5, logits > 0, strict=True)]
+
+
 def _config(classes: Sequence[str]) -> dict[str, Any]:
     return {"problem_type": "multi_label_classification", **confusion.names_of(classes)}
 
@@ -196,4 +221,6 @@ TASK = Task(
     judge=_judge,
     fits=_fits,
     metrics=_metrics,
+    by_class=_by_class,
+    told=_told,
 )

@@ -20,7 +20,7 @@ from fedsieve.data.sources import column, names_in
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import causal_lm
 from fedsieve.tasks.asked import Asked, Speaker
-from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.tally import SHOWN, Answer, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, needed
 from fedsieve.tasks.tokens import bad_texts, check_rows, pad_id
 
@@ -211,7 +211,12 @@ def _ask(asked: Sequence[Asked], speaker: Speaker) -> Tally:
         found += taken is not None
         right += taken == each.right
     sums = {"plain": plain, "by_character": by_character, "right": right, "found": found}
-    return Tally(loss, len(asked), {name: float(count) for name, count in sums.items()})
+    answers = tuple(
+        Answer(each.said, each.texts[each.right], text)
+        for each, text in zip(asked[:SHOWN], written, strict=False)
+    )
+    counts = {name: float(count) for name, count in sums.items()}
+    return Tally(loss, len(asked), counts, answers=answers)
 
 
 def _written(asked: Sequence[Asked], speaker: Speaker) -> list[str]:

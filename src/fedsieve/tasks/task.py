@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsieve.data.files import Columns
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.asked import Asked, Speaker
-from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.tally import OfClass, Tally
 from fedsieve.tasks.tokens import Examples
 
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ class Task:
     judge:  logits, labels and classes of a batch -> what is counted
     fits:   whether sums can be those of this task: a site may send anything
     metrics: of what was counted, which is not nothing; the first leads
+    by_class: how each class was told, where the outputs are classes
+    told:   logits, labels and classes -> each row in words: what is so, and what the model told
     ask:    of a task that asks (asked.py), in the place of `judge` at evaluation
     """
 
@@ -99,6 +101,8 @@ class Task:
     judge: Callable[[Tensor, Tensor, tuple[str, ...]], Tally]
     fits: Callable[[Tally, tuple[str, ...]], bool]
     metrics: Callable[[Tally, tuple[str, ...]], dict[str, float]]
+    by_class: Callable[[Tally, tuple[str, ...]], tuple[OfClass, ...]] | None = None
+    told: Callable[[Tensor, Tensor, tuple[str, ...]], list[tuple[str, str]]] | None = None
     ask: Callable[[Sequence[Asked], Speaker], Tally] | None = None
 
 

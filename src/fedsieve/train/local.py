@@ -18,7 +18,7 @@ from fedsieve.algebra.keys import Key, generator, word
 from fedsieve.algebra.method import View
 from fedsieve.settings import Precision, Training
 from fedsieve.tasks import catalogue
-from fedsieve.tasks.tally import Score, Tally, score, total
+from fedsieve.tasks.tally import SHOWN, Answer, Score, Tally, score, total
 from fedsieve.tasks.tokens import Examples, take
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.model import ResidentModel
@@ -126,15 +126,31 @@ def tally(
     resident.put(adapter)
     resident.model.eval()
     rows = torch.arange(examples.labels.shape[0])
-    counts = []
+    counts: list[Tally] = []
     with torch.inference_mode(), _precision(resident, precision):
         if task.ask is not None:
             return task.ask(examples.asked or (), speaker(resident, batch))
         for index in rows.split(batch):
-            given = inputs(resident.model, take(examples, index), resident.device)
+            some = take(examples, index)
+            given = inputs(resident.model, some, resident.device)
             labels = given.pop("labels")
-            counts.append(task.judge(resident.model(**given).logits.float(), labels, classes))
+            logits = resident.model(**given).logits.float()
+            counted = task.judge(logits, labels, classes)
+            if task.told is not None and not counts:
+                first = task.told(logits[:SHOWN], labels[:SHOWN], classes)
+                answers = zip(_said(resident, some), first, strict=False)
+                counted = counted._replace(answers=tuple(Answer(a, *b) for a, b in answers))
+            counts.append(counted)
     return total(counts)
+
+
+def _said(resident: ResidentModel, examples: Examples) -> list[str]:
+    """The first few rows in words, as the model has them."""
+    tokenizer: Any = resident.tokenizer
+    rows = zip(examples.input_ids[:SHOWN], examples.attention_mask[:SHOWN], strict=True)
+    if tokenizer is None:
+        return [""] * min(SHOWN, len(examples.input_ids))
+    return [tokenizer.decode(ids[mask == 1], skip_special_tokens=True) for ids, mask in rows]
 
 
 def runs_in_bf16(device: torch.device, precision: Precision) -> bool:
