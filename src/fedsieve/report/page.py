@@ -484,7 +484,9 @@ data.cost { white-space: normal; }
 .matrix td { text-align: right; padding: .25rem .5rem; border: 0; }
 .matrix th { padding: .25rem .75rem .25rem 0; border: 0; font-weight: 400; color: var(--quiet); }
 .matrix thead th { padding: .25rem .5rem; text-align: right; }
-.answers td { white-space: pre-wrap; max-width: 34rem; min-width: 8rem; overflow-wrap: anywhere; }
+.matrix td { min-width: 2.2rem; height: 1.9rem; }
+.answers td { white-space: pre-wrap; max-width: 34rem; min-width: 11rem; overflow-wrap: anywhere; }
+.card + .card { margin-top: 1rem; }
 details { margin: .6rem 0; padding: .7rem 1.1rem; background: var(--card);
   border: 1px solid var(--grid); border-radius: 10px; }
 summary { cursor: pointer; font-weight: 600; }

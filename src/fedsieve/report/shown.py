@@ -79,16 +79,16 @@ def _classes(shown: Shown) -> str:
 
 
 def _matrix(classes: Sequence[OfClass]) -> str:
-    """Rows are what is so, columns what was told."""
+    """Rows are what is so, columns what was told, by their numbers: names would not fit."""
     body = ""
-    for each in classes:
+    for number, each in enumerate(classes, 1):
         cells = ""
         for count in each.taken_for:
             share = round(100 * count / max(1, each.rows))
             shade = f"background:color-mix(in srgb,var(--run-0) {share * 7 // 10}%,transparent)"
-            cells += f'<td style="{shade}">{count:,}</td>'
-        body += f'<tr><th scope="row">{_cut(each.name)}</th>{cells}</tr>'
-    heads = ["", *(_short(each.name) for each in classes)]
+            cells += f'<td style="{shade}">{count:,}</td>' if count else "<td></td>"
+        body += f'<tr><th scope="row">{number} {_cut(each.name)}</th>{cells}</tr>'
+    heads = ["", *(str(number) for number in range(1, len(classes) + 1))]
     made = table(heads, body, "What each class was taken for", "matrix")
     return f"<h3>What each class (row) was taken for (column)</h3>{made}"
 
@@ -102,12 +102,9 @@ def _answers(answers: Sequence[Answer]) -> str:
         for each in answers
     )
     heads = [*(["Row"] if asked else []), "Expected", "Told"]
-    return f"<h3>The first answers</h3>{table(heads, body, 'Answers', 'answers')}"
+    made = table(heads, body, "Answers", "answers")
+    return f"<h3>The first {len(answers)} answers</h3>{made}"
 
 
 def _cut(words: str) -> str:
     return text(words if len(words) <= LONGEST else f"{words[:LONGEST]} …")
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 14 else f"{name[:13]}…"
