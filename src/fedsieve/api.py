@@ -26,12 +26,13 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import arguments
 from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
-from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples, count
 from fedsieve.tasks.task import Bad, Fields, Rows
-from fedsieve.tasks.tokens import Examples
 from fedsieve.train.changes import check_changes
 from fedsieve.train.lengths import check_rows
-from fedsieve.train.model import load_base, load_tokenizer, pick_device, set_up
+from fedsieve.train.model import load_base, pick_device, set_up
+from fedsieve.train.reader import load_reader
 
 T = TypeVar("T")
 Made = TypeVar("Made")
@@ -185,8 +186,7 @@ def finetune(
     lora, training = lora or Lora(), training or Training()
     key = Key(seed)
     source = locate(str(model))
-    tokenizer = load_tokenizer(source)
-    note = tokens.ensure_pad_token(tokenizer)
+    tokenizer, note = load_reader(source, task)
     if note:
         warnings.warn(note, stacklevel=2)
     sound = _each(lambda own: _sound(own, asked.bad(own, tokenizer, fields)), rows, left_out)
@@ -207,9 +207,8 @@ def finetune(
         tested = None if test is None else read(_rows(test, columns)).examples
     except FedSieveError as error:
         raise FedSieveError(f"test: {error}") from error
-    base = load_base(
-        source, task, fields.classes or (), key=key, pad_token_id=tokenizer.pad_token_id
-    )
+    pad = getattr(tokenizer, "pad_token_id", None)
+    base = load_base(source, task, fields.classes or (), key=key, pad_token_id=pad)
     resident = set_up(
         base,
         task,
@@ -231,7 +230,7 @@ def finetune(
         resident,
         method,
         {id: partial(examples.__getitem__, id) for id in examples},
-        {id: tokens.count(examples[id]) if id in examples else 0 for id in given},
+        {id: count(examples[id]) if id in examples else 0 for id in given},
         budgets,
         training=training,
         sampling=sampling,

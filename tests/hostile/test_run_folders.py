@@ -97,7 +97,7 @@ LINKED = (
     rundir.EVALUATION,
     *(rundir.CHECKPOINTS, rundir.ADAPTER, "../run.secret", "report-bytes-round.png"),
     *(".recipe.toml.part", ".adapter.part", ".report.html.part", ".metrics.jsonl.part"),
-    ".evaluation.json.part",
+    ".details.json.part",
     *("checkpoints/.round-000003.safetensors.part", ".report-bytes-round.png.part"),
 )
 

@@ -626,7 +626,7 @@ def test_classes_and_answers_of_the_last_evaluation_are_shown(tmp_path: Path) ->
     ]
     answers = [{"asked": "what & <i>?", "expected": "x" * 5000, "told": "b\x00c"}]
     table = {"round": 2, "classes": classes, "answers": answers}
-    (path / "evaluation.json").write_text(json.dumps(table), encoding="utf-8")
+    (path / "details.json").write_text(json.dumps(table), encoding="utf-8")
     page = report(path)
     assert page.row("space") == ["7", "0.250", "0.500", "0.333"]
     assert page.row("2 space") == ["", "7", ""]
@@ -645,7 +645,7 @@ def test_many_classes_are_folded_and_have_no_matrix(tmp_path: Path) -> None:
         {"name": f"c{n}", "rows": 1, "precision": 1, "recall": 1, "f1": 1, "taken_for": [1] * count}
         for n in range(count)
     ]
-    (path / "evaluation.json").write_text(
+    (path / "details.json").write_text(
         json.dumps({"round": 2, "classes": classes, "answers": []}), encoding="utf-8"
     )
     page = report(path)

@@ -24,6 +24,8 @@ from tests.tasks.test_federated import KINDS, Kind, changes, each, quietly, writ
 CLASSES = {
     "classification": LABELS,
     "multi-label": LABELS,
+    "image-classification": LABELS,
+    "image-multi-label": LABELS,
     "token-classification": ("O", *(f"B-{label}" for label in LABELS)),
 }
 
@@ -49,9 +51,8 @@ def test_the_scores_of_two_sites_are_those_of_all_their_rows(
         home = tmp_path / name
         home.mkdir()
         own = kind.rows[30 * number : 30 * number + 20 + 7 * number]
-        for split in ("train", "test"):
-            written(home / f"{split}.jsonl", own)
-        data = {**columns, "train": "train.jsonl", "test": "test.jsonl"}
+        files = {s: Path(written(home / f"{s}.jsonl", own)).name for s in ("train", "test")}
+        data = {**columns, **files}
         site: dict[str, Any] = {"name": name, "device": "cpu", "data": data}
         site["model"] = table["model"]["source"]
         (home / "site.toml").write_text(tomli_w.dumps(site), encoding="utf-8")

@@ -31,8 +31,9 @@ from fedsieve.tasks import catalogue, multiple_choice
 from fedsieve.tasks.asked import Asked, Ids, Speaker
 from fedsieve.tasks.tally import score, total
 from fedsieve.tasks.task import Fields
-from fedsieve.tasks.tokens import ensure_pad_token
-from fedsieve.train.model import ResidentModel, load_base, load_tokenizer, set_up
+from fedsieve.tasks.tokens import Texts, ensure_pad_token
+from fedsieve.train.model import ResidentModel, load_base, set_up
+from fedsieve.train.reader import load_tokenizer
 from fedsieve.train.speaker import speaker
 from tests.conftest import Tiny
 
@@ -390,6 +391,7 @@ def test_a_long_question_keeps_its_end_and_its_options(tiny: Tiny) -> None:
     fields = Fields(text="q", options="of", label="label", max_length=8)
     read = catalogue.load("multiple-choice").read(rows, tokenizer, fields)
     assert read.came.tolist() == [0, 1]
+    assert isinstance(read.examples, Texts)
     assert read.examples.asked is not None
     long, short = read.examples.asked
     assert tokenizer.decode(long.prompt).split()[-1] == "cars0"

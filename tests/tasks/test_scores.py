@@ -116,6 +116,8 @@ CASES = [
     Case("regression", (), VALUES[:, None] + drawn(1, 50, 1), VALUES, numbers),
     Case("multi-label", NAMES, drawn(2, 40, 4) + HOLDS, HOLDS, labels_of),
     Case("token-classification", TAGS, leaning(drawn(6, 30, 12, 5), TAGGED, 2.0), TAGGED, entities),
+    Case("image-classification", NAMES, leaning(drawn(8, 60, 4), CLASS, 1.0), CLASS, classes_of),
+    Case("image-multi-label", NAMES, drawn(11, 40, 4) + HOLDS, HOLDS, labels_of),
     Case("causal-lm", (), drawn(7, 8, 9, 11), TOKENS, next_tokens),
 ]  # fmt: skip
 each = pytest.mark.parametrize("case", CASES, ids=[case.task for case in CASES])
@@ -240,9 +242,13 @@ def test_the_spread_over_clients_is_that_of_their_own_leading_metrics(case: Case
     assert scores(task, parts[:1], case.classes) == score(task, parts[0], case.classes)
 
 
+def task_of_one_class(case: Case) -> bool:
+    return case.task in ("classification", "image-classification")
+
+
 def one_by_one(case: Case) -> dict[str, tuple[float, ...]]:
     """Rows, precision, recall and F1 of each class, of another library."""
-    task = "multilabel" if case.task == "multi-label" else "multiclass"
+    task = "multilabel" if "multi-label" in case.task else "multiclass"
     size = "num_labels" if task == "multilabel" else "num_classes"
     told = case.logits if task == "multilabel" else case.logits.argmax(-1)
     labels = case.labels.int()
@@ -268,7 +274,7 @@ def test_each_class_is_told_as_another_library_tells_it(case: Case) -> None:
     for each in found:
         assert each[1:5] == pytest.approx(wanted.pop(each.name), rel=1e-5)
     assert all(not any(row) for row in wanted.values())  # neither there nor told
-    if case.task == "classification":
+    if task_of_one_class(case):
         table = other.confusion_matrix(
             case.logits.argmax(-1), case.labels, task="multiclass", num_classes=4
         )
@@ -304,7 +310,7 @@ def test_answers_are_those_of_the_first_rows(case: Case) -> None:
     told = task.told(case.logits, case.labels, case.classes)
     assert len(told) == len(case.labels)
     right = [so == said for so, said in told]
-    if case.task == "classification":
+    if task_of_one_class(case):
         assert right == (case.logits.argmax(-1) == case.labels).tolist()
-    if case.task == "multi-label":
+    if "multi-label" in case.task:
         assert right == ((case.logits > 0) == (case.labels > 0.5)).all(1).tolist()

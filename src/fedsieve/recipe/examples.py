@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.data import sources
+from fedsieve.data import pictures, sources
 from fedsieve.data.files import Columns
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
-from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples, take
 from fedsieve.tasks.task import Fields
-from fedsieve.tasks.tokens import Examples
 
 
 class Prepared(NamedTuple):
@@ -49,11 +49,11 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
     Raises FedSieveError as `sources.load` does.
     """
     options = data.options if isinstance(data.options, tuple) else (data.options,)
-    texts = (data.text, data.text_b, data.prompt, data.completion, *options)
+    texts = (data.text, data.text_b, data.image, data.prompt, data.completion, *options)
     labels = data.label if isinstance(data.label, tuple) else (data.label,)
     names = (*labels, clients)
     columns = Columns(*(tuple(c for c in kind if c is not None) for kind in (texts, names)))
-    return sources.load(
+    rows = sources.load(
         source,
         split,
         config=data.config,
@@ -61,6 +61,9 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
         separator=data.separator,
         columns=columns,
     )
+    if data.image is None:
+        return rows
+    return pictures.located(rows, data.image, sources.folder_of(source))
 
 
 def bad_rows(
@@ -101,11 +104,11 @@ def prepare(
         if on_validation and held.any():
             index = held.nonzero().flatten()
             index = index[_drawn(recipe, index.numel())]
-            test = tokens.take(train, index)
+            test = take(train, index)
             if clients is not None:
                 known = owners_of(rows, clients)
                 owners = [known[row] for row in came[index].tolist()]
-        train, came = tokens.take(train, (~held).nonzero().flatten()), came[~held]
+        train, came = take(train, (~held).nonzero().flatten()), came[~held]
     return Prepared(train, came, test, classes, tuple(owners))
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client
@@ -39,14 +38,17 @@ from fedsieve.recipe.examples import Prepared, bad_rows, load_rows, owners_of, p
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
-from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples, count, take
+from fedsieve.tasks.images import Images
 from fedsieve.tasks.tally import Details, Score, scores
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks.task import Reader
 from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, fit, runs_in_bf16, tally
-from fedsieve.train.model import ResidentModel, load_base, load_tokenizer, pick_device, set_up
+from fedsieve.train.model import ResidentModel, load_base, pick_device, set_up
+from fedsieve.train.reader import load_reader
 
 
 @dataclass(frozen=True)
@@ -226,8 +228,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     device = pick_device(recipe.device)
     recipe = _settled(recipe, device)
     source = locate(recipe.model.source)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    note = tokens.ensure_pad_token(tokenizer)
+    task = recipe.model.task
+    tokenizer, note = load_reader(source, task, trust_remote_code=trust_remote_code)
     notes = [note] if note else []
     if note:
         warnings.warn(note, stacklevel=2)
@@ -292,7 +294,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
 
 def set_up_resident(
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     device: torch.device,
     *,
     trust_remote_code: bool = False,
@@ -309,7 +311,7 @@ def set_up_resident(
         recipe.data.classes or (),
         key=Key(recipe.seed),
         dtype=recipe.model.dtype,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
         settings=recipe.model.settings,
         trust_remote_code=trust_remote_code,
     )
@@ -361,7 +363,7 @@ def absolute(source: str) -> str:
 
 
 def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
-    return lambda: tokens.take(examples, index)
+    return lambda: take(examples, index)
 
 
 def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, PrivacyPlan]:
@@ -402,7 +404,7 @@ def _cautions(recipe: Recipe, plan: PrivacyPlan, evaluated: str | None) -> list[
 
 
 def _without_bad_clients(
-    recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, rows: Dataset, tokenizer: Reader
 ) -> tuple[Dataset, dict[str, str]]:
     """The rows of the clients all of whose rows can be used; and the others, with what is wrong.
 
@@ -432,16 +434,18 @@ def _by_owner(prepared: Prepared) -> dict[str, Examples] | None:
     if prepared.test is None or not prepared.owners:
         return None
     index = partition.natural(prepared.owners)
-    return {id: tokens.take(prepared.test, torch.as_tensor(rows)) for id, rows in index.items()}
+    return {id: take(prepared.test, torch.as_tensor(rows)) for id, rows in index.items()}
 
 
 def _reaching(examples: Examples, most: int) -> str | None:
     """How many texts are as long as they may be, and so were cut; but for those just as long."""
+    if isinstance(examples, Images):
+        return None
     full = int((examples.attention_mask.sum(1) >= most).sum())
     if not full:
         return None
     return (
-        f"{full:,} of {tokens.count(examples):,} training texts reach data.max_length ({most} "
+        f"{full:,} of {count(examples):,} training texts reach data.max_length ({most} "
         "tokens): what is beyond it is cut"
     )
 

@@ -93,6 +93,7 @@ class Data(Table):
     separator: str | None = None
     text: str | None = None
     text_b: str | None = None
+    image: str | None = None
     label: str | tuple[str, ...] | None = None
     prompt: str | None = None
     completion: str | None = None

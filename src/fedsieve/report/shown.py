@@ -1,6 +1,6 @@
 """What the last evaluation shows beyond its scores: how each class was told, and some answers.
 
-A run keeps it in evaluation.json, where every evaluation takes the place of the one before.
+A run keeps it in details.json, where every evaluation takes the place of the one before.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.report.html import table, text
 from fedsieve.tasks.tally import Answer, OfClass
 
-FILE = "evaluation.json"
+FILE = "details.json"
 LARGEST = 1 << 25  # bytes of the file
 MATRIX = 30  # classes: more make a table that nobody reads
 SHOWN = 20  # classes that are not folded away

@@ -45,8 +45,8 @@ from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.run.found import in_order
-from fedsieve.tasks import tokens
-from fedsieve.train.model import load_tokenizer, pick_device
+from fedsieve.train.model import pick_device
+from fedsieve.train.reader import load_reader
 
 Show = Callable[[Round, Sequence[Receipt]], None]  # called after every round
 Build = Callable[[Recipe], Experiment]  # who sets the federation up: here, or on a network
@@ -179,8 +179,8 @@ def export(
         raise FedSieveError(f"{to} cannot be written: {error.strerror}") from error
     recipe = in_order(folder, allow_code=allow_code, accept_changes=accept_changes)
     source = locate(recipe.model.source)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    tokens.ensure_pad_token(tokenizer)
+    task = recipe.model.task
+    tokenizer, _ = load_reader(source, task, trust_remote_code=trust_remote_code)
     device = pick_device("cpu")
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     place = rundir.place(folder, rundir.CHECKPOINTS)

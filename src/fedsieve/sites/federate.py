@@ -75,12 +75,13 @@ from fedsieve.sites.server import (
 )
 from fedsieve.sites.site import NAME
 from fedsieve.sites.worker import SOCKET
-from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.tally import Details, Score
-from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import evaluate
-from fedsieve.train.model import load_tokenizer, pick_device
+from fedsieve.train.model import pick_device
+from fedsieve.train.reader import load_reader
 from fedsieve.wire import longest
 from fedsieve.wire.format import VERSION
 
@@ -354,8 +355,7 @@ def on_network(
         recipe, plan = with_privacy(recipe, policy.sites)
         _refuse_noise_that_sites_know(plan)
         method = build_method(recipe, partial(plan.around, key=key))
-    tokenizer = load_tokenizer(locate(recipe.model.source))
-    tokens.ensure_pad_token(tokenizer)
+    tokenizer, _ = load_reader(locate(recipe.model.source), recipe.model.task)
     test = _test_rows(recipe, tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
     check_rows(resident, test)

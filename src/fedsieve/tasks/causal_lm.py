@@ -19,7 +19,7 @@ from fedsieve.tasks.tally import Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, no_classes
 from fedsieve.tasks.tokens import (
     IGNORED,
-    Examples,
+    Texts,
     bad_texts,
     check_rows,
     pad_id,
@@ -42,7 +42,7 @@ def causal_lm(
     prompt: str | None = None,
     completion: str | None = None,
     max_length: int,
-) -> tuple[Examples, NDArray[np.int64]]:
+) -> tuple[Texts, NDArray[np.int64]]:
     """Texts to continue, with the loss on every token of `text`, or on those of `completion` only.
 
     Give the column `text`, or the columns `prompt` and `completion`, which are joined as they are
@@ -160,7 +160,7 @@ def conversations(
     prompt: str | None = None,
     completion: str | None = None,
     max_length: int,
-) -> tuple[Examples, NDArray[np.int64]]:
+) -> tuple[Texts, NDArray[np.int64]]:
     """`causal_lm` of columns that hold messages: the assistant's turns are learned, those of
     `completion` alone where it is given. What is cut is the end, or the beginning, as the tokenizer
     has it.
@@ -201,7 +201,7 @@ def _chats(
 
 def learned(
     rows: Sequence[tuple[list[int], list[int]]], pad: int, max_length: int
-) -> tuple[Examples, NDArray[np.int64]]:
+) -> tuple[Texts, NDArray[np.int64]]:
     """The rows that have a token to learn, of tokens and targets each, and which those are."""
     # The model predicts from the second token on: the first target is never used.
     kept = [n for n, (_, labels) in enumerate(rows) if any(t != IGNORED for t in labels[1:])]
@@ -218,7 +218,7 @@ def learned(
         )
     input_ids, mask = rectangle([rows[n][0] for n in kept], pad)
     targets, _ = rectangle([rows[n][1] for n in kept], IGNORED)
-    return Examples(input_ids, mask, targets), np.array(kept, dtype=np.int64)
+    return Texts(input_ids, mask, targets), np.array(kept, dtype=np.int64)
 
 
 def frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
@@ -289,9 +289,12 @@ def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) ->
     return found
 
 
-def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+def examples_of(
+    rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields
+) -> tuple[Texts, NDArray[np.int64]]:
+    """`causal_lm` or `conversations`, as the columns hold texts or messages."""
     read = conversations if chat.are(column(rows, _columns(fields).texts[-1])) else causal_lm
-    examples, came = read(
+    return read(
         rows,
         tokenizer,
         text=fields.text,
@@ -299,7 +302,10 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
         completion=fields.completion,
         max_length=fields.max_length,
     )
-    return Rows(examples, came, ())
+
+
+def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    return Rows(*examples_of(rows, tokenizer, fields), ())
 
 
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:

@@ -74,8 +74,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     said, expected = [a for a, _ in pairs], [b for _, b in pairs]
     made = causal_lm.pairs(tokenizer, said, expected, most, ended=True)
     if _chats(rows, fields):  # every turn of the assistant is learned, and not the last one alone
-        read = causal_lm.TASK.read(rows, tokenizer, fields)
-        examples, came = read.examples, read.came
+        examples, came = causal_lm.examples_of(rows, tokenizer, fields)
     else:
         examples, came = causal_lm.learned(made, pad_id(tokenizer), most)
     prompts = causal_lm.prompts(tokenizer, said, most)

@@ -6,7 +6,7 @@ report ask the record, and know no task by name.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -16,17 +16,17 @@ from torch import Tensor
 from fedsieve.data.files import Columns
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.asked import Asked, Speaker
+from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.tally import OfClass, Tally
-from fedsieve.tasks.tokens import Examples
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+Reader = Any  # a tokenizer of transformers, or an image processor
 
 
 class Fields(NamedTuple):
     """Which columns hold what, and how long a row may be. A task uses some of them.
 
-    text, text_b: what is read; label: what is to be told, one column or several
+    text, text_b: what is read; image: what is looked at
+    label: what is to be told, one column or several
     prompt, completion: of a causal LM
     options: of multiple choice: a column of lists, or one column an option
     option_word: what the options are listed and answered as: "answer" makes answer1, answer2, ...
@@ -48,6 +48,7 @@ class Fields(NamedTuple):
     first_option: int = 0
     new_tokens: int = 32
     stop: tuple[str, ...] = ()
+    image: str | None = None
 
 
 class Rows(NamedTuple):
@@ -69,6 +70,7 @@ class Task:
     """A task.
 
     title:  in words
+    reads:  what its model reads, and so whether a tokenizer or an image processor reads its rows
     auto:   transformers' class that loads its models; peft: PEFT's name of such tasks
     head:   whether all outside the model's body is a head, trained whole
     named:  whether the outputs are classes with names
@@ -89,18 +91,19 @@ class Task:
 
     title: str
     auto: str
-    peft: str
+    peft: str | None
     head: bool
     named: bool
     columns: Callable[[Fields], Columns]
     classes: Callable[[Sequence[Dataset], Fields], tuple[str, ...]]
-    bad: Callable[[Dataset, "PreTrainedTokenizerBase", Fields], Bad]
-    read: Callable[[Dataset, "PreTrainedTokenizerBase", Fields], Rows]
+    bad: Callable[[Dataset, Reader, Fields], Bad]
+    read: Callable[[Dataset, Reader, Fields], Rows]
     config: Callable[[Sequence[str]], dict[str, Any]]
     labels: Callable[[Tensor, Tensor, int], Tensor]
     judge: Callable[[Tensor, Tensor, tuple[str, ...]], Tally]
     fits: Callable[[Tally, tuple[str, ...]], bool]
     metrics: Callable[[Tally, tuple[str, ...]], dict[str, float]]
+    reads: Literal["texts", "images"] = "texts"
     by_class: Callable[[Tally, tuple[str, ...]], tuple[OfClass, ...]] | None = None
     told: Callable[[Tensor, Tensor, tuple[str, ...]], list[tuple[str, str]]] | None = None
     ask: Callable[[Sequence[Asked], Speaker], Tally] | None = None

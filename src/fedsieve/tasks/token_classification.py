@@ -21,7 +21,7 @@ from fedsieve.tasks import confusion
 from fedsieve.tasks.classes import listing
 from fedsieve.tasks.tally import OfClass, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
-from fedsieve.tasks.tokens import IGNORED, IN_FILES, Examples, check_rows, pad_id, rectangle
+from fedsieve.tasks.tokens import IGNORED, IN_FILES, Texts, check_rows, pad_id, rectangle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +137,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     if len(came) < len(rows):
         warnings.warn(f"{len(rows) - len(came)} of {len(rows)} rows dropped: no word", stacklevel=2)
     input_ids, mask = rectangle(ids, pad_id(tokenizer))
-    examples = Examples(input_ids, mask, rectangle(labels, IGNORED)[0])
+    examples = Texts(input_ids, mask, rectangle(labels, IGNORED)[0])
     return Rows(examples, np.array(came, dtype=np.int64), names)
 
 

@@ -18,8 +18,9 @@ from fedsieve.algebra.keys import Key, generator, word
 from fedsieve.algebra.method import View
 from fedsieve.settings import Precision, Training
 from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples, count, take
+from fedsieve.tasks.images import Images, crops_and_flips
 from fedsieve.tasks.tally import SHOWN, Answer, Score, Tally, score, total
-from fedsieve.tasks.tokens import Examples, take
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.speaker import speaker
@@ -67,13 +68,18 @@ def fit(
             held.append((parameter, mask, own))
     optimizer = _optimizer(parameters, training)
     order = _order(examples.labels.shape[0], training, generator(key.at("order")))
+    moves = generator(key.at("augment"))
     devices = [resident.device] if resident.device.type == "cuda" else []
     precise = _precision(resident, training.precision)
     total, compute, memory = 0.0, 0.0, 0
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(word(key.at("dropout")))
         for index in order:
-            batch = inputs(model, take(examples, index), resident.device)
+            some = take(examples, index)
+            if isinstance(some, Images) and training.augment != "none":
+                crop = training.augment == "crop-flip"
+                some = some._replace(pixels=crops_and_flips(some.pixels, moves, crop=crop))
+            batch = inputs(model, some, resident.device)
             start = time.perf_counter()
             with precise:
                 loss = model(**batch).loss
@@ -129,6 +135,7 @@ def tally(
     counts: list[Tally] = []
     with torch.inference_mode(), _precision(resident, precision):
         if task.ask is not None:
+            assert not isinstance(examples, Images)
             return task.ask(examples.asked or (), speaker(resident, batch))
         for index in rows.split(batch):
             some = take(examples, index)
@@ -147,6 +154,8 @@ def tally(
 def _said(resident: ResidentModel, examples: Examples) -> list[str]:
     """The first few rows in words, as the model has them."""
     tokenizer: Any = resident.tokenizer
+    if isinstance(examples, Images):
+        return [""] * min(SHOWN, count(examples))
     rows = zip(examples.input_ids[:SHOWN], examples.attention_mask[:SHOWN], strict=True)
     if tokenizer is None:
         return [""] * min(SHOWN, len(examples.input_ids))

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, StoppingCriteriaList
 
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.asked import Ids, Speaker
-from fedsieve.tasks.tokens import IGNORED, Examples, rectangle
+from fedsieve.tasks.tokens import IGNORED, Texts, rectangle
 from fedsieve.train.batch import inputs
 from fedsieve.train.model import ResidentModel
 
@@ -54,7 +54,7 @@ def _alike(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
 
 
 def _likelihood(resident: ResidentModel, ids: Tensor, mask: Tensor, labels: Tensor) -> list[float]:
-    given = inputs(resident.model, Examples(ids, mask, labels), resident.device)
+    given = inputs(resident.model, Texts(ids, mask, labels), resident.device)
     labels = given.pop("labels")[:, 1:]
     logits = resident.model(**given).logits[:, :-1]
     there = labels != IGNORED
