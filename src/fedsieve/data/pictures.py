@@ -61,7 +61,7 @@ def located(rows: Dataset, name: str, folder: Path | None) -> Dataset:
 
     folder: where the rows' file lies, which paths begin from and may not leave; None leaves all as
         it is, for what `datasets` has loaded
-    What leads out, or is not there, keeps no path, and so is a bad row (tasks/images.py).
+    What leads out, or is not there, has its path under `missing`: a bad row (tasks/images.py).
     """
     if folder is None or name not in rows.column_names:
         return rows
@@ -71,16 +71,20 @@ def located(rows: Dataset, name: str, folder: Path | None) -> Dataset:
     values: list[Any] = rows.with_format(None)[name][:]
     if all(isinstance(value, bytes) or _bytes(value) for value in values):
         return rows
-    cells = []
+    cells: list[dict[str, Any]] = []
     for value in values:
         path = value.get("path") if isinstance(value, dict) else value
         data = value if isinstance(value, bytes) else _bytes(value)
         if data is None and isinstance(path, str):
             whole = (home / path).resolve()
             inside = whole.is_relative_to(home) and whole.is_file()
-            path = str(whole) if inside else f"./{path}"
+            if not inside:
+                cells.append({"missing": path})
+                continue
+            path = str(whole)
         cells.append({"bytes": data, "path": path if isinstance(path, str) else None})
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    kinds = {"bytes": pa.binary(), "path": pa.string(), "missing": pa.string()}
+    kind = pa.struct(list(kinds.items()))
     return rows.remove_columns(name).add_column(name, pa.array(cells, kind))
 
 

@@ -105,6 +105,8 @@ def _image(value: Any) -> Image.Image:
     """An image as RGB, upright. Raises FedSieveError, with the end of a sentence."""
     if isinstance(value, dict):
         data, path = value.get("bytes"), value.get("path")
+        if missing := value.get("missing"):
+            raise FedSieveError(f"names an image that is not there beside its file: {missing[:80]}")
     else:
         data, path = (value, None) if isinstance(value, bytes) else (None, value)
     source: Any
@@ -113,9 +115,7 @@ def _image(value: Any) -> Image.Image:
     elif isinstance(path, str) and Path(path).is_file():
         source = path
     elif isinstance(path, str):
-        raise FedSieveError(
-            f"names an image that is not there, or not beside its file: {path[:80]}"
-        )
+        raise FedSieveError(f"names an image that is not there: {path[:80]}")
     else:
         raise FedSieveError("holds no image: bytes, or the path of one, are needed")
     try:
