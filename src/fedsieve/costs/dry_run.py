@@ -54,7 +54,7 @@ def rounds(method: Method, layout: Layout, clients: Sequence[Client]) -> Iterato
             down = encode(payload)
             sent = decode(down, layout)
             view, memory = method.view(sent, memories.get(client.id, {}), context)
-            report, memory = method.report(view, _moved(view, context.key), memory, context)
+            report, memory = method.report(view, moved(view, context.key), memory, context)
             memories[client.id] = memory
             up = encode(report)
             update = decode(up, layout, payload.support)
@@ -75,7 +75,7 @@ def _start(layout: Layout) -> Adapter:
     return Adapter(layout, tensors)
 
 
-def _moved(view: View, key: Key) -> Tree:
+def moved(view: View, key: Key) -> Tree:
     """The view's tensors after noise was added to what may move."""
     trained = dict(view.adapter.tensors)
     for name in view.moves.names:

@@ -23,11 +23,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import torch
 from safetensors import SafetensorError
 
 from fedsieve import report
-from fedsieve.algebra.adapter import Adapter, Tree
+from fedsieve.algebra.adapter import Adapter
 from fedsieve.disk import remove_link
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
@@ -45,6 +44,7 @@ from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.run.found import in_order
+from fedsieve.run.state import refuse_another
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
 
@@ -107,7 +107,7 @@ def resume(
             resident = experiment.resident
             snapshot = checkpoint.load(checkpoints, resident.layout, resident.digest)
             _refuse_one_count(folder, recipe, snapshot)
-            _refuse_other_state(folder, experiment, snapshot)
+            refuse_another(folder, experiment, snapshot)
             experiment.memories.update(snapshot.memories)
         if deployed(recipe):
             _refuse_other_noise(folder, snapshot.progress.round if snapshot else 0)
@@ -116,31 +116,6 @@ def resume(
             if snapshot:
                 checkpoint.forget_after(checkpoints, snapshot.progress.round)
             return _go_on(experiment, recipe, snapshot, folder, show)
-
-
-def _refuse_other_state(folder: Path, experiment: Experiment, snapshot: Snapshot) -> None:
-    """Raises FedSieveError for a state that the method does not have: rounds would break off."""
-    trees = snapshot.progress.state.trees
-    for group, tree in experiment.federation.method.init(experiment.start).trees.items():
-        if _forms(trees.get(group, {})) != _forms(tree):
-            raise _other_state(folder, repr(group))
-    try:  # what a method keeps only later is seen by making use of it
-        method = experiment.federation.method
-        method.export(snapshot.progress.state)
-        method.plan(snapshot.progress.state, experiment.federation.own_key(snapshot.progress.round))
-    except (LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise _other_state(folder, "state") from error
-
-
-def _forms(tree: Tree) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in tree.items()}
-
-
-def _other_state(folder: Path, what: str) -> FedSieveError:
-    return FedSieveError(
-        f"{folder}: the newest checkpoint's {what} is not what the recipe's method and "
-        "server keep: it is of another recipe, or was not written by FedSieve"
-    )
 
 
 def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:

@@ -1,0 +1,130 @@
+"""A checkpoint whose tensors are not those of the recipe's method: named before anything is done.
+
+Every kind of tensor that each method keeps, of the server's state and of clients' memories, is
+damaged in turn; the file's own digest is right each time, as it is in a file that was made to harm.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedsieve import methods
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipe
+from fedsieve.recipe.experiment import from_recipe
+from fedsieve.run import checkpoint, rundir, runner, state
+from tests import runs
+from tests.conftest import Tiny
+
+KEEPS: dict[str, dict[str, Any]] = {
+    "flasc": {"feedback": True},
+    "hetlora": {"pruning": True},
+}
+NEWEST = f"{rundir.CHECKPOINTS}/round-000002.safetensors"
+
+
+@pytest.fixture(scope="module", params=methods.names())
+def stopped(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: Any) -> Path:
+    """A run of each method that was stopped after two of three rounds."""
+    folder: Path = tmp_path_factory.mktemp(request.param) / "run"
+    with pytest.raises(runner.Stopped):
+        runs.start(
+            tiny,
+            folder,
+            runs.stop_at(2),
+            method={"name": request.param, **KEEPS.get(request.param, {})},
+            server=None if "flex" in request.param or request.param == "flora" else {},
+            budgets=[{}],
+            rounds=3,
+            partition={"kind": "iid", "clients": 3},
+            cohort=3,
+            evaluation={"every": 3},
+        )
+    return folder
+
+
+def kinds(tensors: dict[str, Tensor]) -> Iterator[str]:
+    """One tensor of each group of the state, and of each group that clients keep."""
+    seen = set()
+    for name in sorted(tensors):
+        parts = name.split("/")
+        group = (parts[0], parts[2] if parts[0] == "memory" else parts[1])
+        if group not in seen:
+            seen.add(group)
+            yield name
+
+
+def damages(name: str, tensor: Tensor) -> Iterator[tuple[str, dict[str, Tensor | None]]]:
+    other = name.rsplit("/", 1)[0] + "/nobody"
+    yield "another shape", {name: torch.zeros(7, dtype=tensor.dtype)}
+    yield "empty", {name: torch.zeros(0, dtype=tensor.dtype)}
+    yield "more dimensions", {name: tensor[None]}
+    yield (
+        "another type",
+        {name: tensor.to(torch.bool if tensor.is_floating_point() else torch.float32)},
+    )
+    yield "away", {name: None}
+    yield "one too many", {other: torch.zeros(3)}
+
+
+def with_tensors(folder: Path, changed: dict[str, Tensor | None]) -> None:
+    facts, tensors = checkpoint._read(folder / NEWEST)
+    new = {n: t for n, t in {**tensors, **changed}.items() if t is not None}
+    facts = {**facts, "same": {n: e for n, e in facts["same"].items() if e in new and n not in new}}
+    text = json.dumps(facts)
+    told = {"facts": text, "digest": checkpoint._digest(new, text)}
+    (folder / NEWEST).write_bytes(safetensors.torch.save(new, told))
+
+
+def test_tensors_that_the_method_does_not_keep_are_named(stopped: Path, tmp_path: Path) -> None:
+    """As `resume` looks at them, with the model loaded once for all."""
+    source = str(stopped / rundir.RECIPE)
+    experiment = from_recipe(recipe.load(source))
+    resident = experiment.resident
+    _, tensors = checkpoint._read(stopped / NEWEST)
+    tried = 0
+    for name in kinds(tensors):
+        for damage, changed in damages(name, tensors[name]):
+            folder = tmp_path / f"{tried}" / rundir.CHECKPOINTS
+            shutil.copytree(stopped / rundir.CHECKPOINTS, folder)
+            with_tensors(folder.parent, changed)
+            with pytest.raises(FedSieveError) as refused:  # noqa: PT012
+                snapshot = checkpoint.load(folder, resident.layout, resident.digest)
+                state.refuse_another(folder.parent, experiment, snapshot)
+                raise AssertionError((name, damage))
+            assert str(folder.parent) in str(refused.value), (name, damage)
+            assert len(str(refused.value)) < 700
+            tried += 1
+    assert tried >= 6
+
+
+def test_nothing_is_trained_or_written_over_other_tensors(
+    stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trains(*_: object) -> Any:
+        raise AssertionError("a client trains")
+
+    runs.before_fit(monkeypatch, trains)
+    _, tensors = checkpoint._read(stopped / NEWEST)
+    name = sorted(tensors)[0]
+    shutil.copytree(stopped, tmp_path / "run")
+    with_tensors(tmp_path / "run", {name: torch.zeros(7, dtype=tensors[name].dtype)})
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    with pytest.raises(FedSieveError, match="run"):
+        runner.resume(tmp_path / "run", runs.quiet)
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_a_run_that_is_as_it_was_left_goes_on(stopped: Path, tmp_path: Path) -> None:
+    shutil.copytree(stopped, tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsieve.report.write", lambda *_: [])
+        runner.resume(tmp_path / "run", runs.quiet)
+    assert rundir.last_round(tmp_path / "run") == 3
