@@ -30,17 +30,23 @@ def fits(tally: Tally, classes: tuple[str, ...]) -> bool:
 
 
 def metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
-    """Accuracy, macro F1 over the classes that occur, and Matthews' correlation."""
+    """Accuracy, macro F1 over the classes that occur, and Matthews' correlation; of two classes
+    also the F1 of the second, as GLUE has it for pairs that mean the same.
+    """
     from sklearn import metrics as of  # takes a second to import
 
     true, found, count = _pairs(tally.sums)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a class that is never told: its F1 is 0
-        return {
+        told = {
             "accuracy": float(of.accuracy_score(true, found, sample_weight=count)),
             "macro_f1": float(of.f1_score(true, found, average="macro", sample_weight=count)),
             "matthews": float(of.matthews_corrcoef(true, found, sample_weight=count)),
         }
+        if len(classes) == 2:
+            second = of.f1_score(true, found, labels=[1], average="macro", sample_weight=count)
+            told["f1"] = float(second)
+        return told
 
 
 def names_of(classes: Sequence[str]) -> dict[str, Any]:
