@@ -27,7 +27,9 @@ from fedsieve.recipe import arguments
 from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
 from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks.tally import check_lead
 from fedsieve.tasks.task import Bad, Fields, Rows
+from fedsieve.tasks.task import Task as TaskRecord
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.changes import check_changes
 from fedsieve.train.lengths import check_rows
@@ -126,6 +128,7 @@ def finetune(
     training: Training | None = None,
     budgets: Mapping[str, Budget] | Budget | None = None,
     evaluate_every: int = 1,
+    metric: str | None = None,
     norm_bound: float | None = None,
     strict: bool = False,
     seed: int = 0,
@@ -144,6 +147,7 @@ def finetune(
              text is not used). `classes` defaults to the labels that the clients hold. Labels
              are names (data/names.py), 1 and "1" alike
     budgets: what each client can afford, by id; or one budget for all
+    metric:  which of the task's metrics leads (docs/tasks.md); by default its first
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
              warning; by default 100, and without a bound (math.inf) where the method's server clips
     strict:  a client whose rows cannot be used is an error, not left out
@@ -163,6 +167,7 @@ def finetune(
     )
     asked = catalogue.load(task)
     columns = asked.columns(fields)
+    _check_lead(asked, metric, fields)
     left_out: dict[str, str] = {}
     given = _by_id(clients, "clients")
     if isinstance(budgets, Mapping):
@@ -189,6 +194,7 @@ def finetune(
     if sound:
         # The labels of a client whose rows cannot be used make no classes.
         fields = fields._replace(classes=asked.classes(list(sound.values()), fields) or None)
+        _check_lead(asked, metric, fields)
 
     def read(own: Dataset) -> Rows:
         return asked.read(own, tokenizer, fields)
@@ -234,6 +240,7 @@ def finetune(
         seed=seed,
         test=tested,
         evaluate_every=evaluate_every,
+        lead=metric,
         notes=[note] if note else [],
         left_out=left_out,
         norm_bound=_bound(norm_bound, method),
@@ -242,6 +249,13 @@ def finetune(
         # A seed that somebody can guess would tell who took part.
         experiment = with_secret(experiment, secrets.randbits(256))
     return Run(experiment, rounds)
+
+
+def _check_lead(task: TaskRecord, metric: str | None, fields: Fields) -> None:
+    try:
+        check_lead(task, metric, fields.classes or ())
+    except FedSieveError as error:
+        raise FedSieveError(f"metric: {error}") from None
 
 
 def _bound(given: float | None, method: Method) -> float:

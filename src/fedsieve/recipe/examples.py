@@ -16,7 +16,7 @@ from fedsieve.data import sources
 from fedsieve.data.files import Columns
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
-from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks import catalogue, tally, tokens
 from fedsieve.tasks.task import Fields
 from fedsieve.tasks.tokens import Examples
 
@@ -67,6 +67,15 @@ def bad_rows(
 ) -> dict[int, FedSieveError]:
     """The rows that are no examples because of what they hold, and what is wrong with each."""
     return catalogue.load(recipe.model.task).bad(rows, tokenizer, fields_of(recipe.data))
+
+
+def check_lead(recipe: Recipe, by_row: bool = True) -> None:
+    """Raises FedSieveError for an `evaluation.metric` that cannot lead (`tally.check_lead`)."""
+    task, classes = catalogue.load(recipe.model.task), recipe.data.classes or ()
+    try:
+        tally.check_lead(task, recipe.evaluation.metric, classes, by_row)
+    except FedSieveError as error:
+        raise FedSieveError(f"evaluation.metric: {error}") from None
 
 
 def prepare(

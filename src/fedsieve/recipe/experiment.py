@@ -35,7 +35,14 @@ from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
-from fedsieve.recipe.examples import Prepared, bad_rows, load_rows, owners_of, prepare
+from fedsieve.recipe.examples import (
+    Prepared,
+    bad_rows,
+    check_lead,
+    load_rows,
+    owners_of,
+    prepare,
+)
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
@@ -83,6 +90,7 @@ def assemble(
     own_tests: Mapping[str, Examples] | None = None,
     evaluate_every: int = 1,
     evaluate_batch: int = 64,
+    lead: str | None = None,
     notes: Sequence[str] = (),
     recipe: Recipe | None = None,
     privacy: PrivacyPlan | None = None,
@@ -95,6 +103,7 @@ def assemble(
     examples: id -> a function that gives the client's examples; counts: id -> how many those are.
     A client without examples is left out with a warning.
     own_tests: what of `test` is each client's own, by id, where the scores of each are asked
+    lead: the metric that leads; None is the task's own
     resources: what clients have, by id, where it is known
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
     norm_bound: as in `Federation`
@@ -156,7 +165,7 @@ def assemble(
                 )
                 for id, memory in personal.some_of(memories, Key(seed))
             ]
-        return scores(catalogue.load(resident.task), parts, resident.classes)
+        return scores(catalogue.load(resident.task), parts, resident.classes, lead)
 
     # A client's own part of the model is no part of what the noise covers.
     withheld = method.personal is not None and method.private == "system"
@@ -236,6 +245,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     if prepared.classes:
         data = data.model_copy(update={"classes": prepared.classes})
         recipe = recipe.model_copy(update={"data": data})
+    check_lead(recipe)  # once more: now its classes are known
     parts = _parts(recipe, rows, examples, prepared.came)
     parts |= {id: torch.empty(0, dtype=torch.int64) for id in left_out}
     plan = None
@@ -264,6 +274,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         own_tests=_by_owner(prepared),
         evaluate_every=recipe.evaluation.every,
         evaluate_batch=recipe.evaluation.batch,
+        lead=recipe.evaluation.metric,
         notes=notes,
         recipe=recipe,
         privacy=plan,

@@ -122,9 +122,11 @@ def check(
     allow_code: that a method which is no part of FedSieve is imported, and so run, was asked for by
         who started this; a recipe cannot ask for it
     """
-    from fedsieve.recipe.method import build_method, with_server  # need torch
+    from fedsieve.recipe.examples import check_lead  # need torch
+    from fedsieve.recipe.method import build_method, with_server
 
     recipe = parse(table, source)
+    check_lead(recipe)
     if not allow_code:
         refuse_code(recipe.method.name, source)
     recipe = with_server(recipe)

@@ -331,6 +331,7 @@ class Evaluation(Table):
     """every: rounds between evaluations (the last round is always evaluated)
 
     on: "validation" takes the rows that data.validation holds back; the test rows are not read
+    metric: which of the task's metrics leads; None is the task's own
     limit: evaluate on the first so many rows, after a shuffle by the seed; None takes all
     by_client: the rows that are evaluated have the partition's column too, and the scores of each
         client's own are told
@@ -339,6 +340,7 @@ class Evaluation(Table):
     on: Literal["test", "validation"] = "test"
     every: PositiveInt = 1
     batch: PositiveInt = 64
+    metric: str | None = None
     limit: PositiveInt | None = None
     by_client: bool = False
 

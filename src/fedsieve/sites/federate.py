@@ -46,7 +46,7 @@ from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
-from fedsieve.recipe.examples import load_rows, sample, tensors
+from fedsieve.recipe.examples import check_lead, load_rows, sample, tensors
 from fedsieve.recipe.experiment import (
     Experiment,
     absolute,
@@ -76,9 +76,10 @@ from fedsieve.sites.site import NAME
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import catalogue, tokens
 from fedsieve.tasks.tally import Score
+from fedsieve.tasks.tally import score as score_of
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
-from fedsieve.train.local import evaluate
+from fedsieve.train.local import tally
 from fedsieve.train.model import load_tokenizer, pick_device
 from fedsieve.wire import longest
 from fedsieve.wire.format import VERSION
@@ -397,14 +398,17 @@ def on_network(
             sites.there()
             return clients
 
+    lead = recipe.evaluation.metric
+
     def at_sites(adapter: Adapter) -> Score | None:
         answers = sites.ask_all("evaluate", whole_message(adapter), policy.deadline)
-        return joint_score(answers, recipe.model.task, resident.classes, say)
+        return joint_score(answers, recipe.model.task, resident.classes, say, lead)
 
     def here(adapter: Adapter) -> Score:
         assert test is not None
-        precision = recipe.training.precision
-        return evaluate(resident, adapter, test, batch=recipe.evaluation.batch, precision=precision)
+        precision, batch = recipe.training.precision, recipe.evaluation.batch
+        counts = tally(resident, adapter, test, batch=batch, precision=precision)
+        return score_of(catalogue.load(resident.task), counts, resident.classes, lead)
 
     score: Callable[[Adapter], Score | None] | None = at_sites if test is None else here
     if test is None and method.private == "system":
@@ -516,6 +520,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
         )
+    check_lead(recipe, by_row=_evaluates(recipe))
     refuse_patterns(recipe)
     sampling = _sampling(recipe, policy)
     if sampling.kind == "uniform" and sampling.size > policy.sites:
@@ -579,11 +584,17 @@ def _sampling(recipe: Recipe, policy: RoundPolicy) -> Sampling:
     return dataclasses.replace(drawn, extra=policy.extra or drawn.extra)
 
 
+def _evaluates(recipe: Recipe) -> bool:
+    """Whether the server has rows of its own to evaluate on; else the sites evaluate."""
+    return recipe.data.test is not None and recipe.evaluation.on == "test"
+
+
 def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
     """The server's own rows to evaluate on, or None: then the sites evaluate."""
     data = recipe.data
-    if data.test is None or recipe.evaluation.on == "validation":
+    if not _evaluates(recipe):
         return None
+    assert data.test is not None
     rows = load_rows(data, data.test, data.test_split)
     examples, _, _ = tensors(recipe, sample(recipe, rows), tokenizer)
     return examples

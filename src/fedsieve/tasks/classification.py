@@ -125,5 +125,6 @@ TASK = Task(
     labels=_labels,
     judge=_judge,
     fits=confusion.fits,
+    leads=confusion.leads,
     metrics=confusion.metrics,
 )

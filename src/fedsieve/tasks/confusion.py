@@ -49,6 +49,12 @@ def metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
         return told
 
 
+def leads(classes: Sequence[str], by_row: bool) -> tuple[str, ...]:
+    """Which of `metrics` are told of these classes; all where they are not known yet."""
+    of_two = ("f1",) if len(classes) in (0, 2) else ()
+    return "accuracy", "macro_f1", "matthews", *of_two
+
+
 def names_of(classes: Sequence[str]) -> dict[str, Any]:
     """A model's configuration: the names of its outputs."""
     return {

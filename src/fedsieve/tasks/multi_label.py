@@ -195,5 +195,6 @@ TASK = Task(
     labels=_labels,
     judge=_judge,
     fits=_fits,
+    leads=lambda _, by_row: ("micro_f1", "macro_f1", *(("map",) if by_row else ())),
     metrics=_metrics,
 )

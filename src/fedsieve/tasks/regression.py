@@ -136,5 +136,6 @@ TASK = Task(
     labels=lambda ids, mask, _: ids[:, 0] / 8.0,
     judge=_judge,
     fits=_fits,
+    leads=lambda _, by_row: ("pearson", "spearman") if by_row else ("pearson",),
     metrics=_metrics,
 )

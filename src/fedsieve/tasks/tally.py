@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsieve.errors import FedSieveError, nearest
+
 if TYPE_CHECKING:
     from fedsieve.tasks.task import Task
 
@@ -55,16 +57,33 @@ def total(tallies: Iterable[Tally]) -> Tally:
     return Tally(loss, counted, sums, {name: np.concatenate(v) for name, v in kept.items()})
 
 
-def scores(task: "Task", parts: Sequence[Tally], classes: tuple[str, ...]) -> Score:
+def check_lead(task: "Task", lead: str | None, classes: Sequence[str], by_row: bool = True) -> None:
+    """Raises FedSieveError, with the nearest, for a metric that cannot lead (task.Task.leads)."""
+    known = task.leads(classes, by_row)
+    if lead is not None and lead not in known:
+        known_elsewhere = lead in task.leads((), True)
+        over = "these classes" if by_row else "sites, which send sums alone"
+        raise FedSieveError(
+            f"{lead!r} cannot lead: it is no metric that this task tells"
+            + (f" over {over}" if known_elsewhere else " and that is better when higher")
+            + nearest(lead, known)
+        )
+
+
+def scores(
+    task: "Task", parts: Sequence[Tally], classes: tuple[str, ...], lead: str | None = None
+) -> Score:
     """The scores over all clients' rows, and how the leading metric spreads over the clients.
 
-    parts: one of each client
+    parts: one of each client; lead: as in `score`
     Where two and more have rows, `client_mean`, `client_p10` (the 10th percentile, between
     neighbours on a line) and `client_worst` come after the task's own metrics.
     """
-    joint = score(task, total(parts), classes)
+    joint = score(task, total(parts), classes, lead)
     own = [
-        next(iter(score(task, part, classes).metrics.values())) for part in parts if part.counted
+        next(iter(score(task, part, classes, lead).metrics.values()))
+        for part in parts
+        if part.counted
     ]
     if len(own) < 2:
         return joint
@@ -76,7 +95,13 @@ def scores(task: "Task", parts: Sequence[Tally], classes: tuple[str, ...]) -> Sc
     return joint._replace(metrics={**joint.metrics, **spread})
 
 
-def score(task: "Task", tally: Tally, classes: tuple[str, ...]) -> Score:
-    """The scores that a tally makes; nothing may be counted in it, and all is 0 then."""
+def score(task: "Task", tally: Tally, classes: tuple[str, ...], lead: str | None = None) -> Score:
+    """The scores that a tally makes; nothing may be counted in it, and all is 0 then.
+
+    lead: the metric that comes first, one that `check_lead` passes; None is the task's own
+    """
     loss = tally.loss / max(1, tally.counted)
-    return Score(loss, task.metrics(tally, classes) if tally.counted else {}, tally.counted)
+    told = task.metrics(tally, classes) if tally.counted else {}
+    if lead in told:
+        told = {lead: told[lead], **told}
+    return Score(loss, told, tally.counted)
