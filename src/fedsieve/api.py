@@ -16,7 +16,7 @@ from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.algebra.optim import limits
-from fedsieve.data import partition, sources
+from fedsieve.data import partition, sources, templates
 from fedsieve.data.files import Columns
 from fedsieve.data.names import name_of
 from fedsieve.engine import loop
@@ -24,11 +24,12 @@ from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import arguments
+from fedsieve.recipe.examples import columns_of
 from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
 from fedsieve.tasks import catalogue, tokens
 from fedsieve.tasks.tally import check_lead
-from fedsieve.tasks.task import Bad, Fields, Rows
+from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.task import Task as TaskRecord
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.changes import check_changes
@@ -166,7 +167,7 @@ def finetune(
         max_length=max_length,
     )
     asked = catalogue.load(task)
-    columns = asked.columns(fields)
+    columns, texts = asked.columns(fields), columns_of(fields).texts
     _check_lead(asked, metric, fields)
     left_out: dict[str, str] = {}
     given = _by_id(clients, "clients")
@@ -179,7 +180,11 @@ def finetune(
     missing = sorted(set(given) - set(budgets))
     if missing:
         raise FedSieveError(f"budgets: none for client {missing[0]!r}")
-    rows = _each(partial(_rows, columns=columns), given, left_out)
+
+    def rows_of(own: object) -> Dataset:
+        return templates.filled(_rows(own, columns), texts)
+
+    rows = _each(rows_of, given, left_out)
     rows = {id: own for id, own in rows.items() if len(own)}
     if not rows and not left_out:
         raise FedSieveError("clients: at least one data set with a row in it is needed")
@@ -190,13 +195,18 @@ def finetune(
     note = tokens.ensure_pad_token(tokenizer)
     if note:
         warnings.warn(note, stacklevel=2)
-    sound = _each(lambda own: _sound(own, asked.bad(own, tokenizer, fields)), rows, left_out)
+
+    def bad(own: Dataset) -> Bad:
+        return asked.bad(own, tokenizer, fields) | templates.bad(own, texts)
+
+    sound = _each(lambda own: _sound(own, bad(own)), rows, left_out)
     if sound:
         # The labels of a client whose rows cannot be used make no classes.
         fields = fields._replace(classes=asked.classes(list(sound.values()), fields) or None)
         _check_lead(asked, metric, fields)
 
     def read(own: Dataset) -> Rows:
+        refuse(templates.bad(own, texts))
         return asked.read(own, tokenizer, fields)
 
     made = _each(read, sound, left_out)
@@ -206,7 +216,7 @@ def finetune(
     if strict and left_out:
         raise stopped(left_out)
     try:
-        tested = None if test is None else read(_rows(test, columns)).examples
+        tested = None if test is None else read(rows_of(test)).examples
     except FedSieveError as error:
         raise FedSieveError(f"test: {error}") from error
     base = load_base(

@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
 from fedsieve.data import fetch, files
 from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
+from fedsieve.data.templates import possible, used
 from fedsieve.errors import FedSieveError, nearest
 
 _TEXTS = frozenset({"string", "large_string", "string_view"})
@@ -73,7 +74,7 @@ def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
     the row; and where the stream, or a function in it, raises anything.
     """
     told = stream.features or {}
-    values: dict[str, list[Any]] = {name: [] for name in (*columns.texts, *columns.names)}
+    values: dict[str, list[Any]] = {n: [] for n in (*possible(columns.texts), *columns.names)}
     seen: dict[str, None] = dict.fromkeys(told)
     count = 0
     try:
@@ -86,13 +87,14 @@ def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
         raise FedSieveError(f"the stream breaks off after {count} rows: {_named(error)}") from error
     if not count:
         return Dataset.from_dict({})
-    for name in values:
+    chosen = dict.fromkeys((*used(columns.texts, seen), *columns.names))
+    for name in chosen:
         if name not in seen:
             raise FedSieveError(f"no column {name!r}{nearest(name, seen)}")
-    table = {name: array_of(v, f"column {name!r}", "row {}".format) for name, v in values.items()}
+    table = {n: array_of(values[n], f"column {n!r}", "row {}".format) for n in chosen}
     rows = Dataset(pa.table(table))
     for name, feature in told.items():
-        if name in values and isinstance(feature, ClassLabel):
+        if name in chosen and isinstance(feature, ClassLabel):
             try:
                 rows = rows.cast_column(name, feature)
             except (pa.ArrowException, LookupError, TypeError, ValueError) as error:
@@ -256,7 +258,10 @@ def _only(rows: Dataset, columns: Columns | None, where: str) -> Dataset:
     """The columns that are used."""
     if columns is None:
         return rows
-    chosen = list(dict.fromkeys((*columns.texts, *columns.names)))
+    try:
+        chosen = [*dict.fromkeys((*used(columns.texts, rows.column_names), *columns.names))]
+    except FedSieveError as error:
+        raise FedSieveError(f"{where}: {error}") from None
     for name in chosen:
         if name not in rows.column_names:
             raise FedSieveError(f"{where}: no column {name!r}{nearest(name, rows.column_names)}")

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.data import sources
+from fedsieve.data import sources, templates
 from fedsieve.data.files import Columns
+from fedsieve.data.templates import filled
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
 from fedsieve.tasks import catalogue, tally, tokens
-from fedsieve.tasks.task import Fields
+from fedsieve.tasks.task import Fields, refuse
 from fedsieve.tasks.tokens import Examples
 
 
@@ -48,11 +49,8 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
     clients: the column that names the clients, if one does
     Raises FedSieveError as `sources.load` does.
     """
-    texts = (data.text, data.text_b, data.prompt, data.completion)
-    labels = data.label if isinstance(data.label, tuple) else (data.label,)
-    names = (*labels, clients)
-    columns = Columns(*(tuple(c for c in kind if c is not None) for kind in (texts, names)))
-    return sources.load(
+    columns = columns_of(fields_of(data), clients)
+    rows = sources.load(
         source,
         split,
         config=data.config,
@@ -60,13 +58,23 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
         separator=data.separator,
         columns=columns,
     )
+    return filled(rows, columns.texts)
+
+
+def columns_of(fields: Fields, clients: str | None = None) -> Columns:
+    """The columns that are read; templates among the texts are still to be filled in."""
+    texts = (fields.text, fields.text_b, fields.prompt, fields.completion)
+    labels = fields.label if isinstance(fields.label, tuple) else (fields.label,)
+    names = (*labels, clients)
+    return Columns(*(tuple(c for c in kind if c is not None) for kind in (texts, names)))
 
 
 def bad_rows(
     recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, FedSieveError]:
     """The rows that are no examples because of what they hold, and what is wrong with each."""
-    return catalogue.load(recipe.model.task).bad(rows, tokenizer, fields_of(recipe.data))
+    task, fields = catalogue.load(recipe.model.task), fields_of(recipe.data)
+    return task.bad(rows, tokenizer, fields) | templates.bad(rows, columns_of(fields).texts)
 
 
 def check_lead(recipe: Recipe, by_row: bool = True) -> None:
@@ -141,6 +149,7 @@ def tensors(
         task.columns(fields)
     except FedSieveError as error:
         raise FedSieveError(f"data.{error}") from None
+    refuse(templates.bad(rows, columns_of(fields).texts))
     examples, came, classes = task.read(rows, tokenizer, fields)
     return examples, torch.from_numpy(came), classes
 
