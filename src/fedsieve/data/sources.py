@@ -60,7 +60,7 @@ def load(
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, reading)
-    if path.is_file() or isinstance(source, Path) or _is_path(source):
+    if path.is_file() or isinstance(source, Path) or is_path(source):
         return _files([_existing(path)], reading)
     if names is not None or separator is not None:
         raise FedSieveError(f"{source}: names and separator are for CSV and TSV files")
@@ -268,7 +268,8 @@ def _only(rows: Dataset, columns: Columns | None, where: str) -> Dataset:
     return rows.select_columns(chosen)
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
+    """Whether a text can only be a file's name, there or not."""
     return source.startswith((".", "/", "~")) or extension_of(Path(source)) in EXTENSIONS
 
 

@@ -4,6 +4,8 @@ The same for a run in one process, for a site and for a server that evaluates, s
 means the same rows everywhere.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -29,6 +31,7 @@ class Prepared(NamedTuple):
     test:    to evaluate on: test rows, or the rows held back; None if there are none
     owners:  the client that each example to evaluate on is of, where that was asked
     classes: in the order of the model's outputs; empty where those are no classes
+    more:    other rows to evaluate on, by name (`data.more_tests`)
     """
 
     train: Examples
@@ -36,6 +39,7 @@ class Prepared(NamedTuple):
     test: Examples | None
     classes: tuple[str, ...]
     owners: tuple[str, ...] = ()
+    more: Mapping[str, Examples] = {}
 
 
 def fields_of(data: Data) -> Fields:
@@ -61,6 +65,36 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
     return filled(rows, columns.texts)
 
 
+def load_more(data: Data) -> dict[str, Dataset]:
+    """The rows of each of `data.more_tests`. Raises FedSieveError as `load_rows`, naming it."""
+    found = {}
+    for name, (source, split) in more_sources(data).items():
+        with _of_more(name):
+            found[name] = load_rows(data, source, split)
+    return found
+
+
+def more_sources(data: Data) -> dict[str, tuple[str, str | None]]:
+    """Source and split of each of `data.more_tests`."""
+    found: dict[str, tuple[str, str | None]] = {}
+    for name, more in (data.more_tests or {}).items():
+        split, usual = more.test_split, data.test or data.train
+        if more.test is None and split is not None and sources.is_path(split):
+            found[name] = split, None
+        else:
+            found[name] = more.test or usual, split
+    return found
+
+
+@contextmanager
+def _of_more(name: str) -> Iterator[None]:
+    """Errors that are raised here are told as those of one of `data.more_tests`."""
+    try:
+        yield
+    except FedSieveError as error:
+        raise FedSieveError(f"data.more_tests.{name}: {error}") from error
+
+
 def columns_of(fields: Fields, clients: str | None = None) -> Columns:
     """The columns that are read; templates among the texts are still to be filled in."""
     texts = (fields.text, fields.text_b, fields.prompt, fields.completion)
@@ -77,13 +111,19 @@ def bad_rows(
     return task.bad(rows, tokenizer, fields) | templates.bad(rows, columns_of(fields).texts)
 
 
-def check_lead(recipe: Recipe, by_row: bool = True) -> None:
-    """Raises FedSieveError for an `evaluation.metric` that cannot lead (`tally.check_lead`)."""
+def check_metrics(recipe: Recipe, by_row: bool = True) -> None:
+    """Raises FedSieveError for an `evaluation.metric` that cannot lead (`tally.check_lead`), or for
+    `data.more_tests` whose metrics would be called as others are.
+    """
     task, classes = catalogue.load(recipe.model.task), recipe.data.classes or ()
     try:
         tally.check_lead(task, recipe.evaluation.metric, classes, by_row)
     except FedSieveError as error:
         raise FedSieveError(f"evaluation.metric: {error}") from None
+    try:
+        tally.check_beside(task, list(recipe.data.more_tests or ()))
+    except FedSieveError as error:
+        raise FedSieveError(f"data.more_tests: {error}") from None
 
 
 def prepare(
@@ -92,15 +132,18 @@ def prepare(
     test_rows: Dataset | None,
     tokenizer: PreTrainedTokenizerBase,
     clients: str | None = None,
+    more_rows: Mapping[str, Dataset] | None = None,
 ) -> Prepared:
     """The examples of the training rows, without those held back, and those to evaluate on.
 
     clients: the column that says whose each row is that is evaluated on, where that is asked
+    more_rows: those of `load_more`, if they are to be evaluated on
     Raises FedSieveError for rows that do not fit the recipe.
     """
     data, on_validation = recipe.data, recipe.evaluation.on == "validation"
     train, came, classes = tensors(recipe, rows, tokenizer)
     test: Examples | None = None
+    more: dict[str, Examples] = {}
     owners: list[str] = []
     if not on_validation and test_rows is not None:
         if classes:  # those of the training rows count
@@ -108,6 +151,7 @@ def prepare(
             recipe = recipe.model_copy(update={"data": told})
         some = sample(recipe, test_rows)
         test, of, _ = tensors(recipe, some, tokenizer)
+        more = more_tensors(recipe, more_rows or {}, tokenizer)
         if clients is not None:
             known = owners_of(some, clients)
             owners = [known[row] for row in of.tolist()]
@@ -122,7 +166,21 @@ def prepare(
                 known = owners_of(rows, clients)
                 owners = [known[row] for row in came[index].tolist()]
         train, came = tokens.take(train, (~held).nonzero().flatten()), came[~held]
-    return Prepared(train, came, test, classes, tuple(owners))
+    return Prepared(train, came, test, classes, tuple(owners), more)
+
+
+def more_tensors(
+    recipe: Recipe, rows: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Examples]:
+    """Examples of other rows to evaluate on; `data.classes` must be filled in.
+
+    Raises FedSieveError, naming them, for rows that do not fit the recipe.
+    """
+    found = {}
+    for name, own in rows.items():
+        with _of_more(name):
+            found[name], _, _ = tensors(recipe, sample(recipe, own), tokenizer)
+    return found
 
 
 def owners_of(rows: Dataset, column: str) -> list[str]:

@@ -38,8 +38,10 @@ from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import (
     Prepared,
     bad_rows,
-    check_lead,
+    check_metrics,
+    load_more,
     load_rows,
+    more_sources,
     owners_of,
     prepare,
 )
@@ -47,7 +49,7 @@ from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import catalogue, tokens
-from fedsieve.tasks.tally import Score, scores
+from fedsieve.tasks.tally import Score, Tally, beside, score, scores, total
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
@@ -88,6 +90,7 @@ def assemble(
     seed: int,
     test: Examples | None,
     own_tests: Mapping[str, Examples] | None = None,
+    more_tests: Mapping[str, Examples] | None = None,
     evaluate_every: int = 1,
     evaluate_batch: int = 64,
     lead: str | None = None,
@@ -104,6 +107,8 @@ def assemble(
     A client without examples is left out with a warning.
     own_tests: what of `test` is each client's own, by id, where the scores of each are asked
     lead: the metric that leads; None is the task's own
+    more_tests: other examples that are evaluated on, by name: their metrics come after those of
+        `test`, as "name_accuracy"
     resources: what clients have, by id, where it is known
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
     norm_bound: as in `Federation`
@@ -145,27 +150,36 @@ def assemble(
 
     memories: dict[str, Memory] = {}
 
-    def score(adapter: Adapter) -> Score:
-        assert test is not None
+    def counts_of(
+        adapter: Adapter, test: Examples, own_tests: Mapping[str, Examples] | None
+    ) -> list[Tally]:
         rate = partial(tally, resident, batch=evaluate_batch, precision=training.precision)
         # Before the first round no client has anything of its own.
         own = method.personal if memories else None
         if own_tests:
-            parts = [
+            return [
                 rate(own(adapter, memories[id]) if own and id in memories else adapter, examples)
                 for id, examples in sorted(own_tests.items())
             ]
-        elif own is None:
-            parts = [rate(adapter, test)]
-        else:
-            parts = [
-                rate(
-                    own(adapter, memory),
-                    personal.own_test(test, examples[id](), Key(seed, 0, id)),
-                )
-                for id, memory in personal.some_of(memories, Key(seed))
-            ]
-        return scores(catalogue.load(resident.task), parts, resident.classes, lead)
+        if own is None:
+            return [rate(adapter, test)]
+        return [
+            rate(
+                own(adapter, memory),
+                personal.own_test(test, examples[id](), Key(seed, 0, id)),
+            )
+            for id, memory in personal.some_of(memories, Key(seed))
+        ]
+
+    def rated(adapter: Adapter) -> Score:
+        assert test is not None
+        task, classes = catalogue.load(resident.task), resident.classes
+        main = scores(task, counts_of(adapter, test, own_tests), classes, lead)
+        others = {
+            name: score(task, total(counts_of(adapter, more, None)), classes, lead)
+            for name, more in (more_tests or {}).items()
+        }
+        return beside(main, others)
 
     # A client's own part of the model is no part of what the noise covers.
     withheld = method.personal is not None and method.private == "system"
@@ -176,7 +190,7 @@ def assemble(
         sampling=sampling,
         seed=seed,
         exchange=punctual(exchange, sampling.size) if sampling.extra else exchange,
-        evaluate=None if test is None or withheld else score,
+        evaluate=None if test is None or withheld else rated,
         evaluate_every=evaluate_every,
         privacy=privacy,
         dense=resident.dense,
@@ -235,7 +249,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     on_validation = recipe.evaluation.on == "validation"
     if not on_validation and (data.test is not None or data.test_split is not None):
         test_rows = load_rows(data, data.test or data.train, data.test_split, clients)
-    prepared = prepare(recipe, rows, test_rows, tokenizer, clients)
+    more_rows = load_more(data) if test_rows is not None else {}
+    prepared = prepare(recipe, rows, test_rows, tokenizer, clients, more_rows)
     examples = prepared.train
     if recipe.privacy is None and (cut := _reaching(examples, data.max_length)):
         notes.append(cut)
@@ -245,7 +260,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     if prepared.classes:
         data = data.model_copy(update={"classes": prepared.classes})
         recipe = recipe.model_copy(update={"data": data})
-    check_lead(recipe)  # once more: now its classes are known
+    check_metrics(recipe)  # once more: now its classes are known
     parts = _parts(recipe, rows, examples, prepared.came)
     parts |= {id: torch.empty(0, dtype=torch.int64) for id in left_out}
     plan = None
@@ -258,7 +273,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         for caution in said:
             warnings.warn(caution, stacklevel=2)
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
-    check_rows(resident, examples, prepared.test)
+    check_rows(resident, examples, prepared.test, *prepared.more.values())
     counts = {id: index.numel() for id, index in parts.items()}
     machines = machines_of(recipe, counts)
     return assemble(
@@ -272,6 +287,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         seed=recipe.seed,
         test=prepared.test,
         own_tests=_by_owner(prepared),
+        more_tests=prepared.more,
         evaluate_every=recipe.evaluation.every,
         evaluate_batch=recipe.evaluation.batch,
         lead=recipe.evaluation.metric,
@@ -344,9 +360,19 @@ def _settled(recipe: Recipe, device: torch.device) -> Recipe:
         update={
             "train": absolute(recipe.data.train),
             "test": None if recipe.data.test is None else absolute(recipe.data.test),
+            "more_tests": absolute_more(recipe.data),
         }
     )
     return recipe.model_copy(update={"training": training, "model": model, "data": data})
+
+
+def absolute_more(data: schema.Data) -> dict[str, schema.MoreTest] | None:
+    """`data.more_tests` with whole paths."""
+    found = {
+        name: schema.MoreTest(test=absolute(source), test_split=split)
+        for name, (source, split) in more_sources(data).items()
+    }
+    return found or None
 
 
 def absolute(source: str) -> str:

@@ -19,6 +19,7 @@ from fedsieve.disk import LARGEST
 from fedsieve.errors import FedSieveError, explain_all, nearest, printable
 from fedsieve.methods import catalogue
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
+from fedsieve.recipe import sets
 from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
 
@@ -122,11 +123,11 @@ def check(
     allow_code: that a method which is no part of FedSieve is imported, and so run, was asked for by
         who started this; a recipe cannot ask for it
     """
-    from fedsieve.recipe.examples import check_lead  # need torch
+    from fedsieve.recipe.examples import check_metrics  # need torch
     from fedsieve.recipe.method import build_method, with_server
 
     recipe = parse(table, source)
-    check_lead(recipe)
+    check_metrics(recipe)
     if not allow_code:
         refuse_code(recipe.method.name, source)
     recipe = with_server(recipe)
@@ -137,7 +138,7 @@ def check(
 def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """`check`, less the values of the options of method and server, and whether budgets fit."""
     try:
-        recipe = Recipe.model_validate(table)
+        recipe = Recipe.model_validate(sets.filled(table))
     except ValidationError as error:
         raise FedSieveError(explain_all(error, source, keys_of, path_of)) from error
     _refuse_unknown_options(recipe)

@@ -73,20 +73,50 @@ def _keys_anywhere(value: Any) -> Iterator[str]:
             yield from _keys_anywhere(each)
 
 
+class MoreTest(Table):
+    """Rows to evaluate on beside the test rows. test, test_split: as in Data; test defaults to its
+
+    A text alone is a split, or a file by its ending.
+    """
+
+    test: str | None = None
+    test_split: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_short(cls, given: Any) -> Any:
+        return {"test_split": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _says_which(self) -> "MoreTest":
+        if self.test is None and self.test_split is None:
+            raise ValueError("give test, test_split, or both")
+        return self
+
+
+# The beginnings of metrics' names.
+_Prefix = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,15}$")]
+
+
 class Data(Table):
     """Rows to train and to evaluate on, and the columns that matter.
 
+    set: a name of sets.toml, which stands for what the recipe does not say of the rest; filled in,
+        and gone, when a recipe is read
     train, test: a hub data set, a file, a folder, or a fetched name; test defaults to train's
+    more_tests: by name, other rows that are evaluated on beside them
     names, separator: for CSV and TSV files without a header line, or with another separator
     classes: the labels in the order of the model's outputs; by default those that train holds
     validation: share of train's rows that no client gets; the same rows whatever the seed
     """
 
+    set: str | None = None
     train: str
     test: str | None = None
     config: str | None = None
     train_split: str | None = None
     test_split: str | None = None
+    more_tests: Annotated[dict[_Prefix, MoreTest], Field(max_length=8)] | None = None
     names: tuple[str, ...] | None = None
     separator: str | None = None
     text: str | None = None
@@ -97,6 +127,12 @@ class Data(Table):
     classes: tuple[Annotated[str, AfterValidator(clean)], ...] | None = None
     max_length: PositiveInt = 128
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_test_leads(self) -> "Data":
+        if self.more_tests and self.test is None and self.test_split is None:
+            raise ValueError("more_tests: they stand beside the rows of test or test_split")
+        return self
 
 
 class Partition(Table):

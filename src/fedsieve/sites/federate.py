@@ -46,10 +46,18 @@ from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
-from fedsieve.recipe.examples import check_lead, load_rows, sample, tensors
+from fedsieve.recipe.examples import (
+    check_metrics,
+    load_more,
+    load_rows,
+    more_tensors,
+    sample,
+    tensors,
+)
 from fedsieve.recipe.experiment import (
     Experiment,
     absolute,
+    absolute_more,
     all_cautions,
     locate,
     set_up_resident,
@@ -75,7 +83,7 @@ from fedsieve.sites.server import (
 from fedsieve.sites.site import NAME
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import catalogue, tokens
-from fedsieve.tasks.tally import Score
+from fedsieve.tasks.tally import Score, beside
 from fedsieve.tasks.tally import score as score_of
 from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
@@ -356,9 +364,9 @@ def on_network(
         method = build_method(recipe, partial(plan.around, key=key))
     tokenizer = load_tokenizer(locate(recipe.model.source))
     tokens.ensure_pad_token(tokenizer)
-    test = _test_rows(recipe, tokenizer)
+    test, more = _test_rows(recipe, tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
-    check_rows(resident, test)
+    check_rows(resident, test, *more.values())
     sampling = _sampling(recipe, policy)
     enough = sampling.size if sampling.extra else None
     policy = policy._replace(quorum=sampling.quorum, enough=enough)
@@ -407,8 +415,10 @@ def on_network(
     def here(adapter: Adapter) -> Score:
         assert test is not None
         precision, batch = recipe.training.precision, recipe.evaluation.batch
-        counts = tally(resident, adapter, test, batch=batch, precision=precision)
-        return score_of(catalogue.load(resident.task), counts, resident.classes, lead)
+        rate = partial(tally, resident, adapter, batch=batch, precision=precision)
+        task, classes = catalogue.load(resident.task), resident.classes
+        others = {name: score_of(task, rate(rows), classes, lead) for name, rows in more.items()}
+        return beside(score_of(task, rate(test), classes, lead), others)
 
     score: Callable[[Adapter], Score | None] | None = at_sites if test is None else here
     if test is None and method.private == "system":
@@ -520,7 +530,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
         )
-    check_lead(recipe, by_row=_evaluates(recipe))
+    check_metrics(recipe, by_row=_evaluates(recipe))
     refuse_patterns(recipe)
     sampling = _sampling(recipe, policy)
     if sampling.kind == "uniform" and sampling.size > policy.sites:
@@ -538,7 +548,15 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
         for note in notes:
             warnings.warn(note, stacklevel=3)
     test = recipe.data.test
-    data = recipe.data.model_copy(update={"test": None if test is None else absolute(test)})
+    more = absolute_more(recipe.data)
+    if more and not _evaluates(recipe):
+        warnings.warn(
+            "data.more_tests: the sites evaluate, on rows of their own, and not on these",
+            stacklevel=3,
+        )
+        more = None
+    changed = {"test": None if test is None else absolute(test), "more_tests": more}
+    data = recipe.data.model_copy(update=changed)
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
     return recipe.model_copy(update={"data": data, "model": model}), notes
 
@@ -589,15 +607,17 @@ def _evaluates(recipe: Recipe) -> bool:
     return recipe.data.test is not None and recipe.evaluation.on == "test"
 
 
-def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
-    """The server's own rows to evaluate on, or None: then the sites evaluate."""
+def _test_rows(recipe: Recipe, tokenizer: Any) -> tuple[Examples | None, dict[str, Examples]]:
+    """The server's own rows to evaluate on, and its `data.more_tests`; or None: then the sites
+    evaluate.
+    """
     data = recipe.data
     if not _evaluates(recipe):
-        return None
+        return None, {}
     assert data.test is not None
     rows = load_rows(data, data.test, data.test_split)
     examples, _, _ = tensors(recipe, sample(recipe, rows), tokenizer)
-    return examples
+    return examples, more_tensors(recipe, load_more(data), tokenizer)
 
 
 def _refuse_open_door(listen: ServerAddress) -> None:

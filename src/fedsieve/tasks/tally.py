@@ -95,6 +95,24 @@ def scores(
     return joint._replace(metrics={**joint.metrics, **spread})
 
 
+def beside(main: Score, more: Mapping[str, Score]) -> Score:
+    """A score with the metrics of other rows after its own, their rows' name before each."""
+    others = {f"{name}_{m}": v for name, each in more.items() for m, v in each.metrics.items()}
+    return main._replace(metrics={**main.metrics, **others})
+
+
+def check_beside(task: "Task", names: Sequence[str]) -> None:
+    """Raises FedSieveError for rows whose metrics would be called as others are (`beside`)."""
+    own = task.leads((), True)
+    seen = dict.fromkeys(own, "the task's own metric")
+    for name in names:
+        for metric in own:
+            whole = f"{name}_{metric}"
+            if whole in seen:
+                raise FedSieveError(f"{name}: {whole!r} would be two, {seen[whole]} too: rename it")
+            seen[whole] = f"that of {name!r}"
+
+
 def score(task: "Task", tally: Tally, classes: tuple[str, ...], lead: str | None = None) -> Score:
     """The scores that a tally makes; nothing may be counted in it, and all is 0 then.
 
