@@ -42,7 +42,10 @@ def mixed() -> Dataset:
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("q: {ask} n: {n}", [f"q: {a} n: {n}" for a, n in zip(MIXED["ask"], MIXED["n"], strict=1)]),
+        (
+            "q: {ask} n: {n}",
+            [f"q: {a} n: {n}" for a, n in zip(MIXED["ask"], MIXED["n"], strict=True)],
+        ),
         ("{yes}|{whole}", ["True|1", "False|2", "True|-3", "True|0", "False|1000000"]),
         ("{day} {price}", ["2024-05-01 2.50"] * 5),
         ("{kind}", ["no", "yes", "no", "yes", "yes"]),
@@ -116,7 +119,9 @@ def test_a_value_that_is_no_text_makes_a_bad_row(value: Any, said: str) -> None:
     assert (0 in bad) == (good is None)
 
 
-WORDS = [{"one": t, "n": n, "label": label} for n, (t, label) in enumerate(texts(60, 1))]
+WORDS: list[dict[str, Any]] = [
+    {"one": t, "n": n, "label": label} for n, (t, label) in enumerate(texts(60, 1))
+]
 TEXT = "n {n} : {one}"
 
 
@@ -238,7 +243,7 @@ def test_a_row_without_one_of_the_columns_is_a_bad_row(
         with pytest.raises(FedSieveError, match=said):
             runs.start(tiny, tmp_path / "run", **given, partition={"kind": "iid", "clients": 3})
         return
-    own = {"partition": {"kind": "column", "column": "who"}}
+    own: dict[str, Any] = {"partition": {"kind": "column", "column": "who"}}
     with pytest.warns(UserWarning, match=f"client 'site1': {said}"):
         runs.start(tiny, tmp_path / "run", **given, **own)
     assert {row["client"] for row in runs.lines(tmp_path / "run", "clients.jsonl")} <= {
@@ -253,7 +258,7 @@ def test_in_a_notebook(tiny: Tiny, stream: bool) -> None:
         made = Dataset.from_list(rows)
         return made.to_iterable_dataset() if stream else made
 
-    odd = [*WORDS[:5], {"one": None, "n": 3, "label": LABELS[0]}]
+    odd: list[dict[str, Any]] = [*WORDS[:5], {"one": None, "n": 3, "label": LABELS[0]}]
     clients = {"good": given(WORDS[:30]), "fine": given(WORDS[30:]), "odd": given(odd)}
     with pytest.warns(UserWarning, match="'odd': row 5 of column 'one' holds nothing"):
         run = fedsieve.finetune(

@@ -1,7 +1,7 @@
 """Data sets by name, and several tests: over rows in the form in which the hub has GLUE's."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -262,7 +262,7 @@ def test_other_rows_are_evaluated_on_beside_the_test_rows(
     tiny: Tiny, tmp_path: Path, number: int, method: str, no_report: None
 ) -> None:
     given, told = list(forms(tmp_path))[number]
-    more = {"data__more_tests": {"same": str(tiny.test), "other": given}}
+    more: dict[str, Any] = {"data__more_tests": {"same": str(tiny.test), "other": given}}
     own: dict[str, Any] = {"method": {"name": method}, "budgets": [{}], "rounds": 2}
     own["evaluation"] = {"metric": "macro_f1"}
     runs.start(tiny, tmp_path / "run", **own, **more)
@@ -282,17 +282,20 @@ def test_other_rows_are_evaluated_on_beside_the_test_rows(
     assert read["data"]["more_tests"]["other"] == told
 
 
-def test_the_limit_and_the_validation_rows(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = {"data__more_tests": {"same": str(tiny.test)}}
-    ready = from_recipe(recipe.check(tiny.table(**more, evaluation__limit=7)))
+def first_scores(tiny: Tiny, **changes: Any) -> Mapping[str, float]:
+    ready = from_recipe(recipe.check(tiny.table(**changes)))
     assert ready.federation.evaluate is not None
-    found = ready.federation.evaluate(ready.start).metrics
+    found = ready.federation.evaluate(ready.start)
+    assert found is not None
+    return found.metrics
+
+
+def test_the_limit_and_the_validation_rows(tiny: Tiny) -> None:
+    found = first_scores(tiny, data__more_tests={"same": str(tiny.test)}, evaluation__limit=7)
     assert found["same_accuracy"] == found["accuracy"]
-    held = {"data__validation": 0.2, "evaluation__on": "validation"}
-    away = {"data__more_tests": {"other": "/no/such.csv"}}
-    ready = from_recipe(recipe.check(tiny.table(**held, **away)))
-    assert ready.federation.evaluate is not None
-    assert "other_accuracy" not in ready.federation.evaluate(ready.start).metrics
+    held: dict[str, Any] = {"data__validation": 0.2, "evaluation__on": "validation"}
+    away = {"data__more_tests": {"other": "/no/such.csv"}}  # not read
+    assert "other_accuracy" not in first_scores(tiny, **held, **away)
 
 
 @pytest.mark.parametrize(

@@ -112,9 +112,10 @@ def _texts(rows: Dataset, template: str) -> Iterator[tuple[str, FedSieveError | 
     values = {name: _values(rows, name) for name in columns_in(template)}
     parts = list(_parts(template))
     for row in range(len(rows)):
-        wrong = next((v[row] for v in values.values() if isinstance(v[row], FedSieveError)), None)
-        text = "".join(part if name is None else str(values[name][row]) for name, part in parts)
-        yield text, wrong
+        own = {name: column[row] for name, column in values.items()}
+        wrong = (value for value in own.values() if isinstance(value, FedSieveError))
+        text = "".join(part if name is None else str(own[name]) for name, part in parts)
+        yield text, next(wrong, None)
 
 
 def _values(rows: Dataset, name: str) -> list[str | FedSieveError]:

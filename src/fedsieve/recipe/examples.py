@@ -19,7 +19,7 @@ from fedsieve.data.files import Columns
 from fedsieve.data.templates import filled
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
-from fedsieve.tasks import catalogue, tally, tokens
+from fedsieve.tasks import catalogue, tokens
 from fedsieve.tasks.task import Fields, refuse
 from fedsieve.tasks.tokens import Examples
 
@@ -109,21 +109,6 @@ def bad_rows(
     """The rows that are no examples because of what they hold, and what is wrong with each."""
     task, fields = catalogue.load(recipe.model.task), fields_of(recipe.data)
     return task.bad(rows, tokenizer, fields) | templates.bad(rows, columns_of(fields).texts)
-
-
-def check_metrics(recipe: Recipe, by_row: bool = True) -> None:
-    """Raises FedSieveError for an `evaluation.metric` that cannot lead (`tally.check_lead`), or for
-    `data.more_tests` whose metrics would be called as others are.
-    """
-    task, classes = catalogue.load(recipe.model.task), recipe.data.classes or ()
-    try:
-        tally.check_lead(task, recipe.evaluation.metric, classes, by_row)
-    except FedSieveError as error:
-        raise FedSieveError(f"evaluation.metric: {error}") from None
-    try:
-        tally.check_beside(task, list(recipe.data.more_tests or ()))
-    except FedSieveError as error:
-        raise FedSieveError(f"data.more_tests: {error}") from None
 
 
 def prepare(

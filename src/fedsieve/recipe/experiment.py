@@ -33,12 +33,12 @@ from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import (
     Prepared,
     bad_rows,
-    check_metrics,
     load_more,
     load_rows,
     more_sources,
@@ -260,7 +260,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     if prepared.classes:
         data = data.model_copy(update={"classes": prepared.classes})
         recipe = recipe.model_copy(update={"data": data})
-    check_metrics(recipe)  # once more: now its classes are known
+    recipes.check_metrics(recipe)  # once more: now its classes are known
     parts = _parts(recipe, rows, examples, prepared.came)
     parts |= {id: torch.empty(0, dtype=torch.int64) for id in left_out}
     plan = None

@@ -22,6 +22,7 @@ from fedsieve.methods.catalogue import OPTIMIZERS, known, options
 from fedsieve.recipe import sets
 from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
+from fedsieve.tasks import catalogue as tasks
 
 DEEPEST = 32  # tables and lists in one another; no recipe has more than a few
 # Characters of a key and of those above it: places are told, and noted for each value.
@@ -123,8 +124,7 @@ def check(
     allow_code: that a method which is no part of FedSieve is imported, and so run, was asked for by
         who started this; a recipe cannot ask for it
     """
-    from fedsieve.recipe.examples import check_metrics  # need torch
-    from fedsieve.recipe.method import build_method, with_server
+    from fedsieve.recipe.method import build_method, with_server  # need torch
 
     recipe = parse(table, source)
     check_metrics(recipe)
@@ -133,6 +133,23 @@ def check(
     recipe = with_server(recipe)
     build_method(recipe)  # its options are checked now, not after the data are loaded
     return recipe
+
+
+def check_metrics(recipe: Recipe, by_row: bool = True) -> None:
+    """Raises FedSieveError for an `evaluation.metric` that cannot lead (`tally.check_lead`), or for
+    `data.more_tests` whose metrics would be called as others are.
+    """
+    from fedsieve.tasks import tally  # needs numpy
+
+    task, classes = tasks.load(recipe.model.task), recipe.data.classes or ()
+    try:
+        tally.check_lead(task, recipe.evaluation.metric, classes, by_row)
+    except FedSieveError as error:
+        raise FedSieveError(f"evaluation.metric: {error}") from None
+    try:
+        tally.check_beside(task, list(recipe.data.more_tests or ()))
+    except FedSieveError as error:
+        raise FedSieveError(f"data.more_tests: {error}") from None
 
 
 def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:

@@ -47,7 +47,6 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import (
-    check_metrics,
     load_more,
     load_rows,
     more_tensors,
@@ -530,7 +529,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
         )
-    check_metrics(recipe, by_row=_evaluates(recipe))
+    recipes.check_metrics(recipe, by_row=_evaluates(recipe))
     refuse_patterns(recipe)
     sampling = _sampling(recipe, policy)
     if sampling.kind == "uniform" and sampling.size > policy.sites:
