@@ -33,7 +33,8 @@ from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import locate, set_up_resident
 from fedsieve.recipe.method import build_method
 from fedsieve.sites.worker import SOCKET, Frame, ask
-from fedsieve.train.model import load_tokenizer, pick_device
+from fedsieve.train.model import pick_device
+from fedsieve.train.reader import load_tokenizer
 from fedsieve.wire import encode
 
 NAME = "north"

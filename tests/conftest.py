@@ -31,6 +31,9 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
 )
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<end>")
@@ -41,12 +44,14 @@ VOCABULARY = [*SPECIAL, *COMMON, *(word for label in LABELS for word in OWN[labe
 
 
 class Tiny(NamedTuple):
-    """Files for a tiny experiment. `gpt2` has a tokenizer without a padding token."""
+    """Files for a tiny experiment. `gpt2` has a tokenizer without a padding token; `vit` takes
+    images of 16 x 16 pixels."""
 
     bert: Path
     gpt2: Path
     train: Path
     test: Path
+    vit: Path
 
     def table(self, **changes: Any) -> dict[str, Any]:
         """A recipe that trains in a second: FSLoRA + FLASC, 4 rounds of 3 of 12 unequal clients.
@@ -98,7 +103,8 @@ class Tiny(NamedTuple):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     folder = tmp_path_factory.mktemp("tiny")
-    made = Tiny(folder / "bert", folder / "gpt2", folder / "train.csv", folder / "test.csv")
+    names = ("bert", "gpt2", "train.csv", "test.csv", "vit")
+    made = Tiny(*(folder / name for name in names))
     write_rows(made.train, 240, seed=1)
     write_rows(made.test, 60, seed=2)
     size: dict[str, Any] = {"vocab_size": len(VOCABULARY)}
@@ -135,6 +141,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         words = bert.bert.embeddings.word_embeddings.weight.data
         for label in LABELS:
             words[[VOCABULARY.index(word) for word in OWN[label]]] += torch.randn(16)
+        vit = ViTForImageClassification(
+            ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=32,
+                image_size=16,
+                patch_size=4,
+                initializer_range=0.3,
+                num_labels=5,
+            )
+        )
+    vit.save_pretrained(made.vit)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(made.vit)
     bert.save_pretrained(made.bert)
     tokenizer(bert=True).save_pretrained(made.bert)
     gpt2.save_pretrained(made.gpt2)

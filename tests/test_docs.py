@@ -21,6 +21,7 @@ from tests.conftest import Tiny
 from tests.methods import test_laws as laws
 from tests.methods.optimum import Optimum
 from tests.pages import PAGES, ROOT, fenced
+from tests.tasks.test_federated import pictures
 
 
 def test_the_readmes_notebook_code_runs(
@@ -125,13 +126,17 @@ def test_the_recipe_of_each_task_runs(
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(rows * 8, encoding="utf-8")
     model = tiny.bert
-    if task == "causal-lm":
+    if catalogue.load(task).peft == "CAUSAL_LM":
         model = tmp_path / "model"
         shutil.copytree(tiny.gpt2, model)
         template = "{% for m in messages %}{{ m['content'] + ' <end> ' }}{% endfor %}"
         (model / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if catalogue.load(task).reads == "images":
+        model = tiny.vit
+        for number, image in enumerate(pictures()[:2]):
+            Path(f"{number}.png").write_bytes(image["image"]["bytes"])
     source = tomllib.loads(text)["model"]["source"]
-    longest = ["data.max_length=24"]  # tiny models have 32 positions
+    longest = ["data.max_length=24", "data.new_tokens=8"]  # tiny models have 32 positions
     Path("recipe.toml").write_text(text.replace(source, str(model)), encoding="utf-8")
     runs.start_from(recipe.load("recipe.toml", longest), tmp_path / "run")
     (line,) = [line for line in TASKS.read_text("utf-8").splitlines() if f"| `{task}` |" in line]

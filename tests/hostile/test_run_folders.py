@@ -94,8 +94,10 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 FOLDERS = {rundir.CHECKPOINTS, rundir.ADAPTER, ".adapter.part", "../run.secret"}
 LINKED = (
     *(rundir.RECIPE, rundir.METRICS, rundir.CLIENTS, rundir.REPORT, rundir.LOCK, NEWEST),
+    rundir.EVALUATION,
     *(rundir.CHECKPOINTS, rundir.ADAPTER, "../run.secret", "report-bytes-round.png"),
     *(".recipe.toml.part", ".adapter.part", ".report.html.part", ".metrics.jsonl.part"),
+    ".details.json.part",
     *("checkpoints/.round-000003.safetensors.part", ".report-bytes-round.png.part"),
 )
 
@@ -134,10 +136,10 @@ def begun(command: Command, folder: Path, tiny: Tiny) -> Ran:
 # Which links a command says no to. To others it does what can be done: it replaces what it writes
 # anew, and leaves alone what it does not need.
 REFUSED: dict[Act, set[str]] = {
-    resume: {*LINKED[:10]},
-    resume_at: {*LINKED[:10]},
-    export: {*LINKED[:10]},
-    report: {*LINKED[:10]} - {NEWEST},
+    resume: {*LINKED[:11]},
+    resume_at: {*LINKED[:11]},
+    export: {*LINKED[:11]},
+    report: {*LINKED[:11]} - {NEWEST},
     replaced: {rundir.LOCK},
     begun: {rundir.LOCK, rundir.RECIPE, "../run.secret"},
 }
@@ -784,3 +786,39 @@ def test_a_run_is_its_owner_s_alone(tiny: Tiny, tmp_path: Path) -> None:
     for kept in (folder, tmp_path / "open"):  # a folder that was there keeps its mode
         files = list((kept / rundir.CHECKPOINTS).iterdir())
         assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+
+
+# --- what the last evaluation shows
+
+SHOWN = {
+    "round": 2,
+    "classes": [
+        {"name": "a", "rows": 3, "precision": 0.5, "recall": 1.0, "f1": 0.7, "taken_for": [3, 0]},
+        {"name": "b", "rows": 1, "precision": 0.0, "recall": 0.0, "f1": 0.0, "taken_for": [1, 0]},
+    ],
+    "answers": [{"asked": "<script>", "expected": "</td>", "told": "\x1b[2J"}],
+}
+ODD: dict[str, Any] = {
+    "no object": [],
+    "no classes": {"round": 2, "answers": []},
+    "a word for a number": {**SHOWN, "round": "two"},
+    "rows beyond all": {**SHOWN, "classes": [{**SHOWN["classes"][0], "rows": 10**400}]},  # type: ignore[index]
+    "a class of nothing": {**SHOWN, "classes": [{}]},
+    "a table that does not fit": {**SHOWN, "classes": SHOWN["classes"][:1]},  # type: ignore[index]
+    "answers of numbers": {**SHOWN, "answers": [{"asked": 1, "expected": [], "told": None}]},
+}
+
+
+@pytest.mark.parametrize("act", [resume, report], ids=lambda act: act.__name__)
+@pytest.mark.parametrize("odd", [*ODD, "cut", "deep", "no text"])
+def test_a_damaged_evaluation_is_named_before_anything_is_done(
+    theirs: Path, command: Command, tiny: Tiny, act: Act, odd: str, no_training: None
+) -> None:
+    path = theirs / rundir.EVALUATION
+    path.write_text(json.dumps(SHOWN), encoding="utf-8")
+    others = {"cut": b'{"round": 2', "deep": b"[" * 10**6, "no text": b"\xff\xfe"}
+    path.write_bytes(others.get(odd) or json.dumps(ODD[odd]).encode())
+    ran = act(command, theirs, tiny)
+    assert ran.code == 2
+    assert str(path) in ran.err
+    assert len(ran.err.splitlines()) <= 2

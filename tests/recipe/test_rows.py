@@ -20,6 +20,7 @@ from fedsieve.recipe import read as recipe
 from fedsieve.recipe.examples import Prepared, load_rows, prepare
 from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.run import rundir
+from fedsieve.tasks.tokens import Texts
 from tests import runs
 from tests.conftest import Command, Tiny, texts, tokenizer
 
@@ -146,6 +147,8 @@ def test_the_same_table_in_another_format_is_the_same_run(tiny: Tiny, tmp_path: 
         for other in outcomes[1:]:
             assert other.classes == names
             assert torch.equal(other.train.labels, outcomes[0].train.labels)
+            assert isinstance(other.train, Texts)
+            assert isinstance(outcomes[0].train, Texts)
             assert torch.equal(other.train.input_ids, outcomes[0].train.input_ids)
 
 

@@ -10,11 +10,11 @@ import torch
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import examples, experiment
 from fedsieve.recipe import read as recipe
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks.tokens import Texts
 from tests.conftest import Tiny
 
 
-def rows(examples: Sequence[Examples]) -> Counter[tuple[int, ...]]:
+def rows(examples: Sequence[Texts]) -> Counter[tuple[int, ...]]:
     """Texts as their tokens, padding left out: a multiset, whatever the order."""
     return Counter(
         tuple(ids[mask.bool()].tolist())

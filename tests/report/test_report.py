@@ -614,3 +614,40 @@ def test_deviations_have_the_places_of_their_means() -> None:
     assert megabytes(12.34e6, 0.512e6) == "12.3 ± 0.5 MB"
     assert megabytes(0, 0) == "0 ± 0 MB"
     assert duration(125, 4.25) == "2 min 05 s ± 4.2 s"
+
+
+def test_classes_and_answers_of_the_last_evaluation_are_shown(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    names = ("<b>cars", "space", "wine")
+    counts = ((5, 1, 0), (0, 7, 0), (2, 0, 3))
+    classes = [
+        {"name": n, "rows": sum(c), "precision": 0.25, "recall": 0.5, "f1": 1 / 3, "taken_for": c}
+        for n, c in zip(names, counts, strict=True)
+    ]
+    answers = [{"asked": "what & <i>?", "expected": "x" * 5000, "told": "b\x00c"}]
+    table = {"round": 2, "classes": classes, "answers": answers}
+    (path / "details.json").write_text(json.dumps(table), encoding="utf-8")
+    page = report(path)
+    assert page.row("space") == ["7", "0.250", "0.500", "0.333"]
+    assert page.row("2 space") == ["", "7", ""]
+    assert page.row("1 <b>cars") == ["5", "1", ""]
+    (said,) = [row for row in page.rows if row[0] == "what & <i>?"]
+    assert said[1] == "x" * 2000 + " …"
+    assert "after round 2" in page.text
+    both = report(path, make(tmp_path / "b", "other"))
+    assert both.row("3 wine") == ["2", "", "3"]
+
+
+def test_many_classes_are_folded_and_have_no_matrix(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    count = 40
+    classes = [
+        {"name": f"c{n}", "rows": 1, "precision": 1, "recall": 1, "f1": 1, "taken_for": [1] * count}
+        for n in range(count)
+    ]
+    (path / "details.json").write_text(
+        json.dumps({"round": 2, "classes": classes, "answers": []}), encoding="utf-8"
+    )
+    page = report(path)
+    assert "By class: 40 classes" in page.text
+    assert not [row for row in page.rows if row[:1] == ["c1"] and len(row) > 6]

@@ -45,6 +45,7 @@ def test_what_a_run_says_and_leaves(
         "adapter",
         "checkpoints",
         "clients.jsonl",
+        "details.json",
         "metrics.jsonl",
         "recipe.toml",
         "report.html",

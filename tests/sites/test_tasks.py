@@ -11,6 +11,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.recipe.schema import Recipe
 from fedsieve.sites import resident
 from fedsieve.sites.server import joint_score
+from fedsieve.sites.site import Rows as SiteRows
 from fedsieve.sites.worker import Frame
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import scores
@@ -23,6 +24,8 @@ from tests.tasks.test_federated import KINDS, Kind, changes, each, quietly, writ
 CLASSES = {
     "classification": LABELS,
     "multi-label": LABELS,
+    "image-classification": LABELS,
+    "image-multi-label": LABELS,
     "token-classification": ("O", *(f"B-{label}" for label in LABELS)),
 }
 
@@ -43,14 +46,13 @@ def test_the_scores_of_two_sites_are_those_of_all_their_rows(
     Recipe.model_validate(table)
     text = tomli_w.dumps(table).encode()
     counts, answers = [], {}
-    columns = {k: v for k, v in table["data"].items() if k not in ("classes", "max_length")}
+    columns = {k: v for k, v in table["data"].items() if k in SiteRows.model_fields}
     for number, name in enumerate(("north", "south")):
         home = tmp_path / name
         home.mkdir()
         own = kind.rows[30 * number : 30 * number + 20 + 7 * number]
-        for split in ("train", "test"):
-            written(home / f"{split}.jsonl", own)
-        data = {**columns, "train": "train.jsonl", "test": "test.jsonl"}
+        files = {s: Path(written(home / f"{s}.jsonl", own)).name for s in ("train", "test")}
+        data = {**columns, **files}
         site: dict[str, Any] = {"name": name, "device": "cpu", "data": data}
         site["model"] = table["model"]["source"]
         (home / "site.toml").write_text(tomli_w.dumps(site), encoding="utf-8")

@@ -41,7 +41,8 @@ from fedsieve.sites import journal, resident, worker
 from fedsieve.sites import site as sites
 from fedsieve.sites.server import joint_score
 from fedsieve.sites.worker import SOCKET, Frame, ask, carry, pack, refusal, unpack
-from fedsieve.train import model
+from fedsieve.tasks.tokens import Texts
+from fedsieve.train import model, reader
 from fedsieve.train.local import Fit, fit
 from fedsieve.wire import decode, encode
 from tests.conftest import LABELS, Command, Tiny
@@ -194,7 +195,7 @@ def test_the_kept_adapter_scores_as_the_one_that_was_sent(
     else:
         read = PeftModel.from_pretrained(load(tiny.bert, num_labels=3), kept)
     read.eval()
-    assert assignment.test is not None
+    assert isinstance(assignment.test, Texts)
     with torch.inference_mode():
         logits = read(
             assignment.test.input_ids, attention_mask=assignment.test.attention_mask
@@ -379,13 +380,14 @@ def test_a_client_that_diverges_keeps_its_memory_and_says_why(tiny: Tiny, tmp_pa
 
 def test_the_model_loads_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
-    pretrained = model._pretrained
+    pretrained = model.pretrained
 
     def counted(kind: Any, name: str, **given: Any) -> Any:
         loads.append(kind.__name__)
         return pretrained(kind, name, **given)
 
-    monkeypatch.setattr(model, "_pretrained", counted)
+    monkeypatch.setattr(model, "pretrained", counted)
+    monkeypatch.setattr(reader, "pretrained", counted)
     site = Worker(tiny, tmp_path, rounds=20)
     whole = resident.whole_message(site.assignment.start)
     for number in range(1, 9):

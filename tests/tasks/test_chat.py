@@ -13,6 +13,7 @@ import fedsieve
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields, Rows
+from fedsieve.tasks.tokens import Texts
 from tests.conftest import Tiny
 
 CHATML = (
@@ -64,6 +65,7 @@ def read(rows: list[dict[str, Any]], of: Any, length: int = 64, **columns: str) 
 
 def words(made: Rows, row: int = 0) -> tuple[list[str], list[str]]:
     """A row's tokens, and those of them that are learned."""
+    assert isinstance(made.examples, Texts)
     mask = made.examples.attention_mask[row].bool()
     ids, targets = made.examples.input_ids[row][mask], made.examples.labels[row][mask]
     assert all(t in (-100, i) for t, i in zip(targets.tolist(), ids.tolist(), strict=True))

@@ -15,7 +15,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 
 from fedsieve.tasks.causal_lm import causal_lm
 from fedsieve.tasks.classification import classification
-from fedsieve.tasks.tokens import IGNORED, Examples, ensure_pad_token
+from fedsieve.tasks.tokens import IGNORED, Texts, ensure_pad_token
 
 WORDS: list[str] = ["<pad>", "<unk>", "<s>", "</s>", "[CLS]", "[SEP]", "<en>", *"abcdefghij"]
 NUMBER = {word: number for number, word in enumerate(WORDS)}
@@ -98,7 +98,7 @@ def tokenizer(kind: Kind, fast: bool = True, **options: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=words, **special)
 
 
-def shown(examples: Examples) -> list[tuple[str, str]]:
+def shown(examples: Texts) -> list[tuple[str, str]]:
     """Each row's words, and those of them that are learned."""
     found = []
     for ids, mask, labels in zip(*examples[:3], strict=True):

@@ -3,14 +3,17 @@
 The rows are of the words of conftest.py, whose subjects a tiny model tells apart.
 """
 
+import io
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from PIL import Image
 
 import fedsieve
 from fedsieve.errors import FedSieveError
@@ -66,7 +69,46 @@ def asked() -> list[dict[str, Any]]:
     return [{"ask": " ".join(words), "say": f" {subject}0"} for subject, words in subjects(60, 5)]
 
 
+def png(colours: list[tuple[int, int, int]], seed: int) -> dict[str, Any]:
+    """An image as `datasets` has it: its left half of one colour, its right of another, noisy."""
+    draw = np.random.default_rng(seed)
+    halves = [
+        np.full((20, 12, 3), colour) + draw.integers(-40, 40, (20, 12, 3)) for colour in colours
+    ]
+    made = np.clip(np.concatenate(halves, 1), 0, 255).astype(np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(made).save(data, "png")
+    return {"bytes": data.getvalue(), "path": f"{seed}.png"}
+
+
+COLOURS = {"cars": (220, 40, 40), "space": (40, 40, 220), "wine": (40, 200, 40)}
+
+
+def pictures() -> list[dict[str, Any]]:
+    return [
+        {"image": png([COLOURS[subject]] * 2, seed), "label": subject}
+        for seed, (subject, _) in enumerate(subjects(120, 8))
+    ]
+
+
+def pairs_of_pictures() -> list[dict[str, Any]]:
+    both = zip(subjects(160, 9), subjects(160, 10), strict=True)
+    return [
+        {"image": png([COLOURS[a[0]], COLOURS[b[0]]], seed), "label": sorted({a[0], b[0]})}
+        for seed, (a, b) in enumerate(both)
+    ]
+
+
+def chosen() -> list[dict[str, Any]]:
+    options = [f"{label}0" for label in LABELS]
+    return [
+        {"text": " ".join(words), "of": options, "label": f"{subject}0"}
+        for subject, words in subjects(240, 7)
+    ]
+
+
 PLAIN = {"text": "text", "label": "label"}
+PICTURED = {"text": None, "image": "image", "label": "label"}
 KINDS = [
     Kind(
         "classification",
@@ -121,18 +163,76 @@ KINDS = [
         0.3,
         [({"ask": "cars0", "say": None}, "column 'say' holds nothing")],
     ),
+    Kind(
+        "multiple-choice",
+        chosen(),
+        {**PLAIN, "options": "of", "new_tokens": 4},
+        "accuracy",
+        0.45,  # a third by chance
+        [
+            ({"text": "cars0", "of": ["cars0"], "label": "cars0"}, "column 'of' holds 1 options"),
+            ({"text": "cars0", "of": ["cars0", " "], "label": "0"}, "'of': option 2 is empty"),
+            ({"text": "cars0", "of": ["cars0", "food0"], "label": "2"}, "'label' holds '2', which"),
+            ({"text": "cars0", "of": None, "label": "0"}, "column 'of' holds no list of options"),
+            ({"text": "cars0", "of": ["a", "b"], "label": None}, "does not say which is right"),
+            ({"text": None, "of": ["cars0", "food0"], "label": "0"}, "'text' holds nothing"),
+        ],
+    ),
+    Kind(
+        "generation",
+        asked(),
+        {"prompt": "ask", "completion": "say", "text": None, "label": None, "new_tokens": 4},
+        "token_f1",
+        0.4,  # none at the start
+        [
+            ({"ask": "cars0", "say": None}, "column 'say' holds nothing"),
+            ({"ask": "cars0", "say": "  "}, "column 'say' holds nothing that could be expected"),
+        ],
+    ),
+    Kind(
+        "image-classification",
+        pictures(),
+        PICTURED,
+        "accuracy",
+        0.9,
+        [
+            ({"image": None, "label": "cars"}, "column 'image' holds no image"),
+            ({"image": {"bytes": b"GIF89a", "path": None}, "label": "cars"}, "cannot be read"),
+            ({"image": {"bytes": None, "path": "/etc/hosts"}, "label": "cars"}, "column 'image'"),
+            ({"image": png([(9, 9, 9)], 0), "label": None}, "column 'label' has no label"),
+        ],
+    ),
+    Kind(
+        "image-multi-label",
+        pairs_of_pictures(),
+        PICTURED,
+        "micro_f1",
+        0.8,
+        [
+            ({"image": None, "label": ["cars"]}, "column 'image' holds no image"),
+            ({"image": png([(9, 9, 9)], 0), "label": None}, "holds no list of names"),
+        ],
+    ),
 ]
 each = pytest.mark.parametrize("kind", KINDS, ids=[kind.task for kind in KINDS])
 quietly = pytest.mark.filterwarnings("ignore:.*no padding token", "ignore:the model's head is for")
 
 
 def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    """A file of these rows; Parquet where they have images, as JSON has no bytes."""
+    if "image" in rows[0]:
+        path = path.with_suffix(".parquet")
+        Dataset.from_list(rows).to_parquet(path)
+        return str(path)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 
 
 def base(tiny: Tiny, kind: Kind) -> str:
-    return str(tiny.gpt2 if kind.task == "causal-lm" else tiny.bert)
+    task = catalogue.load(kind.task)
+    if task.reads == "images":
+        return str(tiny.vit)
+    return str(tiny.gpt2 if task.peft == "CAUSAL_LM" else tiny.bert)
 
 
 def changes(tiny: Tiny, folder: Path, kind: Kind, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -122,6 +122,8 @@ CASES = [
     Case("regression", (), VALUES[:, None] + drawn(1, 50, 1), VALUES, numbers),
     Case("multi-label", NAMES, drawn(2, 40, 4) + HOLDS, HOLDS, labels_of),
     Case("token-classification", TAGS, leaning(drawn(6, 30, 12, 5), TAGGED, 2.0), TAGGED, entities),
+    Case("image-classification", NAMES, leaning(drawn(8, 60, 4), CLASS, 1.0), CLASS, classes_of),
+    Case("image-multi-label", NAMES, drawn(11, 40, 4) + HOLDS, HOLDS, labels_of),
     Case("causal-lm", (), drawn(7, 8, 9, 11), TOKENS, next_tokens),
     Case("classification", NAMES[:2], leaning(drawn(8, 60, 2), PAIR, 1.0), PAIR, two_classes),
 ]  # fmt: skip
@@ -135,7 +137,8 @@ def counted(case: Case, size: int) -> list[Tally]:
 
 
 def test_every_task_has_a_case() -> None:
-    assert {case.task for case in CASES} == set(catalogue.names())
+    asking = {name for name in catalogue.names() if catalogue.load(name).ask}  # test_asked.py
+    assert {case.task for case in CASES} == set(catalogue.names()) - asking
 
 
 @each
@@ -257,3 +260,77 @@ def test_the_spread_over_clients_is_that_of_their_own_leading_metrics(case: Case
     )
     assert list(found.metrics)[: len(joint.metrics)] == list(joint.metrics)
     assert scores(task, parts[:1], case.classes) == score(task, parts[0], case.classes)
+
+
+def task_of_one_class(case: Case) -> bool:
+    return case.task in ("classification", "image-classification")
+
+
+def one_by_one(case: Case) -> dict[str, tuple[float, ...]]:
+    """Rows, precision, recall and F1 of each class, of another library."""
+    task = "multilabel" if "multi-label" in case.task else "multiclass"
+    size = "num_labels" if task == "multilabel" else "num_classes"
+    told = case.logits if task == "multilabel" else case.logits.argmax(-1)
+    labels = case.labels.int()
+    given: dict[str, Any] = {"task": task, size: len(case.classes), "average": "none"}
+    rows = case.labels.sum(0) if task == "multilabel" else torch.bincount(case.labels, minlength=4)
+    made = [f(told, labels, **given) for f in (other.precision, other.recall, other.f1_score)]
+    return {
+        name: (float(rows[n]), *(float(each[n]) for each in made))
+        for n, name in enumerate(case.classes)
+    }
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case for case in CASES if catalogue.load(case.task).by_class and case.classes is not TAGS
+    ] + [Case("classification", NAMES, leaning(drawn(0, 60, 4), RARE, 1.0), RARE, classes_of)],
+    ids=lambda case: case.task,
+)  # fmt: skip
+def test_each_class_is_told_as_another_library_tells_it(case: Case) -> None:
+    found = score(catalogue.load(case.task), total(counted(case, 7)), case.classes).details.classes
+    wanted = one_by_one(case)
+    for each in found:
+        assert each[1:5] == pytest.approx(wanted.pop(each.name), rel=1e-5)
+    assert all(not any(row) for row in wanted.values())  # neither there nor told
+    if task_of_one_class(case):
+        table = other.confusion_matrix(
+            case.logits.argmax(-1), case.labels, task="multiclass", num_classes=len(case.classes)
+        )
+        assert [each.taken_for for each in found] == [tuple(row) for row in table.tolist()]
+
+
+def test_entities_are_told_by_their_kind() -> None:
+    from seqeval.metrics import classification_report
+
+    (case,) = [case for case in CASES if case.classes is TAGS]
+    found = score(catalogue.load(case.task), total(counted(case, 7)), TAGS).details.classes
+    said = [
+        [
+            [TAGS[n] for n in row[there].tolist()]
+            for row, there in zip(rows, case.labels != -100, strict=True)
+        ]
+        for rows in (case.labels, case.logits.argmax(-1))
+    ]
+    table = classification_report(*said, output_dict=True)
+    assert [each.name for each in found] == ["LOC", "PER"]
+    for each in found:
+        row = table[each.name]
+        wanted = (row["support"], row["precision"], row["recall"], row["f1-score"])
+        assert each[1:5] == pytest.approx(wanted)
+
+
+@each
+def test_answers_are_those_of_the_first_rows(case: Case) -> None:
+    task = catalogue.load(case.task)
+    if task.told is None:
+        assert case.task == "causal-lm"
+        return
+    told = task.told(case.logits, case.labels, case.classes)
+    assert len(told) == len(case.labels)
+    right = [so == said for so, said in told]
+    if task_of_one_class(case):
+        assert right == (case.logits.argmax(-1) == case.labels).tolist()
+    if "multi-label" in case.task:
+        assert right == ((case.logits > 0) == (case.labels > 0.5)).all(1).tolist()

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.causal_lm import causal_lm
 from fedsieve.tasks.classification import classification
-from fedsieve.tasks.tokens import IGNORED, Examples, count, ensure_pad_token, take
+from fedsieve.tasks.examples import count, take
+from fedsieve.tasks.tokens import IGNORED, Texts, ensure_pad_token
 
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "[CLS]", "[SEP]", "a", "b", "c", "d", "e", "f", "g"]
 PAD, UNK, EOS, CLS, SEP, A, B, C, D, E, F, G = range(len(WORDS))
@@ -39,13 +40,13 @@ def rows(**columns: list[Any]) -> Dataset:
     return Dataset.from_dict(columns)
 
 
-def tokens(examples: Examples) -> list[list[int]]:
+def tokens(examples: Texts) -> list[list[int]]:
     """Each row's token numbers, without the padding."""
     pairs = zip(examples.input_ids, examples.attention_mask, strict=True)
     return [ids[mask.bool()].tolist() for ids, mask in pairs]
 
 
-def classify(dataset: Dataset, **options: Any) -> tuple[Examples, tuple[str, ...]]:
+def classify(dataset: Dataset, **options: Any) -> tuple[Texts, tuple[str, ...]]:
     defaults: dict[str, Any] = {"text": "text", "label": "label", "max_length": 8}
     return classification(dataset, options.pop("tokenizer", words()), **(defaults | options))
 

@@ -26,7 +26,7 @@ from fedsieve.algebra.support import everything
 from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir, runner
 from fedsieve.settings import Lora, Task, Training
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks.tokens import Texts
 from fedsieve.train.local import fit
 from fedsieve.train.model import ResidentModel, load_base, set_up
 from tests import runs
@@ -183,7 +183,7 @@ def test_full_training_of_tied_weights_is_a_plain_loop(tiny: Tiny) -> None:
     base = load_base(str(tiny.gpt2), "causal-lm", key=Key(0), settings=still)
     resident = set_up(base, "causal-lm", Lora(), "all", key=Key(0), device=CPU)
     ids = torch.randint(5, 30, (4, 7), generator=torch.Generator().manual_seed(0))
-    examples = Examples(ids, torch.ones_like(ids), ids)
+    examples = Texts(ids, torch.ones_like(ids), ids)
     start, everywhere = resident.adapter(), everything(resident.layout)
     view = View(start, resident.layout, everywhere, everywhere)
     training = Training(lr=0.1, momentum=0.0, batch=4, steps=3, precision="fp32")

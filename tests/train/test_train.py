@@ -31,7 +31,7 @@ from fedsieve.settings import Lora, Task, Training
 from fedsieve.tasks import tokens
 from fedsieve.tasks.causal_lm import causal_lm
 from fedsieve.tasks.classification import classification
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks.tokens import Texts
 from fedsieve.train import local
 from fedsieve.train.dropout import Dropout, attention, keep_mask
 from fedsieve.train.local import Fit, evaluate
@@ -65,14 +65,14 @@ def resident_of(
     return attach(base, task, lora, key=Key(0), device=torch.device("cpu"))
 
 
-def classified(tiny: Tiny, count: int = 20) -> Examples:
+def classified(tiny: Tiny, count: int = 20) -> Texts:
     columns = list(zip(*texts(count, seed=5), strict=True))
     rows = Dataset.from_dict({"text": columns[0], "label": columns[1]})
     tokenizer = AutoTokenizer.from_pretrained(tiny.bert)
     return classification(rows, tokenizer, text="text", label="label", max_length=16)[0]
 
 
-def continued(tiny: Tiny, count: int = 20) -> Examples:
+def continued(tiny: Tiny, count: int = 20) -> Texts:
     rows = Dataset.from_dict(
         {"ask": [f"{text} " for text, _ in texts(count, seed=5)], "reply": ["word1 word2"] * count}
     )
@@ -82,7 +82,7 @@ def continued(tiny: Tiny, count: int = 20) -> Examples:
 
 
 def fit(
-    resident: ResidentModel, adapter: Adapter, examples: Examples, training: Training, key: Key
+    resident: ResidentModel, adapter: Adapter, examples: Texts, training: Training, key: Key
 ) -> Fit:
     """Train all of an adapter."""
     layout = adapter.layout
@@ -100,7 +100,7 @@ def some(resident: ResidentModel, rank: int | None = None, seed: int = 0) -> Ada
     return Adapter(layout, tensors)
 
 
-def batch_of(examples: Examples) -> Batch:
+def batch_of(examples: Texts) -> Batch:
     return {name: value for name, value in examples._asdict().items() if value is not None}
 
 

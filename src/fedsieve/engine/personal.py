@@ -12,7 +12,7 @@ import torch
 
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.method import Memory
-from fedsieve.tasks.tokens import Examples, take
+from fedsieve.tasks.examples import Examples, take
 
 CLIENTS = 10  # evaluated at most
 ROWS = 50  # of the test split, for each

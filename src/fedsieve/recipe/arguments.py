@@ -9,13 +9,17 @@ from os import PathLike
 from types import FunctionType, ModuleType
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method
 from fedsieve.data.names import name_of
 from fedsieve.errors import FedSieveError, nearest
+from fedsieve.recipe.schema import Data
 from fedsieve.settings import Lora, Sampling, Training, whole
 from fedsieve.tasks import catalogue
+from fedsieve.tasks.task import Fields
 
 A_BUDGET = "a fedsieve.Budget, such as Budget(ratio=0.5),"
 _COLUMN = "a column's name"
@@ -77,6 +81,23 @@ def classes_given(given: Any) -> tuple[str, ...]:
     if len(names) < 2 or len(set(names)) < len(names):
         raise FedSieveError(f"classes: at least two different ones are needed, not {names}")
     return tuple(names)
+
+
+def fields_given(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What else says what rows hold, as a recipe's [data] has it. Raises FedSieveError, naming the
+    argument, for one that is none, or that is not what it must be.
+    """
+    further = sorted(set(Fields._fields) - {*_KINDS, "classes", "max_length"})
+    for name in given:
+        if name not in further:
+            raise FedSieveError(f"{name}: finetune takes no such argument{nearest(name, further)}")
+    try:
+        checked = Data(train="", **given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"][:1])
+        raise FedSieveError(f"{place}: {first['msg']}") from None
+    return {name: getattr(checked, name) for name in given}
 
 
 def _refuse_no_method(given: object) -> None:

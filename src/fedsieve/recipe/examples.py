@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.data import sources, templates
+from fedsieve.data import pictures, sources, templates
 from fedsieve.data.files import Columns
 from fedsieve.data.templates import filled
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
-from fedsieve.tasks import catalogue, tokens
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples, take
 from fedsieve.tasks.task import Fields, refuse
-from fedsieve.tasks.tokens import Examples
 
 
 class Prepared(NamedTuple):
@@ -62,7 +62,10 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
         separator=data.separator,
         columns=columns,
     )
-    return filled(rows, columns.texts)
+    rows = filled(rows, columns.texts)
+    if data.image is None:
+        return rows
+    return pictures.located(rows, data.image, sources.folder_of(source))
 
 
 def load_more(data: Data) -> dict[str, Dataset]:
@@ -97,7 +100,8 @@ def _of_more(name: str) -> Iterator[None]:
 
 def columns_of(fields: Fields, clients: str | None = None) -> Columns:
     """The columns that are read; templates among the texts are still to be filled in."""
-    texts = (fields.text, fields.text_b, fields.prompt, fields.completion)
+    options = fields.options if isinstance(fields.options, tuple) else (fields.options,)
+    texts = (fields.text, fields.text_b, fields.image, fields.prompt, fields.completion, *options)
     labels = fields.label if isinstance(fields.label, tuple) else (fields.label,)
     names = (*labels, clients)
     return Columns(*(tuple(c for c in kind if c is not None) for kind in (texts, names)))
@@ -146,11 +150,11 @@ def prepare(
         if on_validation and held.any():
             index = held.nonzero().flatten()
             index = index[_drawn(recipe, index.numel())]
-            test = tokens.take(train, index)
+            test = take(train, index)
             if clients is not None:
                 known = owners_of(rows, clients)
                 owners = [known[row] for row in came[index].tolist()]
-        train, came = tokens.take(train, (~held).nonzero().flatten()), came[~held]
+        train, came = take(train, (~held).nonzero().flatten()), came[~held]
     return Prepared(train, came, test, classes, tuple(owners), more)
 
 

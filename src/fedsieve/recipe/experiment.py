@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client
@@ -48,14 +47,17 @@ from fedsieve.recipe.examples import (
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
-from fedsieve.tasks import catalogue, tokens
-from fedsieve.tasks.tally import Score, Tally, beside, score, scores, total
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples, count, take
+from fedsieve.tasks.images import Images
+from fedsieve.tasks.tally import Details, Score, Tally, beside, score, scores, total
+from fedsieve.tasks.task import Reader
 from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, fit, runs_in_bf16, tally
-from fedsieve.train.model import ResidentModel, load_base, load_tokenizer, pick_device, set_up
+from fedsieve.train.model import ResidentModel, load_base, pick_device, set_up
+from fedsieve.train.reader import load_reader
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Experiment:
     memories: what clients keep between rounds, by id
     notes:    what a user should know about how it was set up
     ending:   why there are no more rounds, to be said at the end; or None
+    details:  of the last evaluation, one or none; a run whose noise is fresh has none
     """
 
     recipe: Recipe | None
@@ -76,6 +79,20 @@ class Experiment:
     memories: dict[str, Memory]
     notes: tuple[str, ...]
     ending: str | None = None
+    details: list[Details] = dataclasses.field(default_factory=list)
+
+
+def keeping(
+    evaluate: Callable[[Adapter], Score | None], details: list[Details]
+) -> Callable[[Adapter], Score | None]:
+    """An evaluation that puts what it shows beyond its scores in the place of the last one's."""
+
+    def evaluated(adapter: Adapter) -> Score | None:
+        score = evaluate(adapter)
+        details[:] = [] if score is None else [score.details]
+        return score
+
+    return evaluated
 
 
 def assemble(
@@ -181,8 +198,10 @@ def assemble(
         }
         return beside(main, others)
 
+    details: list[Details] = []
     # A client's own part of the model is no part of what the noise covers.
     withheld = method.personal is not None and method.private == "system"
+    evaluated = rated if method.private == "system" else keeping(rated, details)
     exchange = in_process(method, train, resident.adapter(), memories)
     federation = Federation(
         method=method,
@@ -190,7 +209,7 @@ def assemble(
         sampling=sampling,
         seed=seed,
         exchange=punctual(exchange, sampling.size) if sampling.extra else exchange,
-        evaluate=None if test is None or withheld else rated,
+        evaluate=None if test is None or withheld else evaluated,
         evaluate_every=evaluate_every,
         privacy=privacy,
         dense=resident.dense,
@@ -198,7 +217,7 @@ def assemble(
     )
     ending = None if privacy is None else privacy.ending
     return Experiment(
-        recipe, federation, resident, resident.adapter(), memories, tuple(notes), ending
+        recipe, federation, resident, resident.adapter(), memories, tuple(notes), ending, details
     )
 
 
@@ -232,8 +251,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     device = pick_device(recipe.device)
     recipe = _settled(recipe, device)
     source = locate(recipe.model.source)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    note = tokens.ensure_pad_token(tokenizer)
+    task = recipe.model.task
+    tokenizer, note = load_reader(source, task, trust_remote_code=trust_remote_code)
     notes = [note] if note else []
     if note:
         warnings.warn(note, stacklevel=2)
@@ -302,7 +321,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
 
 def set_up_resident(
     recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     device: torch.device,
     *,
     trust_remote_code: bool = False,
@@ -319,7 +338,7 @@ def set_up_resident(
         recipe.data.classes or (),
         key=Key(recipe.seed),
         dtype=recipe.model.dtype,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
         settings=recipe.model.settings,
         trust_remote_code=trust_remote_code,
     )
@@ -381,7 +400,7 @@ def absolute(source: str) -> str:
 
 
 def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
-    return lambda: tokens.take(examples, index)
+    return lambda: take(examples, index)
 
 
 def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, PrivacyPlan]:
@@ -422,7 +441,7 @@ def _cautions(recipe: Recipe, plan: PrivacyPlan, evaluated: str | None) -> list[
 
 
 def _without_bad_clients(
-    recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, rows: Dataset, tokenizer: Reader
 ) -> tuple[Dataset, dict[str, str]]:
     """The rows of the clients all of whose rows can be used; and the others, with what is wrong.
 
@@ -452,16 +471,18 @@ def _by_owner(prepared: Prepared) -> dict[str, Examples] | None:
     if prepared.test is None or not prepared.owners:
         return None
     index = partition.natural(prepared.owners)
-    return {id: tokens.take(prepared.test, torch.as_tensor(rows)) for id, rows in index.items()}
+    return {id: take(prepared.test, torch.as_tensor(rows)) for id, rows in index.items()}
 
 
 def _reaching(examples: Examples, most: int) -> str | None:
     """How many texts are as long as they may be, and so were cut; but for those just as long."""
+    if isinstance(examples, Images):
+        return None
     full = int((examples.attention_mask.sum(1) >= most).sum())
     if not full:
         return None
     return (
-        f"{full:,} of {tokens.count(examples):,} training texts reach data.max_length ({most} "
+        f"{full:,} of {count(examples):,} training texts reach data.max_length ({most} "
         "tokens): what is beyond it is cut"
     )
 

@@ -107,6 +107,8 @@ class Data(Table):
     more_tests: by name, other rows that are evaluated on beside them
     names, separator: for CSV and TSV files without a header line, or with another separator
     classes: the labels in the order of the model's outputs; by default those that train holds
+    options, option_word, answer, first_option: of multiple choice (docs/tasks.md)
+    new_tokens, stop: how long a written answer may be, and the texts that end one
     validation: share of train's rows that no client gets; the same rows whatever the seed
     """
 
@@ -121,11 +123,20 @@ class Data(Table):
     separator: str | None = None
     text: str | None = None
     text_b: str | None = None
+    image: str | None = None
     label: str | tuple[str, ...] | None = None
     prompt: str | None = None
     completion: str | None = None
     classes: tuple[Annotated[str, AfterValidator(clean)], ...] | None = None
     max_length: PositiveInt = 128
+    options: str | tuple[str, ...] | None = None
+    option_word: Annotated[str, Field(pattern=r"^[A-Za-z]{1,30}$")] | None = None
+    answer: Annotated[str, Field(max_length=200)] | None = None
+    first_option: NonNegativeInt = 0
+    new_tokens: PositiveInt = 32
+    stop: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(max_length=16)
+    ] = ()
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")

@@ -17,6 +17,7 @@ from fedsieve.report.page import page
 from fedsieve.report.plots import draw, to_png, to_svg
 from fedsieve.report.read import Run, check_logs, evaluations, load, load_all, rounds
 from fedsieve.report.series import Row, Spread, Target, table
+from fedsieve.report.shown import load as check_shown
 
 __all__ = [
     "Row",
@@ -24,6 +25,7 @@ __all__ = [
     "Spread",
     "Target",
     "check_logs",
+    "check_shown",
     "evaluations",
     "load",
     "load_all",

@@ -6,7 +6,6 @@ as rows and the runs as columns: one run reads well on a phone, several compare 
 of runs have a line each, as in a paper's table, and the summary of their runs is folded away.
 """
 
-import html
 from collections.abc import Sequence
 from string import Template
 from typing import Any
@@ -15,6 +14,8 @@ from fedsieve.clients.network import Conditions
 from fedsieve.engine.shares import Shares, in_words
 from fedsieve.errors import count
 from fedsieve.recipe.overrides import flat
+from fedsieve.report import shown
+from fedsieve.report.html import table, text
 from fedsieve.report.plots import COLOURS, Plot, reached, to_reach
 from fedsieve.report.read import LOSS, Budget, Run, best, evaluations
 from fedsieve.report.series import (
@@ -47,14 +48,15 @@ def page(
     """The whole HTML document; `rows` are the series' table, `plots` come with their SVG."""
     title = "FedSieve: " + ", ".join(one.label for one in series)
     return _PAGE.substitute(
-        title=_text(title),
+        title=text(title),
         light="".join(f"--run-{i}:{c};" for i, c in enumerate(COLOURS)),
         dark="".join(f"--run-{i}:{c};" for i, c in enumerate(DARK_COLOURS)),
-        heading=_text(_heading(series)),
+        heading=text(_heading(series)),
         leads="".join(_lead(i, one) for i, one in enumerate(series)),
         warnings=_warnings(series),
         plots="".join(_plot(plot, svg, series, rows, conditions) for plot, svg in plots),
         summary=_summary(series, rows, conditions),
+        shown=_shown(series),
         differences=_differences(series),
         recipes="".join(_recipes(one) for one in series),
     )
@@ -69,10 +71,6 @@ def _heading(series: Sequence[Series]) -> str:
 
 def _grouped(series: Sequence[Series]) -> bool:
     return any(len(one.runs) > 1 for one in series)
-
-
-def _text(value: object) -> str:
-    return html.escape(str(value))
 
 
 def _mb(n: float) -> str:
@@ -100,7 +98,7 @@ def _lead(index: int, series: Series) -> str:
         parts.append(f"(dense float32 LoRA: {megabytes(dense)}; <b>{fewer(sent, dense)}</b>)")
     mean = f", mean of {len(ends)} runs" if len(ends) > 1 else ""
     said = " ".join(parts) + mean
-    return f"<li>{_swatch(index)}<strong>{_text(series.label)}</strong>: {said}</li>"
+    return f"<li>{_swatch(index)}<strong>{text(series.label)}</strong>: {said}</li>"
 
 
 def _warnings(series: Sequence[Series]) -> str:
@@ -134,11 +132,11 @@ def _notes(series: Series) -> list[str]:
     for note, names in by_note.items():
         shared = len(names) == len(series.runs)
         said += [(name, note) for name in ([series.label] if shared else names)]
-    return [f"<b>{_text(name)}</b>: {_text(note)}" for name, note in said]
+    return [f"<b>{text(name)}</b>: {text(note)}" for name, note in said]
 
 
 def _list(names: Any) -> str:
-    return ", ".join(_text(name) for name in names)
+    return ", ".join(text(name) for name in names)
 
 
 def _plot(
@@ -148,7 +146,7 @@ def _plot(
     rows: Sequence[Row],
     conditions: Sequence[Conditions],
 ) -> str:
-    label = _text(f"{plot.title}. {plot.caption}")
+    label = text(f"{plot.title}. {plot.caption}")
     wide, numbers = "", ""
     if plot.key == "bytes-budget":
         wide, numbers = ' class="wide"', _budgets(series)
@@ -156,9 +154,9 @@ def _plot(
         wide, numbers = ' class="wide"', _costs(rows, conditions)
     return (
         f'<figure id="{plot.key}"{wide}>'
-        f"<h3>{_text(plot.title)}</h3>"
+        f"<h3>{text(plot.title)}</h3>"
         f'<div class="drawing" role="img" aria-label="{label}">{svg}</div>'
-        f"<figcaption>{_text(plot.caption)}{numbers}</figcaption></figure>"
+        f"<figcaption>{text(plot.caption)}{numbers}</figcaption></figure>"
     )
 
 
@@ -168,11 +166,11 @@ def _costs(rows: Sequence[Row], conditions: Sequence[Conditions]) -> str:
         return ""
     heads = ["", "Traffic", *(f"{world.link.up:g} Mbit/s up" for world in conditions)]
     body = "".join(
-        f'<tr><th scope="row">{_swatch(i)}{_text(row.label)}</th>{_cost_cells(row)}</tr>'
+        f'<tr><th scope="row">{_swatch(i)}{text(row.label)}</th>{_cost_cells(row)}</tr>'
         for i, row in enumerate(rows)
         if row.final
     )
-    return _table(heads, body, to_reach(rows[0].target, rows))
+    return table(heads, body, to_reach(rows[0].target, rows))
 
 
 def _cost_cells(row: Row) -> str:
@@ -186,13 +184,13 @@ def _cost_cells(row: Row) -> str:
 def _exact(found: Spread | None, said: str, unit: str) -> str:
     """A number to read; the exact one for machines, and with its range for those who point."""
     if found is None:
-        return _text(said)
+        return text(said)
     places = 0 if unit == "bytes" else 3
     title = f"{found.mean:,.{places}f} {unit}"
     if found.deviation is not None:
         title += f" ({found.low:,.{places}f} to {found.high:,.{places}f})"
     # A line may break before the deviation and nowhere else.
-    said = _text(said).replace(" ", "&nbsp;").replace("&nbsp;±", " ±").replace("&nbsp;(", " (")
+    said = text(said).replace(" ", "&nbsp;").replace("&nbsp;±", " ±").replace("&nbsp;(", " (")
     return f'<data class="cost" value="{found.mean:.{places}f}" title="{title}">{said}</data>'
 
 
@@ -202,30 +200,37 @@ def _budgets(series: Sequence[Series]) -> str:
     masked = any(in_words(b.down_kept) or in_words(b.up_kept) for _, b in rows)
 
     def row(one: Series, b: Budget) -> str:
-        name = f"<td>{_text(one.label)}</td>" if several else ""
+        name = f"<td>{text(one.label)}</td>" if several else ""
         told = (in_words(b.down_kept) or NONE, in_words(b.up_kept) or NONE)
         shares = "".join(f"<td>{each}</td>" for each in told) if masked else ""
         return (
-            f'<tr><th scope="row">{_text(b.label)}</th>{name}<td>{b.client_rounds:,}</td>'
+            f'<tr><th scope="row">{text(b.label)}</th>{name}<td>{b.client_rounds:,}</td>'
             f"<td>{_mb(b.down_bytes)}</td><td>{_mb(b.up_bytes)}</td>{shares}</tr>"
         )
 
     who = "Group" if _grouped(series) else "Run"
     heads = ["Budget", *([who] if several else []), "Client-rounds", "Down", "Up"]
     heads += ["Kept down", "Kept up"] if masked else []
-    table = _table(heads, "".join(row(one, b) for one, b in rows), "Traffic by client budget")
+    made = table(heads, "".join(row(one, b) for one, b in rows), "Traffic by client budget")
     if len(rows) <= SHOWN_ROWS:
-        return table
-    return f"<details><summary>{len(rows):,} budgets in numbers</summary>{table}</details>"
+        return made
+    return f"<details><summary>{len(rows):,} budgets in numbers</summary>{made}</details>"
 
 
-def _table(heads: Sequence[str], body: str, label: str) -> str:
-    """`heads` are texts, `body` is HTML. A table too wide for the screen scrolls by itself."""
-    head = "".join(f'<th scope="col">{_text(h)}</th>' for h in heads)
-    return (
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{_text(label)}">'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+def _shown(series: Sequence[Series]) -> str:
+    """What the last evaluations show: of one run as it is, of several folded away."""
+    found = [(run.name, shown.section(run.shown)) for run in every_run(series) if run.shown]
+    found = [(name, section) for name, section in found if section]
+    if not found:
+        return ""
+    if len(every_run(series)) == 1:
+        inner = found[0][1]
+    else:
+        inner = "".join(
+            f"<details><summary>{text(name)}</summary>{section}</details>"
+            for name, section in found
+        )
+    return f"<h2>Classes and answers</h2>{inner}"
 
 
 def _summary(
@@ -255,13 +260,13 @@ def _summary_of_groups(rows: Sequence[Row], conditions: Sequence[Conditions]) ->
         heads.append("Largest client memory")
     body = ""
     for i, row in enumerate(rows):
-        body += f'<tr><th scope="row">{_swatch(i)}{_text(row.label)}</th><td>{row.runs}</td>'
+        body += f'<tr><th scope="row">{_swatch(i)}{text(row.label)}</th><td>{row.runs}</td>'
         body += f"<td>{_size(row.total_bytes)}</td>"
         if target:
             body += f"<td>{_score(row.final)}</td><td>{_score(row.best)}</td>{_cost_cells(row)}"
         body += f"<td>{_size(row.memory_bytes)}</td></tr>" if memory else "</tr>"
-    table = _table(heads, body, "Summary")
-    return f'<div class="groups">{table}</div><p class="note">{_text(note)}</p>'
+    made = table(heads, body, "Summary")
+    return f'<div class="groups">{made}</div><p class="note">{text(note)}</p>'
 
 
 def _reason(target: Target) -> str:
@@ -294,13 +299,13 @@ def _summary_of_runs(runs: Sequence[Run]) -> str:
         for name in columns[0]
         if any(column[name] != NONE for column in columns)
     )
-    return _table(["", *(run.name for run in runs)], body, "Summary of runs")
+    return table(["", *(run.name for run in runs)], body, "Summary of runs")
 
 
 def _facts(run: Run, measures: Sequence[str]) -> dict[str, str]:
     """The rows of the summary, as HTML."""
     last = run.rounds[-1]
-    facts = {"Method": _text(run.method), "Rounds": f"{last.round:,}"}
+    facts = {"Method": text(run.method), "Rounds": f"{last.round:,}"}
     for measure in measures:
         found, word = evaluations(run, measure), spoken(measure)
         final = f"{score(found[-1].value)} (round {found[-1].round:,})" if found else NONE
@@ -345,7 +350,7 @@ def _kept(by_round: dict[int, Shares]) -> str:
 def _drops(dropped: dict[str, int]) -> str:
     if not dropped:
         return "none"
-    said = [f"{n:,} × {_text(reason)}" for reason, n in dropped.items()]  # noqa: RUF001
+    said = [f"{n:,} × {text(reason)}" for reason, n in dropped.items()]  # noqa: RUF001
     if len(said) > SHOWN_REASONS:
         said = [*said[:SHOWN_REASONS], f"and {len(said) - SHOWN_REASONS} other reasons"]
     return "<br>".join(said)
@@ -358,13 +363,13 @@ def _differences(series: Sequence[Series]) -> str:
     if not keys:
         return ""
     body = "".join(
-        f'<tr><th scope="row"><code>{_text(key)}</code></th>'
-        + "".join(f"<td>{_text(e.get(key, NONE))}</td>" for e in each)
+        f'<tr><th scope="row"><code>{text(key)}</code></th>'
+        + "".join(f"<td>{text(e.get(key, NONE))}</td>" for e in each)
         + "</tr>"
         for key in keys
     )
-    table = _table(["Key", *(one.label for one in series)], body, "Where the recipes differ")
-    return f'<h2>Where the recipes differ</h2><div class="card">{table}</div>'
+    made = table(["Key", *(one.label for one in series)], body, "Where the recipes differ")
+    return f'<h2>Where the recipes differ</h2><div class="card">{made}</div>'
 
 
 def _joined(series: Series) -> dict[str, str]:
@@ -382,7 +387,7 @@ def _recipes(series: Series) -> str:
     folded = "".join(_recipe(run) for run in series.runs)
     if len(series.runs) == 1:
         return folded
-    heading = f"{_text(series.label)}: {len(series.runs)} runs"
+    heading = f"{text(series.label)}: {len(series.runs)} runs"
     return f"<details><summary>{heading}</summary>{folded}</details>"
 
 
@@ -391,13 +396,13 @@ def _recipe(run: Run) -> str:
     versions = ""
     if isinstance(environment, dict) and environment:
         body = "".join(
-            f'<tr><th scope="row">{_text(key)}</th><td>{_text(value)}</td></tr>'
+            f'<tr><th scope="row">{text(key)}</th><td>{text(value)}</td></tr>'
             for key, value in flat(environment)
         )
-        versions = f"<h3>Versions</h3>{_table(['What', 'Version'], body, 'Versions')}"
+        versions = f"<h3>Versions</h3>{table(['What', 'Version'], body, 'Versions')}"
     return (
-        f"<details><summary>{_text(run.name)}</summary>"
-        f"<pre><code>{_text(run.recipe_text)}</code></pre>{versions}</details>"
+        f"<details><summary>{text(run.name)}</summary>"
+        f"<pre><code>{text(run.recipe_text)}</code></pre>{versions}</details>"
     )
 
 
@@ -476,6 +481,12 @@ figcaption th:first-child, .groups th:first-child { min-width: 8rem; }
 figcaption th, figcaption td { padding-right: .9rem; }
 data, .score { white-space: nowrap; }
 data.cost { white-space: normal; }
+.matrix td { text-align: right; padding: .25rem .5rem; border: 0; }
+.matrix th { padding: .25rem .75rem .25rem 0; border: 0; font-weight: 400; color: var(--quiet); }
+.matrix thead th { padding: .25rem .5rem; text-align: right; }
+.matrix td { min-width: 2.2rem; height: 1.9rem; }
+.answers td { white-space: pre-wrap; max-width: 34rem; min-width: 11rem; overflow-wrap: anywhere; }
+.card + .card { margin-top: 1rem; }
 details { margin: .6rem 0; padding: .7rem 1.1rem; background: var(--card);
   border: 1px solid var(--grid); border-radius: 10px; }
 summary { cursor: pointer; font-weight: 600; }
@@ -506,6 +517,7 @@ $plots
 </section>
 <h2>Summary</h2>
 $summary
+$shown
 $differences
 <h2>Recipe and versions</h2>
 $recipes

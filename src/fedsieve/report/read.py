@@ -17,6 +17,8 @@ from fedsieve.disk import objects, refuse_link
 from fedsieve.engine.shares import Shares
 from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe import read as recipes
+from fedsieve.report import shown
+from fedsieve.report.shown import Shown
 
 # Where a run has no message with masks, or was made before shares were told.
 UNTOLD: Shares = (None, None, None)
@@ -73,6 +75,7 @@ class Run(NamedTuple):
     rounds: tuple[Round, ...]  # at least one
     clients: Clients | None  # None where there is no clients.jsonl
     notes: tuple[str, ...]  # what the reader should be warned of
+    shown: Shown | None = None  # of the last evaluation, where it is kept
 
 
 LOSS = "eval_loss"  # the one measure that is better when it is lower
@@ -164,6 +167,7 @@ def load(path: Path) -> Run:
         tuple(rounds),
         clients,
         tuple(notes),
+        shown.load(path),
     )
 
 

@@ -57,7 +57,8 @@ def _put_aside(folder: Path, note: checkpoint.Note, later: Sequence[Path]) -> Pa
     left.mkdir(mode=0o700)
     for name, tail in tails.items():
         write_whole(left / name, tail)
-    for path in (folder / rundir.ADAPTER, folder / rundir.REPORT):
+    for name in (rundir.ADAPTER, rundir.EVALUATION, rundir.REPORT):
+        path = folder / name
         if path.exists():
             path.rename(left / path.name)
     (left / rundir.CHECKPOINTS).mkdir(mode=0o700)

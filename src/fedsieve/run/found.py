@@ -38,6 +38,7 @@ def in_order(folder: Path, *, allow_code: bool, accept_changes: bool) -> Recipe:
         last = note.round if note.evaluated else note.round - 1
         metrics, clients = (rundir.place(folder, name) for name in rundir.LOGS)
         report.check_logs(metrics, clients, note.marks, last)
+        report.check_shown(folder)
     return recipe
 
 

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from fedsieve import disk
 from fedsieve.disk import refuse_link, remove_link, write_whole
 from fedsieve.errors import FedSieveError
+from fedsieve.tasks.tally import Details
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
@@ -38,9 +39,10 @@ CLIENTS = "clients.jsonl"
 CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 REPORT = "report.html"
+EVALUATION = "details.json"
 LOCK = ".lock"
 LOGS = (METRICS, CLIENTS)
-_OURS = (RECIPE, *LOGS, CHECKPOINTS, ADAPTER, REPORT)  # in the order of removal
+_OURS = (RECIPE, *LOGS, CHECKPOINTS, ADAPTER, EVALUATION, REPORT)  # in the order of removal
 _FOLDERS = (CHECKPOINTS, ADAPTER)
 SEED = "seed"
 _TELLING = (CLIENTS, CHECKPOINTS)  # of who took part
@@ -172,6 +174,22 @@ def append(folder: Path, log: str, rows: Iterable[NamedTuple]) -> None:
         known = {key: value for key, value in row._asdict().items() if value is not None}
         lines.append(json.dumps(known, allow_nan=False) + "\n")
     disk.append(place(folder, log), "".join(lines))
+
+
+def keep_details(folder: Path, round: int, details: Iterable[Details]) -> None:
+    """Write what the last evaluation shows beyond its scores, in the place of what was there.
+
+    details: one, or none; it quotes rows, so the file is its owner's alone
+    """
+    for each in details:
+        table = {
+            "round": round,
+            "classes": [of_class._asdict() for of_class in each.classes],
+            "answers": [answer._asdict() for answer in each.answers],
+        }
+        text = json.dumps(table, ensure_ascii=False, indent=1) + "\n"
+        # Half of a character, which a token may be, is no text that a file can hold.
+        write_whole(folder / EVALUATION, text.encode("utf-8", "replace"), mode=0o600)
 
 
 def marks(folder: Path) -> dict[str, int]:

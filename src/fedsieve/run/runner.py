@@ -45,8 +45,8 @@ from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.run.found import in_order
-from fedsieve.tasks import tokens
-from fedsieve.train.model import load_tokenizer, pick_device
+from fedsieve.train.model import pick_device
+from fedsieve.train.reader import load_reader
 
 Show = Callable[[Round, Sequence[Receipt]], None]  # called after every round
 Build = Callable[[Recipe], Experiment]  # who sets the federation up: here, or on a network
@@ -179,8 +179,8 @@ def export(
         raise FedSieveError(f"{to} cannot be written: {error.strerror}") from error
     recipe = in_order(folder, allow_code=allow_code, accept_changes=accept_changes)
     source = locate(recipe.model.source)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    tokens.ensure_pad_token(tokenizer)
+    task = recipe.model.task
+    tokenizer, _ = load_reader(source, task, trust_remote_code=trust_remote_code)
     device = pick_device("cpu")
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     place = rundir.place(folder, rundir.CHECKPOINTS)
@@ -213,6 +213,7 @@ def _go_on(
         if snapshot is None:
             first, progress = loop.begin(experiment.federation, experiment.start)
             rundir.append(folder, rundir.METRICS, [first])
+            rundir.keep_details(folder, 0, experiment.details)
             snapshot = _snapshot(experiment, progress, folder, text)
             checkpoint.save(checkpoints, snapshot)
             show(first, [])
@@ -236,6 +237,8 @@ def _go_on(
                 hold=hold,
             ):
                 rundir.append(folder, rundir.METRICS, [summary])
+                if summary.metrics is not None:
+                    rundir.keep_details(folder, summary.round, experiment.details)
                 rundir.append(folder, rundir.CLIENTS, receipts)
                 # Before this line a Ctrl-C finds the snapshot of the round before, with its own
                 # marks and memories: what of this round is written already will be cut off.

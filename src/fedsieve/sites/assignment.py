@@ -27,10 +27,12 @@ from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.sites import limits
 from fedsieve.sites.site import Site
-from fedsieve.tasks import catalogue, tokens
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples, count
+from fedsieve.tasks.task import Reader
 from fedsieve.train.lengths import check_rows
-from fedsieve.train.model import ResidentModel, load_tokenizer, pick_device
+from fedsieve.train.model import ResidentModel, pick_device
+from fedsieve.train.reader import load_reader
 
 LONGEST = 1 << 20  # bytes of a recipe
 
@@ -135,6 +137,13 @@ def refuse_patterns(recipe: Recipe) -> None:
         raise FedSieveError("lora.layers_pattern: a site takes none: it is a regular expression")
 
 
+# Of a recipe's [data], what says how rows are read; which rows and columns those are, a site says.
+_TOLD = (
+    *("classes", "max_length", "validation"),
+    *("option_word", "answer", "first_option", "new_tokens", "stop"),
+)
+
+
 def _localised(recipe: Recipe, site: Site) -> Recipe:
     """The recipe with all that concerns files and devices taken from the site."""
     if site.model is None and recipe.model.source not in fetch.PACKAGES:
@@ -143,23 +152,20 @@ def _localised(recipe: Recipe, site: Site) -> Recipe:
             "say where its model is"
         )
     given, asked = site.data.model_dump(), recipe.data
-    data = schema.Data(
-        **given, classes=asked.classes, max_length=asked.max_length, validation=asked.validation
-    )
+    data = schema.Data(**given, **{name: getattr(asked, name) for name in _TOLD})
     model = recipe.model.model_copy(update={"source": site.model or recipe.model.source})
     return recipe.model_copy(update={"data": data, "model": model, "device": site.device})
 
 
 def _tokenizer(recipe: Recipe, say: Say) -> PreTrainedTokenizerBase:
     try:
-        tokenizer = load_tokenizer(locate(recipe.model.source))
-        tokens.ensure_pad_token(tokenizer)
+        tokenizer, _ = load_reader(locate(recipe.model.source), recipe.model.task)
     except FedSieveError as error:
         raise _no_model(error, say) from None
     return tokenizer
 
 
-def _resident(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say) -> ResidentModel:
+def _resident(recipe: Recipe, tokenizer: Reader, say: Say) -> ResidentModel:
     place = locate(recipe.model.source)
     try:
         return set_up_resident(recipe, tokenizer, pick_device(recipe.device))
@@ -179,7 +185,7 @@ def _examples(
     recipe: Recipe,
     rows: Dataset,
     test_rows: Dataset | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Reader,
     say: Say,
 ) -> tuple[Examples, Examples | None]:
     """What the site trains on and what it evaluates on.
@@ -188,7 +194,7 @@ def _examples(
     """
     try:
         prepared = rows_to_examples.prepare(recipe, rows, test_rows, tokenizer)
-        if tokens.count(prepared.train) == 0:
+        if count(prepared.train) == 0:
             raise FedSieveError("no row is left to train on")
     except FedSieveError as error:
         say(f"error: {error}")

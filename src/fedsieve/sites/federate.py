@@ -58,6 +58,7 @@ from fedsieve.recipe.experiment import (
     absolute,
     absolute_more,
     all_cautions,
+    keeping,
     locate,
     set_up_resident,
     with_privacy,
@@ -81,13 +82,14 @@ from fedsieve.sites.server import (
 )
 from fedsieve.sites.site import NAME
 from fedsieve.sites.worker import SOCKET
-from fedsieve.tasks import catalogue, tokens
-from fedsieve.tasks.tally import Score, beside
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples
+from fedsieve.tasks.tally import Details, Score, beside
 from fedsieve.tasks.tally import score as score_of
-from fedsieve.tasks.tokens import Examples
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import tally
-from fedsieve.train.model import load_tokenizer, pick_device
+from fedsieve.train.model import pick_device
+from fedsieve.train.reader import load_reader
 from fedsieve.wire import longest
 from fedsieve.wire.format import VERSION
 
@@ -361,8 +363,7 @@ def on_network(
         recipe, plan = with_privacy(recipe, policy.sites)
         _refuse_noise_that_sites_know(plan)
         method = build_method(recipe, partial(plan.around, key=key))
-    tokenizer = load_tokenizer(locate(recipe.model.source))
-    tokens.ensure_pad_token(tokenizer)
+    tokenizer, _ = load_reader(locate(recipe.model.source), recipe.model.task)
     test, more = _test_rows(recipe, tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
     check_rows(resident, test, *more.values())
@@ -422,6 +423,9 @@ def on_network(
     score: Callable[[Adapter], Score | None] | None = at_sites if test is None else here
     if test is None and method.private == "system":
         score = None  # the sites' test rows are their own, and no noise covers figures from them
+    details: list[Details] = []
+    if score is not None and method.private != "system":
+        score = keeping(score, details)
     federation = Federation(
         method=method,
         clients=clients,
@@ -440,7 +444,7 @@ def on_network(
     notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
     start = resident.adapter()
-    return Experiment(recipe, federation, resident, start, {}, notes, ending), sites
+    return Experiment(recipe, federation, resident, start, {}, notes, ending, details), sites
 
 
 def _welcome(

@@ -28,8 +28,9 @@ from fedsieve.recipe.experiment import locate
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Training
 from fedsieve.sites.site import Site
-from fedsieve.tasks import catalogue, tokens
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.examples import Examples, count
+from fedsieve.tasks.images import Images
 from fedsieve.train.model import ResidentModel, set_up, shape_of
 
 LARGEST = 10**15  # of any number in a recipe but its seed
@@ -37,6 +38,7 @@ ROUNDS = 10**9 - 1  # nine digits in the names of a site's files
 SEEDS = 1 << 63
 MEGA = 10**6
 _META = torch.device("meta")
+_PATCH = 16 * 16  # pixels
 _TENSORS = 3  # of examples: numbers, mask, labels or types
 _FLOAT, _INT = 4, 8  # bytes
 
@@ -73,10 +75,25 @@ def check_texts(recipe: Recipe, site: Site, rows: Dataset) -> None:
     """
     data = recipe.data
     names = [n for n in (data.text, data.text_b, data.prompt, data.completion) if n is not None]
+    options = [data.options] if isinstance(data.options, str) else [*(data.options or ())]
     # A token has at least one byte; a few more begin and end a row.
-    most = 8 + sum(max(map(_bytes_in, column(rows, name)), default=0) for name in names)
-    taken = _TENSORS * _INT * len(rows) * min(data.max_length, most)
+    most = 8 + sum(
+        max(map(_bytes_in, column(rows, name)), default=0) for name in (*names, *options)
+    )
+    copies = _TENSORS
+    if catalogue.load(recipe.model.task).ask is not None:
+        # The prompt is kept, and with each of the options once more.
+        listed = [max(map(_parts_of, column(rows, name)), default=0) for name in options]
+        copies += 1 + (sum(listed) or len(data.classes or "."))
+    taken = copies * _INT * len(rows) * min(data.max_length, most)
     _refuse(taken, site, f"data.max_length {data.max_length} with {len(rows)} rows")
+
+
+def _parts_of(value: object) -> int:
+    """How many options a cell holds."""
+    if isinstance(value, dict):
+        value = value.get("text")
+    return len(value) if isinstance(value, list) else 1
 
 
 def _bytes_in(value: object) -> int:
@@ -91,9 +108,9 @@ def check(
     recipe: Recipe, method: Method, site: Site, train: Examples, test: Examples | None
 ) -> None:
     """Raises FedSieveError for a recipe that is beyond one of the site's bounds."""
-    training, count, length = recipe.training, tokens.count(train), train.input_ids.shape[1]
-    batch = min(training.batch, count)
-    steps = training.steps or training.epochs * -(-count // training.batch)
+    training, rows, length = recipe.training, count(train), _tokens(train)
+    batch = min(training.batch, rows)
+    steps = training.steps or training.epochs * -(-rows // training.batch)
     if steps > site.most_steps:
         raise FedSieveError(
             f"{steps} optimizer steps a round: this site takes at most {site.most_steps} "
@@ -105,6 +122,14 @@ def check(
             f"{work} tokens a round ({steps} steps of {batch} rows of {length}): this site takes "
             f"at most {site.most_tokens} (most_tokens): lower training.steps or training.batch"
         )
+    if test is not None and catalogue.load(recipe.model.task).ask is not None:
+        written = count(test) * recipe.data.new_tokens
+        if written > site.most_tokens:
+            raise FedSieveError(
+                f"{written} tokens may be written at an evaluation ({count(test)} prompts "
+                f"of data.new_tokens each): this site takes at most {site.most_tokens} "
+                "(most_tokens)"
+            )
     shape = _shape(recipe, method)
     trained = shape.layout.size
     state = _FLOAT * trained * (4 + _moments(training))
@@ -112,11 +137,19 @@ def check(
     kept = sum(activations(shape, batch, length))
     _refuse(state + kept, site, f"training.batch {training.batch} over rows of {length} tokens")
     if test is not None:
-        rows, width = min(recipe.evaluation.batch, tokens.count(test)), test.input_ids.shape[1]
+        rows, width = min(recipe.evaluation.batch, count(test)), _tokens(test)
         # Nothing is kept for a backward pass: a few of the largest tensors live at a time.
         seen = 4 * max(activations(shape, rows, width), default=0)
         _refuse(state + seen, site, f"evaluation.batch {recipe.evaluation.batch}")
     _check_disk(recipe, site, trained)
+
+
+def _tokens(examples: Examples) -> int:
+    """Of a row; of an image as many as a vision transformer usually makes of it."""
+    if isinstance(examples, Images):
+        high, wide = examples.pixels.shape[2:]
+        return max(1, high * wide // _PATCH)
+    return examples.input_ids.shape[1]
 
 
 def _check_disk(recipe: Recipe, site: Site, trained: int) -> None:
@@ -169,11 +202,16 @@ def activations(resident: ResidentModel, rows: int, length: int) -> list[int]:
         return tensor
 
     ids = torch.ones(rows, length, dtype=torch.int64, device=_META)
-    labels = catalogue.load(resident.task).labels(ids, ids, model.config.num_labels)
+    task = catalogue.load(resident.task)
+    given = {"input_ids": ids}
+    if task.reads == "images":
+        side = math.isqrt(length * _PATCH)
+        given = {"pixel_values": torch.ones(rows, 3, side, side, device=_META)}
+    labels = task.labels(ids, ids, model.config.num_labels)
     model.train()
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(input_ids=ids, labels=labels)
+            model(**given, labels=labels)
     except Exception:  # whatever a model's own code may raise where there are no numbers
         return [_by_formula(model.config, rows, length)]
     return [tensor.untyped_storage().nbytes() for tensor in kept.values()]

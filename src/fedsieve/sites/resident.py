@@ -53,7 +53,7 @@ from fedsieve.sites.assignment import Assignment, checked, prepare
 from fedsieve.sites.journal import Entry
 from fedsieve.sites.site import Site, budget_of, link_of, load
 from fedsieve.sites.worker import Frame, refusal
-from fedsieve.tasks import tokens
+from fedsieve.tasks.examples import count
 from fedsieve.train.local import Fit, fit, tally
 from fedsieve.train.model import pick_device
 from fedsieve.wire import decode, encode, longest
@@ -312,7 +312,7 @@ def _checked(kind: type[T], request: Frame) -> T:
 def _facts(resident: Resident) -> dict[str, Any]:
     """What the server may know of the site."""
     site, assignment, link = resident.site, resident.assignment, link_of(resident.site)
-    own = None if assignment is None else tokens.count(assignment.examples)
+    own = None if assignment is None else count(assignment.examples)
     packages = ("fedsieve", "torch", "transformers", "peft")
     versions: dict[str, Any] = {name: metadata.version(name) for name in packages}
     return {
@@ -358,7 +358,7 @@ def _train(resident: Resident, request: Frame) -> Frame:
     done = journal.find(folder, number)
     if done is None or done.asked != digest:
         client = Client(
-            site.name, tokens.count(assignment.examples), budget, link_of(site), site.step_seconds
+            site.name, count(assignment.examples), budget, link_of(site), site.step_seconds
         )
         key = Key(recipe.seed, number, site.name)
         since = number if asked.after is None else min(number, asked.after + 1)

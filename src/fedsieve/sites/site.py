@@ -43,14 +43,19 @@ class Rows(Table):
     separator: str | None = None
     text: str | None = None
     text_b: str | None = None
+    image: str | None = None
     label: str | tuple[str, ...] | None = None
     prompt: str | None = None
     completion: str | None = None
+    options: str | tuple[str, ...] | None = None
 
     @model_validator(mode="after")
     def _columns_named(self) -> "Rows":
-        if self.text is None and (self.prompt is None or self.completion is None):
-            raise ValueError("say which columns to read: text (and label), or prompt, completion")
+        given = self.text or self.image
+        if given is None and (self.prompt is None or self.completion is None):
+            raise ValueError(
+                "say which columns to read: text or image (and label), or prompt, completion"
+            )
         return self
 
 

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +19,7 @@ from fedsieve.tasks.tally import Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, no_classes
 from fedsieve.tasks.tokens import (
     IGNORED,
-    Examples,
+    Texts,
     bad_texts,
     check_rows,
     pad_id,
@@ -42,7 +42,7 @@ def causal_lm(
     prompt: str | None = None,
     completion: str | None = None,
     max_length: int,
-) -> tuple[Examples, NDArray[np.int64]]:
+) -> tuple[Texts, NDArray[np.int64]]:
     """Texts to continue, with the loss on every token of `text`, or on those of `completion` only.
 
     Give the column `text`, or the columns `prompt` and `completion`, which are joined as they are
@@ -71,34 +71,85 @@ def causal_lm(
     else:
         raise FedSieveError("a causal language model needs either text, or prompt and completion")
     rows = _rows(tokenizer, texts, prompts, max_length)
+    left = tokenizer.truncation_side == "left"
+    framed = _framed(tokenizer, rows, whole=prompts is None)
+    made = [_cut(*each, max_length, left=left) for each in framed]
+    return learned(made, pad_id(tokenizer), max_length)
+
+
+def pairs(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[str],
+    completions: list[str],
+    max_length: int,
+    *,
+    ended: bool,
+) -> list[tuple[list[int], list[int]]]:
+    """Tokens and targets of each prompt with its completion. What does not fit is cut at the
+    beginning of the prompt, so that there always is something to learn.
+
+    ended: whether the end of sequence follows, to be learned
+    """
+    texts = [a + b for a, b in zip(prompts, completions, strict=True)]
+    rows = _rows(tokenizer, texts, prompts, None)
+    framed = _framed(tokenizer, rows, whole=False, ended=ended)
+    return [_cut(*each, max_length, left=True) for each in framed]
+
+
+def prompts(
+    tokenizer: "PreTrainedTokenizerBase", texts: list[str], max_length: int
+) -> list[list[int]]:
+    """The tokens of prompts to go on from; what does not fit is cut at their beginning."""
+    rows = _rows(tokenizer, texts, None, None)
+    framed = _framed(tokenizer, rows, whole=False, ended=False)
+    return [_cut(*each, max_length, left=True)[0] for each in framed]
+
+
+def begin(targets: list[int]) -> int:
+    """Where the first token to learn stands; behind the last where there is none."""
+    return next((at for at, target in enumerate(targets) if target != IGNORED), len(targets))
+
+
+def _framed(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[tuple[list[int], int]],
+    *,
+    whole: bool,
+    ended: bool = True,
+) -> Iterator[tuple[list[int], list[int], int]]:
+    """Each text's tokens and targets with what the tokenizer puts around, and how many of them are
+    in front.
+
+    whole: whether that is learned as well
+    """
     before, after = frame(tokenizer)
     end = tokenizer.eos_token_id
     if end is None:
         end = after[-1] if after else None  # BERT's tokenizers call it the separator only
     elif end not in after:
         after = [*after, end]
-    whole = prompts is None
-    ids, labels = [], []
     for tokens, first in rows:
         # A text that was made by a template brings its own begin and end.
         opening = [] if tokens[: len(before)] == before else before
-        closing = [] if tokens[-1:] == [end] else after
+        closing = [] if tokens[-1:] == [end] or not ended else after
         targets = [
             *(opening if whole else [IGNORED] * len(opening)),
             *[IGNORED] * first,
             *tokens[first:],
             *(token if whole or token == end else IGNORED for token in closing),
         ]
-        tokens = [*opening, *tokens, *closing]
-        if tokenizer.truncation_side == "left":
-            # The beginning of the text goes, not what is in front of every text.
-            over = max(0, len(tokens) - max_length)
-            del tokens[len(opening) : len(opening) + over]
-            del targets[len(opening) : len(opening) + over]
-        tokens, targets = tokens[:max_length], targets[:max_length]
-        ids.append(tokens)
-        labels.append(targets)
-    return _learned(ids, labels, pad_id(tokenizer), max_length)
+        yield [*opening, *tokens, *closing], targets, len(opening)
+
+
+def _cut(
+    tokens: list[int], targets: list[int], opening: int, most: int, *, left: bool
+) -> tuple[list[int], list[int]]:
+    if left:
+        # The beginning of the text goes, not what is in front of every text.
+        gone = slice(opening, opening + max(0, len(tokens) - most))
+        del tokens[gone]
+        del targets[gone]
+    return tokens[:most], targets[:most]
 
 
 def conversations(
@@ -109,23 +160,22 @@ def conversations(
     prompt: str | None = None,
     completion: str | None = None,
     max_length: int,
-) -> tuple[Examples, NDArray[np.int64]]:
+) -> tuple[Texts, NDArray[np.int64]]:
     """`causal_lm` of columns that hold messages: the assistant's turns are learned, those of
     `completion` alone where it is given. What is cut is the end, or the beginning, as the tokenizer
     has it.
     """
     check_rows(dataset)
     chat.check(tokenizer)
-    ids, labels = [], []
+    left = tokenizer.truncation_side == "left"
+    kept = slice(-max_length, None) if left else slice(max_length)
+    rows = []
     for made in _chats(dataset, tokenizer, text, prompt, completion):
         if isinstance(made, FedSieveError):
             raise made
         tokens, targets = made
-        left = tokenizer.truncation_side == "left"
-        kept = slice(-max_length, None) if left else slice(max_length)
-        ids.append(tokens[kept])
-        labels.append(targets[kept])
-    return _learned(ids, labels, pad_id(tokenizer), max_length)
+        rows.append((tokens[kept], targets[kept]))
+    return learned(rows, pad_id(tokenizer), max_length)
 
 
 def _chats(
@@ -149,26 +199,26 @@ def _chats(
             yield FedSieveError(f"row {row} of column {name!r} {error}")
 
 
-def _learned(
-    ids: list[list[int]], labels: list[list[int]], pad: int, max_length: int
-) -> tuple[Examples, NDArray[np.int64]]:
-    """The rows that have a token to learn, and which those are."""
+def learned(
+    rows: Sequence[tuple[list[int], list[int]]], pad: int, max_length: int
+) -> tuple[Texts, NDArray[np.int64]]:
+    """The rows that have a token to learn, of tokens and targets each, and which those are."""
     # The model predicts from the second token on: the first target is never used.
-    kept = [n for n, row in enumerate(labels) if any(target != IGNORED for target in row[1:])]
+    kept = [n for n, (_, labels) in enumerate(rows) if any(t != IGNORED for t in labels[1:])]
     if not kept:
         raise FedSieveError(
-            f"none of the {len(ids)} rows has a token to learn within the first "
+            f"none of the {len(rows)} rows has a token to learn within the first "
             f"{max_length}: raise max_length, or check the columns"
         )
-    if len(kept) < len(ids):
+    if len(kept) < len(rows):
         warnings.warn(
-            f"{len(ids) - len(kept)} of {len(ids)} rows dropped: no token to learn "
+            f"{len(rows) - len(kept)} of {len(rows)} rows dropped: no token to learn "
             f"within the first {max_length}",
             stacklevel=3,
         )
-    input_ids, mask = rectangle([ids[n] for n in kept], pad)
-    targets, _ = rectangle([labels[n] for n in kept], IGNORED)
-    return Examples(input_ids, mask, targets), np.array(kept, dtype=np.int64)
+    input_ids, mask = rectangle([rows[n][0] for n in kept], pad)
+    targets, _ = rectangle([rows[n][1] for n in kept], IGNORED)
+    return Texts(input_ids, mask, targets), np.array(kept, dtype=np.int64)
 
 
 def frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
@@ -186,9 +236,13 @@ def _rows(
     tokenizer: "PreTrainedTokenizerBase",
     texts: list[str],
     prompts: list[str] | None,
-    max_length: int,
+    max_length: int | None,
 ) -> list[tuple[list[int], int]]:
-    """Each text's tokens, without those around it, and which of them is the first to learn."""
+    """Each text's tokens, without those around it, and which of them is the first to learn.
+
+    max_length: how many tokens are needed, from the side that the tokenizer keeps; None is all
+    """
+    max_length = max_length or _ENDLESS
     if prompts is None:
         rows = tokenise(tokenizer, texts, None, max_length, special=False)
         return [(tokens, 0) for tokens in rows.ids]
@@ -235,9 +289,12 @@ def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) ->
     return found
 
 
-def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+def examples_of(
+    rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields
+) -> tuple[Texts, NDArray[np.int64]]:
+    """`causal_lm` or `conversations`, as the columns hold texts or messages."""
     read = conversations if chat.are(column(rows, _columns(fields).texts[-1])) else causal_lm
-    examples, came = read(
+    return read(
         rows,
         tokenizer,
         text=fields.text,
@@ -245,7 +302,10 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
         completion=fields.completion,
         max_length=fields.max_length,
     )
-    return Rows(examples, came, ())
+
+
+def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    return Rows(*examples_of(rows, tokenizer, fields), ())
 
 
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:

@@ -73,6 +73,24 @@ def encode(
     return ids, targets
 
 
+def last_turn(
+    tokenizer: "PreTrainedTokenizerBase", parts: Sequence[Sequence[Message]]
+) -> tuple[str, str]:
+    """The text up to the assistant's last turn, which is opened, and what that turn says.
+
+    parts: of one conversation, each a list of messages
+    Raises FedSieveError, with the end of a sentence that begins with the row's place, where the
+    assistant has no turn, or where the template does not take the messages.
+    """
+    messages = [message for part in parts for message in messages_of(part)]
+    turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        raise FedSieveError("holds no turn of the assistant")
+    before = messages[: turns[-1]]
+    said: str = _rendered(tokenizer, before, tokenize=False, add_generation_prompt=True)
+    return said, messages[turns[-1]]["content"]
+
+
 def check(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises FedSieveError for a tokenizer that cannot make texts of conversations."""
     if not tokenizer.chat_template:

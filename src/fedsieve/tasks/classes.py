@@ -4,7 +4,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from datasets import ClassLabel, Dataset
+from torch import Tensor
 
 from fedsieve.data.names import alike, clean, in_order, numbers_of
 from fedsieve.data.sources import names_in
@@ -27,6 +29,38 @@ def bad_labels(
     """The rows without a label, or with none of the classes, and what is wrong with each."""
     found = enumerate(_labels(dataset, name, classes))
     return {row: label for row, label in found if isinstance(label, FedSieveError)}
+
+
+def numbered(
+    dataset: Dataset, name: str, classes: Sequence[str] | None
+) -> tuple[Tensor, tuple[str, ...]]:
+    """The number of each row's class, (n,) int64, and the classes, by default those that occur.
+
+    Raises FedSieveError for a label that is none of them, naming it and its row, and for fewer than
+    two classes.
+    """
+    found = labels_of(dataset, name)
+    names = classes_in([dataset], name, classes)
+    refuse_few(name, names)
+    for wrong in bad_labels(dataset, name, names).values():
+        raise wrong
+    numbers = numbers_of(names)
+    return torch.tensor([numbers[label] for label in found], dtype=torch.int64), names
+
+
+def classes_in(parts: Sequence[Dataset], name: str, given: Sequence[str] | None) -> tuple[str, ...]:
+    """The classes of all these data sets together; those that were given come first."""
+    if given is not None:
+        return tuple(map(clean, given))
+    return tuple(classes_of([(rows.features[name], labels_of(rows, name)) for rows in parts]))
+
+
+def refuse_few(name: str, classes: Sequence[str]) -> None:
+    """Raises FedSieveError unless there are two different classes, and none twice."""
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise FedSieveError(
+            f"column {name!r}: at least two different classes are needed, not {list(classes)}"
+        )
 
 
 def _labels(

@@ -9,14 +9,13 @@ from datasets import Dataset
 from torch import Tensor
 
 from fedsieve.data.files import Columns
-from fedsieve.data.names import clean, numbers_of
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
-from fedsieve.tasks.classes import bad_labels, classes_of, labels_of
+from fedsieve.tasks.classes import bad_labels, classes_in, numbered
 from fedsieve.tasks.tally import Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed
-from fedsieve.tasks.tokens import Examples, bad_texts, check_rows, texts
+from fedsieve.tasks.tokens import Texts, bad_texts, check_rows, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +30,7 @@ def classification(
     text_b: str | None = None,
     max_length: int,
     classes: Sequence[str] | None = None,
-) -> tuple[Examples, tuple[str, ...]]:
+) -> tuple[Texts, tuple[str, ...]]:
     """Texts, or pairs of texts, and the class of each; returned with the names of the classes.
 
     text, text_b, label: column names. A label is a name, as names.py has it: a text, an integer, a
@@ -43,18 +42,7 @@ def classification(
     a label outside of the classes (naming label and row), fewer than two classes.
     """
     check_rows(dataset)
-    found = labels_of(dataset, label)
-    names = tuple(
-        classes_of([(dataset.features[label], found)]) if classes is None else map(clean, classes)
-    )
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise FedSieveError(
-            f"column {label!r}: at least two different classes are needed, not {list(names)}"
-        )
-    numbers = numbers_of(names)
-    for wrong in bad_labels(dataset, label, names).values():
-        raise wrong
-    labels = torch.tensor([numbers[name] for name in found], dtype=torch.int64)
+    labels, names = numbered(dataset, label, classes)
     return texts(dataset, tokenizer, text, text_b, max_length)._replace(labels=labels), names
 
 
@@ -68,10 +56,7 @@ def columns_of(fields: Fields) -> Columns:
 
 def of_all(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
     """The classes of several data sets; those that were given come first."""
-    (label,) = columns_of(fields).names
-    if fields.classes is not None:
-        return fields.classes
-    return tuple(classes_of([(rows.features[label], labels_of(rows, label)) for rows in parts]))
+    return classes_in(parts, columns_of(fields).names[0], fields.classes)
 
 
 def bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
@@ -127,4 +112,6 @@ TASK = Task(
     fits=confusion.fits,
     leads=confusion.leads,
     metrics=confusion.metrics,
+    by_class=confusion.by_class,
+    told=confusion.told,
 )

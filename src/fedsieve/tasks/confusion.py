@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.tally import OfClass, Tally
 
 _PAIR = re.compile(r"([0-9]{1,9}) as ([0-9]{1,9})")
 
@@ -53,6 +53,35 @@ def leads(classes: Sequence[str], by_row: bool) -> tuple[str, ...]:
     """Which of `metrics` are told of these classes; all where they are not known yet."""
     of_two = ("f1",) if len(classes) in (0, 2) else ()
     return "accuracy", "macro_f1", "matthews", *of_two
+
+
+def by_class(tally: Tally, classes: tuple[str, ...]) -> tuple[OfClass, ...]:
+    """Precision, recall and F1 of each class, and what it was taken for."""
+    from sklearn import metrics as of
+
+    true, found, count = _pairs(tally.sums)
+    precision, recall, f1, rows = of.precision_recall_fscore_support(
+        true, found, labels=range(len(classes)), sample_weight=count, zero_division=0.0
+    )
+    taken = np.zeros((len(classes), len(classes)), dtype=np.int64)
+    np.add.at(taken, (true, found), count.astype(np.int64))
+    return tuple(
+        OfClass(
+            name,
+            int(rows[n]),
+            float(precision[n]),
+            float(recall[n]),
+            float(f1[n]),
+            (*taken[n].tolist(),),
+        )
+        for n, name in enumerate(classes)
+    )
+
+
+def told(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> list[tuple[str, str]]:
+    """The class of each row, and the one that it is taken for."""
+    both = zip(labels.tolist(), logits.argmax(-1).tolist(), strict=True)
+    return [(classes[so], classes[said]) for so, said in both]
 
 
 def names_of(classes: Sequence[str]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from fedsieve.data.names import clean, in_order, name_among
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
-from fedsieve.tasks.classes import listing
-from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.classes import listing, refuse_few
+from fedsieve.tasks.tally import OfClass, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
 from fedsieve.tasks.tokens import IN_FILES, bad_texts, texts
 
@@ -29,13 +29,19 @@ _HOLDS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no"
 _COUNTS = ("right", "false", "missed")  # of a class: told and so, told and not so, so and not told
 
 
+def label_columns(given: tuple[str, ...], label: str | tuple[str, ...] | None) -> Columns:
+    """The columns that are read as they are, and those of the labels. Lists of names are read as
+    they are too; cells that say yes or no are names like others.
+    """
+    if isinstance(label, str):
+        return Columns((*given, label))
+    return Columns(given, label or ())
+
+
 def _columns(fields: Fields) -> Columns:
     needed(text=fields.text, label=fields.label)
-    labels = (fields.label,) if isinstance(fields.label, str) else fields.label or ()
-    kept = [name for name in (fields.text, fields.text_b) if name is not None]
-    # Lists are read as they are; cells that say yes or no are names like others.
-    lists = isinstance(fields.label, str)
-    return Columns((*kept, *labels)) if lists else Columns(tuple(kept), tuple(labels))
+    kept = tuple(name for name in (fields.text, fields.text_b) if name is not None)
+    return label_columns(kept, fields.label)
 
 
 def _sets(rows: Dataset, fields: Fields) -> list[set[str] | FedSieveError]:
@@ -74,7 +80,8 @@ def _of_lists(rows: Dataset, name: str) -> list[set[str] | FedSieveError]:
     return found
 
 
-def _classes(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
+def classes_in(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
+    """Those that are given, those that have a column, or those that occur."""
     if fields.classes is not None:
         return fields.classes
     if isinstance(fields.label, tuple):
@@ -88,7 +95,8 @@ def _classes(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
     return tuple(in_order(found))
 
 
-def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
+def bad_sets(rows: Dataset, fields: Fields) -> Bad:
+    """Rows whose labels cannot be used."""
     found: Bad = {}
     known = None if fields.classes is None else set(map(clean, fields.classes))
     for row, names in enumerate(_sets(rows, fields)):
@@ -99,6 +107,23 @@ def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) ->
                 f"row {row}: label {min(names - known)!r} is none of the {len(known)} classes: "
                 f"{listing(fields.classes or ())}"
             )
+    return found
+
+
+def held(rows: Dataset, fields: Fields) -> tuple[Tensor, tuple[str, ...]]:
+    """Which classes hold of each row, (n, C) float32, and the classes.
+
+    Raises FedSieveError for labels that cannot be used, and for fewer than two classes.
+    """
+    names = tuple(map(clean, classes_in([rows], fields)))
+    refuse_few("label" if not isinstance(fields.label, str) else fields.label, names)
+    refuse(bad_sets(rows, fields._replace(classes=names)))
+    sets = [each for each in _sets(rows, fields) if isinstance(each, set)]
+    return torch.tensor([[float(name in each) for name in names] for each in sets]), names
+
+
+def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
+    found = bad_sets(rows, fields)
     for name in (fields.text, fields.text_b):
         if name is not None:
             found = bad_texts(column(rows, name), name) | found
@@ -107,16 +132,10 @@ def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) ->
 
 def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
     _columns(fields)
-    fields = fields._replace(classes=tuple(map(clean, _classes([rows], fields))))
-    names = fields.classes or ()
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise FedSieveError(f"label: at least two different classes are needed, not {list(names)}")
-    refuse(_bad(rows, tokenizer, fields))
-    sets = _sets(rows, fields)
-    holds = [[float(name in each) for name in names] for each in sets if isinstance(each, set)]
+    labels, names = held(rows, fields)
     assert fields.text is not None
     examples = texts(rows, tokenizer, fields.text, fields.text_b, fields.max_length)
-    return Rows(examples._replace(labels=torch.tensor(holds)), np.arange(len(rows)), names)
+    return Rows(examples._replace(labels=labels), np.arange(len(rows)), names)
 
 
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
@@ -172,6 +191,31 @@ def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
     return scores
 
 
+def _by_class(tally: Tally, classes: tuple[str, ...]) -> tuple[OfClass, ...]:
+    from sklearn import metrics as of
+
+    found = []
+    for number, name in enumerate(classes):
+        right, false, missed = (tally.sums[f"{kind} {number}"] for kind in _COUNTS)
+        precision, recall, f1, _ = of.precision_recall_fscore_support(
+            [1, 0, 1],
+            [1, 1, 0],
+            average="binary",
+            sample_weight=[right, false, missed],
+            zero_division=0.0,
+        )
+        scores = float(precision), float(recall), float(f1)
+        found.append(OfClass(name, int(right + missed), *scores))
+    return tuple(found)
+
+
+def _told(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> list[tuple[str, str]]:
+    def words(holds: Tensor) -> str:
+        return ", ".join(classes[n] for n in holds.nonzero().flatten().tolist())
+
+    return [(words(so), words(said)) for so, said in zip(labels > 0.5, logits > 0, strict=True)]
+
+
 def _config(classes: Sequence[str]) -> dict[str, Any]:
     return {"problem_type": "multi_label_classification", **confusion.names_of(classes)}
 
@@ -188,7 +232,7 @@ TASK = Task(
     head=True,
     named=True,
     columns=_columns,
-    classes=_classes,
+    classes=classes_in,
     bad=_bad,
     read=_read,
     config=_config,
@@ -197,4 +241,6 @@ TASK = Task(
     fits=_fits,
     leads=lambda _, by_row: ("micro_f1", "macro_f1", *(("map",) if by_row else ())),
     metrics=_metrics,
+    by_class=_by_class,
+    told=_told,
 )

@@ -122,6 +122,11 @@ def _config(classes: Sequence[str]) -> dict[str, Any]:
     return {"problem_type": "regression", "num_labels": 1}
 
 
+def _told(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> list[tuple[str, str]]:
+    both = zip(labels.tolist(), logits[:, 0].tolist(), strict=True)
+    return [(f"{so:.4g}", f"{said:.4g}") for so, said in both]
+
+
 TASK = Task(
     title="regression over texts",
     auto="AutoModelForSequenceClassification",
@@ -138,4 +143,5 @@ TASK = Task(
     fits=_fits,
     leads=lambda _, by_row: ("pearson", "spearman") if by_row else ("pearson",),
     metrics=_metrics,
+    told=_told,
 )

@@ -17,18 +17,53 @@ if TYPE_CHECKING:
     from fedsieve.tasks.task import Task
 
 
+SHOWN = 12  # answers that an evaluation keeps to be looked at
+
+
+class Answer(NamedTuple):
+    """A row, for people: what was asked, what is so, and what the model told."""
+
+    asked: str
+    expected: str
+    told: str
+
+
+class OfClass(NamedTuple):
+    """How one class was told.
+
+    rows: that are of it; taken_for: of those, how many were taken for each class, where a row has
+        one class; else empty
+    """
+
+    name: str
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+    taken_for: tuple[int, ...] = ()
+
+
+class Details(NamedTuple):
+    """What an evaluation shows beyond its scores."""
+
+    classes: tuple[OfClass, ...] = ()
+    answers: tuple[Answer, ...] = ()
+
+
 class Tally(NamedTuple):
     """What was counted over some rows.
 
     loss:    summed over what is counted, be it rows or tokens; counted: how many those are
     sums:    the task's own counts, by name
     kept:    values row by row, by name, for metrics that no sums give; they leave no site
+    answers: of the first few rows; they leave no site either
     """
 
     loss: float = 0.0
     counted: int = 0
     sums: Mapping[str, float] = {}
     kept: Mapping[str, NDArray[np.float64]] = {}
+    answers: tuple[Answer, ...] = ()
 
 
 class Score(NamedTuple):
@@ -41,6 +76,7 @@ class Score(NamedTuple):
     loss: float
     metrics: Mapping[str, float]
     counted: int
+    details: Details = Details()
 
 
 def total(tallies: Iterable[Tally]) -> Tally:
@@ -48,13 +84,16 @@ def total(tallies: Iterable[Tally]) -> Tally:
     loss, counted = 0.0, 0
     sums: dict[str, float] = {}
     kept: dict[str, list[NDArray[np.float64]]] = {}
+    answers: tuple[Answer, ...] = ()
     for each in tallies:
         loss, counted = loss + each.loss, counted + each.counted
         for name, value in each.sums.items():
             sums[name] = sums.get(name, 0.0) + value
         for name, values in each.kept.items():
             kept.setdefault(name, []).append(values)
-    return Tally(loss, counted, sums, {name: np.concatenate(v) for name, v in kept.items()})
+        answers = (*answers, *each.answers)[:SHOWN]
+    together = {name: np.concatenate(values) for name, values in kept.items()}
+    return Tally(loss, counted, sums, together, answers)
 
 
 def check_lead(task: "Task", lead: str | None, classes: Sequence[str], by_row: bool = True) -> None:
@@ -118,8 +157,11 @@ def score(task: "Task", tally: Tally, classes: tuple[str, ...], lead: str | None
 
     lead: the metric that comes first, one that `check_lead` passes; None is the task's own
     """
-    loss = tally.loss / max(1, tally.counted)
-    told = task.metrics(tally, classes) if tally.counted else {}
+    if not tally.counted:
+        return Score(0.0, {}, 0)
+    of_classes = task.by_class(tally, classes) if task.by_class else ()
+    told = task.metrics(tally, classes)
     if lead in told:
         told = {lead: told[lead], **told}
-    return Score(loss, told, tally.counted)
+    details = Details(of_classes, tally.answers)
+    return Score(tally.loss / tally.counted, told, tally.counted, details)

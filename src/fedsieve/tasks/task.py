@@ -6,7 +6,7 @@ report ask the record, and know no task by name.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -15,18 +15,23 @@ from torch import Tensor
 
 from fedsieve.data.files import Columns
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks.tally import Tally
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks.asked import Asked, Speaker
+from fedsieve.tasks.examples import Examples
+from fedsieve.tasks.tally import OfClass, Tally
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+Reader = Any  # a tokenizer of transformers, or an image processor
 
 
 class Fields(NamedTuple):
     """Which columns hold what, and how long a row may be. A task uses some of them.
 
-    text, text_b: what is read; label: what is to be told, one column or several
+    text, text_b: what is read; image: what is looked at
+    label: what is to be told, one column or several
     prompt, completion: of a causal LM
+    options: of multiple choice: a column of lists, or one column an option
+    option_word: what the options are listed and answered as: "answer" makes answer1, answer2, ...
+    answer: what is written for an option, with `{option}` in it; first_option: the first's number
+    new_tokens, stop: how many tokens a written answer may have, and the texts that end one
     classes: the names in the order of the model's outputs; None is those of the rows
     """
 
@@ -37,6 +42,13 @@ class Fields(NamedTuple):
     completion: str | None = None
     classes: tuple[str, ...] | None = None
     max_length: int = 128
+    options: str | tuple[str, ...] | None = None
+    option_word: str | None = None
+    answer: str | None = None
+    first_option: int = 0
+    new_tokens: int = 32
+    stop: tuple[str, ...] = ()
+    image: str | None = None
 
 
 class Rows(NamedTuple):
@@ -58,6 +70,7 @@ class Task:
     """A task.
 
     title:  in words
+    reads:  what its model reads, and so whether a tokenizer or an image processor reads its rows
     auto:   transformers' class that loads its models; peft: PEFT's name of such tasks
     head:   whether all outside the model's body is a head, trained whole
     named:  whether the outputs are classes with names
@@ -73,23 +86,30 @@ class Task:
     leads:  the metrics that may lead, being better when higher, the usual one first: of these
             classes (none are those of no rows yet), with each row's outputs or from sums alone
     metrics: of what was counted, which is not nothing; the first leads
+    by_class: how each class was told, where the outputs are classes
+    told:   logits, labels and classes -> each row in words: what is so, and what the model told
+    ask:    of a task that asks (asked.py), in the place of `judge` at evaluation
     """
 
     title: str
     auto: str
-    peft: str
+    peft: str | None
     head: bool
     named: bool
     columns: Callable[[Fields], Columns]
     classes: Callable[[Sequence[Dataset], Fields], tuple[str, ...]]
-    bad: Callable[[Dataset, "PreTrainedTokenizerBase", Fields], Bad]
-    read: Callable[[Dataset, "PreTrainedTokenizerBase", Fields], Rows]
+    bad: Callable[[Dataset, Reader, Fields], Bad]
+    read: Callable[[Dataset, Reader, Fields], Rows]
     config: Callable[[Sequence[str]], dict[str, Any]]
     labels: Callable[[Tensor, Tensor, int], Tensor]
     judge: Callable[[Tensor, Tensor, tuple[str, ...]], Tally]
     fits: Callable[[Tally, tuple[str, ...]], bool]
     leads: Callable[[Sequence[str], bool], tuple[str, ...]]
     metrics: Callable[[Tally, tuple[str, ...]], dict[str, float]]
+    reads: Literal["texts", "images"] = "texts"
+    by_class: Callable[[Tally, tuple[str, ...]], tuple[OfClass, ...]] | None = None
+    told: Callable[[Tensor, Tensor, tuple[str, ...]], list[tuple[str, str]]] | None = None
+    ask: Callable[[Sequence[Asked], Speaker], Tally] | None = None
 
 
 def needed(**given: Any) -> None:

@@ -19,9 +19,9 @@ from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
 from fedsieve.tasks.classes import listing
-from fedsieve.tasks.tally import Tally
+from fedsieve.tasks.tally import OfClass, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
-from fedsieve.tasks.tokens import IGNORED, IN_FILES, Examples, check_rows, pad_id, rectangle
+from fedsieve.tasks.tokens import IGNORED, IN_FILES, Texts, check_rows, pad_id, rectangle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,7 +137,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     if len(came) < len(rows):
         warnings.warn(f"{len(rows) - len(came)} of {len(rows)} rows dropped: no word", stacklevel=2)
     input_ids, mask = rectangle(ids, pad_id(tokenizer))
-    examples = Examples(input_ids, mask, rectangle(labels, IGNORED)[0])
+    examples = Texts(input_ids, mask, rectangle(labels, IGNORED)[0])
     return Rows(examples, np.array(came, dtype=np.int64), names)
 
 
@@ -147,48 +147,67 @@ def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
     there = labels != IGNORED
     loss = torch.nn.functional.cross_entropy(logits[there], labels[there], reduction="sum").item()
     told = logits.argmax(-1)
-    counts = dict.fromkeys(_COUNTS, 0.0)
-    if _begun(classes):
+    counts = {f"{name} {kind}": 0.0 for kind in _kinds(classes) for name in _COUNTS}
+    if counts:
         for row, (mask, true, found) in enumerate(zip(there, labels, told, strict=True)):
             so = {(row, *e) for e in get_entities([classes[n] for n in true[mask].tolist()])}
             said = {(row, *e) for e in get_entities([classes[n] for n in found[mask].tolist()])}
             for name, entities in zip(_COUNTS, (so & said, said, so), strict=True):
-                counts[name] += len(entities)
+                for _, kind, *_ in entities:
+                    counts[f"{name} {kind}"] += 1
     counts["tokens"] = float((told == labels)[there].sum())
     return Tally(loss, int(there.sum()), counts)
 
 
-def _begun(classes: Sequence[str]) -> bool:
-    """Whether the tags tell entities: some begin, or go on."""
-    return any(name.startswith(("B-", "I-")) for name in classes)
+def _kinds(classes: Sequence[str]) -> list[str]:
+    """The kinds of entities that the tags tell; none where no tag begins one or goes on."""
+    return sorted({name[2:] for name in classes if name.startswith(("B-", "I-"))})
 
 
 def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
-    sums = tally.sums
+    sums, kinds = tally.sums, _kinds(classes)
     return (
-        set(sums) == {*_COUNTS, "tokens"}
+        set(sums) == {"tokens", *(f"{name} {kind}" for kind in kinds for name in _COUNTS)}
         and all(0 <= value <= tally.counted for value in sums.values())
-        and sums["right"] <= min(sums["told"], sums["there"])
+        and all(sums[f"right {k}"] <= min(sums[f"told {k}"], sums[f"there {k}"]) for k in kinds)
     )
 
 
 def _leads(classes: Sequence[str], by_row: bool) -> tuple[str, ...]:
     entities = ("entity_f1", "entity_precision", "entity_recall")
-    return (*(entities if _begun(classes) or not classes else ()), "token_accuracy")
+    return (*(entities if _kinds(classes) or not classes else ()), "token_accuracy")
 
 
 def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
     """F1, precision and recall of entities, where tags tell such; and the share of right tags."""
-    right, told, there = (tally.sums[name] for name in _COUNTS)
+    kinds = _kinds(classes)
     tokens = {"token_accuracy": tally.sums["tokens"] / tally.counted}
-    if not _begun(classes):
+    if not kinds:
         return tokens
-    entities = {
+    right, told, there = (sum(tally.sums[f"{name} {k}"] for k in kinds) for name in _COUNTS)
+    return {
         "entity_f1": 2 * right / max(1.0, told + there),
         "entity_precision": right / max(1.0, told),
         "entity_recall": right / max(1.0, there),
-    }
-    return entities | tokens
+    } | tokens
+
+
+def _by_class(tally: Tally, classes: tuple[str, ...]) -> tuple[OfClass, ...]:
+    """Of entities, by their kind."""
+    found = []
+    for kind in _kinds(classes):
+        right, told, there = (tally.sums[f"{name} {kind}"] for name in _COUNTS)
+        shares = right / max(1.0, told), right / max(1.0, there)
+        found.append(OfClass(kind, int(there), *shares, 2 * right / max(1.0, told + there)))
+    return tuple(found)
+
+
+def _told(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> list[tuple[str, str]]:
+    def words(tags: Tensor) -> str:
+        return " ".join(classes[n] for n in tags.tolist())
+
+    there, told = labels != IGNORED, logits.argmax(-1)
+    return [(words(labels[n][there[n]]), words(told[n][there[n]])) for n in range(len(labels))]
 
 
 TASK = Task(
@@ -207,4 +226,6 @@ TASK = Task(
     fits=_fits,
     leads=_leads,
     metrics=_metrics,
+    by_class=_by_class,
+    told=_told,
 )

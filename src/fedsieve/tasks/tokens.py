@@ -1,8 +1,8 @@
 """From rows of text to tensors that a model can train on.
 
 All texts are tokenised once, many in one call to the tokenizer, and kept as rectangles of token
-numbers padded on the right. A batch is then a few tensor slices (`take`), some twenty microseconds:
-nothing in the training loop touches text. Padding is always on the right, whatever the tokenizer
+numbers padded on the right. A batch is then a few tensor slices, some twenty microseconds: nothing
+in the training loop touches text. Padding is always on the right, whatever the tokenizer
 would do, because only then can a batch be trimmed to its longest row by dropping columns.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
+from fedsieve.tasks.asked import Asked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +28,7 @@ IN_FILES = " (files of JSON, JSONL and Parquet have lists)"
 _AT_ONCE = 1000  # texts that the tokenizer is given in one call: it holds all their tokens, uncut
 
 
-class Examples(NamedTuple):
+class Texts(NamedTuple):
     """n examples, padded on the right to the longest of them.
 
     input_ids: (n, L) int64.
@@ -37,40 +38,19 @@ class Examples(NamedTuple):
         no loss (padding, prompts).
     token_type_ids: (n, L) int64 where the tokenizer tells parts apart (sentence pairs; XLNet's
         summary token), zero on padding; else None.
+    asked: (n) what is asked at evaluation, of a task that asks (asked.py); else None.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     token_type_ids: Tensor | None = None
-
-
-def count(examples: Examples) -> int:
-    """How many examples there are (`len` of a NamedTuple counts its fields)."""
-    return examples.input_ids.shape[0]
+    asked: tuple[Asked, ...] | None = None
 
 
 def by_token(labels: Tensor) -> bool:
     """Whether each token has a label, and not the row as a whole."""
     return labels.ndim == 2 and not labels.is_floating_point()
-
-
-def take(examples: Examples, index: Tensor) -> Examples:
-    """The examples with these row numbers, without the padding that none of them needs.
-
-    index: (b,) int64, in any order, on the examples' device.
-    """
-    mask = examples.attention_mask.index_select(0, index)
-    width = int(mask.sum(1).max()) if index.numel() else 0
-    # Columns first (a view), rows second: index_select then returns contiguous tensors.
-    labels = examples.labels[:, :width] if by_token(examples.labels) else examples.labels
-    types = examples.token_type_ids
-    return Examples(
-        examples.input_ids[:, :width].index_select(0, index),
-        mask[:, :width].contiguous(),
-        labels.index_select(0, index),
-        None if types is None else types[:, :width].index_select(0, index),
-    )
 
 
 def ensure_pad_token(tokenizer: "PreTrainedTokenizerBase") -> str | None:
@@ -149,7 +129,7 @@ def texts(
     text: str,
     text_b: str | None,
     max_length: int,
-) -> Examples:
+) -> Texts:
     """Texts, or pairs of texts, with labels of zero that a task puts its own in place of."""
     rows = tokenise(
         tokenizer,
@@ -165,7 +145,7 @@ def texts(
     alone = end if added and end is not None else pad
     ids, mask = rectangle([row or [alone] for row in rows.ids], pad)
     types = None if rows.types is None else rectangle([row or [0] for row in rows.types], 0)[0]
-    return Examples(ids, mask, torch.zeros(len(ids), dtype=torch.int64), types)
+    return Texts(ids, mask, torch.zeros(len(ids), dtype=torch.int64), types)
 
 
 def rectangle(rows: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:

@@ -10,17 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks.examples import Examples
+from fedsieve.tasks.images import Images
 
 
 def inputs(model: Any, examples: Examples, device: torch.device) -> dict[str, Tensor]:
     """What the model's forward pass is given, on the device.
 
+    Of images numbers, normalised as the model's image processor does it. Of texts:
+
     Padding holds the model's own padding token, and is on the left where a model reads the last
     column. Token types are left out where the model has no table that they fit.
     """
+    if isinstance(examples, Images):
+        return _of_images(examples, device)
     config = model.config
-    given = {name: value for name, value in examples._asdict().items() if value is not None}
+    given = {n: value for n, value in examples._asdict().items() if isinstance(value, Tensor)}
     mask = examples.attention_mask
     pad = getattr(config, "pad_token_id", None)
     if pad is not None:
@@ -30,6 +35,16 @@ def inputs(model: Any, examples: Examples, device: torch.device) -> dict[str, Te
     if getattr(config, "summary_type", None) == "last":
         given = {name: _right(value, mask) for name, value in given.items()}
     return {name: value.to(device, non_blocking=True) for name, value in given.items()}
+
+
+def _of_images(examples: Images, device: torch.device) -> dict[str, Tensor]:
+    pixels = examples.pixels.to(device, non_blocking=True).float().mul_(examples.scale)
+    mean, deviation = (
+        torch.tensor(each, device=device).view(1, -1, 1, 1)
+        for each in (examples.mean, examples.deviation)
+    )
+    labels = examples.labels.to(device, non_blocking=True)
+    return {"pixel_values": pixels.sub_(mean).div_(deviation), "labels": labels}
 
 
 def half_type(model: nn.Module) -> torch.dtype | None:

@@ -12,6 +12,7 @@ from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 
 CARD = "README.md"
+_READERS = {"texts": ("AutoTokenizer", "tokenizer"), "images": ("AutoImageProcessor", "processor")}
 _SHOWN = 50  # names of labels
 
 
@@ -85,26 +86,31 @@ def _adapter(base: str, task: Task, labels: Sequence[str]) -> list[str]:
     return [
         *head,
         "from peft import PeftModel",
-        f"from transformers import {maker}, AutoTokenizer",
+        f"from transformers import {maker}, {_READERS[catalogue.load(task).reads][0]}",
         "",
         'folder = "path/to/this/folder"',
         *names,
         *made,
         "model = PeftModel.from_pretrained(base, folder).eval()",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        _reader(task),
     ]
 
 
 def _whole(task: Task, labels: Sequence[str]) -> list[str]:
     maker = catalogue.load(task).auto
     return [
-        f"from transformers import {maker}, AutoTokenizer",
+        f"from transformers import {maker}, {_READERS[catalogue.load(task).reads][0]}",
         "",
         'folder = "path/to/this/folder"',
         f"model = {maker}.from_pretrained(folder).eval()",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        _reader(task),
         *(["labels = model.config.id2label"] if labels else []),
     ]
+
+
+def _reader(task: Task) -> str:
+    kind, name = _READERS[catalogue.load(task).reads]
+    return f"{name} = {kind}.from_pretrained(folder)"
 
 
 def _literal(text: str) -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks.tokens import Examples
+from fedsieve.tasks.examples import Examples
+from fedsieve.tasks.images import Images
+from fedsieve.tasks.tokens import Texts
 
 if TYPE_CHECKING:
     from fedsieve.train.model import ResidentModel
@@ -20,12 +22,15 @@ def check_rows(resident: "ResidentModel", *sets: Examples | None) -> None:
     """Raises FedSieveError where rows are longer than the model's positions, or hold a token that
     it has no embedding for."""
     for examples in sets:
-        if examples is not None and examples.input_ids.numel():
+        if isinstance(examples, Images):
+            _check_size(resident, examples)
+        elif examples is not None and examples.input_ids.numel():
             check_length(resident, examples)
             _check_vocabulary(resident, examples)
+            _check_room(resident, examples)
 
 
-def check_length(resident: "ResidentModel", examples: Examples) -> None:
+def check_length(resident: "ResidentModel", examples: Texts) -> None:
     """Raises FedSieveError if the texts are longer than the model has positions for."""
     length, most = examples.input_ids.shape[1], longest(resident.model)
     if most is not None and length > most:
@@ -73,7 +78,7 @@ def vocabulary(model: nn.Module) -> int | None:
         return None
 
 
-def _check_vocabulary(resident: "ResidentModel", examples: Examples) -> None:
+def _check_vocabulary(resident: "ResidentModel", examples: Texts) -> None:
     rows = vocabulary(resident.model)
     # Padding is not counted: what is filled in there is the model's own (batch.py).
     largest = int((examples.input_ids * examples.attention_mask).max())
@@ -82,4 +87,29 @@ def _check_vocabulary(resident: "ResidentModel", examples: Examples) -> None:
             f"the texts have token {largest}, and the model has embeddings for {rows} tokens: the "
             "tokenizer is another model's, or tokens were added to it for which the model was "
             "never resized (save it after model.resize_token_embeddings)"
+        )
+
+
+def _check_room(resident: "ResidentModel", examples: Texts) -> None:
+    """That what is written after the longest prompt has positions too."""
+    asked, room = examples.asked or (), longest(resident.model)
+    most = max((len(each.prompt) for each in asked), default=0)
+    written = max((each.most for each in asked), default=0)
+    if room is not None and most + written > room:
+        raise FedSieveError(
+            f"data.new_tokens: prompts of {most} tokens and {written} written after them do not "
+            f"fit the model's {room} positions: lower it, or data.max_length"
+        )
+
+
+def _check_size(resident: "ResidentModel", examples: Images) -> None:
+    """That images are as large as a model has positions for their patches, where it has any."""
+    size = getattr(resident.model.config, "image_size", None)
+    wanted = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    found = tuple(examples.pixels.shape[2:])
+    patches = any("position_embedding" in name for name, _ in resident.model.named_parameters())
+    if size is not None and patches and found != wanted:
+        raise FedSieveError(
+            f"the model's image processor makes images of {found[0]} x {found[1]} pixels, and the "
+            f"model takes {wanted[0]} x {wanted[1]}: mend `size` in its preprocessor_config.json"
         )

@@ -18,10 +18,12 @@ from fedsieve.algebra.keys import Key, generator, word
 from fedsieve.algebra.method import View
 from fedsieve.settings import Precision, Training
 from fedsieve.tasks import catalogue
-from fedsieve.tasks.tally import Score, Tally, score, total
-from fedsieve.tasks.tokens import Examples, take
+from fedsieve.tasks.examples import Examples, count, take
+from fedsieve.tasks.images import Images, crops_and_flips
+from fedsieve.tasks.tally import SHOWN, Answer, Score, Tally, score, total
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.model import ResidentModel
+from fedsieve.train.speaker import speaker
 
 
 class Fit(NamedTuple):
@@ -66,13 +68,18 @@ def fit(
             held.append((parameter, mask, own))
     optimizer = _optimizer(parameters, training)
     order = _order(examples.labels.shape[0], training, generator(key.at("order")))
+    moves = generator(key.at("augment"))
     devices = [resident.device] if resident.device.type == "cuda" else []
     precise = _precision(resident, training.precision)
     total, compute, memory = 0.0, 0.0, 0
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(word(key.at("dropout")))
         for index in order:
-            batch = inputs(model, take(examples, index), resident.device)
+            some = take(examples, index)
+            if isinstance(some, Images) and training.augment != "none":
+                crop = training.augment == "crop-flip"
+                some = some._replace(pixels=crops_and_flips(some.pixels, moves, crop=crop))
+            batch = inputs(model, some, resident.device)
             start = time.perf_counter()
             with precise:
                 loss = model(**batch).loss
@@ -125,13 +132,34 @@ def tally(
     resident.put(adapter)
     resident.model.eval()
     rows = torch.arange(examples.labels.shape[0])
-    counts = []
+    counts: list[Tally] = []
     with torch.inference_mode(), _precision(resident, precision):
+        if task.ask is not None:
+            assert not isinstance(examples, Images)
+            return task.ask(examples.asked or (), speaker(resident, batch))
         for index in rows.split(batch):
-            given = inputs(resident.model, take(examples, index), resident.device)
+            some = take(examples, index)
+            given = inputs(resident.model, some, resident.device)
             labels = given.pop("labels")
-            counts.append(task.judge(resident.model(**given).logits.float(), labels, classes))
+            logits = resident.model(**given).logits.float()
+            counted = task.judge(logits, labels, classes)
+            if task.told is not None and not counts:
+                first = task.told(logits[:SHOWN], labels[:SHOWN], classes)
+                answers = zip(_said(resident, some), first, strict=False)
+                counted = counted._replace(answers=tuple(Answer(a, *b) for a, b in answers))
+            counts.append(counted)
     return total(counts)
+
+
+def _said(resident: ResidentModel, examples: Examples) -> list[str]:
+    """The first few rows in words, as the model has them."""
+    tokenizer: Any = resident.tokenizer
+    if isinstance(examples, Images):
+        return [""] * min(SHOWN, count(examples))
+    rows = zip(examples.input_ids[:SHOWN], examples.attention_mask[:SHOWN], strict=True)
+    if tokenizer is None:
+        return [""] * min(SHOWN, len(examples.input_ids))
+    return [tokenizer.decode(ids[mask == 1], skip_special_tokens=True) for ids, mask in rows]
 
 
 def runs_in_bf16(device: torch.device, precision: Precision) -> bool:

@@ -19,10 +19,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from fedsieve.algebra.adapter import Adapter, Layout, Tree, layout_of
@@ -31,6 +29,7 @@ from fedsieve.algebra.method import Trained
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
 from fedsieve.tasks import catalogue
+from fedsieve.tasks.task import Reader
 from fedsieve.train import card, parts, targets
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
@@ -54,7 +53,7 @@ class ResidentModel:
     dense:  of dense LoRA as the settings have it, whatever is trained: what all bytes are compared
             with. It is empty where no such LoRA fits the model
     ties:   tensor name -> the other places of the same parameter, where weights are tied
-    tokenizer: saved beside the model, if it is known
+    tokenizer: or image processor; saved beside the model, if it is known
     digest: of the base as it was loaded, where a run keeps it
     method: what trains the adapter, by name, for the card beside it (card.py), where it is known
     """
@@ -68,7 +67,7 @@ class ResidentModel:
     frozen: Tree
     dense: Layout
     ties: Mapping[str, Sequence[Place]]
-    tokenizer: PreTrainedTokenizerBase | None = None
+    tokenizer: Reader | None = None
     digest: BaseDigest | None = None
     method: str | None = None
 
@@ -192,11 +191,6 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a hub model or a local folder. trust_remote_code: see `load_base`."""
-    return _pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
-
-
 def load_base(
     name: str,
     task: Task,
@@ -227,13 +221,13 @@ def load_base(
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
     asked = catalogue.load(task)
     kind = getattr(transformers, asked.auto)
-    known = _pretrained(AutoConfig, name, trust_remote_code=trust_remote_code).id2label
+    known = pretrained(AutoConfig, name, trust_remote_code=trust_remote_code).id2label
     given |= asked.config(classes)
     given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     given |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(word(key.at("head")))
-        model, info = _pretrained(kind, name, **given)
+        model, info = pretrained(kind, name, **given)
     # A head of another size is drawn anew, nothing else: a base of random weights is no base.
     odd = sorted(n for n, *_ in info["mismatched_keys"] if n.startswith(model.base_model_prefix))
     if odd:
@@ -252,7 +246,7 @@ def load_base(
 
 def shape_of(name: str, task: Task, classes: int) -> PreTrainedModel:
     """A model without numbers, on the meta device, from its configuration alone."""
-    config = _pretrained(AutoConfig, name, trust_remote_code=False)
+    config = pretrained(AutoConfig, name, trust_remote_code=False)
     for setting, value in catalogue.load(task).config([str(n) for n in range(classes)]).items():
         setattr(config, setting, value)
     with torch.device("meta"):
@@ -271,7 +265,7 @@ def set_up(
     *,
     key: Key,
     device: torch.device,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Reader | None = None,
 ) -> ResidentModel:
     """A base model with what a method trains: a fresh LoRA adapter, the head alone, or all.
 
@@ -390,7 +384,8 @@ def _make(folder: Path) -> None:
         raise FedSieveError(f"{folder} cannot be written: {error.strerror}") from error
 
 
-def _pretrained(kind: Any, name: str, **given: Any) -> Any:
+def pretrained(kind: Any, name: str, **given: Any) -> Any:
+    """`kind.from_pretrained`. Raises FedSieveError in its words where that fails."""
     try:
         return kind.from_pretrained(name, **given)
     except (OSError, ValueError, RecursionError) as error:
@@ -427,7 +422,7 @@ def _refuse_no_setting(name: str, settings: Mapping[str, Any], trust_remote_code
     is run, which files are read, and where others are written.
     """
     if settings:
-        config = _pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+        config = pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
         for key in settings:
             known = {"attn_implementation", *config.attribute_map, *config.to_dict()}
             if key not in known or key.startswith("_"):

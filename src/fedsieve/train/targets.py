@@ -16,6 +16,8 @@ from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
 from fedsieve.tasks import catalogue
 
+_VISION = (("q_proj", "v_proj"), ("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
+
 
 def check_names(base: nn.Module, lora: Lora) -> None:
     """Raises FedSieveError for what can be told before PEFT changes the model."""
@@ -27,7 +29,8 @@ def check_names(base: nn.Module, lora: Lora) -> None:
     if not able:
         raise FedSieveError("the model has no module that can take LoRA (linear, embedding, conv)")
     kind = getattr(getattr(base, "config", None), "model_type", None)
-    if lora.targets is None and kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+    known = kind in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING or _of_images(base)
+    if lora.targets is None and not known:
         raise FedSieveError(
             f"lora.targets: PEFT has no choice for models of type {kind!r}: name the layers, or "
             "take 'all-linear'"
@@ -55,9 +58,20 @@ def check_names(base: nn.Module, lora: Lora) -> None:
         )
 
 
+def _of_images(base: nn.Module) -> list[str] | None:
+    """The layers of a vision model that get pairs where none are named: query and value, as the
+    papers have it, by the names that they go by; ConvNeXt, which has none, gets them on its two.
+    """
+    if getattr(base, "main_input_name", None) != "pixel_values":
+        return None
+    last = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    return next((list(names) for names in _VISION if last.issuperset(names)), None)
+
+
 def config_of(base: nn.Module, task: Task, lora: Lora, whole: list[str]) -> LoraConfig:
     """PEFT's configuration; whole: the modules that are trained whole."""
-    targets, layers, pattern = lora.targets, lora.layers_to_transform, lora.layers_pattern
+    chosen = _of_images(base) if lora.targets is None else lora.targets
+    targets, layers, pattern = chosen, lora.layers_to_transform, lora.layers_pattern
     return LoraConfig(
         task_type=catalogue.load(task).peft,
         r=lora.rank,

@@ -16,11 +16,15 @@ from transformers import PreTrainedModel
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
-from fedsieve.tasks.tokens import Examples, by_token
+from fedsieve.tasks.examples import Examples, take
+from fedsieve.tasks.images import Images
+from fedsieve.tasks.task import Task as Asks
+from fedsieve.tasks.tokens import Texts, by_token
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.lengths import longest, position_tables, vocabulary
 
 CPU = torch.device("cpu")
+_GIVEN = {"texts": "token numbers alone", "images": "images alone"}
 
 
 def settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
@@ -33,8 +37,15 @@ def settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
     """
     kind = model.config.model_type
     try:
-        _choose_padding(model, task, pad)
-        if task == "causal-lm" and not _causal(model):
+        if catalogue.load(task).reads == "images":
+            if not _apart(model, task):
+                raise FedSieveError(
+                    f"the outputs of a {kind} model for one image depend on the others beside it: "
+                    "choose another model"
+                )
+        else:
+            _choose_padding(model, task, pad)
+        if catalogue.load(task).peft == "CAUSAL_LM" and not _causal(model, task):
             raise FedSieveError(
                 f"this {kind} model sees the tokens that it is to predict: choose a causal one, "
                 "or, if it was trained as a decoder, set is_decoder = true in [model.settings]"
@@ -49,7 +60,7 @@ def settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
     except Exception as error:  # whatever a model's own code may raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FedSieveError(
-            f"a {kind} model cannot be trained on token numbers alone: {first}"
+            f"a {kind} model cannot be trained on {_GIVEN[catalogue.load(task).reads]}: {first}"
         ) from error
 
 
@@ -118,6 +129,9 @@ def _candidates(model: PreTrainedModel, pad: int | None) -> list[int]:
 def _apart(model: PreTrainedModel, task: Task) -> bool:
     """Whether a row's outputs are the same alone and beside a longer one."""
     both = _rows(model, task)
+    if isinstance(both, Images):
+        first = take(both, torch.tensor([0]))
+        return _same(_run(model, first).logits, _run(model, both).logits[:1])
     short = int(both.attention_mask[0].sum())
     alone = both._replace(
         input_ids=both.input_ids[:1, :short],
@@ -130,9 +144,10 @@ def _apart(model: PreTrainedModel, task: Task) -> bool:
     return _same(_run(model, alone).logits, together)
 
 
-def _causal(model: PreTrainedModel) -> bool:
+def _causal(model: PreTrainedModel, task: Task) -> bool:
     """Whether another last token leaves what was predicted before it as it was."""
-    rows = _rows(model, "causal-lm")
+    rows = _rows(model, task)
+    assert isinstance(rows, Texts)
     ids = rows.input_ids.clone()
     ids[1, -1] = ids[1][ids[1] != ids[1, -1]][0]
     before = _run(model, rows).logits[1, :-1]
@@ -157,12 +172,16 @@ def _run(model: PreTrainedModel, rows: Examples) -> Any:
 
 
 def _rows(model: PreTrainedModel, task: Task) -> Examples:
-    """Two rows, of 9 and of 15 tokens where the model has positions for so many.
+    """Two rows: images of noise, or texts of 9 and of 15 tokens where there are positions for so
+    many.
 
     Odd numbers: some kinds take rows of certain lengths only.
 
     No special token is among them but the end of sequence, at which some classifiers look.
     """
+    asked = catalogue.load(task)
+    if asked.reads == "images":
+        return _two_images(model, asked)
     config = model.config.get_text_config()
     kinds = ("pad", "bos", "eos", "sep", "cls", "decoder_start")
     special = {_special(config, kind) for kind in kinds}
@@ -176,7 +195,16 @@ def _rows(model: PreTrainedModel, task: Task) -> Examples:
         ids[0, length - 1] = ids[1, -1] = end
     mask = torch.ones_like(ids)
     mask[0, length:] = 0
-    return Examples(ids, mask, catalogue.load(task).labels(ids, mask, model.config.num_labels))
+    return Texts(ids, mask, asked.labels(ids, mask, model.config.num_labels))
+
+
+def _two_images(model: PreTrainedModel, asked: Asks) -> Images:
+    size = getattr(model.config, "image_size", None) or 224
+    high, wide = size if isinstance(size, list | tuple) else (size, size)
+    noise = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (2, 3, high, wide), generator=noise, dtype=torch.uint8)
+    labels = asked.labels(pixels, pixels, model.config.num_labels)
+    return Images(pixels, labels, 1 / 255, (0.5,) * 3, (0.5,) * 3)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -1,0 +1,93 @@
+"""Where images lie: a folder of them by class, and the paths that a file's rows name.
+
+A row of somebody's file may name any path. Only what lies in the file's own folder is read.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from datasets import Image as ImageFeature
+
+from fedsieve.errors import FedSieveError, nearest
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+SPLITS = frozenset({"train", "test", "dev", "val", "valid", "validation", "eval"})
+COLUMNS = ("image", "label")
+
+
+def by_class(folder: Path, split: str | None) -> Dataset | None:
+    """The images of `folder/<class>/...`, or of `folder/<split>/<class>/...`: rows of a column
+    `image`, their paths, and a column `label`, their class's name. None where there are none.
+
+    Raises FedSieveError for splits of which none is named, and for a split that is not there.
+    """
+    folder = folder.resolve()
+    inner = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    splits = [path for path in inner if path.name.lower() in SPLITS]
+    if splits and len(splits) == len(inner):
+        if split is None and len(splits) > 1:
+            listed = ", ".join(path.name for path in splits)
+            raise FedSieveError(f"{folder} holds several splits: say which of {listed}")
+        chosen = [p for p in splits if split is None or p.name.lower() == split.lower()]
+        if not chosen:
+            raise FedSieveError(
+                f"no split {split!r} in {folder}{nearest(split or '', [p.name for p in splits])}"
+            )
+        inner = sorted(p for p in chosen[0].iterdir() if p.is_dir() and p.name[:1] != ".")
+    elif split is not None:
+        return None
+    found = [
+        (str(path), kind.name)
+        for kind in inner
+        for path in sorted(kind.rglob("*"))
+        if path.suffix.lower() in EXTENSIONS and path.resolve().is_relative_to(folder)
+    ]
+    if not found:
+        return None
+    return Dataset(
+        pa.table(
+            {
+                name: list(values)
+                for name, values in zip(COLUMNS, zip(*found, strict=True), strict=True)
+            }
+        )
+    )
+
+
+def located(rows: Dataset, name: str, folder: Path | None) -> Dataset:
+    """The rows with whole paths in a column of images, where it holds paths.
+
+    folder: where the rows' file lies, which paths begin from and may not leave; None leaves all as
+        it is, for what `datasets` has loaded
+    What leads out, or is not there, has its path under `missing`: a bad row (tasks/images.py).
+    """
+    if folder is None or name not in rows.column_names:
+        return rows
+    home = folder.resolve()
+    if isinstance(rows.features[name], ImageFeature):
+        rows = rows.cast_column(name, ImageFeature(decode=False))
+    values: list[Any] = rows.with_format(None)[name][:]
+    if all(isinstance(value, bytes) or _bytes(value) for value in values):
+        return rows
+    cells: list[dict[str, Any]] = []
+    for value in values:
+        path = value.get("path") if isinstance(value, dict) else value
+        data = value if isinstance(value, bytes) else _bytes(value)
+        if data is None and isinstance(path, str):
+            whole = (home / path).resolve()
+            inside = whole.is_relative_to(home) and whole.is_file()
+            if not inside:
+                cells.append({"missing": path})
+                continue
+            path = str(whole)
+        cells.append({"bytes": data, "path": path if isinstance(path, str) else None})
+    kinds = {"bytes": pa.binary(), "path": pa.string(), "missing": pa.string()}
+    kind = pa.struct(list(kinds.items()))
+    return rows.remove_columns(name).add_column(name, pa.array(cells, kind))
+
+
+def _bytes(value: Any) -> bytes | None:
+    data = value.get("bytes") if isinstance(value, dict) else None
+    return data if isinstance(data, bytes) else None

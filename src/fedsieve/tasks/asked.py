@@ -1,0 +1,47 @@
+"""Questions that a model answers in words, and what a task may have it do with them.
+
+Some metrics come of no single forward pass: which of several texts a model finds most likely, and
+what it writes when it goes on from a prompt. A task that has such metrics gets the model as the two
+functions of `Speaker`, and keeps with its examples what to ask.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int32]
+
+
+class Asked(NamedTuple):
+    """A question as it is put at evaluation.
+
+    prompt:  (L,) the tokens to go on from
+    options: of each option the tokens, prompt and all; begins: where in them the option begins
+    texts:   the options in words, or the one text that is expected
+    right:   which of them it is
+    said:    the prompt in words
+    most:    tokens that an answer may have; stop: texts at which it ends
+    """
+
+    prompt: Ids
+    options: tuple[Ids, ...]
+    begins: tuple[int, ...]
+    texts: tuple[str, ...]
+    right: int
+    said: str
+    most: int
+    stop: tuple[str, ...]
+
+
+class Speaker(NamedTuple):
+    """A model that can be asked.
+
+    likelihoods: of each row's tokens from a place on, given those before it: the natural logarithm
+    write: what comes after each prompt, taking the most likely token each time, up to so many
+        tokens, the end-of-sequence token or one of the texts at which to stop
+    """
+
+    likelihoods: Callable[[Sequence[tuple[Ids, int]]], list[float]]
+    write: Callable[[Sequence[Ids], int, Sequence[str]], list[str]]

@@ -1,0 +1,175 @@
+"""Generation: what a model writes after a prompt, held against the text that is expected.
+
+Trained as a causal language model is, on the expected text after the prompt. Exact match and token
+F1 are SQuAD's (Rajpurkar et al. 2016, arXiv 1606.05250): without case, punctuation and articles.
+ROUGE-L and chrF come from the packages that are usual for them; chrF is that of all texts together.
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from datasets import Dataset
+
+from fedsieve.data.sources import column
+from fedsieve.errors import FedSieveError
+from fedsieve.tasks import causal_lm, chat
+from fedsieve.tasks.asked import Asked, Speaker
+from fedsieve.tasks.tally import SHOWN, Answer, Tally
+from fedsieve.tasks.task import Bad, Fields, Rows, refuse
+from fedsieve.tasks.tokens import check_rows, pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SHARES = ("exact", "f1", "rouge")
+_CHRF = 18  # numbers that chrF is made of: n-grams of either text and of both, for six lengths
+_NO_MARKS = str.maketrans("", "", string.punctuation)
+
+
+def _pairs(
+    rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields
+) -> Iterator[tuple[str, str] | FedSieveError]:
+    """Each row's prompt and what is expected after it, as texts; or what is wrong with the row."""
+    names = causal_lm.TASK.columns(fields).texts
+    chats = _chats(rows, fields)
+    for row, cells in enumerate(zip(*(column(rows, name) for name in names), strict=True)):
+        where = f"row {row} of column {names[-1]!r}"
+        try:
+            said, expected = chat.last_turn(tokenizer, cells) if chats else cells
+            if not expected.strip():
+                raise FedSieveError("holds nothing that could be expected")
+            yield said, expected
+        except FedSieveError as error:
+            yield FedSieveError(f"{where} {error}")
+
+
+def _chats(rows: Dataset, fields: Fields) -> bool:
+    return chat.are(column(rows, causal_lm.TASK.columns(fields).texts[-1]))
+
+
+def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
+    if not _chats(rows, fields) and fields.prompt is None:
+        raise FedSieveError(
+            "text: a generation task needs conversations in it, or else prompt and completion"
+        )
+    bad = causal_lm.TASK.bad(rows, tokenizer, fields)
+    sound = [row for row in range(len(rows)) if row not in bad]
+    if sound:
+        made = zip(sound, _pairs(rows.select(sound), tokenizer, fields), strict=True)
+        bad = bad | {row: each for row, each in made if isinstance(each, FedSieveError)}
+    return bad
+
+
+def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    check_rows(rows)
+    _scorers()
+    refuse(_bad(rows, tokenizer, fields))
+    most = fields.max_length
+    pairs = [each for each in _pairs(rows, tokenizer, fields) if not isinstance(each, Exception)]
+    said, expected = [a for a, _ in pairs], [b for _, b in pairs]
+    made = causal_lm.pairs(tokenizer, said, expected, most, ended=True)
+    if _chats(rows, fields):  # every turn of the assistant is learned, and not the last one alone
+        examples, came = causal_lm.examples_of(rows, tokenizer, fields)
+    else:
+        examples, came = causal_lm.learned(made, pad_id(tokenizer), most)
+    prompts = causal_lm.prompts(tokenizer, said, most)
+    asked = tuple(
+        Asked(
+            np.array(prompts[row], np.int32),
+            (np.array(made[row][0], np.int32),),
+            (causal_lm.begin(made[row][1]),),
+            (expected[row],),
+            0,
+            said[row],
+            fields.new_tokens,
+            fields.stop,
+        )
+        for row in came.tolist()
+    )
+    return Rows(examples._replace(asked=asked), came, ())
+
+
+def _ask(asked: Sequence[Asked], speaker: Speaker) -> Tally:
+    if not asked:
+        return Tally()
+    loss = -sum(speaker.likelihoods([(each.options[0], each.begins[0]) for each in asked]))
+    told = speaker.write([each.prompt for each in asked], asked[0].most, asked[0].stop)
+    rouge, chrf = _scorers()
+    sums = dict.fromkeys([*_SHARES, *(f"chrf{n}" for n in range(_CHRF))], 0.0)
+    for each, text in zip(asked, told, strict=True):
+        expected = each.texts[0]
+        sums["exact"] += _plain(text) == _plain(expected)
+        sums["f1"] += _f1(_plain(text).split(), _plain(expected).split())
+        sums["rouge"] += rouge.score(expected, text)["rougeL"].fmeasure
+        (parts,) = chrf._extract_corpus_statistics([text], [[expected]])
+        for n, count in enumerate(parts):
+            sums[f"chrf{n}"] += count
+    answers = tuple(
+        Answer(each.said, each.texts[0], text)
+        for each, text in zip(asked[:SHOWN], told, strict=False)
+    )
+    return Tally(loss, len(asked), sums, answers=answers)
+
+
+def _plain(text: str) -> str:
+    """A text without case, punctuation, articles and more than single spaces."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_NO_MARKS)).split())
+
+
+def _f1(told: Sequence[str], expected: Sequence[str]) -> float:
+    """Of the words that two texts have in common; two without any word are alike."""
+    if not told or not expected:
+        return float(told == expected)
+    common = (Counter(told) & Counter(expected)).total()
+    return 2 * common / (len(told) + len(expected))
+
+
+def _scorers() -> tuple[Any, Any]:
+    """Those of ROUGE-L and of chrF. Raises FedSieveError where they are not installed."""
+    try:
+        from rouge_score import rouge_scorer
+        from sacrebleu.metrics import CHRF
+    except ImportError:
+        raise FedSieveError(
+            "a generation task needs the packages that score texts: "
+            "run `pip install 'fedsieve[generation]'`"
+        ) from None
+    return rouge_scorer.RougeScorer(["rougeL"]), CHRF()
+
+
+def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
+    if set(tally.sums) != {*_SHARES, *(f"chrf{n}" for n in range(_CHRF))}:
+        return False
+    counts = [tally.sums[f"chrf{n}"] for n in range(_CHRF)]
+    shares = all(0 <= tally.sums[name] <= tally.counted * (1 + 1e-9) for name in _SHARES)
+    both = all(counts[n + 2] <= min(counts[n : n + 2]) for n in range(0, _CHRF, 3))
+    return shares and both and all(count.is_integer() and count >= 0 for count in counts)
+
+
+def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
+    """Means over the prompts from 0 to 1, and chrF from 0 to 1 as well."""
+    _, chrf = _scorers()
+    counts = [int(tally.sums[f"chrf{n}"]) for n in range(_CHRF)]
+    return {
+        "token_f1": tally.sums["f1"] / tally.counted,
+        "exact_match": tally.sums["exact"] / tally.counted,
+        "rouge_l": tally.sums["rouge"] / tally.counted,
+        "chrf": float(chrf._compute_score_from_stats(counts).score) / 100,
+    }
+
+
+TASK = replace(
+    causal_lm.TASK,
+    title="generation",
+    bad=_bad,
+    read=_read,
+    fits=_fits,
+    leads=lambda *_: ("token_f1", "exact_match", "rouge_l", "chrf"),
+    metrics=_metrics,
+    ask=_ask,
+)

@@ -1,0 +1,161 @@
+"""From columns of images to pixels that a model can train on.
+
+Pillow decodes; the model's own image processor resizes and crops, once, and what it gives is kept
+as bytes. A batch is made numbers, and normalised, when it is used (batch.py): four times the memory
+otherwise. No image is trusted: one that does not decode, or that is too large, is a bad row.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fedsieve.data.sources import column
+from fedsieve.errors import FedSieveError
+
+MOST_PIXELS = 50_000_000  # of one image: a small file can say that it is as large as a city
+_AT_ONCE = 256  # images that the processor is given in one call
+
+
+class Images(NamedTuple):
+    """n examples.
+
+    pixels: (n, 3, height, width) uint8, resized and cropped
+    labels: (n,) int64 class numbers, or (n, C) float32, one where a class holds
+    scale, mean, deviation: of a channel: a value is (pixel * scale - mean) / deviation
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    scale: float
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+
+def images(dataset: Dataset, processor: Any, name: str) -> Images:
+    """The images of a column, with labels of zero that a task puts its own in place of.
+
+    Raises FedSieveError, naming row and column, for an image that cannot be used.
+    """
+    made: list[Tensor] = []
+    batch: list[Image.Image] = []
+    decoded = _decoded(dataset, name)
+    for count, image in enumerate(decoded, 1):
+        if isinstance(image, FedSieveError):
+            raise image
+        batch.append(image)
+        if len(batch) == _AT_ONCE or count == len(dataset):
+            made.append(_pixels(processor, batch))
+            batch = []
+    pixels = torch.cat(made)
+    plain = not getattr(processor, "do_normalize", True)
+    mean = (0.0,) * 3 if plain else tuple(map(float, processor.image_mean))
+    deviation = (1.0,) * 3 if plain else tuple(map(float, processor.image_std))
+    scaled = getattr(processor, "do_rescale", True)
+    scale = float(processor.rescale_factor) if scaled else 1.0
+    return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), scale, mean, deviation)
+
+
+def bad_images(dataset: Dataset, name: str) -> dict[int, FedSieveError]:
+    """The rows of a column whose image cannot be used, and what is wrong with each."""
+    made = enumerate(_decoded(dataset, name))
+    return {row: each for row, each in made if isinstance(each, FedSieveError)}
+
+
+def crops_and_flips(pixels: Tensor, draws: torch.Generator, *, crop: bool) -> Tensor:
+    """Each image flipped from left to right or not, and moved by up to an eighth of its sides, with
+    zeros where it moved from: what is usual for CIFAR-10, as FLASC trains on it.
+
+    pixels: (b, 3, height, width), on the CPU
+    """
+    count, _, high, wide = pixels.shape
+    flipped = torch.rand(count, generator=draws) < 0.5
+    side = torch.arange(wide)
+    columns = torch.where(flipped[:, None], wide - 1 - side, side)
+    rows = torch.arange(high).expand(count, high)
+    if crop:
+        down, right = high // 8, wide // 8
+        pixels = torch.nn.functional.pad(pixels, (right, right, down, down))
+        rows = rows + torch.randint(2 * down + 1, (count, 1), generator=draws)
+        columns = columns + torch.randint(2 * right + 1, (count, 1), generator=draws)
+    number, channel = torch.arange(count)[:, None, None, None], torch.arange(3)[:, None, None]
+    return pixels[number, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _decoded(dataset: Dataset, name: str) -> Iterator[Image.Image | FedSieveError]:
+    """Each row's image, or what is wrong with it; one at a time, for decoded they are large."""
+    if isinstance(dataset.features.get(name), ImageFeature):
+        dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    for row, value in enumerate(column(dataset, name)):
+        try:
+            yield _image(value)
+        except FedSieveError as error:
+            yield FedSieveError(f"row {row} of column {name!r} {error}")
+
+
+def _image(value: Any) -> Image.Image:
+    """An image as RGB, upright. Raises FedSieveError, with the end of a sentence."""
+    if isinstance(value, dict):
+        data, path = value.get("bytes"), value.get("path")
+        if missing := value.get("missing"):
+            raise FedSieveError(f"names an image that is not there beside its file: {missing[:80]}")
+    else:
+        data, path = (value, None) if isinstance(value, bytes) else (None, value)
+    source: Any
+    if isinstance(data, bytes):
+        source = io.BytesIO(data)
+    elif isinstance(path, str) and Path(path).is_file():
+        source = path
+    elif isinstance(path, str):
+        raise FedSieveError(f"names an image that is not there: {path[:80]}")
+    else:
+        raise FedSieveError("holds no image: bytes, or the path of one, are needed")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a size that is refused here
+            with Image.open(source) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    raise FedSieveError(
+                        f"holds an image of {image.width} x {image.height} pixels: at most "
+                        f"{MOST_PIXELS:,} are read"
+                    )
+                return _rgb(ImageOps.exif_transpose(image))
+    except FedSieveError:
+        raise
+    except Exception as error:  # whatever a decoder may raise
+        why = " ".join(str(error).split())[:100]
+        raise FedSieveError(f"holds an image that cannot be read: {why}") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith(("I;16", "I")):
+        # Pillow cuts 16 bits off at 255, and would make nearly all of them white.
+        values = np.asarray(image, dtype=np.int64)
+        image = Image.fromarray((values // (257 if values.max() > 255 else 1)).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        whole = image.convert("RGBA")  # what is transparent is white, not whatever lies beneath
+        image = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
+    return image.convert("RGB")
+
+
+def _pixels(processor: Any, batch: Sequence[Image.Image]) -> Tensor:
+    try:
+        made = processor(list(batch), do_rescale=False, do_normalize=False, return_tensors="np")
+    except Exception as error:  # whatever a processor may raise
+        why = " ".join(str(error).split())[:200]
+        raise FedSieveError(f"the model's image processor cannot read images: {why}") from error
+    pixels = np.asarray(made["pixel_values"])
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise FedSieveError(
+            f"the model's image processor makes arrays of shape {pixels.shape[1:]}: models that "
+            "take one image of three channels a row are needed"
+        )
+    return torch.from_numpy(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))

@@ -1,0 +1,271 @@
+"""Multiple choice: a question, some options, and which of them is right.
+
+Trained as a causal language model is, on the right option after the question. Judged in three ways,
+which differ and are told under their names: which option is the likeliest to follow, plainly and a
+character, as is usual (Brown et al. 2020, arXiv 2005.14165); and which option is the first to occur
+in what the model writes, as FSLoRA scores its commonsense tasks (arXiv 2501.19389, appendix G).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+
+from fedsieve.data.files import Columns
+from fedsieve.data.names import clean
+from fedsieve.data.sources import column, names_in
+from fedsieve.errors import FedSieveError
+from fedsieve.tasks import causal_lm
+from fedsieve.tasks.asked import Asked, Speaker
+from fedsieve.tasks.tally import SHOWN, Answer, Tally
+from fedsieve.tasks.task import Bad, Fields, Rows, needed
+from fedsieve.tasks.tokens import bad_texts, check_rows, pad_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_LISTED = "the correct answer is {option}"  # FSLoRA's sentence
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class _Question(NamedTuple):
+    """said: the prompt; options: as they are told from each other; answers: as they are written."""
+
+    said: str
+    options: tuple[str, ...]
+    answers: tuple[str, ...]
+    right: int
+
+
+def _columns(fields: Fields) -> Columns:
+    needed(text=fields.text, label=fields.label)
+    assert fields.text is not None
+    if not isinstance(fields.label, str):
+        raise FedSieveError("label: this task takes one column")
+    if (fields.options is None) == (fields.classes is None):
+        raise FedSieveError(
+            "options: a multiple-choice task needs the columns that hold them, or, where all rows "
+            "have the same, classes: one of the two"
+        )
+    if fields.answer is not None and fields.answer.count("{option}") != 1:
+        raise FedSieveError("answer: it says where the option stands: {option}, once")
+    return Columns((fields.text, *_option_columns(fields)), (fields.label,))
+
+
+def _option_columns(fields: Fields) -> tuple[str, ...]:
+    options = fields.options or ()
+    return (options,) if isinstance(options, str) else options
+
+
+def _questions(rows: Dataset, fields: Fields) -> Iterator[_Question | FedSieveError]:
+    """Each row's question, or what is wrong with it."""
+    columns = _columns(fields)
+    (label,) = columns.names
+    names = _option_columns(fields)
+    texts, labels = column(rows, columns.texts[0]), names_in(rows, label)
+    odd = bad_texts(texts, columns.texts[0])
+    of_rows: Iterator[Any] = (
+        zip(*(column(rows, name) for name in names), strict=True)
+        if names
+        else iter([()] * len(rows))
+    )
+    for row, (text, told, cells) in enumerate(zip(texts, labels, of_rows, strict=True)):
+        try:
+            if row in odd:
+                raise odd[row]
+            if isinstance(told, FedSieveError):
+                raise told
+            where = f"row {row} of column {', '.join(map(repr, names))}"
+            options, marks = _options(cells, fields, where)
+            if told is None:
+                raise FedSieveError(f"row {row} of column {label!r} does not say which is right")
+            right = _right(told, options, marks, fields.first_option)
+            if right is None:
+                raise FedSieveError(
+                    f"row {row} of column {label!r} holds {told[:40]!r}, which is none of its "
+                    f"{len(options)} options, nor a number from {fields.first_option} on "
+                    "(data.first_option says what the first one's is)"
+                )
+            yield _question(text, options, right, fields)
+        except FedSieveError as error:
+            yield error
+
+
+def _options(
+    cells: Sequence[Any], fields: Fields, where: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """A row's options, and what they are called where the data says so (ARC: A, B, C, D)."""
+    marks: Sequence[Any] = ()
+    if not cells:
+        options: Any = fields.classes
+    elif len(cells) > 1:
+        options = list(cells)
+    else:
+        options = cells[0]
+        if isinstance(options, Mapping) and {"text", "label"} <= options.keys():
+            options, marks = options["text"], options["label"] or ()
+        if not isinstance(options, list):
+            raise FedSieveError(f"{where} holds no list of options")
+    for number, option in enumerate(options):
+        if not isinstance(option, str) or not option.strip():
+            raise FedSieveError(f"{where}: option {number + 1} is empty, or no text")
+    if len(options) < 2:
+        raise FedSieveError(f"{where} holds {len(options)} options: at least two are needed")
+    if marks and len(marks) != len(options):
+        raise FedSieveError(f"{where} has {len(options)} options and {len(marks)} labels for them")
+    return tuple(option.strip() for option in options), tuple(clean(str(m)) for m in marks)
+
+
+def _right(told: str, options: Sequence[str], marks: Sequence[str], first: int) -> int | None:
+    """Which option a label means: by its mark, its text, its letter, or its number."""
+    for known in (marks, [clean(option) for option in options]):
+        found = [n for n, each in enumerate(known) if each.casefold() == told.casefold()]
+        if found:
+            return found[0]
+    number = None
+    if re.fullmatch(r"[0-9]{1,6}", told):
+        number = int(told) - first
+    elif len(told) == 1 and told.upper() in _LETTERS:
+        number = _LETTERS.index(told.upper())
+    return number if number is not None and 0 <= number < len(options) else None
+
+
+def _question(text: str, options: tuple[str, ...], right: int, fields: Fields) -> _Question:
+    word, answer = fields.option_word, fields.answer
+    if word is not None:
+        called = tuple(f"{word}{number}" for number in range(1, len(options) + 1))
+        title = word[:1].upper() + word[1:]
+        listed = "\n".join(f"{title}{n}: {option}" for n, option in enumerate(options, 1))
+        text = f"{text.rstrip()}\n\n{listed}\n\nAnswer format: {'/'.join(called)}\n"
+        options, answer = called, answer or _LISTED
+    written = [(answer or "{option}").replace("{option}", option) for option in options]
+    gap = "" if not text or text[-1].isspace() else " "
+    return _Question(text, options, tuple(gap + each for each in written), right)
+
+
+def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
+    made = enumerate(_questions(rows, fields))
+    return {row: each for row, each in made if isinstance(each, FedSieveError)}
+
+
+def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    check_rows(rows)
+    questions = []
+    for each in _questions(rows, fields):
+        if isinstance(each, FedSieveError):
+            raise each
+        questions.append(each)
+    most = fields.max_length
+    made = causal_lm.pairs(
+        tokenizer,
+        [each.said for each in questions],
+        [each.answers[each.right] for each in questions],
+        most,
+        ended=True,
+    )
+    examples, came = causal_lm.learned(made, pad_id(tokenizer), most)
+    options = causal_lm.pairs(
+        tokenizer,
+        [each.said for each in questions for _ in each.answers],
+        [answer for each in questions for answer in each.answers],
+        most,
+        ended=False,
+    )
+    prompts = causal_lm.prompts(tokenizer, [each.said for each in questions], most)
+    rest = iter(options)
+    asked = []
+    for each, prompt in zip(questions, prompts, strict=True):
+        own = [next(rest) for _ in each.answers]
+        asked.append(
+            Asked(
+                np.array(prompt, np.int32),
+                tuple(np.array(ids, np.int32) for ids, _ in own),
+                tuple(causal_lm.begin(targets) for _, targets in own),
+                each.options,
+                each.right,
+                each.said,
+                fields.new_tokens,
+                fields.stop,
+            )
+        )
+    return Rows(examples._replace(asked=tuple(asked[row] for row in came)), came, ())
+
+
+def _ask(asked: Sequence[Asked], speaker: Speaker) -> Tally:
+    options = [pair for each in asked for pair in zip(each.options, each.begins, strict=True)]
+    likely = iter(speaker.likelihoods(options))
+    loss, plain, by_character = 0.0, 0, 0
+    for each in asked:
+        chances = np.array([next(likely) for _ in each.options])
+        lengths = np.array([len(text) for text in each.texts])
+        loss -= float(chances[each.right])
+        chances = np.nan_to_num(chances, nan=-np.inf)
+        plain += int(chances.argmax()) == each.right
+        by_character += int((chances / lengths).argmax()) == each.right
+    written, found, right = _written(asked, speaker), 0, 0
+    for each, text in zip(asked, written, strict=True):
+        taken = first_of(each.texts, text)
+        found += taken is not None
+        right += taken == each.right
+    sums = {"plain": plain, "by_character": by_character, "right": right, "found": found}
+    answers = tuple(
+        Answer(each.said, each.texts[each.right], text)
+        for each, text in zip(asked[:SHOWN], written, strict=False)
+    )
+    counts = {name: float(count) for name, count in sums.items()}
+    return Tally(loss, len(asked), counts, answers=answers)
+
+
+def _written(asked: Sequence[Asked], speaker: Speaker) -> list[str]:
+    if not asked:
+        return []
+    first = asked[0]
+    return speaker.write([each.prompt for each in asked], first.most, first.stop)
+
+
+def first_of(options: Sequence[str], text: str) -> int | None:
+    """Which option is the first to occur in a text, as words of their own; of two that begin at one
+    place the longer. None where there is none.
+    """
+    found = []
+    for number, option in enumerate(options):
+        # Letters and digits on either side would make another word of it: answer1, answer10.
+        words = rf"(?<!\w){re.escape(option)}(?!\w)"
+        if match := re.search(words, text, re.IGNORECASE):
+            found.append((match.start(), -len(option), number))
+    return min(found)[-1] if found else None
+
+
+def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
+    known = set(tally.sums) == {"plain", "by_character", "right", "found"}
+    whole = all(v.is_integer() and 0 <= v <= tally.counted for v in tally.sums.values())
+    return known and whole and tally.sums["right"] <= tally.sums["found"]
+
+
+def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
+    """The shares of questions whose right option is the likeliest, and the likeliest a character;
+    of which the right one is written, and of which any is.
+    """
+    return {
+        "accuracy": tally.sums["plain"] / tally.counted,
+        "accuracy_by_character": tally.sums["by_character"] / tally.counted,
+        "accuracy_written": tally.sums["right"] / tally.counted,
+        "answered": tally.sums["found"] / tally.counted,
+    }
+
+
+TASK = replace(
+    causal_lm.TASK,
+    title="multiple choice",
+    columns=_columns,
+    classes=lambda _, fields: fields.classes or (),
+    bad=_bad,
+    read=_read,
+    fits=_fits,
+    leads=lambda *_: ("accuracy", "accuracy_by_character", "accuracy_written", "answered"),
+    metrics=_metrics,
+    ask=_ask,
+)

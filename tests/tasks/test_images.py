@@ -1,0 +1,392 @@
+"""Images: what files hold becomes what the model's own processor makes of it."""
+
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    DeiTConfig,
+    DeiTForImageClassification,
+    SwinConfig,
+    ViTConfig,
+    ViTImageProcessorPil,
+)
+
+import fedsieve
+from fedsieve.algebra.keys import Key, generator
+from fedsieve.data import sources
+from fedsieve.data.files import Columns
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import examples
+from fedsieve.recipe.schema import Data
+from fedsieve.tasks import images
+from fedsieve.tasks.examples import count, take
+from fedsieve.tasks.images import Images, crops_and_flips
+from fedsieve.train.batch import inputs
+from tests import runs
+from tests.conftest import LABELS, Tiny
+from tests.tasks.test_federated import COLOURS, pictures, png, quietly
+
+CPU = torch.device("cpu")
+
+
+def noise(seed: int, high: int = 30, wide: int = 22) -> Image.Image:
+    draw = np.random.default_rng(seed)
+    return Image.fromarray(draw.integers(0, 256, (high, wide, 3), dtype=np.uint8))
+
+
+def packed(image: Image.Image, kind: str = "png", **how: Any) -> bytes:
+    data = io.BytesIO()
+    image.save(data, kind, **how)
+    return data.getvalue()
+
+
+def made(values: list[Any], processor: Any) -> Images:
+    return images.images(Dataset.from_dict({"i": values}), processor, "i")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 16, "width": 16}},
+        {"size": {"height": 16, "width": 24}, "image_mean": [0.1, 0.2, 0], "image_std": [1, 2, 3]},
+        {"size": {"height": 16, "width": 16}, "do_normalize": False},
+        {"size": {"height": 16, "width": 16}, "resample": 3},
+    ],
+    ids=["square", "means", "no means", "bicubic"],
+)  # fmt: skip
+def test_a_batch_is_what_the_models_own_processor_makes(settings: dict[str, Any]) -> None:
+    processor = ViTImageProcessorPil(**settings)
+    pictures = [noise(n) for n in range(5)]
+    expected = processor(pictures, return_tensors="pt")["pixel_values"]
+    found = made([packed(each) for each in pictures], processor)
+    assert found.pixels.dtype == torch.uint8
+    given = inputs(None, found, CPU)
+    torch.testing.assert_close(given["pixel_values"], expected, atol=1e-5, rtol=1e-5)
+    assert set(given) == {"pixel_values", "labels"}
+    some = take(found, torch.tensor([3, 1]))
+    assert count(some) == 2
+    assert torch.equal(some.pixels, found.pixels[[3, 1]])
+
+
+def gray16() -> Image.Image:
+    return Image.fromarray((np.arange(256).reshape(16, 16) * 257).astype(np.uint16))
+
+
+FORMS: dict[str, tuple[Callable[[], bytes], Callable[[], np.ndarray[Any, Any]]]] = {
+    "gray": (
+        lambda: packed(Image.new("L", (16, 16), 77)),
+        lambda: np.full((16, 16, 3), 77),
+    ),
+    "palette": (
+        lambda: packed(Image.new("RGB", (16, 16), (255, 0, 0)).convert("P"), "gif"),
+        lambda: np.full((16, 16, 3), (255, 0, 0)),
+    ),
+    "transparent": (
+        lambda: packed(Image.new("RGBA", (16, 16), (9, 9, 9, 0))),
+        lambda: np.full((16, 16, 3), 255),
+    ),
+    "gray with alpha": (
+        lambda: packed(Image.new("LA", (16, 16), (50, 255))),
+        lambda: np.full((16, 16, 3), 50),
+    ),
+    "bits": (
+        lambda: packed(Image.new("1", (16, 16), 1)),
+        lambda: np.full((16, 16, 3), 255),
+    ),
+    "16 bits": (
+        lambda: packed(gray16()),
+        lambda: np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2),
+    ),
+    "cmyk": (
+        lambda: packed(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "jpeg"),
+        lambda: np.full((16, 16, 3), 255),
+    ),
+    "turned": (
+        lambda: packed(turned(), "png", exif=rotation()),
+        lambda: np.asarray(turned().transpose(Image.Transpose.ROTATE_270)),
+    ),
+}
+
+
+def turned() -> Image.Image:
+    return noise(5, 16, 16)
+
+
+def rotation() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera on its side
+    return exif
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_images_of_any_form_become_upright_rgb(form: str) -> None:
+    write, expected = FORMS[form]
+    processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
+    found = made([write()], processor).pixels[0].permute(1, 2, 0).numpy()
+    assert np.abs(found.astype(int) - expected().astype(int)).max() <= 2
+
+
+def city() -> bytes:
+    """A few bytes that say that they are 9,000 x 9,000 pixels."""
+    head = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    chunks = [
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "holds no image"),
+        (b"", "cannot be read"),
+        (b"no image", "cannot be read"),
+        (packed(noise(1))[:200], "cannot be read"),
+        (city(), "9000 x 9000 pixels: at most"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
+    ],
+    ids=["nothing", "empty", "text", "cut", "too large", "a program"],
+)
+def test_what_is_no_image_is_named(value: bytes | None, said: str) -> None:
+    rows = Dataset.from_dict({"i": [packed(noise(0)), value]})
+    found = images.bad_images(rows, "i")
+    assert list(found) == [1]
+    assert str(found[1]).startswith("row 1 of column 'i' holds")
+    assert said in str(found[1])
+
+
+def test_crops_and_flips_come_from_the_key_and_move_whole_images() -> None:
+    pixels = torch.stack([made([packed(noise(n, 16, 16))], plain()).pixels[0] for n in range(64)])
+    same = [crops_and_flips(pixels, generator(Key(3).at("augment")), crop=True) for _ in range(2)]
+    assert torch.equal(*same)
+    other = crops_and_flips(pixels, generator(Key(4).at("augment")), crop=True)
+    assert not torch.equal(same[0], other)
+    for crop in (False, True):
+        found = crops_and_flips(pixels, generator(Key(5)), crop=crop)
+        assert found.dtype == torch.uint8
+        kinds = set()
+        for before, after in zip(pixels, found, strict=True):
+            padded = torch.nn.functional.pad(before, (2, 2, 2, 2)) if crop else before
+            places = [
+                (bool(flip), y, x)
+                for flip in (0, 1)
+                for y in range(5 if crop else 1)
+                for x in range(5 if crop else 1)
+                if torch.equal(moved(padded, flip, y, x), after)
+            ]
+            assert len(places) == 1
+            kinds.add(places[0])
+        assert len({flip for flip, *_ in kinds}) == 2
+        assert len(kinds) > (20 if crop else 1)
+
+
+def moved(padded: torch.Tensor, flip: int, y: int, x: int) -> torch.Tensor:
+    cut = padded[:, y : y + 16, x : x + 16]
+    return cut.flip(2) if flip else cut
+
+
+def plain() -> Any:
+    return ViTImageProcessorPil(size={"height": 16, "width": 16})
+
+
+def rows_of(folder: Path, source: str, split: str | None = None) -> list[tuple[int, str]]:
+    """The red of each image that can be read, and its label."""
+    data = Data(train=source, image="image", label="label")
+    rows = examples.load_rows(data, source, split)
+    bad = images.bad_images(rows, "image")
+    good = rows.select([n for n in range(len(rows)) if n not in bad])
+    found = images.images(good, plain(), "image").pixels[:, 0].float().mean((1, 2))
+    return [
+        (round(float(red)), str(label)) for red, label in zip(found, good["label"], strict=True)
+    ]
+
+
+def coloured(path: Path, red: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (red, 0, 0)).save(path)
+
+
+def test_paths_in_a_file_begin_at_it_and_do_not_leave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    coloured(home / "in" / "a.png", 10)
+    coloured(tmp_path / "out.png", 20)
+    (home / "link.png").symlink_to(tmp_path / "out.png")
+    monkeypatch.chdir(tmp_path)
+    names = ["in/a.png", "../out.png", str(tmp_path / "out.png"), "link.png", "none.png", "out.png"]
+    lines = [json.dumps({"image": name, "label": name}) for name in names]
+    (home / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert rows_of(home, str(home / "rows.jsonl")) == [(10, "in/a.png")]
+    (home / "rows.csv").write_text("image,label\nin/a.png,x\n../out.png,y\n", encoding="utf-8")
+    assert rows_of(home, str(home / "rows.csv")) == [(10, "x")]
+    table = Dataset.from_list([{"image": {"bytes": None, "path": n}, "label": n} for n in names])
+    table.to_parquet(home / "rows.parquet")
+    assert rows_of(home, str(home / "rows.parquet")) == [(10, "in/a.png")]
+
+
+def test_a_folder_of_images_is_a_data_set(tmp_path: Path) -> None:
+    for number, (kind, red) in enumerate([("cat", 10), ("cat", 20), ("ship", 30)]):
+        coloured(tmp_path / "flat" / kind / f"{number}.png", red)
+        coloured(tmp_path / "parted" / "train" / kind / f"{number}.PNG", red)
+    coloured(tmp_path / "parted" / "test" / "ship" / "0.png", 40)
+    (tmp_path / "flat" / "cat" / "notes.txt").write_text("no image")
+    flat = [(10, "cat"), (20, "cat"), (30, "ship")]
+    assert rows_of(tmp_path, str(tmp_path / "flat")) == flat
+    assert rows_of(tmp_path, str(tmp_path / "parted"), "train") == flat
+    assert rows_of(tmp_path, str(tmp_path / "parted"), "test") == [(40, "ship")]
+    with pytest.raises(FedSieveError, match="several splits: say which of test, train"):
+        rows_of(tmp_path, str(tmp_path / "parted"))
+    with pytest.raises(FedSieveError, match="no split 'dev' in"):
+        rows_of(tmp_path, str(tmp_path / "parted"), "dev")
+    with pytest.raises(FedSieveError, match="no column 'text'"):
+        sources.load(tmp_path / "flat", columns=Columns(("text",), ("label",)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FedSieveError, match="folders of images, one a class"):
+        rows_of(tmp_path, str(tmp_path / "empty"))
+
+
+def test_a_data_set_with_the_hubs_image_feature_is_read(tmp_path: Path) -> None:
+    kinds = Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "ship"])})
+    values = {"image": [Image.new("RGB", (16, 16), (n, 0, 0)) for n in (5, 6)], "label": [1, 0]}
+    rows = Dataset.from_dict(values, features=kinds)
+    DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")
+    rows.to_parquet(tmp_path / "rows.parquet")
+    for source in ("saved", "rows.parquet"):
+        found = rows_of(tmp_path, str(tmp_path / source))
+        assert [red for red, _ in found] == [5, 6]
+
+
+FAMILIES: dict[str, Any] = {
+    "vit": lambda: ViTConfig(patch_size=4, image_size=16, **WIDTH),
+    "deit": lambda: DeiTConfig(patch_size=4, image_size=16, **WIDTH),
+    "swin": lambda: SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4
+    ),
+    "convnext": lambda: ConvNextConfig(
+        image_size=16, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2
+    ),
+}
+WIDTH: dict[str, int] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@quietly
+@pytest.mark.filterwarnings("ignore:The model comes without an image processor")
+def test_families_train_and_what_is_saved_gives_the_same_outputs(
+    tmp_path: Path, family: str
+) -> None:
+    """k below r and k = r; loaded by PEFT over the base, by the card's own steps."""
+    from peft import PeftModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = FAMILIES[family]()
+        auto = AutoModelForImageClassification.from_config
+        model = DeiTForImageClassification(config) if family == "deit" else auto(config)
+        model.save_pretrained(tmp_path / "base")
+    rows = pictures()[:24]
+    clients = {"a": Dataset.from_list(rows[:12]), "b": Dataset.from_list(rows[12:])}
+    run = fedsieve.finetune(
+        tmp_path / "base",
+        clients,
+        fedsieve.fslora(),
+        rounds=2,
+        task="image-classification",
+        image="image",
+        lora=fedsieve.Lora(rank=4, alpha=8.0),
+        budgets={"a": fedsieve.Budget(ratio=0.5), "b": fedsieve.Budget()},
+        training=fedsieve.Training(batch=4, lr=0.05, augment="flip"),
+        test=clients["a"],
+    )
+    run.finish()
+    resident = run._experiment.resident
+    assert resident.layout.pairs
+    moved = run.adapter.tensors
+    assert all(t.abs().sum() > 0 for n, t in moved.items() if ".lora_B" in n)
+    run.save(tmp_path / "out")
+    names = json.loads((tmp_path / "out" / "labels.json").read_text())
+    base = AutoModelForImageClassification.from_pretrained(
+        tmp_path / "base",
+        id2label={int(n): name for n, name in names["id2label"].items()},
+        label2id=names["label2id"],
+        ignore_mismatched_sizes=True,
+    )
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    shown = [Image.open(io.BytesIO(row["image"]["bytes"])) for row in rows[:4]]
+    with torch.inference_mode():
+        theirs = loaded(**processor(shown, return_tensors="pt")).logits
+        resident.put(run.adapter)
+        resident.model.eval()
+        own = images.images(Dataset.from_list(rows[:4]), processor, "image")
+        ours = resident.model(**inputs(resident.model, own, CPU)).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@quietly
+def test_augmented_runs_are_the_same_in_whatever_order_clients_run(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """From a folder of images, with a natural partition by what the rows say; and stopped rows."""
+    for seed, label in enumerate(LABELS * 6):
+        path = tmp_path / "photos" / label / f"{seed}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png([COLOURS[label]] * 2, seed)["bytes"])
+    given: dict[str, Any] = {
+        "model": {"source": str(tiny.vit), "task": "image-classification"},
+        "data": {"train": str(tmp_path / "photos"), "image": "image", "label": "label"},
+        "method": {"name": "fedit"},
+        "lora__targets": None,
+        "budgets": [{}],
+        "rounds": 1,
+        "cohort": 3,
+        "partition": {"kind": "dirichlet", "clients": 3, "alpha": 10.0},
+        "training": {"batch": 4, "lr": 0.05, "augment": "crop-flip", "precision": "fp32"},
+    }
+    adapters = [runs.start(tiny, tmp_path / f"run{n}", **given) for n in range(2)]
+    for name, tensor in adapters[0].tensors.items():
+        assert torch.equal(tensor, adapters[1].tensors[name])
+    given["training"]["augment"] = "none"
+    plain_run = runs.start(tiny, tmp_path / "run2", **given)
+    assert any(
+        not torch.equal(tensor, plain_run.tensors[name])
+        for name, tensor in adapters[0].tensors.items()
+    )
+
+
+def test_images_of_another_size_than_the_models_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny.vit, tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "vit")
+    rows = Dataset.from_list(pictures()[:8])
+    with pytest.raises(FedSieveError, match="24 x 24 pixels, and the model takes 16 x 16"):
+        fedsieve.finetune(
+            tmp_path / "vit",
+            [rows],
+            fedsieve.fedit(),
+            rounds=1,
+            task="image-classification",
+            image="image",
+        )
