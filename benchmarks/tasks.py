@@ -6,7 +6,7 @@ MiniLM-L6 over the real rows of each task, in the files in which they were publi
 of unequal labels, 5 of them a round. Each row is printed as it comes; at the end the file has all
 of them, and the table of docs/tasks.md is printed. The folder is --data, or what FEDSIEVE_DATA
 names, or ../shared/data; a task whose files are not there is left out, and that is said. Needs
-`fedsieve fetch minilm-l6`. A run takes 1 to 3 minutes on one core: OMP_NUM_THREADS=1.
+`fedsieve fetch minilm-l6`. A run takes 3 to 7 minutes on one busy core: OMP_NUM_THREADS=1.
 """
 
 import argparse
