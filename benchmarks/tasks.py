@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -167,7 +166,8 @@ def main() -> None:
                 if args.out is not None:
                     args.out.write_text(json.dumps(done, indent=1) + "\n")
     if not done:
-        sys.exit(f"none of the tasks has its files in {args.data}: name the folder with --data")
+        print(f"none of the tasks has its files in {args.data}: name the folder with --data")
+        return
     print("\n".join(lines(done)))
 
 
