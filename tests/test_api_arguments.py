@@ -28,6 +28,7 @@ WRONG: dict[str, list[Any]] = {
     "task": ["seq", "SEQ_CLS", "causal_lm", "", None, 1],
     "text": TEXT,
     "label": [*TEXT, None],
+    "metric": [*TEXT, "accurcy", "mse"],
     "prompt": TEXT,
     "completion": TEXT,
     "classes": ["cars", 5, [0.5, 1], [["a"], "b"], [None, "b"], {"cars": 0}, ["a", "a"], ["a"], []],

@@ -14,6 +14,7 @@ import fedsieve
 from fedsieve import methods
 from fedsieve.algebra.method import Method
 from fedsieve.recipe import read as recipe
+from fedsieve.recipe import sets
 from fedsieve.tasks import catalogue
 from tests import runs
 from tests.conftest import Tiny
@@ -141,6 +142,20 @@ def test_the_recipe_of_each_task_runs(
     (line,) = [line for line in TASKS.read_text("utf-8").splitlines() if f"| `{task}` |" in line]
     last = runs.lines(tmp_path / "run")[-1]
     assert [f"`{name}`" for name in last["metrics"]] == line.split("|")[4].strip().split(", ")
+
+
+def test_the_table_of_data_sets_is_what_their_file_says() -> None:
+    page = TASKS.read_text("utf-8")
+    told = re.findall(r"^\| `(\w+/\w+)` \| (.*?) \| `(\w+)`", page, re.MULTILINE)
+    found = [
+        (
+            name,
+            ", ".join(f"`{each.data[k]}`" for k in ("text", "text_b") if k in each.data),
+            each.metric,
+        )
+        for name, each in sets.known().items()
+    ]
+    assert told == found
 
 
 def _by_value() -> Method:

@@ -16,7 +16,7 @@ from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.algebra.optim import limits
-from fedsieve.data import partition, sources
+from fedsieve.data import partition, sources, templates
 from fedsieve.data.files import Columns
 from fedsieve.data.names import name_of
 from fedsieve.engine import loop
@@ -24,11 +24,14 @@ from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import arguments
+from fedsieve.recipe.examples import columns_of
 from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count
-from fedsieve.tasks.task import Bad, Fields, Rows
+from fedsieve.tasks.tally import check_lead
+from fedsieve.tasks.task import Bad, Fields, Rows, refuse
+from fedsieve.tasks.task import Task as TaskRecord
 from fedsieve.train.changes import check_changes
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import load_base, pick_device, set_up
@@ -127,6 +130,7 @@ def finetune(
     training: Training | None = None,
     budgets: Mapping[str, Budget] | Budget | None = None,
     evaluate_every: int = 1,
+    metric: str | None = None,
     norm_bound: float | None = None,
     strict: bool = False,
     seed: int = 0,
@@ -148,6 +152,7 @@ def finetune(
     data:    what else of a recipe's [data] says what rows hold, such as `text_b`, `options`,
              `option_word` (docs/recipes.md)
     budgets: what each client can afford, by id; or one budget for all
+    metric:  which of the task's metrics leads (docs/tasks.md); by default its first
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
              warning; by default 100, and without a bound (math.inf) where the method's server clips
     strict:  a client whose rows cannot be used is an error, not left out
@@ -167,7 +172,8 @@ def finetune(
         **arguments.fields_given(data),
     )
     asked = catalogue.load(task)
-    columns = asked.columns(fields)
+    columns, texts = asked.columns(fields), columns_of(fields).texts
+    _check_lead(asked, metric, fields)
     left_out: dict[str, str] = {}
     given = _by_id(clients, "clients")
     if isinstance(budgets, Mapping):
@@ -179,7 +185,11 @@ def finetune(
     missing = sorted(set(given) - set(budgets))
     if missing:
         raise FedSieveError(f"budgets: none for client {missing[0]!r}")
-    rows = _each(partial(_rows, columns=columns), given, left_out)
+
+    def rows_of(own: object) -> Dataset:
+        return templates.filled(_rows(own, columns), texts)
+
+    rows = _each(rows_of, given, left_out)
     rows = {id: own for id, own in rows.items() if len(own)}
     if not rows and not left_out:
         raise FedSieveError("clients: at least one data set with a row in it is needed")
@@ -189,12 +199,18 @@ def finetune(
     tokenizer, note = load_reader(source, task)
     if note:
         warnings.warn(note, stacklevel=2)
-    sound = _each(lambda own: _sound(own, asked.bad(own, tokenizer, fields)), rows, left_out)
+
+    def bad(own: Dataset) -> Bad:
+        return asked.bad(own, tokenizer, fields) | templates.bad(own, texts)
+
+    sound = _each(lambda own: _sound(own, bad(own)), rows, left_out)
     if sound:
         # The labels of a client whose rows cannot be used make no classes.
         fields = fields._replace(classes=asked.classes(list(sound.values()), fields) or None)
+        _check_lead(asked, metric, fields)
 
     def read(own: Dataset) -> Rows:
+        refuse(templates.bad(own, texts))
         return asked.read(own, tokenizer, fields)
 
     made = _each(read, sound, left_out)
@@ -204,7 +220,7 @@ def finetune(
     if strict and left_out:
         raise stopped(left_out)
     try:
-        tested = None if test is None else read(_rows(test, columns)).examples
+        tested = None if test is None else read(rows_of(test)).examples
     except FedSieveError as error:
         raise FedSieveError(f"test: {error}") from error
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -237,6 +253,7 @@ def finetune(
         seed=seed,
         test=tested,
         evaluate_every=evaluate_every,
+        lead=metric,
         notes=[note] if note else [],
         left_out=left_out,
         norm_bound=_bound(norm_bound, method),
@@ -245,6 +262,13 @@ def finetune(
         # A seed that somebody can guess would tell who took part.
         experiment = with_secret(experiment, secrets.randbits(256))
     return Run(experiment, rounds)
+
+
+def _check_lead(task: TaskRecord, metric: str | None, fields: Fields) -> None:
+    try:
+        check_lead(task, metric, fields.classes or ())
+    except FedSieveError as error:
+        raise FedSieveError(f"metric: {error}") from None
 
 
 def _bound(given: float | None, method: Method) -> float:

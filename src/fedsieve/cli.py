@@ -490,6 +490,17 @@ def list_methods(
     Console(highlight=False).print(table)
 
 
+@app.command("sets")
+def list_sets() -> None:
+    """List the data sets that a recipe can name: data.set = "glue/mrpc"."""
+    from fedsieve.recipe import sets
+
+    for name, found in sets.known().items():
+        columns = [found.data[key] for key in ("text", "text_b", "label") if key in found.data]
+        console.print(f"[bold]{name}[/]  {plain(found.what)}")
+        say(f"    {found.task}: {', '.join(columns)}; {spoken(found.metric)}")
+
+
 def _by_name(name: str) -> Path:
     """Where a run goes by default. A recipe's name says what it is, and not where to write."""
     if Path(name).name != name or name in ("", ".."):

@@ -81,6 +81,12 @@ def test_the_scores_of_two_sites_are_those_of_all_their_rows(
     assert joint.counted == expected.counted
     assert joint.loss == pytest.approx(expected.loss, rel=1e-5)
     assert next(iter(joint.metrics)) == kind.leads
+    last = catalogue.load(kind.task).leads(classes, False)[-1]
+    led = joint_score(answers, kind.task, classes, said.append, last)
+    assert led is not None
+    assert next(iter(led.metrics)) == last
+    worst = min(scores(catalogue.load(kind.task), [each], classes).metrics[last] for each in counts)
+    assert led.metrics["client_worst"] == pytest.approx(worst, rel=1e-5, abs=1e-6)
     known = {name: expected.metrics[name] for name in joint.metrics}
     assert dict(joint.metrics) == pytest.approx(known, rel=1e-5, abs=1e-6)
     assert set(CLASSES) == {k.task for k in KINDS if catalogue.load(k.task).named}

@@ -42,6 +42,11 @@ def classes_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+def two_classes(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    of_second = float(other.f1_score(logits.argmax(-1), labels, task="binary"))
+    return classes_of(logits, labels) | {"f1": of_second}
+
+
 def numbers(logits: Tensor, labels: Tensor) -> dict[str, float]:
     x, y = logits[:, 0].double(), labels.double()
     return {
@@ -111,6 +116,7 @@ TAGGED = some_ignored(ints(0, 5, (30, 12), generator=drawer))
 TOKENS = some_ignored(ints(0, 11, (8, 9), generator=drawer))
 VALUES = drawn(9, 50)
 HOLDS = (drawn(4, 40, 4) > 0).float()
+PAIR = (CLASS == 0).long()
 CASES = [
     Case("classification", NAMES, leaning(drawn(0, 60, 4), CLASS, 1.0), CLASS, classes_of),
     Case("regression", (), VALUES[:, None] + drawn(1, 50, 1), VALUES, numbers),
@@ -119,6 +125,7 @@ CASES = [
     Case("image-classification", NAMES, leaning(drawn(8, 60, 4), CLASS, 1.0), CLASS, classes_of),
     Case("image-multi-label", NAMES, drawn(11, 40, 4) + HOLDS, HOLDS, labels_of),
     Case("causal-lm", (), drawn(7, 8, 9, 11), TOKENS, next_tokens),
+    Case("classification", NAMES[:2], leaning(drawn(8, 60, 2), PAIR, 1.0), PAIR, two_classes),
 ]  # fmt: skip
 each = pytest.mark.parametrize("case", CASES, ids=[case.task for case in CASES])
 
@@ -193,6 +200,19 @@ def test_a_class_that_never_occurs_is_left_out_of_macro_f1() -> None:
     case = Case("classification", NAMES, logits, RARE, classes_of)
     found = score(catalogue.load(case.task), total(counted(case, 60)), NAMES).metrics
     assert dict(found) == pytest.approx(classes_of(logits, RARE), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("told", "labels", "f1"),
+    [([0, 0], [0, 0], 0.0), ([1, 1], [0, 0], 0.0), ([1, 1], [1, 1], 1.0), ([0, 1], [1, 1], 2 / 3)],
+)
+def test_f1_of_two_classes_is_that_of_the_second(
+    told: list[int], labels: list[int], f1: float
+) -> None:
+    task = catalogue.load("classification")
+    logits = torch.nn.functional.one_hot(torch.tensor(told), 2).float()
+    tally = task.judge(logits, torch.tensor(labels), NAMES[:2])
+    assert task.metrics(tally, NAMES[:2])["f1"] == pytest.approx(f1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -276,7 +296,7 @@ def test_each_class_is_told_as_another_library_tells_it(case: Case) -> None:
     assert all(not any(row) for row in wanted.values())  # neither there nor told
     if task_of_one_class(case):
         table = other.confusion_matrix(
-            case.logits.argmax(-1), case.labels, task="multiclass", num_classes=4
+            case.logits.argmax(-1), case.labels, task="multiclass", num_classes=len(case.classes)
         )
         assert [each.taken_for for each in found] == [tuple(row) for row in table.tolist()]
 

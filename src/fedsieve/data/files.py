@@ -26,6 +26,7 @@ import pyarrow.parquet as pa_parquet
 from datasets import Dataset, DatasetInfo, Features
 
 from fedsieve.data.names import kind_of
+from fedsieve.data.templates import used
 from fedsieve.errors import FedSieveError, nearest
 
 EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
@@ -35,7 +36,10 @@ _ORANGE_TYPES = frozenset({"d", "discrete", "s", "string", "c", "continuous", "t
 
 
 class Columns(NamedTuple):
-    """The columns of a table that are used: as texts, and as names (labels, clients: names.py)."""
+    """The columns of a table that are used: as texts, and as names (labels, clients: names.py).
+
+    A template (templates.py) among the texts stands for the columns that it names.
+    """
 
     texts: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
@@ -142,7 +146,11 @@ def _can_be_one(value: Any) -> bool:
 
 def _chosen(path: Path, found: Sequence[str], columns: Columns | None) -> list[str]:
     """The columns to read of those that a file has."""
-    chosen = list(dict.fromkeys(found if columns is None else (*columns.texts, *columns.names)))
+    try:
+        chosen = found if columns is None else (*used(columns.texts, found), *columns.names)
+    except FedSieveError as error:
+        raise FedSieveError(f"{path}: {error}") from None
+    chosen = list(dict.fromkeys(chosen))
     for name in chosen:
         if name not in found:
             raise FedSieveError(f"{path}: no column {name!r}{nearest(name, set(found))}")

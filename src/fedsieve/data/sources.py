@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
 from fedsieve.data import fetch, files, pictures
 from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
+from fedsieve.data.templates import possible, used
 from fedsieve.errors import FedSieveError, nearest
 
 _TEXTS = frozenset({"string", "large_string", "string_view"})
@@ -58,7 +59,7 @@ def load(
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path, reading)
-    if path.is_file() or isinstance(source, Path) or _is_path(source):
+    if path.is_file() or isinstance(source, Path) or is_path(source):
         return _files([_existing(path)], reading)
     if names is not None or separator is not None:
         raise FedSieveError(f"{source}: names and separator are for CSV and TSV files")
@@ -72,7 +73,7 @@ def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
     the row; and where the stream, or a function in it, raises anything.
     """
     told = stream.features or {}
-    values: dict[str, list[Any]] = {name: [] for name in (*columns.texts, *columns.names)}
+    values: dict[str, list[Any]] = {n: [] for n in (*possible(columns.texts), *columns.names)}
     seen: dict[str, None] = dict.fromkeys(told)
     count = 0
     try:
@@ -85,13 +86,14 @@ def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
         raise FedSieveError(f"the stream breaks off after {count} rows: {_named(error)}") from error
     if not count:
         return Dataset.from_dict({})
-    for name in values:
+    chosen = dict.fromkeys((*used(columns.texts, seen), *columns.names))
+    for name in chosen:
         if name not in seen:
             raise FedSieveError(f"no column {name!r}{nearest(name, seen)}")
-    table = {name: array_of(v, f"column {name!r}", "row {}".format) for name, v in values.items()}
+    table = {n: array_of(values[n], f"column {n!r}", "row {}".format) for n in chosen}
     rows = Dataset(pa.table(table))
     for name, feature in told.items():
-        if name in values and isinstance(feature, ClassLabel):
+        if name in chosen and isinstance(feature, ClassLabel):
             try:
                 rows = rows.cast_column(name, feature)
             except (pa.ArrowException, LookupError, TypeError, ValueError) as error:
@@ -273,14 +275,18 @@ def _only(rows: Dataset, columns: Columns | None, where: str) -> Dataset:
     """The columns that are used."""
     if columns is None:
         return rows
-    chosen = list(dict.fromkeys((*columns.texts, *columns.names)))
+    try:
+        chosen = [*dict.fromkeys((*used(columns.texts, rows.column_names), *columns.names))]
+    except FedSieveError as error:
+        raise FedSieveError(f"{where}: {error}") from None
     for name in chosen:
         if name not in rows.column_names:
             raise FedSieveError(f"{where}: no column {name!r}{nearest(name, rows.column_names)}")
     return rows.select_columns(chosen)
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
+    """Whether a text can only be a file's name, there or not."""
     return source.startswith((".", "/", "~")) or extension_of(Path(source)) in EXTENSIONS
 
 

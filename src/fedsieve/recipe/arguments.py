@@ -29,6 +29,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "label": (str | list | tuple, "a column's name, or a list of them,"),
     "prompt": (str | None, _COLUMN),
     "completion": (str | None, _COLUMN),
+    "metric": (str | None, "a metric's name"),
     "device": (str, "a name, such as 'cpu',"),
     "strict": (bool, "True or False"),
     "lora": (Lora | None, "a fedsieve.Lora, such as Lora(rank=8),"),

@@ -4,6 +4,8 @@ The same for a run in one process, for a site and for a server that evaluates, s
 means the same rows everywhere.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -12,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.data import pictures, sources
+from fedsieve.data import pictures, sources, templates
 from fedsieve.data.files import Columns
+from fedsieve.data.templates import filled
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, take
-from fedsieve.tasks.task import Fields
+from fedsieve.tasks.task import Fields, refuse
 
 
 class Prepared(NamedTuple):
@@ -28,6 +31,7 @@ class Prepared(NamedTuple):
     test:    to evaluate on: test rows, or the rows held back; None if there are none
     owners:  the client that each example to evaluate on is of, where that was asked
     classes: in the order of the model's outputs; empty where those are no classes
+    more:    other rows to evaluate on, by name (`data.more_tests`)
     """
 
     train: Examples
@@ -35,6 +39,7 @@ class Prepared(NamedTuple):
     test: Examples | None
     classes: tuple[str, ...]
     owners: tuple[str, ...] = ()
+    more: Mapping[str, Examples] = {}
 
 
 def fields_of(data: Data) -> Fields:
@@ -48,11 +53,7 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
     clients: the column that names the clients, if one does
     Raises FedSieveError as `sources.load` does.
     """
-    options = data.options if isinstance(data.options, tuple) else (data.options,)
-    texts = (data.text, data.text_b, data.image, data.prompt, data.completion, *options)
-    labels = data.label if isinstance(data.label, tuple) else (data.label,)
-    names = (*labels, clients)
-    columns = Columns(*(tuple(c for c in kind if c is not None) for kind in (texts, names)))
+    columns = columns_of(fields_of(data), clients)
     rows = sources.load(
         source,
         split,
@@ -61,16 +62,57 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
         separator=data.separator,
         columns=columns,
     )
+    rows = filled(rows, columns.texts)
     if data.image is None:
         return rows
     return pictures.located(rows, data.image, sources.folder_of(source))
+
+
+def load_more(data: Data) -> dict[str, Dataset]:
+    """The rows of each of `data.more_tests`. Raises FedSieveError as `load_rows`, naming it."""
+    found = {}
+    for name, (source, split) in more_sources(data).items():
+        with _of_more(name):
+            found[name] = load_rows(data, source, split)
+    return found
+
+
+def more_sources(data: Data) -> dict[str, tuple[str, str | None]]:
+    """Source and split of each of `data.more_tests`."""
+    found: dict[str, tuple[str, str | None]] = {}
+    for name, more in (data.more_tests or {}).items():
+        split, usual = more.test_split, data.test or data.train
+        if more.test is None and split is not None and sources.is_path(split):
+            found[name] = split, None
+        else:
+            found[name] = more.test or usual, split
+    return found
+
+
+@contextmanager
+def _of_more(name: str) -> Iterator[None]:
+    """Errors that are raised here are told as those of one of `data.more_tests`."""
+    try:
+        yield
+    except FedSieveError as error:
+        raise FedSieveError(f"data.more_tests.{name}: {error}") from error
+
+
+def columns_of(fields: Fields, clients: str | None = None) -> Columns:
+    """The columns that are read; templates among the texts are still to be filled in."""
+    options = fields.options if isinstance(fields.options, tuple) else (fields.options,)
+    texts = (fields.text, fields.text_b, fields.image, fields.prompt, fields.completion, *options)
+    labels = fields.label if isinstance(fields.label, tuple) else (fields.label,)
+    names = (*labels, clients)
+    return Columns(*(tuple(c for c in kind if c is not None) for kind in (texts, names)))
 
 
 def bad_rows(
     recipe: Recipe, rows: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> dict[int, FedSieveError]:
     """The rows that are no examples because of what they hold, and what is wrong with each."""
-    return catalogue.load(recipe.model.task).bad(rows, tokenizer, fields_of(recipe.data))
+    task, fields = catalogue.load(recipe.model.task), fields_of(recipe.data)
+    return task.bad(rows, tokenizer, fields) | templates.bad(rows, columns_of(fields).texts)
 
 
 def prepare(
@@ -79,15 +121,18 @@ def prepare(
     test_rows: Dataset | None,
     tokenizer: PreTrainedTokenizerBase,
     clients: str | None = None,
+    more_rows: Mapping[str, Dataset] | None = None,
 ) -> Prepared:
     """The examples of the training rows, without those held back, and those to evaluate on.
 
     clients: the column that says whose each row is that is evaluated on, where that is asked
+    more_rows: those of `load_more`, if they are to be evaluated on
     Raises FedSieveError for rows that do not fit the recipe.
     """
     data, on_validation = recipe.data, recipe.evaluation.on == "validation"
     train, came, classes = tensors(recipe, rows, tokenizer)
     test: Examples | None = None
+    more: dict[str, Examples] = {}
     owners: list[str] = []
     if not on_validation and test_rows is not None:
         if classes:  # those of the training rows count
@@ -95,6 +140,7 @@ def prepare(
             recipe = recipe.model_copy(update={"data": told})
         some = sample(recipe, test_rows)
         test, of, _ = tensors(recipe, some, tokenizer)
+        more = more_tensors(recipe, more_rows or {}, tokenizer)
         if clients is not None:
             known = owners_of(some, clients)
             owners = [known[row] for row in of.tolist()]
@@ -109,7 +155,21 @@ def prepare(
                 known = owners_of(rows, clients)
                 owners = [known[row] for row in came[index].tolist()]
         train, came = take(train, (~held).nonzero().flatten()), came[~held]
-    return Prepared(train, came, test, classes, tuple(owners))
+    return Prepared(train, came, test, classes, tuple(owners), more)
+
+
+def more_tensors(
+    recipe: Recipe, rows: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Examples]:
+    """Examples of other rows to evaluate on; `data.classes` must be filled in.
+
+    Raises FedSieveError, naming them, for rows that do not fit the recipe.
+    """
+    found = {}
+    for name, own in rows.items():
+        with _of_more(name):
+            found[name], _, _ = tensors(recipe, sample(recipe, own), tokenizer)
+    return found
 
 
 def owners_of(rows: Dataset, column: str) -> list[str]:
@@ -136,6 +196,7 @@ def tensors(
         task.columns(fields)
     except FedSieveError as error:
         raise FedSieveError(f"data.{error}") from None
+    refuse(templates.bad(rows, columns_of(fields).texts))
     examples, came, classes = task.read(rows, tokenizer, fields)
     return examples, torch.from_numpy(came), classes
 

@@ -32,16 +32,25 @@ from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
-from fedsieve.recipe.examples import Prepared, bad_rows, load_rows, owners_of, prepare
+from fedsieve.recipe.examples import (
+    Prepared,
+    bad_rows,
+    load_more,
+    load_rows,
+    more_sources,
+    owners_of,
+    prepare,
+)
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
-from fedsieve.tasks.tally import Details, Score, scores
+from fedsieve.tasks.tally import Details, Score, Tally, beside, score, scores, total
 from fedsieve.tasks.task import Reader
 from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
@@ -98,8 +107,10 @@ def assemble(
     seed: int,
     test: Examples | None,
     own_tests: Mapping[str, Examples] | None = None,
+    more_tests: Mapping[str, Examples] | None = None,
     evaluate_every: int = 1,
     evaluate_batch: int = 64,
+    lead: str | None = None,
     notes: Sequence[str] = (),
     recipe: Recipe | None = None,
     privacy: PrivacyPlan | None = None,
@@ -112,6 +123,9 @@ def assemble(
     examples: id -> a function that gives the client's examples; counts: id -> how many those are.
     A client without examples is left out with a warning.
     own_tests: what of `test` is each client's own, by id, where the scores of each are asked
+    lead: the metric that leads; None is the task's own
+    more_tests: other examples that are evaluated on, by name: their metrics come after those of
+        `test`, as "name_accuracy"
     resources: what clients have, by id, where it is known
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
     norm_bound: as in `Federation`
@@ -153,32 +167,41 @@ def assemble(
 
     memories: dict[str, Memory] = {}
 
-    def score(adapter: Adapter) -> Score:
-        assert test is not None
+    def counts_of(
+        adapter: Adapter, test: Examples, own_tests: Mapping[str, Examples] | None
+    ) -> list[Tally]:
         rate = partial(tally, resident, batch=evaluate_batch, precision=training.precision)
         # Before the first round no client has anything of its own.
         own = method.personal if memories else None
         if own_tests:
-            parts = [
+            return [
                 rate(own(adapter, memories[id]) if own and id in memories else adapter, examples)
                 for id, examples in sorted(own_tests.items())
             ]
-        elif own is None:
-            parts = [rate(adapter, test)]
-        else:
-            parts = [
-                rate(
-                    own(adapter, memory),
-                    personal.own_test(test, examples[id](), Key(seed, 0, id)),
-                )
-                for id, memory in personal.some_of(memories, Key(seed))
-            ]
-        return scores(catalogue.load(resident.task), parts, resident.classes)
+        if own is None:
+            return [rate(adapter, test)]
+        return [
+            rate(
+                own(adapter, memory),
+                personal.own_test(test, examples[id](), Key(seed, 0, id)),
+            )
+            for id, memory in personal.some_of(memories, Key(seed))
+        ]
+
+    def rated(adapter: Adapter) -> Score:
+        assert test is not None
+        task, classes = catalogue.load(resident.task), resident.classes
+        main = scores(task, counts_of(adapter, test, own_tests), classes, lead)
+        others = {
+            name: score(task, total(counts_of(adapter, more, None)), classes, lead)
+            for name, more in (more_tests or {}).items()
+        }
+        return beside(main, others)
 
     details: list[Details] = []
     # A client's own part of the model is no part of what the noise covers.
     withheld = method.personal is not None and method.private == "system"
-    evaluated = score if method.private == "system" else keeping(score, details)
+    evaluated = rated if method.private == "system" else keeping(rated, details)
     exchange = in_process(method, train, resident.adapter(), memories)
     federation = Federation(
         method=method,
@@ -245,7 +268,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     on_validation = recipe.evaluation.on == "validation"
     if not on_validation and (data.test is not None or data.test_split is not None):
         test_rows = load_rows(data, data.test or data.train, data.test_split, clients)
-    prepared = prepare(recipe, rows, test_rows, tokenizer, clients)
+    more_rows = load_more(data) if test_rows is not None else {}
+    prepared = prepare(recipe, rows, test_rows, tokenizer, clients, more_rows)
     examples = prepared.train
     if recipe.privacy is None and (cut := _reaching(examples, data.max_length)):
         notes.append(cut)
@@ -255,6 +279,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     if prepared.classes:
         data = data.model_copy(update={"classes": prepared.classes})
         recipe = recipe.model_copy(update={"data": data})
+    recipes.check_metrics(recipe)  # once more: now its classes are known
     parts = _parts(recipe, rows, examples, prepared.came)
     parts |= {id: torch.empty(0, dtype=torch.int64) for id in left_out}
     plan = None
@@ -267,7 +292,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         for caution in said:
             warnings.warn(caution, stacklevel=2)
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
-    check_rows(resident, examples, prepared.test)
+    check_rows(resident, examples, prepared.test, *prepared.more.values())
     counts = {id: index.numel() for id, index in parts.items()}
     machines = machines_of(recipe, counts)
     return assemble(
@@ -281,8 +306,10 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         seed=recipe.seed,
         test=prepared.test,
         own_tests=_by_owner(prepared),
+        more_tests=prepared.more,
         evaluate_every=recipe.evaluation.every,
         evaluate_batch=recipe.evaluation.batch,
+        lead=recipe.evaluation.metric,
         notes=notes,
         recipe=recipe,
         privacy=plan,
@@ -352,9 +379,19 @@ def _settled(recipe: Recipe, device: torch.device) -> Recipe:
         update={
             "train": absolute(recipe.data.train),
             "test": None if recipe.data.test is None else absolute(recipe.data.test),
+            "more_tests": absolute_more(recipe.data),
         }
     )
     return recipe.model_copy(update={"training": training, "model": model, "data": data})
+
+
+def absolute_more(data: schema.Data) -> dict[str, schema.MoreTest] | None:
+    """`data.more_tests` with whole paths."""
+    found = {
+        name: schema.MoreTest(test=absolute(source), test_split=split)
+        for name, (source, split) in more_sources(data).items()
+    }
+    return found or None
 
 
 def absolute(source: str) -> str:

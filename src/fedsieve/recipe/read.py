@@ -19,8 +19,10 @@ from fedsieve.disk import LARGEST
 from fedsieve.errors import FedSieveError, explain_all, nearest, printable
 from fedsieve.methods import catalogue
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
+from fedsieve.recipe import sets
 from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
+from fedsieve.tasks import catalogue as tasks
 
 DEEPEST = 32  # tables and lists in one another; no recipe has more than a few
 # Characters of a key and of those above it: places are told, and noted for each value.
@@ -125,6 +127,7 @@ def check(
     from fedsieve.recipe.method import build_method, with_server  # need torch
 
     recipe = parse(table, source)
+    check_metrics(recipe)
     if not allow_code:
         refuse_code(recipe.method.name, source)
     recipe = with_server(recipe)
@@ -132,10 +135,27 @@ def check(
     return recipe
 
 
+def check_metrics(recipe: Recipe, by_row: bool = True) -> None:
+    """Raises FedSieveError for an `evaluation.metric` that cannot lead (`tally.check_lead`), or for
+    `data.more_tests` whose metrics would be called as others are.
+    """
+    from fedsieve.tasks import tally  # needs numpy
+
+    task, classes = tasks.load(recipe.model.task), recipe.data.classes or ()
+    try:
+        tally.check_lead(task, recipe.evaluation.metric, classes, by_row)
+    except FedSieveError as error:
+        raise FedSieveError(f"evaluation.metric: {error}") from None
+    try:
+        tally.check_beside(task, list(recipe.data.more_tests or ()))
+    except FedSieveError as error:
+        raise FedSieveError(f"data.more_tests: {error}") from None
+
+
 def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """`check`, less the values of the options of method and server, and whether budgets fit."""
     try:
-        recipe = Recipe.model_validate(table)
+        recipe = Recipe.model_validate(sets.filled(table))
     except ValidationError as error:
         raise FedSieveError(explain_all(error, source, keys_of, path_of)) from error
     _refuse_unknown_options(recipe)

@@ -73,10 +73,38 @@ def _keys_anywhere(value: Any) -> Iterator[str]:
             yield from _keys_anywhere(each)
 
 
+class MoreTest(Table):
+    """Rows to evaluate on beside the test rows. test, test_split: as in Data; test defaults to its
+
+    A text alone is a split, or a file by its ending.
+    """
+
+    test: str | None = None
+    test_split: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_short(cls, given: Any) -> Any:
+        return {"test_split": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _says_which(self) -> "MoreTest":
+        if self.test is None and self.test_split is None:
+            raise ValueError("give test, test_split, or both")
+        return self
+
+
+# The beginnings of metrics' names.
+_Prefix = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,15}$")]
+
+
 class Data(Table):
     """Rows to train and to evaluate on, and the columns that matter.
 
+    set: a name of sets.toml, which stands for what the recipe does not say of the rest; filled in,
+        and gone, when a recipe is read
     train, test: a hub data set, a file, a folder, or a fetched name; test defaults to train's
+    more_tests: by name, other rows that are evaluated on beside them
     names, separator: for CSV and TSV files without a header line, or with another separator
     classes: the labels in the order of the model's outputs; by default those that train holds
     options, option_word, answer, first_option: of multiple choice (docs/tasks.md)
@@ -84,11 +112,13 @@ class Data(Table):
     validation: share of train's rows that no client gets; the same rows whatever the seed
     """
 
+    set: str | None = None
     train: str
     test: str | None = None
     config: str | None = None
     train_split: str | None = None
     test_split: str | None = None
+    more_tests: Annotated[dict[_Prefix, MoreTest], Field(max_length=8)] | None = None
     names: tuple[str, ...] | None = None
     separator: str | None = None
     text: str | None = None
@@ -108,6 +138,12 @@ class Data(Table):
         tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(max_length=16)
     ] = ()
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_test_leads(self) -> "Data":
+        if self.more_tests and self.test is None and self.test_split is None:
+            raise ValueError("more_tests: they stand beside the rows of test or test_split")
+        return self
 
 
 class Partition(Table):
@@ -342,6 +378,7 @@ class Evaluation(Table):
     """every: rounds between evaluations (the last round is always evaluated)
 
     on: "validation" takes the rows that data.validation holds back; the test rows are not read
+    metric: which of the task's metrics leads; None is the task's own
     limit: evaluate on the first so many rows, after a shuffle by the seed; None takes all
     by_client: the rows that are evaluated have the partition's column too, and the scores of each
         client's own are told
@@ -350,6 +387,7 @@ class Evaluation(Table):
     on: Literal["test", "validation"] = "test"
     every: PositiveInt = 1
     batch: PositiveInt = 64
+    metric: str | None = None
     limit: PositiveInt | None = None
     by_client: bool = False
 

@@ -46,10 +46,17 @@ from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
-from fedsieve.recipe.examples import load_rows, sample, tensors
+from fedsieve.recipe.examples import (
+    load_more,
+    load_rows,
+    more_tensors,
+    sample,
+    tensors,
+)
 from fedsieve.recipe.experiment import (
     Experiment,
     absolute,
+    absolute_more,
     all_cautions,
     keeping,
     locate,
@@ -77,9 +84,10 @@ from fedsieve.sites.site import NAME
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples
-from fedsieve.tasks.tally import Details, Score
+from fedsieve.tasks.tally import Details, Score, beside
+from fedsieve.tasks.tally import score as score_of
 from fedsieve.train.lengths import check_rows
-from fedsieve.train.local import evaluate
+from fedsieve.train.local import tally
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
 from fedsieve.wire import longest
@@ -356,9 +364,9 @@ def on_network(
         _refuse_noise_that_sites_know(plan)
         method = build_method(recipe, partial(plan.around, key=key))
     tokenizer, _ = load_reader(locate(recipe.model.source), recipe.model.task)
-    test = _test_rows(recipe, tokenizer)
+    test, more = _test_rows(recipe, tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
-    check_rows(resident, test)
+    check_rows(resident, test, *more.values())
     sampling = _sampling(recipe, policy)
     enough = sampling.size if sampling.extra else None
     policy = policy._replace(quorum=sampling.quorum, enough=enough)
@@ -398,14 +406,19 @@ def on_network(
             sites.there()
             return clients
 
+    lead = recipe.evaluation.metric
+
     def at_sites(adapter: Adapter) -> Score | None:
         answers = sites.ask_all("evaluate", whole_message(adapter), policy.deadline)
-        return joint_score(answers, recipe.model.task, resident.classes, say)
+        return joint_score(answers, recipe.model.task, resident.classes, say, lead)
 
     def here(adapter: Adapter) -> Score:
         assert test is not None
-        precision = recipe.training.precision
-        return evaluate(resident, adapter, test, batch=recipe.evaluation.batch, precision=precision)
+        precision, batch = recipe.training.precision, recipe.evaluation.batch
+        rate = partial(tally, resident, adapter, batch=batch, precision=precision)
+        task, classes = catalogue.load(resident.task), resident.classes
+        others = {name: score_of(task, rate(rows), classes, lead) for name, rows in more.items()}
+        return beside(score_of(task, rate(test), classes, lead), others)
 
     score: Callable[[Adapter], Score | None] | None = at_sites if test is None else here
     if test is None and method.private == "system":
@@ -520,6 +533,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
         )
+    recipes.check_metrics(recipe, by_row=_evaluates(recipe))
     refuse_patterns(recipe)
     sampling = _sampling(recipe, policy)
     if sampling.kind == "uniform" and sampling.size > policy.sites:
@@ -537,7 +551,15 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
         for note in notes:
             warnings.warn(note, stacklevel=3)
     test = recipe.data.test
-    data = recipe.data.model_copy(update={"test": None if test is None else absolute(test)})
+    more = absolute_more(recipe.data)
+    if more and not _evaluates(recipe):
+        warnings.warn(
+            "data.more_tests: the sites evaluate, on rows of their own, and not on these",
+            stacklevel=3,
+        )
+        more = None
+    changed = {"test": None if test is None else absolute(test), "more_tests": more}
+    data = recipe.data.model_copy(update=changed)
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
     return recipe.model_copy(update={"data": data, "model": model}), notes
 
@@ -583,14 +605,22 @@ def _sampling(recipe: Recipe, policy: RoundPolicy) -> Sampling:
     return dataclasses.replace(drawn, extra=policy.extra or drawn.extra)
 
 
-def _test_rows(recipe: Recipe, tokenizer: Any) -> Examples | None:
-    """The server's own rows to evaluate on, or None: then the sites evaluate."""
+def _evaluates(recipe: Recipe) -> bool:
+    """Whether the server has rows of its own to evaluate on; else the sites evaluate."""
+    return recipe.data.test is not None and recipe.evaluation.on == "test"
+
+
+def _test_rows(recipe: Recipe, tokenizer: Any) -> tuple[Examples | None, dict[str, Examples]]:
+    """The server's own rows to evaluate on, and its `data.more_tests`; or None: then the sites
+    evaluate.
+    """
     data = recipe.data
-    if data.test is None or recipe.evaluation.on == "validation":
-        return None
+    if not _evaluates(recipe):
+        return None, {}
+    assert data.test is not None
     rows = load_rows(data, data.test, data.test_split)
     examples, _, _ = tensors(recipe, sample(recipe, rows), tokenizer)
-    return examples
+    return examples, more_tensors(recipe, load_more(data), tokenizer)
 
 
 def _refuse_open_door(listen: ServerAddress) -> None:

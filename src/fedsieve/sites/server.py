@@ -461,10 +461,14 @@ class Sites:
 
 
 def joint_score(
-    answers: Mapping[str, Frame], task: str, classes: tuple[str, ...], say: Callable[[str], None]
+    answers: Mapping[str, Frame],
+    task: str,
+    classes: tuple[str, ...],
+    say: Callable[[str], None],
+    lead: str | None = None,
 ) -> Score | None:
     """The scores over all that the sites counted, exact since they send sums, and their spread over
-    the sites; None if none counted.
+    the sites; None if none counted. lead: as in `tally.score`
 
     A site whose answer holds no such sums is left out, and that is said.
     """
@@ -474,7 +478,7 @@ def joint_score(
             counts.append(_tally(frame, task, classes))
         except WireError as error:
             say(f"site {site}: its evaluation is left out: {error}")
-    joint = scores(catalogue.load(task), counts, classes)
+    joint = scores(catalogue.load(task), counts, classes, lead)
     return joint if joint.counted else None
 
 

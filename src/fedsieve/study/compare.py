@@ -6,6 +6,7 @@ run, jobs.py runs it, report/ knows the table's numbers.
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -97,8 +98,9 @@ def judge(plan: Plan) -> dict[str, Tuned]:
             elif all(finished(job) for job in runs):
                 trials.append(Trial(settings, statistics.fmean(score(j.folder) for j in runs)))
         if trials and len(trials) == len(entry.trials):
-            scores = [-1.0 if trial.score is None else trial.score for trial in trials]
-            best = scores.index(max(scores)) if max(scores) >= 0 else None
+            # A correlation may be below zero and still be the best.
+            scores = [-math.inf if trial.score is None else trial.score for trial in trials]
+            best = scores.index(max(scores)) if max(scores) > -math.inf else None
             judged[entry.name] = Tuned(tuple(trials), best)
     return judged
 

@@ -14,6 +14,7 @@ was stopped makes the same decisions again from what is there, and goes on.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -286,7 +287,7 @@ def _last_round(job: Job) -> int:
 
 
 def _rating(trial: Trial) -> float:
-    return -1.0 if trial.score is None else trial.score
+    return -math.inf if trial.score is None else trial.score
 
 
 def _cells(search: Search, trial: Trial) -> dict[str, str]:

@@ -343,5 +343,6 @@ TASK = Task(
     labels=lambda ids, mask, _: ids.where(mask == 1, IGNORED),
     judge=_judge,
     fits=_fits,
+    leads=lambda *_: ("token_accuracy",),
     metrics=_metrics,
 )

@@ -110,6 +110,7 @@ TASK = Task(
     labels=_labels,
     judge=_judge,
     fits=confusion.fits,
+    leads=confusion.leads,
     metrics=confusion.metrics,
     by_class=confusion.by_class,
     told=confusion.told,

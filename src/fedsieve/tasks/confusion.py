@@ -30,17 +30,29 @@ def fits(tally: Tally, classes: tuple[str, ...]) -> bool:
 
 
 def metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
-    """Accuracy, macro F1 over the classes that occur, and Matthews' correlation."""
+    """Accuracy, macro F1 over the classes that occur, and Matthews' correlation; of two classes
+    also the F1 of the second, as GLUE has it for pairs that mean the same.
+    """
     from sklearn import metrics as of  # takes a second to import
 
     true, found, count = _pairs(tally.sums)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a class that is never told: its F1 is 0
-        return {
+        told = {
             "accuracy": float(of.accuracy_score(true, found, sample_weight=count)),
             "macro_f1": float(of.f1_score(true, found, average="macro", sample_weight=count)),
             "matthews": float(of.matthews_corrcoef(true, found, sample_weight=count)),
         }
+        if len(classes) == 2:
+            second = of.f1_score(true, found, labels=[1], average="macro", sample_weight=count)
+            told["f1"] = float(second)
+        return told
+
+
+def leads(classes: Sequence[str], by_row: bool) -> tuple[str, ...]:
+    """Which of `metrics` are told of these classes; all where they are not known yet."""
+    of_two = ("f1",) if len(classes) in (0, 2) else ()
+    return "accuracy", "macro_f1", "matthews", *of_two
 
 
 def by_class(tally: Tally, classes: tuple[str, ...]) -> tuple[OfClass, ...]:

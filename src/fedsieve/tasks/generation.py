@@ -164,5 +164,12 @@ def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
 
 
 TASK = replace(
-    causal_lm.TASK, title="generation", bad=_bad, read=_read, fits=_fits, metrics=_metrics, ask=_ask
+    causal_lm.TASK,
+    title="generation",
+    bad=_bad,
+    read=_read,
+    fits=_fits,
+    leads=lambda *_: ("token_f1", "exact_match", "rouge_l", "chrf"),
+    metrics=_metrics,
+    ask=_ask,
 )

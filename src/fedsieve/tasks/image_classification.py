@@ -59,6 +59,7 @@ TASK = Task(
     labels=_labels,
     judge=classification.TASK.judge,
     fits=confusion.fits,
+    leads=confusion.leads,
     metrics=confusion.metrics,
     reads="images",
     by_class=confusion.by_class,

@@ -53,6 +53,7 @@ TASK = Task(
     labels=_labels,
     judge=multi_label.TASK.judge,
     fits=multi_label.TASK.fits,
+    leads=multi_label.TASK.leads,
     metrics=multi_label.TASK.metrics,
     reads="images",
     by_class=multi_label.TASK.by_class,

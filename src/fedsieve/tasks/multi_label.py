@@ -239,6 +239,7 @@ TASK = Task(
     labels=_labels,
     judge=_judge,
     fits=_fits,
+    leads=lambda _, by_row: ("micro_f1", "macro_f1", *(("map",) if by_row else ())),
     metrics=_metrics,
     by_class=_by_class,
     told=_told,

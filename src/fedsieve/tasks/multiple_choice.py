@@ -265,6 +265,7 @@ TASK = replace(
     bad=_bad,
     read=_read,
     fits=_fits,
+    leads=lambda *_: ("accuracy", "accuracy_by_character", "accuracy_written", "answered"),
     metrics=_metrics,
     ask=_ask,
 )

@@ -141,6 +141,7 @@ TASK = Task(
     labels=lambda ids, mask, _: ids[:, 0] / 8.0,
     judge=_judge,
     fits=_fits,
+    leads=lambda _, by_row: ("pearson", "spearman") if by_row else ("pearson",),
     metrics=_metrics,
     told=_told,
 )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsieve.errors import FedSieveError, nearest
+
 if TYPE_CHECKING:
     from fedsieve.tasks.task import Task
 
@@ -94,16 +96,33 @@ def total(tallies: Iterable[Tally]) -> Tally:
     return Tally(loss, counted, sums, together, answers)
 
 
-def scores(task: "Task", parts: Sequence[Tally], classes: tuple[str, ...]) -> Score:
+def check_lead(task: "Task", lead: str | None, classes: Sequence[str], by_row: bool = True) -> None:
+    """Raises FedSieveError, with the nearest, for a metric that cannot lead (task.Task.leads)."""
+    known = task.leads(classes, by_row)
+    if lead is not None and lead not in known:
+        known_elsewhere = lead in task.leads((), True)
+        over = "these classes" if by_row else "sites, which send sums alone"
+        raise FedSieveError(
+            f"{lead!r} cannot lead: it is no metric that this task tells"
+            + (f" over {over}" if known_elsewhere else " and that is better when higher")
+            + nearest(lead, known)
+        )
+
+
+def scores(
+    task: "Task", parts: Sequence[Tally], classes: tuple[str, ...], lead: str | None = None
+) -> Score:
     """The scores over all clients' rows, and how the leading metric spreads over the clients.
 
-    parts: one of each client
+    parts: one of each client; lead: as in `score`
     Where two and more have rows, `client_mean`, `client_p10` (the 10th percentile, between
     neighbours on a line) and `client_worst` come after the task's own metrics.
     """
-    joint = score(task, total(parts), classes)
+    joint = score(task, total(parts), classes, lead)
     own = [
-        next(iter(score(task, part, classes).metrics.values())) for part in parts if part.counted
+        next(iter(score(task, part, classes, lead).metrics.values()))
+        for part in parts
+        if part.counted
     ]
     if len(own) < 2:
         return joint
@@ -115,14 +134,34 @@ def scores(task: "Task", parts: Sequence[Tally], classes: tuple[str, ...]) -> Sc
     return joint._replace(metrics={**joint.metrics, **spread})
 
 
-def score(task: "Task", tally: Tally, classes: tuple[str, ...]) -> Score:
-    """The scores that a tally makes; nothing may be counted in it, and all is 0 then."""
+def beside(main: Score, more: Mapping[str, Score]) -> Score:
+    """A score with the metrics of other rows after its own, their rows' name before each."""
+    others = {f"{name}_{m}": v for name, each in more.items() for m, v in each.metrics.items()}
+    return main._replace(metrics={**main.metrics, **others})
+
+
+def check_beside(task: "Task", names: Sequence[str]) -> None:
+    """Raises FedSieveError for rows whose metrics would be called as others are (`beside`)."""
+    own = task.leads((), True)
+    seen = dict.fromkeys(own, "the task's own metric")
+    for name in names:
+        for metric in own:
+            whole = f"{name}_{metric}"
+            if whole in seen:
+                raise FedSieveError(f"{name}: {whole!r} would be two, {seen[whole]} too: rename it")
+            seen[whole] = f"that of {name!r}"
+
+
+def score(task: "Task", tally: Tally, classes: tuple[str, ...], lead: str | None = None) -> Score:
+    """The scores that a tally makes; nothing may be counted in it, and all is 0 then.
+
+    lead: the metric that comes first, one that `check_lead` passes; None is the task's own
+    """
     if not tally.counted:
         return Score(0.0, {}, 0)
     of_classes = task.by_class(tally, classes) if task.by_class else ()
-    return Score(
-        tally.loss / tally.counted,
-        task.metrics(tally, classes),
-        tally.counted,
-        Details(of_classes, tally.answers),
-    )
+    told = task.metrics(tally, classes)
+    if lead in told:
+        told = {lead: told[lead], **told}
+    details = Details(of_classes, tally.answers)
+    return Score(tally.loss / tally.counted, told, tally.counted, details)

@@ -83,6 +83,8 @@ class Task:
     labels: made-up labels for token numbers and their mask, to try a model with
     judge:  logits, labels and classes of a batch -> what is counted
     fits:   whether sums can be those of this task: a site may send anything
+    leads:  the metrics that may lead, being better when higher, the usual one first: of these
+            classes (none are those of no rows yet), with each row's outputs or from sums alone
     metrics: of what was counted, which is not nothing; the first leads
     by_class: how each class was told, where the outputs are classes
     told:   logits, labels and classes -> each row in words: what is so, and what the model told
@@ -102,6 +104,7 @@ class Task:
     labels: Callable[[Tensor, Tensor, int], Tensor]
     judge: Callable[[Tensor, Tensor, tuple[str, ...]], Tally]
     fits: Callable[[Tally, tuple[str, ...]], bool]
+    leads: Callable[[Sequence[str], bool], tuple[str, ...]]
     metrics: Callable[[Tally, tuple[str, ...]], dict[str, float]]
     reads: Literal["texts", "images"] = "texts"
     by_class: Callable[[Tally, tuple[str, ...]], tuple[OfClass, ...]] | None = None

@@ -173,6 +173,11 @@ def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
     )
 
 
+def _leads(classes: Sequence[str], by_row: bool) -> tuple[str, ...]:
+    entities = ("entity_f1", "entity_precision", "entity_recall")
+    return (*(entities if _kinds(classes) or not classes else ()), "token_accuracy")
+
+
 def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
     """F1, precision and recall of entities, where tags tell such; and the share of right tags."""
     kinds = _kinds(classes)
@@ -219,6 +224,7 @@ TASK = Task(
     labels=lambda ids, mask, classes: (ids % classes).where(mask == 1, IGNORED),
     judge=_judge,
     fits=_fits,
+    leads=_leads,
     metrics=_metrics,
     by_class=_by_class,
     told=_told,

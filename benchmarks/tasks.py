@@ -1,0 +1,175 @@
+"""How well the tasks that have names are learned over clients: FLASC at 1/4 beside dense FedIT.
+
+    python benchmarks/tasks.py [--data FOLDER] [--tasks sst2 cola] [--seeds 0 1] [--out rows.json]
+
+MiniLM-L6 over the real rows of each task, in the files in which they were published, for 20 clients
+of unequal labels, 5 of them a round. Each row is printed as it comes; at the end the file has all
+of them, and the table of docs/tasks.md is printed. The folder is --data, or what FEDSIEVE_DATA
+names, or ../shared/data; a task whose files are not there is left out, and that is said. Needs
+`fedsieve fetch minilm-l6`. A run takes 3 to 7 minutes on one busy core: OMP_NUM_THREADS=1.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fedsieve.console import quiet
+from fedsieve.engine.loop import begin, rounds
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.experiment import from_recipe
+
+HERE = Path(__file__).resolve().parent.parent
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "fedit": {"method": {"name": "fedit"}, "budgets": [{}]},
+    "flasc": {
+        "method": {"name": "flasc", "head": "whole", "ranked": "change"},
+        "budgets": [{"down": 0.25, "up": 0.25}],
+    },
+}
+
+
+class Task(NamedTuple):
+    """A task's rows as they were published.
+
+    metrics: those that are told, the leading one first
+    files:   of train and test, below the folder of all data
+    data:    the recipe's [data], less where the rows are
+    more:    the tables of the recipe in which it differs from the others
+    """
+
+    metrics: tuple[str, ...]
+    files: tuple[str, str]
+    data: Mapping[str, Any]
+    task: str = "classification"
+    more: Mapping[str, Mapping[str, Any]] = {}
+
+
+def glue(folder: str) -> tuple[str, str]:
+    return f"glue/{folder}/train.tsv", f"glue/{folder}/dev.tsv"
+
+
+TASKS: Mapping[str, Task] = {
+    "sst2": Task(("accuracy",), glue("SST-2"), {"text": "sentence", "label": "label"}),
+    "cola": Task(
+        ("matthews", "accuracy"),
+        glue("CoLA"),
+        {"names": ["source", "label", "mark", "text"], "text": "text", "label": "label"},
+    ),
+    "mrpc": Task(
+        ("f1", "accuracy"),
+        glue("MRPC"),
+        {"text": "#1 String", "text_b": "#2 String", "label": "Quality"},
+    ),
+    "rte": Task(
+        ("accuracy",),
+        glue("RTE"),
+        {"text": "sentence1", "text_b": "sentence2", "label": "label"},
+    ),
+}
+
+
+def table(task: Task, method: str, folder: Path, seed: int) -> dict[str, Any]:
+    """The recipe of one run."""
+    train, test = (str(folder / name) for name in task.files)
+    made: dict[str, Any] = {
+        "seed": seed,
+        "rounds": 40,
+        "cohort": 5,
+        "model": {
+            "source": "minilm-l6",
+            "task": task.task,
+            # Each example is seen about once: dropout in the frozen base would only add noise.
+            "settings": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        },
+        "lora": {"rank": 16, "alpha": 16, "targets": ["query", "value"]},
+        "data": {"train": train, "test": test, "max_length": 64, **task.data},
+        "partition": {"kind": "dirichlet", "clients": 20, "alpha": 1.0},
+        "server": {"optimizer": "adam", "lr": 3e-3},
+        "training": {"optimizer": "sgd", "lr": 0.02, "momentum": 0.9, "steps": 1, "batch": 16},
+        "evaluation": {"every": 1000, "limit": 500, "metric": task.metrics[0]},
+        **METHODS[method],
+    }
+    for name, changes in task.more.items():
+        made[name] = {**made.get(name, {}), **changes}
+    return made
+
+
+def measured(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of one run: scores before and after, bytes, seconds."""
+    started = time.perf_counter()
+    experiment = from_recipe(recipes.check(given))
+    first, progress = begin(experiment.federation, experiment.start)
+    *_, (last, _, _) = rounds(experiment.federation, progress, int(given["rounds"]))
+    return {
+        "before": first.metrics,
+        "after": last.metrics,
+        "total_bytes": last.total_bytes,
+        "dense_bytes": last.dense_bytes,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of docs/tasks.md: means over seeds."""
+    made = ["| task | metric | before | `fedit` | `flasc` 1/4 | MB, `fedit` | MB, `flasc` |"]
+    made.append("|---|---|---|---|---|---|---|")
+    for name, task in TASKS.items():
+        own = {m: [r for r in rows if r["task"] == name and r["method"] == m] for m in METHODS}
+        if not all(own.values()):
+            continue
+        for metric in task.metrics:
+            before = _told(own["fedit"], "before", metric)
+            after = [_told(own[m], "after", metric) for m in METHODS]
+            sent = [f"{statistics.fmean(r['total_bytes'] for r in own[m]) / 1e6:.1f}" for m in own]
+            made.append(f"| {name} | {metric} | {' | '.join([before, *after, *sent])} |")
+    return made
+
+
+def _told(rows: Sequence[Mapping[str, Any]], when: str, metric: str) -> str:
+    return " / ".join(f"{row[when][metric]:.3f}" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Named tasks, learned over clients.")
+    default = os.environ.get("FEDSIEVE_DATA", HERE.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=Path(default))
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--set", nargs="*", default=[], help="changes to every recipe: key=value")
+    args = parser.parse_args()
+    quiet()
+    print(f"{platform.machine()}, torch {torch.__version__}", flush=True)
+    done = []
+    for name in args.tasks:
+        missing = [f for f in TASKS[name].files if not (args.data / f).is_file()]
+        if missing:
+            print(f"  {name}: left out: there is no {args.data / missing[0]}", flush=True)
+            continue
+        for seed in args.seeds:
+            for method in args.methods:
+                given = table(TASKS[name], method, args.data, seed)
+                for change in args.set:
+                    recipes.override(given, change)
+                row = {"task": name, "method": method, "seed": seed, **measured(given)}
+                done.append(row)
+                print(json.dumps(row), flush=True)
+                if args.out is not None:
+                    args.out.write_text(json.dumps(done, indent=1) + "\n")
+    if not done:
+        print(f"none of the tasks has its files in {args.data}: name the folder with --data")
+        return
+    print("\n".join(lines(done)))
+
+
+if __name__ == "__main__":
+    main()
