@@ -1,12 +1,14 @@
-"""How well the tasks that have names are learned over clients: FLASC at 1/4 beside dense FedIT.
+"""How well tasks are learned over clients, on real rows: FLASC at 1/4 beside dense FedIT.
 
     python benchmarks/tasks.py [--data FOLDER] [--tasks sst2 cola] [--seeds 0 1] [--out rows.json]
 
-MiniLM-L6 over the real rows of each task, in the files in which they were published, for 20 clients
-of unequal labels, 5 of them a round. Each row is printed as it comes; at the end the file has all
-of them, and the table of docs/tasks.md is printed. The folder is --data, or what FEDSIEVE_DATA
-names, or ../shared/data; a task whose files are not there is left out, and that is said. Needs
-`fedsieve fetch minilm-l6`. A run takes 3 to 7 minutes on one busy core: OMP_NUM_THREADS=1.
+MiniLM-L6 over sentences, SmolLM2-135M-Instruct over questions, a small ViT over images: the real
+rows of each task, in the files in which they were published, for 20 clients, 5 of them a round.
+Each row is printed as it comes; at the end the file has all of them, and the table of docs/tasks.md
+is printed. The folder is --data, or what FEDSIEVE_DATA names, or ../shared/data; a task whose files
+are not there is left out, and that is said. Needs `fedsieve fetch minilm-l6 smollm2`. A run over
+sentences or images takes 3 to 7 minutes on one busy core (OMP_NUM_THREADS=1); those over questions
+are for a GPU.
 """
 
 import argparse
@@ -52,6 +54,36 @@ class Task(NamedTuple):
     more: Mapping[str, Mapping[str, Any]] = {}
 
 
+LISTED = ("answer1", "answer2", "answer3", "answer4", "answer5")
+# Clients train as FSLoRA's do, AdamW at 3e-4, and the server takes their mean.
+LANGUAGE: Mapping[str, Mapping[str, Any]] = {
+    "model": {"source": "smollm2", "settings": {}},
+    "lora": {"targets": ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]},
+    "partition": {"kind": "iid", "clients": 20},
+    "server": {"optimizer": "sgd", "lr": 1.0},
+    "training": {"optimizer": "adamw", "lr": 3e-4, "steps": 10, "batch": 8, "momentum": 0.0},
+    "evaluation": {"batch": 64},
+}
+
+
+def choice(folder: str, options: Sequence[str]) -> Task:
+    """Questions in FSLoRA's form, of which the options are part."""
+    return Task(
+        ("accuracy", "accuracy_written", "answered"),
+        (f"commonsense/{folder}/train.json", f"commonsense/{folder}/test.json"),
+        {
+            "text": "{instruction}\n",
+            "label": "answer",
+            "classes": list(options),
+            "answer": "the correct answer is {option}",
+            "max_length": 256,
+            "new_tokens": 12,
+        },
+        "multiple-choice",
+        LANGUAGE,
+    )
+
+
 def glue(folder: str) -> tuple[str, str]:
     return f"glue/{folder}/train.tsv", f"glue/{folder}/dev.tsv"
 
@@ -72,6 +104,39 @@ TASKS: Mapping[str, Task] = {
         ("accuracy",),
         glue("RTE"),
         {"text": "sentence1", "text_b": "sentence2", "label": "label"},
+    ),
+    "cifar10": Task(
+        ("accuracy", "macro_f1"),
+        ("cifar10/train.parquet", "cifar10/test.parquet"),
+        {"image": "image", "label": "label"},
+        "image-classification",
+        {
+            "model": {"source": "vit-cifar100", "settings": {}},
+            "lora": {"targets": ["q_proj", "v_proj"]},
+            "training": {
+                "optimizer": "sgd",
+                "lr": 0.02,
+                "momentum": 0.9,
+                "steps": 10,
+                "batch": 16,
+                "augment": "crop-flip",
+            },
+        },
+    ),
+    "arc-easy": choice("ARC-Easy", LISTED),
+    "openbookqa": choice("openbookqa", LISTED[:4]),
+    "boolq": choice("boolq", ("true", "false")),
+    "openbookqa, written": Task(
+        ("token_f1", "exact_match", "rouge_l", "chrf"),
+        ("commonsense/openbookqa/train.json", "commonsense/openbookqa/test.json"),
+        {
+            "prompt": "{instruction}\n",
+            "completion": "output",
+            "max_length": 256,
+            "new_tokens": 12,
+        },
+        "generation",
+        LANGUAGE,
     ),
 }
 
@@ -98,7 +163,12 @@ def table(task: Task, method: str, folder: Path, seed: int) -> dict[str, Any]:
         **METHODS[method],
     }
     for name, changes in task.more.items():
-        made[name] = {**made.get(name, {}), **changes}
+        # Another kind of partition or of optimizer has other keys.
+        whole = name in ("partition", "training")
+        made[name] = {**({} if whole else made.get(name, {})), **changes}
+    here = folder / made["model"]["source"]
+    if here.is_dir():  # a model that lies beside the rows
+        made["model"] = {**made["model"], "source": str(here)}
     return made
 
 
