@@ -390,3 +390,14 @@ def test_images_of_another_size_than_the_models_are_refused(tiny: Tiny, tmp_path
             task="image-classification",
             image="image",
         )
+
+
+@pytest.mark.filterwarnings("ignore:The model comes without an image processor")
+def test_a_model_that_reads_something_else_is_named(tiny: Tiny) -> None:
+    images_of: dict[str, Any] = {"task": "image-classification", "image": "image"}
+    rows = Dataset.from_list(pictures()[:8])
+    with pytest.raises(FedSieveError, match="is of no kind that AutoModelForImageClassification"):
+        fedsieve.finetune(tiny.bert, [rows], fedsieve.fedit(), rounds=1, **images_of)
+    texts = Dataset.from_list([{"text": "cars0", "label": label} for label in LABELS])
+    with pytest.raises(FedSieveError, match="comes without a tokenizer: choose one that reads"):
+        fedsieve.finetune(tiny.vit, [texts], fedsieve.fedit(), rounds=1)

@@ -390,6 +390,11 @@ def pretrained(kind: Any, name: str, **given: Any) -> Any:
         return kind.from_pretrained(name, **given)
     except (OSError, ValueError, RecursionError) as error:
         first = (str(error).strip() or "nested too deep").splitlines()[0]
+        if "Unrecognized configuration class" in first:
+            raise FedSieveError(
+                f"model {name!r} is of no kind that {kind.__name__} makes a model of: choose one "
+                "that fits model.task, or another task"
+            ) from error
         if "trust_remote_code" in str(error):
             raise FedSieveError(
                 f"model {name!r} needs code of its own, which would run with your rights: give "

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from fedsieve.errors import FedSieveError
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
@@ -33,7 +34,15 @@ def load_reader(
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub model or a local folder. trust_remote_code: see `load_base`."""
-    return pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    try:
+        return pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+    except FedSieveError as error:
+        if "backend tokenizer" in str(error):
+            raise FedSieveError(
+                f"model {name!r} comes without a tokenizer: choose one that reads texts, or "
+                "another model.task"
+            ) from error
+        raise
 
 
 def _image_processor(name: str, trust_remote_code: bool) -> tuple[Reader, str | None]:
