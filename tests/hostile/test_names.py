@@ -181,7 +181,8 @@ def test_no_path_of_the_server_reaches_a_site(tiny: Tiny, tmp_path: Path) -> Non
         table = tomllib.loads(text)
         assert set(table["environment"]) == {"federation"}
         assert "/" not in re.sub(r'federation = ".*"', "", text)
-        assert set(table["data"]) <= {"train", "classes", "max_length", "validation"}
+        how = {"max_length", "first_option", "new_tokens", "stop"}  # rows are read; no places
+        assert set(table["data"]) <= {"train", "classes", "validation", *how}
     state = settled(write_site(tiny, tmp_path))
     assert resident.answer(state, Frame({"do": "recipe"}, texts[0].encode())).header["ok"]
 

@@ -88,7 +88,9 @@ def building(out: list[str], before: Callable[[str], None] = lambda what: None) 
             adam(), clip=0.1, noise_multiplier=1.0, expected=2, key=Key(0), noise_from="system"
         )
         method = fedit.method(server=server, down_values="float64", up_values="float64")
-        resident: Any = SimpleNamespace(layout=toy.start().layout, digest=None, save=save)
+        resident: Any = SimpleNamespace(
+            layout=toy.start().layout, digest=None, save=save, put=lambda _: None
+        )
         federation = Federation(
             method,
             toy.clients([Budget()]),

@@ -46,7 +46,8 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
         update, alike = _rehearsed(experiment, snapshot, anyone, {})
         after = method.merge(state, [(anyone, update)], _key(experiment, snapshot))
         _refuse_unknown_groups(state, after)
-        _refuse_other_names(state, dry_run.rounds(method, start.layout, [anyone]), clients)
+        rehearsal = dry_run.rounds(method, start.layout, [anyone])
+        _refuse_other_names(state, method.init(start).trees, rehearsal, clients)
         for id, memory in _one_of_each(snapshot, clients):
             what = f"memory of client {id[:80]!r}"
             own = alike if clients[id].budget == anyone.budget else None
@@ -104,13 +105,20 @@ def _refuse_unknown_groups(state: State, after: State) -> None:
 
 
 def _refuse_other_names(
-    state: State, rehearsal: Iterator[dry_run.Rehearsed], clients: Collection[str]
+    state: State,
+    begun: Collection[str],
+    rehearsal: Iterator[dry_run.Rehearsed],
+    clients: Collection[str],
 ) -> None:
     """Raises ValueError for a group of the state with other tensors than it has over random
     numbers, but for what it keeps by client.
+
+    begun: the groups that are there from the beginning, which are known to be right
     """
     for each in rehearsal:
         for group, tree in each.state.trees.items():
+            if group in begun:
+                continue
             kept, wanted = _forms(state.trees.get(group, tree)), _forms(tree)
             # Who has not taken part yet is not in a group by client.
             wanted = {name: form for name, form in wanted.items() if name not in clients}
