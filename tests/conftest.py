@@ -42,6 +42,13 @@ OWN = {label: [f"{label}{number}" for number in range(6)] for label in LABELS}
 COMMON = [f"word{number}" for number in range(16)]
 VOCABULARY = [*SPECIAL, *COMMON, *(word for label in LABELS for word in OWN[label])]
 
+WIDTH: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
 
 class Tiny(NamedTuple):
     """Files for a tiny experiment. `gpt2` has a tokenizer without a padding token; `vit` takes
@@ -113,10 +120,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         # Weights larger than a real model's start: features that a head can learn from at once.
         bert = BertForSequenceClassification(
             BertConfig(
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=32,
+                **WIDTH,
                 max_position_embeddings=32,
                 initializer_range=0.3,
                 num_labels=len(LABELS),
@@ -143,10 +147,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
             words[[VOCABULARY.index(word) for word in OWN[label]]] += torch.randn(16)
         vit = ViTForImageClassification(
             ViTConfig(
-                hidden_size=16,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=32,
+                **WIDTH,
                 image_size=16,
                 patch_size=4,
                 initializer_range=0.3,

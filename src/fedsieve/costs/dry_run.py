@@ -49,18 +49,24 @@ def rounds(method: Method, layout: Layout, clients: Sequence[Client]) -> Iterato
         plan = method.plan(state, key)
         parts = []
         for client in clients:
-            context = ClientContext(client, start, key._replace(client=client.id))
-            payload = method.publish(plan, client, context.key)
-            down = encode(payload)
-            sent = decode(down, layout)
-            view, memory = method.view(sent, memories.get(client.id, {}), context)
-            report, memory = method.report(view, moved(view, context.key), memory, context)
-            memories[client.id] = memory
-            up = encode(report)
-            update = decode(up, layout, payload.support)
-            parts.append(Part(client, view, memory, down, up, update))
+            part = take_part(method, plan, start, client, memories.get(client.id, {}), key)
+            memories[client.id] = part.memory
+            parts.append(part)
         yield Rehearsed(state, key, parts)
         state = method.merge(state, ((part.client, part.update) for part in parts), key)
+
+
+def take_part(
+    method: Method, plan: State, start: Adapter, client: Client, memory: Memory, key: Key
+) -> Part:
+    """One client's part in a round of this plan and key."""
+    context = ClientContext(client, start, key._replace(client=client.id))
+    payload = method.publish(plan, client, context.key)
+    down = encode(payload)
+    view, memory = method.view(decode(down, start.layout), memory, context)
+    report, memory = method.report(view, _moved(view, context.key), memory, context)
+    up = encode(report)
+    return Part(client, view, memory, down, up, decode(up, start.layout, payload.support))
 
 
 def _start(layout: Layout) -> Adapter:
@@ -75,7 +81,7 @@ def _start(layout: Layout) -> Adapter:
     return Adapter(layout, tensors)
 
 
-def moved(view: View, key: Key) -> Tree:
+def _moved(view: View, key: Key) -> Tree:
     """The view's tensors after noise was added to what may move."""
     trained = dict(view.adapter.tensors)
     for name in view.moves.names:

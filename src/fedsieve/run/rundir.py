@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
 from safetensors import SafetensorError
@@ -31,7 +31,9 @@ from safetensors import SafetensorError
 from fedsieve import disk
 from fedsieve.disk import refuse_link, remove_link, write_whole
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks.tally import Details
+
+if TYPE_CHECKING:
+    from fedsieve.tasks.tally import Details
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
@@ -176,7 +178,7 @@ def append(folder: Path, log: str, rows: Iterable[NamedTuple]) -> None:
     disk.append(place(folder, log), "".join(lines))
 
 
-def keep_details(folder: Path, round: int, details: Iterable[Details]) -> None:
+def keep_details(folder: Path, round: int, details: Iterable["Details"]) -> None:
     """Write what the last evaluation shows beyond its scores, in the place of what was there.
 
     details: one, or none; it quotes rows, so the file is its owner's alone

@@ -13,14 +13,11 @@ import torch
 
 from fedsieve.algebra.adapter import Tree
 from fedsieve.algebra.budget import Client
-from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import ClientContext, Memory, State
-from fedsieve.algebra.payload import Payload
+from fedsieve.algebra.method import Memory, State
 from fedsieve.costs import dry_run
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import Experiment
 from fedsieve.run.checkpoint import Snapshot
-from fedsieve.wire import decode, encode
 
 Forms = dict[str, tuple[torch.dtype, torch.Size]]
 _ADAPTER = "the client's adapter"
@@ -31,54 +28,44 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
     """Raises FedSieveError, naming what of it, for a state or a client's memory that the method
     does not have: the next round would break off.
     """
-    method, state = experiment.federation.method, snapshot.progress.state
-    start = experiment.start
-    for group, tree in method.init(start).trees.items():
+    federation, state, start = experiment.federation, snapshot.progress.state, experiment.start
+    method, key = federation.method, federation.own_key(snapshot.progress.round + 1)
+    begun = method.init(start).trees
+    for group, tree in begun.items():
         if _forms(state.trees.get(group, {})) != _forms(tree):
             raise _other(folder, repr(group))
-    clients = {client.id: client for client in experiment.federation.clients}
+    clients = {client.id: client for client in federation.clients}
     anyone = next(iter(clients.values()), None)
     if anyone is None:
         return
     what = "state"
     try:
         method.export(state)
-        update, alike = _rehearsed(experiment, snapshot, anyone, {})
-        after = method.merge(state, [(anyone, update)], _key(experiment, snapshot))
-        _refuse_unknown_groups(state, after)
+        plan = method.plan(state, key)
+
+        def rehearsed(client: Client, memory: Memory) -> dry_run.Part:
+            part = dry_run.take_part(method, plan, start, client, memory, key)
+            experiment.resident.put(part.view.adapter)
+            return part
+
+        update = rehearsed(anyone, {}).update
+        _refuse_unknown_groups(state, method.merge(state, [(anyone, update)], key))
         rehearsal = dry_run.rounds(method, start.layout, [anyone])
-        _refuse_other_names(state, method.init(start).trees, rehearsal, clients)
+        _refuse_other_names(state, begun, rehearsal, clients)
         for id, memory in _one_of_each(snapshot, clients):
             what = f"memory of client {id[:80]!r}"
-            own = alike if clients[id].budget == anyone.budget else None
-            if own is None:
-                _, own = _rehearsed(experiment, snapshot, clients[id], {})
-            _, found = _rehearsed(experiment, snapshot, clients[id], memory)
+            anew, found = (_made(rehearsed(clients[id], each)) for each in ({}, memory))
             kept = {group: _forms(tree) for group, tree in memory.items()}
-            if found != found | own or found != found | kept or found.keys() - kept != {_ADAPTER}:
+            if found != found | anew or found != found | kept or found.keys() - kept != {_ADAPTER}:
                 raise ValueError("the client's adapter or memory has another form")
-    except FedSieveError as error:
-        raise _other(folder, what) from error
-    except _ODD as error:
+    except (FedSieveError, *_ODD) as error:
         raise _other(folder, what) from error
 
 
-def _rehearsed(
-    experiment: Experiment, snapshot: Snapshot, client: Client, memory: Memory
-) -> tuple[Payload, dict[str, Forms]]:
-    """A client's decoded update of the next round, and the forms of its adapter and of what it then
-    keeps.
-    """
-    method, start, key = experiment.federation.method, experiment.start, _key(experiment, snapshot)
-    plan = method.plan(snapshot.progress.state, key)
-    context = ClientContext(client, start, key._replace(client=client.id))
-    payload = method.publish(plan, client, context.key)
-    view, caught = method.view(decode(encode(payload), start.layout), memory, context)
-    experiment.resident.put(view.adapter)
-    report, after = method.report(view, dry_run.moved(view, context.key), caught, context)
-    forms = {group: _forms(tree) for group, tree in after.items()}
-    forms[_ADAPTER] = _forms(view.adapter.tensors)
-    return decode(encode(report), start.layout, payload.support), forms
+def _made(part: dry_run.Part) -> dict[str, Forms]:
+    """The forms of a client's adapter and of what it then keeps."""
+    kept = {group: _forms(tree) for group, tree in part.memory.items()}
+    return {**kept, _ADAPTER: _forms(part.view.adapter.tensors)}
 
 
 def _one_of_each(snapshot: Snapshot, clients: dict[str, Client]) -> Iterator[tuple[str, Memory]]:
@@ -124,10 +111,6 @@ def _refuse_other_names(
             wanted = {name: form for name, form in wanted.items() if name not in clients}
             if kept | wanted != kept or set(kept) - set(wanted) - set(clients):
                 raise ValueError(f"the state's {group!r} has other tensors")
-
-
-def _key(experiment: Experiment, snapshot: Snapshot) -> Key:
-    return experiment.federation.own_key(snapshot.progress.round + 1)
 
 
 def _forms(tree: Tree) -> Forms:

@@ -85,9 +85,8 @@ from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.tally import Details, Score, beside
-from fedsieve.tasks.tally import score as score_of
 from fedsieve.train.lengths import check_rows
-from fedsieve.train.local import tally
+from fedsieve.train.local import evaluate
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
 from fedsieve.wire import longest
@@ -415,10 +414,8 @@ def on_network(
     def here(adapter: Adapter) -> Score:
         assert test is not None
         precision, batch = recipe.training.precision, recipe.evaluation.batch
-        rate = partial(tally, resident, adapter, batch=batch, precision=precision)
-        task, classes = catalogue.load(resident.task), resident.classes
-        others = {name: score_of(task, rate(rows), classes, lead) for name, rows in more.items()}
-        return beside(score_of(task, rate(test), classes, lead), others)
+        rate = partial(evaluate, resident, adapter, batch=batch, precision=precision, lead=lead)
+        return beside(rate(test), {name: rate(rows) for name, rows in more.items()})
 
     score: Callable[[Adapter], Score | None] | None = at_sites if test is None else here
     if test is None and method.private == "system":

@@ -45,3 +45,10 @@ class Speaker(NamedTuple):
 
     likelihoods: Callable[[Sequence[tuple[Ids, int]]], list[float]]
     write: Callable[[Sequence[Ids], int, Sequence[str]], list[str]]
+
+
+def written(asked: Sequence[Asked], speaker: Speaker) -> list[str]:
+    """What a model writes after each prompt; all of a data set's have one length and one end."""
+    if not asked:
+        return []
+    return speaker.write([each.prompt for each in asked], asked[0].most, asked[0].stop)

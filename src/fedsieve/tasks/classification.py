@@ -10,11 +10,10 @@ from torch import Tensor
 
 from fedsieve.data.files import Columns
 from fedsieve.data.sources import column
-from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
 from fedsieve.tasks.classes import bad_labels, classes_in, numbered
 from fedsieve.tasks.tally import Tally
-from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed
+from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, one_label
 from fedsieve.tasks.tokens import Texts, bad_texts, check_rows, texts
 
 if TYPE_CHECKING:
@@ -48,10 +47,9 @@ def classification(
 
 def columns_of(fields: Fields) -> Columns:
     """A text or two, and one column of labels."""
-    needed(text=fields.text, label=fields.label)
-    if not isinstance(fields.label, str):
-        raise FedSieveError("label: this task takes one column")
-    return Columns(tuple(n for n in (fields.text, fields.text_b) if n is not None), (fields.label,))
+    needed(text=fields.text)
+    label = one_label(fields)
+    return Columns(tuple(n for n in (fields.text, fields.text_b) if n is not None), (label,))
 
 
 def of_all(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import causal_lm, chat
-from fedsieve.tasks.asked import Asked, Speaker
+from fedsieve.tasks.asked import Asked, Speaker, written
 from fedsieve.tasks.tally import SHOWN, Answer, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.tokens import check_rows, pad_id
@@ -98,7 +98,7 @@ def _ask(asked: Sequence[Asked], speaker: Speaker) -> Tally:
     if not asked:
         return Tally()
     loss = -sum(speaker.likelihoods([(each.options[0], each.begins[0]) for each in asked]))
-    told = speaker.write([each.prompt for each in asked], asked[0].most, asked[0].stop)
+    told = written(asked, speaker)
     rouge, chrf = _scorers()
     sums = dict.fromkeys([*_SHARES, *(f"chrf{n}" for n in range(_CHRF))], 0.0)
     for each, text in zip(asked, told, strict=True):

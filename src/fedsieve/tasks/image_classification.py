@@ -1,6 +1,7 @@
 """Image classification: an image and its class."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -8,20 +9,17 @@ from datasets import Dataset
 from torch import Tensor
 
 from fedsieve.data.files import Columns
-from fedsieve.errors import FedSieveError
-from fedsieve.tasks import classification, confusion
+from fedsieve.tasks import classification
 from fedsieve.tasks.classes import bad_labels, classes_in, numbered
 from fedsieve.tasks.images import bad_images, images
-from fedsieve.tasks.task import Bad, Fields, Reader, Rows, Task, needed
+from fedsieve.tasks.task import Bad, Fields, Reader, Rows, needed, one_label
 from fedsieve.tasks.tokens import check_rows
 
 
 def _columns(fields: Fields) -> Columns:
-    needed(image=fields.image, label=fields.label)
+    needed(image=fields.image)
     assert fields.image is not None
-    if not isinstance(fields.label, str):
-        raise FedSieveError("label: this task takes one column")
-    return Columns((fields.image,), (fields.label,))
+    return Columns((fields.image,), (one_label(fields),))
 
 
 def _classes(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
@@ -45,23 +43,15 @@ def _labels(pixels: Tensor, mask: Tensor, classes: int) -> Tensor:
     return torch.arange(len(pixels), device=pixels.device) % classes
 
 
-TASK = Task(
+TASK = replace(
+    classification.TASK,
     title="image classification",
     auto="AutoModelForImageClassification",
     peft=None,
-    head=True,
-    named=True,
+    reads="images",
     columns=_columns,
     classes=_classes,
     bad=_bad,
     read=_read,
-    config=classification.TASK.config,
     labels=_labels,
-    judge=classification.TASK.judge,
-    fits=confusion.fits,
-    leads=confusion.leads,
-    metrics=confusion.metrics,
-    reads="images",
-    by_class=confusion.by_class,
-    told=confusion.told,
 )

@@ -4,6 +4,8 @@ FLASC's FLAIR is such a data set: 17 coarse labels (arXiv 2406.05233). Labels ar
 multi_label.py, and so is what is made of them.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from datasets import Dataset
@@ -12,7 +14,7 @@ from torch import Tensor
 from fedsieve.data.files import Columns
 from fedsieve.tasks import multi_label
 from fedsieve.tasks.images import bad_images, images
-from fedsieve.tasks.task import Bad, Fields, Reader, Rows, Task, needed
+from fedsieve.tasks.task import Bad, Fields, Reader, Rows, needed
 from fedsieve.tasks.tokens import check_rows
 
 
@@ -39,23 +41,14 @@ def _labels(pixels: Tensor, mask: Tensor, classes: int) -> Tensor:
     return ((rows[:, None] + each) % 2).float()
 
 
-TASK = Task(
+TASK = replace(
+    multi_label.TASK,
     title="multi-label image classification",
     auto="AutoModelForImageClassification",
     peft=None,
-    head=True,
-    named=True,
+    reads="images",
     columns=_columns,
-    classes=multi_label.classes_in,
     bad=_bad,
     read=_read,
-    config=multi_label.TASK.config,
     labels=_labels,
-    judge=multi_label.TASK.judge,
-    fits=multi_label.TASK.fits,
-    leads=multi_label.TASK.leads,
-    metrics=multi_label.TASK.metrics,
-    reads="images",
-    by_class=multi_label.TASK.by_class,
-    told=multi_label.TASK.told,
 )

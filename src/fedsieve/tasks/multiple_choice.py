@@ -19,9 +19,9 @@ from fedsieve.data.names import clean
 from fedsieve.data.sources import column, names_in
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import causal_lm
-from fedsieve.tasks.asked import Asked, Speaker
+from fedsieve.tasks.asked import Asked, Speaker, written
 from fedsieve.tasks.tally import SHOWN, Answer, Tally
-from fedsieve.tasks.task import Bad, Fields, Rows, needed
+from fedsieve.tasks.task import Bad, Fields, Rows, needed, one_label
 from fedsieve.tasks.tokens import bad_texts, check_rows, pad_id
 
 if TYPE_CHECKING:
@@ -41,10 +41,9 @@ class _Question(NamedTuple):
 
 
 def _columns(fields: Fields) -> Columns:
-    needed(text=fields.text, label=fields.label)
+    needed(text=fields.text)
     assert fields.text is not None
-    if not isinstance(fields.label, str):
-        raise FedSieveError("label: this task takes one column")
+    label = one_label(fields)
     if (fields.options is None) == (fields.classes is None):
         raise FedSieveError(
             "options: a multiple-choice task needs the columns that hold them, or, where all rows "
@@ -52,7 +51,7 @@ def _columns(fields: Fields) -> Columns:
         )
     if fields.answer is not None and fields.answer.count("{option}") != 1:
         raise FedSieveError("answer: it says where the option stands: {option}, once")
-    return Columns((fields.text, *_option_columns(fields)), (fields.label,))
+    return Columns((fields.text, *_option_columns(fields)), (label,))
 
 
 def _option_columns(fields: Fields) -> tuple[str, ...]:
@@ -205,25 +204,18 @@ def _ask(asked: Sequence[Asked], speaker: Speaker) -> Tally:
         chances = np.nan_to_num(chances, nan=-np.inf)
         plain += int(chances.argmax()) == each.right
         by_character += int((chances / lengths).argmax()) == each.right
-    written, found, right = _written(asked, speaker), 0, 0
-    for each, text in zip(asked, written, strict=True):
+    texts, found, right = written(asked, speaker), 0, 0
+    for each, text in zip(asked, texts, strict=True):
         taken = first_of(each.texts, text)
         found += taken is not None
         right += taken == each.right
     sums = {"plain": plain, "by_character": by_character, "right": right, "found": found}
     answers = tuple(
         Answer(each.said, each.texts[each.right], text)
-        for each, text in zip(asked[:SHOWN], written, strict=False)
+        for each, text in zip(asked[:SHOWN], texts, strict=False)
     )
     counts = {name: float(count) for name, count in sums.items()}
     return Tally(loss, len(asked), counts, answers=answers)
-
-
-def _written(asked: Sequence[Asked], speaker: Speaker) -> list[str]:
-    if not asked:
-        return []
-    first = asked[0]
-    return speaker.write([each.prompt for each in asked], first.most, first.stop)
 
 
 def first_of(options: Sequence[str], text: str) -> int | None:

@@ -120,9 +120,7 @@ def scores(
     """
     joint = score(task, total(parts), classes, lead)
     own = [
-        next(iter(score(task, part, classes, lead).metrics.values()))
-        for part in parts
-        if part.counted
+        next(iter(_metrics(task, part, classes, lead).values())) for part in parts if part.counted
     ]
     if len(own) < 2:
         return joint
@@ -160,8 +158,14 @@ def score(task: "Task", tally: Tally, classes: tuple[str, ...], lead: str | None
     if not tally.counted:
         return Score(0.0, {}, 0)
     of_classes = task.by_class(tally, classes) if task.by_class else ()
-    told = task.metrics(tally, classes)
-    if lead in told:
-        told = {lead: told[lead], **told}
     details = Details(of_classes, tally.answers)
+    told = _metrics(task, tally, classes, lead)
     return Score(tally.loss / tally.counted, told, tally.counted, details)
+
+
+def _metrics(
+    task: "Task", tally: Tally, classes: tuple[str, ...], lead: str | None
+) -> dict[str, float]:
+    """The task's own, the leading one first."""
+    told = task.metrics(tally, classes)
+    return told if lead not in told else {lead: told[lead], **told}

@@ -119,6 +119,14 @@ def needed(**given: Any) -> None:
             raise FedSieveError(f"{name}: this task needs it: say which column that is")
 
 
+def one_label(fields: Fields) -> str:
+    """The column of labels. Raises FedSieveError where none is given, or several are."""
+    needed(label=fields.label)
+    if not isinstance(fields.label, str):
+        raise FedSieveError("label: this task takes one column")
+    return fields.label
+
+
 def refuse(bad: Bad) -> None:
     """Raises the error of the first row that is no example, if any is none."""
     for row in sorted(bad):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from fedsieve.train.model import ResidentModel
 
 
+USUAL = (224, 224)  # pixels, of models that do not say what they take
+
+
 def check_rows(resident: "ResidentModel", *sets: Examples | None) -> None:
     """Raises FedSieveError where rows are longer than the model's positions, or hold a token that
     it has no embedding for."""
@@ -56,6 +59,15 @@ def longest(model: nn.Module) -> int | None:
             first = int(table.padding_idx) + 1
         limits.append(table.weight.shape[0] - first)
     return min(limits, default=None)
+
+
+def image_size(config: Any) -> tuple[int, int] | None:
+    """Height and width of the images that a model is made for, where its configuration says so."""
+    size = getattr(config, "image_size", None)
+    if size is None:
+        return None
+    high, wide = size if isinstance(size, list | tuple) else (size, size)
+    return int(high), int(wide)
 
 
 def position_tables(model: nn.Module) -> list[Any]:
@@ -104,11 +116,10 @@ def _check_room(resident: "ResidentModel", examples: Texts) -> None:
 
 def _check_size(resident: "ResidentModel", examples: Images) -> None:
     """That images are as large as a model has positions for their patches, where it has any."""
-    size = getattr(resident.model.config, "image_size", None)
-    wanted = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    wanted = image_size(resident.model.config)
     found = tuple(examples.pixels.shape[2:])
     patches = any("position_embedding" in name for name, _ in resident.model.named_parameters())
-    if size is not None and patches and found != wanted:
+    if wanted is not None and patches and found != wanted:
         raise FedSieveError(
             f"the model's image processor makes images of {found[0]} x {found[1]} pixels, and the "
             f"model takes {wanted[0]} x {wanted[1]}: mend `size` in its preprocessor_config.json"

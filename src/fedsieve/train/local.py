@@ -112,11 +112,12 @@ def evaluate(
     *,
     batch: int = 64,
     precision: Precision = "auto",
+    lead: str | None = None,
 ) -> Score:
-    """How well an adapter does its model's task, dropout off."""
+    """How well an adapter does its model's task, dropout off. lead: as in `tally.score`."""
     task = catalogue.load(resident.task)
     counts = tally(resident, adapter, examples, batch=batch, precision=precision)
-    return score(task, counts, resident.classes)
+    return score(task, counts, resident.classes, lead)
 
 
 def tally(

@@ -15,6 +15,7 @@ from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
 from fedsieve.tasks.tokens import ensure_pad_token
+from fedsieve.train.lengths import USUAL, image_size
 from fedsieve.train.model import pretrained
 
 
@@ -51,8 +52,7 @@ def _image_processor(name: str, trust_remote_code: bool) -> tuple[Reader, str | 
         given = {"backend": "pil", "trust_remote_code": trust_remote_code}
         return pretrained(AutoImageProcessor, name, **given), None
     config = pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
-    size = getattr(config, "image_size", None) or 224
-    high, wide = size if isinstance(size, list | tuple) else (size, size)
+    high, wide = image_size(config) or USUAL
     kind = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
     return kind(size={"height": high, "width": wide}), (
         f"The model comes without an image processor: images are made {high} x {wide} pixels, and "

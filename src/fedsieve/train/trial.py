@@ -21,7 +21,7 @@ from fedsieve.tasks.images import Images
 from fedsieve.tasks.task import Task as Asks
 from fedsieve.tasks.tokens import Texts, by_token
 from fedsieve.train.batch import half_type, inputs
-from fedsieve.train.lengths import longest, position_tables, vocabulary
+from fedsieve.train.lengths import USUAL, image_size, longest, position_tables, vocabulary
 
 CPU = torch.device("cpu")
 _GIVEN = {"texts": "token numbers alone", "images": "images alone"}
@@ -199,8 +199,7 @@ def _rows(model: PreTrainedModel, task: Task) -> Examples:
 
 
 def _two_images(model: PreTrainedModel, asked: Asks) -> Images:
-    size = getattr(model.config, "image_size", None) or 224
-    high, wide = size if isinstance(size, list | tuple) else (size, size)
+    high, wide = image_size(model.config) or USUAL
     noise = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, 3, high, wide), generator=noise, dtype=torch.uint8)
     labels = asked.labels(pixels, pixels, model.config.num_labels)
