@@ -93,7 +93,15 @@ TASKS: Mapping[str, Task] = {
     "cola": Task(
         ("matthews", "accuracy"),
         glue("CoLA"),
-        {"names": ["source", "label", "mark", "text"], "text": "text", "label": "label"},
+        {
+            "names": ["source", "label", "mark", "text"],
+            "text": "text",
+            "label": "label",
+            "max_length": 32,  # of sentences of 11 words
+        },
+        more={
+            "training": {"optimizer": "sgd", "lr": 0.02, "momentum": 0.9, "steps": 5, "batch": 16}
+        },
     ),
     "mrpc": Task(
         ("f1", "accuracy"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -37,7 +38,7 @@ from fedsieve.tasks.examples import count, take
 from fedsieve.tasks.images import Images, crops_and_flips
 from fedsieve.train.batch import inputs
 from tests import runs
-from tests.conftest import LABELS, Tiny
+from tests.conftest import LABELS, WIDTH, Tiny
 from tests.tasks.test_federated import COLOURS, pictures, png, quietly
 
 CPU = torch.device("cpu")
@@ -58,32 +59,71 @@ def made(values: list[Any], processor: Any) -> Images:
     return images.images(Dataset.from_dict({"i": values}), processor, "i")
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"size": {"height": 16, "width": 16}},
+SMALL = {"height": 16, "width": 16}
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "square": ("ViT", {"size": SMALL}),
+    "means": (
+        "ViT",
         {"size": {"height": 16, "width": 24}, "image_mean": [0.1, 0.2, 0], "image_std": [1, 2, 3]},
-        {"size": {"height": 16, "width": 16}, "do_normalize": False},
-        {"size": {"height": 16, "width": 16}, "resample": 3},
-    ],
-    ids=["square", "means", "no means", "bicubic"],
+    ),
+    "filled up": ("Donut", {"size": {"height": 32, "width": 24}}),
+    "no means": ("ViT", {"size": SMALL, "do_normalize": False}),
+    "no scale": ("ViT", {"size": SMALL, "do_rescale": False, "do_normalize": False}),
+    "bicubic": ("ViT", {"size": SMALL, "resample": 3}),
+    "an offset": (
+        "EfficientNet",
+        {"size": SMALL, "rescale_factor": 1 / 127.5, "rescale_offset": 1},
+    ),
+}
+KINDS = (
+    "Beit", "Bit", "CLIP", "ConvNext", "DeiT", "EfficientNet", "Gemma3", "Levit",
+    "MobileNetV1", "MobileNetV2", "MobileViT", "Perceiver", "PoolFormer", "Pvt", "Segformer",
+    "Siglip", "TextNet",
 )  # fmt: skip
-def test_a_batch_is_what_the_models_own_processor_makes(settings: dict[str, Any]) -> None:
-    processor = ViTImageProcessorPil(**settings)
-    pictures = [noise(n) for n in range(5)]
+
+
+@pytest.mark.parametrize("case", [*PROCESSORS, *KINDS])
+def test_a_batch_is_what_the_models_own_processor_makes(case: str) -> None:
+    kind, settings = PROCESSORS.get(case, (case, {}))
+    processor = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
+    pictures = [noise(n) for n in range(3)]
     expected = processor(pictures, return_tensors="pt")["pixel_values"]
     found = made([packed(each) for each in pictures], processor)
     assert found.pixels.dtype == torch.uint8
     given = inputs(None, found, CPU)
-    torch.testing.assert_close(given["pixel_values"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(given["pixel_values"], expected.float(), atol=1e-5, rtol=1e-5)
     assert set(given) == {"pixel_values", "labels"}
-    some = take(found, torch.tensor([3, 1]))
+    some = take(found, torch.tensor([2, 1]))
     assert count(some) == 2
-    assert torch.equal(some.pixels, found.pixels[[3, 1]])
+    assert torch.equal(some.pixels, found.pixels[[2, 1]])
 
 
-def gray16() -> Image.Image:
-    return Image.fromarray((np.arange(256).reshape(16, 16) * 257).astype(np.uint16))
+@pytest.mark.parametrize(
+    ("processor", "said"),
+    [
+        (lambda images, **_: {"pixel_values": np.zeros((len(images), 3, 8, 8))}, "does more"),
+        (
+            lambda images, **_: {
+                "pixel_values": np.stack([np.asarray(i).transpose(2, 0, 1) ** 0.5 for i in images])
+            },
+            "does more",
+        ),
+        (lambda images, **_: {"pixel_values": np.zeros((len(images), 1, 8, 8))}, "three channels"),
+        (lambda images, **_: {"input_ids": np.zeros((len(images), 8))}, "cannot read images"),
+    ],
+    ids=["constant", "a curve", "gray", "other names"],
+)
+def test_a_processor_of_another_kind_is_refused(processor: Any, said: str) -> None:
+    with pytest.raises(FedSieveError, match=said):
+        made([packed(noise(1, 8, 8))], processor)
+
+
+def gray16(largest: int = 65535) -> Image.Image:
+    return Image.fromarray((np.arange(256).reshape(16, 16) * largest // 255).astype(np.uint16))
+
+
+def ramp(largest: int = 255) -> np.ndarray[Any, Any]:
+    return np.repeat(np.arange(256).reshape(16, 16, 1) * largest // 255, 3, 2)
 
 
 FORMS: dict[str, tuple[Callable[[], bytes], Callable[[], np.ndarray[Any, Any]]]] = {
@@ -107,10 +147,11 @@ FORMS: dict[str, tuple[Callable[[], bytes], Callable[[], np.ndarray[Any, Any]]]]
         lambda: packed(Image.new("1", (16, 16), 1)),
         lambda: np.full((16, 16, 3), 255),
     ),
-    "16 bits": (
-        lambda: packed(gray16()),
-        lambda: np.repeat(np.arange(256).reshape(16, 16, 1), 3, 2),
-    ),
+    "16 bits": (lambda: packed(gray16()), ramp),
+    "16 bits, dark": (lambda: packed(gray16(10_000)), lambda: ramp(10_000 // 257)),
+    "16 bits, nearly black": (lambda: packed(gray16(255)), lambda: ramp(0)),
+    "16 bits, tiff": (lambda: packed(gray16(), "tiff"), ramp),
+    "16 bits, ppm": (lambda: packed(gray16(), "ppm"), ramp),
     "cmyk": (
         lambda: packed(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "jpeg"),
         lambda: np.full((16, 16, 3), 255),
@@ -158,9 +199,22 @@ def city() -> bytes:
         (b"no image", "cannot be read"),
         (packed(noise(1))[:200], "cannot be read"),
         (city(), "9000 x 9000 pixels: at most"),
+        (packed(Image.new("I", (9, 9), 70_000), "tiff"), "32 bits a pixel"),
+        (packed(Image.new("I", (9, 9), 200), "tiff"), "32 bits a pixel"),
+        (packed(Image.new("F", (9, 9), 0.5), "tiff"), "32 bits a pixel"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
     ],
-    ids=["nothing", "empty", "text", "cut", "too large", "a program"],
+    ids=[
+        "nothing",
+        "empty",
+        "text",
+        "cut",
+        "too large",
+        "wide",
+        "wide, small",
+        "fractions",
+        "a program",
+    ],
 )
 def test_what_is_no_image_is_named(value: bytes | None, said: str) -> None:
     rows = Dataset.from_dict({"i": [packed(noise(0)), value]})
@@ -281,12 +335,6 @@ FAMILIES: dict[str, Any] = {
     "convnext": lambda: ConvNextConfig(
         image_size=16, hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2
     ),
-}
-WIDTH: dict[str, int] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
 }
 
 

@@ -1,8 +1,10 @@
 """From columns of images to pixels that a model can train on.
 
-Pillow decodes; the model's own image processor resizes and crops, once, and what it gives is kept
-as bytes. A batch is made numbers, and normalised, when it is used (batch.py): four times the memory
-otherwise. No image is trusted: one that does not decode, or that is too large, is a bad row.
+Pillow decodes; the model's own image processor makes what the model reads of it, once. Processors
+scale, shift and normalise in many ways, and all come to one: a value is linear in a pixel's level
+of 0 to 255. So the levels are kept, as bytes, and a batch is made values when it is used
+(batch.py): four times the memory otherwise. What black and white become says which line it is.
+No image is trusted: one that does not decode, or that is too large, is a bad row.
 """
 
 import io
@@ -21,8 +23,10 @@ from torch import Tensor
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
 MOST_PIXELS = 50_000_000  # of one image: a small file can say that it is as large as a city
-_AT_ONCE = 256  # images that the processor is given in one call
+_AT_ONCE = 16  # images that the processor is given in one call
 
 
 class Images(NamedTuple):
@@ -30,14 +34,13 @@ class Images(NamedTuple):
 
     pixels: (n, 3, height, width) uint8, resized and cropped
     labels: (n,) int64 class numbers, or (n, C) float32, one where a class holds
-    scale, mean, deviation: of a channel: a value is (pixel * scale - mean) / deviation
+    low, high: what the model reads, by channel, for pixels of 0 and of 255; linear between them
     """
 
     pixels: Tensor
     labels: Tensor
-    scale: float
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
 
 
 def images(dataset: Dataset, processor: Any, name: str) -> Images:
@@ -45,6 +48,7 @@ def images(dataset: Dataset, processor: Any, name: str) -> Images:
 
     Raises FedSieveError, naming row and column, for an image that cannot be used.
     """
+    low, high = _ends(processor)
     made: list[Tensor] = []
     batch: list[Image.Image] = []
     decoded = _decoded(dataset, name)
@@ -53,15 +57,11 @@ def images(dataset: Dataset, processor: Any, name: str) -> Images:
             raise image
         batch.append(image)
         if len(batch) == _AT_ONCE or count == len(dataset):
-            made.append(_pixels(processor, batch))
+            made.append(_levels(_values(processor, batch), low, high))
             batch = []
     pixels = torch.cat(made)
-    plain = not getattr(processor, "do_normalize", True)
-    mean = (0.0,) * 3 if plain else tuple(map(float, processor.image_mean))
-    deviation = (1.0,) * 3 if plain else tuple(map(float, processor.image_std))
-    scaled = getattr(processor, "do_rescale", True)
-    scale = float(processor.rescale_factor) if scaled else 1.0
-    return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), scale, mean, deviation)
+    labels = torch.zeros(len(pixels), dtype=torch.int64)
+    return Images(pixels, labels, tuple(low.tolist()), tuple(high.tolist()))
 
 
 def bad_images(dataset: Dataset, name: str) -> dict[int, FedSieveError]:
@@ -127,7 +127,7 @@ def _image(value: Any) -> Image.Image:
                         f"holds an image of {image.width} x {image.height} pixels: at most "
                         f"{MOST_PIXELS:,} are read"
                     )
-                return _rgb(ImageOps.exif_transpose(image))
+                return _rgb(ImageOps.exif_transpose(image), image.format)
     except FedSieveError:
         raise
     except Exception as error:  # whatever a decoder may raise
@@ -135,27 +135,60 @@ def _image(value: Any) -> Image.Image:
         raise FedSieveError(f"holds an image that cannot be read: {why}") from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I;16", "I")):
-        # Pillow cuts 16 bits off at 255, and would make nearly all of them white.
+def _rgb(image: Image.Image, form: str | None) -> Image.Image:
+    """The image in 8 bits a channel. Pillow cuts wider ones off at 255: nearly all would be white.
+
+    form: Pillow's name of the file's format
+    Raises FedSieveError for numbers of which nothing tells what is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and form in ("PNG", "PPM")):
         values = np.asarray(image, dtype=np.int64)
-        image = Image.fromarray((values // (257 if values.max() > 255 else 1)).astype(np.uint8))
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise FedSieveError(
+            "holds an image of 32 bits a pixel, of which nothing tells what is white: save it with "
+            "8 or 16"
+        )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         whole = image.convert("RGBA")  # what is transparent is white, not whatever lies beneath
         image = Image.alpha_composite(Image.new("RGBA", whole.size, "white"), whole)
     return image.convert("RGB")
 
 
-def _pixels(processor: Any, batch: Sequence[Image.Image]) -> Tensor:
+def _values(processor: Any, batch: Sequence[Image.Image]) -> Array:
+    """(b, 3, height, width) float64: what the model reads of the images."""
     try:
-        made = processor(list(batch), do_rescale=False, do_normalize=False, return_tensors="np")
+        made = processor(list(batch), return_tensors="np")
+        values = np.asarray(made["pixel_values"], dtype=np.float64)
     except Exception as error:  # whatever a processor may raise
         why = " ".join(str(error).split())[:200]
         raise FedSieveError(f"the model's image processor cannot read images: {why}") from error
-    pixels = np.asarray(made["pixel_values"])
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
+    if values.ndim != 4 or values.shape[1] != 3:
         raise FedSieveError(
-            f"the model's image processor makes arrays of shape {pixels.shape[1:]}: models that "
+            f"the model's image processor makes arrays of shape {values.shape[1:]}: models that "
             "take one image of three channels a row are needed"
         )
-    return torch.from_numpy(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+    return values
+
+
+def _ends(processor: Any) -> tuple[Array, Array]:
+    """What black and white become, of each channel: (3,) and (3,).
+
+    Raises FedSieveError where what lies between them is not on a line.
+    """
+    grays = [Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 51, 255)]
+    values = _values(processor, grays)
+    low, some, high = values[:, :, values.shape[2] // 2, values.shape[3] // 2]
+    expected = low + (high - low) / 5  # 51 is a fifth of 255
+    if not (np.abs(high - low) > 0).all() or not np.allclose(some, expected, rtol=0, atol=1e-3):
+        raise FedSieveError(
+            "the model's image processor does more than to scale pixels and shift them: models "
+            "whose processor does no more are needed"
+        )
+    return low, high
+
+
+def _levels(values: Array, low: Array, high: Array) -> Tensor:
+    """The pixels that became these values; where a processor filled an image up, the nearest."""
+    first, step = (each[:, None, None] for each in (low, (high - low) / 255))
+    return torch.from_numpy(np.clip(np.rint((values - first) / step), 0, 255).astype(np.uint8))

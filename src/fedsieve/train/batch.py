@@ -38,13 +38,13 @@ def inputs(model: Any, examples: Examples, device: torch.device) -> dict[str, Te
 
 
 def _of_images(examples: Images, device: torch.device) -> dict[str, Tensor]:
-    pixels = examples.pixels.to(device, non_blocking=True).float().mul_(examples.scale)
-    mean, deviation = (
+    pixels = examples.pixels.to(device, non_blocking=True).float()
+    low, high = (
         torch.tensor(each, device=device).view(1, -1, 1, 1)
-        for each in (examples.mean, examples.deviation)
+        for each in (examples.low, examples.high)
     )
     labels = examples.labels.to(device, non_blocking=True)
-    return {"pixel_values": pixels.sub_(mean).div_(deviation), "labels": labels}
+    return {"pixel_values": pixels.mul_((high - low) / 255).add_(low), "labels": labels}
 
 
 def half_type(model: nn.Module) -> torch.dtype | None:

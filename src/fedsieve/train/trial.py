@@ -203,7 +203,7 @@ def _two_images(model: PreTrainedModel, asked: Asks) -> Images:
     noise = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (2, 3, high, wide), generator=noise, dtype=torch.uint8)
     labels = asked.labels(pixels, pixels, model.config.num_labels)
-    return Images(pixels, labels, 1 / 255, (0.5,) * 3, (0.5,) * 3)
+    return Images(pixels, labels, (-1.0,) * 3, (1.0,) * 3)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
