@@ -11,18 +11,17 @@ its id and an empty index, and the engine skips and counts it.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
-from flwr_datasets.partitioner import (
-    DirichletPartitioner,
-    IidPartitioner,
-    Partitioner,
-)
 from numpy.typing import ArrayLike, NDArray
 
 from fedsieve.data.names import name_of
 from fedsieve.errors import FedSieveError
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
 
 Partition = dict[str, NDArray[np.int64]]
 
@@ -35,6 +34,8 @@ def iid(rows: int, clients: int, seed: int) -> Partition:
 
     Raises FedSieveError when clients < 1 or clients > rows.
     """
+    from flwr_datasets.partitioner import IidPartitioner  # seconds: it imports its own plots
+
     _check_clients(clients, rows)
     # IidPartitioner cuts the rows in the order that it finds them, so the shuffle is ours.
     shuffled = np.random.default_rng(seed).permutation(rows)
@@ -51,6 +52,8 @@ def dirichlet(labels: ArrayLike, clients: int, alpha: float, seed: int) -> Parti
 
     Raises FedSieveError when alpha <= 0 (or is no usable number), clients < 1 or clients > rows.
     """
+    from flwr_datasets.partitioner import DirichletPartitioner
+
     _, codes = np.unique(np.asarray(labels), return_inverse=True)
     _check_clients(clients, len(codes))
     low, high = ALPHAS
@@ -100,7 +103,7 @@ def natural(values: Sequence[object]) -> Partition:
 
 
 def _read(
-    partitioner: Partitioner, columns: dict[str, NDArray[np.int64]], ids: Sequence[str]
+    partitioner: "Partitioner", columns: dict[str, NDArray[np.int64]], ids: Sequence[str]
 ) -> Partition:
     """The row numbers that the partitioner gives to its partition 0, 1, ...; one for each id."""
     partitioner.dataset = Dataset.from_dict(columns).with_format("numpy")
