@@ -8,10 +8,12 @@ import tomli_w
 
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
-from fedsieve.recipe.schema import Recipe
-from fedsieve.sites import resident
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.schema import READ_AS, Data, Recipe
+from fedsieve.sites import assignment, federate, resident
 from fedsieve.sites.server import joint_score
 from fedsieve.sites.site import Rows as SiteRows
+from fedsieve.sites.site import Site
 from fedsieve.sites.worker import Frame
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import scores
@@ -90,3 +92,32 @@ def test_the_scores_of_two_sites_are_those_of_all_their_rows(
     known = {name: expected.metrics[name] for name in joint.metrics}
     assert dict(joint.metrics) == pytest.approx(known, rel=1e-5, abs=1e-6)
     assert set(CLASSES) == {k.task for k in KINDS if catalogue.load(k.task).named}
+
+
+def test_sites_are_told_all_that_says_how_rows_are_read(tiny: Tiny, tmp_path: Path) -> None:
+    """Each key of [data] is told, or is the site's own, or the server's."""
+    own = set(SiteRows.model_fields)
+    assert set(Data.model_fields) == own | set(READ_AS) | {"set", "more_tests"}
+    assert not own & set(READ_AS)
+    told = {
+        "classes": ["x", "y"],
+        "max_length": 17,
+        "validation": 0.3,
+        "option_word": "choice",
+        "answer": "It is {option}.",
+        "first_option": 1,
+        "new_tokens": 7,
+        "stop": ["\n", "END"],
+    }
+    assert told.keys() == set(READ_AS)
+    plain = Data(train="rows.jsonl").model_dump()
+    assert all(plain[name] != value for name, value in told.items())
+    table = tiny.table()
+    table["data"] |= told
+    recipe = recipes.check(table)
+    text = recipes.dump(federate._for_sites(recipe), {}).encode()
+    rows = {"train": "here.jsonl", "text": "text", "label": "label"}
+    given = {"name": "north", "model": str(tiny.bert), "data": rows, "folder": tmp_path}
+    found = assignment.checked(text, Site.model_validate(given))
+    for name in READ_AS:
+        assert getattr(found.data, name) == getattr(recipe.data, name), name

@@ -334,3 +334,23 @@ def test_answers_are_those_of_the_first_rows(case: Case) -> None:
         assert right == (case.logits.argmax(-1) == case.labels).tolist()
     if "multi-label" in case.task:
         assert right == ((case.logits > 0) == (case.labels > 0.5)).all(1).tolist()
+
+
+@each
+@pytest.mark.parametrize("told", ["nothing", "all", "one"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_rows_all_of_one_kind_are_scored(case: Case, told: str, rows: int) -> None:
+    """A class that never occurs, a label that is always the same, a model that says one thing."""
+    task, logits = catalogue.load(case.task), case.logits[:rows]
+    value = {"nothing": -1.0, "all": 1.0, "one": 0.0}[told]
+    labels = torch.zeros_like(case.labels[:rows])
+    logits = torch.full_like(logits, value)
+    if told == "one":
+        logits[..., 0] = 1.0
+    found = score(task, task.judge(logits, labels, case.classes), case.classes)
+    assert found.counted
+    assert all(np.isfinite(v) for v in found.metrics.values())
+    assert all(np.isfinite([c.precision, c.recall, c.f1]).all() for c in found.details.classes)
+    alone = task.judge(logits, labels, case.classes)._replace(kept={})
+    assert task.fits(alone, case.classes)
+    assert all(np.isfinite(v) for v in score(task, alone, case.classes).metrics.values())

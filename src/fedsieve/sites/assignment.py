@@ -137,13 +137,6 @@ def refuse_patterns(recipe: Recipe) -> None:
         raise FedSieveError("lora.layers_pattern: a site takes none: it is a regular expression")
 
 
-# Of a recipe's [data], what says how rows are read; which rows and columns those are, a site says.
-_TOLD = (
-    *("classes", "max_length", "validation"),
-    *("option_word", "answer", "first_option", "new_tokens", "stop"),
-)
-
-
 def _localised(recipe: Recipe, site: Site) -> Recipe:
     """The recipe with all that concerns files and devices taken from the site."""
     if site.model is None and recipe.model.source not in fetch.PACKAGES:
@@ -152,7 +145,7 @@ def _localised(recipe: Recipe, site: Site) -> Recipe:
             "say where its model is"
         )
     given, asked = site.data.model_dump(), recipe.data
-    data = schema.Data(**given, **{name: getattr(asked, name) for name in _TOLD})
+    data = schema.Data(**given, **{name: getattr(asked, name) for name in schema.READ_AS})
     model = recipe.model.model_copy(update={"source": site.model or recipe.model.source})
     return recipe.model_copy(update={"data": data, "model": model, "device": site.device})
 

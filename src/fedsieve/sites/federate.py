@@ -564,13 +564,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
 def _for_sites(recipe: Recipe) -> Recipe:
     """The recipe without what is the server's own: paths, files, columns, device, versions."""
     own = "the site's own"
-    asked = recipe.data
-    data = schema.Data(
-        train=own,
-        classes=asked.classes,
-        max_length=asked.max_length,
-        validation=asked.validation,
-    )
+    data = schema.Data(train=own, **{n: getattr(recipe.data, n) for n in schema.READ_AS})
     source = recipe.model.source if recipe.model.source in PACKAGES else own
     model = recipe.model.model_copy(update={"source": source})
     return recipe.model_copy(update={"data": data, "model": model, "device": "auto"})

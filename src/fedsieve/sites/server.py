@@ -478,7 +478,11 @@ def joint_score(
             counts.append(_tally(frame, task, classes))
         except WireError as error:
             say(f"site {site}: its evaluation is left out: {error}")
-    joint = scores(catalogue.load(task), counts, classes, lead)
+    try:
+        joint = scores(catalogue.load(task), counts, classes, lead)
+    except Exception as error:  # a library's, of numbers that no rows would have given it
+        say(f"the sites' evaluation is left out: no scores can be made of it ({error!r:.200})")
+        return None
     return joint if joint.counted else None
 
 
@@ -495,8 +499,9 @@ def _tally(frame: Frame, task: str, classes: tuple[str, ...]) -> Tally:
     except (ValueError, TypeError, RecursionError, OverflowError):
         raise WireError("its sums cannot be read") from None
     found = Tally(loss, int(counted), sums)
-    finite = all(map(math.isfinite, sums.values()))
-    if not (finite and counted == found.counted >= 0 and catalogue.load(task).fits(found, classes)):
+    # The squares of those of all sites together are still numbers.
+    real = all(abs(value) <= LARGEST**2 for value in sums.values())
+    if not (real and counted == found.counted >= 0 and catalogue.load(task).fits(found, classes)):
         raise WireError(f"such sums over {counted:g} cannot be")
     return found
 

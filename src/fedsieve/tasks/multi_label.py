@@ -165,8 +165,10 @@ def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
     """
     from sklearn import metrics as of
 
-    # Each class as rows of four kinds, so many of each; those neither told nor so count for no F1.
-    true, said, count = [], [], []
+    # Each class as rows of four kinds, so many of each. Those neither told nor so count for no F1:
+    # one stands for all, since the library refuses weights that are all zero.
+    nothing = np.zeros(len(classes), dtype=np.int64)
+    true, said, count = [nothing], [nothing], [1.0]
     for number in range(len(classes)):
         for so, is_told, name in ((1, 1, "right"), (0, 1, "false"), (1, 0, "missed")):
             row = np.zeros((2, len(classes)), dtype=np.int64)
@@ -198,10 +200,10 @@ def _by_class(tally: Tally, classes: tuple[str, ...]) -> tuple[OfClass, ...]:
     for number, name in enumerate(classes):
         right, false, missed = (tally.sums[f"{kind} {number}"] for kind in _COUNTS)
         precision, recall, f1, _ = of.precision_recall_fscore_support(
-            [1, 0, 1],
-            [1, 1, 0],
+            [1, 0, 1, 0],
+            [1, 1, 0, 0],
             average="binary",
-            sample_weight=[right, false, missed],
+            sample_weight=[right, false, missed, 1.0],  # as above
             zero_division=0.0,
         )
         scores = float(precision), float(recall), float(f1)

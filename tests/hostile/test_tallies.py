@@ -1,0 +1,72 @@
+"""What sites say they counted: whatever it is, the server goes on, and takes what rows may give."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsieve.sites.server import joint_score
+from fedsieve.sites.worker import Frame
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.tally import Tally
+from tests.tasks.test_scores import CASES, counted
+
+CHOICES = {"plain": 3.0, "by_character": 3.0, "right": 2.0, "found": 3.0}
+WRITTEN = {"exact": 1.0, "f1": 2.5, "rouge": 2.0, **{f"chrf{n}": 9.0 - n % 3 for n in range(18)}}
+ASKED = {"multiple-choice": Tally(4.0, 5, CHOICES), "generation": Tally(4.0, 5, WRITTEN)}
+OF_TASKS: dict[str, tuple[Tally, tuple[str, ...]]] = {
+    **{case.task: (counted(case, 1000)[0], case.classes) for case in CASES},
+    **{task: (tally, ()) for task, tally in ASKED.items()},
+}
+ODD = (0.0, -0.0, 1.0, -1.0, 0.5, 1e15, 1e30, 1e31, 1e154, 1e200, 1.7e308, -1e200, 5e-324, 2.0**53)
+
+
+def frame(counted: Any, sums: Any, loss: Any = 1.0) -> Frame:
+    return Frame({"ok": True, "counted": counted, "loss_sum": loss}, json.dumps(sums).encode())
+
+
+@pytest.mark.parametrize("task", sorted(catalogue.names()))
+def test_no_sums_of_some_sites_stop_a_server(task: str) -> None:
+    tally, classes = OF_TASKS[task]
+    draw = np.random.default_rng(0)
+    taken = 0
+    for number in range(400):
+        answers = {}
+        for site in range(int(draw.integers(1, 4))):
+            sums = dict(tally.sums)
+            share = draw.choice([0.05, 1.0])
+            one = float(draw.choice(ODD))  # sums that agree with each other pass more checks
+            for name in sums:
+                if draw.random() < share:
+                    sums[name] = one if number % 2 else float(draw.choice(ODD))
+            loss = draw.choice([0.0, 1.0, 1e15, 1e16])
+            rows = int(draw.choice([0, 1, 2, tally.counted, 10**15]))
+            answers[f"s{site}"] = frame(rows, sums, float(loss))
+        said: list[str] = []
+        found = joint_score(answers, task, classes, said.append)
+        assert not any("no scores can be made" in line for line in said), (answers, said)
+        left_out = {line.split(":")[0].removeprefix("site ") for line in said}
+        assert left_out <= set(answers)
+        if found is not None:
+            taken += 1
+            sound = {n: v for n, v in found.metrics.items() if n != "perplexity"}
+            assert all(map(math.isfinite, sound.values())), (answers, found)
+    assert taken > 5
+
+
+@pytest.mark.parametrize("task", sorted(catalogue.names()))
+def test_one_odd_sum_is_left_out_by_name_and_the_others_count(task: str) -> None:
+    tally, classes = OF_TASKS[task]
+    good = frame(tally.counted, dict(tally.sums), tally.loss)
+    alone = joint_score({"good": good}, task, classes, print)
+    for odd in (1e31, 1e200, -1e200, float("inf"), float("nan"), None, "1", [1.0], {}):
+        for name in tally.sums:
+            said: list[str] = []
+            bad = frame(tally.counted, {**tally.sums, name: odd})
+            if odd == "1":
+                continue  # a number in quotes is one
+            found = joint_score({"bad": bad, "good": good}, task, classes, said.append)
+            assert found == alone
+            assert [line.split(":")[0] for line in said] == ["site bad"]
