@@ -61,6 +61,7 @@ def test_one_odd_sum_is_left_out_by_name_and_the_others_count(task: str) -> None
     tally, classes = OF_TASKS[task]
     good = frame(tally.counted, dict(tally.sums), tally.loss)
     alone = joint_score({"good": good}, task, classes, print)
+    odd: Any
     for odd in (1e31, 1e200, -1e200, float("inf"), float("nan"), None, "1", [1.0], {}):
         for name in tally.sums:
             said: list[str] = []

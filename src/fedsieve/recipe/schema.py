@@ -98,8 +98,8 @@ class MoreTest(Table):
 _Prefix = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,15}$")]
 
 
-# Of [data], what says how rows are read, and so is one for all sites of a federation. Which rows and
-# columns those are, each machine says for itself.
+# Of [data], what says how rows are read, and so is one for all sites of a federation. Which rows
+# and columns those are, each machine says for itself.
 READ_AS = (
     *("classes", "max_length", "validation"),
     *("option_word", "answer", "first_option", "new_tokens", "stop"),
