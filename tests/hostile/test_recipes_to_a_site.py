@@ -7,6 +7,7 @@ resident memory, and not worked out again.
 
 import inspect
 import itertools
+import json
 import math
 import re
 import time
@@ -179,6 +180,50 @@ def test_what_a_recipe_asks_for_is_worked_out_before_it_is_done(
     assert re.search(r"\d", answer.header["error"])
     assert peak() - before < 60 * MEGA
     assert state.assignment is None
+
+
+CHOICES = [
+    ({"classes": [str(n) for n in range(2000)], "option_word": "abc"}, {}, {}, "of 2000 options"),
+    ({"classes": [str(n) for n in range(90)], "option_word": "abc"}, {}, {"most_tokens": 10**6},
+     "of 90 options"),
+    ({"classes": ["1", "2"], "answer": "x" * 150 + "{option}"}, {}, {"most_tokens": 7000},
+     "of 2 options"),
+    ({"classes": [str(n) for n in range(16)]}, {"batch": 100_000}, {"most_memory": 1},
+     "evaluation.batch 100000"),
+    ({"classes": ["1", "2"], "new_tokens": 10**6}, {"batch": 1}, {"most_tokens": 10**6},
+     "at an evaluation"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The tokenizer has no padding token")
+@pytest.mark.parametrize(("data", "evaluation", "bounds", "said"), CHOICES)
+def test_options_that_a_server_names_are_counted_as_often_as_they_are_read(
+    tiny: Tiny,
+    tmp_path: Path,
+    data: dict[str, Any],
+    evaluation: dict[str, Any],
+    bounds: dict[str, Any],
+    said: str,
+) -> None:
+    rows = [{"text": f"is {n} odd?", "label": "12"[n % 2]} for n in range(20)]
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"train": "train.jsonl", "test": "test.jsonl", "text": "text", "label": "label"}
+    given = {"name": "north", "device": "cpu", "model": str(tiny.gpt2), "data": columns, **bounds}
+    (tmp_path / "site.toml").write_text(tomli_w.dumps(given), encoding="utf-8")
+    table = tomllib.loads(recipe_text(tiny).decode())
+    table["model"] = {"source": "the site's own", "task": "multiple-choice"}
+    table["lora"] = {"rank": 2}
+    table["data"] = {"train": "the site's own", "max_length": 16, "new_tokens": 1} | data
+    table["evaluation"] = evaluation
+    state = settled(tmp_path / "site.toml")
+    before, began = peak(reset=True), time.monotonic()
+    answer = resident.answer(state, Frame({"do": "recipe"}, tomli_w.dumps(table).encode()))
+    assert not answer.header["ok"]
+    assert said in answer.header["error"], answer.header
+    assert "most_" in answer.header["error"]
+    assert peak() - before < 60 * MEGA
+    assert time.monotonic() - began < 10
 
 
 def test_many_recipes_leave_no_more_adapters_than_the_site_takes(

@@ -118,6 +118,22 @@ def test_a_processor_of_another_kind_is_refused(processor: Any, said: str) -> No
         made([packed(noise(1, 8, 8))], processor)
 
 
+def test_few_large_images_are_held_at_a_time() -> None:
+    processor, held = plain(), []
+
+    def watched(images: list[Image.Image], **how: Any) -> Any:
+        held.append([each.width * each.height for each in images])
+        return processor(images, **how)
+
+    sides = [30] * 20 + [1500] * 5 + [3000] + [30] * 3
+    values = [packed(Image.new("L", (side, side), side % 256)) for side in sides]
+    found = made(values, watched)
+    assert sum(map(len, held[1:])) == len(sides)  # the first are those of black and white
+    assert all(len(each) <= 16 for each in held)
+    assert all(sum(each) <= 2**22 or len(each) == 1 for each in held)
+    assert found.pixels[:, 0, 0, 0].tolist() == [side % 256 for side in sides]
+
+
 def gray16(largest: int = 65535) -> Image.Image:
     return Image.fromarray((np.arange(256).reshape(16, 16) * largest // 255).astype(np.uint16))
 
@@ -199,6 +215,8 @@ def city() -> bytes:
         (b"no image", "cannot be read"),
         (packed(noise(1))[:200], "cannot be read"),
         (city(), "9000 x 9000 pixels: at most"),
+        (packed(Image.new("L", (1, 65))), "1 x 65 pixels: one side may be 64 times"),
+        (packed(Image.new("L", (6500, 100))), "6500 x 100 pixels: one side may be 64 times"),
         (packed(Image.new("I", (9, 9), 70_000), "tiff"), "32 bits a pixel"),
         (packed(Image.new("I", (9, 9), 200), "tiff"), "32 bits a pixel"),
         (packed(Image.new("F", (9, 9), 0.5), "tiff"), "32 bits a pixel"),
@@ -210,6 +228,8 @@ def city() -> bytes:
         "text",
         "cut",
         "too large",
+        "a line",
+        "lying",
         "wide",
         "wide, small",
         "fractions",

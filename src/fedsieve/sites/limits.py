@@ -29,8 +29,10 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Training
 from fedsieve.sites.site import Site
 from fedsieve.tasks import catalogue
+from fedsieve.tasks.asked import Asked
 from fedsieve.tasks.examples import Examples, count
 from fedsieve.tasks.images import Images
+from fedsieve.tasks.tokens import Texts
 from fedsieve.train.model import ResidentModel, set_up, shape_of
 
 LARGEST = 10**15  # of any number in a recipe but its seed
@@ -41,6 +43,7 @@ _META = torch.device("meta")
 _PATCH = 16 * 16  # pixels
 _TENSORS = 3  # of examples: numbers, mask, labels or types
 _FLOAT, _INT = 4, 8  # bytes
+_BETWEEN = 16  # of the characters with which multiple_choice.py lists an option
 
 
 def check_numbers(table: Mapping[str, Any]) -> None:
@@ -82,9 +85,20 @@ def check_texts(recipe: Recipe, site: Site, rows: Dataset) -> None:
     )
     copies = _TENSORS
     if catalogue.load(recipe.model.task).ask is not None:
-        # The prompt is kept, and with each of the options once more.
         listed = [max(map(_parts_of, column(rows, name)), default=0) for name in options]
-        copies += 1 + (sum(listed) or len(data.classes or "."))
+        told = data.classes or ()
+        each = sum(listed) or len(told) or 1
+        most += len(data.answer or "") + max(map(_bytes_in, told), default=0)
+        if data.option_word is not None:  # then all of them stand in each prompt
+            most += sum(map(_bytes_in, told)) + each * (2 * len(data.option_word) + _BETWEEN)
+        work = len(rows) * each * most
+        if work > site.most_tokens:
+            raise FedSieveError(
+                f"{len(rows)} rows of {each} options: up to {work} tokens to read, with the "
+                f"question before each: this site takes at most {site.most_tokens} (most_tokens)"
+            )
+        # The prompt is kept, and with each of the options once more, with what is to learn of it.
+        copies += 1 + 3 * each
     taken = copies * _INT * len(rows) * min(data.max_length, most)
     _refuse(taken, site, f"data.max_length {data.max_length} with {len(rows)} rows")
 
@@ -122,26 +136,39 @@ def check(
             f"{work} tokens a round ({steps} steps of {batch} rows of {length}): this site takes "
             f"at most {site.most_tokens} (most_tokens): lower training.steps or training.batch"
         )
-    if test is not None and catalogue.load(recipe.model.task).ask is not None:
-        written = count(test) * recipe.data.new_tokens
-        if written > site.most_tokens:
-            raise FedSieveError(
-                f"{written} tokens may be written at an evaluation ({count(test)} prompts "
-                f"of data.new_tokens each): this site takes at most {site.most_tokens} "
-                "(most_tokens)"
-            )
+    seen: tuple[int, int] | None = None  # rows and tokens of each, at once in an evaluation
+    if test is not None:
+        seen = min(recipe.evaluation.batch, count(test)), _tokens(test)
+        if isinstance(test, Texts) and test.asked is not None:
+            seen = _asked(recipe, site, test.asked)
     shape = _shape(recipe, method)
     trained = shape.layout.size
     state = _FLOAT * trained * (4 + _moments(training))
     _refuse(state, site, f"lora.rank {recipe.lora.rank} and what else is trained")
     kept = sum(activations(shape, batch, length))
     _refuse(state + kept, site, f"training.batch {training.batch} over rows of {length} tokens")
-    if test is not None:
-        rows, width = min(recipe.evaluation.batch, count(test)), _tokens(test)
+    if seen is not None:
         # Nothing is kept for a backward pass: a few of the largest tensors live at a time.
-        seen = 4 * max(activations(shape, rows, width), default=0)
-        _refuse(state + seen, site, f"evaluation.batch {recipe.evaluation.batch}")
+        largest = 4 * max(activations(shape, *seen), default=0)
+        _refuse(state + largest, site, f"evaluation.batch {recipe.evaluation.batch}")
     _check_disk(recipe, site, trained)
+
+
+def _asked(recipe: Recipe, site: Site, asked: Sequence[Asked]) -> tuple[int, int]:
+    """How many rows are run at once where options are weighed and answers written, and how long
+    they are at most. Raises FedSieveError where that is more work than the site takes.
+    """
+    options = [len(ids) for each in asked for ids in each.options]
+    written = [len(each.prompt) + each.most for each in asked]
+    work = sum(options) + len(asked) * recipe.data.new_tokens
+    if work > site.most_tokens:
+        raise FedSieveError(
+            f"{work} tokens at an evaluation ({len(options)} options to weigh, {len(asked)} "
+            "answers of up to data.new_tokens to write): this site takes at most "
+            f"{site.most_tokens} (most_tokens)"
+        )
+    rows = max(len(options), len(written))
+    return min(recipe.evaluation.batch, rows), max([*options, *written], default=1)
 
 
 def _tokens(examples: Examples) -> int:

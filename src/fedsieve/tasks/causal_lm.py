@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ENDLESS = 1 << 30  # tokens: no text is as long
+_AT_ONCE = 1 << 20  # letters
 
 
 def causal_lm(
@@ -90,10 +91,25 @@ def pairs(
 
     ended: whether the end of sequence follows, to be learned
     """
-    texts = [a + b for a, b in zip(prompts, completions, strict=True)]
-    rows = _rows(tokenizer, texts, prompts, None)
-    framed = _framed(tokenizer, rows, whole=False, ended=ended)
-    return [_cut(*each, max_length, left=True) for each in framed]
+    found: list[tuple[list[int], list[int]]] = []
+    for some in _parts(prompts):
+        own = prompts[some]
+        texts = [a + b for a, b in zip(own, completions[some], strict=True)]
+        framed = _framed(tokenizer, _rows(tokenizer, texts, own, None), whole=False, ended=ended)
+        found += [_cut(*each, max_length, left=True) for each in framed]
+    return found
+
+
+def _parts(texts: Sequence[str]) -> Iterator[slice]:
+    """All of them in order, so many letters at a time: a tokenizer takes a hundred bytes of each
+    before anything is cut.
+    """
+    first, letters = 0, 0
+    for at, text in enumerate(texts, 1):
+        letters += len(text)
+        if letters > _AT_ONCE or at == len(texts):
+            yield slice(first, at)
+            first, letters = at, 0
 
 
 def prompts(

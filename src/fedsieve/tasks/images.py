@@ -26,7 +26,9 @@ from fedsieve.errors import FedSieveError
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 MOST_PIXELS = 50_000_000  # of one image: a small file can say that it is as large as a city
+MOST_SIDES = 64  # times the shorter one: made as wide as a model sees it, a line is a city too
 _AT_ONCE = 16  # images that the processor is given in one call
+_HELD = 1 << 22  # and pixels of them, where there are several
 
 
 class Images(NamedTuple):
@@ -49,16 +51,7 @@ def images(dataset: Dataset, processor: Any, name: str) -> Images:
     Raises FedSieveError, naming row and column, for an image that cannot be used.
     """
     low, high = _ends(processor)
-    made: list[Tensor] = []
-    batch: list[Image.Image] = []
-    decoded = _decoded(dataset, name)
-    for count, image in enumerate(decoded, 1):
-        if isinstance(image, FedSieveError):
-            raise image
-        batch.append(image)
-        if len(batch) == _AT_ONCE or count == len(dataset):
-            made.append(_levels(_values(processor, batch), low, high))
-            batch = []
+    made = [_levels(_values(processor, some), low, high) for some in _batches(dataset, name)]
     pixels = torch.cat(made)
     labels = torch.zeros(len(pixels), dtype=torch.int64)
     return Images(pixels, labels, tuple(low.tolist()), tuple(high.tolist()))
@@ -88,6 +81,21 @@ def crops_and_flips(pixels: Tensor, draws: torch.Generator, *, crop: bool) -> Te
         columns = columns + torch.randint(2 * right + 1, (count, 1), generator=draws)
     number, channel = torch.arange(count)[:, None, None, None], torch.arange(3)[:, None, None]
     return pixels[number, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _batches(dataset: Dataset, name: str) -> Iterator[list[Image.Image]]:
+    """The images in order, a few at a time. Raises the error of a row that has none."""
+    batch: list[Image.Image] = []
+    held = 0
+    for image in _decoded(dataset, name):
+        if isinstance(image, FedSieveError):
+            raise image
+        held += image.width * image.height
+        if batch and (len(batch) == _AT_ONCE or held > _HELD):
+            yield batch
+            batch, held = [], image.width * image.height
+        batch.append(image)
+    yield batch
 
 
 def _decoded(dataset: Dataset, name: str) -> Iterator[Image.Image | FedSieveError]:
@@ -127,6 +135,11 @@ def _image(value: Any) -> Image.Image:
                         f"holds an image of {image.width} x {image.height} pixels: at most "
                         f"{MOST_PIXELS:,} are read"
                     )
+                if max(image.size) > MOST_SIDES * min(image.size):
+                    raise FedSieveError(
+                        f"holds an image of {image.width} x {image.height} pixels: one side may be "
+                        f"{MOST_SIDES} times the other at most"
+                    )
                 return _rgb(ImageOps.exif_transpose(image), image.format)
     except FedSieveError:
         raise
@@ -142,8 +155,7 @@ def _rgb(image: Image.Image, form: str | None) -> Image.Image:
     Raises FedSieveError for numbers of which nothing tells what is white.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and form in ("PNG", "PPM")):
-        values = np.asarray(image, dtype=np.int64)
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
         raise FedSieveError(
             "holds an image of 32 bits a pixel, of which nothing tells what is white: save it with "
