@@ -368,6 +368,40 @@ def test_diverged_site_says_why() -> None:
         run(federation(sites_of(net), method, size=1), 1)
 
 
+def test_one_site_alone_in_its_round_stops_nobody() -> None:
+    """Its round goes by as if nobody had been asked; so many in a row do stop the run, by name."""
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 4)
+
+    def diverged(frame: Frame) -> Frame:
+        return Frame({**frame.header, "loss": None, "reason": "the loss became inf"})
+
+    def setup(bad: set[int], spare: int) -> Federation:
+        net = Net({i: site(c, method, *[diverged] * (i in bad)) for i, c in enumerate(members)})
+        return replace(federation(sites_of(net), method, size=1), spare=spare)
+
+    found, receipts, summaries = run(setup({0}, 2), 12)
+    refused = {r.round for r in receipts if r.dropped}
+    assert refused
+    assert refused == {r.round for r in receipts if r.client == "0000"}
+    assert {s.round for s in summaries if s.dropped} == refused
+    assert [s.round for s in summaries] == list(range(1, 13))
+    # What is merged is what the others sent: that of a run which is asked for their rounds alone.
+    assert all(s.loss is None for s in summaries if s.round in refused)
+    with pytest.raises(NoUsableUpdate, match="client 0000: the loss became inf"):
+        run(setup({0}, 0), 12)
+    every = setup({0, 1, 2, 3}, 2)
+    _, before = begin(every, toy.start())
+    coming = rounds(every, before, 12)
+    for number in (1, 2):
+        summary, _, after = next(coming)
+        assert (summary.round, summary.dropped) == (number, 1)
+        assert toy.distance(after.state.trees["adapter"], before.state.trees["adapter"]) == 0
+    with pytest.raises(NoUsableUpdate, match="the loss became inf"):
+        next(coming)
+    assert all(torch.isfinite(t).all() for t in found.values())
+
+
 def test_quorum() -> None:
     method = flasc.method(**EXACT)
     members = toy.clients([Budget()] * 3)

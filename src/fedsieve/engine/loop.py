@@ -188,6 +188,8 @@ class Federation:
         same, where clients are on other machines and old messages may come again
     norm_bound: an update whose L2 norm is so many times the median of its round's is left out. Not
         in private runs, whose clip bounds every update by itself
+    spare: so many rounds in a row may end without an update that can be merged: their clients are
+        dropped by name, and the state stays. Not in private runs, nor where there is a quorum
     dense: the layout of dense LoRA at the server's rank, which all bytes are compared with; None
            where the method trains just that. An empty one compares with nothing
     """
@@ -206,6 +208,7 @@ class Federation:
     secret: int | None = None
     norm_bound: float = math.inf
     before: Callable[[str, str, int], int | None] | None = None
+    spare: int = 0
 
     def own_key(self, number: int) -> Key:
         """The server's own key of a round."""
@@ -238,24 +241,31 @@ def rounds(
     unevaluated: the round of `progress`, where it was stopped between its halves: it is given first
     hold: called between the halves of each round, before anything of it leaves
     Raises NoUsableUpdate from a round in which no client returned an update, or fewer than the
-    quorum did; the progress before it is the last one that was given.
+    quorum did, if none is to spare; the progress before it is the last one that was given.
     """
     if unevaluated is not None:
         yield evaluated(federation, unevaluated), unevaluated.receipts, progress
+    lost = 0  # rounds, one after another
     while progress.round < last:
-        half = merged(federation, progress, evaluate=progress.round + 1 == last)
+        spare = lost < federation.spare
+        half = merged(federation, progress, evaluate=progress.round + 1 == last, spare=spare)
         hold(half)
         progress = half.progress
+        lost = lost + 1 if 0 < half.summary.clients == half.summary.dropped else 0
         yield evaluated(federation, half), half.receipts, progress
 
 
-def merged(federation: Federation, progress: Progress, *, evaluate: bool = False) -> Unevaluated:
+def merged(
+    federation: Federation, progress: Progress, *, evaluate: bool = False, spare: bool = False
+) -> Unevaluated:
     """One round up to the server's new state; its evaluation is due when `evaluate` says so, too.
 
+    spare: whether it may end without an update
     Raises NoUsableUpdate as `rounds` does.
     """
     start = time.perf_counter()
     method, state = federation.method, progress.state
+    spare = spare and method.private is None and not federation.sampling.quorum
     number = progress.round + 1
     own = federation.own_key(number)
     clients = federation.clients if federation.there is None else federation.there()
@@ -276,8 +286,11 @@ def merged(federation: Federation, progress: Progress, *, evaluate: bool = False
                 left_out |= failed
                 _refuse_too_few(len(usable) - len(failed), federation.sampling)
         except NoUsableUpdate as error:
-            receipts = _without(came.receipts, left_out)
-            raise NoUsableUpdate(f"{error} ({_why(receipts)})") from error
+            if not spare:
+                receipts = _without(came.receipts, left_out)
+                raise NoUsableUpdate(f"{error} ({_why(receipts)})") from error
+            state = progress.state
+            left_out = dict.fromkeys(usable, f"its round was lost: {error}") | left_out
     receipts = _without(came.receipts, left_out)
     if known is not None:
         receipts = [r._replace(epsilon=known.get(r.client)) for r in receipts]

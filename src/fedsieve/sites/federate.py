@@ -105,6 +105,7 @@ COMPONENTS = {
     "serverapp": "fedsieve.sites.flower_app:server",
     "clientapp": "fedsieve.sites.flower_app:client",
 }
+SPARE = 2  # rounds in a row without an update, before the third ends the run
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # No word to anyone about what runs here.
 QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
@@ -437,6 +438,7 @@ def on_network(
         dense=resident.dense,
         norm_bound=norm_bound(recipe),
         before=sites.before,
+        spare=SPARE,
     )
     notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
