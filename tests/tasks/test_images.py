@@ -118,6 +118,29 @@ def test_a_processor_of_another_kind_is_refused(processor: Any, said: str) -> No
         made([packed(noise(1, 8, 8))], processor)
 
 
+def test_no_image_is_read_by_another_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow has Ghostscript draw EPS, where it is installed."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n", encoding="utf-8")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    drawn = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    (tmp_path / "x.png").write_bytes(drawn)
+    for value in (drawn, {"bytes": drawn, "path": None}, str(tmp_path / "x.png")):
+        assert list(images.bad_images(Dataset.from_dict({"i": [value]}), "i")) == [0]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_sizes_beyond_reason_are_refused_before_anything_is_made() -> None:
+    for settings in ({"size": {"height": 5000, "width": 5}}, {"size": {"shortest_edge": 99_999}}):
+        kind = transformers.CLIPImageProcessorPil if "shortest_edge" in settings["size"] else None
+        processor = (kind or ViTImageProcessorPil)(**settings)
+        with pytest.raises(FedSieveError, match="pixels a side"):
+            made([packed(noise(1))], processor)
+
+
 def test_few_large_images_are_held_at_a_time() -> None:
     processor, held = plain(), []
 
@@ -211,8 +234,8 @@ def city() -> bytes:
     ("value", "said"),
     [
         (None, "holds no image"),
-        (b"", "cannot be read"),
-        (b"no image", "cannot be read"),
+        (b"", "none of PNG, JPEG"),
+        (b"no image", "none of PNG, JPEG"),
         (packed(noise(1))[:200], "cannot be read"),
         (city(), "9000 x 9000 pixels: at most"),
         (packed(Image.new("L", (1, 65))), "1 x 65 pixels: one side may be 64 times"),
@@ -220,7 +243,7 @@ def city() -> bytes:
         (packed(Image.new("I", (9, 9), 70_000), "tiff"), "32 bits a pixel"),
         (packed(Image.new("I", (9, 9), 200), "tiff"), "32 bits a pixel"),
         (packed(Image.new("F", (9, 9), 0.5), "tiff"), "32 bits a pixel"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of PNG, JPEG"),
     ],
     ids=[
         "nothing",

@@ -14,7 +14,7 @@ there twice.
 
 import codecs
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,8 @@ from fedsieve.data.templates import used
 from fedsieve.errors import FedSieveError, nearest
 
 EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
+# A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
+_TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
 _DELIMITED = {".csv": ",", ".tsv": "\t"}
 # Orange's names for a column's type; "a b c" (the values themselves) is allowed there as well.
 _ORANGE_TYPES = frozenset({"d", "discrete", "s", "string", "c", "continuous", "t", "time", ""})
@@ -72,6 +74,9 @@ def read(
     try:
         if extension != ".parquet":
             _refuse_utf16(path)
+            if path.name.lower().endswith(".gz"):
+                with _opened(path) as file:
+                    _refuse_endless(path, iter(lambda: len(file.read(1 << 20)), 0))
         if extension in _DELIMITED:
             mark = separator or _DELIMITED[extension]
             table = _delimited(path, columns, names, mark, quoted=extension == ".csv")
@@ -214,14 +219,43 @@ def _texts(path: Path, columns: Columns | None, reading: Any, parsing: Any) -> p
     return table
 
 
+def _refuse_endless(path: Path, sizes: Iterator[int]) -> None:
+    """Raises FedSieveError for a file that unpacks to far more than it has.
+
+    sizes: bytes of its parts, unpacked one after another
+    """
+    most, found = max(_SMALL, _TIMES * path.stat().st_size), 0
+    for size in sizes:
+        found += size
+        if found > most:
+            raise FedSieveError(
+                f"{path} unpacks to more than {_TIMES} times its {path.stat().st_size} bytes: it "
+                "is damaged, or made to fill the memory. If its rows are what they should be, give "
+                "it unpacked, as CSV or JSONL"
+            )
+
+
 def _parquet(path: Path, columns: Columns | None) -> pa.Table:
     file = pa_parquet.ParquetFile(path)
     chosen = _chosen(path, file.schema_arrow.names, columns)
+    # What a file says of its size leaves out how often each entry of a dictionary occurs.
+    parts = file.iter_batches(batch_size=256, columns=chosen or None)
+    _refuse_endless(path, map(_unpacked, parts))
     table = file.read(chosen) if chosen else file.read()
     for place, (name, values) in enumerate(zip(table.column_names, table.columns, strict=True)):
         if pa.types.is_dictionary(values.type):  # pandas' categories
             table = table.set_column(place, name, values.cast(values.type.value_type))
     return table.select(chosen)  # `read` takes a.b for the column b inside of a, too
+
+
+def _unpacked(part: pa.RecordBatch) -> int:
+    """Bytes of some rows where every entry is written out."""
+    found = int(part.nbytes)
+    for values in part.columns:
+        if pa.types.is_dictionary(values.type) and pa.types.is_string(values.type.value_type):
+            lengths = pc.take(pc.binary_length(values.dictionary), values.indices)
+            found += pc.sum(lengths).as_py() or 0
+    return found
 
 
 def _json(path: Path, columns: Columns | None) -> pa.Table:
@@ -277,7 +311,7 @@ def _dataset(path: Path, table: pa.Table) -> Dataset:
     try:
         features = Features.from_arrow_schema(table.schema)
         return Dataset(table.replace_schema_metadata(None), info=DatasetInfo(features=features))
-    except (ValueError, TypeError, NotImplementedError, pa.ArrowException) as error:
+    except Exception as error:  # whatever `datasets` may raise over a stranger's note
         raise FedSieveError(
             f"{path} has a column of a type that cannot be used: {error}"
         ) from error

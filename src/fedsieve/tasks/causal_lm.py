@@ -23,6 +23,7 @@ from fedsieve.tasks.tokens import (
     bad_texts,
     check_rows,
     pad_id,
+    read_by,
     rectangle,
     text_column,
     tokenise,
@@ -240,8 +241,8 @@ def learned(
 def frame(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """The tokens that a tokenizer puts in front of a text, and those that it puts behind it."""
     for text in ("a", "the", "0"):
-        bare = tokenizer(text, add_special_tokens=False)["input_ids"]
-        full = tokenizer(text)["input_ids"]
+        bare = read_by(tokenizer, text, add_special_tokens=False)["input_ids"]
+        full = read_by(tokenizer, text)["input_ids"]
         for at in range(len(full) - len(bare) + 1):
             if bare and full[at : at + len(bare)] == bare:
                 return full[:at], full[at + len(bare) :]

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks.tokens import IGNORED
+from fedsieve.tasks.tokens import IGNORED, read_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ def encode(
             own = [0] * len(head["input_ids"]) + own[len(head["input_ids"]) :]
         return ids, [token if it else IGNORED for token, it in zip(ids, own, strict=True)]
     # The template brings the begin token itself.
-    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    made = read_by(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = made["input_ids"], made["offset_mapping"]
     targets = [
         token if any(end > a and start < b for a, b in spans) and end > start else IGNORED

@@ -9,7 +9,7 @@ No image is trusted: one that does not decode, or that is too large, is a bad ro
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fedsieve.data.sources import column
@@ -25,7 +25,10 @@ from fedsieve.errors import FedSieveError
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
+# Pillow's names. It reads others, and some (EPS) by another program: a stranger's, run here.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MOST_PIXELS = 50_000_000  # of one image: a small file can say that it is as large as a city
+MOST_SIDE = 4096  # pixels, of what a model reads
 MOST_SIDES = 64  # times the shorter one: made as wide as a model sees it, a line is a city too
 _AT_ONCE = 16  # images that the processor is given in one call
 _HELD = 1 << 22  # and pixels of them, where there are several
@@ -129,7 +132,7 @@ def _image(value: Any) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a size that is refused here
-            with Image.open(source) as image:
+            with Image.open(source, formats=FORMATS) as image:
                 if image.width * image.height > MOST_PIXELS:
                     raise FedSieveError(
                         f"holds an image of {image.width} x {image.height} pixels: at most "
@@ -143,6 +146,10 @@ def _image(value: Any) -> Image.Image:
                 return _rgb(ImageOps.exif_transpose(image), image.format)
     except FedSieveError:
         raise
+    except UnidentifiedImageError:
+        raise FedSieveError(
+            f"holds no image that can be read: it is none of {', '.join(FORMATS)}"
+        ) from None
     except Exception as error:  # whatever a decoder may raise
         why = " ".join(str(error).split())[:100]
         raise FedSieveError(f"holds an image that cannot be read: {why}") from None
@@ -188,6 +195,15 @@ def _ends(processor: Any) -> tuple[Array, Array]:
 
     Raises FedSieveError where what lies between them is not on a line.
     """
+    for name in ("size", "crop_size", "pad_size"):
+        given = getattr(processor, name, None)
+        told = given if isinstance(given, Mapping) else vars(given) if given is not None else {}
+        sides = [side for side in told.values() if isinstance(side, int)]
+        if sides and max(sides) > MOST_SIDE:
+            raise FedSieveError(
+                f"the model's image processor makes images of {max(sides)} pixels a side ({name}): "
+                f"at most {MOST_SIDE} are made"
+            )
     grays = [Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 51, 255)]
     values = _values(processor, grays)
     low, some, high = values[:, :, values.shape[2] // 2, values.shape[3] // 2]

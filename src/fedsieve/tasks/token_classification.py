@@ -21,7 +21,7 @@ from fedsieve.tasks import confusion
 from fedsieve.tasks.classes import listing
 from fedsieve.tasks.tally import OfClass, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
-from fedsieve.tasks.tokens import IGNORED, IN_FILES, Texts, check_rows, pad_id, rectangle
+from fedsieve.tasks.tokens import IGNORED, IN_FILES, Texts, check_rows, pad_id, read_by, rectangle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,8 +120,12 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     pairs = [each for each in _rows(rows, fields) if not isinstance(each, FedSieveError)]
     ids, labels, came = [], [], []
     for row, (words, tags) in enumerate(pairs):
-        made = tokenizer(
-            words, is_split_into_words=True, truncation=True, max_length=fields.max_length
+        made = read_by(
+            tokenizer,
+            words,
+            is_split_into_words=True,
+            truncation=True,
+            max_length=fields.max_length,
         )
         of = made.word_ids()
         targets = [

@@ -103,7 +103,8 @@ def tokenise(
     rows = Tokens([], [] if typed else None, [])
     for first in range(0, len(texts), _AT_ONCE):
         some = slice(first, first + _AT_ONCE)
-        made = tokenizer(
+        made = read_by(
+            tokenizer,
             texts[some],
             None if second is None else second[some],
             truncation=True,
@@ -121,6 +122,17 @@ def tokenise(
     if rows.types is not None and not any(map(any, rows.types)):
         return rows._replace(types=None)
     return rows
+
+
+def read_by(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> Any:
+    """What the tokenizer makes of texts. Raises FedSieveError where that fails."""
+    try:
+        return tokenizer(*texts, **how)
+    except Exception as error:  # whatever a tokenizer may raise over what its own files say
+        why = " ".join(str(error).split())[:200]
+        raise FedSieveError(
+            f"the model's tokenizer cannot read texts: its files do not fit together ({why})"
+        ) from error
 
 
 def texts(

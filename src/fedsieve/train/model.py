@@ -7,7 +7,7 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,11 +31,12 @@ from fedsieve.settings import Lora, Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
 from fedsieve.train import card, parts, targets
+from fedsieve.train.declared import refuse_larger
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
 from fedsieve.train.head import match_rows
 from fedsieve.train.parts import Place
-from fedsieve.train.source import refuse_pickled
+from fedsieve.train.source import refuse_odd, refuse_pickled
 from fedsieve.train.trial import run_with_pairs, settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
@@ -221,7 +222,10 @@ def load_base(
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
     asked = catalogue.load(task)
     kind = getattr(transformers, asked.auto)
-    known = pretrained(AutoConfig, name, trust_remote_code=trust_remote_code).id2label
+    config = pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
+    known = config.id2label
+    if not trust_remote_code:
+        _made(name, kind, lambda: refuse_larger(name, kind, config))
     given |= asked.config(classes)
     given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     given |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
@@ -386,10 +390,24 @@ def _make(folder: Path) -> None:
 
 def pretrained(kind: Any, name: str, **given: Any) -> Any:
     """`kind.from_pretrained`. Raises FedSieveError in its words where that fails."""
+    refuse_odd(name)
+    return _made(name, kind, lambda: kind.from_pretrained(name, **given))
+
+
+def _made(name: str, kind: Any, make: Callable[[], Any]) -> Any:
+    """What `make` makes of a model's files, by transformers' `kind`. Raises FedSieveError in its
+    words where that fails.
+    """
     try:
-        return kind.from_pretrained(name, **given)
-    except (OSError, ValueError, RecursionError) as error:
-        first = (str(error).strip() or "nested too deep").splitlines()[0]
+        return make()
+    except FedSieveError:
+        raise
+    except Exception as error:  # whatever transformers may raise over what a file holds
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
+        if isinstance(error, RecursionError):
+            first = "nested too deep"
+        elif not isinstance(error, OSError | ValueError):  # a file that is none of a model's
+            first = f"what its files hold is refused ({type(error).__name__}: {first})"
         if "Unrecognized configuration class" in first:
             raise FedSieveError(
                 f"model {name!r} is of no kind that {kind.__name__} makes a model of: choose one "
@@ -409,8 +427,9 @@ def pretrained(kind: Any, name: str, **given: Any) -> Any:
 def _refuse_quantised(name: str, settings: Mapping[str, Any]) -> None:
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
-    except (OSError, ValueError, RecursionError):
-        return  # loading the model says what is wrong
+        config = dict(config)
+    except Exception:  # as `pretrained`, which says what is wrong
+        return
     asked = sorted({"quantization_config", "load_in_4bit", "load_in_8bit"} & set(settings))
     if asked or config.get("quantization_config") is not None:
         by = f" by model.settings.{asked[0]}" if asked else ""

@@ -14,6 +14,7 @@ from typing import Any
 from fedsieve.errors import FedSieveError
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_LARGEST = 1 << 23  # bytes of a configuration: the names of 100,000 classes
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -44,6 +45,19 @@ def refuse_pickled(source: str) -> None:
         )
     if outside := sorted(name for name in read if Path(name).name != name):
         raise FedSieveError(f"model {source!r}: it names {outside[0][:80]!r}, outside its folder")
+
+
+def refuse_odd(source: str) -> None:
+    """Raises FedSieveError for a folder with a pipe in it, or a configuration of endless length."""
+    folder = Path(source)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise FedSieveError(f"model {source!r}: {path.name[:80]} is no file: a pipe, or such")
+        if path.name == "config.json" and path.is_file() and path.stat().st_size > _LARGEST:
+            raise FedSieveError(
+                f"model {source!r}: its config.json has {path.stat().st_size} bytes: at most "
+                f"{_LARGEST} are read"
+            )
 
 
 def _said(path: Path, key: str) -> list[str]:

@@ -1,0 +1,60 @@
+"""Whether a model's configuration asks for what its weights hold.
+
+A configuration is a few lines, and may name any size: transformers makes all of the model before it
+looks at the weights. So the sizes are compared first, over tensors without numbers (torch's meta
+device). Of the hub's models nothing is known before they are there; folders are looked at.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fedsieve.errors import FedSieveError
+
+_TIMES = 4  # as many numbers: heads are drawn, and tied tensors are stored once
+_MORE = 1 << 26  # numbers beyond that: a head of many classes over a small body
+_LAYERS = 8  # times as many as there are tensors: some architectures use one layer again and again
+
+
+def refuse_larger(name: str, maker: Any, config: Any) -> None:
+    """Raises FedSieveError for a folder whose configuration asks for a model far larger than its
+    safetensors, or whose safetensors are damaged.
+
+    maker: the Auto class that would load it
+    """
+    folder = Path(name)
+    shapes = list(_shapes(folder)) if folder.is_dir() else []
+    if not shapes:
+        return
+    held = sum(map(math.prod, shapes))
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > _LAYERS * (len(shapes) + _LAYERS):
+        raise _larger(name, f"{layers} layers", f"{len(shapes)} tensors")
+    with torch.device("meta"):
+        asked = sum(p.numel() for p in maker.from_config(config).parameters())
+    if asked > _TIMES * held + _MORE:
+        raise _larger(name, f"{asked} numbers", f"{held}")
+
+
+def _shapes(folder: Path) -> Iterator[list[int]]:
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as tensors:
+                for each in list(tensors.keys()):
+                    yield tensors.get_slice(each).get_shape()
+        except (OSError, SafetensorError) as error:
+            raise FedSieveError(
+                f"model {str(folder)!r}: {path.name} is damaged or cut off ({error}): fetch or "
+                "copy it again"
+            ) from error
+
+
+def _larger(name: str, asked: str, held: str) -> FedSieveError:
+    return FedSieveError(
+        f"model {name!r}: its configuration asks for {asked}, and its weights hold {held}: "
+        "config.json is not that of these weights"
+    )

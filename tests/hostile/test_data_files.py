@@ -1,0 +1,71 @@
+"""Data files of somebody else's: small ones that unpack without end, and notes that are none."""
+
+import contextlib
+import gzip
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedsieve.data import files
+from fedsieve.data.files import Columns
+from fedsieve.errors import FedSieveError
+
+
+def endless() -> dict[str, Callable[[Path], None]]:
+    line = b'{"text": "a", "label": "b"}\n'
+
+    def zipped(head: bytes, line: bytes) -> Callable[[Path], None]:
+        def write(path: Path) -> None:
+            with gzip.open(path, "wb") as file:
+                file.write(head)
+                for _ in range(40):
+                    file.write(line * ((1 << 20) // len(line)))
+
+        return write
+
+    def dictionary(path: Path) -> None:
+        texts = pa.DictionaryArray.from_arrays(
+            pa.array([0] * 3000, pa.int32()), pa.array(["x" * 10**6])
+        )
+        table = pa.table({"text": texts, "label": ["a"] * 3000})
+        pq.write_table(table, path, compression="zstd")
+
+    def repeated(path: Path) -> None:
+        table = pa.table({"text": ["x" * 10**5] * 500, "label": ["a"] * 500})
+        pq.write_table(table, path, compression="zstd")
+
+    return {
+        "rows.csv.gz": zipped(b"text,label\n", b"a,b\n"),
+        "rows.tsv.gz": zipped(b"text\tlabel\n", b"a\tb\n"),
+        "rows.tab.gz": zipped(b"text\tlabel\nstring\td\nmeta\tclass\n", b"a\tb\n"),
+        "rows.jsonl.gz": zipped(b"", line),
+        "rows.json.gz": zipped(b"[", line.replace(b"\n", b",")),
+        "categories.parquet": dictionary,
+        "rows.parquet": repeated,
+    }
+
+
+@pytest.mark.parametrize("name", endless())
+def test_a_small_file_that_unpacks_without_end_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    endless()[name](path)
+    began = time.monotonic()
+    with pytest.raises(FedSieveError, match="unpacks to more than 200 times"):
+        files.read(path, columns=Columns(("text",), ("label",)))
+    assert time.monotonic() - began < 20
+
+
+NOTES = ("[" * 100_000, "[]", "{", '{"info": 5}', '{"info": {"features": []}}')
+
+
+@pytest.mark.parametrize("note", NOTES, ids=["deep", "list", "cut", "number", "features"])
+def test_notes_in_a_parquet_file_may_be_anything(tmp_path: Path, note: str) -> None:
+    path = tmp_path / "rows.parquet"
+    table = pa.table({"text": ["a"], "label": ["b"]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": note}), path)
+    with contextlib.suppress(FedSieveError):  # read, or refused by name
+        assert len(files.read(path)) == 1
