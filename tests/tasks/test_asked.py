@@ -134,11 +134,11 @@ def test_what_is_written_together_is_what_is_written_alone(resident: ResidentMod
     before = resident.model.generation_config.to_dict()
     with torch.inference_mode():
         for batch in (1, 3, 64):
-            assert speaker(resident, batch).write(prompts, 9, ()) == expected
+            assert speaker(resident, batch).write(prompts, 9, (), ()) == expected
         # A text at which to stop ends each where it first occurs.
         for stop in {word for text in expected for word in text.split()[1:3]}:
             cut = [text.split(stop)[0] for text in expected]
-            assert speaker(resident, 64).write(prompts, 9, [stop, "never"]) == cut
+            assert speaker(resident, 64).write(prompts, 9, [stop, "never"], ()) == cut
     assert resident.model.generation_config.to_dict() == before
 
 
@@ -153,7 +153,7 @@ class Said(NamedTuple):
         starts = np.cumsum([0, *(len(each.options) for each in every)])
         likely = [self.likely[n] for p in places for n in range(starts[p], starts[p + 1])]
         return Speaker(
-            lambda rows: likely, lambda prompts, most, stop: [self.texts[p] for p in places]
+            lambda rows: likely, lambda prompts, most, stop, ends: [self.texts[p] for p in places]
         )
 
 
@@ -258,6 +258,8 @@ def test_choices_are_judged_in_three_ways(size: int) -> None:
     [
         (["answer1", "answer2"], "the correct answer is answer2", 1),
         (["answer1", "answer2"], "ANSWER1", 0),
+        (["TT", "Tt", "tt"], "it is Tt", 1),
+        (["US", "us"], "US", 0),
         (["answer1", "answer10"], "answer10", 1),
         (["New York", "York"], "New York it is", 0),
         (["York", "New York"], "York, not New York", 0),
@@ -343,13 +345,56 @@ HUB: dict[str, tuple[Dataset, Fields, tuple[str, ...], int]] = {
         (" x", " y", " z"),
         2,
     ),
-    "a text before a number": (
-        hub(q=["1 + 1"], of=[["1", "2", "0"]], label=["2"]),
+    "a text that is no other's number": (
+        hub(q=["1 + 1"], of=[["1", "2", "9"]], label=["9"]),
         Fields(text="q", options="of", label="label"),
-        (" 1", " 2", " 0"),
+        (" 1", " 2", " 9"),
+        2,
+    ),
+    "whole numbers are no texts": (
+        Dataset.from_dict({"q": ["1 + 1"], "of": [["1", "2", "3"]], "label": [1]}),
+        Fields(text="q", options="of", label="label"),
+        (" 1", " 2", " 3"),
+        1,
+    ),
+    "case tells options apart": (
+        hub(q=["a"], of=[["TT", "Tt", "tt"]], label=["Tt"]),
+        Fields(text="q", options="of", label="label"),
+        (" TT", " Tt", " tt"),
         1,
     ),
 }
+ROW = {"q": "what?", "of": ["x", "y"], "label": "x"}
+NO_QUESTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"of": ["1", "2", "0"], "label": "2"}, "one option's text and another's number"),
+    ({"of": ["TT", "Tt"], "label": "tt"}, "several of its options"),
+    ({"of": ["x", "x "], "label": "x"}, "has the option 'x' twice"),
+    ({"of": {"text": ["x", "y"], "label": ["A", "A"]}, "label": "A"}, "has the label 'A' twice"),
+    ({"of": {"text": ["x", "y"], "label": ["A", None]}, "label": "A"}, "an option without a label"),
+    ({"q": "  "}, "column 'q' holds no question"),
+    ({"q": ""}, "column 'q' holds no question"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), NO_QUESTIONS)
+def test_a_row_that_could_mean_two_things_is_refused(change: dict[str, Any], said: str) -> None:
+    rows = Dataset.from_list([{**ROW, **change}])
+    (found,) = multiple_choice._questions(rows, Fields(text="q", options="of", label="label"))
+    assert isinstance(found, FedSieveError)
+    assert "row 0" in str(found)
+    assert said in str(found)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (Fields(text="q", options=(), label="label"), "options: "),
+        (Fields(text="q", options="of", label="label", text_b="q"), "text_b: "),
+    ],
+)
+def test_columns_that_make_no_question_are_refused(fields: Fields, said: str) -> None:
+    with pytest.raises(FedSieveError, match=said):
+        catalogue.load("multiple-choice").columns(fields)
 
 
 @pytest.mark.parametrize("name", HUB)

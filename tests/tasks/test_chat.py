@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import fedsieve
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks import catalogue
+from fedsieve.tasks import catalogue, chat
 from fedsieve.tasks.task import Fields, Rows
 from fedsieve.tasks.tokens import Texts
 from tests.conftest import Tiny
@@ -33,7 +33,17 @@ STRICT = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHATML
 )
-TEMPLATES = {"prefixes": CHATML, "marks": MARKED, "with a begin token": BEGUN}
+UNOPENED = CHATML[: CHATML.index("{% if add_generation_prompt")]
+THINKS = CHATML.replace("{{ '<start>assistant\n' }}", "{{ '<start>assistant\nw9 w8' }}")
+TRIMS = CHATML.replace("m['content'] +", "m['content'] | trim +")
+TEMPLATES = {
+    "prefixes": CHATML,
+    "marks": MARKED,
+    "with a begin token": BEGUN,
+    "that opens no turn": UNOPENED,
+    "that opens a turn with thoughts": THINKS,
+    "that trims": TRIMS,
+}
 WORDS = ["<pad>", "<start>", "<stop>", "<begin>", "user", "assistant", "system", "?", "hi", "ho"]
 WORDS += [f"w{n}" for n in range(20)]
 
@@ -82,6 +92,49 @@ def test_the_assistants_turns_and_their_ends_are_learned_and_nothing_else(templa
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_conversation_may_begin_with_the_assistant(template: str) -> None:
+    _, learned = words(read([{"messages": THREE[2:]}], tokenizer(template)))
+    assert learned == ["ho", "w3", "<stop>", "w5", "<stop>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "learned"),
+    [
+        ("{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ? ' }}{% endfor %}", "w5 ?"),
+        ("{% for m in messages %}{{ m['role'] + ' ' + m['content'] + '\n' }}{% endfor %}", "w5"),
+        (
+            "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + "
+            "'<stop>' }}{% else %}{{ 'user ' + m['content'] + ' ?' }}{% endif %}{% endfor %}",
+            "w5 <stop>",
+        ),
+    ],
+    ids=["a word ends it", "a line break ends it", "nothing opens it"],
+)
+def test_what_ends_a_turn_is_learned_whatever_it_is(template: str, learned: str) -> None:
+    for messages in (THREE, THREE[3:]):
+        _, found = words(read([{"messages": messages}], tokenizer(template)))
+        assert " ".join(found).endswith(learned)
+        assert "user" not in found
+        assert found.count("w5") == 1
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("eos", ["<stop>", "<begin>"])
+def test_the_last_turn_is_what_is_learned_of_it(template: str, eos: str) -> None:
+    """And it ends as its template ends it, whatever token else ends a text."""
+    of = tokenizer(template)
+    of.eos_token = eos
+    turn = chat.last_turn(of, [THREE[:4], THREE[4:]])
+    assert turn.content == "w5"
+    assert [WORDS[t] for t in turn.targets if t != -100] == ["w5", "<stop>"]
+    assert turn.ends == (WORDS.index("<stop>"),)
+    assert turn.mark == ""
+    begin = next(n for n, t in enumerate(turn.targets) if t != -100)
+    assert turn.tokens[:begin] == of(turn.said, add_special_tokens=False)["input_ids"]
+    assert turn.said.split("\n")[-2].endswith("assistant")
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_of_a_prompt_and_its_completion_the_completion_is_learned(template: str) -> None:
     rows = [{"prompt": THREE[:4], "completion": THREE[4:]}]
     made = read(rows, tokenizer(template), prompt="prompt", completion="completion")
@@ -108,6 +161,11 @@ BAD: list[tuple[Any, str, str]] = [
     ([USER, {"role": "assistant", "content": None}], CHATML, "message 1 no text as its content"),
     ([USER, USER, THREE[2]], STRICT, "is refused by the chat template: roles must alternate"),
     (THREE[1:], FORGETS, "(message 1) that the chat template writes differently"),
+    (
+        [USER, THREE[2]],
+        "{{ messages[-1]['content'][::-1] }}",
+        "whose words the chat template writes",
+    ),
     ([USER], "{{ nothing.at.all }}", "is refused by the chat template"),
 ]
 

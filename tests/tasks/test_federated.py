@@ -7,6 +7,7 @@ import io
 import json
 import random
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
+from fedsieve.train.reader import load_reader
 from tests import runs
 from tests.conftest import COMMON, LABELS, OWN, Tiny
 
@@ -329,3 +331,81 @@ def test_a_number_that_no_class_has_is_no_class(task: str, number: int) -> None:
     bad = catalogue.load(task).bad(odd, None, Fields(text="text", label="label"))
     assert list(bad) == [1]
     assert f"holds {number}, and its 2 classes have the numbers 0 to 1" in str(bad[1])
+
+
+@each
+def test_no_rows_are_refused_in_a_sentence(tiny: Tiny, kind: Kind) -> None:
+    task = catalogue.load(kind.task)
+    rows = Dataset.from_list(kind.rows[:2]).select([])
+    known = {k: v for k, v in kind.data.items() if k in Fields._fields and v is not None}
+    reader, _ = load_reader(base(tiny, kind), kind.task)
+    with pytest.raises(FedSieveError, match="no rows"):
+        task.read(rows, reader, Fields(**{**known, "classes": ("a", "b")}))
+
+
+NAMED: dict[str, tuple[list[str], list[float]]] = {
+    "regression": (["1", "5"], [1.0, 5.0]),
+    "multi-label": (["yes", "no"], [1.0, 0.0]),
+}
+
+
+@pytest.mark.parametrize("task", NAMED)
+def test_a_class_label_is_its_name_and_not_its_number(tiny: Tiny, task: str) -> None:
+    names, means = NAMED[task]
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=names)})
+    kinds |= {"other": ClassLabel(names=names)}
+    values = {"text": ["a", "b", "c"], "label": [0, 1, 0], "other": [1, 1, 0]}
+    rows = Dataset.from_dict(values, features=Features(kinds))
+    reader, _ = load_reader(str(tiny.bert), task)
+    label = "label" if task == "regression" else ("label", "other")
+    made = catalogue.load(task).read(rows, reader, Fields(text="text", label=label))
+    first = made.examples.labels.reshape(3, -1)[:, 0]
+    assert first.tolist() == [float(means[n]) for n in (0, 1, 0)]
+
+
+def test_lists_of_a_class_label_have_all_of_its_classes(tiny: Tiny) -> None:
+    kinds = Features(
+        {"text": Value("string"), "label": Sequence(ClassLabel(names=["q", "p", "r"]))}
+    )
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [[0], [1, 0]]}, features=kinds)
+    reader, _ = load_reader(str(tiny.bert), "multi-label")
+    fields = Fields(text="text", label="label")
+    assert catalogue.load("multi-label").read(rows, reader, fields).classes == ("q", "p", "r")
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [("1.5", 1.5), (" -2e1 ", -20.0), (Decimal("2.5"), 2.5), ("1_0", None), ("٣", None),
+     ("0x10", None), ("1,5", None), ("inf", None), ("nan", None), (True, None), ("", None)],
+)  # fmt: skip
+def test_what_is_a_number(tiny: Tiny, value: Any, number: float | None) -> None:
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": [value, value]})
+    reader, _ = load_reader(str(tiny.bert), "regression")
+    task, fields = catalogue.load("regression"), Fields(text="text", label="label")
+    if number is None:
+        assert list(task.bad(rows, reader, fields)) == [0, 1]
+    else:
+        assert task.read(rows, reader, fields).examples.labels.tolist() == [number, number]
+
+
+def test_columns_of_one_class_twice_are_refused() -> None:
+    for task in ("multi-label", "image-multi-label"):
+        fields = Fields(text="t", image="t", label=("x", "x"))
+        with pytest.raises(FedSieveError, match="names the column 'x' twice"):
+            catalogue.load(task).columns(fields)
+
+
+@pytest.mark.filterwarnings("ignore:The tokenizer has no padding token")
+def test_an_option_that_leaves_its_question_no_room_is_a_bad_row(tiny: Tiny) -> None:
+    rows = Dataset.from_list(
+        [
+            {"text": "cars0", "of": ["cars1 " * 30, "food0"], "label": "1"},
+            {"text": "cars0 " * 30, "of": ["cars1", "food0"], "label": "1"},
+        ]
+    )
+    reader, _ = load_reader(str(tiny.gpt2), "multiple-choice")
+    fields = Fields(text="text", options="of", label="label", max_length=16)
+    bad = catalogue.load("multiple-choice").bad(rows, reader, fields)
+    assert list(bad) == [0]
+    assert "row 0 has an option that leaves no room" in str(bad[0])
+    assert "data.max_length (16)" in str(bad[0])

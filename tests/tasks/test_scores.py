@@ -354,3 +354,28 @@ def test_rows_all_of_one_kind_are_scored(case: Case, told: str, rows: int) -> No
     alone = task.judge(logits, labels, case.classes)._replace(kept={})
     assert task.fits(alone, case.classes)
     assert all(np.isfinite(v) for v in score(task, alone, case.classes).metrics.values())
+
+
+@pytest.mark.parametrize("scheme", ["BIOES", "BILOU", "BIO and others", "S alone"])
+def test_entities_in_any_scheme_of_tags(scheme: str) -> None:
+    """Two words of a person, one place; and what is no such tag begins no entity."""
+    tags = {
+        "BIOES": ("B-PER", "E-PER", "O", "S-LOC", "I-PER"),
+        "BILOU": ("B-PER", "L-PER", "O", "U-LOC", "I-PER"),
+        "BIO and others": ("B-PER", "I-PER", "X", "B-LOC", "-"),
+        "S alone": ("S-PER", "S-ORG", "O", "S-LOC", "NOUN"),
+    }[scheme]
+    task = catalogue.load("token-classification")
+    labels = torch.tensor([[0, 1, 2, 3, 2]])
+    right = torch.nn.functional.one_hot(labels, 5).float()
+    found = score(task, task.judge(right, labels, tags), tags)
+    assert found.metrics["entity_f1"] == found.metrics["token_accuracy"] == 1
+    assert task.fits(task.judge(right, labels, tags), tags)
+    # One word told otherwise: of a person of two words nothing is right, of the place all.
+    said = torch.tensor([[0, 2, 2, 3, 2]])
+    other = torch.nn.functional.one_hot(said, 5).float()
+    found = score(task, task.judge(other, labels, tags), tags)
+    there = 3 if scheme == "S alone" else 2
+    right_ones = 2 if scheme == "S alone" else 1
+    assert found.metrics["entity_recall"] == pytest.approx(right_ones / there)
+    assert {c.name for c in found.details.classes} == {t[2:] for t in tags if t[1:2] == "-"} - {""}

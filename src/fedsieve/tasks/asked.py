@@ -22,7 +22,7 @@ class Asked(NamedTuple):
     texts:   the options in words, or the one text that is expected
     right:   which of them it is
     said:    the prompt in words
-    most:    tokens that an answer may have; stop: texts at which it ends
+    most:    tokens that an answer may have; stop: texts at which it ends; ends: tokens too
     """
 
     prompt: Ids
@@ -33,6 +33,7 @@ class Asked(NamedTuple):
     said: str
     most: int
     stop: tuple[str, ...]
+    ends: tuple[int, ...] = ()
 
 
 class Speaker(NamedTuple):
@@ -40,15 +41,16 @@ class Speaker(NamedTuple):
 
     likelihoods: of each row's tokens from a place on, given those before it: the natural logarithm
     write: what comes after each prompt, taking the most likely token each time, up to so many
-        tokens, the end-of-sequence token or one of the texts at which to stop
+        tokens, the end-of-sequence token, or one of the texts or tokens at which to stop
     """
 
     likelihoods: Callable[[Sequence[tuple[Ids, int]]], list[float]]
-    write: Callable[[Sequence[Ids], int, Sequence[str]], list[str]]
+    write: Callable[[Sequence[Ids], int, Sequence[str], Sequence[int]], list[str]]
 
 
 def written(asked: Sequence[Asked], speaker: Speaker) -> list[str]:
     """What a model writes after each prompt; all of a data set's have one length and one end."""
     if not asked:
         return []
-    return speaker.write([each.prompt for each in asked], asked[0].most, asked[0].stop)
+    first = asked[0]
+    return speaker.write([each.prompt for each in asked], first.most, first.stop, first.ends)

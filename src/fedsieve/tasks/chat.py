@@ -7,7 +7,7 @@ it: what the turn adds is its own, the mark that ends it included.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.tokens import IGNORED, read_by
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
+_BLANK = "WHAT-IS-SAID"  # in the place of a message, to see what a template writes around it
 _MARKED = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -73,10 +74,25 @@ def encode(
     return ids, targets
 
 
-def last_turn(
-    tokenizer: "PreTrainedTokenizerBase", parts: Sequence[Sequence[Message]]
-) -> tuple[str, str]:
-    """The text up to the assistant's last turn, which is opened, and what that turn says.
+class Turn(NamedTuple):
+    """The assistant's last turn.
+
+    said:    the text before it, up to where it is opened
+    content: what it says
+    tokens, targets: of the conversation up to its end, of which it alone is learned
+    ends:    the token that ends it, if one alone does; mark: else the text that does, or nothing
+    """
+
+    said: str
+    content: str
+    tokens: list[int]
+    targets: list[int]
+    ends: tuple[int, ...]
+    mark: str
+
+
+def last_turn(tokenizer: "PreTrainedTokenizerBase", parts: Sequence[Sequence[Message]]) -> Turn:
+    """The assistant's last turn in a conversation.
 
     parts: of one conversation, each a list of messages
     Raises FedSieveError, with the end of a sentence that begins with the row's place, where the
@@ -86,9 +102,14 @@ def last_turn(
     turns = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         raise FedSieveError("holds no turn of the assistant")
-    before = messages[: turns[-1]]
-    said: str = _rendered(tokenizer, before, tokenize=False, add_generation_prompt=True)
-    return said, messages[turns[-1]]["content"]
+    messages, content = messages[: turns[-1] + 1], messages[turns[-1]]["content"]
+    text, start, end = _span(tokenizer, messages, turns[-1])
+    tokens, targets = encode(tokenizer, messages, turns[-1])
+    last = next((token for token in reversed(targets) if token != IGNORED), None)
+    ends = (last,) if last is not None and last in tokenizer.added_tokens_decoder else ()
+    own = text[start:end]
+    mark = own[own.rindex(content) + len(content) :].strip() if content in own else ""
+    return Turn(text[:start], content, tokens, targets, ends, "" if ends else mark)
 
 
 def check(tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -118,17 +139,48 @@ def _text(
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or number < first:
             continue
-        before = _rendered(tokenizer, messages[:number], tokenize=False, add_generation_prompt=True)
-        after = _rendered(tokenizer, messages[: number + 1], tokenize=False)
-        if not (after.startswith(before) and text.startswith(after)):
+        after, start, end = _span(tokenizer, messages[: number + 1], number)
+        if not text.startswith(after):
             raise FedSieveError(
                 f"has a turn of the assistant (message {number}) that the chat template writes "
                 "differently when others follow, so that its tokens cannot be told: take a "
                 "template with generation marks"
             )
-        # What follows the mark that ends a turn, a line break mostly, is nobody's.
-        spans.append((len(before), len(after.rstrip())))
+        spans.append((start, end))
     return text, spans
+
+
+def _span(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], number: int
+) -> tuple[str, int, int]:
+    """The text of the messages, of which the last is the assistant's, and where its turn begins and
+    ends in it: after what opens it, and with the mark that ends it.
+    """
+    text: str = _rendered(tokenizer, messages, tokenize=False)
+    content: str = messages[-1]["content"]
+    start = None
+    if number and "add_generation_prompt" in str(tokenizer.chat_template):
+        opened = _rendered(tokenizer, messages[:-1], tokenize=False, add_generation_prompt=True)
+        start = len(opened) if text.startswith(opened) else None
+    if start is None:
+        # Nothing opens a turn, or something does with which none that is told begins ("<think>").
+        other = _rendered(
+            tokenizer, [*messages[:-1], {**messages[-1], "content": _BLANK}], tokenize=False
+        )
+        head = other[: max(0, other.find(_BLANK))].rstrip(" ")
+        if _BLANK not in other or not text.startswith(head):
+            raise FedSieveError(
+                f"has a turn of the assistant (message {number}) whose words the chat template "
+                "writes differently than others, so that its tokens cannot be told: take a "
+                "template with generation marks"
+            )
+        start = len(head)
+    # What follows the mark that ends a turn, a line break mostly, is nobody's. Where there is no
+    # mark, it is the mark.
+    end = len(text.rstrip())
+    if content.strip() and text[:end].endswith(content.strip()):
+        end = len(text)
+    return text, start, end
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Message], **how: Any) -> Any:

@@ -10,7 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -31,19 +31,31 @@ _CHRF = 18  # numbers that chrF is made of: n-grams of either text and of both, 
 _NO_MARKS = str.maketrans("", "", string.punctuation)
 
 
-def _pairs(
+class _Item(NamedTuple):
+    """said, expected: the prompt and the answer in words; turn: of a conversation, else None."""
+
+    said: str
+    expected: str
+    turn: chat.Turn | None = None
+
+
+def _items(
     rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields
-) -> Iterator[tuple[str, str] | FedSieveError]:
-    """Each row's prompt and what is expected after it, as texts; or what is wrong with the row."""
+) -> Iterator[_Item | FedSieveError]:
+    """Each row's prompt and what is expected after it; or what is wrong with the row."""
     names = causal_lm.TASK.columns(fields).texts
     chats = _chats(rows, fields)
     for row, cells in enumerate(zip(*(column(rows, name) for name in names), strict=True)):
         where = f"row {row} of column {names[-1]!r}"
         try:
-            said, expected = chat.last_turn(tokenizer, cells) if chats else cells
-            if not expected.strip():
+            turn = chat.last_turn(tokenizer, cells) if chats else None
+            item = _Item(*cells) if turn is None else _Item(turn.said, turn.content, turn)
+            if not item.expected.strip():
                 raise FedSieveError("holds nothing that could be expected")
-            yield said, expected
+            if not item.said.strip():
+                where = f"row {row} of column {names[0]!r}"
+                raise FedSieveError("holds no prompt to go on from")
+            yield item
         except FedSieveError as error:
             yield FedSieveError(f"{where} {error}")
 
@@ -60,7 +72,7 @@ def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) ->
     bad = causal_lm.TASK.bad(rows, tokenizer, fields)
     sound = [row for row in range(len(rows)) if row not in bad]
     if sound:
-        made = zip(sound, _pairs(rows.select(sound), tokenizer, fields), strict=True)
+        made = zip(sound, _items(rows.select(sound), tokenizer, fields), strict=True)
         bad = bad | {row: each for row, each in made if isinstance(each, FedSieveError)}
     return bad
 
@@ -70,28 +82,37 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     _scorers()
     refuse(_bad(rows, tokenizer, fields))
     most = fields.max_length
-    pairs = [each for each in _pairs(rows, tokenizer, fields) if not isinstance(each, Exception)]
-    said, expected = [a for a, _ in pairs], [b for _, b in pairs]
-    made = causal_lm.pairs(tokenizer, said, expected, most, ended=True)
+    items = [each for each in _items(rows, tokenizer, fields) if not isinstance(each, Exception)]
     if _chats(rows, fields):  # every turn of the assistant is learned, and not the last one alone
+        turns = [each.turn for each in items if each.turn is not None]
+        made = [(turn.tokens[-most:], turn.targets[-most:]) for turn in turns]
         examples, came = causal_lm.examples_of(rows, tokenizer, fields)
     else:
+        said, expected = [each.said for each in items], [each.expected for each in items]
+        made = causal_lm.pairs(tokenizer, said, expected, most, ended=True)
         examples, came = causal_lm.learned(made, pad_id(tokenizer), most)
-    prompts = causal_lm.prompts(tokenizer, said, most)
+    prompts = causal_lm.prompts(tokenizer, [each.said for each in items], most)
     asked = tuple(
         Asked(
             np.array(prompts[row], np.int32),
             (np.array(made[row][0], np.int32),),
             (causal_lm.begin(made[row][1]),),
-            (expected[row],),
+            (items[row].expected,),
             0,
-            said[row],
+            items[row].said,
             fields.new_tokens,
-            fields.stop,
+            *_ends(items[row].turn, fields),
         )
         for row in came.tolist()
     )
     return Rows(examples._replace(asked=asked), came, ())
+
+
+def _ends(turn: chat.Turn | None, fields: Fields) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The texts, and the tokens, at which an answer ends beside the end of sequence."""
+    if turn is None:
+        return fields.stop, ()
+    return (*fields.stop, *([turn.mark] if turn.mark else [])), turn.ends
 
 
 def _ask(asked: Sequence[Asked], speaker: Speaker) -> Tally:

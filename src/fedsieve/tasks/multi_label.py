@@ -20,7 +20,7 @@ from fedsieve.tasks import confusion
 from fedsieve.tasks.classes import listing, refuse_few
 from fedsieve.tasks.tally import OfClass, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
-from fedsieve.tasks.tokens import IN_FILES, bad_texts, texts
+from fedsieve.tasks.tokens import IN_FILES, bad_texts, check_rows, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +35,9 @@ def label_columns(given: tuple[str, ...], label: str | tuple[str, ...] | None) -
     """
     if isinstance(label, str):
         return Columns((*given, label))
+    names = tuple(map(clean, label or ()))
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise FedSieveError(f"label: it names the column {twice[0]!r} twice")
     return Columns(given, label or ())
 
 
@@ -50,7 +53,7 @@ def _sets(rows: Dataset, fields: Fields) -> list[set[str] | FedSieveError]:
         return _of_lists(rows, fields.label)
     found: list[set[str] | FedSieveError] = [set() for _ in range(len(rows))]
     for name in fields.label or ():
-        for row, value in enumerate(column(rows, name)):
+        for row, value in enumerate(_cells(rows, name)):
             told = _HOLDS.get(str(value).strip().casefold().removesuffix(".0"))
             known = found[row]
             if told is None and isinstance(known, set):
@@ -61,6 +64,15 @@ def _sets(rows: Dataset, fields: Fields) -> list[set[str] | FedSieveError]:
             elif told and isinstance(known, set):
                 known.add(clean(name))
     return found
+
+
+def _cells(rows: Dataset, name: str) -> list[Any]:
+    """The column's values; of a ClassLabel the names, for its numbers say nothing of yes and no."""
+    values, feature = column(rows, name), rows.features[name]
+    if not isinstance(feature, ClassLabel):
+        return values
+    known = dict(enumerate(feature.names))
+    return [known.get(value) for value in values]
 
 
 def _of_lists(rows: Dataset, name: str) -> list[set[str] | FedSieveError]:
@@ -86,6 +98,10 @@ def classes_in(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
         return fields.classes
     if isinstance(fields.label, tuple):
         return tuple(map(clean, fields.label))
+    features = [getattr(rows.features.get(fields.label), "feature", None) for rows in parts]
+    first = features[0] if features else None
+    if isinstance(first, ClassLabel) and all(each == first for each in features):
+        return tuple(map(clean, first.names))
     found: set[str] = set()
     for rows in parts:
         for each in _sets(rows, fields):
@@ -103,9 +119,10 @@ def bad_sets(rows: Dataset, fields: Fields) -> Bad:
         if isinstance(names, FedSieveError):
             found[row] = names
         elif known is not None and names - known:
+            where = f"column {fields.label!r}" if isinstance(fields.label, str) else "its columns"
             found[row] = FedSieveError(
-                f"row {row}: label {min(names - known)!r} is none of the {len(known)} classes: "
-                f"{listing(fields.classes or ())}"
+                f"row {row} of {where}: label {min(names - known)!r} is none of the {len(known)} "
+                f"classes: {listing(fields.classes or ())}"
             )
     return found
 
@@ -131,6 +148,7 @@ def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) ->
 
 
 def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
+    check_rows(rows)
     _columns(fields)
     labels, names = held(rows, fields)
     assert fields.text is not None

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 
 from fedsieve.data.files import Columns
 from fedsieve.data.names import clean
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LISTED = "the correct answer is {option}"  # FSLoRA's sentence
+_AROUND = 4  # tokens that a tokenizer puts around a text, at most
+_ENDLESS = 1 << 30  # tokens
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -44,7 +46,9 @@ def _columns(fields: Fields) -> Columns:
     needed(text=fields.text)
     assert fields.text is not None
     label = one_label(fields)
-    if (fields.options is None) == (fields.classes is None):
+    if fields.text_b is not None:
+        raise FedSieveError("text_b: a question is one column: join two by a template, as text")
+    if (not fields.options) == (fields.classes is None):
         raise FedSieveError(
             "options: a multiple-choice task needs the columns that hold them, or, where all rows "
             "have the same, classes: one of the two"
@@ -65,6 +69,8 @@ def _questions(rows: Dataset, fields: Fields) -> Iterator[_Question | FedSieveEr
     (label,) = columns.names
     names = _option_columns(fields)
     texts, labels = column(rows, columns.texts[0]), names_in(rows, label)
+    counted = "int" in str(getattr(rows.features[label], "dtype", ""))
+    counted = counted and not isinstance(rows.features[label], ClassLabel)
     odd = bad_texts(texts, columns.texts[0])
     of_rows: Iterator[Any] = (
         zip(*(column(rows, name) for name in names), strict=True)
@@ -81,13 +87,12 @@ def _questions(rows: Dataset, fields: Fields) -> Iterator[_Question | FedSieveEr
             options, marks = _options(cells, fields, where)
             if told is None:
                 raise FedSieveError(f"row {row} of column {label!r} does not say which is right")
-            right = _right(told, options, marks, fields.first_option)
-            if right is None:
-                raise FedSieveError(
-                    f"row {row} of column {label!r} holds {told[:40]!r}, which is none of its "
-                    f"{len(options)} options, nor a number from {fields.first_option} on "
-                    "(data.first_option says what the first one's is)"
-                )
+            if not text.strip():
+                raise FedSieveError(f"row {row} of column {columns.texts[0]!r} holds no question")
+            try:
+                right = _right(told, options, marks, fields.first_option, counted=counted)
+            except ValueError as error:
+                raise FedSieveError(f"row {row} of column {label!r} {error}") from None
             yield _question(text, options, right, fields)
         except FedSieveError as error:
             yield error
@@ -113,23 +118,54 @@ def _options(
             raise FedSieveError(f"{where}: option {number + 1} is empty, or no text")
     if len(options) < 2:
         raise FedSieveError(f"{where} holds {len(options)} options: at least two are needed")
+    found = tuple(option.strip() for option in options)
     if marks and len(marks) != len(options):
         raise FedSieveError(f"{where} has {len(options)} options and {len(marks)} labels for them")
-    return tuple(option.strip() for option in options), tuple(clean(str(m)) for m in marks)
+    if any(mark is None for mark in marks):
+        raise FedSieveError(f"{where} has an option without a label")
+    called = tuple(clean(str(mark)) for mark in marks)
+    for kind, names in (("option", found), ("label", called)):
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise FedSieveError(f"{where} has the {kind} {twice[0][:40]!r} twice")
+    return found, called
 
 
-def _right(told: str, options: Sequence[str], marks: Sequence[str], first: int) -> int | None:
-    """Which option a label means: by its mark, its text, its letter, or its number."""
-    for known in (marks, [clean(option) for option in options]):
-        found = [n for n, each in enumerate(known) if each.casefold() == told.casefold()]
-        if found:
-            return found[0]
-    number = None
-    if re.fullmatch(r"[0-9]{1,6}", told):
-        number = int(told) - first
-    elif len(told) == 1 and told.upper() in _LETTERS:
+def _right(
+    told: str, options: Sequence[str], marks: Sequence[str], first: int, *, counted: bool
+) -> int:
+    """Which option a label means: by its mark, its text, its number, or its letter.
+
+    counted: whether the labels are whole numbers, and so no option's text
+    Raises ValueError, with the end of a sentence that begins with the label's place, where it means
+    none, or two.
+    """
+    number = int(told) - first if re.fullmatch(r"[0-9]{1,6}", told) else None
+    if number is None and len(told) == 1 and told.upper() in _LETTERS:
         number = _LETTERS.index(told.upper())
-    return number if number is not None and 0 <= number < len(options) else None
+    by_number = {number} if number is not None and 0 <= number < len(options) else set()
+    by_mark = _called(told, marks)
+    by_text = set() if counted else _called(told, [clean(each) for each in options])
+    two = told.isdecimal() and by_text and by_number and by_text != by_number
+    if two and not by_mark:
+        raise ValueError(
+            f"holds {told[:40]!r}, which is one option's text and another's number: write the "
+            "option's letter, or whole numbers that are no texts"
+        )
+    for found in (by_mark, by_text, by_number):
+        if len(found) > 1:
+            raise ValueError(f"holds {told[:40]!r}, which is several of its options")
+        if found:
+            return found.pop()
+    raise ValueError(
+        f"holds {told[:40]!r}, which is none of its {len(options)} options, nor a number from "
+        f"{first} on (data.first_option says what the first one's is)"
+    )
+
+
+def _called(told: str, names: Sequence[str]) -> set[int]:
+    """Which are called so: in these very letters, or else in any case."""
+    same = {n for n, each in enumerate(names) if each == told}
+    return same or {n for n, each in enumerate(names) if each.casefold() == told.casefold()}
 
 
 def _question(text: str, options: tuple[str, ...], right: int, fields: Fields) -> _Question:
@@ -146,8 +182,20 @@ def _question(text: str, options: tuple[str, ...], right: int, fields: Fields) -
 
 
 def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
-    made = enumerate(_questions(rows, fields))
-    return {row: each for row, each in made if isinstance(each, FedSieveError)}
+    found: Bad = {}
+    for row, each in enumerate(_questions(rows, fields)):
+        if isinstance(each, FedSieveError):
+            found[row] = each
+            continue
+        # A token has at least a byte: of most options it need not be counted how many they have.
+        long = [a for a in each.answers if len(a.encode()) >= fields.max_length - _AROUND]
+        made = causal_lm.pairs(tokenizer, [""] * len(long), long, _ENDLESS, ended=False)
+        if any(len(ids) >= fields.max_length for ids, _ in made):
+            found[row] = FedSieveError(
+                f"row {row} has an option that leaves no room for a token of its question within "
+                f"data.max_length ({fields.max_length}): raise it"
+            )
+    return found
 
 
 def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
@@ -219,14 +267,15 @@ def _ask(asked: Sequence[Asked], speaker: Speaker) -> Tally:
 
 
 def first_of(options: Sequence[str], text: str) -> int | None:
-    """Which option is the first to occur in a text, as words of their own; of two that begin at one
-    place the longer. None where there is none.
+    """Which option is the first to occur in a text, as words of their own, in any case where that
+    tells them apart; of two that begin at one place the longer. None where there is none.
     """
     found = []
+    told_by_case = len({option.casefold() for option in options}) < len(options)
     for number, option in enumerate(options):
         # Letters and digits on either side would make another word of it: answer1, answer10.
         words = rf"(?<!\w){re.escape(option)}(?!\w)"
-        if match := re.search(words, text, re.IGNORECASE):
+        if match := re.search(words, text, 0 if told_by_case else re.IGNORECASE):
             found.append((match.start(), -len(option), number))
     return min(found)[-1] if found else None
 

@@ -4,6 +4,7 @@ A word's tag is told at the first of its tokens. Where the tags begin and go on 
 what counts are whole entities, as in CoNLL's evaluation; seqeval says which those are.
 """
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _COUNTS = ("right", "told", "there")  # entities
+_SCHEME = re.compile(r"([BIESLU])-(.+)")
+_SPELLED = {"L": "E", "U": "S"}
 
 
 def _columns(fields: Fields) -> Columns:
@@ -117,6 +120,8 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
             "token classification needs a tokenizer that tells which word each token is of (a "
             "fast one), and this model's does not"
         )
+    if fields.max_length <= tokenizer.num_special_tokens_to_add():
+        raise FedSieveError(f"max_length is {fields.max_length}: no room for a token of the text")
     pairs = [each for each in _rows(rows, fields) if not isinstance(each, FedSieveError)]
     ids, labels, came = [], [], []
     for row, (words, tags) in enumerate(pairs):
@@ -150,12 +155,12 @@ def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
 
     there = labels != IGNORED
     loss = torch.nn.functional.cross_entropy(logits[there], labels[there], reduction="sum").item()
-    told = logits.argmax(-1)
+    told, tags = logits.argmax(-1), [_tag(name) for name in classes]
     counts = {f"{name} {kind}": 0.0 for kind in _kinds(classes) for name in _COUNTS}
     if counts:
         for row, (mask, true, found) in enumerate(zip(there, labels, told, strict=True)):
-            so = {(row, *e) for e in get_entities([classes[n] for n in true[mask].tolist()])}
-            said = {(row, *e) for e in get_entities([classes[n] for n in found[mask].tolist()])}
+            so = {(row, *e) for e in get_entities([tags[n] for n in true[mask].tolist()])}
+            said = {(row, *e) for e in get_entities([tags[n] for n in found[mask].tolist()])}
             for name, entities in zip(_COUNTS, (so & said, said, so), strict=True):
                 for _, kind, *_ in entities:
                     counts[f"{name} {kind}"] += 1
@@ -163,9 +168,17 @@ def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
     return Tally(loss, int(there.sum()), counts)
 
 
+def _tag(name: str) -> str:
+    """A tag as seqeval reads it: BILOU's as those of BIOES, and O for one of no such scheme, which
+    begins no entity.
+    """
+    found = _SCHEME.fullmatch(name)
+    return "O" if found is None else f"{_SPELLED.get(found[1], found[1])}-{found[2]}"
+
+
 def _kinds(classes: Sequence[str]) -> list[str]:
     """The kinds of entities that the tags tell; none where no tag begins one or goes on."""
-    return sorted({name[2:] for name in classes if name.startswith(("B-", "I-"))})
+    return sorted({found[2] for name in classes if (found := _SCHEME.fullmatch(name))})
 
 
 def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:

@@ -35,10 +35,12 @@ def speaker(resident: ResidentModel, batch: int) -> Speaker:
                 found[n] = value
         return found
 
-    def write(prompts: Sequence[Ids], most: int, stop: Sequence[str]) -> list[str]:
+    def write(
+        prompts: Sequence[Ids], most: int, stop: Sequence[str], ends: Sequence[int]
+    ) -> list[str]:
         found = [""] * len(prompts)
         for some in _alike([len(prompt) for prompt in prompts], batch):
-            told = _written(resident, [prompts[n] for n in some], most, stop)
+            told = _written(resident, [prompts[n] for n in some], most, stop, ends)
             for n, text in zip(some, told, strict=True):
                 found[n] = text
         return found
@@ -69,7 +71,11 @@ def _likelihood(resident: ResidentModel, ids: Tensor, mask: Tensor, labels: Tens
 
 
 def _written(
-    resident: ResidentModel, prompts: Sequence[Ids], most: int, stop: Sequence[str]
+    resident: ResidentModel,
+    prompts: Sequence[Ids],
+    most: int,
+    stop: Sequence[str],
+    ends: Sequence[int],
 ) -> list[str]:
     tokenizer: Any = resident.tokenizer
     model: Any = resident.model
@@ -80,14 +86,17 @@ def _written(
         raise FedSieveError(f"a {model.config.model_type} model cannot be asked for a text")
     ids, mask = rectangle([prompt[::-1].tolist() for prompt in prompts], tokenizer.pad_token_id)
     ids, mask = ids.flip(1).to(resident.device), mask.flip(1).to(resident.device)
-    ends = {tokenizer.eos_token_id}
-    ends |= set(own.eos_token_id) if isinstance(own.eos_token_id, list) else {own.eos_token_id}
+    last = {tokenizer.eos_token_id, *ends}
+    # A text that is one such token is not seen in what is read without them.
+    special = {str(token): n for n, token in tokenizer.added_tokens_decoder.items()}
+    last |= {special[text] for text in stop if text in special}
+    last |= set(own.eos_token_id) if isinstance(own.eos_token_id, list) else {own.eos_token_id}
     greedy = GenerationConfig(
         do_sample=False,
         num_beams=1,
         max_new_tokens=most,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted(end for end in ends if end is not None) or None,
+        eos_token_id=sorted(end for end in last if end is not None) or None,
     )
     begin = ids.shape[1]
 
