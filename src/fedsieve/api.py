@@ -25,7 +25,15 @@ from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import arguments
 from fedsieve.recipe.examples import columns_of
-from fedsieve.recipe.experiment import Experiment, assemble, locate, reasons, stopped, with_secret
+from fedsieve.recipe.experiment import (
+    Experiment,
+    also,
+    assemble,
+    locate,
+    reasons,
+    stopped,
+    with_secret,
+)
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count
@@ -222,7 +230,7 @@ def finetune(
     try:
         tested = None if test is None else read(rows_of(test)).examples
     except FedSieveError as error:
-        raise FedSieveError(f"test: {error}") from error
+        raise FedSieveError(f"test: {error}{also(left_out)}") from error
     pad = getattr(tokenizer, "pad_token_id", None)
     base = load_base(source, task, fields.classes or (), key=key, pad_token_id=pad)
     resident = set_up(

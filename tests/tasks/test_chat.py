@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
@@ -181,6 +181,41 @@ def test_conversations_that_cannot_be_used(messages: Any, template: str, said: s
     assert said in str(bad[1])
     with pytest.raises(FedSieveError, match=r"row \d of column 'messages'"):
         task.read(rows, of, fields)
+
+
+def by_bytes(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that gives a letter as many tokens as it has bytes."""
+    letters = ["<pad>", "<stop>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(BPE({letter: n for n, letter in enumerate(letters)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(w, special=True) for w in letters[:2]])
+    ready = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<stop>")
+    ready.chat_template = template
+    return ready
+
+
+INSIDE = (
+    "{% for m in messages %}{{ '[' + m['role'] + ']' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+    "{{ '<stop>' }}{% endfor %}"
+)
+REMARK = "{# no {% generation %} here #}" + CHATML
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"), [(INSIDE, ""), (MARKED, "<stop>"), (CHATML, "<stop>"), (REMARK, "<stop>")]
+)
+@pytest.mark.parametrize("said", ["é😀", " a b ", "😀 ü", "a"])
+def test_all_bytes_of_what_is_said_are_learned(template: str, ends: str, said: str) -> None:
+    of = by_bytes(template)
+    chat_of = [USER, {"role": "assistant", "content": said}, USER]
+    chat_of.append({"role": "assistant", "content": "ok"})
+    made = read([{"messages": chat_of}], of, 200)
+    learned = made.examples.labels[0]
+    # HF closes a text with its eos where none is there: it is learned, too.
+    told = of.decode(learned[learned != -100]).removesuffix("<stop>")
+    assert told == f"{said}{ends}ok"
 
 
 def test_a_tokenizer_without_a_template_is_refused() -> None:

@@ -15,6 +15,9 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from PIL import Image
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 import fedsieve
 from fedsieve.errors import FedSieveError
@@ -199,7 +202,7 @@ KINDS = [
         0.9,
         [
             ({"image": None, "label": "cars"}, "column 'image' holds no image"),
-            ({"image": {"bytes": b"GIF89a", "path": None}, "label": "cars"}, "cannot be read"),
+            ({"image": {"bytes": b"GIF89a", "path": None}, "label": "cars"}, "can be read"),
             ({"image": {"bytes": None, "path": "/etc/hosts"}, "label": "cars"}, "column 'image'"),
             ({"image": png([(9, 9, 9)], 0), "label": None}, "column 'label' has no label"),
         ],
@@ -409,3 +412,37 @@ def test_an_option_that_leaves_its_question_no_room_is_a_bad_row(tiny: Tiny) -> 
     assert list(bad) == [0]
     assert "row 0 has an option that leaves no room" in str(bad[0])
     assert "data.max_length (16)" in str(bad[0])
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_words_are_read_with_the_space_between_them(spaced: bool) -> None:
+    """RoBERTa's tokenizer puts none before words that come one by one."""
+    letters = ["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(BPE({letter: n for n, letter in enumerate(letters)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
+    reader = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>")
+    rows = Dataset.from_list([{"w": ["hello", "a", "world"], "t": ["A", "B", "A"]}])
+    fields = Fields(text="w", label="t", max_length=64)
+    examples: Any = catalogue.load("token-classification").read(rows, reader, fields).examples
+    read = "".join(reader.convert_ids_to_tokens(examples.input_ids[0].tolist()))
+    assert read == "ĠhelloĠaĠworld"
+    assert (examples.labels[0] != -100).sum() == 3
+
+
+def test_a_test_row_whose_class_was_left_out_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"text": "x", "label": name, "who": who} for who, name in ("ay", "by", "cz", "cy")
+    ]
+    rows += [{"text": None, "label": "q", "who": "d"}, {"text": "x", "label": "q", "who": "d"}]
+    test = [{"text": "x", "label": "q", "who": "d"}]
+    files = {"train": rows, "test": test}
+    data = {name: written(tmp_path / f"{name}.jsonl", own) for name, own in files.items()}
+    given: dict[str, Any] = {
+        "data": {**data, "text": "text", "label": "label"},
+        "partition": {"kind": "column", "column": "who"},
+    }
+    with pytest.raises(FedSieveError) as refused:
+        runs.start(tiny, tmp_path / "run", **given)
+    said = str(refused.value)
+    assert said.startswith("the test rows: ")
+    assert "left out before: client 'd': row 4 of column 'text'" in said

@@ -72,7 +72,7 @@ def load_more(data: Data) -> dict[str, Dataset]:
     """The rows of each of `data.more_tests`. Raises FedSieveError as `load_rows`, naming it."""
     found = {}
     for name, (source, split) in more_sources(data).items():
-        with _of_more(name):
+        with _of(f"data.more_tests.{name}"):
             found[name] = load_rows(data, source, split)
     return found
 
@@ -90,12 +90,12 @@ def more_sources(data: Data) -> dict[str, tuple[str, str | None]]:
 
 
 @contextmanager
-def _of_more(name: str) -> Iterator[None]:
-    """Errors that are raised here are told as those of one of `data.more_tests`."""
+def _of(whose: str) -> Iterator[None]:
+    """Errors that are raised here are told as those of these rows."""
     try:
         yield
     except FedSieveError as error:
-        raise FedSieveError(f"data.more_tests.{name}: {error}") from error
+        raise FedSieveError(f"{whose}: {error}") from error
 
 
 def columns_of(fields: Fields, clients: str | None = None) -> Columns:
@@ -139,7 +139,8 @@ def prepare(
             told = recipe.data.model_copy(update={"classes": classes})
             recipe = recipe.model_copy(update={"data": told})
         some = sample(recipe, test_rows)
-        test, of, _ = tensors(recipe, some, tokenizer)
+        with _of("the test rows"):
+            test, of, _ = tensors(recipe, some, tokenizer)
         more = more_tensors(recipe, more_rows or {}, tokenizer)
         if clients is not None:
             known = owners_of(some, clients)
@@ -167,7 +168,7 @@ def more_tensors(
     """
     found = {}
     for name, own in rows.items():
-        with _of_more(name):
+        with _of(f"data.more_tests.{name}"):
             found[name], _, _ = tensors(recipe, sample(recipe, own), tokenizer)
     return found
 

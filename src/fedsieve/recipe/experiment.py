@@ -227,6 +227,11 @@ def reasons(left_out: Mapping[str, str]) -> str:
     return "; ".join([*shown, *([f"{len(left_out) - 3} more"] if len(left_out) > 3 else [])])
 
 
+def also(left_out: Mapping[str, str]) -> str:
+    """What an error adds where clients were left out before, whose labels then made no classes."""
+    return f" (left out before: {reasons(left_out)})" if left_out else ""
+
+
 def stopped(left_out: Mapping[str, str]) -> FedSieveError:
     """The error of a run that is strict, and that has clients whose rows cannot be used."""
     return FedSieveError(
@@ -269,7 +274,10 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     if not on_validation and (data.test is not None or data.test_split is not None):
         test_rows = load_rows(data, data.test or data.train, data.test_split, clients)
     more_rows = load_more(data) if test_rows is not None else {}
-    prepared = prepare(recipe, rows, test_rows, tokenizer, clients, more_rows)
+    try:
+        prepared = prepare(recipe, rows, test_rows, tokenizer, clients, more_rows)
+    except FedSieveError as error:
+        raise FedSieveError(f"{error}{also(left_out)}") from error
     examples = prepared.train
     if recipe.privacy is None and (cut := _reaching(examples, data.max_length)):
         notes.append(cut)

@@ -54,3 +54,8 @@ def written(asked: Sequence[Asked], speaker: Speaker) -> list[str]:
         return []
     first = asked[0]
     return speaker.write([each.prompt for each in asked], first.most, first.stop, first.ends)
+
+
+def until(text: str, stop: Sequence[str]) -> str:
+    """The text up to the first place at which one of these stands."""
+    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]

@@ -86,18 +86,20 @@ def pairs(
     max_length: int,
     *,
     ended: bool,
+    left: bool = True,
 ) -> list[tuple[list[int], list[int]]]:
-    """Tokens and targets of each prompt with its completion. What does not fit is cut at the
-    beginning of the prompt, so that there always is something to learn.
+    """Tokens and targets of each prompt with its completion.
 
     ended: whether the end of sequence follows, to be learned
+    left: whether what does not fit is cut at the beginning of the prompt, so that there always is
+        something to learn, or else at the end
     """
     found: list[tuple[list[int], list[int]]] = []
     for some in _parts(prompts):
         own = prompts[some]
         texts = [a + b for a, b in zip(own, completions[some], strict=True)]
         framed = _framed(tokenizer, _rows(tokenizer, texts, own, None), whole=False, ended=ended)
-        found += [_cut(*each, max_length, left=True) for each in framed]
+        found += [_cut(*each, max_length, left=left) for each in framed]
     return found
 
 
@@ -225,7 +227,8 @@ def learned(
     if not kept:
         raise FedSieveError(
             f"none of the {len(rows)} rows has a token to learn within the first "
-            f"{max_length}: raise max_length, or check the columns"
+            f"{max_length}: raise max_length, or check the columns (what is learned of "
+            "conversations are the turns whose role is 'assistant')"
         )
     if len(kept) < len(rows):
         warnings.warn(

@@ -55,15 +55,6 @@ def encode(
     template does not take the messages, or where its turns cannot be told apart.
     """
     text, spans = _text(tokenizer, messages, first)
-    if spans is None:
-        made = _rendered(
-            tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, own = made["input_ids"], made["assistant_masks"]
-        if first:
-            head = _rendered(tokenizer, messages[:first], tokenize=True, return_dict=True)
-            own = [0] * len(head["input_ids"]) + own[len(head["input_ids"]) :]
-        return ids, [token if it else IGNORED for token, it in zip(ids, own, strict=True)]
     # The template brings the begin token itself.
     made = read_by(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = made["input_ids"], made["offset_mapping"]
@@ -128,13 +119,14 @@ def check(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def _text(
     tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], first: int
-) -> tuple[str, list[tuple[int, int]] | None]:
-    """The text of all messages, and from where to where the assistant's turns go; None where the
-    template marks them itself.
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text of all messages, and from where to where the assistant's turns go: as the template
+    marks them itself, or else as they add to the text.
     """
     text: str = _rendered(tokenizer, messages, tokenize=False)
-    if _MARKED.search(str(tokenizer.chat_template)):
-        return text, None
+    if marked := _marked(tokenizer, messages, text):
+        head = _rendered(tokenizer, messages[:first], tokenize=False) if first else ""
+        return text, [span for span in marked if span[0] >= len(head)]
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or number < first:
@@ -148,6 +140,26 @@ def _text(
             )
         spans.append((start, end))
     return text, spans
+
+
+def _marked(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], text: str
+) -> list[tuple[int, int]]:
+    """From where to where the template says that the assistant writes; nothing where it does not
+    say. (The mask of tokens that transformers makes of it leaves out letters of several tokens.)
+    """
+    template = str(tokenizer.chat_template)
+    if not _MARKED.search(template):
+        return []
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    made, spans = render_jinja_template(
+        [list(messages)],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return [(start, end) for start, end in spans[0]] if made == [text] else []
 
 
 def _span(

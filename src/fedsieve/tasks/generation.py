@@ -18,7 +18,7 @@ from datasets import Dataset
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import causal_lm, chat
-from fedsieve.tasks.asked import Asked, Speaker, written
+from fedsieve.tasks.asked import Asked, Speaker, until, written
 from fedsieve.tasks.tally import SHOWN, Answer, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.tokens import check_rows, pad_id
@@ -89,7 +89,8 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
         examples, came = causal_lm.examples_of(rows, tokenizer, fields)
     else:
         said, expected = [each.said for each in items], [each.expected for each in items]
-        made = causal_lm.pairs(tokenizer, said, expected, most, ended=True)
+        left = tokenizer.truncation_side == "left"  # as in the task that it is trained as
+        made = causal_lm.pairs(tokenizer, said, expected, most, ended=True, left=left)
         examples, came = causal_lm.learned(made, pad_id(tokenizer), most)
     prompts = causal_lm.prompts(tokenizer, [each.said for each in items], most)
     asked = tuple(
@@ -97,7 +98,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
             np.array(prompts[row], np.int32),
             (np.array(made[row][0], np.int32),),
             (causal_lm.begin(made[row][1]),),
-            (items[row].expected,),
+            (until(items[row].expected, fields.stop),),
             0,
             items[row].said,
             fields.new_tokens,

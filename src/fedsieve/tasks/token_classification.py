@@ -122,12 +122,13 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
         )
     if fields.max_length <= tokenizer.num_special_tokens_to_add():
         raise FedSieveError(f"max_length is {fields.max_length}: no room for a token of the text")
+    before = _space(tokenizer)
     pairs = [each for each in _rows(rows, fields) if not isinstance(each, FedSieveError)]
     ids, labels, came = [], [], []
     for row, (words, tags) in enumerate(pairs):
         made = read_by(
             tokenizer,
-            words,
+            [before + word if word else word for word in words],
             is_split_into_words=True,
             truncation=True,
             max_length=fields.max_length,
@@ -148,6 +149,20 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     input_ids, mask = rectangle(ids, pad_id(tokenizer))
     examples = Texts(input_ids, mask, rectangle(labels, IGNORED)[0])
     return Rows(examples, np.array(came, dtype=np.int64), names)
+
+
+def _space(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What goes before each word for it to be read as in a text: tokenizers whose tokens hold the
+    space before a word (RoBERTa's, GPT-2's) put none before words that come one by one.
+    """
+    text = read_by(tokenizer, "the the", add_special_tokens=False)["input_ids"]
+    for before in ("", " "):
+        words = [before + "the"] * 2
+        made = read_by(tokenizer, words, is_split_into_words=True, add_special_tokens=False)
+        second = [n for n, word in zip(made["input_ids"], made.word_ids(), strict=True) if word]
+        if second and text[-len(second) :] == second and len(text) <= len(made["input_ids"]):
+            return before
+    return ""
 
 
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList
 
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks.asked import Ids, Speaker
+from fedsieve.tasks.asked import Ids, Speaker, until
 from fedsieve.tasks.tokens import IGNORED, Texts, rectangle
 from fedsieve.train.batch import inputs
 from fedsieve.train.model import ResidentModel
@@ -119,8 +119,4 @@ def _written(
         )
     finally:
         model.generation_config = own
-    return [_until(text, stop) for text in read(made)]
-
-
-def _until(text: str, stop: Sequence[str]) -> str:
-    return text[: min((at for at in map(text.find, stop) if at >= 0), default=len(text))]
+    return [until(text, stop) for text in read(made)]
