@@ -156,6 +156,7 @@ def objects(path: Path, until: int | None = None) -> Iterator[tuple[int, dict[st
             yield number, None
 
 
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _LONG_NUMBER = re.compile(r"[0-9]{19}|[eE][+-]?[0-9]{3}")
 
 
@@ -183,6 +184,11 @@ def parsed(text: bytes | str, where: str) -> dict[str, Any]:
         raise FedSieveError(f"{where} holds a number beyond all that are written") from None
     except (ValueError, RecursionError):
         raise NotJson(f"{where} is not JSON") from None
+    if _HALF.search(text if isinstance(text, str) else text.decode(errors="ignore")):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise FedSieveError(f"{where} holds half of a character") from None
     if not isinstance(value, dict):
         raise FedSieveError(f"{where} is not a JSON object")
     return value

@@ -36,6 +36,7 @@ CONFIG: dict[str, Any] = {
     "dtype": "os",
     "pad_token_id": 10**9,
     "attn_implementation": "flash_attention_2",
+    "_attn_implementation": "somebody/kernel",
 }
 FILES: dict[str, Callable[[Path], object]] = {
     "weights cut": lambda p: halved(p / "model.safetensors"),

@@ -368,6 +368,10 @@ LINES: dict[str, Callable[[bytes], bytes]] = {
     "below 0": field(2, "down_bytes", "-1"),
     "a text for a number": field(2, "down_bytes", '"many"'),
     "a share of 3": field(2, "down_a", "3"),
+    "time without end": field(2, "seconds", "Infinity"),
+    "no time": field(2, "seconds", "NaN"),
+    "more time than there is": field(2, "seconds", "1e90"),
+    "half of a character": field(2, "budget", '"\\ud800"'),
 }
 
 
@@ -408,6 +412,7 @@ RECIPES: dict[str, Callable[[bytes], bytes]] = {
     "a huge number": lambda text: text.replace(b"rounds = 3", b"rounds = " + b"9" * 30),
     "a number of many digits": lambda text: text.replace(b"rounds = 3", b"rounds = " + b"9" * 5000),
     "twice": lambda text: text + text,
+    "endless": lambda text: text + b"#" * (1 << 24),
 }
 
 

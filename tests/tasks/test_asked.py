@@ -4,6 +4,7 @@ What a model says is held to a loop of plain forward passes, one row at a time; 
 library's.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from transformers import (
 from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Lora
-from fedsieve.tasks import catalogue, multiple_choice
+from fedsieve.tasks import catalogue, generation, multiple_choice
 from fedsieve.tasks.asked import Asked, Ids, Speaker
 from fedsieve.tasks.tally import score, total
 from fedsieve.tasks.task import Fields
@@ -142,6 +143,11 @@ def test_what_is_written_together_is_what_is_written_alone(resident: ResidentMod
     assert resident.model.generation_config.to_dict() == before
 
 
+def spaced_alone(text: str) -> str:
+    """Small letters and digits of all scripts, with a space in the place of all else."""
+    return re.sub(r"[\W_]+", " ", text.lower())
+
+
 class Said(NamedTuple):
     """What a model that was made up answers."""
 
@@ -192,9 +198,8 @@ def test_scores_of_written_texts_are_another_librarys(size: int) -> None:
     # Of texts of fewer than six letters torchmetrics has another opinion than chrF's author.
     chrf = sacrebleu.corpus_chrf(told, [expected]).score / 100
     assert found["chrf"] == pytest.approx(chrf)
-    rouge = other.rouge_score(told, expected, rouge_keys="rougeL", normalizer=None, tokenizer=None)[
-        "rougeL_fmeasure"
-    ]
+    of_words = other.rouge_score(told, expected, rouge_keys="rougeL", normalizer=spaced_alone)
+    rouge = of_words["rougeL_fmeasure"]
     assert found["rouge_l"] == pytest.approx(float(rouge), rel=1e-4)
     assert task.fits(tally, ())
     assert found["token_f1"] == next(iter(found.values()))
@@ -260,6 +265,9 @@ def test_choices_are_judged_in_three_ways(size: int) -> None:
         (["answer1", "answer2"], "ANSWER1", 0),
         (["TT", "Tt", "tt"], "it is Tt", 1),
         (["US", "us"], "US", 0),
+        (["苹果", "香蕉"], "答案是香蕉。", 1),
+        (["+", "-"], "it is a-b", 1),
+        (["แมว", "หมา"], "คือหมาครับ", 1),
         (["answer1", "answer10"], "answer10", 1),
         (["New York", "York"], "New York it is", 0),
         (["York", "New York"], "York, not New York", 0),
@@ -462,3 +470,21 @@ def test_what_is_written_has_positions(tiny: Tiny) -> None:
         fedsieve.finetune(tiny.gpt2, [rows], fedsieve.fedit(), rounds=1, new_token=5, **given)
     with pytest.raises(FedSieveError, match=r"new_tokens: "):
         fedsieve.finetune(tiny.gpt2, [rows], fedsieve.fedit(), rounds=1, new_tokens=0, **given)
+
+
+@pytest.mark.parametrize("text", ["Привет, мир", "苹果 和 香蕉", "the cat_sat 3 times", "ünï"])
+def test_a_perfect_answer_is_one_in_any_script(text: str) -> None:
+    asked = [question([text])]
+    task = catalogue.load("generation")
+    assert task.ask is not None
+    tally = task.ask(asked, Said([-1.0], [text]).speaker(asked, asked))
+    found = score(task, tally, ()).metrics
+    assert found["rouge_l"] == found["token_f1"] == found["exact_match"] == 1
+
+
+def test_words_of_latin_letters_are_rouge_scores_own() -> None:
+    from rouge_score import tokenizers
+
+    own = tokenizers.DefaultTokenizer(use_stemmer=False)
+    for text in ("The cat's 3.5 hats_off, OK? x1", "a-b  c\nd", "", "...", "don't"):
+        assert generation._Words().tokenize(text) == own.tokenize(text)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
+from peft import PeftModel
 from PIL import Image
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
@@ -27,6 +28,7 @@ from fedsieve.tasks.task import Fields
 from fedsieve.train.reader import load_reader
 from tests import runs
 from tests.conftest import COMMON, LABELS, OWN, Tiny
+from tests.train.test_card import loaded_as_the_card_says
 
 
 class Kind(NamedTuple):
@@ -276,7 +278,8 @@ def test_a_recipe_trains_each_task(tiny: Tiny, tmp_path: Path, kind: Kind) -> No
     assert last["metrics"][kind.leads] >= kind.reaches
     assert last["eval_loss"] < first["eval_loss"]
     assert last.get("accuracy") == last["metrics"].get("accuracy")
-    assert (tmp_path / "run" / rundir.ADAPTER / "README.md").is_file()
+    scope = loaded_as_the_card_says(tmp_path / "run" / rundir.ADAPTER)
+    assert isinstance(scope["model"], PeftModel)
 
 
 @each

@@ -379,3 +379,11 @@ def test_entities_in_any_scheme_of_tags(scheme: str) -> None:
     right_ones = 2 if scheme == "S alone" else 1
     assert found.metrics["entity_recall"] == pytest.approx(right_ones / there)
     assert {c.name for c in found.details.classes} == {t[2:] for t in tags if t[1:2] == "-"} - {""}
+
+
+def test_many_classes_have_no_table_of_one_by_another() -> None:
+    classes = tuple(f"c{n}" for n in range(3000))
+    task, labels = catalogue.load("classification"), torch.arange(3000)
+    found = score(task, task.judge(torch.eye(3000), labels, classes), classes).details
+    assert len(found.classes) == 3000
+    assert not any(each.taken_for for each in found.classes)

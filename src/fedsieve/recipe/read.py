@@ -24,6 +24,7 @@ from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
 from fedsieve.tasks import catalogue as tasks
 
+MOST = 1 << 24  # bytes of a recipe, with the names of many classes
 DEEPEST = 32  # tables and lists in one another; no recipe has more than a few
 # Characters of a key and of those above it: places are told, and noted for each value.
 LONGEST = 1000
@@ -51,6 +52,15 @@ def load(source: str, overrides: Sequence[str] = (), *, allow_code: bool = False
     return check(read(source, overrides), source, allow_code=allow_code)
 
 
+def text_of(path: Path) -> str:
+    """What a recipe's file says. Raises OSError or UnicodeDecodeError as reading does, and OSError
+    for a file that is larger than any recipe.
+    """
+    if path.stat().st_size > MOST:
+        raise OSError(f"it has {path.stat().st_size} bytes, and no recipe has more than {MOST}")
+    return path.read_text(encoding="utf-8")
+
+
 def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What `load` checks: the recipe's keys as they are written, changed by the overrides.
 
@@ -59,7 +69,7 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     path = Path(source)
     if path.suffix == ".toml" or path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = text_of(path)
         except (OSError, UnicodeDecodeError) as error:
             raise FedSieveError(f"the recipe {source} cannot be read: {error}") from error
     elif source in shipped():

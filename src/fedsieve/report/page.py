@@ -314,7 +314,10 @@ def _facts(run: Run, measures: Sequence[str]) -> dict[str, str]:
             top = best(found, measure)
             facts[f"Best {word}"] = f"{score(top.value)} (round {top.round:,})" if top else NONE
     sizes = sorted({row.eval_examples for row in run.rounds if row.eval_examples})
-    unit = "tokens" if any("token_accuracy" in row.metrics for row in run.rounds) else "examples"
+    told = {name for row in run.rounds for name in row.metrics}
+    unit = "examples"
+    if "token_accuracy" in told:  # of a language model, or of words that have tags
+        unit = "tokens" if "perplexity" in told else "words"
     facts["Evaluated on"] = " or ".join(f"{n:,} {unit}" for n in sizes) or NONE
     facts["Sent down"] = _mb(sum(row.down_bytes for row in run.rounds))
     facts["Sent up"] = _mb(sum(row.up_bytes for row in run.rounds))

@@ -79,6 +79,9 @@ def draw(
         plots += [_train_loss(series), _bytes_by_round(series)]
         if any(budgets(one) for one in series):
             plots.append(_bytes_by_budget(series))
+        for plot in plots:  # laid out once, and not for each picture that is made of it
+            plot.figure.draw_without_rendering()
+            plot.figure.set_layout_engine("none")
         return plots
 
 

@@ -22,6 +22,8 @@ from fedsieve.report.shown import Shown
 
 # Where a run has no message with masks, or was made before shares were told.
 UNTOLD: Shares = (None, None, None)
+LARGEST = 1e100  # of a score or a loss
+LONGEST_TIME = 1e12  # seconds: thirty thousand years
 
 
 class Round(NamedTuple):
@@ -134,7 +136,7 @@ def load(path: Path) -> Run:
     if missing:
         raise FedSieveError(f"{path} is not a run directory: it has no {' and no '.join(missing)}.")
     try:
-        text = (path / "recipe.toml").read_text(encoding="utf-8")
+        text = recipes.text_of(path / "recipe.toml")
     except (OSError, ValueError) as error:
         raise FedSieveError(f"{path / 'recipe.toml'} cannot be read: {error}") from error
     recipe = recipes.toml(text, str(path / "recipe.toml"))
@@ -233,7 +235,7 @@ def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Roun
             total_bytes=_integer(row, "total_bytes", where),
             dense_bytes=_optional_integer(row, "dense_bytes", where),
             loss=math.nan if loss is None else loss,
-            seconds=_real(row, "seconds", where) or 0.0,
+            seconds=_time(row, where) or 0.0,
             metrics=_metrics(row, where),
             eval_loss=_real(row, "eval_loss", where),
             eval_examples=_optional_integer(row, "eval_examples", where),
@@ -272,11 +274,9 @@ def _clients(
         reason, client = row.get("dropped"), str(row.get("client"))
         down = _integer(row, "down_bytes", where)
         up = _optional_integer(row, "up_bytes", where) or 0
-        seconds = _real(row, "seconds", where)
+        seconds = _time(row, where)
         steps = _optional_integer(row, "steps", where) or 0
         needs = _optional_integer(row, "memory_bytes", where)
-        if seconds is not None and not 0 <= seconds < math.inf:
-            raise FedSieveError(f"{where}: 'seconds' is {seconds}, not a time.")
         seen.add(client)
         untimed += seconds is None
         if needs is not None:
@@ -368,8 +368,18 @@ def _metrics(row: dict[str, Any], where: str) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
+def _time(row: dict[str, Any], where: str) -> float | None:
+    seconds = _real(row, "seconds", where)
+    if seconds is not None and not 0 <= seconds <= LONGEST_TIME:
+        raise FedSieveError(f"{where}: 'seconds' is {seconds}, not a time.")
+    return seconds
+
+
 def _real(row: dict[str, Any], key: str, where: str) -> float | None:
     value = row.get(key)
-    if value is None or type(value) in (int, float):
+    # Far beyond what a model that has diverged gives, and far below what sums of it can hold.
+    if value is None or (type(value) in (int, float) and not LARGEST < abs(value) < math.inf):
         return value
-    raise FedSieveError(f"{where}: {key!r} is {repr(value)[:80]}, not a number.")
+    raise FedSieveError(
+        f"{where}: {key!r} is {repr(value)[:80]}, not a number from -{LARGEST:g} to {LARGEST:g}."
+    )

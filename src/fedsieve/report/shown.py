@@ -12,11 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 from fedsieve.disk import NotJson, parsed, refuse_link
 from fedsieve.errors import FedSieveError
 from fedsieve.report.html import table, text
-from fedsieve.tasks.tally import Answer, OfClass
+from fedsieve.tasks.tally import MATRIX, Answer, OfClass
 
 FILE = "details.json"
 LARGEST = 1 << 25  # bytes of the file
-MATRIX = 30  # classes: more make a table that nobody reads
 SHOWN = 20  # classes that are not folded away
 LONGEST = 2000  # characters of a cell
 

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.int32]
+# Letters of scripts that put no spaces between words: Thai, Lao, Burmese, Khmer, kana, Chinese.
+UNSPACED = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 
 
 class Asked(NamedTuple):

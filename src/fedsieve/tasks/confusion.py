@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsieve.tasks.tally import OfClass, Tally
+from fedsieve.tasks.tally import MATRIX, OfClass, Tally
 
 _PAIR = re.compile(r"([0-9]{1,9}) as ([0-9]{1,9})")
 
@@ -63,8 +63,10 @@ def by_class(tally: Tally, classes: tuple[str, ...]) -> tuple[OfClass, ...]:
     precision, recall, f1, rows = of.precision_recall_fscore_support(
         true, found, labels=range(len(classes)), sample_weight=count, zero_division=0.0
     )
-    taken = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    np.add.at(taken, (true, found), count.astype(np.int64))
+    shown = len(classes) if len(classes) <= MATRIX else 0
+    taken = np.zeros((len(classes), shown), dtype=np.int64)
+    if shown:
+        np.add.at(taken, (true, found), count.astype(np.int64))
     return tuple(
         OfClass(
             name,

@@ -18,7 +18,7 @@ from datasets import Dataset
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import causal_lm, chat
-from fedsieve.tasks.asked import Asked, Speaker, until, written
+from fedsieve.tasks.asked import UNSPACED, Asked, Speaker, until, written
 from fedsieve.tasks.tally import SHOWN, Answer, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.tokens import check_rows, pad_id
@@ -161,7 +161,16 @@ def _scorers() -> tuple[Any, Any]:
             "a generation task needs the packages that score texts: "
             "run `pip install 'fedsieve[generation]'`"
         ) from None
-    return rouge_scorer.RougeScorer(["rougeL"]), CHRF()
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=_Words()), CHRF()
+
+
+class _Words:
+    """As rouge-score's own, which knows Latin letters alone: other scripts' words are words too,
+    and where no spaces part them, letters.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(rf"{UNSPACED}|[^\W_]+?(?={UNSPACED}|[\W_]|$)", text.lower())
 
 
 def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:

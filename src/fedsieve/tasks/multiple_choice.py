@@ -19,7 +19,7 @@ from fedsieve.data.names import clean
 from fedsieve.data.sources import column, names_in
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import causal_lm
-from fedsieve.tasks.asked import Asked, Speaker, written
+from fedsieve.tasks.asked import UNSPACED, Asked, Speaker, written
 from fedsieve.tasks.tally import SHOWN, Answer, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, needed, one_label
 from fedsieve.tasks.tokens import bad_texts, check_rows, pad_id
@@ -274,10 +274,17 @@ def first_of(options: Sequence[str], text: str) -> int | None:
     told_by_case = len({option.casefold() for option in options}) < len(options)
     for number, option in enumerate(options):
         # Letters and digits on either side would make another word of it: answer1, answer10.
-        words = rf"(?<!\w){re.escape(option)}(?!\w)"
+        before = r"(?<!\w)" if _parted(option[:1]) else ""
+        after = r"(?!\w)" if _parted(option[-1:]) else ""
+        words = before + re.escape(option) + after
         if match := re.search(words, text, 0 if told_by_case else re.IGNORECASE):
             found.append((match.start(), -len(option), number))
     return min(found)[-1] if found else None
+
+
+def _parted(letter: str) -> bool:
+    """Whether it is of a word that spaces or signs part from others."""
+    return bool(re.fullmatch(r"\w", letter)) and not re.fullmatch(UNSPACED, letter)
 
 
 def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedsieve.tasks.task import Task
 
 
+MATRIX = 30  # classes: which was taken for which, of more, is a table that nobody reads
 SHOWN = 12  # answers that an evaluation keeps to be looked at
 
 
@@ -32,7 +33,7 @@ class OfClass(NamedTuple):
     """How one class was told.
 
     rows: that are of it; taken_for: of those, how many were taken for each class, where a row has
-        one class; else empty
+        one class, and there are at most MATRIX; else empty
     """
 
     name: str

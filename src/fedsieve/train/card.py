@@ -68,6 +68,12 @@ def _adapter(base: str, task: Task, labels: Sequence[str]) -> list[str]:
     maker = catalogue.load(task).auto
     made = [f"base = {maker}.from_pretrained({_literal(base)})"]
     head, names = [], []
+    if one := catalogue.load(task).config(()).get("num_labels"):
+        made = [
+            f"base = {maker}.from_pretrained(",
+            f"    {_literal(base)}, num_labels={one}, ignore_mismatched_sizes=True",
+            ")",
+        ]
     if labels:
         # The base has no head, or one of its own: the adapter's has to have room.
         made = [

@@ -94,6 +94,8 @@ def _check_vocabulary(resident: "ResidentModel", examples: Texts) -> None:
     rows = vocabulary(resident.model)
     # Padding is not counted: what is filled in there is the model's own (batch.py).
     largest = int((examples.input_ids * examples.attention_mask).max())
+    for each in examples.asked or ():
+        largest = max(largest, *(int(ids.max()) for ids in (each.prompt, *each.options)))
     if rows is not None and largest >= rows:
         raise FedSieveError(
             f"the texts have token {largest}, and the model has embeddings for {rows} tokens: the "

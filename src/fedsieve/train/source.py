@@ -15,6 +15,7 @@ from fedsieve.errors import FedSieveError
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _LARGEST = 1 << 23  # bytes of a configuration: the names of 100,000 classes
+_PROGRAMS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _INDEX = "model.safetensors.index.json"
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -48,7 +49,9 @@ def refuse_pickled(source: str) -> None:
 
 
 def refuse_odd(source: str) -> None:
-    """Raises FedSieveError for a folder with a pipe in it, or a configuration of endless length."""
+    """Raises FedSieveError for a folder with a pipe in it, or with a configuration of endless
+    length, or one that asks for a program from the hub.
+    """
     folder = Path(source)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not (path.is_file() or path.is_dir()):
@@ -58,6 +61,13 @@ def refuse_odd(source: str) -> None:
                 f"model {source!r}: its config.json has {path.stat().st_size} bytes: at most "
                 f"{_LARGEST} are read"
             )
+    for key in _PROGRAMS:
+        for value in _said(folder / "config.json", key):
+            if "/" in value:
+                raise FedSieveError(
+                    f"model {source!r}: its config.json asks for {value[:80]!r} ({key}), a program "
+                    "from the hub, and none is run: take the line out"
+                )
 
 
 def _said(path: Path, key: str) -> list[str]:
