@@ -36,7 +36,7 @@ from fedsieve.recipe.experiment import (
 )
 from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
 from fedsieve.tasks import catalogue
-from fedsieve.tasks.examples import Examples, count
+from fedsieve.tasks.examples import Examples, count, unasked
 from fedsieve.tasks.tally import check_lead
 from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.task import Task as TaskRecord
@@ -222,7 +222,7 @@ def finetune(
         return asked.read(own, tokenizer, fields)
 
     made = _each(read, sound, left_out)
-    examples: dict[str, Examples] = {id: each.examples for id, each in made.items()}
+    examples: dict[str, Examples] = {id: unasked(each.examples) for id, each in made.items()}
     if not examples:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
     if strict and left_out:

@@ -330,9 +330,7 @@ def test_labels_outside_of_the_classes_are_bad_rows_too(tiny: Tiny, tmp_path: Pa
     assert [client.id for client in made.federation.clients] == ["east", "north"]
 
 
-def test_a_client_without_any_example_is_counted_as_one_without_data(
-    tiny: Tiny, tmp_path: Path
-) -> None:
+def test_a_client_without_any_example_is_left_out_by_name(tiny: Tiny, tmp_path: Path) -> None:
     rows = rows_of(["a"], clients=["north", "south", "east"])
     for row in rows:
         row["text"] = row["text"] if row["site"] != "south" else ""
@@ -342,9 +340,11 @@ def test_a_client_without_any_example_is_counted_as_one_without_data(
         "lora": {"rank": 4, "targets": ["c_attn"]},
         "data__label": None,
     }
-    with pytest.warns(UserWarning, match="1 of 3 clients have no data and are left out: south"):
+    with pytest.warns(UserWarning, match="client 'south': none of its rows has anything to learn"):
         made = experiment(tiny, path, **lm)
     assert [client.id for client in made.federation.clients] == ["east", "north"]
+    with pytest.raises(FedSieveError, match=r"strict: rows of 1 clients .*'south': none of"):
+        experiment(tiny, path, **lm, strict=True)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fedsieve.data.templates import filled
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
 from fedsieve.tasks import catalogue
-from fedsieve.tasks.examples import Examples, take
+from fedsieve.tasks.examples import Examples, take, unasked
 from fedsieve.tasks.task import Fields, refuse
 
 
@@ -156,7 +156,7 @@ def prepare(
                 known = owners_of(rows, clients)
                 owners = [known[row] for row in came[index].tolist()]
         train, came = take(train, (~held).nonzero().flatten()), came[~held]
-    return Prepared(train, came, test, classes, tuple(owners), more)
+    return Prepared(unasked(train), came, test, classes, tuple(owners), more)
 
 
 def more_tensors(

@@ -289,6 +289,12 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         recipe = recipe.model_copy(update={"data": data})
     recipes.check_metrics(recipe)  # once more: now its classes are known
     parts = _parts(recipe, rows, examples, prepared.came)
+    if recipe.partition.column is not None and data.validation is None:
+        # Each has rows: those without an example have nothing to learn in any.
+        nothing = f"none of its rows has anything to learn within data.max_length {data.max_length}"
+        left_out |= {id: nothing for id, index in parts.items() if not index.numel()}
+        if recipe.strict and left_out:
+            raise stopped(left_out)
     parts |= {id: torch.empty(0, dtype=torch.int64) for id in left_out}
     plan = None
     if recipe.privacy is not None:

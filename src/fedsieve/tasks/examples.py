@@ -15,6 +15,11 @@ def count(examples: Examples) -> int:
     return examples.labels.shape[0]
 
 
+def unasked(examples: Examples) -> Examples:
+    """The examples without what is to be asked (asked.py): of those to train on nothing is."""
+    return examples._replace(asked=None) if isinstance(examples, Texts) else examples
+
+
 @overload
 def take(examples: Texts, index: Tensor) -> Texts: ...
 @overload
