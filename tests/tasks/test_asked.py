@@ -17,6 +17,7 @@ from torch.nn.functional import log_softmax
 from torchmetrics.functional import text as other
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     GenerationConfig,
     GPTNeoXConfig,
@@ -25,6 +26,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import fedsieve
 from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Lora
@@ -37,6 +39,7 @@ from fedsieve.train.model import ResidentModel, load_base, set_up
 from fedsieve.train.reader import load_tokenizer
 from fedsieve.train.speaker import speaker
 from tests.conftest import Tiny
+from tests.train.small import make
 
 SIZE = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64,
@@ -458,8 +461,6 @@ def test_a_long_question_keeps_its_end_and_its_options(tiny: Tiny) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*no padding token")
 def test_what_is_written_has_positions(tiny: Tiny) -> None:
-    import fedsieve
-
     rows = hub(ask=["cars0"] * 4, say=[" cars1"] * 4)
     given: dict[str, Any] = {"task": "generation", "prompt": "ask", "completion": "say"}
     with pytest.raises(FedSieveError, match=r"data.new_tokens: prompts of 1 tokens and 500"):
@@ -488,3 +489,26 @@ def test_words_of_latin_letters_are_rouge_scores_own() -> None:
     own = tokenizers.DefaultTokenizer(use_stemmer=False)
     for text in ("The cat's 3.5 hats_off, OK? x1", "a-b  c\nd", "", "...", "don't"):
         assert generation._Words().tokenize(text) == own.tokenize(text)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "rwkv"])
+def test_models_that_write_other_things_than_they_tell_are_refused(
+    tmp_path: Any, tiny: Tiny, kind: str
+) -> None:
+    settings = {} if kind == "rwkv" else {"is_decoder": True}
+    make(kind, "causal-lm", tmp_path / "base", **settings)
+    AutoTokenizer.from_pretrained(tiny.gpt2).save_pretrained(tmp_path / "base")
+    rows = Dataset.from_list([{"ask": "cars0", "say": "cars1"}] * 2)
+    with pytest.raises(FedSieveError, match=f"a {kind} model cannot be asked for texts"):
+        fedsieve.finetune(
+            tmp_path / "base",
+            {"a": rows},
+            fedsieve.fedit(),
+            rounds=1,
+            task="generation",
+            prompt="ask",
+            completion="say",
+            lora=fedsieve.Lora(rank=2, targets="all-linear"),
+            test=rows,
+        )

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from fedsieve.train.model import ResidentModel
 
 
+# What transformers has these write is not what they tell row by row: their positions count from the
+# padding's number, and those of a text that is gone on with from 0; RWKV's state takes in padding.
+_MUTE = (
+    *("roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm"),
+    *("camembert", "xmod", "data2vec-text", "rwkv"),
+)
 USUAL = (224, 224)  # pixels, of models that do not say what they take
 
 
@@ -105,8 +111,14 @@ def _check_vocabulary(resident: "ResidentModel", examples: Texts) -> None:
 
 
 def _check_room(resident: "ResidentModel", examples: Texts) -> None:
-    """That what is written after the longest prompt has positions too."""
+    """That the model can write, and has positions for what it writes after the longest prompt."""
     asked, room = examples.asked or (), longest(resident.model)
+    kind = resident.model.config.model_type
+    if asked and kind in _MUTE:
+        raise FedSieveError(
+            f"a {kind} model cannot be asked for texts: what transformers has it write is not what "
+            "it tells: choose another model"
+        )
     most = max((len(each.prompt) for each in asked), default=0)
     written = max((each.most for each in asked), default=0)
     if room is not None and most + written > room:
