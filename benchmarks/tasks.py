@@ -108,6 +108,13 @@ TASKS: Mapping[str, Task] = {
         glue("MRPC"),
         {"text": "#1 String", "text_b": "#2 String", "label": "Quality"},
     ),
+    "mrpc, as a number": Task(
+        ("pearson", "spearman", "mse"),
+        glue("MRPC"),
+        {"text": "#1 String", "text_b": "#2 String", "label": "Quality"},
+        "regression",
+        {"partition": {"kind": "iid", "clients": 20}},
+    ),
     "rte": Task(
         ("accuracy",),
         glue("RTE"),
