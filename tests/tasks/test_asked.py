@@ -368,6 +368,18 @@ HUB: dict[str, tuple[Dataset, Fields, tuple[str, ...], int]] = {
         (" 1", " 2", " 3"),
         1,
     ),
+    "a number that is a class": (
+        Dataset.from_dict({"q": ["1 + 0"], "label": [1]}),
+        Fields(text="q", classes=("1", "2"), label="label"),
+        (" 1", " 2"),
+        0,
+    ),
+    "a text that is a class": (
+        hub(q=["1 + 0"], label=["1"]),
+        Fields(text="q", classes=("1", "2"), label="label"),
+        (" 1", " 2"),
+        0,
+    ),
     "case tells options apart": (
         hub(q=["a"], of=[["TT", "Tt", "tt"]], label=["Tt"]),
         Fields(text="q", options="of", label="label"),

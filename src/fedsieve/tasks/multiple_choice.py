@@ -70,7 +70,8 @@ def _questions(rows: Dataset, fields: Fields) -> Iterator[_Question | FedSieveEr
     names = _option_columns(fields)
     texts, labels = column(rows, columns.texts[0]), names_in(rows, label)
     counted = "int" in str(getattr(rows.features[label], "dtype", ""))
-    counted = counted and not isinstance(rows.features[label], ClassLabel)
+    # Of options that are the same in all rows, a label is the name of one, as of a class.
+    counted = counted and bool(names) and not isinstance(rows.features[label], ClassLabel)
     odd = bad_texts(texts, columns.texts[0])
     of_rows: Iterator[Any] = (
         zip(*(column(rows, name) for name in names), strict=True)
@@ -90,7 +91,8 @@ def _questions(rows: Dataset, fields: Fields) -> Iterator[_Question | FedSieveEr
             if not text.strip():
                 raise FedSieveError(f"row {row} of column {columns.texts[0]!r} holds no question")
             try:
-                right = _right(told, options, marks, fields.first_option, counted=counted)
+                known = marks or (() if names else options)
+                right = _right(told, options, known, fields.first_option, counted=counted)
             except ValueError as error:
                 raise FedSieveError(f"row {row} of column {label!r} {error}") from None
             yield _question(text, options, right, fields)
