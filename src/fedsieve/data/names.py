@@ -20,7 +20,7 @@ from typing import Any
 
 from fedsieve.errors import FedSieveError
 
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,999}")  # Python reads no number of many thousands
 _TRUTHS = ("True", "False")
 
@@ -112,7 +112,7 @@ def alike(names: Iterable[str]) -> list[tuple[str, ...]]:
     groups: dict[str | Decimal, list[str]] = {}
     for name in dict.fromkeys(names):
         text = " ".join(unicodedata.normalize("NFKC", name).casefold().split())
-        groups.setdefault(Decimal(text) if _NUMBER.fullmatch(text) else text, []).append(name)
+        groups.setdefault(Decimal(text) if NUMBER.fullmatch(text) else text, []).append(name)
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 

@@ -32,7 +32,7 @@ from fedsieve.tasks.tokens import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ENDLESS = 1 << 30  # tokens: no text is as long
+ENDLESS = 1 << 30  # tokens: no text is as long
 _AT_ONCE = 1 << 20  # letters
 
 
@@ -262,7 +262,7 @@ def _rows(
 
     max_length: how many tokens are needed, from the side that the tokenizer keeps; None is all
     """
-    max_length = max_length or _ENDLESS
+    max_length = max_length or ENDLESS
     if prompts is None:
         rows = tokenise(tokenizer, texts, None, max_length, special=False)
         return [(tokens, 0) for tokens in rows.ids]
@@ -274,7 +274,7 @@ def _rows(
         ]
         return list(zip(rows.ids, firsts, strict=True))
     # Where the prompt ends is counted from the left, so nothing may be cut there yet.
-    most = max_length if tokenizer.truncation_side == "right" else _ENDLESS
+    most = max_length if tokenizer.truncation_side == "right" else ENDLESS
     rows = tokenise(tokenizer, texts, None, most, special=False)
     heads = tokenise(tokenizer, prompts, None, most, special=False)
     return [

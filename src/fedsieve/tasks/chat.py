@@ -54,7 +54,13 @@ def encode(
     Raises FedSieveError, with the end of a sentence that begins with the row's place, where the
     template does not take the messages, or where its turns cannot be told apart.
     """
-    text, spans = _text(tokenizer, messages, first)
+    return _learned(tokenizer, *_text(tokenizer, messages, first))
+
+
+def _learned(
+    tokenizer: "PreTrainedTokenizerBase", text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """A text's tokens, and those of them that lie in the spans."""
     # The template brings the begin token itself.
     made = read_by(tokenizer, text, add_special_tokens=False, return_offsets_mapping=True)
     ids, places = made["input_ids"], made["offset_mapping"]
@@ -95,7 +101,9 @@ def last_turn(tokenizer: "PreTrainedTokenizerBase", parts: Sequence[Sequence[Mes
         raise FedSieveError("holds no turn of the assistant")
     messages, content = messages[: turns[-1] + 1], messages[turns[-1]]["content"]
     text, start, end = _span(tokenizer, messages, turns[-1])
-    tokens, targets = encode(tokenizer, messages, turns[-1])
+    marked = _marked(tokenizer, messages, text, turns[-1])
+    spans = [(start, end)] if marked is None else marked
+    tokens, targets = _learned(tokenizer, text, spans)
     last = next((token for token in reversed(targets) if token != IGNORED), None)
     ends = (last,) if last is not None and last in tokenizer.added_tokens_decoder else ()
     own = text[start:end]
@@ -124,9 +132,8 @@ def _text(
     marks them itself, or else as they add to the text.
     """
     text: str = _rendered(tokenizer, messages, tokenize=False)
-    if marked := _marked(tokenizer, messages, text):
-        head = _rendered(tokenizer, messages[:first], tokenize=False) if first else ""
-        return text, [span for span in marked if span[0] >= len(head)]
+    if (marked := _marked(tokenizer, messages, text, first)) is not None:
+        return text, marked
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or number < first:
@@ -143,14 +150,15 @@ def _text(
 
 
 def _marked(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], text: str
-) -> list[tuple[int, int]]:
-    """From where to where the template says that the assistant writes; nothing where it does not
-    say. (The mask of tokens that transformers makes of it leaves out letters of several tokens.)
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Message], text: str, first: int
+) -> list[tuple[int, int]] | None:
+    """From where to where the template says that the assistant writes, from a message on; None
+    where it does not say. (The mask of tokens that transformers makes of it leaves out letters of
+    several tokens.)
     """
     template = str(tokenizer.chat_template)
     if not _MARKED.search(template):
-        return []
+        return None
     from transformers.utils.chat_template_utils import render_jinja_template
 
     made, spans = render_jinja_template(
@@ -159,7 +167,10 @@ def _marked(
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
-    return [(start, end) for start, end in spans[0]] if made == [text] else []
+    if made != [text] or not spans[0]:
+        return None
+    head = _rendered(tokenizer, messages[:first], tokenize=False) if first else ""
+    return [(start, end) for start, end in spans[0] if start >= len(head)]
 
 
 def _span(

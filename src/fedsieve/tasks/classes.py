@@ -9,7 +9,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 
 from fedsieve.data.names import alike, clean, in_order, numbers_of
-from fedsieve.data.sources import names_in
+from fedsieve.data.sources import column, names_in
 from fedsieve.errors import FedSieveError
 
 
@@ -46,6 +46,26 @@ def numbered(
         raise wrong
     numbers = numbers_of(names)
     return torch.tensor([numbers[label] for label in found], dtype=torch.int64), names
+
+
+def cells(dataset: Dataset, name: str) -> list[Any]:
+    """A column's values; of a ClassLabel the names, since its numbers count classes and no more."""
+    values, feature = column(dataset, name), dataset.features[name]
+    if not isinstance(feature, ClassLabel):
+        return values
+    known = dict(enumerate(feature.names))
+    return [known.get(value) for value in values]
+
+
+def listed(parts: Sequence[Dataset], name: str) -> tuple[str, ...] | None:
+    """The names of the ClassLabel whose lists a column holds, the same in all these data sets; None
+    where it is no such column.
+    """
+    features = [getattr(rows.features.get(name), "feature", None) for rows in parts]
+    first = features[0] if features else None
+    if isinstance(first, ClassLabel) and all(each == first for each in features):
+        return tuple(map(clean, first.names))
+    return None
 
 
 def classes_in(parts: Sequence[Dataset], name: str, given: Sequence[str] | None) -> tuple[str, ...]:

@@ -65,24 +65,34 @@ def _chats(rows: Dataset, fields: Fields) -> bool:
 
 
 def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:
+    return _sorted(rows, tokenizer, fields)[1]
+
+
+def _sorted(
+    rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields
+) -> tuple[list[_Item], Bad]:
+    """What is asked, row by row, and the rows that cannot be."""
     if not _chats(rows, fields) and fields.prompt is None:
         raise FedSieveError(
             "text: a generation task needs conversations in it, or else prompt and completion"
         )
     bad = causal_lm.TASK.bad(rows, tokenizer, fields)
     sound = [row for row in range(len(rows)) if row not in bad]
-    if sound:
-        made = zip(sound, _items(rows.select(sound), tokenizer, fields), strict=True)
-        bad = bad | {row: each for row, each in made if isinstance(each, FedSieveError)}
-    return bad
+    items = []
+    for row, each in zip(sound, _items(rows.select(sound), tokenizer, fields), strict=True):
+        if isinstance(each, FedSieveError):
+            bad[row] = each
+        else:
+            items.append(each)
+    return items, bad
 
 
 def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Rows:
     check_rows(rows)
     _scorers()
-    refuse(_bad(rows, tokenizer, fields))
+    items, bad = _sorted(rows, tokenizer, fields)
+    refuse(bad)
     most = fields.max_length
-    items = [each for each in _items(rows, tokenizer, fields) if not isinstance(each, Exception)]
     if _chats(rows, fields):  # every turn of the assistant is learned, and not the last one alone
         turns = [each.turn for each in items if each.turn is not None]
         made = [(turn.tokens[-most:], turn.targets[-most:]) for turn in turns]

@@ -17,7 +17,7 @@ from fedsieve.data.names import clean, in_order, name_among
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
-from fedsieve.tasks.classes import listing, refuse_few
+from fedsieve.tasks.classes import cells, listed, listing, refuse_few
 from fedsieve.tasks.tally import OfClass, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
 from fedsieve.tasks.tokens import IN_FILES, bad_texts, check_rows, texts
@@ -53,7 +53,7 @@ def _sets(rows: Dataset, fields: Fields) -> list[set[str] | FedSieveError]:
         return _of_lists(rows, fields.label)
     found: list[set[str] | FedSieveError] = [set() for _ in range(len(rows))]
     for name in fields.label or ():
-        for row, value in enumerate(_cells(rows, name)):
+        for row, value in enumerate(cells(rows, name)):
             told = _HOLDS.get(str(value).strip().casefold().removesuffix(".0"))
             known = found[row]
             if told is None and isinstance(known, set):
@@ -64,15 +64,6 @@ def _sets(rows: Dataset, fields: Fields) -> list[set[str] | FedSieveError]:
             elif told and isinstance(known, set):
                 known.add(clean(name))
     return found
-
-
-def _cells(rows: Dataset, name: str) -> list[Any]:
-    """The column's values; of a ClassLabel the names, for its numbers say nothing of yes and no."""
-    values, feature = column(rows, name), rows.features[name]
-    if not isinstance(feature, ClassLabel):
-        return values
-    known = dict(enumerate(feature.names))
-    return [known.get(value) for value in values]
 
 
 def _of_lists(rows: Dataset, name: str) -> list[set[str] | FedSieveError]:
@@ -98,10 +89,8 @@ def classes_in(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
         return fields.classes
     if isinstance(fields.label, tuple):
         return tuple(map(clean, fields.label))
-    features = [getattr(rows.features.get(fields.label), "feature", None) for rows in parts]
-    first = features[0] if features else None
-    if isinstance(first, ClassLabel) and all(each == first for each in features):
-        return tuple(map(clean, first.names))
+    if fields.label is not None and (names := listed(parts, fields.label)) is not None:
+        return names
     found: set[str] = set()
     for rows in parts:
         for each in _sets(rows, fields):

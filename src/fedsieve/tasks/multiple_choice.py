@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _LISTED = "the correct answer is {option}"  # FSLoRA's sentence
 _AROUND = 4  # tokens that a tokenizer puts around a text, at most
-_ENDLESS = 1 << 30  # tokens
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -191,7 +190,7 @@ def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) ->
             continue
         # A token has at least a byte: of most options it need not be counted how many they have.
         long = [a for a in each.answers if len(a.encode()) >= fields.max_length - _AROUND]
-        made = causal_lm.pairs(tokenizer, [""] * len(long), long, _ENDLESS, ended=False)
+        made = causal_lm.pairs(tokenizer, [""] * len(long), long, causal_lm.ENDLESS, ended=False)
         if any(len(ids) >= fields.max_length for ids, _ in made):
             found[row] = FedSieveError(
                 f"row {row} has an option that leaves no room for a token of its question within "

@@ -1,7 +1,6 @@
 """Regression: a text, or a pair of texts, and a number."""
 
 import math
-import re
 import warnings
 from collections.abc import Sequence
 from decimal import Decimal
@@ -9,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from torch import Tensor
 
 from fedsieve.data.files import Columns
-from fedsieve.data.names import kind_of
+from fedsieve.data.names import NUMBER, kind_of
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import classification
+from fedsieve.tasks.classes import cells
 from fedsieve.tasks.tally import Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, no_classes, refuse
 from fedsieve.tasks.tokens import bad_texts, check_rows, texts
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LARGEST = 1e6  # beyond it a squared error in float32 is no help to anybody
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,4})?")
 _SUMS = ("x", "y", "xx", "yy", "xy")
 
 
@@ -35,22 +34,13 @@ def _columns(fields: Fields) -> Columns:
     return Columns((*columns.texts, *columns.names))
 
 
-def _values(rows: Dataset, name: str) -> list[Any]:
-    """The column's values; of a ClassLabel the names, for its numbers count classes."""
-    values, feature = column(rows, name), rows.features[name]
-    if not isinstance(feature, ClassLabel):
-        return values
-    known = dict(enumerate(feature.names))
-    return [known.get(value) for value in values]
-
-
 def _number(value: Any) -> float:
     """Raises ValueError, with the end of a sentence that begins with the value's place."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         raise ValueError("holds " + ("nothing" if value is None else kind_of(value)))
     shown = str(value)[:40]
     # Python's `float` reads 1_0 and digits of all scripts, too.
-    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+    if isinstance(value, str) and not NUMBER.fullmatch(value.strip().casefold()):
         raise ValueError("has no label" if not shown.strip() else f"holds {shown!r}")
     try:
         number = float(value)
@@ -65,7 +55,7 @@ def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) ->
     columns = classification.columns_of(fields)
     (label,) = columns.names
     found: Bad = {}
-    for row, value in enumerate(_values(rows, label)):
+    for row, value in enumerate(cells(rows, label)):
         try:
             _number(value)
         except ValueError as error:
@@ -82,7 +72,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     check_rows(rows)
     columns = classification.columns_of(fields)
     refuse(_bad(rows, tokenizer, fields))
-    numbers = [_number(value) for value in _values(rows, columns.names[0])]
+    numbers = [_number(value) for value in cells(rows, columns.names[0])]
     examples = texts(rows, tokenizer, columns.texts[0], fields.text_b, fields.max_length)
     labels = torch.tensor(numbers, dtype=torch.float32)
     return Rows(examples._replace(labels=labels), np.arange(len(rows)), ())

@@ -19,10 +19,19 @@ from fedsieve.data.names import clean, in_order, name_among
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
-from fedsieve.tasks.classes import listing
+from fedsieve.tasks.classes import listed, listing
 from fedsieve.tasks.tally import OfClass, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
-from fedsieve.tasks.tokens import IGNORED, IN_FILES, Texts, check_rows, pad_id, read_by, rectangle
+from fedsieve.tasks.tokens import (
+    IGNORED,
+    IN_FILES,
+    Texts,
+    check_rows,
+    pad_id,
+    read_by,
+    rectangle,
+    refuse_no_room,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,10 +90,8 @@ def _tags(tags: Any, told: list[str] | None, name: str, words: list[str]) -> lis
 def _classes(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:
     if fields.classes is not None:
         return fields.classes
-    features = [getattr(rows.features.get(fields.label), "feature", None) for rows in parts]
-    first = features[0] if features else None
-    if isinstance(first, ClassLabel) and all(each == first for each in features):
-        return tuple(map(clean, first.names))
+    if isinstance(fields.label, str) and (names := listed(parts, fields.label)) is not None:
+        return names
     found: set[str] = set()
     for rows in parts:
         for each in _rows(rows, fields):
@@ -120,8 +127,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
             "token classification needs a tokenizer that tells which word each token is of (a "
             "fast one), and this model's does not"
         )
-    if fields.max_length <= tokenizer.num_special_tokens_to_add():
-        raise FedSieveError(f"max_length is {fields.max_length}: no room for a token of the text")
+    refuse_no_room(tokenizer, fields.max_length)
     before = _space(tokenizer)
     pairs = [each for each in _rows(rows, fields) if not isinstance(each, FedSieveError)]
     ids, labels, came = [], [], []

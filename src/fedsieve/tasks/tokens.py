@@ -96,9 +96,7 @@ def tokenise(
 
     special: with the tokens that the tokenizer puts around a text
     """
-    around = tokenizer.num_special_tokens_to_add(pair=second is not None) if special else 0
-    if max_length <= around:
-        raise FedSieveError(f"max_length is {max_length}: no room for a token of the text")
+    refuse_no_room(tokenizer, max_length, pair=second is not None, special=special)
     typed = second is not None or "token_type_ids" in tokenizer.model_input_names
     rows = Tokens([], [] if typed else None, [])
     for first in range(0, len(texts), _AT_ONCE):
@@ -122,6 +120,19 @@ def tokenise(
     if rows.types is not None and not any(map(any, rows.types)):
         return rows._replace(types=None)
     return rows
+
+
+def refuse_no_room(
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    *,
+    pair: bool = False,
+    special: bool = True,
+) -> None:
+    """Raises FedSieveError where what the tokenizer puts around a text leaves nothing for it."""
+    around = tokenizer.num_special_tokens_to_add(pair=pair) if special else 0
+    if max_length <= around:
+        raise FedSieveError(f"max_length is {max_length}: no room for a token of the text")
 
 
 def read_by(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> Any:

@@ -61,13 +61,13 @@ def refuse_odd(source: str) -> None:
                 f"model {source!r}: its config.json has {path.stat().st_size} bytes: at most "
                 f"{_LARGEST} are read"
             )
+    config = _json(folder / "config.json")
     for key in _PROGRAMS:
-        for value in _said(folder / "config.json", key):
-            if "/" in value:
-                raise FedSieveError(
-                    f"model {source!r}: its config.json asks for {value[:80]!r} ({key}), a program "
-                    "from the hub, and none is run: take the line out"
-                )
+        if "/" in (value := str(config.get(key))):
+            raise FedSieveError(
+                f"model {source!r}: its config.json asks for {value[:80]!r} ({key}), a program "
+                "from the hub, and none is run: take the line out"
+            )
 
 
 def _said(path: Path, key: str) -> list[str]:
