@@ -12,17 +12,20 @@ are for a GPU.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+import derived
 from fedsieve.console import quiet
 from fedsieve.engine.loop import begin, rounds
 from fedsieve.recipe import read as recipes
@@ -44,6 +47,7 @@ class Task(NamedTuple):
     metrics: those that are told, the leading one first
     files:   of train and test, below the folder of all data
     data:    the recipe's [data], less where the rows are
+    made:    writes the rows that are read, where they are not the files' own
     more:    the tables of the recipe in which it differs from the others
     """
 
@@ -52,6 +56,7 @@ class Task(NamedTuple):
     data: Mapping[str, Any]
     task: str = "classification"
     more: Mapping[str, Mapping[str, Any]] = {}
+    made: Callable[[Path, Path], tuple[Path, Path]] | None = None
 
 
 LISTED = ("answer1", "answer2", "answer3", "answer4", "answer5")
@@ -64,6 +69,21 @@ LANGUAGE: Mapping[str, Mapping[str, Any]] = {
     "training": {"optimizer": "adamw", "lr": 3e-4, "steps": 10, "batch": 8, "momentum": 0.0},
     "evaluation": {"batch": 64},
 }
+
+
+PICTURES: Mapping[str, Mapping[str, Any]] = {
+    "model": {"source": "vit-cifar100", "settings": {}},
+    "lora": {"targets": ["q_proj", "v_proj"]},
+    "training": {
+        "optimizer": "sgd",
+        "lr": 0.02,
+        "momentum": 0.9,
+        "steps": 10,
+        "batch": 16,
+        "augment": "crop-flip",
+    },
+}
+CIFAR = ("cifar10/train.parquet", "cifar10/test.parquet")
 
 
 def choice(folder: str, options: Sequence[str]) -> Task:
@@ -122,21 +142,48 @@ TASKS: Mapping[str, Task] = {
     ),
     "cifar10": Task(
         ("accuracy", "macro_f1"),
-        ("cifar10/train.parquet", "cifar10/test.parquet"),
+        CIFAR,
         {"image": "image", "label": "label"},
         "image-classification",
+        PICTURES,
+    ),
+    "cifar10, traits": Task(
+        ("micro_f1", "macro_f1", "map"),
+        CIFAR,
+        {"image": "image", "label": "traits"},
+        "image-multi-label",
+        {**PICTURES, "partition": {"kind": "iid", "clients": 20}},
+        derived.traits,
+    ),
+    "20 newsgroups, parts of names": Task(
+        ("micro_f1", "macro_f1", "map"),
+        ("20newsgroups/train.jsonl.gz", "20newsgroups/test.jsonl.gz"),
+        {"text": "text", "label": "parts", "max_length": 128},
+        "multi-label",
         {
-            "model": {"source": "vit-cifar100", "settings": {}},
-            "lora": {"targets": ["q_proj", "v_proj"]},
-            "training": {
-                "optimizer": "sgd",
-                "lr": 0.02,
-                "momentum": 0.9,
-                "steps": 10,
-                "batch": 16,
-                "augment": "crop-flip",
-            },
+            "partition": {"kind": "iid", "clients": 20},
+            "training": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "steps": 5, "batch": 16},
         },
+        derived.groups,
+    ),
+    "mrpc, capitals": Task(
+        ("entity_f1", "entity_precision", "entity_recall", "token_accuracy"),
+        glue("MRPC"),
+        {"text": "words", "label": "tags"},
+        "token-classification",
+        {
+            "partition": {"kind": "iid", "clients": 20},
+            "training": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "steps": 5, "batch": 16},
+        },
+        derived.capitals,
+    ),
+    "shakespeare, by role": Task(
+        ("token_accuracy", "perplexity"),
+        ("shakespeare/shakespeare.zip", "shakespeare/shakespeare.zip"),
+        {"text": "text", "max_length": 128},
+        "causal-lm",
+        {**LANGUAGE, "partition": {"kind": "column", "column": "role"}},
+        derived.speeches,
     ),
     "arc-easy": choice("ARC-Easy", LISTED),
     "openbookqa": choice("openbookqa", LISTED[:4]),
@@ -156,9 +203,11 @@ TASKS: Mapping[str, Task] = {
 }
 
 
-def table(task: Task, method: str, folder: Path, seed: int) -> dict[str, Any]:
-    """The recipe of one run."""
-    train, test = (str(folder / name) for name in task.files)
+def table(
+    task: Task, method: str, folder: Path, files: Sequence[Path], seed: int
+) -> dict[str, Any]:
+    """The recipe of one run over the rows of two files."""
+    train, test = map(str, files)
     made: dict[str, Any] = {
         "seed": seed,
         "rounds": 40,
@@ -240,9 +289,12 @@ def main() -> None:
         if missing:
             print(f"  {name}: left out: there is no {args.data / missing[0]}", flush=True)
             continue
-        for seed in args.seeds:
-            for method in args.methods:
-                given = table(TASKS[name], method, args.data, seed)
+        with tempfile.TemporaryDirectory() as into:
+            files = [args.data / f for f in TASKS[name].files]
+            if made := TASKS[name].made:
+                files = list(made(args.data, Path(into)))
+            for seed, method in itertools.product(args.seeds, args.methods):
+                given = table(TASKS[name], method, args.data, files, seed)
                 for change in args.set:
                     recipes.override(given, change)
                 row = {"task": name, "method": method, "seed": seed, **measured(given)}
