@@ -180,6 +180,8 @@ def finetune(
         **arguments.fields_given(data),
     )
     asked = catalogue.load(task)
+    if vain := sorted({*data}.difference(asked.uses)):
+        raise FedSieveError(f"{vain[0]}: a {task} task has no use for it")
     columns, texts = asked.columns(fields), columns_of(fields).texts
     _check_lead(asked, metric, fields)
     left_out: dict[str, str] = {}

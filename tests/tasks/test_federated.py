@@ -22,6 +22,8 @@ from transformers import PreTrainedTokenizerFast
 
 import fedsieve
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipe
+from fedsieve.recipe.examples import fields_of, unused
 from fedsieve.run import rundir
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
@@ -261,6 +263,52 @@ def changes(tiny: Tiny, folder: Path, kind: Kind, rows: list[dict[str, Any]]) ->
         "cohort": 4,
         "evaluation__every": 3,
     }
+
+
+class Watched(Fields):
+    """Fields that note which of them are looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in Fields._fields:
+            LOOKED_AT.add(name)
+        return super().__getattribute__(name)
+
+
+LOOKED_AT: set[str] = set()
+
+
+@each
+@quietly
+def test_what_a_task_has_no_use_for_is_told_by_name(tiny: Tiny, tmp_path: Path, kind: Kind) -> None:
+    """And what it says that it uses is what it looks at."""
+    given = recipe.check(tiny.table(**changes(tiny, tmp_path, kind, kind.rows)))
+    task, rows = catalogue.load(kind.task), Dataset.from_list(kind.rows)
+    reader, _ = load_reader(base(tiny, kind), kind.task)
+    LOOKED_AT.clear()
+    fields = Watched(*fields_of(given.data))
+    task.columns(fields)
+    fields = fields._replace(classes=task.classes([rows], fields) or None)
+    task.bad(rows, reader, fields)
+    task.read(rows, reader, fields)
+    # A second text is refused by name where joining two by a template is what was meant.
+    assert LOOKED_AT - {"text_b", "max_length"} == {*task.uses} - {"text_b"}
+    assert unused(given) == []
+    every = dict.fromkeys(Fields._fields, "x") | {
+        "classes": ("a", "b"), "answer": "{option}", "first_option": 1, "new_tokens": 9,
+        "stop": ("x",),
+    }  # fmt: skip
+    vain = sorted({*every} - {*task.uses, "max_length"})
+    data = given.data.model_copy(update={name: every[name] for name in vain})
+    told = unused(given.model_copy(update={"data": data}))
+    assert sorted(each.split()[0] for each in told) == [f"data.{name}" for name in vain]
+
+
+def test_a_run_notes_what_it_has_no_use_for(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="data.new_tokens is not used: a classification task has"):
+        runs.start(tiny, tmp_path, rounds=1, data__new_tokens=9)
+    assert "data.new_tokens is not used" in (tmp_path / rundir.RECIPE).read_text()
+    with pytest.raises(FedSieveError, match="new_tokens: a classification task has no use for it"):
+        fedsieve.finetune(str(tiny.bert), {}, fedsieve.fedit(), rounds=1, new_tokens=9)
 
 
 def test_every_task_is_here() -> None:

@@ -14,6 +14,10 @@ from fedsieve.console import quiet
 from fedsieve.errors import FedSieveError
 
 
+# What transformers calls a special token, and what the file does.
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+
+
 def convert(path: Path, folder: Path) -> None:
     """Write the model of a GGUF file, and its tokenizer, into a folder.
 
@@ -23,7 +27,7 @@ def convert(path: Path, folder: Path) -> None:
     import transformers
 
     try:
-        import gguf  # noqa: F401  transformers reads with it
+        import gguf  # transformers reads with it
     except ImportError:
         raise FedSieveError(
             "this model comes as GGUF, and what reads it is not installed: "
@@ -40,6 +44,12 @@ def convert(path: Path, folder: Path) -> None:
                 **named, dtype=torch.float16, **unpacked
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(**named)
+        # By the file's own numbers: transformers 5.17 takes the first token of a text for the last.
+        fields = gguf.GGUFReader(path).fields
+        for ours, theirs in _SPECIAL.items():
+            if number := fields.get(f"tokenizer.ggml.{theirs}_token_id"):
+                token = tokenizer.convert_ids_to_tokens(int(number.contents()))
+                setattr(tokenizer, f"{ours}_token", token)
         # Beside the folder first: what breaks off leaves no half of a model in it.
         scratch = folder.with_name(folder.name + "-gguf")
         model.save_pretrained(str(scratch))

@@ -21,7 +21,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, take, unasked
-from fedsieve.tasks.task import Fields, refuse
+from fedsieve.tasks.task import Fields, refuse, unread
 
 
 class Prepared(NamedTuple):
@@ -96,6 +96,14 @@ def _of(whose: str) -> Iterator[None]:
         yield
     except FedSieveError as error:
         raise FedSieveError(f"{whose}: {error}") from error
+
+
+def unused(recipe: Recipe) -> list[str]:
+    """What of [data] was given in vain, a sentence each."""
+    names = unread(catalogue.load(recipe.model.task), fields_of(recipe.data))
+    return [
+        f"data.{name} is not used: a {recipe.model.task} task has no use for it" for name in names
+    ]
 
 
 def columns_of(fields: Fields, clients: str | None = None) -> Columns:

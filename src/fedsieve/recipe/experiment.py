@@ -43,6 +43,7 @@ from fedsieve.recipe.examples import (
     more_sources,
     owners_of,
     prepare,
+    unused,
 )
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
@@ -258,8 +259,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     source = locate(recipe.model.source)
     task = recipe.model.task
     tokenizer, note = load_reader(source, task, trust_remote_code=trust_remote_code)
-    notes = [note] if note else []
-    if note:
+    notes = [*([note] if note else []), *unused(recipe)]
+    for note in notes:
         warnings.warn(note, stacklevel=2)
     data = recipe.data
     rows = load_rows(data, data.train, data.train_split, recipe.partition.column)

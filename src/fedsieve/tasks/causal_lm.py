@@ -355,6 +355,7 @@ TASK = Task(
     peft="CAUSAL_LM",
     head=False,
     named=False,
+    uses=("text", "prompt", "completion"),
     columns=_columns,
     classes=no_classes,
     bad=_bad,

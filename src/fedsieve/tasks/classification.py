@@ -100,6 +100,7 @@ TASK = Task(
     peft="SEQ_CLS",
     head=True,
     named=True,
+    uses=("text", "text_b", "label", "classes"),
     columns=columns_of,
     classes=of_all,
     bad=bad,

@@ -207,6 +207,7 @@ def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
 TASK = replace(
     causal_lm.TASK,
     title="generation",
+    uses=("text", "prompt", "completion", "new_tokens", "stop"),
     bad=_bad,
     read=_read,
     fits=_fits,

@@ -49,6 +49,7 @@ TASK = replace(
     auto="AutoModelForImageClassification",
     peft=None,
     reads="images",
+    uses=("image", "label", "classes"),
     columns=_columns,
     classes=_classes,
     bad=_bad,

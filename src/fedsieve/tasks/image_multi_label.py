@@ -47,6 +47,7 @@ TASK = replace(
     auto="AutoModelForImageClassification",
     peft=None,
     reads="images",
+    uses=("image", "label", "classes"),
     columns=_columns,
     bad=_bad,
     read=_read,

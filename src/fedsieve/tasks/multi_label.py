@@ -240,6 +240,7 @@ TASK = Task(
     peft="SEQ_CLS",
     head=True,
     named=True,
+    uses=("text", "text_b", "label", "classes"),
     columns=_columns,
     classes=classes_in,
     bad=_bad,

@@ -309,6 +309,17 @@ def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
 TASK = replace(
     causal_lm.TASK,
     title="multiple choice",
+    uses=(
+        "text",
+        "options",
+        "classes",
+        "label",
+        "option_word",
+        "answer",
+        "first_option",
+        "new_tokens",
+        "stop",
+    ),
     columns=_columns,
     classes=lambda _, fields: fields.classes or (),
     bad=_bad,

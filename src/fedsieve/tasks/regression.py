@@ -139,6 +139,7 @@ TASK = Task(
     peft="SEQ_CLS",
     head=True,
     named=False,
+    uses=("text", "text_b", "label"),
     columns=_columns,
     classes=no_classes,
     bad=_bad,

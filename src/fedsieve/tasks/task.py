@@ -74,6 +74,7 @@ class Task:
     auto:   transformers' class that loads its models; peft: PEFT's name of such tasks
     head:   whether all outside the model's body is a head, trained whole
     named:  whether the outputs are classes with names
+    uses:   those of `Fields` that it reads, `max_length` beside them
     columns: the columns that it uses. Raises FedSieveError where one that it needs is not given
     classes: those of all these data sets together, in the order of the model's outputs
     bad:    the rows that are no examples because of what they hold. Where classes are given, a
@@ -96,6 +97,7 @@ class Task:
     peft: str | None
     head: bool
     named: bool
+    uses: tuple[str, ...]
     columns: Callable[[Fields], Columns]
     classes: Callable[[Sequence[Dataset], Fields], tuple[str, ...]]
     bad: Callable[[Dataset, Reader, Fields], Bad]
@@ -117,6 +119,13 @@ def needed(**given: Any) -> None:
     for name, value in given.items():
         if value is None:
             raise FedSieveError(f"{name}: this task needs it: say which column that is")
+
+
+def unread(task: Task, fields: Fields) -> tuple[str, ...]:
+    """Those of the fields that were given and that the task does not look at."""
+    usual = Fields()._asdict()
+    given = [name for name, value in fields._asdict().items() if value != usual[name]]
+    return tuple(name for name in given if name not in (*task.uses, "max_length"))
 
 
 def one_label(fields: Fields) -> str:

@@ -43,7 +43,7 @@ _SPELLED = {"L": "E", "U": "S"}
 
 def _columns(fields: Fields) -> Columns:
     needed(text=fields.text, label=fields.label)
-    if fields.text is None or not isinstance(fields.label, str) or fields.text_b is not None:
+    if fields.text is None or not isinstance(fields.label, str):
         raise FedSieveError(
             "this task takes a column of lists of words (text) and one of lists of tags (label)"
         )
@@ -254,6 +254,7 @@ TASK = Task(
     peft="TOKEN_CLS",
     head=True,
     named=True,
+    uses=("text", "label", "classes"),
     columns=_columns,
     classes=_classes,
     bad=_bad,
