@@ -174,17 +174,20 @@ def parsed(text: bytes | str, where: str) -> dict[str, Any]:
     Raises NotJson, and FedSieveError for any other value, for a whole number beyond `LARGEST`, or
     for one that no float holds; all begin with `where`. NaN and Infinity are words of their own.
     """
-    text = text.decode() if isinstance(text, bytes) and text.isascii() else text
+    try:
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    except UnicodeDecodeError:
+        raise NotJson(f"{where} is not UTF-8") from None
     # Numbers one by one take ten times as long, and only where some are long can one be too large.
-    short = isinstance(text, str) and not _LONG_NUMBER.search(text)
-    read = json.loads if short else partial(json.loads, parse_int=_whole, parse_float=_real)
+    long = _LONG_NUMBER.search(text)
+    read = partial(json.loads, parse_int=_whole, parse_float=_real) if long else json.loads
     try:
         value = read(text)
     except _TooLarge:
         raise FedSieveError(f"{where} holds a number beyond all that are written") from None
     except (ValueError, RecursionError):
         raise NotJson(f"{where} is not JSON") from None
-    if _HALF.search(text if isinstance(text, str) else text.decode(errors="ignore")):
+    if _HALF.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

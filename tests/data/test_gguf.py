@@ -1,4 +1,4 @@
-"""A GGUF file that is written here, as a folder that transformers loads: its numbers, its tokens."""
+"""A GGUF file that is written here, as a folder that transformers loads: numbers and tokens."""
 
 from pathlib import Path
 from typing import Any

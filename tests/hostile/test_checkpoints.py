@@ -123,6 +123,20 @@ def test_nothing_is_trained_or_written_over_other_tensors(
     assert {p: p.read_bytes() for p in before} == before
 
 
+def test_no_adapter_of_another_form_is_exported(stopped: Path, tmp_path: Path) -> None:
+    """Each damage to each tensor of the server's state that is there from the beginning."""
+    experiment = from_recipe(recipe.load(str(stopped / rundir.RECIPE)))
+    begun = experiment.federation.method.init(experiment.start).trees
+    _, tensors = checkpoint._read(stopped / NEWEST)
+    groups = [name for name in kinds(tensors) if name.split("/")[1] in begun]
+    assert any(name.startswith("state/") for name in groups)
+    for number, name in enumerate(name for name in groups if name.startswith("state/")):
+        shutil.copytree(stopped, tmp_path / f"{number}")
+        with_tensors(tmp_path / f"{number}", {name: tensors[name][None]})
+        with pytest.raises(FedSieveError, match=rf"{number}.*checkpoint"):
+            runner.export(tmp_path / f"{number}", tmp_path / f"to{number}")
+
+
 def test_a_run_that_is_as_it_was_left_goes_on(stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped, tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:

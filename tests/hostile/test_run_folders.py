@@ -372,6 +372,9 @@ LINES: dict[str, Callable[[bytes], bytes]] = {
     "no time": field(2, "seconds", "NaN"),
     "more time than there is": field(2, "seconds", "1e90"),
     "half of a character": field(2, "budget", '"\\ud800"'),
+    "half of a character in bytes": lambda whole: field(2, "budget", '"HALF"')(whole).replace(
+        b"HALF", b"\xed\xa0\x80"
+    ),
 }
 
 

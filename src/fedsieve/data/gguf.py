@@ -13,7 +13,6 @@ from pathlib import Path
 from fedsieve.console import quiet
 from fedsieve.errors import FedSieveError
 
-
 # What transformers calls a special token, and what the file does.
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 

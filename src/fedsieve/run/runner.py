@@ -44,7 +44,7 @@ from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.run.found import in_order
-from fedsieve.run.state import refuse_another
+from fedsieve.run.state import exported, refuse_another
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
 
@@ -160,7 +160,8 @@ def export(
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     place = rundir.place(folder, rundir.CHECKPOINTS)
     snapshot = checkpoint.load(place, resident.layout, resident.digest)
-    adapter = build_method(recipe).export(snapshot.progress.state)
+    method, start = build_method(recipe), resident.adapter()
+    adapter = exported(folder, method, start, snapshot.progress.state).adapter
     try:
         if merge:
             resident.merge(adapter, to)

@@ -6,14 +6,15 @@ one client of each form, with noise in the place of training and every message r
 they make must have the form of what they make without a memory. Nothing of it is kept.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from fedsieve.algebra.adapter import Tree
+from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.budget import Client
-from fedsieve.algebra.method import Memory, State
+from fedsieve.algebra.method import Memory, Method, State
 from fedsieve.costs import dry_run
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import Experiment
@@ -24,23 +25,40 @@ _ADAPTER = "the client's adapter"
 _ODD = (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
+class Exported(NamedTuple):
+    """A state's adapter, and what of the state is there from the beginning."""
+
+    adapter: Adapter
+    begun: Mapping[str, Tree]
+
+
+def exported(folder: Path, method: Method, start: Adapter, state: State) -> Exported:
+    """What a checkpoint's state comes to. Raises FedSieveError, naming what of it, for one that
+    the method does not have.
+    """
+    begun = method.init(start).trees
+    for group, tree in begun.items():
+        if _forms(state.trees.get(group, {})) != _forms(tree):
+            raise _other(folder, repr(group))
+    try:
+        return Exported(method.export(state), begun)
+    except (FedSieveError, *_ODD) as error:
+        raise _other(folder, "state") from error
+
+
 def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> None:
     """Raises FedSieveError, naming what of it, for a state or a client's memory that the method
     does not have: the next round would break off.
     """
     federation, state, start = experiment.federation, snapshot.progress.state, experiment.start
     method, key = federation.method, federation.own_key(snapshot.progress.round + 1)
-    begun = method.init(start).trees
-    for group, tree in begun.items():
-        if _forms(state.trees.get(group, {})) != _forms(tree):
-            raise _other(folder, repr(group))
+    begun = exported(folder, method, start, state).begun
     clients = {client.id: client for client in federation.clients}
     anyone = next(iter(clients.values()), None)
     if anyone is None:
         return
     what = "state"
     try:
-        method.export(state)
         plan = method.plan(state, key)
 
         def rehearsed(client: Client, memory: Memory) -> dry_run.Part:
