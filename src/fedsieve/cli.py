@@ -493,10 +493,15 @@ def list_methods(
 @app.command("sets")
 def list_sets() -> None:
     """List the data sets that a recipe can name: data.set = "glue/mrpc"."""
+    from fedsieve.data.templates import columns_in
     from fedsieve.recipe import sets
 
     for name, found in sets.known().items():
-        columns = [found.data[key] for key in ("text", "text_b", "label") if key in found.data]
+        columns: list[str] = []
+        for key in ("text", "text_b", "options", "label"):
+            given = found.data.get(key, ())
+            for each in (given,) if isinstance(given, str) else given:
+                columns += columns_in(each) or (each,)
         console.print(f"[bold]{name}[/]  {plain(found.what)}")
         say(f"    {found.task}: {', '.join(columns)}; {spoken(found.metric)}")
 

@@ -19,6 +19,7 @@ from fedsieve import methods
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
+from fedsieve.recipe.method import build_method
 from fedsieve.run import checkpoint, rundir, runner, state
 from tests import runs
 from tests.conftest import Tiny
@@ -124,17 +125,34 @@ def test_nothing_is_trained_or_written_over_other_tensors(
 
 
 def test_no_adapter_of_another_form_is_exported(stopped: Path, tmp_path: Path) -> None:
-    """Each damage to each tensor of the server's state that is there from the beginning."""
-    experiment = from_recipe(recipe.load(str(stopped / rundir.RECIPE)))
-    begun = experiment.federation.method.init(experiment.start).trees
+    """Each damage to each kind of tensor of the server's state; what is away is made anew."""
+    recipe_ = recipe.load(str(stopped / rundir.RECIPE))
+    experiment = from_recipe(recipe_)
+    resident = experiment.resident
     _, tensors = checkpoint._read(stopped / NEWEST)
-    groups = [name for name in kinds(tensors) if name.split("/")[1] in begun]
-    assert any(name.startswith("state/") for name in groups)
-    for number, name in enumerate(name for name in groups if name.startswith("state/")):
-        shutil.copytree(stopped, tmp_path / f"{number}")
-        with_tensors(tmp_path / f"{number}", {name: tensors[name][None]})
-        with pytest.raises(FedSieveError, match=rf"{number}.*checkpoint"):
-            runner.export(tmp_path / f"{number}", tmp_path / f"to{number}")
+    groups = [name for name in kinds(tensors) if name.startswith("state/")]
+    groups = [name for name in groups if not name.rsplit("/", 1)[1].isdecimal()]  # a client's
+    begun = experiment.federation.method.init(experiment.start).trees
+    tried = 0
+    for name in groups:
+        for damage, changed in damages(name, tensors[name]):
+            if name.split("/")[1] not in begun and damage in ("away", "one too many"):
+                continue  # from a later round on: not of the adapter
+            folder = tmp_path / f"{tried}" / rundir.CHECKPOINTS
+            shutil.copytree(stopped / rundir.CHECKPOINTS, folder)
+            with_tensors(folder.parent, changed)
+            with pytest.raises(FedSieveError) as refused:  # noqa: PT012
+                snapshot = checkpoint.load(folder, resident.layout, resident.digest)
+                method = build_method(recipe_)
+                state.exported(folder.parent, method, resident, snapshot.progress.state)
+                raise AssertionError((name, damage))
+            assert str(folder.parent) in str(refused.value), (name, damage)
+            tried += 1
+    shutil.copytree(stopped, tmp_path / "run")
+    with_tensors(tmp_path / "run", {groups[0]: tensors[groups[0]][None]})
+    with pytest.raises(FedSieveError, match=r"checkpoint"):
+        runner.export(tmp_path / "run", tmp_path / "to")
+    assert not list((tmp_path / "to").iterdir())
 
 
 def test_a_run_that_is_as_it_was_left_goes_on(stopped: Path, tmp_path: Path) -> None:

@@ -93,7 +93,8 @@ def table(tiny: Tiny, name: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_every_set_of_glue_is_here() -> None:
-    assert sorted(sets.known()) == sorted(f"glue/{glue.name}" for glue in ALL)
+    here = [name for name in sets.known() if name.startswith("glue/")]
+    assert sorted(here) == sorted(f"glue/{glue.name}" for glue in ALL)
 
 
 @pytest.mark.filterwarnings("ignore:the model's head is for")
@@ -195,7 +196,7 @@ def test_own_task_and_metric_win() -> None:
     [
         ("glue/mrcp", r"data\.set: no data set is called 'glue/mrcp' \(did you mean 'glue/mrpc'"),
         ("mnli", "did you mean 'glue/mnli'"),
-        ("squad", r"known are glue/cola, "),
+        ("squad", r"known are commonsense/arc-challenge, "),
         (7, r"data\.set"),
         (["glue/cola"], r"data\.set"),
     ],

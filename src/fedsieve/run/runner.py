@@ -160,8 +160,7 @@ def export(
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     place = rundir.place(folder, rundir.CHECKPOINTS)
     snapshot = checkpoint.load(place, resident.layout, resident.digest)
-    method, start = build_method(recipe), resident.adapter()
-    adapter = exported(folder, method, start, snapshot.progress.state).adapter
+    adapter = exported(folder, build_method(recipe), resident, snapshot.progress.state)
     try:
         if merge:
             resident.merge(adapter, to)

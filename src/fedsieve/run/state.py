@@ -6,44 +6,52 @@ one client of each form, with noise in the place of training and every message r
 they make must have the form of what they make without a memory. Nothing of it is kept.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from fedsieve.algebra.adapter import Adapter, Tree
-from fedsieve.algebra.budget import Client
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method, State
 from fedsieve.costs import dry_run
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import Experiment
 from fedsieve.run.checkpoint import Snapshot
+from fedsieve.train.model import ResidentModel
 
 Forms = dict[str, tuple[torch.dtype, torch.Size]]
 _ADAPTER = "the client's adapter"
+_ANYONE, _ANY_ROUND = Client("anyone", 1, Budget()), Key(0, 1)
 _ODD = (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-class Exported(NamedTuple):
-    """A state's adapter, and what of the state is there from the beginning."""
+def exported(
+    folder: Path,
+    method: Method,
+    resident: ResidentModel,
+    state: State,
+    client: Client = _ANYONE,
+    key: Key = _ANY_ROUND,
+) -> Adapter:
+    """A state's adapter, once it was seen that the method could go on from it.
 
-    adapter: Adapter
-    begun: Mapping[str, Tree]
-
-
-def exported(folder: Path, method: Method, start: Adapter, state: State) -> Exported:
-    """What a checkpoint's state comes to. Raises FedSieveError, naming what of it, for one that
-    the method does not have.
+    client, key: who takes part in the round that is rehearsed, and its key
+    Raises FedSieveError, naming what of it, for a state that the method does not have.
     """
-    begun = method.init(start).trees
-    for group, tree in begun.items():
+    start = resident.adapter()
+    for group, tree in method.init(start).trees.items():
         if _forms(state.trees.get(group, {})) != _forms(tree):
             raise _other(folder, repr(group))
     try:
-        return Exported(method.export(state), begun)
+        adapter = method.export(state)
+        resident.put(adapter)
+        part = _rehearsed(method, resident, method.plan(state, key), start, client, {}, key)
+        _refuse_unknown_groups(state, method.merge(state, [(client, part.update)], key))
     except (FedSieveError, *_ODD) as error:
         raise _other(folder, "state") from error
+    return adapter
 
 
 def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> None:
@@ -52,32 +60,40 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
     """
     federation, state, start = experiment.federation, snapshot.progress.state, experiment.start
     method, key = federation.method, federation.own_key(snapshot.progress.round + 1)
-    begun = exported(folder, method, start, state).begun
     clients = {client.id: client for client in federation.clients}
-    anyone = next(iter(clients.values()), None)
-    if anyone is None:
-        return
-    what = "state"
+    anyone = next(iter(clients.values()), _ANYONE)
+    exported(folder, method, experiment.resident, state, anyone, key)
+    plan, what = method.plan(state, key), "state"
+
+    def rehearsed(id: str, memory: Memory) -> dry_run.Part:
+        return _rehearsed(method, experiment.resident, plan, start, clients[id], memory, key)
+
     try:
-        plan = method.plan(state, key)
-
-        def rehearsed(client: Client, memory: Memory) -> dry_run.Part:
-            part = dry_run.take_part(method, plan, start, client, memory, key)
-            experiment.resident.put(part.view.adapter)
-            return part
-
-        update = rehearsed(anyone, {}).update
-        _refuse_unknown_groups(state, method.merge(state, [(anyone, update)], key))
         rehearsal = dry_run.rounds(method, start.layout, [anyone])
-        _refuse_other_names(state, begun, rehearsal, clients)
+        _refuse_other_names(state, method.init(start).trees, rehearsal, clients)
         for id, memory in _one_of_each(snapshot, clients):
             what = f"memory of client {id[:80]!r}"
-            anew, found = (_made(rehearsed(clients[id], each)) for each in ({}, memory))
+            anew, found = (_made(rehearsed(id, each)) for each in ({}, memory))
             kept = {group: _forms(tree) for group, tree in memory.items()}
             if found != found | anew or found != found | kept or found.keys() - kept != {_ADAPTER}:
                 raise ValueError("the client's adapter or memory has another form")
     except (FedSieveError, *_ODD) as error:
         raise _other(folder, what) from error
+
+
+def _rehearsed(
+    method: Method,
+    resident: ResidentModel,
+    plan: State,
+    start: Adapter,
+    client: Client,
+    memory: Memory,
+    key: Key,
+) -> dry_run.Part:
+    """What a client makes of its message, which the model has room for."""
+    part = dry_run.take_part(method, plan, start, client, memory, key)
+    resident.put(part.view.adapter)
+    return part
 
 
 def _made(part: dry_run.Part) -> dict[str, Forms]:
