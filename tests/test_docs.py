@@ -13,7 +13,6 @@ import pytest
 import fedsieve
 from fedsieve import methods
 from fedsieve.algebra.method import Method
-from fedsieve.data.templates import columns_in
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe import sets
 from fedsieve.tasks import catalogue
@@ -162,13 +161,8 @@ def test_the_table_of_data_sets_is_what_their_file_says() -> None:
     for (name, hub, columns), (other, each) in zip(
         asked, list(sets.known().items())[len(found) :], strict=True
     ):
-        options = each.data.get("options", [])
-        names = [
-            *columns_in(each.data["text"]),
-            *([options] if options and isinstance(options, str) else options),
-        ]
         assert (name, hub) == (other, each.data["train"])
-        assert columns == ", ".join(f"`{n}`" for n in (*names, each.data["label"]))
+        assert columns == ", ".join(f"`{n}`" for n in sets.columns(each))
 
 
 def _by_value() -> Method:

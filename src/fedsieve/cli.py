@@ -493,17 +493,11 @@ def list_methods(
 @app.command("sets")
 def list_sets() -> None:
     """List the data sets that a recipe can name: data.set = "glue/mrpc"."""
-    from fedsieve.data.templates import columns_in
     from fedsieve.recipe import sets
 
     for name, found in sets.known().items():
-        columns: list[str] = []
-        for key in ("text", "text_b", "options", "label"):
-            given = found.data.get(key, ())
-            for each in (given,) if isinstance(given, str) else given:
-                columns += columns_in(each) or (each,)
         console.print(f"[bold]{name}[/]  {plain(found.what)}")
-        say(f"    {found.task}: {', '.join(columns)}; {spoken(found.metric)}")
+        say(f"    {found.task}: {', '.join(sets.columns(found))}; {spoken(found.metric)}")
 
 
 def _by_name(name: str) -> Path:

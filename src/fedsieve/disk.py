@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from functools import partial
@@ -166,6 +167,14 @@ class NotJson(FedSieveError):
 
 class _TooLarge(ValueError):
     """A number beyond what a file may hold."""
+
+
+def remove(path: Path) -> None:
+    """A file or a folder with all in it; a link is removed, and not what it points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def parsed(text: bytes | str, where: str) -> dict[str, Any]:

@@ -110,6 +110,84 @@ def test_a_site_without_the_memory_that_a_round_needs_says_so(
     assert asked(here, 3, None).header["ok"]
 
 
+def other_bytes(worker: Path, run: Path) -> None:
+    (worker / resident.TOLD).write_bytes(b"\xff\xfe" * 99)
+
+
+def a_folder_for_the_order(worker: Path, run: Path) -> None:
+    (worker / resident.TOLD).unlink(missing_ok=True)
+    (worker / resident.TOLD).mkdir()
+
+
+def stray_files(worker: Path, run: Path) -> None:
+    (run.parent / ".DS_Store").write_bytes(b"x")
+    for number in range(resident.RUNS):
+        (run.parent / f"{number}").mkdir()
+
+
+def a_folder_for_the_recipe(worker: Path, run: Path) -> None:
+    (run / resident.RECIPE).unlink()
+    (run / resident.RECIPE).mkdir()
+
+
+def a_file_for_the_run(worker: Path, run: Path) -> None:
+    shutil.rmtree(run)
+    run.write_bytes(b"x")
+
+
+def a_file_for_half_an_adapter(worker: Path, run: Path) -> None:
+    (worker / "adapters").mkdir(exist_ok=True)
+    (worker / "adapters" / ".x.part").write_bytes(b"x")
+    (worker / "adapters" / ".y.old").write_bytes(b"x")
+    (worker / "adapters" / "y").mkdir()
+    (run / ".z.part").mkdir()
+
+
+def no_length(worker: Path, run: Path) -> None:
+    (run / resident.MOST).write_bytes(b"\xff")
+
+
+DAMAGES = [
+    other_bytes, a_folder_for_the_order, stray_files, a_folder_for_the_recipe, a_file_for_the_run,
+    a_file_for_half_an_adapter, no_length,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_damaged_folder_shuts_no_site_out(
+    tiny: Tiny, tmp_path: Path, damage: Callable[[Path, Path], None], restarted: bool
+) -> None:
+    """It is told its recipe again, and takes part; what it kept may be lost with it."""
+    here = Worker(tiny, tmp_path)
+    assert asked(here, 1, 0).header["ok"]
+    run = here.rounds.parent
+    damage(run.parents[1], run)
+    if restarted:
+        here.state = settled(here.path)
+    for _ in range(2):
+        told(here.ask, here.text)
+    assert asked(here, 2, None).header["ok"]
+
+
+def test_a_body_for_a_recipe_that_was_never_told_is_not_wanted(tiny: Tiny, tmp_path: Path) -> None:
+    here = Worker(tiny, tmp_path)
+    header = train(here.text, 1, here.message(1)).header
+    longest = resident.most_bytes(here.state, header)
+    assert isinstance(longest, int)
+    assert len(here.message(1)) < longest < 1 << 20
+    for state in (here.state, settled(here.path)):
+        assert resident.most_bytes(state, header) == longest  # a worker before it knew
+        for other in ("0" * 64, "../" * 20, "", "x" * 64):
+            unwanted = resident.most_bytes(state, {**header, "recipe": other})
+            if isinstance(unwanted, Frame):
+                assert unwanted.header["unknown_recipe"] is True
+            else:
+                assert unwanted == 0
+        assert resident.most_bytes(state, {**header, "recipe": None}) == 0
+    assert isinstance(resident.most_bytes(here.state, {**header, "recipe": "0" * 64}), Frame)
+
+
 def test_a_method_that_keeps_nothing_needs_no_memory(tiny: Tiny, tmp_path: Path) -> None:
     here, calm = (
         Worker(tiny, tmp_path / name, method={"name": "fedit"}, budgets=None) for name in "ab"

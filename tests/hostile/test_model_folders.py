@@ -19,9 +19,23 @@ from fedsieve.recipe.examples import tensors
 from fedsieve.recipe.read import check
 from fedsieve.train.model import load_base
 from fedsieve.train.reader import load_reader
+from tests import runs
 from tests.conftest import LABELS, Tiny
 from tests.hostile.test_recipes_to_a_site import MEGA, peak
 
+# As other architectures call how many parts they have; and names of classes that are none.
+LIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "decoder layers": ("t5", {"num_decoder_layers": 1_000_000}),
+    "groups": ("albert", {"num_hidden_groups": 1_000_000}),
+    "inner groups": ("albert", {"inner_group_num": 1_000_000}),
+    "layers": ("gpt2", {"n_layer": 1_000_000}),
+    "depths": ("swin", {"depths": [2, 1_000_000]}),
+    "stages": ("convnext", {"depths": [1_000_000, 1]}),
+    "experts": ("mixtral", {"num_local_experts": 1_000_000}),
+    "numbers for names": ("bert", {"id2label": {"0": 1, "1": 2, "2": 3}}),
+    "nothing for names": ("bert", {"id2label": {"0": None, "1": None, "2": None}}),
+    "lists for names": ("bert", {"id2label": {"0": ["a"], "1": ["b"], "2": ["c"]}}),
+}
 CONFIG: dict[str, Any] = {
     "hidden_size": 1 << 17,
     "vocab_size": 200_000_000,
@@ -33,6 +47,7 @@ CONFIG: dict[str, Any] = {
     "layer_norm_eps": "x",
     "hidden_dropout_prob": 7,
     "id2label": [1],
+    "num_labels": 10**9,
     "dtype": "os",
     "pad_token_id": 10**9,
     "attn_implementation": "flash_attention_2",
@@ -114,6 +129,48 @@ def test_a_folder_that_is_not_a_models_is_refused_in_a_sentence(
     assert len(said) < 1000
     assert peak() - before < 200 * MEGA
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("case", LIKE)
+def test_a_configuration_that_asks_for_more_under_any_name_is_refused(
+    tiny: Tiny, tmp_path: Path, case: str
+) -> None:
+    kind, changes = LIKE[case]
+    own = json.loads((tiny.bert / "config.json").read_text()) if kind == "bert" else {}
+    config = {**own, "model_type": kind, **changes}
+    shutil.copytree(tiny.bert, tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    before, began = peak(reset=True), time.monotonic()
+    with pytest.raises(FedSieveError) as refused:
+        load_base(str(tmp_path / "model"), "classification", LABELS, key=Key(0))
+    assert next(iter(changes)) in str(refused.value)
+    assert peak() - before < 200 * MEGA
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("end", ["x", 10**30, -5, [1, "x"], [[1]], 1.5, True])
+def test_an_end_that_is_no_token_is_named(tiny: Tiny, tmp_path: Path, end: Any) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.gpt2, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    rows = [{"prompt": "cars0 cars1", "completion": " cars2"}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(FedSieveError, match=r"model .*eos_token_id"):
+        runs.start(
+            tiny,
+            tmp_path / "run",
+            model={"source": str(folder), "task": "generation"},
+            data={
+                "train": str(tmp_path / "rows.jsonl"),
+                "test": str(tmp_path / "rows.jsonl"),
+                "prompt": "prompt",
+                "completion": "completion",
+                "max_length": 16,
+                "new_tokens": 2,
+            },
+            lora__targets=["c_attn"],
+            partition={"kind": "iid", "clients": 2},
+        )
 
 
 def test_what_real_models_do_is_taken(tiny: Tiny, tmp_path: Path) -> None:

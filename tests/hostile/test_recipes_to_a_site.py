@@ -162,6 +162,10 @@ WORK = [
     ({"checkpoint__every": 50, "rounds": 100}, {"most_disk": 0.01}, "most_disk"),
     ({"data__classes": [*LABELS, *map(str, range(60_000))]}, {"most_memory": 10}, "most_memory"),
     ({"lora__whole": ["word_embeddings"]}, {"most_memory": 0.02}, "most_memory"),
+    ({"method": {"name": "flora"}, "budgets": None, "lora__targets": "all-linear"},
+     {"most_memory": 0.07}, "the base weights that flora changes"),
+    ({"method": {"name": "fedex_lora"}, "budgets": None, "lora__targets": "all-linear"},
+     {"most_disk": 0.06}, "most_disk"),
 ]  # fmt: skip
 
 
@@ -186,6 +190,8 @@ CHOICES = [
     ({"classes": [str(n) for n in range(2000)], "option_word": "abc"}, {}, {}, "of 2000 options"),
     ({"classes": [str(n) for n in range(90)], "option_word": "abc"}, {}, {"most_tokens": 10**6},
      "of 90 options"),
+    ({"classes": [str(n) for n in range(900)], "max_length": 2}, {}, {"most_memory": 30},
+     "most_memory"),
     ({"classes": ["1", "2"], "answer": "x" * 150 + "{option}"}, {}, {"most_tokens": 7000},
      "of 2 options"),
     ({"classes": [str(n) for n in range(16)]}, {"batch": 100_000}, {"most_memory": 1},
@@ -224,6 +230,24 @@ def test_options_that_a_server_names_are_counted_as_often_as_they_are_read(
     assert "most_" in answer.header["error"]
     assert peak() - before < 60 * MEGA
     assert time.monotonic() - began < 10
+
+
+def test_a_label_for_each_class_of_each_row_is_counted(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [{"text": f"is {n} odd?", "label": ["0"]} for n in range(1000)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"train": "train.jsonl", "text": "text", "label": "label"}
+    given = {"name": "north", "device": "cpu", "model": str(tiny.bert), "data": columns}
+    (tmp_path / "site.toml").write_text(tomli_w.dumps({**given, "most_memory": 20}))
+    table = tomllib.loads(recipe_text(tiny).decode())
+    table["model"] = {"source": "the site's own", "task": "multi-label"}
+    classes = [str(n) for n in range(20_000)]
+    table["data"] = {"train": "the site's own", "max_length": 8, "classes": classes}
+    state = settled(tmp_path / "site.toml")
+    before = peak(reset=True)
+    answer = resident.answer(state, Frame({"do": "recipe"}, tomli_w.dumps(table).encode()))
+    assert not answer.header["ok"]
+    assert "most_memory" in answer.header["error"]
+    assert peak() - before < 60 * MEGA
 
 
 def test_many_recipes_leave_no_more_adapters_than_the_site_takes(

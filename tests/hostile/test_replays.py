@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fedsieve.algebra.budget import Budget
-from fedsieve.algebra.payload import Values, digest
-from fedsieve.algebra.support import gather
+from fedsieve.algebra.payload import Form, Payload, Values, digest, exact, rounded
+from fedsieve.algebra.support import everything, gather
 from fedsieve.engine.loop import Receipt
 from fedsieve.errors import WireError
 from fedsieve.methods import fedit, flasc
@@ -65,6 +65,25 @@ def test_nothing_of_an_answer_can_be_changed_on_its_way(change: str) -> None:
         changed = Frame({**changed.header, "tag": sealed.header["tag"]}, changed.body)
     with pytest.raises(WireError, match="another request"):
         check_seal(worker.digest(ASKED), changed)
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "float64", "int8"])
+def test_numbers_that_are_written_in_another_way_say_the_same(form: Form) -> None:
+    layout = toy.start().layout
+    numbers = torch.zeros(layout.size, dtype=torch.float64)
+    numbers[: layout.size // 2 : 3] = 2.0
+    whole = rounded(numbers, form, torch.Generator())
+    if form == "int8":
+        other = whole._replace(data=whole.data // 2, scales=whole.scales * 2)
+        whole = whole._replace(data=whole.data // 2 * 2)
+    else:
+        other = whole._replace(data=torch.where(whole.data == 0, -0.0, whole.data))
+    one, two = (Payload(layout, everything(layout), v, "sent", "sent") for v in (whole, other))
+    assert torch.equal(exact(one.values), exact(two.values))
+    assert digest(one) == digest(two)
+    data = whole.data.clone()
+    data[0] += 1
+    assert digest(one._replace(values=whole._replace(data=data))) != digest(one)
 
 
 def as_it_was(update: bytes) -> bytes:

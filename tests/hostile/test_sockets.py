@@ -8,9 +8,10 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ from fedsieve.wire import encode, longest
 from tests import toy
 from tests.sites.test_flower import EXACT, Net, federation, run, site, sites_of
 
-MOST = 1 << 20
+MOST, LONG = 1 << 20, 8 << 20
+UNWANTED = Frame({"ok": False, "error": "tell it first", "unknown_recipe": True})
 
 
 @pytest.fixture
@@ -41,6 +43,8 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     def work(request: Frame) -> Frame:
         if request.header["do"] == "stop":
             raise SystemExit
+        if request.header["do"] == "long":
+            return Frame({"ok": True}, bytes(LONG))
         return Frame({"ok": True, "came": len(request.body)})
 
     def about(request: Frame) -> Frame | None:
@@ -48,7 +52,10 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     def serve() -> None:
         with suppress(SystemExit):
-            worker.serve(folder, work, about, lambda _: ready.set(), lambda header: MOST)
+            worker.serve(folder, work, about, lambda _: ready.set(), most)
+
+    def most(header: Mapping[str, Any]) -> int | Frame:
+        return UNWANTED if header.get("do") == "unwanted" else MOST
 
     serving = threading.Thread(target=serve, daemon=True)
     serving.start()
@@ -60,8 +67,8 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert not serving.is_alive()
 
 
-def head(length: int) -> bytes:
-    whole = pack(Frame({"do": "train"}))
+def head(length: int, do: str = "train") -> bytes:
+    whole = pack(Frame({"do": do}))
     text = whole[4:].replace(b'"length": 0', b'"length": %d' % length)
     return len(text).to_bytes(4, "big") + text
 
@@ -108,6 +115,59 @@ def test_a_drip_is_no_progress(address: Path) -> None:
                 connection.sendall(b"x")
                 time.sleep(0.05)
         assert time.monotonic() - began < 15
+
+
+def test_a_body_has_as_long_as_its_length_takes_however_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A piece now and then is no reason to wait for all that was promised."""
+    monkeypatch.setattr(intake, "SILENCE", 0.5)
+    monkeypatch.setattr(intake, "RATE", 100 << 20)
+    ours, theirs = socket.socketpair()
+    going = threading.Event()
+
+    def drip() -> None:
+        with suppress(OSError):
+            while not going.wait(0.1):
+                theirs.sendall(bytes(1 << 20))
+
+    dripping = threading.Thread(target=drip, daemon=True)
+    dripping.start()
+    began = time.monotonic()
+    with ours, pytest.raises(TimeoutError):
+        intake.take(ours, 100 << 20)
+    assert time.monotonic() - began < 5  # 1.5, on a busy machine
+    going.set()
+    dripping.join(10)
+    theirs.close()
+
+
+def test_a_request_whose_body_is_not_wanted_is_answered_without_it(address: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(str(address))
+        connection.sendall(head(worker.BODY, "unwanted"))
+        assert unpack(connection.recv(1 << 16)) == UNWANTED
+
+
+def test_answers_that_nobody_takes_are_few(address: Path) -> None:
+    """Each is as long as an update; who does not read has seconds, and others are put off."""
+    tracemalloc.start()
+    try:
+        with ExitStack() as open_ones:
+            for _ in range(3 * worker.JOBS):
+                connection = open_ones.enter_context(socket.socket(socket.AF_UNIX))
+                connection.connect(str(address))
+                connection.sendall(pack(Frame({"do": "long"})))
+            time.sleep(1)
+            _, peak = tracemalloc.get_traced_memory()
+            until = time.monotonic() + 60
+            while not ask(address, Frame({"do": "train"}, b"12345"), 30).header.get("came"):
+                assert time.monotonic() < until
+                time.sleep(0.2)
+        assert peak < 2.5 * LONG * worker.JOBS
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("length", [MOST + 1, 100 << 20, worker.BODY])

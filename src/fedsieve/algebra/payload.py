@@ -92,9 +92,10 @@ def digest(payload: Payload) -> str:
     Any change of a number, of its form or of its place is another digest. A base has no part in it.
     """
     names, ranks, masks = payload.support
-    form, data, scales = payload.values
-    said = hashlib.blake2b(repr((names, form)).encode(), digest_size=16)
-    for tensor in (ranks, *(masks.get(name) for name in names), data, scales):
+    # What the numbers are, not how they are written: -0.0 is 0.0, and nothing has any scale.
+    numbers = exact(payload.values) + 0.0
+    said = hashlib.blake2b(repr((names, payload.values.form)).encode(), digest_size=16)
+    for tensor in (ranks, *(masks.get(name) for name in names), numbers):
         whole = torch.empty(0) if tensor is None else tensor.contiguous()
         said.update(repr((tensor is None, tuple(whole.shape))).encode())
         said.update(whole.view(torch.uint8).numpy().tobytes() if whole.numel() else b"")

@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from importlib import resources
+from string import Formatter
 from typing import Any, NamedTuple
 
 from fedsieve.errors import FedSieveError, nearest
@@ -31,6 +32,16 @@ def known() -> Mapping[str, Set]:
     """All that there are, by name."""
     with (resources.files(__package__) / "sets.toml").open("rb") as file:
         return {name: Set(**table) for name, table in tomllib.load(file).items()}
+
+
+def columns(found: Set) -> list[str]:
+    """Those of the data set that are read, in the order of a row; those in its templates too."""
+    read: list[str] = []
+    for key in ("text", "text_b", "options", "label"):
+        given = found.data.get(key, ())
+        for each in (given,) if isinstance(given, str) else given:
+            read += [name for _, name, *_ in Formatter().parse(each) if name] or [each]
+    return read
 
 
 def filled(table: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -81,9 +81,7 @@ def prepare(
     """
     method = build_method(recipe)
     tokenizer = _tokenizer(recipe, say)
-    for each in (rows, test_rows):
-        if each is not None:
-            limits.check_texts(recipe, site, each)
+    limits.check_rows(recipe, site, [each for each in (rows, test_rows) if each is not None])
     examples, test = _examples(recipe, rows, test_rows, tokenizer, say)
     _within(recipe, method, site, examples, test, say)
     resident = _resident(recipe, tokenizer, say)

@@ -1,9 +1,10 @@
 """What a worker takes in from its socket at a time: bounded in number, in bytes and in time.
 
 Whoever reaches the socket may open connections and say nothing, or promise a body and not send it.
-So a connection has `SILENCE` seconds for its header and for each piece of its body; of more than
-`READING` connections that are not through, the oldest is closed; and bodies that were promised and
-are not yet answered hold at most `WAITING` bytes together, or one body alone.
+So a connection has `SILENCE` seconds for its header, and again for its body with a second more for
+each `RATE` bytes of it; of more than `READING` connections that are not through, the oldest is
+closed; and bodies that were promised and are not yet answered hold at most `WAITING` bytes
+together, or one body alone: others wait `ROOM` times as long for theirs.
 """
 
 import math
@@ -13,10 +14,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-SILENCE = 5.0  # seconds for a header, and for each piece of a body
+SILENCE = 5.0  # seconds for a header, and for a body beside what its length takes
+ROOM = 12
+RATE = 4 << 20  # bytes a second, within one machine
 READING = 64  # connections that are read at once
 WAITING = 256 << 20  # bytes of all bodies together
-PIECE = 1 << 20
 BUFFER = 1 << 16
 
 
@@ -51,7 +53,7 @@ class Intake:
     def holding(self, count: int) -> Iterator[None]:
         """So many bytes, as soon as there is room. Raises TimeoutError if there is none in time."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._fits(count), 2 * SILENCE):
+            if not self._changed.wait_for(lambda: self._fits(count), ROOM * SILENCE):
                 raise TimeoutError(f"{self._held} bytes wait already: ask again later")
             self._held += count
         try:
@@ -65,14 +67,19 @@ class Intake:
         return not count or not self._held or self._held + count <= WAITING
 
 
-def take(connection: socket.socket, count: int, until: float | None = None) -> bytes:
+def seconds_for(count: int) -> float:
+    """How long so many bytes may take within one machine."""
+    return SILENCE + count / RATE
+
+
+def take(connection: socket.socket, count: int, seconds: float | None = None) -> bytes:
     """So many bytes of a connection; memory grows with what came, not with what was promised.
 
-    until: the time by which all must be there; None gives each piece `SILENCE` seconds
+    seconds: for all of it; None is as many as its length may take within one machine
     Raises Ended or TimeoutError.
     """
     came = bytearray()
-    due = time.monotonic() + SILENCE if until is None else until
+    due = time.monotonic() + (seconds_for(count) if seconds is None else seconds)
     while len(came) < count:
         left = due - time.monotonic()
         if left <= 0:
@@ -81,8 +88,5 @@ def take(connection: socket.socket, count: int, until: float | None = None) -> b
         part = connection.recv(min(count - len(came), BUFFER))
         if not part:
             raise Ended("it ended in the middle")
-        before = len(came) // PIECE
         came += part
-        if until is None and len(came) // PIECE > before:
-            due = time.monotonic() + SILENCE
     return bytes(came)

@@ -20,8 +20,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from fedsieve.algebra.adapter import Layout, base_layout, layout_of
+from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
+from fedsieve.costs import dry_run
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import locate
@@ -43,6 +46,8 @@ _META = torch.device("meta")
 _PATCH = 16 * 16  # pixels
 _TENSORS = 3  # of examples: numbers, mask, labels or types
 _FLOAT, _INT = 4, 8  # bytes
+_HELD = 4  # times: the change, that before it, the weights as they were, and as they become
+_LISTED = 1000  # bytes of an option's text and arrays, beside their numbers
 _BETWEEN = 16  # of the characters with which multiple_choice.py lists an option
 
 
@@ -71,24 +76,30 @@ def _check_numbers(value: Any, place: tuple[str, ...]) -> None:
         )
 
 
-def check_texts(recipe: Recipe, site: Site, rows: Dataset) -> None:
-    """Before the rows become tensors: (rows, tokens of the longest) each.
+def check_rows(recipe: Recipe, site: Site, parts: Sequence[Dataset]) -> None:
+    """Before rows become tensors, which are there at once: those to train and to evaluate on.
 
-    Raises FedSieveError where they would not fit `most_memory`.
+    Raises FedSieveError where they would not fit `most_memory`, or are more than `most_tokens`.
     """
-    data = recipe.data
+    taken = sum(_taken_by(recipe, site, rows) for rows in parts)
+    count = sum(map(len, parts))
+    _refuse(taken, site, f"data.max_length {recipe.data.max_length} with {count} rows")
+
+
+def _taken_by(recipe: Recipe, site: Site, rows: Dataset) -> int:
+    """The bytes of the examples of these rows: (rows, tokens of the longest) each, and labels."""
+    data, task = recipe.data, catalogue.load(recipe.model.task)
     names = [n for n in (data.text, data.text_b, data.prompt, data.completion) if n is not None]
     options = [data.options] if isinstance(data.options, str) else [*(data.options or ())]
     # A token has at least one byte; a few more begin and end a row.
     most = 8 + sum(
         max(map(_bytes_in, column(rows, name)), default=0) for name in (*names, *options)
     )
-    copies = _TENSORS
-    if catalogue.load(recipe.model.task).ask is not None:
+    copies, each, told = _TENSORS, 0, data.classes or ()
+    if task.ask is not None:
         listed = [max(map(_parts_of, column(rows, name)), default=0) for name in options]
-        told = data.classes or ()
-        each = sum(listed) or len(told) or 1
         most += len(data.answer or "") + max(map(_bytes_in, told), default=0)
+        each = sum(listed) or len(told) or 1
         if data.option_word is not None:  # then all of them stand in each prompt
             most += sum(map(_bytes_in, told)) + each * (2 * len(data.option_word) + _BETWEEN)
         work = len(rows) * each * most
@@ -99,8 +110,10 @@ def check_texts(recipe: Recipe, site: Site, rows: Dataset) -> None:
             )
         # The prompt is kept, and with each of the options once more, with what is to learn of it.
         copies += 1 + 3 * each
-    taken = copies * _INT * len(rows) * min(data.max_length, most)
-    _refuse(taken, site, f"data.max_length {data.max_length} with {len(rows)} rows")
+    elif task.config(told).get("problem_type") == "multi_label_classification":
+        each = len(told) or (0 if isinstance(data.label, str) else len(data.label or ()))
+    own = copies * _INT * min(data.max_length, most) + each * (_LISTED if task.ask else _FLOAT)
+    return len(rows) * own
 
 
 def _parts_of(value: object) -> int:
@@ -145,13 +158,28 @@ def check(
     trained = shape.layout.size
     state = _FLOAT * trained * (4 + _moments(training))
     _refuse(state, site, f"lora.rank {recipe.lora.rank} and what else is trained")
+    base = _changed_base(method, shape.layout)
+    state += _HELD * _FLOAT * base
+    _refuse(state, site, f"the base weights that {recipe.method.name} changes")
     kept = sum(activations(shape, batch, length))
     _refuse(state + kept, site, f"training.batch {training.batch} over rows of {length} tokens")
     if seen is not None:
         # Nothing is kept for a backward pass: a few of the largest tensors live at a time.
         largest = 4 * max(activations(shape, *seen), default=0)
         _refuse(state + largest, site, f"evaluation.batch {recipe.evaluation.batch}")
-    _check_disk(recipe, site, trained)
+    _check_disk(recipe, site, trained + base)
+
+
+def _changed_base(method: Method, layout: Layout) -> int:
+    """How many frozen weights a method changes at its clients: those under all pairs, or none.
+
+    Found over a layer of 2 x 2: what a method sends is the same whatever the sizes.
+    """
+    pair = {"m.lora_A.weight": torch.zeros(1, 2), "m.lora_B.weight": torch.zeros(2, 1)}
+    for each in dry_run.rounds(method, layout_of(pair, 1.0), [Client("anyone", 1, Budget())]):
+        if any(part.view.adapter.base for part in each.parts):
+            return sum(map(math.prod, base_layout(layout, 0).shapes.values()))
+    return 0
 
 
 def _asked(recipe: Recipe, site: Site, asked: Sequence[Asked]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 import traceback
@@ -42,7 +43,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
-from fedsieve.disk import write_whole
+from fedsieve.disk import remove, write_whole
 from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.recipe import schema
@@ -61,6 +62,9 @@ from fedsieve.wire.format import VERSION
 
 RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
+MOST = "most_bytes"  # of a request's body, beside it
+_RUN = re.compile(r"[0-9a-f]{64}")
+_UNTOLD = "this recipe was not told here: tell it first"
 RECIPE_BYTES = 1 << 20  # the longest that is taken
 TOLD = "told"  # the digests of the recipes, in the order in which they were told last
 _SAID = 500  # characters of an error
@@ -124,13 +128,13 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     pick_device(site.device)
     for within in ("", "runs/*/", "runs/*/*/"):
         for part in site.folder.glob(f"{within}.*.part"):
-            part.unlink()
+            remove(part)
     for part in site.folder.glob("adapters/.*.part"):
-        shutil.rmtree(part)
+        remove(part)
     for old in site.folder.glob("adapters/.*.old"):
         place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if place.exists():
-            shutil.rmtree(old)
+            remove(old)
         else:
             old.rename(place)
     data = schema.Data(**site.data.model_dump())
@@ -152,20 +156,24 @@ def about(resident: Resident, request: Frame) -> Frame | None:
     return Frame(_facts(resident))
 
 
-def most_bytes(resident: Resident, header: Mapping[str, Any]) -> int:
+def most_bytes(resident: Resident, header: Mapping[str, Any]) -> int | Frame:
     """The longest body of a request, from its header: what the adapter's layout can fill.
 
-    Before the worker knows a layout (it was started again, and its recipe is on the disk), any.
+    Of a recipe that was told to a worker before this one it is on the disk; one that was never told
+    here has no use for a body, and is the answer.
     """
-    do = header.get("do")
+    do, run = header.get("do"), header.get("recipe")
     if do == "recipe":
         return RECIPE_BYTES
-    if do not in ("train", "evaluate", "keep"):
+    if do not in ("train", "evaluate", "keep") or not isinstance(run, str):
         return 0
     assignment = resident.assignment
-    if assignment is None or assignment.run != header.get("recipe"):
-        return worker.BODY
-    return longest(assignment.start.layout, base=True)
+    if assignment is not None and assignment.run == run:
+        return longest(assignment.start.layout, base=True)
+    try:
+        return int((_folder(resident, run) / MOST).read_text("ascii")) if _RUN.fullmatch(run) else 0
+    except (OSError, ValueError):
+        return _unknown(_UNTOLD)
 
 
 def answer(resident: Resident, request: Frame) -> Frame:
@@ -180,7 +188,7 @@ def answer(resident: Resident, request: Frame) -> Frame:
             raise FedSieveError(f"unknown request {do[:40]!r}: known are {known}")
         result = work(resident, request)
     except _Unknown as error:
-        result = refusal(str(error), unknown_recipe=True)
+        result = _unknown(str(error))
     except _Lost as error:
         result = refusal(str(error), lost_memory=True)
     except FedSieveError as error:
@@ -292,6 +300,10 @@ class EvaluateRequest(_Asked):
     round: NonNegativeInt
 
 
+def _unknown(why: str) -> Frame:
+    return refusal(why, unknown_recipe=True)
+
+
 class _Unknown(FedSieveError):
     """A recipe that was never told here."""
 
@@ -335,7 +347,13 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     if resident.assignment is None or resident.assignment.run != run:
         _change_assignment(resident, run, request.body)
     folder = _folder(resident, run)
+    for place in (folder, folder / RECIPE, folder / MOST, resident.site.folder / TOLD):
+        if place.exists() and place.is_dir() != (place == folder):
+            remove(place)  # whatever else is there
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    assert resident.assignment is not None
+    most = longest(resident.assignment.start.layout, base=True)
+    write_whole(folder / MOST, str(most).encode("ascii"))
     write_whole(folder / RECIPE, request.body)
     _forget_old_runs(resident.site.folder, run)
     return Frame(_facts(resident))
@@ -522,8 +540,9 @@ def _forget_old_runs(folder: Path, run: str) -> None:
     In the order in which they were told, and not by the dates of files: clocks are set back.
     """
     place = folder / TOLD
-    before = place.read_text(encoding="ascii").split() if place.exists() else []
-    there = {path.name for path in (folder / "runs").iterdir()} - {run}
+    # No more than an order is lost with it.
+    before = place.read_text("ascii", errors="replace").split() if place.is_file() else []
+    there = {path.name for path in (folder / "runs").iterdir() if path.is_dir()} - {run}
     known = [digest for digest in before if digest in there]
     order = [*sorted(there - {*known}), *known, run]
     write_whole(place, "\n".join(order[-RUNS:]).encode("ascii"))
@@ -536,8 +555,8 @@ def _assignment(resident: Resident, run: str) -> Assignment:
     if resident.assignment is None or resident.assignment.run != run:
         try:
             text = (_folder(resident, run) / RECIPE).read_bytes()
-        except FileNotFoundError:
-            raise _Unknown("this recipe was not told here: tell it first") from None
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise _Unknown(_UNTOLD) from None
         if hashlib.sha256(text).hexdigest() != run:
             raise _Unknown("the recipe that was stored here is damaged: tell it again")
         _change_assignment(resident, run, text)

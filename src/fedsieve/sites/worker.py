@@ -42,15 +42,14 @@ from typing import Any, NamedTuple
 import filelock
 
 from fedsieve.errors import FedSieveError, WireError
-from fedsieve.sites.intake import BUFFER, Ended, Intake, take
+from fedsieve.sites.intake import BUFFER, Ended, Intake, seconds_for, take
 
 # In a folder of its own: a node that is locked up gets this folder and nothing else of the site.
 SOCKET = "door/worker.sock"
 HEADER = 1 << 16  # the longest header, in bytes
 BODY = (1 << 31) - 1  # the longest body; what carries messages between machines takes no more
 DEEPEST = 8  # tables and lists in one another, in a header
-JOBS = 16  # requests that wait for their turn; more are put off
-PATIENCE = 60.0  # seconds for an answer to be taken
+JOBS = 16  # requests whose answer is not taken yet; more are put off
 TAG = "tag"
 # From the root, from the home folder, or from Windows' drives, to the next space, quote or colon.
 _PATH = re.compile(r"(?:(?<![\w.>/])~?/|\b[A-Za-z]:\\)[^\s'\"`:,;)]*[\w/\\]")
@@ -146,7 +145,8 @@ def carry(address: Path, request: bytes, timeout: float | None = None) -> bytes:
             _connect(connection, _address(address), until)
             with suppress(BrokenPipeError):  # the worker says why, if it did not like the beginning
                 connection.sendall(request)
-            return pack(_frame(lambda count: take(connection, count, until or math.inf)))
+            left = math.inf if until is None else until - time.monotonic()
+            return pack(_frame(lambda count: take(connection, count, left)))
     except TimeoutError:
         raise FedSieveError(f"the worker at {address} did not answer in {timeout:g} s") from None
     except (FileNotFoundError, ConnectionRefusedError):
@@ -197,7 +197,7 @@ def serve(
     work: Callable[[Frame], Frame],
     about: Callable[[Frame], Frame | None],
     ready: Callable[[Path], None] = lambda address: None,
-    most: Callable[[Mapping[str, Any]], int] = lambda header: BODY,
+    most: Callable[[Mapping[str, Any]], int | Frame] = lambda header: BODY,
 ) -> None:
     """Answer requests at `<folder>/door/worker.sock` until the process is interrupted.
 
@@ -205,7 +205,8 @@ def serve(
     work:   does what a request asks; called in this thread, for one request at a time
     about:  the answer to a request that needs no work, or None; called in other threads
     ready:  called with the socket's path once it takes requests
-    most:   a request's header -> the longest body that it can have; called in other threads
+    most:   a request's header -> the longest body that it can have, or the answer to a request
+        whose body is not wanted; called in other threads
     Neither function may raise. Raises FedSieveError if the socket cannot be made.
     """
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -263,15 +264,16 @@ def _accept(
     listener: socket.socket,
     about: Callable[[Frame], Frame | None],
     jobs: "queue.SimpleQueue[Job]",
-    most: Callable[[Mapping[str, Any]], int],
+    most: Callable[[Mapping[str, Any]], int | Frame],
 ) -> None:
-    intake = Intake()
+    intake, room = Intake(), threading.BoundedSemaphore(JOBS)
 
-    def answer_to(request: Frame) -> Frame:
+    def answer_to(request: Frame, held: ExitStack) -> Frame:
         answer = about(request)
-        if answer is None and jobs.qsize() >= JOBS:
+        if answer is None and not room.acquire(blocking=False):
             answer = refusal(f"{JOBS} requests wait already: ask again later")
         if answer is None:
+            held.callback(room.release)  # not before its answer was taken, which may be long
             done: queue.SimpleQueue[Frame] = queue.SimpleQueue()
             jobs.put((request, done))
             answer = done.get()
@@ -284,6 +286,10 @@ def _accept(
                 with intake.reading(connection):
                     header, length = _head(lambda count: take(connection, count))
                     limit = most(header)
+                    if isinstance(limit, Frame):
+                        _send(connection, limit)
+                        _drain(connection)
+                        return
                     if length > limit:
                         raise WireError(f"a body of {length} bytes: at most {limit} for this")
                     held.enter_context(intake.holding(length))
@@ -292,7 +298,7 @@ def _accept(
                 _send(connection, refusal(f"this is no request: {error}"))
                 _drain(connection)
                 return
-            _send(connection, answer_to(request))
+            _send(connection, answer_to(request, held))
 
     while True:
         try:
@@ -306,8 +312,9 @@ def _accept(
 
 
 def _send(connection: socket.socket, answer: Frame) -> None:
-    connection.settimeout(PATIENCE)
-    connection.sendall(pack(answer))
+    packed = pack(answer)
+    connection.settimeout(seconds_for(len(packed)))
+    connection.sendall(packed)
 
 
 def _drain(connection: socket.socket) -> None:

@@ -125,7 +125,11 @@ def held(rows: Dataset, fields: Fields) -> tuple[Tensor, tuple[str, ...]]:
     refuse_few("label" if not isinstance(fields.label, str) else fields.label, names)
     refuse(bad_sets(rows, fields._replace(classes=names)))
     sets = [each for each in _sets(rows, fields) if isinstance(each, set)]
-    return torch.tensor([[float(name in each) for name in names] for each in sets]), names
+    place = {name: number for number, name in enumerate(names)}
+    labels = torch.zeros(len(sets), len(names))
+    for row, each in enumerate(sets):
+        labels[row, [place[name] for name in each]] = 1.0
+    return labels, names
 
 
 def _bad(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -> Bad:

@@ -7,6 +7,7 @@ in what the model writes, as FSLoRA scores its commonsense tasks (arXiv 2501.193
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _LISTED = "the correct answer is {option}"  # FSLoRA's sentence
 _AROUND = 4  # tokens that a tokenizer puts around a text, at most
+MOST_OPTIONS = 1000  # of a question
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -114,6 +116,8 @@ def _options(
             options, marks = options["text"], options["label"] or ()
         if not isinstance(options, list):
             raise FedSieveError(f"{where} holds no list of options")
+    if len(options) > MOST_OPTIONS:
+        raise FedSieveError(f"{where} holds {len(options)} options: at most {MOST_OPTIONS}")
     for number, option in enumerate(options):
         if not isinstance(option, str) or not option.strip():
             raise FedSieveError(f"{where}: option {number + 1} is empty, or no text")
@@ -126,8 +130,9 @@ def _options(
         raise FedSieveError(f"{where} has an option without a label")
     called = tuple(clean(str(mark)) for mark in marks)
     for kind, names in (("option", found), ("label", called)):
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise FedSieveError(f"{where} has the {kind} {twice[0][:40]!r} twice")
+        name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+        if times > 1:
+            raise FedSieveError(f"{where} has the {kind} {name[:40]!r} twice")
     return found, called
 
 

@@ -6,7 +6,8 @@ device). Of the hub's models nothing is known before they are there; folders are
 """
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from fedsieve.errors import FedSieveError
 _TIMES = 4  # as many numbers: heads are drawn, and tied tensors are stored once
 _MORE = 1 << 26  # numbers beyond that: a head of many classes over a small body
 _LAYERS = 8  # times as many as there are tensors: some architectures use one layer again and again
+# The words of keys that count what is made again and again, whatever an architecture calls it, and
+# of those that do not though they have one of them: `n_layer`, `depths`, but not `block_size`.
+_COUNTS = {"layer", "layers", "depth", "depths", "block", "blocks", "group", "groups", "stages"}
+_EXPERTS = {"expert", "experts"}  # many in one tensor, as often as not
+_SIZES = {"size", "sizes", "types", "norm", "id", "ids", "freq", "interval", "window", "capacity"}
 
 
 def refuse_larger(name: str, maker: Any, config: Any) -> None:
@@ -31,13 +37,25 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
     if not shapes:
         return
     held = sum(map(math.prod, shapes))
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if isinstance(layers, int) and layers > _LAYERS * (len(shapes) + _LAYERS):
-        raise _larger(name, f"{layers} layers", f"{len(shapes)} tensors")
+    for key, number, most in _counted(config.to_dict()):
+        if number > most * (len(shapes) + _LAYERS):
+            raise _larger(name, f"{number} of {key}", f"{len(shapes)} tensors")
     with torch.device("meta"):
         asked = sum(p.numel() for p in maker.from_config(config).parameters())
     if asked > _TIMES * held + _MORE:
         raise _larger(name, f"{asked} numbers", f"{held}")
+
+
+def _counted(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """The keys that count parts of a model, how many, and how many a tensor may stand for."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _counted(value)
+        words = set(re.split(r"[_0-9]+", str(key)))
+        most = _LAYERS if words & _COUNTS else _LAYERS**2 if words & _EXPERTS else 0
+        if most and not words & _SIZES:
+            numbers = value if isinstance(value, list | tuple) else [value]
+            yield str(key), sum(n for n in numbers if isinstance(n, int)), most
 
 
 def _shapes(folder: Path) -> Iterator[list[int]]:

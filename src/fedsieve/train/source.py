@@ -14,6 +14,7 @@ from typing import Any
 from fedsieve.errors import FedSieveError
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_CLASSES = 1_000_000
 _LARGEST = 1 << 23  # bytes of a configuration: the names of 100,000 classes
 _PROGRAMS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _INDEX = "model.safetensors.index.json"
@@ -62,12 +63,26 @@ def refuse_odd(source: str) -> None:
                 f"{_LARGEST} are read"
             )
     config = _json(folder / "config.json")
+    _refuse_odd_classes(source, config)
     for key in _PROGRAMS:
         if "/" in (value := str(config.get(key))):
             raise FedSieveError(
                 f"model {source!r}: its config.json asks for {value[:80]!r} ({key}), a program "
                 "from the hub, and none is run: take the line out"
             )
+
+
+def _refuse_odd_classes(source: str, config: Mapping[str, Any]) -> None:
+    """transformers makes a name for each of `num_labels` as it reads them."""
+    number, names = config.get("num_labels"), config.get("id2label")
+    if isinstance(number, int) and not 0 <= number <= _CLASSES:
+        raise FedSieveError(
+            f"model {source!r}: its config.json has num_labels {number:g}: 0 to {_CLASSES} are read"
+        )
+    if isinstance(names, Mapping) and not all(isinstance(name, str) for name in names.values()):
+        raise FedSieveError(
+            f"model {source!r}: its config.json has an id2label with a name that is no text"
+        )
 
 
 def _said(path: Path, key: str) -> list[str]:

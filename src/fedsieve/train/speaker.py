@@ -70,6 +70,19 @@ def _likelihood(resident: ResidentModel, ids: Tensor, mask: Tensor, labels: Tens
     return told
 
 
+def _ends_of(model: Any, own: GenerationConfig) -> set[int]:
+    """The tokens at which a model says that it ends. Raises FedSieveError for what is none."""
+    told = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    words = model.config.get_text_config().vocab_size
+    for end in told:
+        if end is not None and (type(end) is not int or not -1 <= end < words):
+            raise FedSieveError(
+                f"model {model.config.name_or_path!r}: its generation_config.json has eos_token_id "
+                f"{str(end)[:40]!r}, which is none of its {words} tokens"
+            )
+    return {end for end in told if end is not None}
+
+
 def _written(
     resident: ResidentModel,
     prompts: Sequence[Ids],
@@ -90,7 +103,7 @@ def _written(
     # A text that is one such token is not seen in what is read without them.
     special = {str(token): n for n, token in tokenizer.added_tokens_decoder.items()}
     last |= {special[text] for text in stop if text in special}
-    last |= set(own.eos_token_id) if isinstance(own.eos_token_id, list) else {own.eos_token_id}
+    last |= _ends_of(model, own)
     greedy = GenerationConfig(
         do_sample=False,
         num_beams=1,
