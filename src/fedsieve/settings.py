@@ -16,6 +16,9 @@ from pydantic_core import ArgsKwargs
 
 from fedsieve.errors import FedSieveError, explain
 
+# A group that repeats and has a repetition in it: (a+)+, (.*x)*. What is matched takes for ever.
+_ENDLESS = re.compile(r"\((?:[^()\\]|\\.)*[*+}](?:[^()\\]|\\.)*\)[*+{]")
+
 Share = Annotated[float, Field(gt=0, le=1)]  # of a whole, and some of it
 Task = str  # by its name (tasks/catalogue.py)
 Precision = Literal["auto", "bf16", "fp32"]
@@ -82,7 +85,7 @@ class Lora:
              and what the base's checkpoint does not hold, are always among them
     """
 
-    rank: PositiveInt = 16
+    rank: Annotated[PositiveInt, Field(le=65535)] = 16  # the most that a message can tell
     alpha: PositiveFloat = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: tuple[str, ...] | str | None = None
@@ -106,8 +109,13 @@ class Lora:
         if isinstance(given, str):
             try:
                 re.compile(given)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"not a regular expression: {error}") from None
+            if _ENDLESS.search(given) or len(given) > 2000:
+                raise ValueError(
+                    "a regular expression that repeats what repeats may never be through: write "
+                    "it without, or name the modules"
+                )
         elif given is not None and not (
             isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
         ):

@@ -69,3 +69,30 @@ def test_notes_in_a_parquet_file_may_be_anything(tmp_path: Path, note: str) -> N
     pq.write_table(table.replace_schema_metadata({"huggingface": note}), path)
     with contextlib.suppress(FedSieveError):  # read, or refused by name
         assert len(files.read(path)) == 1
+
+
+@pytest.mark.parametrize("categories", [False, True])
+@pytest.mark.parametrize("odd", ["text", "label"])
+def test_what_a_parquet_file_calls_a_text_and_is_none_is_named(
+    tmp_path: Path, odd: str, categories: bool
+) -> None:
+    wrong = pa.array([b"fine", b"\xff\xfe"] * 2).view(pa.string())
+    columns = {"text": pa.array(["a", "b"] * 2), "label": pa.array(["c", "d"] * 2), odd: wrong}
+    if categories:
+        indices = pa.array([0, 1, 0, 1], pa.int32())
+        columns[odd] = pa.DictionaryArray.from_arrays(indices, wrong[:2])
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    with pytest.raises(FedSieveError, match=rf"rows\.parquet.*{odd}.*(UTF8|UTF-8)"):
+        files.read(tmp_path / "rows.parquet", columns=Columns(("text",), ("label",)))
+
+
+@pytest.mark.parametrize("odd", ["[7]", '[["a"]]', '[{"a": 1}]', '["a", 7]', '{"a": 1}', "7"])
+@pytest.mark.parametrize("line", [2, 30, 40])
+def test_a_value_of_another_kind_is_named_with_its_own_line(
+    tmp_path: Path, odd: str, line: int
+) -> None:
+    rows = ['{"text": "t", "label": ["a", "b"]}'] * 40
+    rows[line - 1] = f'{{"text": "t", "label": {odd}}}'
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    with pytest.raises(FedSieveError, match=rf"line {line} has .*label"):
+        files.read(tmp_path / "rows.jsonl")

@@ -17,7 +17,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.examples import tensors
 from fedsieve.recipe.read import check
-from fedsieve.train.model import load_base
+from fedsieve.train.model import load_base, pick_device
 from fedsieve.train.reader import load_reader
 from tests import runs
 from tests.conftest import LABELS, Tiny
@@ -72,6 +72,11 @@ FILES: dict[str, Callable[[Path], object]] = {
     "adapter a list": lambda p: (p / "adapter_config.json").write_text("[]"),
     "tokens a list": lambda p: (p / "special_tokens_map.json").write_text("[]"),
     "a vocabulary of nothing": lambda p: without_words(p),
+    "a table of characters that panics": lambda p: with_table(p, "AAAA"),
+    "an adapter of a huge rank": lambda p: with_adapter(p, r=10**9),
+    "an adapter of a huge rank of one module": lambda p: with_adapter(
+        p, r=2, rank_pattern={"query": 10**8}
+    ),
 }
 
 
@@ -100,6 +105,24 @@ def without_words(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["vocab"] = {}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def with_table(folder: Path, table: str) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": table}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def with_adapter(folder: Path, **ranks: Any) -> None:
+    told = {
+        "peft_type": "LORA",
+        "target_modules": ["query"],
+        "base_model_name_or_path": ".",
+        **ranks,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+    name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+    safetensors.torch.save_file({name: torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
 
 
 def used(tiny: Tiny, folder: Path) -> None:
@@ -146,6 +169,22 @@ def test_a_configuration_that_asks_for_more_under_any_name_is_refused(
     assert next(iter(changes)) in str(refused.value)
     assert peak() - before < 200 * MEGA
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("setting", ["num_hidden_layers", "max_position_embeddings", "vocab_size"])
+def test_settings_of_a_recipe_are_compared_too(tiny: Tiny, setting: str) -> None:
+    before, began = peak(reset=True), time.monotonic()
+    with pytest.raises(FedSieveError, match=r"asks for|another shape"):
+        load_base(
+            str(tiny.bert), "classification", LABELS, key=Key(0), settings={setting: 10_000_000}
+        )
+    assert peak() - before < 200 * MEGA
+    assert time.monotonic() - began < 20
+
+
+def test_a_device_without_numbers_is_none() -> None:
+    with pytest.raises(FedSieveError, match="device 'meta' cannot be used here"):
+        pick_device("meta")
 
 
 @pytest.mark.parametrize("end", ["x", 10**30, -5, [1, "x"], [[1]], 1.5, True])

@@ -232,6 +232,31 @@ def test_an_answer_longer_than_any_update_is_left_out() -> None:
     assert "at most" in str(reasons["0001"])
 
 
+def test_what_a_site_says_of_itself_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it is met, and in an answer that is refused: neither is unpacked."""
+    method = fedit.method(**EXACT)
+    members = toy.clients([Budget()] * 2)
+    most = longest(toy.start().layout)
+    words = {"ok": False, "error": "no", "unknown_recipe": True, "lost_memory": True}
+    answers = {0: site(members[0], method), 1: site(members[1], method)}
+    honest = answers[1]
+
+    def long(request: Frame) -> Any:
+        if request.header["do"] == "train":
+            return Frame(words, os.urandom(2 * most))
+        return honest(request)
+
+    answers[1] = long
+    net = Net(answers)
+    sites = sites_of(net, most=most)
+    _, receipts, _ = run(federation(sites, method, size=2), 2)
+    assert {r.dropped for r in receipts if r.client == "0001"} == {
+        r.dropped for r in receipts if r.dropped and "at most" in r.dropped
+    }
+    after = [h.get("after") for node, h in net.asked if node == 1 and h["do"] == "train"]
+    assert None not in after  # its word that it lost its memory was not taken
+
+
 @pytest.mark.parametrize("form", ["float64", "float32", "bfloat16", "int8"])
 def test_no_message_is_longer_than_the_longest(form: Form) -> None:
     """Over shapes, masks of any density and numbers that no coder makes shorter."""

@@ -162,6 +162,34 @@ WRONG += [
 ]
 
 
+# Values that a run would never be through with, or break off over.
+WRONG += [
+    ({"lora__rank": 10**9}, "lora.rank: Input should be less than or equal to 65535"),
+    ({"lora__rank": 2**62}, "lora.rank: Input should be less than or equal to 65535"),
+    ({"lora__targets": "(.+)+!"}, "lora.targets: a regular expression that repeats what repeats"),
+    ({"lora__targets": "x(a|b*)*y"}, "lora.targets: a regular expression that repeats what"),
+    ({"lora__targets": "(a{2,})+"}, "lora.targets: a regular expression that repeats what"),
+    ({"lora__targets": "(" * 5000 + "a" + ")" * 5000}, "lora.targets: not a regular expression"),
+    ({"lora__targets": "a{4294967295}"}, "lora.targets: not a regular expression"),
+    (
+        {"lora": {"targets": ["query"], "layers_pattern": "(.+)+!", "layers_to_transform": [0]}},
+        "lora.layers_pattern: a regular expression that repeats what repeats",
+    ),
+    ({"budgets": {"kind": "tiers", "tiers": 10**9}}, "tiers: Input should be less than or equal"),
+    ({"budgets": [{"share": 1e308}, {}]}, "share: Input should be less than or equal to 1000000"),
+    (
+        {"privacy": {"clip": 1.0, "delta": 0.1, "noise_multiplier": 1e308}},
+        "noise_multiplier: Input should be less than or equal to 1000000",
+    ),
+    ({"data__classes": ["cars", "wine", "cars"]}, "classes: 'cars' is there twice"),
+]
+
+
+@pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", r"(?!.*head).*(query|value)$", r"(a+)b+"])
+def test_patterns_that_come_to_an_end_are_taken(tiny: Tiny, pattern: str) -> None:
+    assert recipes.check(tiny.table(lora__targets=pattern)).lora.targets == pattern
+
+
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(each[0]) for each in WRONG])
 def test_a_wrong_recipe_is_refused_by_the_name_of_its_key(
     tiny: Tiny, changes: dict[str, Any], message: str

@@ -37,7 +37,7 @@ from fedsieve.recipe import experiment
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.sites import assignment as desks
-from fedsieve.sites import journal, resident, worker
+from fedsieve.sites import intake, journal, resident, worker
 from fedsieve.sites import site as sites
 from fedsieve.sites.server import joint_score
 from fedsieve.sites.worker import SOCKET, Frame, ask, carry, pack, refusal, unpack
@@ -775,7 +775,7 @@ def test_a_worker_outlives_those_who_hang_up(echo: Path) -> None:
 def test_those_who_say_nothing_keep_nobody_waiting_for_ever(
     echo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "PATIENCE", 0.3)
+    monkeypatch.setattr(intake, "SILENCE", 0.3)
     silent = [socket.socket(socket.AF_UNIX) for _ in range(2 * worker.JOBS)]
     for each in silent:
         each.settimeout(60)

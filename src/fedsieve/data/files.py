@@ -126,7 +126,7 @@ def array_of(values: Sequence[Any], what: str, place: Callable[[int], str]) -> p
         odd = next(n for n, value in enumerate(values) if value == error.object)
         raise FedSieveError(f"{place(odd)} has half a character in {what}: {error}") from None
     except (pa.ArrowException, ArithmeticError, TypeError, ValueError) as error:
-        odd = next((n for n, value in enumerate(values) if not _can_be_one(value)), 0)
+        odd = _first_odd(values)
         why = " ".join(str(error).split())
         raise FedSieveError(
             f"{place(odd)} has a value in {what} that no column can hold: {why}"
@@ -140,10 +140,19 @@ def _array(values: Sequence[Any]) -> pa.Array:
         return pa.array([None if value is None else Decimal(value) for value in values])
 
 
-def _can_be_one(value: Any) -> bool:
-    """Whether a value can be a column of its own."""
+def _first_odd(values: Sequence[Any]) -> int:
+    """The first value that cannot be in one column with those before it."""
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if _can_be(values[: middle + 1]) else (low, middle)
+    return low
+
+
+def _can_be(values: Sequence[Any]) -> bool:
+    """Whether values can be a column."""
     try:
-        _array([value])
+        _array(values)
     except Exception:  # whatever a value's own code may raise
         return False
     return True
@@ -245,7 +254,22 @@ def _parquet(path: Path, columns: Columns | None) -> pa.Table:
     for place, (name, values) in enumerate(zip(table.column_names, table.columns, strict=True)):
         if pa.types.is_dictionary(values.type):  # pandas' categories
             table = table.set_column(place, name, values.cast(values.type.value_type))
+        _refuse_other_bytes(path, name, table.column(name))
     return table.select(chosen)  # `read` takes a.b for the column b inside of a, too
+
+
+def _refuse_other_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
+    """Raises FedSieveError for what the file calls a text, or whatever it is, and is none."""
+    row = 0
+    for chunk in values.chunks:
+        try:
+            chunk.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise FedSieveError(
+                f"{path}: column {name!r} is damaged in rows {row} to {row + len(chunk) - 1}: "
+                f"{' '.join(str(error).split())[:200]}"
+            ) from None
+        row += len(chunk)
 
 
 def _unpacked(part: pa.RecordBatch) -> int:

@@ -3,6 +3,7 @@
 recipe.py reads them from a file; docs/recipes.md describes the keys.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
@@ -148,9 +149,11 @@ class Data(Table):
     validation: Annotated[float, Field(gt=0, lt=1)] | None = None
 
     @model_validator(mode="after")
-    def _one_test_leads(self) -> "Data":
+    def _one_of_each(self) -> "Data":
         if self.more_tests and self.test is None and self.test_split is None:
             raise ValueError("more_tests: they stand beside the rows of test or test_split")
+        if twice := [name for name, times in Counter(self.classes or ()).items() if times > 1]:
+            raise ValueError(f"classes: {twice[0][:40]!r} is there twice")
         return self
 
 
@@ -180,7 +183,7 @@ class Partition(Table):
 class Tier(Table):
     """A kind of client: its share of all clients and what it can afford (see budget.Budget)."""
 
-    share: PositiveFloat = 1.0
+    share: Annotated[PositiveFloat, Field(le=1e6)] = 1.0
     ratio: Share = 1.0
     down: Share = 1.0
     up: Share = 1.0
@@ -222,7 +225,7 @@ class TierBudgets(Table):
     """
 
     kind: Literal["tiers"]
-    tiers: PositiveInt
+    tiers: Annotated[PositiveInt, Field(le=1000)]
     by: Literal["rank", "density"] | None = None
 
 
@@ -254,7 +257,7 @@ class RankLaw(Table):
 class Machine(Table):
     """What a client has (resources.Resources): MB, Mbit/s, seconds. share: of a tier of such."""
 
-    share: PositiveFloat = 1.0
+    share: Annotated[PositiveFloat, Field(le=1e6)] = 1.0
     memory: PositiveFloat
     down: PositiveFloat
     up: PositiveFloat
@@ -367,7 +370,7 @@ class Privacy(Table):
     clip: Annotated[float, Field(gt=0, allow_inf_nan=True)]  # without noise it may be inf
     delta: Annotated[float, Field(gt=0, lt=1)]
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    noise_multiplier: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] | None = None
     simulated_cohort: PositiveInt | None = None
     simulated_population: PositiveInt | None = None
     noise_from: Source = "seed"

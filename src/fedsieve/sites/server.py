@@ -29,6 +29,7 @@ from fedsieve.sites.worker import Frame, check_seal, pack, unpack
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import Score, Tally, scores
 
+FACTS = 1 << 20  # bytes of what a site says of itself
 SUMS = 1 << 22  # bytes: what a site counts in an evaluation, however small the adapter is
 # Clocks of different machines differ, and a message's time to live is counted on all of them.
 SKEW = 60.0
@@ -266,7 +267,7 @@ class Sites:
         for done in self._come_back(waiting, began + policy.deadline):
             for dispatch, incoming in done:
                 reply = _reply(dispatch, incoming, key.round)
-                said = _header(incoming)
+                said = _header(incoming, dispatch.most)
                 if said.get("unknown_recipe") is True:
                     del self._sites[dispatch.client.id]  # its worker lost its folder: meet it again
                 if said.get("lost_memory") is True:
@@ -399,7 +400,7 @@ class Sites:
         node, client = asked.node, asked.client
         self._aside += incoming.transport
         try:
-            head = _told(incoming).header
+            head = _told(incoming, FACTS).header
             if client is None:
                 client = self._welcome(head, None)
                 self._refuse_another(client.id, node)
@@ -508,26 +509,27 @@ def _tally(frame: Frame, task: str, classes: tuple[str, ...]) -> Tally:
 
 def _answer(incoming: Incoming, dispatch: Dispatch) -> Frame:
     """What a site answers to this request. Raises WireError for a refusal or another's answer."""
-    if incoming.data is not None and len(incoming.data) > dispatch.most:
-        raise WireError(f"an answer of {len(incoming.data)} bytes: at most {dispatch.most} can be")
-    frame = _told(incoming)
+    frame = _told(incoming, dispatch.most)
     check_seal(dispatch.asked, frame)
     return frame
 
 
-def _told(incoming: Incoming) -> Frame:
+def _told(incoming: Incoming, most: int) -> Frame:
     if incoming.data is None:
         raise WireError(f"no answer: {incoming.error}")
+    if len(incoming.data) > most:
+        raise WireError(f"an answer of {len(incoming.data)} bytes: at most {most} can be")
     frame = unpack(incoming.data)
     if frame.header.get("ok") is not True:
         raise WireError(f"the site says: {_words(frame.header.get('error', 'nothing'))}")
     return frame
 
 
-def _header(incoming: Incoming) -> Mapping[str, Any]:
-    """What a site's answer says of itself; nothing where there is no answer."""
+def _header(incoming: Incoming, most: int) -> Mapping[str, Any]:
+    """What a site's answer says of itself; nothing where there is none, or one that is too long."""
     try:
-        return {} if incoming.data is None else unpack(incoming.data).header
+        there = incoming.data is not None and len(incoming.data) <= most
+        return unpack(incoming.data).header if there and incoming.data is not None else {}
     except WireError:
         return {}
 

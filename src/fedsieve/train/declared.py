@@ -5,6 +5,7 @@ looks at the weights. So the sizes are compared first, over tensors without numb
 device). Of the hub's models nothing is known before they are there; folders are looked at.
 """
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
     shapes = list(_shapes(folder)) if folder.is_dir() else []
     if not shapes:
         return
+    _refuse_wider(name, folder)
     held = sum(map(math.prod, shapes))
     for key, number, most in _counted(config.to_dict()):
         if number > most * (len(shapes) + _LAYERS):
@@ -44,6 +46,24 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
         asked = sum(p.numel() for p in maker.from_config(config).parameters())
     if asked > _TIMES * held + _MORE:
         raise _larger(name, f"{asked} numbers", f"{held}")
+
+
+def _refuse_wider(name: str, folder: Path) -> None:
+    """transformers takes an adapter that lies beside the weights, and makes its pairs first."""
+    try:
+        told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # there is none, or loading it says what is wrong
+    if not isinstance(told, Mapping):
+        return
+    widest = max((size for shape in _shapes(folder) for size in shape), default=0)
+    ranks = told.get("rank_pattern")
+    for rank in (told.get("r"), *(ranks.values() if isinstance(ranks, Mapping) else ())):
+        if isinstance(rank, int) and rank > widest:
+            raise FedSieveError(
+                f"model {name!r}: its adapter_config.json has rank {rank:g}, and no tensor beside "
+                f"it is wider than {widest}: take both of the adapter's files out"
+            )
 
 
 def _counted(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:

@@ -25,6 +25,8 @@ from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.speaker import speaker
 
+_TOGETHER = 64  # counts of batches that are held before they are added up
+
 
 class Fit(NamedTuple):
     """What local training gives back.
@@ -149,6 +151,8 @@ def tally(
                 answers = zip(_said(resident, some), first, strict=False)
                 counted = counted._replace(answers=tuple(Answer(a, *b) for a, b in answers))
             counts.append(counted)
+            if len(counts) == _TOGETHER:  # each has a number for each class
+                counts = [total(counts)]
     return total(counts)
 
 

@@ -183,7 +183,7 @@ def pick_device(name: str = "auto") -> torch.device:
     if name != "auto":
         try:
             device = torch.device(name)
-            torch.empty(0, device=device)
+            float(torch.zeros(1, device=device))  # "meta" holds no numbers
         except (RuntimeError, AssertionError) as error:
             raise FedSieveError(f"device {name!r} cannot be used here: {error}") from error
         return device
@@ -225,7 +225,10 @@ def load_base(
     config = pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     known = config.id2label
     if not trust_remote_code:
-        _made(name, kind, lambda: refuse_larger(name, kind, config))
+        asked_for = config
+        if settings:
+            asked_for = pretrained(AutoConfig, name, trust_remote_code=False, **settings)
+        _made(name, kind, lambda: refuse_larger(name, kind, asked_for))
     given |= asked.config(classes)
     given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
     given |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
@@ -400,9 +403,9 @@ def _made(name: str, kind: Any, make: Callable[[], Any]) -> Any:
     """
     try:
         return make()
-    except FedSieveError:
+    except (FedSieveError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # whatever transformers may raise over what a file holds
+    except BaseException as error:  # whatever transformers may raise, or the tokenizers' own panic
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
         if isinstance(error, RecursionError):
             first = "nested too deep"
