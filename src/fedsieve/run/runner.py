@@ -160,7 +160,8 @@ def export(
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     place = rundir.place(folder, rundir.CHECKPOINTS)
     snapshot = checkpoint.load(place, resident.layout, resident.digest)
-    adapter = exported(folder, build_method(recipe), resident, snapshot.progress.state)
+    method, state = build_method(recipe), snapshot.progress.state
+    adapter = exported(folder, method, resident, resident.adapter(), state)
     try:
         if merge:
             resident.merge(adapter, to)

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 
-from fedsieve.algebra.adapter import Adapter, Tree
-from fedsieve.algebra.budget import Budget, Client
-from fedsieve.algebra.keys import Key
+from fedsieve.algebra.adapter import Adapter, Tree, base_layout
+from fedsieve.algebra.budget import Client
 from fedsieve.algebra.method import Memory, Method, State
 from fedsieve.costs import dry_run
 from fedsieve.errors import FedSieveError
@@ -23,35 +22,55 @@ from fedsieve.train.model import ResidentModel
 
 Forms = dict[str, tuple[torch.dtype, torch.Size]]
 _ADAPTER = "the client's adapter"
-_ANYONE, _ANY_ROUND = Client("anyone", 1, Budget()), Key(0, 1)
 _ODD = (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def exported(
-    folder: Path,
-    method: Method,
-    resident: ResidentModel,
-    state: State,
-    client: Client = _ANYONE,
-    key: Key = _ANY_ROUND,
+    folder: Path, method: Method, resident: ResidentModel, start: Adapter, state: State
 ) -> Adapter:
-    """A state's adapter, once it was seen that the method could go on from it.
+    """A checkpoint's adapter. What of the state has no part in it (the optimizer's counts, say,
+    which were others before) may have any form.
 
-    client, key: who takes part in the round that is rehearsed, and its key
+    start: the adapter before the first round
     Raises FedSieveError, naming what of it, for a state that the method does not have.
     """
-    start = resident.adapter()
-    for group, tree in method.init(start).trees.items():
-        if _forms(state.trees.get(group, {})) != _forms(tree):
-            raise _other(folder, repr(group))
+    what = "state"
     try:
         adapter = method.export(state)
+        what = "'base'"
+        _refuse_half(adapter)
+        what = "state"
         resident.put(adapter)
-        part = _rehearsed(method, resident, method.plan(state, key), start, client, {}, key)
-        _refuse_unknown_groups(state, method.merge(state, [(client, part.update)], key))
+        for group, tree in _odd(method, start, state).items():
+            what = repr(group)
+            other = method.export(state._replace(trees={**state.trees, group: tree}))
+            if not _alike(adapter, other):
+                raise ValueError("it has another form")
     except (FedSieveError, *_ODD) as error:
-        raise _other(folder, "state") from error
+        raise _other(folder, what) from error
     return adapter
+
+
+def _odd(method: Method, start: Adapter, state: State) -> dict[str, Tree]:
+    """The groups that are there from the beginning and have another form, as they began."""
+    begun = method.init(start).trees
+    return {g: tree for g, tree in begun.items() if _forms(state.trees.get(g, {})) != _forms(tree)}
+
+
+def _refuse_half(adapter: Adapter) -> None:
+    """Raises ValueError for a change of other weights than all those under the pairs."""
+    wanted = {name: tuple(shape) for name, shape in base_layout(adapter.layout, 0).shapes.items()}
+    found = {n: tuple(t.shape) for n, t in adapter.base.items() if t.is_floating_point()}
+    if adapter.base and found != wanted:
+        raise ValueError("it is the change of other weights")
+
+
+def _alike(one: Adapter, other: Adapter) -> bool:
+    pairs = ((one.tensors, other.tensors), (one.base, other.base))
+    return all(
+        _forms(a) == _forms(b) and all(torch.equal(a[name], b[name]) for name in a)
+        for a, b in pairs
+    )
 
 
 def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> None:
@@ -60,40 +79,34 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
     """
     federation, state, start = experiment.federation, snapshot.progress.state, experiment.start
     method, key = federation.method, federation.own_key(snapshot.progress.round + 1)
+    for group in _odd(method, start, state):
+        raise _other(folder, repr(group))
     clients = {client.id: client for client in federation.clients}
-    anyone = next(iter(clients.values()), _ANYONE)
-    exported(folder, method, experiment.resident, state, anyone, key)
-    plan, what = method.plan(state, key), "state"
-
-    def rehearsed(id: str, memory: Memory) -> dry_run.Part:
-        return _rehearsed(method, experiment.resident, plan, start, clients[id], memory, key)
-
+    anyone = next(iter(clients.values()), None)
+    if anyone is None:
+        return
+    what = "state"
     try:
+        method.export(state)
+        plan = method.plan(state, key)
+
+        def rehearsed(client: Client, memory: Memory) -> dry_run.Part:
+            part = dry_run.take_part(method, plan, start, client, memory, key)
+            experiment.resident.put(part.view.adapter)
+            return part
+
+        update = rehearsed(anyone, {}).update
+        _refuse_unknown_groups(state, method.merge(state, [(anyone, update)], key))
         rehearsal = dry_run.rounds(method, start.layout, [anyone])
         _refuse_other_names(state, method.init(start).trees, rehearsal, clients)
         for id, memory in _one_of_each(snapshot, clients):
             what = f"memory of client {id[:80]!r}"
-            anew, found = (_made(rehearsed(id, each)) for each in ({}, memory))
+            anew, found = (_made(rehearsed(clients[id], each)) for each in ({}, memory))
             kept = {group: _forms(tree) for group, tree in memory.items()}
             if found != found | anew or found != found | kept or found.keys() - kept != {_ADAPTER}:
                 raise ValueError("the client's adapter or memory has another form")
     except (FedSieveError, *_ODD) as error:
         raise _other(folder, what) from error
-
-
-def _rehearsed(
-    method: Method,
-    resident: ResidentModel,
-    plan: State,
-    start: Adapter,
-    client: Client,
-    memory: Memory,
-    key: Key,
-) -> dry_run.Part:
-    """What a client makes of its message, which the model has room for."""
-    part = dry_run.take_part(method, plan, start, client, memory, key)
-    resident.put(part.view.adapter)
-    return part
 
 
 def _made(part: dry_run.Part) -> dict[str, Forms]:
