@@ -51,6 +51,8 @@ def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
 
     mode: less what the process's umask takes. A link at `path` is replaced, not followed.
     """
+    if path.is_dir():
+        raise FedSieveError(f"{path} is a folder, and a file is written there: move it away")
     part = path.with_name(f".{path.name}.part")
     try:
         part.unlink(missing_ok=True)
@@ -167,6 +169,17 @@ class NotJson(FedSieveError):
 
 class _TooLarge(ValueError):
     """A number beyond what a file may hold."""
+
+
+def place(text: str | Path) -> Path:
+    """A path as a person writes it, with `~`. Raises FedSieveError for what can be none."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise FedSieveError(f"{str(text)[:80]!r} can be no path: {why}") from None
+    return path
 
 
 def remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +10,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
-from fedsieve.data import files
+from fedsieve.data import files, sources
 from fedsieve.data.files import Columns
+from fedsieve.disk import write_whole
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipe
+from fedsieve.recipe.experiment import from_recipe
+from tests.conftest import Tiny
 
 
 def endless() -> dict[str, Callable[[Path], None]]:
@@ -96,3 +102,68 @@ def test_a_value_of_another_kind_is_named_with_its_own_line(
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     with pytest.raises(FedSieveError, match=rf"line {line} has .*label"):
         files.read(tmp_path / "rows.jsonl")
+
+
+def damage_state(folder: Path, text: str) -> None:
+    (folder / "state.json").write_text(text)
+
+
+SAVED: dict[str, Callable[[Path], object]] = {
+    "no JSON": lambda p: damage_state(p, "{cut"),
+    "a list": lambda p: damage_state(p, "[]"),
+    "nothing": lambda p: damage_state(p, "{}"),
+    "a file elsewhere": lambda p: damage_state(
+        p, '{"_data_files": [{"filename": "../../other.arrow"}]}'
+    ),
+    "no name": lambda p: damage_state(p, '{"_data_files": [7]}'),
+    "no notes": lambda p: (p / "dataset_info.json").unlink(),
+    "notes cut": lambda p: (p / "dataset_info.json").write_text("{"),
+    "notes of an unknown kind": lambda p: (p / "dataset_info.json").write_text(
+        '{"features": {"text": {"_type": "Nothing"}}}'
+    ),
+    "rows missing": lambda p: next(p.glob("*.arrow")).unlink(),
+    "rows cut": lambda p: os.truncate(next(p.glob("*.arrow")), 99),
+    "rows of other bytes": lambda p: next(p.glob("*.arrow")).write_bytes(b"x" * 999),
+    "rows a pipe": lambda p: as_pipe(next(p.glob("*.arrow"))),
+}
+
+
+def as_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("damage", SAVED)
+def test_a_folder_that_datasets_saved_and_that_is_damaged_is_named(
+    tmp_path: Path, damage: str, parts: bool
+) -> None:
+    rows = Dataset.from_dict({"text": ["a"] * 50, "label": ["b"] * 50})
+    folder = tmp_path / "saved"
+    if parts:
+        DatasetDict({"train": rows}).save_to_disk(folder)
+    else:
+        rows.save_to_disk(folder)
+    SAVED[damage](folder / "train" if parts else folder)
+    with pytest.raises(FedSieveError, match="saved"):
+        sources.load(folder, "train" if parts else None)
+
+
+@pytest.mark.parametrize("path", ["/" + "a" * 5000, "~nosuchuserhere/x.csv", "a\0b.csv"])
+def test_what_can_be_no_path_is_named(tiny: Tiny, path: str) -> None:
+    with pytest.raises(FedSieveError, match=r"path|no file"):
+        sources.load(path)
+    for changes in (
+        {"data__train": path},
+        {"data__test": path},
+        {"model__source": path},
+        {"data__more_tests": {"other": path}},
+    ):
+        with pytest.raises(FedSieveError):
+            from_recipe(recipe.check(tiny.table(**changes)))
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "table.json").mkdir()
+    with pytest.raises(FedSieveError, match=r"table\.json is a folder"):
+        write_whole(tmp_path / "table.json", b"x")

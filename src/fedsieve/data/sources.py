@@ -19,6 +19,7 @@ from fedsieve.data import fetch, files, pictures
 from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
 from fedsieve.data.templates import possible, used
+from fedsieve.disk import parsed, place
 from fedsieve.errors import FedSieveError, nearest
 
 _TEXTS = frozenset({"string", "large_string", "string_view"})
@@ -56,7 +57,7 @@ def load(
         return _files([_existing(Path(path)) for path in source], reading)
     if isinstance(source, str) and source in fetch.PACKAGES:
         return _folder(fetch.cached(source), reading)
-    path = Path(source).expanduser()
+    path = place(source)
     if path.is_dir():
         return _folder(path, reading)
     if path.is_file() or isinstance(source, Path) or is_path(source):
@@ -145,7 +146,7 @@ def folder_of(source: str | Path) -> Path | None:
     """Where the files of a source lie; None for a data set of the hub."""
     if isinstance(source, str) and source in fetch.PACKAGES:
         return fetch.cache_folder() / source
-    path = Path(source).expanduser()
+    path = place(source)
     if path.is_dir():
         return path
     return path.parent if path.is_file() else None
@@ -166,9 +167,7 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
     """A folder that `datasets` saved, or the data files directly in it."""
     split = how.split
     if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-        with _no_progress_bars():
-            rows = _pick(datasets.load_from_disk(str(folder)), split, str(folder))
-        return _only(rows, how.columns, str(folder))
+        return _only(_pick(_saved(folder), split, str(folder)), how.columns, str(folder))
     paths = [
         path
         for path in sorted(folder.iterdir())
@@ -198,6 +197,28 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
                 f"no file in {folder} has {split!r} as a word of its name: it holds {listed}"
             )
     return _files(chosen, how._replace(split=None))
+
+
+def _saved(folder: Path) -> Dataset | DatasetDict:
+    """What `datasets` saved. Raises FedSieveError where it is damaged, or names other files."""
+    for state in (folder / "state.json", *sorted(folder.glob("*/state.json"))):
+        if not state.exists():
+            continue
+        told = parsed(state.read_bytes(), str(state)) if state.is_file() else {}
+        listed = told.get("_data_files")
+        for each in listed if isinstance(listed, list) else [None]:
+            name = each.get("filename") if isinstance(each, dict) else None
+            inside = isinstance(name, str) and Path(name).name == name
+            if not inside or not (state.parent / str(name)).is_file():
+                raise FedSieveError(
+                    f"{state}: it names {str(name)[:80]!r}, which is no file in its folder"
+                )
+    try:
+        with _no_progress_bars():
+            return datasets.load_from_disk(str(folder))
+    except Exception as error:  # whatever it may raise over what is there
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise FedSieveError(f"{folder} is not as `datasets` saved it, or damaged: {why}") from None
 
 
 def _hub(name: str, config: str | None, split: str | None) -> Dataset:
@@ -291,7 +312,7 @@ def is_path(source: str) -> bool:
 
 
 def _existing(path: Path) -> Path:
-    path = path.expanduser()
+    path = place(path)
     if path.is_file():
         return path
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []

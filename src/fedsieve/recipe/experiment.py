@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from fedsieve.clients.privacy import (
 from fedsieve.clients.resources import Resources
 from fedsieve.clients.sampling import check as check_sampling
 from fedsieve.data import fetch, partition
+from fedsieve.disk import place
 from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation
@@ -410,7 +410,7 @@ def absolute_more(data: schema.Data) -> dict[str, schema.MoreTest] | None:
 
 
 def absolute(source: str) -> str:
-    path = Path(source).expanduser()
+    path = place(source)
     return str(path.resolve()) if source not in fetch.PACKAGES and path.exists() else source
 
 
