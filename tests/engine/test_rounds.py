@@ -125,9 +125,10 @@ def test_clients_without_data_are_left_out_and_counted(
     changes = {"partition": {"kind": "dirichlet", "clients": 60, "alpha": 0.02}, "rounds": 1}
     with pytest.warns(UserWarning, match="of 60 clients have no data and are left out"):
         experiment = experiment_of(tiny, **changes, cohort=60)
-    (text,) = experiment.notes
+    text, more = experiment.notes
     empty = int(text.split()[0])
     assert 0 < empty < 60
+    assert more == f"cohort is 60, and {60 - empty} clients have data: a round has no more"
     assert len(experiment.federation.clients) == 60 - empty
     assert sum(client.examples for client in experiment.federation.clients) == 240
     _, summaries, _ = train(experiment, 1)

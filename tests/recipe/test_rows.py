@@ -434,3 +434,11 @@ def test_each_clients_own_rows_are_scored(tiny: Tiny, tmp_path: Path, on: str, m
     if on == "test":
         with pytest.raises(FedSieveError, match="no column 'site'"):
             runs.start(tiny, tmp_path / "bare", **{**changes, "data__test": str(bare)})
+
+
+def test_a_cohort_of_more_than_there_are_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="cohort is 40, and 6 clients have data: a round has no"):
+        runs.start(
+            tiny, tmp_path / "run", cohort=40, rounds=1, partition={"kind": "iid", "clients": 6}
+        )
+    assert "cohort is 40" in (tmp_path / "run" / rundir.RECIPE).read_text()

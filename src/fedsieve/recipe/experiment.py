@@ -146,6 +146,11 @@ def assemble(
     if empty:
         shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         said.append(f"{len(empty)} of {len(counts)} clients have no data and are left out: {shown}")
+    there = len(counts) - len(empty) - len(left_out)
+    if sampling.kind == "uniform" and there < sampling.size:
+        said.append(
+            f"cohort is {sampling.size}, and {there} clients have data: a round has no more"
+        )
     for note in said:
         warnings.warn(note, stacklevel=3)
     if method.private != "system":  # what tells of single clients is not handed on with such a run

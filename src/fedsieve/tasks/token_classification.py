@@ -130,6 +130,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     refuse_no_room(tokenizer, fields.max_length)
     before = _space(tokenizer)
     pairs = [each for each in _rows(rows, fields) if not isinstance(each, FedSieveError)]
+    number_of = {name: number for number, name in enumerate(names)}
     ids, labels, came = [], [], []
     for row, (words, tags) in enumerate(pairs):
         made = read_by(
@@ -141,7 +142,7 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
         )
         of = made.word_ids()
         targets = [
-            IGNORED if word is None or word == before else names.index(tags[word])
+            IGNORED if word is None or word == before else number_of[tags[word]]
             for before, word in zip([None, *of], of, strict=False)
         ]
         if any(target != IGNORED for target in targets):
