@@ -145,6 +145,7 @@ class Training:
     steps:  H, a fixed number of optimizer steps (the examples are gone through again as needed)
     clip:   largest norm of the gradient over all trained tensors; None clips nothing
     augment: of images: "flip" from left to right, "crop-flip" moves them too; from the client's key
+    packing: of a language model: texts of a client joined into rows as long as its longest
     precision: "bf16" runs the model under autocast; "auto" does so where the device is fast at it
     """
 
@@ -158,6 +159,7 @@ class Training:
     clip: PositiveFloat | None = None
     precision: Precision = "auto"
     augment: Literal["none", "flip", "crop-flip"] = "none"
+    packing: bool = False
 
 
 def whole(name: str, value: Any, least: int) -> int:

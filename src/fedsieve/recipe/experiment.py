@@ -56,7 +56,7 @@ from fedsieve.tasks.task import Reader
 from fedsieve.train.changes import check_changes
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
-from fedsieve.train.local import Fit, fit, runs_in_bf16, tally
+from fedsieve.train.local import Fit, check_packing, fit, runs_in_bf16, tally
 from fedsieve.train.model import ResidentModel, load_base, pick_device, set_up
 from fedsieve.train.reader import load_reader
 
@@ -134,6 +134,7 @@ def assemble(
     for clients drawn in a way that the method's privacy cannot be accounted for.
     """
     refuse_what_is_not_covered(method, sampling)
+    check_packing(training, resident.task)
     check_budgets(budgets, resident.layout.rank)
     notes, left_out = list(notes), left_out or {}
     empty = sorted(id for id, count in counts.items() if count == 0 and id not in left_out)
@@ -146,11 +147,9 @@ def assemble(
     if empty:
         shown = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
         said.append(f"{len(empty)} of {len(counts)} clients have no data and are left out: {shown}")
-    there = len(counts) - len(empty) - len(left_out)
-    if sampling.kind == "uniform" and there < sampling.size:
-        said.append(
-            f"cohort is {sampling.size}, and {there} clients have data: a round has no more"
-        )
+    full = len(counts) - len(empty) - len(left_out)
+    if sampling.kind == "uniform" and full < sampling.size:
+        said.append(f"cohort is {sampling.size}, and {full} clients have data: a round has no more")
     for note in said:
         warnings.warn(note, stacklevel=3)
     if method.private != "system":  # what tells of single clients is not handed on with such a run

@@ -31,6 +31,7 @@ from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count
 from fedsieve.tasks.task import Reader
 from fedsieve.train.lengths import check_rows
+from fedsieve.train.local import check_packing
 from fedsieve.train.model import ResidentModel, pick_device
 from fedsieve.train.reader import load_reader
 
@@ -79,6 +80,7 @@ def prepare(
     the recipe asks for more than the site's bounds (limits.py), before that is spent; its words may
     be told to the server.
     """
+    check_packing(recipe.training, recipe.model.task)
     method = build_method(recipe)
     tokenizer = _tokenizer(recipe, say)
     limits.check_rows(recipe, site, [each for each in (rows, test_rows) if each is not None])

@@ -16,11 +16,14 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.keys import Key, generator, word
 from fedsieve.algebra.method import View
-from fedsieve.settings import Precision, Training
+from fedsieve.errors import FedSieveError
+from fedsieve.settings import Precision, Task, Training
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images, crops_and_flips
+from fedsieve.tasks.packing import packed
 from fedsieve.tasks.tally import SHOWN, Answer, Score, Tally, score, total
+from fedsieve.tasks.tokens import Texts
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.speaker import speaker
@@ -43,6 +46,12 @@ class Fit(NamedTuple):
     steps: int
     compute: float
     memory: int = 0
+
+
+def check_packing(training: Training, task: Task) -> None:
+    """Raises FedSieveError where texts are to be joined and the task learns no texts to go on."""
+    if training.packing and catalogue.load(task).peft != "CAUSAL_LM":
+        raise FedSieveError(f"training.packing: it is for language models, and the task is {task}")
 
 
 def fit(
@@ -69,6 +78,8 @@ def fit(
             own = view.adapter.tensors[name].to(resident.device, torch.float32)  # as it was put
             held.append((parameter, mask, own))
     optimizer = _optimizer(parameters, training)
+    if training.packing and isinstance(examples, Texts):
+        examples = packed(examples)
     order = _order(examples.labels.shape[0], training, generator(key.at("order")))
     moves = generator(key.at("augment"))
     devices = [resident.device] if resident.device.type == "cuda" else []
