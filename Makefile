@@ -27,8 +27,8 @@ demo: install
 	$(BIN)/fedsieve fetch minilm-l6 20newsgroups
 	$(BIN)/fedsieve run demo --out runs/demo --overwrite
 
-# As many processes as JOBS says, of one thread each: more threads than cores crawl.
-JOBS := 2
+# A process a core, of one thread each: more threads than cores crawl. Each takes some 1.5 GB.
+JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 8 ? 8 : n)))
 test: lint types contracts
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
 

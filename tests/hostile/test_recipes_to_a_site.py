@@ -150,7 +150,7 @@ def test_no_number_of_a_recipe_exhausts_a_site(
 
 
 WORK = [
-    ({"lora__rank": 10_000_000}, {}, "lora.rank 10000000"),
+    ({"lora__rank": 65_535}, {"most_memory": 10}, "lora.rank 65535"),
     ({"lora__rank": 16, "lora__targets": "all-linear"}, {"most_memory": 0.01}, "most_memory"),
     ({"method": {"name": "full"}, "budgets": None}, {"most_memory": 0.05}, "most_memory"),
     ({"training__batch": 1_000_000}, {"most_memory": 0.3}, "training.batch 1000000"),
