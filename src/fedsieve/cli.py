@@ -14,7 +14,7 @@ from rich.table import Table
 
 from fedsieve.console import console, plain, problems, quiet, say, show_warning, warn
 from fedsieve.engine.shares import starving
-from fedsieve.errors import FedSieveError, printable
+from fedsieve.errors import FedSieveError, count, printable
 from fedsieve.run.progress import MB, line_of, lines_of_plan
 from fedsieve.tasks.words import spoken
 
@@ -167,6 +167,8 @@ def resume(
     if at_round is not None:
         left = back.fall_back(folder, at_round)
         say(f"what came after round {at_round} is kept in {left}" if left else "nothing is later")
+    if rundir.last_round(folder) == planned.rounds:
+        say(f"this run is finished: all of its {count(planned.rounds, 'round')} are done")
     build = partial(from_recipe, trust_remote_code=trust_remote_code)
     given = {"allow_code": allow_code, "accept_changes": accept_changes}
     with _Live(planned.rounds) as live:

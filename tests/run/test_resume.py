@@ -70,6 +70,17 @@ def test_a_run_whose_adam_had_one_count_is_not_gone_on_with(
 # --- Ctrl-C
 
 
+def test_a_run_that_is_finished_is_said_to_be(
+    tiny: Tiny, whole: Path, tmp_path: Path, command: Command
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    ran = command("resume", tmp_path / "run")
+    assert ran.code == 0
+    assert "this run is finished: all of its 4 rounds are done" in ran.out
+    interrupted(tiny, tmp_path / "half", 2)
+    assert "this run is finished" not in command("resume", tmp_path / "half").out
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_stopped_between_rounds(tiny: Tiny, whole: Path, tmp_path: Path, every: int) -> None:
     folder = tmp_path / "run"
