@@ -73,6 +73,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "tokens a list": lambda p: (p / "special_tokens_map.json").write_text("[]"),
     "a vocabulary of nothing": lambda p: without_words(p),
     "a table of characters that panics": lambda p: with_table(p, "AAAA"),
+    "a rule that is never through": lambda p: with_rule(p, "(o+)+(n+)+(e+)+x$"),
     "an adapter of a huge rank": lambda p: with_adapter(p, r=10**9),
     "an adapter of a huge rank of one module": lambda p: with_adapter(
         p, r=2, rank_pattern={"query": 10**8}
@@ -110,6 +111,15 @@ def without_words(folder: Path) -> None:
 def with_table(folder: Path, table: str) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": table}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def with_rule(folder: Path, pattern: str) -> None:
+    """What it replaces makes the text long, and then looks for what is not there."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    longer = {"type": "Replace", "pattern": {"String": "o"}, "content": "o" * 3000}
+    rule = {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
+    tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [longer, rule]}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 

@@ -139,7 +139,9 @@ def read_by(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> An
     """What the tokenizer makes of texts. Raises FedSieveError where that fails."""
     try:
         return tokenizer(*texts, **how)
-    except Exception as error:  # whatever a tokenizer may raise over what its own files say
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever it may raise over what its own files say, or a panic
         why = " ".join(str(error).split())[:200]
         raise FedSieveError(
             f"the model's tokenizer cannot read texts: its files do not fit together ({why})"
