@@ -529,8 +529,6 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
     Raises FedSieveError where it cannot run there.
     """
     notes = unused(recipe)
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
     if catalogue.load(recipe.model.task).named and not recipe.data.classes:
         raise FedSieveError(
             "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
@@ -549,10 +547,9 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
             raise FedSieveError("--extra: the accountant of [privacy] does not cover it")
         recipe, plan = with_privacy(recipe, policy.sites)
         _refuse_noise_that_sites_know(plan)
-        said = [plan.guarantee, *_cautions(recipe, plan)]
-        notes += said
-        for note in said:
-            warnings.warn(note, stacklevel=3)
+        notes += [plan.guarantee, *_cautions(recipe, plan)]
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
     test = recipe.data.test
     more = absolute_more(recipe.data)
     if more and not _evaluates(recipe):

@@ -5,10 +5,9 @@ looks at the weights. So the sizes are compared first, over tensors without numb
 device). Of the hub's models nothing is known before they are there; folders are looked at.
 """
 
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedsieve.errors import FedSieveError
+from fedsieve.train.source import table_of
 
 _TIMES = 4  # as many numbers: heads are drawn, and tied tensors are stored once
 _MORE = 1 << 26  # numbers beyond that: a head of many classes over a small body
@@ -37,7 +37,7 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
     shapes = list(_shapes(folder)) if folder.is_dir() else []
     if not shapes:
         return
-    _refuse_wider(name, folder)
+    _refuse_wider(name, table_of(folder / "adapter_config.json"), shapes)
     held = sum(map(math.prod, shapes))
     for key, number, most in _counted(config.to_dict()):
         if number > most * (len(shapes) + _LAYERS):
@@ -48,15 +48,9 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
         raise _larger(name, f"{asked} numbers", f"{held}")
 
 
-def _refuse_wider(name: str, folder: Path) -> None:
+def _refuse_wider(name: str, told: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> None:
     """transformers takes an adapter that lies beside the weights, and makes its pairs first."""
-    try:
-        told = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # there is none, or loading it says what is wrong
-    if not isinstance(told, Mapping):
-        return
-    widest = max((size for shape in _shapes(folder) for size in shape), default=0)
+    widest = max((size for shape in shapes for size in shape), default=0)
     ranks = told.get("rank_pattern")
     for rank in (told.get("r"), *(ranks.values() if isinstance(ranks, Mapping) else ())):
         if isinstance(rank, int) and rank > widest:

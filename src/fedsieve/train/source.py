@@ -62,7 +62,7 @@ def refuse_odd(source: str) -> None:
                 f"model {source!r}: its config.json has {path.stat().st_size} bytes: at most "
                 f"{_LARGEST} are read"
             )
-    config = _json(folder / "config.json")
+    config = table_of(folder / "config.json")
     _refuse_odd_classes(source, config)
     for key in _PROGRAMS:
         if "/" in (value := str(config.get(key))):
@@ -86,16 +86,17 @@ def _refuse_odd_classes(source: str, config: Mapping[str, Any]) -> None:
 
 
 def _said(path: Path, key: str) -> list[str]:
-    value = _json(path).get(key)
+    value = table_of(path).get(key)
     return [str(value)] if value else []
 
 
 def _shards(path: Path) -> Iterable[str]:
-    shards = _json(path).get("weight_map")
+    shards = table_of(path).get("weight_map")
     return map(str, shards.values()) if isinstance(shards, Mapping) else ()
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def table_of(path: Path) -> Mapping[str, Any]:
+    """What a file of a model's folder says; nothing where it is none, or holds no table."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
