@@ -48,6 +48,11 @@ def printable(text: str, also: str = "") -> str:
     return "".join(c if c.isprintable() or c in also else "?" for c in text)
 
 
+def quoted(value: Any) -> str:
+    """A value as Python writes it, and not at any length."""
+    return repr(value)[:LONGEST_TOLD]
+
+
 def explain_all(
     error: Failed,
     source: str,
@@ -86,5 +91,5 @@ def explain(
         return f"{place}: this key is needed"
     message: str = detail["msg"].removeprefix("Value error, ")
     if isinstance(detail["input"], str | int | float):
-        message += f" (it is {repr(detail['input'])[:LONGEST_TOLD]})"
+        message += f" (it is {quoted(detail['input'])})"
     return f"{place}: {message}" if place else message

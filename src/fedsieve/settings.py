@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -37,16 +37,68 @@ class Table(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _no_flags_for_numbers(cls, given: Any) -> Any:
+        kinds = {name: field.annotation for name, field in cls.model_fields.items()}
+        refuse_flags(kinds, given)
+        return given
+
+
+def refuse_flags(kinds: Mapping[str, Any], given: Any) -> None:
+    """Raises ValueError, naming the key, for true or false where a number is needed: Python, and so
+    pydantic, would take them for 1 and 0.
+
+    kinds: of each key that there is, its type
+    given: what is to become values of these types; checked only if it is a mapping
+    """
+    for name, value in given.items() if isinstance(given, Mapping) else ():
+        leaves = _leaves(kinds[name]) if name in kinds else set()
+        if _holds_flag(value) and leaves & {int, float} and not leaves & {bool, Any}:
+            raise ValueError(f"{name} is {_as_written(value)}: a number is needed")
+        for each in filter(pydantic.dataclasses.is_pydantic_dataclass, leaves):
+            try:
+                refuse_flags(get_type_hints(each), value)
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from None
+
+
+def _holds_flag(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_flag, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_flag, value))
+    return isinstance(value, bool)
+
+
+def _as_written(value: Any) -> str:
+    """As TOML has it, and not at any length."""
+    return str(value).lower()[:80]
+
+
+def _leaves(kind: Any) -> set[Any]:
+    """The types that a type is made of: int and str of `tuple[int, ...] | str`."""
+    inner = get_args(kind)
+    if get_origin(kind) is Literal:
+        return {type(value) for value in inner}
+    if get_origin(kind) is Annotated:
+        return _leaves(inner[0])
+    return set().union(*map(_leaves, inner)) if inner else {kind}
+
 
 def told(kind: Any) -> Any:
     """The same pydantic dataclass, whose errors are a FedSieveError where it is made in Python.
 
     As part of a recipe it is checked without its `__init__`, and its errors are the recipe's.
     """
-    check = kind.__init__
+    check, kinds = kind.__init__, get_type_hints(kind)
 
     @wraps(check)
     def init(self: Any, *given: Any, **named: Any) -> None:
+        try:
+            refuse_flags(kinds, dict(zip(kinds, given, strict=False)) | named)
+        except ValueError as error:
+            raise FedSieveError(f"{kind.__name__}: {error}") from None
         try:
             check(self, *given, **named)
         except pydantic.ValidationError as error:

@@ -65,6 +65,19 @@ def test_a_small_file_that_unpacks_without_end_is_refused(tmp_path: Path, name: 
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("end", ["csv", "tsv", "tab"])
+def test_a_table_as_wide_as_a_picture_is_refused(tmp_path: Path, end: str) -> None:
+    """pyarrow takes room for every column, read or not."""
+    mark, wide = "," if end == "csv" else "\t", 20_000
+    lines = [["text", "label", *(f"c{n}" for n in range(wide))], *[["a"] * (wide + 2)] * 3]
+    if end == "tab":
+        lines[1:1] = [["string"] * (wide + 2), ["meta"] * (wide + 2)]
+    path = tmp_path / f"rows.{end}"
+    path.write_text("\n".join(map(mark.join, lines)), encoding="utf-8")
+    with pytest.raises(FedSieveError, match=rf"rows\.{end} has 20,002 columns: at most 10,000"):
+        files.read(path, columns=Columns(("text",), ("label",)))
+
+
 NOTES = ("[" * 100_000, "[]", "{", '{"info": 5}', '{"info": {"features": []}}')
 
 

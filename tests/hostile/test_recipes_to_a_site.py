@@ -277,6 +277,7 @@ def test_a_full_quota_is_said_and_loses_nothing(tiny: Tiny, tmp_path: Path) -> N
         assert each.train(1).header["ok"]
     before = here.residual()
     site = here.state.site
+    (site.folder / "runs" / "filler").write_bytes(bytes(100_000))
     used = sum(p.stat().st_size for p in site.folder.rglob("*") if p.is_file())
     here.state.site = site.model_copy(update={"most_disk": used / 1e6})
     whole = resident.whole_message(here.assignment.start)
@@ -284,8 +285,31 @@ def test_a_full_quota_is_said_and_loses_nothing(tiny: Tiny, tmp_path: Path) -> N
         assert not answer.header["ok"]
         assert "most_disk" in answer.header["error"]
     assert all((here.residual()[name] == tensor).all() for name, tensor in before.items())
+    there = sorted(path for path in site.folder.rglob("*"))
+    other = here.ask(Frame({"do": "recipe"}, recipe_text(tiny, seed=99)))
+    assert not other.header["ok"]
+    assert "most_disk" in other.header["error"]
+    told(here.ask, here.text)
+    assert sorted(path for path in site.folder.rglob("*")) == there
     here.state.site = site
     assert here.train(2).body == calm.train(2).body
+
+
+def test_what_does_not_fit_the_quota_is_not_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not for a moment either: the disk may be others' too."""
+    here = Worker(tiny, tmp_path)
+    assert here.train(1).header["ok"]
+    whole, site = resident.whole_message(here.assignment.start), here.state.site
+    used = sum(p.stat().st_size for p in site.folder.rglob("*") if p.is_file())
+    size = here.assignment.resident.bytes_saved(here.assignment.start)
+    here.state.site = site.model_copy(update={"most_disk": (used + size - 1) / 1e6})
+    made: list[object] = []
+    monkeypatch.setattr(Path, "mkdir", lambda self, *a, **b: made.append(self))
+    answer = here.ask(rate("keep", here.text, 1, whole))
+    assert "most_disk" in answer.header["error"]
+    assert made == []
 
 
 def texts() -> dict[str, bytes]:

@@ -18,7 +18,7 @@ from fedsieve.recipe.schema import SERVERS, Recipe
 from tests.conftest import Tiny
 
 NAN, INF = float("nan"), float("inf")
-ABSURD = (-1, -0.5, NAN, INF, -INF)
+ABSURD = (-1, -0.5, NAN, INF, -INF, True, False)
 ZERO = (  # of those that may not be negative, the ones that may be zero
     "seed", "lora.layers_to_transform.0", "lora.dropout", "training.momentum",
     "training.weight_decay", "data.first_option", "sampling.extra", "sampling.quorum",

@@ -166,6 +166,8 @@ BAD: list[tuple[Any, str, str]] = [
         "{{ messages[-1]['content'][::-1] }}",
         "whose words the chat template writes",
     ),
+    ([USER, {"role": "assistant", "content": "x" * 4_000_000}], CHATML, "holds 4,000,002 letters"),
+    ([USER] * 2001, CHATML, "holds 2,001 messages: at most 2,000"),
     ([USER], "{{ nothing.at.all }}", "is refused by the chat template"),
 ]
 

@@ -6,6 +6,7 @@ The rows are of the words of conftest.py, whose subjects a tiny model tells apar
 import io
 import json
 import random
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -27,6 +28,7 @@ from fedsieve.recipe.examples import fields_of, unused
 from fedsieve.run import rundir
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
+from fedsieve.tasks.tokens import LETTERS
 from fedsieve.train.reader import load_reader
 from tests import runs
 from tests.conftest import COMMON, LABELS, OWN, Tiny
@@ -90,6 +92,7 @@ def png(colours: list[tuple[int, int, int]], seed: int) -> dict[str, Any]:
     return {"bytes": data.getvalue(), "path": f"{seed}.png"}
 
 
+PARTS = ("text", "label", "prompt", "completion", "options", "image")
 COLOURS = {"cars": (220, 40, 40), "space": (40, 40, 220), "wine": (40, 200, 40)}
 
 
@@ -309,6 +312,26 @@ def test_a_run_notes_what_it_has_no_use_for(tiny: Tiny, tmp_path: Path) -> None:
     assert "data.new_tokens is not used" in (tmp_path / rundir.RECIPE).read_text()
     with pytest.raises(FedSieveError, match="new_tokens: a classification task has no use for it"):
         fedsieve.finetune(str(tiny.bert), {}, fedsieve.fedit(), rounds=1, new_tokens=9)
+
+
+@each
+@quietly
+def test_a_row_of_a_whole_library_is_named_before_it_becomes_tokens(tiny: Tiny, kind: Kind) -> None:
+    """A tokenizer takes hundreds of bytes of each letter before anything is cut."""
+    task = catalogue.load(kind.task)
+    fields = Fields(**{"max_length": 16, **{n: c for n, c in kind.data.items() if n in PARTS}})
+    reader, _ = load_reader(base(tiny, kind), kind.task)
+    texts = [name for name in task.columns(fields).texts if name not in ("image", "label")]
+    assert texts or task.reads == "images"
+    long = "x" * (LETTERS + 1)
+    for name in texts:
+        rows = [dict(row) for row in kind.rows[:3]]
+        was = rows[1][name]
+        rows[1][name] = [long, *was[1:]] if isinstance(was, list) else long
+        (told,) = task.bad(Dataset.from_list(rows), reader, fields).items()
+        assert told[0] == 1
+        said = rf"row 1 of column '{name}'.* holds 4,000,\d+ letters: at most"
+        assert re.search(said, str(told[1]))
 
 
 def test_every_task_is_here() -> None:

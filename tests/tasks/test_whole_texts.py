@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fedsieve.tasks import tokens
 from fedsieve.tasks.tokens import tokenise
 
 MOST = 6  # tokens
@@ -122,3 +123,27 @@ def test_many_texts_stay_in_order() -> None:
         assert made.ids[n] == alone["input_ids"]
         assert made.types is not None
         assert made.types[n] == alone["token_type_ids"]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_long_texts_are_given_to_the_tokenizer_a_few_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, paired: bool
+) -> None:
+    """So that its room is that of the longest row, and not of all rows together."""
+    asked: list[int] = []
+    read = tokens.read_by
+
+    def spy(tokenizer: Any, *given: Any, **how: Any) -> Any:
+        asked.append(sum(len(text) for part in given for text in part or ()))
+        return read(tokenizer, *given, **how)
+
+    monkeypatch.setattr(tokens, "read_by", spy)
+    monkeypatch.setattr(tokens, "_AT_ONCE_LETTERS", 300)
+    texts = [PLAIN[:n] for n in (280, 1, 250, 0, 40, 8, 200, 301, 3)]
+    second = [text[::-1][:50] for text in texts] if paired else None
+    of = wordpiece()
+    made = tokenise(of, texts, second, 1000)
+    assert all(letters <= 360 for letters in asked)
+    assert len(asked) > 3
+    monkeypatch.setattr(tokens, "_AT_ONCE_LETTERS", 10**9)
+    assert tokenise(of, texts, second, 1000) == made

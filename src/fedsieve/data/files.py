@@ -32,6 +32,7 @@ from fedsieve.errors import FedSieveError, nearest
 EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
 _TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
+_WIDEST = 10_000  # columns of a table of texts
 _DELIMITED = {".csv": ",", ".tsv": "\t"}
 # Orange's names for a column's type; "a b c" (the values themselves) is allowed there as well.
 _ORANGE_TYPES = frozenset({"d", "discrete", "s", "string", "c", "continuous", "t", "time", ""})
@@ -213,6 +214,7 @@ def _orange(path: Path, columns: Columns | None) -> pa.Table:
 def _texts(path: Path, columns: Columns | None, reading: Any, parsing: Any) -> pa.Table:
     """A table of texts that a character separates."""
     reading.block_size = 1 << 24  # bytes: a row must fit into one
+    _refuse_wide(path, parsing.delimiter)
     with _opened(path) as file, pa_csv.open_csv(file, reading, parsing) as first:
         found = first.schema.names
     chosen = _chosen(path, found, columns)
@@ -226,6 +228,19 @@ def _texts(path: Path, columns: Columns | None, reading: Any, parsing: Any) -> p
         except pa.ArrowInvalid:
             raise FedSieveError(f"{path}: column {name!r} is not UTF-8 text") from None
     return table
+
+
+def _refuse_wide(path: Path, separator: str) -> None:
+    """Raises FedSieveError for more columns than a table of rows has: each takes room of its own
+    while a file is read, also those that are not used.
+    """
+    with _opened(path) as file:
+        line = file.read(_SMALL).split(b"\n", 1)[0]
+    if (found := 1 + line.count(separator.encode())) > _WIDEST:
+        raise FedSieveError(
+            f"{path} has {found:,} columns: at most {_WIDEST:,} are read. If they are one each for "
+            "words or pixels, give the texts or images themselves"
+        )
 
 
 def _refuse_endless(path: Path, sizes: Iterator[int]) -> None:

@@ -26,7 +26,7 @@ from fedsieve.recipe.schema import (
     limits_by_id,
     sampling,
 )
-from fedsieve.settings import NORM_BOUND
+from fedsieve.settings import NORM_BOUND, refuse_flags
 
 
 def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None = None) -> Method:
@@ -209,10 +209,13 @@ def _options(build: Any, given: Mapping[str, Any], table: str) -> dict[str, Any]
         if name not in known:
             raise FedSieveError(f"{table}.{name}: unknown key{nearest(name, known)}")
         try:
+            refuse_flags(hints, {name: value})
             checked[name] = TypeAdapter(hints[name]).validate_python(value)
         except ValidationError as error:
             said = f"{error.errors()[0]['msg']} (it is {value!r})"
             raise FedSieveError(f"{table}.{name}: {said}") from error
+        except ValueError as error:
+            raise FedSieveError(f"{table}.{error}") from None
         if isinstance(checked[name], float) and not isfinite(checked[name]):
             raise FedSieveError(f"{table}.{name} is {value}; it must be a finite number")
     return checked

@@ -338,7 +338,7 @@ ServerName = Literal["sgd", "adam", "fedadam"]
 SERVERS: tuple[ServerName, ...] = get_args(ServerName)
 
 
-class ServerTable(BaseModel):
+class ServerTable(Table):
     """The server optimizer's name; its parameters stand beside it.
 
     optimizer: None is the method's own, with what stands beside it changed

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsieve import report
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import MOST_TOLD, FedSieveError, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat
 from fedsieve.recipe.schema import Recipe, deployed
@@ -52,7 +52,12 @@ def _refuse_edited(source: str, text: str, now: Recipe, accept_changes: bool) ->
     changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     if not changed:
         return
-    said = "; ".join(f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in changed)
+    said = "; ".join(
+        f"{key} was {quoted(before.get(key))} and is {quoted(after.get(key))}"
+        for key in changed[:MOST_TOLD]
+    )
+    if len(changed) > MOST_TOLD:
+        said += f"; and {len(changed) - MOST_TOLD} more"
     if deployed(then) and not set(changed) <= {*PLACES}:
         raise FedSieveError(
             f"{source} was edited since the run's rounds were trained ({said}), and epsilon is of "

@@ -350,6 +350,8 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     for place in (folder, folder / RECIPE, folder / MOST, resident.site.folder / TOLD):
         if place.exists() and place.is_dir() != (place == folder):
             remove(place)  # whatever else is there
+    if not folder.exists():
+        limits.check_room(resident.site, len(request.body))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     assert resident.assignment is not None
     most = longest(resident.assignment.start.layout, base=True)
@@ -477,6 +479,8 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     shutil.rmtree(part, ignore_errors=True)
     _refuse_another_adapter(resident.site, place)
     try:
+        # Again afterwards: what else is in the folder has no size before it is written.
+        limits.check_room(resident.site, assignment.resident.bytes_saved(adapter))
         part.mkdir(mode=0o700, parents=True)
         assignment.resident.save(adapter, part)
         limits.check_room(resident.site, 0)

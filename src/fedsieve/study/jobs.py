@@ -27,7 +27,7 @@ import torch
 from fedsieve import report
 from fedsieve.disk import refuse_link, write_whole
 from fedsieve.engine.loop import Receipt, Round
-from fedsieve.errors import FedSieveError, NoUsableUpdate
+from fedsieve.errors import FedSieveError, NoUsableUpdate, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat
 from fedsieve.recipe.schema import Recipe
@@ -81,16 +81,16 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise FedSieveError(
-                    f"{job.folder} holds a run with {key} = {before.get(key)!r}, but "
-                    f"{now.get(key)!r} is asked for now: choose another --out, or remove that "
-                    "directory to run it again"
+                    f"{job.folder} holds a run with {key} = {quoted(before.get(key))}, but "
+                    f"{quoted(now.get(key))} is asked for now: choose another --out, or remove "
+                    "that directory to run it again"
                 )
         for key in sorted(before.keys() | own.keys()):
             if before.get(key) != own.get(key) and not _settled(key, before):
                 raise FedSieveError(
-                    f"{job.folder / rundir.RECIPE} was edited: {key} was {before.get(key)!r} when "
-                    f"the run was asked for and is {own.get(key)!r}: put it back, or remove that "
-                    "directory to run it again"
+                    f"{job.folder / rundir.RECIPE} was edited: {key} was "
+                    f"{quoted(before.get(key))} when the run was asked for and is "
+                    f"{quoted(own.get(key))}: put it back, or remove that directory to run it again"
                 )
 
 

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks.tokens import IGNORED, read_by
+from fedsieve.tasks.tokens import IGNORED, LETTERS, read_by, too_long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Message = Mapping[str, Any]
+MESSAGES = 2000  # of a conversation; the template writes those before each turn anew
 _BLANK = "WHAT-IS-SAID"  # in the place of a message, to see what a template writes around it
 _MARKED = re.compile(r"\{%-?\s*generation\b")
 
@@ -34,6 +35,8 @@ def messages_of(value: Any) -> list[Message]:
     """
     if not isinstance(value, list) or not value:
         raise FedSieveError("holds no list of messages")
+    if len(value) > MESSAGES:
+        raise FedSieveError(f"holds {len(value):,} messages: at most {MESSAGES:,} are read")
     found: list[Message] = []
     for number, message in enumerate(value):
         if not isinstance(message, Mapping):
@@ -42,6 +45,8 @@ def messages_of(value: Any) -> list[Message]:
             if not isinstance(message.get(key), str):
                 raise FedSieveError(f"holds in message {number} no text as its {key}")
         found.append({key: each for key, each in message.items() if each is not None})
+    if (letters := sum(len(message["content"]) for message in found)) > LETTERS:
+        raise FedSieveError(too_long(letters))
     return found
 
 

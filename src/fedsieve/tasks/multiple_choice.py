@@ -23,7 +23,7 @@ from fedsieve.tasks import causal_lm
 from fedsieve.tasks.asked import UNSPACED, Asked, Speaker, written
 from fedsieve.tasks.tally import SHOWN, Answer, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, needed, one_label
-from fedsieve.tasks.tokens import bad_texts, check_rows, pad_id
+from fedsieve.tasks.tokens import LETTERS, bad_texts, check_rows, pad_id, too_long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +123,8 @@ def _options(
             raise FedSieveError(f"{where}: option {number + 1} is empty, or no text")
     if len(options) < 2:
         raise FedSieveError(f"{where} holds {len(options)} options: at least two are needed")
+    if (letters := sum(map(len, options))) > LETTERS:
+        raise FedSieveError(f"{where} {too_long(letters)}")
     found = tuple(option.strip() for option in options)
     if marks and len(marks) != len(options):
         raise FedSieveError(f"{where} has {len(options)} options and {len(marks)} labels for them")

@@ -25,12 +25,14 @@ from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
 from fedsieve.tasks.tokens import (
     IGNORED,
     IN_FILES,
+    LETTERS,
     Texts,
     check_rows,
     pad_id,
     read_by,
     rectangle,
     refuse_no_room,
+    too_long,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +69,8 @@ def _rows(rows: Dataset, fields: Fields) -> list[tuple[list[str], list[str]] | F
 def _words(words: Any, name: str) -> list[str]:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise FedSieveError(f"{name!r} holds no list of words{IN_FILES}")
+    if (letters := len(words) + sum(map(len, words))) > LETTERS:
+        raise FedSieveError(f"{name!r} {too_long(letters)}")
     return words
 
 

@@ -6,7 +6,7 @@ in the training loop touches text. Padding is always on the right, whatever the 
 would do, because only then can a batch be trimmed to its longest row by dropping columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that torch's cross entropy, and so every transformers loss, leaves out
 
 IN_FILES = " (files of JSON, JSONL and Parquet have lists)"
+# Of a row: letters that are read, of which a tokenizer takes hundreds of bytes each. Two books.
+LETTERS = 4_000_000
 _AT_ONCE = 1000  # texts that the tokenizer is given in one call: it holds all their tokens, uncut
+_AT_ONCE_LETTERS = 4_000_000  # and so many letters of them, or one text
 
 
 class Texts(NamedTuple):
@@ -99,8 +102,7 @@ def tokenise(
     refuse_no_room(tokenizer, max_length, pair=second is not None, special=special)
     typed = second is not None or "token_type_ids" in tokenizer.model_input_names
     rows = Tokens([], [] if typed else None, [])
-    for first in range(0, len(texts), _AT_ONCE):
-        some = slice(first, first + _AT_ONCE)
+    for some in _parts(texts, second):
         made = read_by(
             tokenizer,
             texts[some],
@@ -120,6 +122,19 @@ def tokenise(
     if rows.types is not None and not any(map(any, rows.types)):
         return rows._replace(types=None)
     return rows
+
+
+def _parts(texts: Sequence[str], second: Sequence[str] | None) -> Iterator[slice]:
+    """All of them in order, as many at a time as the tokenizer is given."""
+    first, letters = 0, 0
+    for at, text in enumerate(texts):
+        own = len(text) + (0 if second is None else len(second[at]))
+        if at > first and (at - first == _AT_ONCE or letters + own > _AT_ONCE_LETTERS):
+            yield slice(first, at)
+            first, letters = at, 0
+        letters += own
+    if texts:
+        yield slice(first, len(texts))
 
 
 def refuse_no_room(
@@ -196,7 +211,14 @@ def bad_texts(values: Sequence[Any], name: str) -> dict[int, FedSieveError]:
         if not isinstance(value, str):
             what = "nothing" if value is None else f"a value of type {type(value).__name__}"
             bad[row] = FedSieveError(f"row {row} of column {name!r} holds {what} instead of a text")
+        elif len(value) > LETTERS:
+            bad[row] = FedSieveError(f"row {row} of column {name!r} {too_long(len(value))}")
     return bad
+
+
+def too_long(letters: int) -> str:
+    """The end of a sentence that begins with a row's place."""
+    return f"holds {letters:,} letters: at most {LETTERS:,} are read; cut it, or make rows of it"
 
 
 def check_rows(dataset: Dataset) -> None:

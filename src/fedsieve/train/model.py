@@ -117,6 +117,12 @@ class ResidentModel:
                 )
             weight.data.copy_((own.float() + turned.float()).to(own.dtype))
 
+    def bytes_saved(self, adapter: Adapter) -> int:
+        """Of the weights that `save` writes."""
+        if adapter.base or not isinstance(self.model, PeftModel):
+            return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return sum(t.numel() * t.element_size() for t in adapter.tensors.values())
+
     def save(self, adapter: Adapter, folder: Path) -> None:
         """Write an adapter in PEFT's format: `PeftModel.from_pretrained` reads it.
 
