@@ -259,6 +259,7 @@ def finetune(
         {id: count(examples[id]) if id in examples else 0 for id in given},
         budgets,
         training=training,
+        rounds=rounds,
         sampling=sampling,
         seed=seed,
         test=tested,

@@ -3,9 +3,10 @@
 Nothing here needs torch, so that a recipe can be read, and a mistake in it told, at once.
 """
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -195,6 +196,8 @@ class Training:
 
     epochs: passes over the client's examples; not used when `steps` is given
     steps:  H, a fixed number of optimizer steps (the examples are gone through again as needed)
+    last_lr: the learning rate of the last round, to which `lr` falls by half a cosine over the
+            rounds; None keeps to `lr`
     clip:   largest norm of the gradient over all trained tensors; None clips nothing
     augment: of images: "flip" from left to right, "crop-flip" moves them too; from the client's key
     packing: of a language model: texts of a client joined into rows as long as its longest
@@ -203,6 +206,7 @@ class Training:
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: PositiveFloat = 5e-2
+    last_lr: PositiveFloat | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegativeFloat = 0.0
     epochs: PositiveInt = 1
@@ -212,6 +216,17 @@ class Training:
     precision: Precision = "auto"
     augment: Literal["none", "flip", "crop-flip"] = "none"
     packing: bool = False
+
+
+def in_round(training: Training, number: int, rounds: int) -> Training:
+    """The training of a round, whose learning rate is that of the round and stays as it is.
+
+    number: of the round, from 1 to `rounds`
+    """
+    if training.last_lr is None:
+        return training
+    gone = 0.5 * (1 - math.cos(math.pi * number / rounds))
+    return replace(training, lr=training.lr + gone * (training.last_lr - training.lr), last_lr=None)
 
 
 def whole(name: str, value: Any, least: int) -> int:

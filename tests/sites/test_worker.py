@@ -110,8 +110,9 @@ def test_a_federation_of_sites_ends_as_in_one_process_though_its_workers_restart
 ) -> None:
     """Bit by bit, with a new worker for every request: all that a client keeps is on its disk."""
     listed = {"kind": "list", "clients": budgets}
-    whole = in_process(tiny, tmp_path / "pool", method=method, budgets=listed)
-    text = recipe_text(tiny, method=method, budgets=listed)
+    given = {"method": method, "budgets": listed, "training__last_lr": 0.01}
+    whole = in_process(tiny, tmp_path / "pool", **given)
+    text = recipe_text(tiny, **given)
     asks = {
         name: asking(write_site(tiny, tmp_path, name, budget=budgets[name]), restart=True)
         for name in NAMES

@@ -47,7 +47,7 @@ from fedsieve.recipe.examples import (
 )
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
-from fedsieve.settings import Sampling, Training
+from fedsieve.settings import Sampling, Training, in_round
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
@@ -104,6 +104,7 @@ def assemble(
     budgets: Mapping[str, Budget],
     *,
     training: Training,
+    rounds: int,
     sampling: Sampling,
     seed: int,
     test: Examples | None,
@@ -124,6 +125,7 @@ def assemble(
     examples: id -> a function that gives the client's examples; counts: id -> how many those are.
     A client without examples is left out with a warning.
     own_tests: what of `test` is each client's own, by id, where the scores of each are asked
+    rounds: how many there will be, over which `training.last_lr` is reached
     lead: the metric that leads; None is the task's own
     more_tests: other examples that are evaluated on, by name: their metrics come after those of
         `test`, as "name_accuracy"
@@ -168,7 +170,8 @@ def assemble(
     check_sampling(sampling, clients)
 
     def train(view: View, client: Client, key: Key) -> Fit:
-        return fit(resident, view, examples[client.id](), training, key)
+        now = in_round(training, key.round, rounds)
+        return fit(resident, view, examples[client.id](), now, key)
 
     memories: dict[str, Memory] = {}
 
@@ -321,6 +324,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         counts,
         hand_out(recipe, method, resident.layout, counts, machines),
         training=recipe.training,
+        rounds=recipe.rounds,
         sampling=schema.sampling(recipe),
         seed=recipe.seed,
         test=prepared.test,

@@ -48,7 +48,7 @@ from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
-from fedsieve.settings import Share
+from fedsieve.settings import Share, in_round
 from fedsieve.sites import journal, limits, worker
 from fedsieve.sites.assignment import Assignment, checked, prepare
 from fedsieve.sites.journal import Entry
@@ -416,7 +416,8 @@ def _round(
     """One round from the first memory that the message fits; a WireError comes before training."""
 
     def train(view: View, client: Client, key: Key) -> Fit:
-        return fit(assignment.resident, view, assignment.examples, assignment.recipe.training, key)
+        training = in_round(assignment.recipe.training, key.round, assignment.recipe.rounds)
+        return fit(assignment.resident, view, assignment.examples, training, key)
 
     unfit: WireError | None = None
     for before, memory in memories:
