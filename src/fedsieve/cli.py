@@ -4,6 +4,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -76,9 +77,22 @@ def main() -> None:
     except FedSieveError as error:
         problems.print(f"[bold red]error:[/] {plain(str(error))}")
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:  # none of a file: a connection, a pipe, a library's own trouble
+            raise
+        where = str(error.filename)[:200]
+        problems.print(f"[bold red]error:[/] {plain(f'{where}: {error.strerror or error}')}")
+        sys.exit(2)
     except KeyboardInterrupt:
         problems.print("stopped")
         sys.exit(130)
+
+
+def _finite(value: float | None) -> float | None:
+    """Of an option that takes a number; click takes nan for one that is neither below nor above."""
+    if value is not None and not isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
 
 
 @app.callback(invoke_without_command=True)
@@ -192,7 +206,12 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds to run each with: 0,1,2.")] = "",
     target: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="The leading score that bytes and time are counted to."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="The leading score that bytes and time are counted to.",
+            callback=_finite,
+        ),
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
     allow_code: AllowCode = False,
@@ -234,7 +253,10 @@ def search(
         ),
     ],
     budget_mb: Annotated[
-        float, typer.Option(help="Megabytes (10^6 bytes) that all trials together may send.")
+        float,
+        typer.Option(
+            help="Megabytes (10^6 bytes) that all trials together may send.", callback=_finite
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
@@ -242,7 +264,8 @@ def search(
     out: Annotated[Path | None, typer.Option(help="Default runs/<recipe>-search.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Where to begin.")] = None,
     density: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Where to begin, for all clients.")
+        float | None,
+        typer.Option(min=0, max=1, help="Where to begin, for all clients.", callback=_finite),
     ] = None,
     max_rank: Annotated[int, typer.Option(min=1, help="The rank to stop at.")] = 64,
     seeds: Annotated[str, typer.Option(help="Seeds of each trial; default the recipe's.")] = "",
@@ -292,11 +315,16 @@ def federate(
         Path | None, typer.Option(help="The run's directory; default runs/<name of the recipe>.")
     ] = None,
     sites: Annotated[int, typer.Option(min=1, help="Wait for so many before round 1.")] = 2,
-    deadline: Annotated[float, typer.Option(min=1, help="Seconds a round may take.")] = 600.0,
+    deadline: Annotated[
+        float, typer.Option(min=1, help="Seconds a round may take.", callback=_finite)
+    ] = 600.0,
     setup: Annotated[
-        float, typer.Option(min=1, help="Seconds a site has to load model and data.")
+        float,
+        typer.Option(min=1, help="Seconds a site has to load model and data.", callback=_finite),
     ] = 900.0,
-    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for enough sites.")] = 600.0,
+    wait: Annotated[
+        float, typer.Option(min=1, help="Seconds to wait for enough sites.", callback=_finite)
+    ] = 600.0,
     extra: Annotated[
         int, typer.Option(min=0, help="Ask so many more sites, and leave the slowest out.")
     ] = 0,
@@ -371,7 +399,8 @@ def report(
         Path | None, typer.Option(help="The HTML file; default report.html in the first run.")
     ] = None,
     target: Annotated[
-        float | None, typer.Option(help="The leading score to which bytes and time are told.")
+        float | None,
+        typer.Option(help="The leading score to which bytes and time are told.", callback=_finite),
     ] = None,
 ) -> None:
     """Write one self-contained HTML report, and its plots as PNG, from one or several runs."""
@@ -446,10 +475,16 @@ def list_methods(
     targets: Annotated[
         str | None, typer.Option(help="Modules, as in a recipe: query,value. Default PEFT's.")
     ] = None,
-    classes: Annotated[int, typer.Option(min=1, help="Of the classifier; 1 is a causal LM.")] = 2,
-    ratio: Annotated[float, typer.Option(help="The client's k / r.")] = 0.5,
-    down: Annotated[float, typer.Option(help="The client's download density.")] = 0.25,
-    up: Annotated[float, typer.Option(help="The client's upload density.")] = 0.25,
+    classes: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Of the classifier; 1 is a causal LM.")
+    ] = 2,
+    ratio: Annotated[float, typer.Option(help="The client's k / r.", callback=_finite)] = 0.5,
+    down: Annotated[
+        float, typer.Option(help="The client's download density.", callback=_finite)
+    ] = 0.25,
+    up: Annotated[
+        float, typer.Option(help="The client's upload density.", callback=_finite)
+    ] = 0.25,
     cohort: Annotated[int, typer.Option(min=1, help="Clients a round, all with this budget.")] = 4,
 ) -> None:
     """List the methods and their options; with --model, what each costs a client a round."""
@@ -490,6 +525,61 @@ def list_methods(
         options = ", ".join(entry.options)
         table.add_row(f"[bold]{name}[/]", entry.summary, ", ".join(entry.knobs) or "-", options)
     Console(highlight=False).print(table)
+
+
+@app.command("costs")
+def costs_of(
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
+    ] = None,
+    classes: Annotated[
+        int | None,
+        typer.Option(min=2, max=1_000_000, help="How many labels, where the recipe lists none."),
+    ] = None,
+    most: Annotated[
+        float | None,
+        typer.Option(
+            help="MB that the run may send: whether it fits, and by how much.", callback=_finite
+        ),
+    ] = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """What a whole run of a recipe will send, before rows or weights are loaded."""
+    from fedsieve.recipe import read as recipes
+
+    given = recipes.load(recipe, overrides or [], allow_code=allow_code)
+    quiet()
+    from fedsieve.costs.whole_run import of_recipe
+
+    bill = of_recipe(given, classes)
+    trained, all_of = bill.numbers
+    say(
+        f"{given.name}: {given.method.name}, {trained:,} trained numbers beside {all_of:,} of the "
+        f"model; {bill.asked:g} clients a round, {count(bill.rounds, 'round')}"
+    )
+    table = Table(box=None, pad_edge=False)
+    for title in ("ratio", "down", "up", "clients", "rank", "memory", "sent down", "sent up"):
+        table.add_column(title, justify="right")
+    for budget, clients, cost in bill.costs:
+        figures = (f"{part / MB:,.3f} MB" for part in (cost.memory, cost.down, cost.up))
+        shares = (f"{share:g}" for share in budget)
+        table.add_row(*shares, f"{clients:,}", str(cost.rank) if cost.rank else "-", *figures)
+    console.print(table)
+    say(f"a round: {bill.each / MB:,.3f} MB; dense LoRA's: {bill.dense / MB:,.3f} MB")
+    say(f"the run: {bill.total / MB:,.1f} MB")
+    if most is not None:
+        left = most - bill.total / MB
+        share = bill.total / MB / most
+        fits = f"{left:,.1f} MB are left" if left >= 0 else f"{-left:,.1f} MB too many"
+        say(f"of {most:,g} MB: {share:.1%}, {fits}")
+        if left < 0:
+            raise typer.Exit(1)
 
 
 @app.command("sets")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -291,3 +292,18 @@ def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"label": "x"}\n')
     with pytest.raises(FedSieveError, match=r"a\.jsonl, b\.jsonl do not fit together"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("separator", ["é", "\0", "\n", '"', "ab", ""])
+def test_a_separator_that_is_none_is_refused(tmp_path: Path, separator: str) -> None:
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    with pytest.raises(FedSieveError, match="one character of ASCII is needed"):
+        load(tmp_path / "rows.csv", separator=separator)
+
+
+def test_what_is_there_and_is_no_file_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.csv")
+    (tmp_path / "loop.csv").symlink_to(tmp_path / "nowhere.csv")
+    for name in ("rows.csv", "loop.csv"):
+        with pytest.raises(FedSieveError, match="is no file to read"):
+            load(tmp_path / name)

@@ -288,3 +288,13 @@ def test_classes_of_the_hub_keep_their_names_in_texts_and_as_labels() -> None:
     made = templates.filled(rows, ["{label}: {one}"])
     assert sources.column(made, "{label}: {one}") == ["b: x", "a: y"]
     assert made.features["label"] == features["label"]
+
+
+def test_what_a_template_makes_is_bounded_before_it_is_made() -> None:
+    rows = Dataset.from_dict({"t": ["x" * 5_000] * 40 + ["y"]})
+    long = "{t}" * 900
+    made = templates.filled(rows, [long])
+    assert made[long] == [None] * 40 + ["y" * 900]
+    assert "would have 4,500,000 letters" in str(templates.bad(made, [long])[0])
+    with pytest.raises(FedSieveError, match="has 1,001 pieces: a template has at most 1,000"):
+        templates.filled(rows, ["{t}" * 1001])

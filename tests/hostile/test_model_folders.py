@@ -17,6 +17,8 @@ from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.examples import tensors
 from fedsieve.recipe.read import check
+from fedsieve.tasks import catalogue
+from fedsieve.tasks.task import Fields
 from fedsieve.train.model import load_base, pick_device
 from fedsieve.train.reader import load_reader
 from tests import runs
@@ -74,6 +76,9 @@ FILES: dict[str, Callable[[Path], object]] = {
     "a vocabulary of nothing": lambda p: without_words(p),
     "a table of characters that panics": lambda p: with_table(p, "AAAA"),
     "a rule that is never through": lambda p: with_rule(p, "(o+)+(n+)+(e+)+x$"),
+    "an adapter's endless pattern": lambda p: with_adapter(
+        p, r=2, target_modules="(.*.*.*.*.*.*)*X"
+    ),
     "an adapter of a huge rank": lambda p: with_adapter(p, r=10**9),
     "an adapter of a huge rank of one module": lambda p: with_adapter(
         p, r=2, rank_pattern={"query": 10**8}
@@ -179,6 +184,36 @@ def test_a_configuration_that_asks_for_more_under_any_name_is_refused(
     assert next(iter(changes)) in str(refused.value)
     assert peak() - before < 200 * MEGA
     assert time.monotonic() - began < 20
+
+
+def no_letters(tokenizer: dict[str, Any]) -> None:
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+
+
+def no_words(tokenizer: dict[str, Any]) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "."}, "behavior": "Removed", "invert": False}
+    tokenizer["pre_tokenizer"] = split
+
+
+@pytest.mark.parametrize("removed", [no_letters, no_words])
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("special", [False, True])
+def test_a_tokenizer_that_makes_no_token_of_a_text_is_refused(
+    tiny: Tiny, tmp_path: Path, removed: Callable[[dict[str, Any]], None], kind: str, special: bool
+) -> None:
+    """A run over empty rows would end, and tell a score."""
+    folder = tmp_path / "model"
+    shutil.copytree(getattr(tiny, kind), folder)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    removed(told)
+    if not special:
+        told["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    task = "classification" if kind == "bert" else "causal-lm"
+    reader, _ = load_reader(str(folder), task)
+    rows = Dataset.from_dict({"text": ["one", "two"], "label": ["cars", "food"]})
+    with pytest.raises(FedSieveError, match=r"makes no token of any|no token to learn"):
+        catalogue.load(task).read(rows, reader, Fields(text="text", label="label", max_length=9))
 
 
 @pytest.mark.parametrize("setting", ["num_hidden_layers", "max_position_embeddings", "vocab_size"])

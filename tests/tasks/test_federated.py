@@ -22,13 +22,13 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 import fedsieve
+from fedsieve.data.templates import LETTERS
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.examples import fields_of, unused
 from fedsieve.run import rundir
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
-from fedsieve.tasks.tokens import LETTERS
 from fedsieve.train.reader import load_reader
 from tests import runs
 from tests.conftest import COMMON, LABELS, OWN, Tiny

@@ -79,7 +79,7 @@ def read(
                 with _opened(path) as file:
                     _refuse_endless(path, iter(lambda: len(file.read(1 << 20)), 0))
         if extension in _DELIMITED:
-            mark = separator or _DELIMITED[extension]
+            mark = _DELIMITED[extension] if separator is None else separator
             table = _delimited(path, columns, names, mark, quoted=extension == ".csv")
         elif extension == ".tab":
             table = _orange(path, columns)
@@ -178,8 +178,11 @@ def _delimited(
     path: Path, columns: Columns | None, names: Sequence[str] | None, separator: str, quoted: bool
 ) -> pa.Table:
     """CSV or TSV, with a header line unless the names are given."""
-    if len(separator) != 1:
-        raise FedSieveError(f"separator {separator!r}: one character is needed")
+    if len(separator) != 1 or not separator.isascii() or separator in '\0\r\n"':
+        raise FedSieveError(
+            f"separator {separator[:20]!r}: one character of ASCII is needed, and none that ends a "
+            "line or quotes a cell"
+        )
     return _texts(
         path,
         columns,

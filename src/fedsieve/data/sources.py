@@ -315,6 +315,8 @@ def _existing(path: Path) -> Path:
     path = place(path)
     if path.is_file():
         return path
+    if path.exists() or path.is_symlink():
+        raise FedSieveError(f"{path} is no file to read: a pipe, a device, or a link to nothing")
     beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     where = "" if path.parent.is_dir() else f" (nor the folder {path.parent})"
     raise FedSieveError(f"there is no file {path}{where}{nearest(path.name, beside)}")

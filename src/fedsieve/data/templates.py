@@ -20,6 +20,9 @@ from fedsieve.data.names import clean, name_among
 from fedsieve.errors import FedSieveError, nearest
 
 _PIECES = re.compile(r"(\{\{|\}\})|\{([^{}]*)\}|([{}])|[^{}]+")
+# Of a row: letters that are read, of which a tokenizer takes hundreds of bytes each. Two books.
+LETTERS = 4_000_000
+_PIECES_MOST = 1000
 _MORE = re.compile(r"[.\[\]!:]")  # what Python's own templates would take for more than a name
 
 
@@ -111,11 +114,20 @@ def _texts(rows: Dataset, template: str) -> Iterator[tuple[str, FedSieveError | 
     """Each row's text, or what is wrong with the row."""
     values = {name: _values(rows, name) for name in columns_in(template)}
     parts = list(_parts(template))
+    if len(parts) > _PIECES_MOST:
+        raise FedSieveError(
+            f"{shown(template)} has {len(parts):,} pieces: a template has at most {_PIECES_MOST:,}"
+        )
     for row in range(len(rows)):
         own = {name: column[row] for name, column in values.items()}
-        wrong = (value for value in own.values() if isinstance(value, FedSieveError))
-        text = "".join(part if name is None else str(own[name]) for name, part in parts)
-        yield text, next(wrong, None)
+        wrong = next((each for each in own.values() if isinstance(each, FedSieveError)), None)
+        pieces = [part if name is None else str(own[name]) for name, part in parts]
+        if wrong is None and sum(map(len, pieces)) > LETTERS:
+            wrong = FedSieveError(
+                f"row {row} of {shown(template)} would have {sum(map(len, pieces)):,} letters: at "
+                f"most {LETTERS:,} are read"
+            )
+        yield "" if wrong else "".join(pieces), wrong
 
 
 def _values(rows: Dataset, name: str) -> list[str | FedSieveError]:

@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedsieve.data.templates import LETTERS
 from fedsieve.errors import FedSieveError
-from fedsieve.tasks.tokens import IGNORED, LETTERS, read_by, too_long
+from fedsieve.tasks.tokens import IGNORED, read_by, too_long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

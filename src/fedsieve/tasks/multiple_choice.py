@@ -18,12 +18,13 @@ from datasets import ClassLabel, Dataset
 from fedsieve.data.files import Columns
 from fedsieve.data.names import clean
 from fedsieve.data.sources import column, names_in
+from fedsieve.data.templates import LETTERS
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import causal_lm
 from fedsieve.tasks.asked import UNSPACED, Asked, Speaker, written
 from fedsieve.tasks.tally import SHOWN, Answer, Tally
 from fedsieve.tasks.task import Bad, Fields, Rows, needed, one_label
-from fedsieve.tasks.tokens import LETTERS, bad_texts, check_rows, pad_id, too_long
+from fedsieve.tasks.tokens import bad_texts, check_rows, pad_id, too_long
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

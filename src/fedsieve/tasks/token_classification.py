@@ -17,6 +17,7 @@ from torch import Tensor
 from fedsieve.data.files import Columns
 from fedsieve.data.names import clean, in_order, name_among
 from fedsieve.data.sources import column
+from fedsieve.data.templates import LETTERS
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
 from fedsieve.tasks.classes import listed, listing
@@ -25,7 +26,6 @@ from fedsieve.tasks.task import Bad, Fields, Rows, Task, needed, refuse
 from fedsieve.tasks.tokens import (
     IGNORED,
     IN_FILES,
-    LETTERS,
     Texts,
     check_rows,
     pad_id,

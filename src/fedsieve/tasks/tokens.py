@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from fedsieve.data.sources import column
+from fedsieve.data.templates import LETTERS
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.asked import Asked
 
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 IGNORED = -100  # the label that torch's cross entropy, and so every transformers loss, leaves out
 
 IN_FILES = " (files of JSON, JSONL and Parquet have lists)"
-# Of a row: letters that are read, of which a tokenizer takes hundreds of bytes each. Two books.
-LETTERS = 4_000_000
 _AT_ONCE = 1000  # texts that the tokenizer is given in one call: it holds all their tokens, uncut
 _AT_ONCE_LETTERS = 4_000_000  # and so many letters of them, or one text
 
@@ -119,6 +118,12 @@ def tokenise(
             rows.types.extend(made["token_type_ids"])
         if offsets:
             rows.ends.extend([end for _, end in row] for row in made["offset_mapping"])
+    around = tokenizer.num_special_tokens_to_add(pair=second is not None) if special else 0
+    if max(map(len, rows.ids), default=1) <= around and any(text.strip() for text in texts):
+        raise FedSieveError(
+            "the model's tokenizer makes no token of any of these texts: its files are not those "
+            "of a tokenizer for them"
+        )
     if rows.types is not None and not any(map(any, rows.types)):
         return rows._replace(types=None)
     return rows

@@ -7,7 +7,7 @@ device). Of the hub's models nothing is known before they are there; folders are
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedsieve.errors import FedSieveError
-from fedsieve.train.source import table_of
 
 _TIMES = 4  # as many numbers: heads are drawn, and tied tensors are stored once
 _MORE = 1 << 26  # numbers beyond that: a head of many classes over a small body
@@ -34,10 +33,9 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
     maker: the Auto class that would load it
     """
     folder = Path(name)
-    shapes = list(_shapes(folder)) if folder.is_dir() else []
+    shapes = [shape for _, shape in _tensors(folder)] if folder.is_dir() else []
     if not shapes:
         return
-    _refuse_wider(name, table_of(folder / "adapter_config.json"), shapes)
     held = sum(map(math.prod, shapes))
     for key, number, most in _counted(config.to_dict()):
         if number > most * (len(shapes) + _LAYERS):
@@ -46,18 +44,6 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
         asked = sum(p.numel() for p in maker.from_config(config).parameters())
     if asked > _TIMES * held + _MORE:
         raise _larger(name, f"{asked} numbers", f"{held}")
-
-
-def _refuse_wider(name: str, told: Mapping[str, Any], shapes: Sequence[Sequence[int]]) -> None:
-    """transformers takes an adapter that lies beside the weights, and makes its pairs first."""
-    widest = max((size for shape in shapes for size in shape), default=0)
-    ranks = told.get("rank_pattern")
-    for rank in (told.get("r"), *(ranks.values() if isinstance(ranks, Mapping) else ())):
-        if isinstance(rank, int) and rank > widest:
-            raise FedSieveError(
-                f"model {name!r}: its adapter_config.json has rank {rank:g}, and no tensor beside "
-                f"it is wider than {widest}: take both of the adapter's files out"
-            )
 
 
 def _counted(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -72,12 +58,19 @@ def _counted(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
             yield str(key), sum(n for n in numbers if isinstance(n, int)), most
 
 
-def _shapes(folder: Path) -> Iterator[list[int]]:
+def names_held(name: str) -> set[str]:
+    """The names of a folder's tensors; none of a model of the hub, or without safetensors."""
+    folder = Path(name)
+    return {held for held, _ in _tensors(folder)} if folder.is_dir() else set()
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """Names and shapes of all in a folder's safetensors."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as tensors:
                 for each in list(tensors.keys()):
-                    yield tensors.get_slice(each).get_shape()
+                    yield each, tensors.get_slice(each).get_shape()
         except (OSError, SafetensorError) as error:
             raise FedSieveError(
                 f"model {str(folder)!r}: {path.name} is damaged or cut off ({error}): fetch or "

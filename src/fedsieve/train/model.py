@@ -31,7 +31,7 @@ from fedsieve.settings import Lora, Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
 from fedsieve.train import card, parts, targets
-from fedsieve.train.declared import refuse_larger
+from fedsieve.train.declared import names_held, refuse_larger
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
 from fedsieve.train.head import match_rows
@@ -258,7 +258,9 @@ def load_base(
 
 
 def shape_of(name: str, task: Task, classes: int) -> PreTrainedModel:
-    """A model without numbers, on the meta device, from its configuration alone."""
+    """A model without numbers, on the meta device, from its configuration and the names of its
+    weights, where they are in a folder: what they lack of a head would be drawn at load.
+    """
     config = pretrained(AutoConfig, name, trust_remote_code=False)
     for setting, value in catalogue.load(task).config([str(n) for n in range(classes)]).items():
         setattr(config, setting, value)
@@ -266,8 +268,14 @@ def shape_of(name: str, task: Task, classes: int) -> PreTrainedModel:
         model: PreTrainedModel = getattr(transformers, catalogue.load(task).auto).from_config(
             config
         )
-    # Which modules the checkpoint lacks is not known here.
-    return model.requires_grad_(False)
+    held, prefix = names_held(name), f"{model.base_model_prefix}."
+    drawn = [
+        each
+        for each, _ in model.named_parameters()
+        if held and not {each, each.removeprefix(prefix), f"{prefix}{each}"} & held
+    ]
+    parts.freeze_loaded(model, [each for each in drawn if not parts.in_layer(each)])
+    return model
 
 
 def set_up(

@@ -45,12 +45,16 @@ def refuse_random_body(base: PreTrainedModel, source: str, task: Task) -> None:
                 f"model {source!r}: its checkpoint holds no {name}, the head of a language model: "
                 "give a model that was trained to continue texts"
             )
-        layer = re.search(r"\.\d+\.", name) is not None
-        if name not in outside and (layer or isinstance(holder, embeddings)):
+        if name not in outside and (in_layer(name) or isinstance(holder, embeddings)):
             raise FedSieveError(
                 f"model {source!r}: its checkpoint holds no {name}, which belongs to the model's "
                 "body: give a whole checkpoint of this model; see also model.settings"
             )
+
+
+def in_layer(name: str) -> bool:
+    """Whether a parameter belongs to one of a row of layers."""
+    return re.search(r"\.\d+\.", name) is not None
 
 
 def trained_whole(base: PreTrainedModel, named: Sequence[str], *, head: bool) -> set[str]:

@@ -50,8 +50,8 @@ def refuse_pickled(source: str) -> None:
 
 
 def refuse_odd(source: str) -> None:
-    """Raises FedSieveError for a folder with a pipe in it, or with a configuration of endless
-    length, or one that asks for a program from the hub.
+    """Raises FedSieveError for a folder with a pipe or an adapter in it, or with a configuration of
+    endless length, or one that asks for a program from the hub.
     """
     folder = Path(source)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -62,6 +62,13 @@ def refuse_odd(source: str) -> None:
                 f"model {source!r}: its config.json has {path.stat().st_size} bytes: at most "
                 f"{_LARGEST} are read"
             )
+    if (folder / "adapter_config.json").exists():
+        # transformers would put it into the model, and first match its patterns with every module.
+        raise FedSieveError(
+            f"model {source!r}: it holds an adapter (adapter_config.json), and a base model is "
+            "needed: merge the two (`fedsieve export --merge`, or PEFT's merge_and_unload), or "
+            "take the adapter's files out"
+        )
     config = table_of(folder / "config.json")
     _refuse_odd_classes(source, config)
     for key in _PROGRAMS:

@@ -1,0 +1,78 @@
+"""Arguments of the command line that are none: paths that no disk takes, numbers that are none.
+
+All commands and options are found in the command line itself, so that a new one is tried too.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from typer.main import get_command
+
+from fedsieve import cli
+
+LONG = "a" * 300
+GROUP = get_command(cli.app)
+assert isinstance(GROUP, click.Group)
+COMMANDS: dict[str, Any] = dict(sorted(GROUP.commands.items()))
+# What a command needs beside the path that is tried, in the place of its other arguments.
+NEEDED = {"search": ["demo", "--budget-mb", "1"], "export": ["--to", "out"], "costs": ["demo"]}
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["fedsieve", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(str(end.value.code or 0))
+
+
+def paths() -> list[tuple[str, list[str]]]:
+    """Each command with a path that is too long, as its argument and as each of its options."""
+    found = []
+    for name, command in COMMANDS.items():
+        for each in command.params:
+            takes = isinstance(each.type, click.Path) or each.name in ("recipe", "source", "folder")
+            if takes and isinstance(each, click.Argument):
+                found.append((name, [LONG, *NEEDED.get(name, [])[1:]]))
+            elif takes and name in ("run", "compare", "search", "federate", "report"):
+                found.append((name, ["demo", *NEEDED.get(name, [])[1:], each.opts[0], LONG]))
+    return found
+
+
+@pytest.mark.parametrize(("name", "words"), paths(), ids=lambda each: str(each)[:20])
+def test_a_path_that_no_disk_takes_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert ended(monkeypatch, name, *words) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert "error" in told.lower()
+
+
+def numbers() -> list[tuple[str, str]]:
+    return [
+        (name, each.opts[0])
+        for name, command in COMMANDS.items()
+        for each in command.params
+        if isinstance(each, click.Option) and isinstance(each.type, click.types.FloatParamType)
+    ]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(("name", "option"), numbers())
+def test_a_number_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    option: str,
+    value: str,
+) -> None:
+    assert ended(monkeypatch, name, "demo", *NEEDED.get(name, [])[1:], option, value) == 2
+    assert option in capsys.readouterr().err
