@@ -29,7 +29,7 @@ from fedsieve.train.local import evaluate, fit
 from fedsieve.train.model import LABELS as LABELS_FILE
 from fedsieve.train.model import ResidentModel, load_base, set_up
 from tests.train import families
-from tests.train.families import FAMILIES, REFUSED, TAIL, TASKS, Family
+from tests.train.families import EVERY_RUN, FAMILIES, REFUSED, TASKS, Family
 
 LABELS = ("cars", "space", "wine")
 EXACT = ("deberta",)  # it takes a number that bfloat16 does not have
@@ -46,9 +46,9 @@ every_case = pytest.mark.parametrize(
             family,
             TASKS[letter],
             id=f"{family.name}-{TASKS[letter]}",
-            marks=[pytest.mark.slow] if family in TAIL else [],
+            marks=[] if letter in EVERY_RUN.get(family.name, "") else [pytest.mark.slow],
         )
-        for family in (*FAMILIES, *TAIL)
+        for family in FAMILIES
         for letter in family.tasks
     ],
 )
@@ -297,7 +297,14 @@ def test_weights_trained_without_lora(
 def test_families_that_are_refused(
     name: str, task: Task, targets: Any, message: str, base_of: Bases
 ) -> None:
-    family = next(each for each in (*FAMILIES, *TAIL) if each.name == name)
+    family = next(each for each in FAMILIES if each.name == name)
     with pytest.raises(FedSieveError, match=message) as caught:
         resident_of(base_of(family), task, targets)
     assert "\n" not in str(caught.value)
+
+
+def test_a_loss_of_routers_is_refused_with_what_to_set(base_of: Bases) -> None:
+    family = next(each for each in FAMILIES if each.name == "mixtral")
+    routed = {"output_router_logits": True}
+    with pytest.raises(FedSieveError, match="set output_router_logits = false"):
+        load_base(str(base_of(family)), "causal-lm", key=Key(0), pad_token_id=0, settings=routed)
