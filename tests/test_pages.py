@@ -20,7 +20,7 @@ from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.sites import site
 from fedsieve.study import plan
-from tests import commands_page, defaults_page, pages
+from tests import commands_page, defaults_page, models_page, pages
 from tests.pages import DOCS, PAGES, ROOT
 
 SOURCE = Path(fedsieve.__file__).parent
@@ -176,6 +176,11 @@ def test_the_page_of_commands_is_what_the_command_line_says() -> None:
 def test_the_table_of_defaults_is_what_the_methods_have() -> None:
     written = pages.read(defaults_page.PAGE)
     assert defaults_page.table() in written, defaults_page.__doc__
+
+
+def test_the_tables_of_families_are_those_of_the_sweep() -> None:
+    written = pages.read(models_page.PAGE)
+    assert models_page.table() in written, models_page.__doc__
 
 
 def test_every_method_is_on_the_pages_and_no_other() -> None:

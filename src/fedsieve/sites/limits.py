@@ -36,6 +36,7 @@ from fedsieve.tasks.asked import Asked
 from fedsieve.tasks.examples import Examples, count
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import Texts
+from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel, set_up, shape_of
 
 LARGEST = 10**15  # of any number in a recipe but its seed
@@ -263,7 +264,7 @@ def activations(resident: ResidentModel, rows: int, length: int) -> list[int]:
         side = math.isqrt(length * _PATCH)
         given = {"pixel_values": torch.ones(rows, 3, side, side, device=_META)}
     labels = task.labels(ids, ids, model.config.num_labels)
-    model.train()
+    to_training(model)
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(**given, labels=labels)

@@ -23,7 +23,10 @@ _LAYERS = 8  # times as many as there are tensors: some architectures use one la
 # of those that do not though they have one of them: `n_layer`, `depths`, but not `block_size`.
 _COUNTS = {"layer", "layers", "depth", "depths", "block", "blocks", "group", "groups", "stages"}
 _EXPERTS = {"expert", "experts"}  # many in one tensor, as often as not
-_SIZES = {"size", "sizes", "types", "norm", "id", "ids", "freq", "interval", "window", "capacity"}
+_SIZES = {
+    *("size", "sizes", "types", "norm", "id", "ids", "freq", "interval", "window", "capacity"),
+    "multiple",
+}
 
 
 def refuse_larger(name: str, maker: Any, config: Any) -> None:

@@ -21,19 +21,22 @@ _UNNAMED = "label_"  # transformers' own names: LABEL_0, LABEL_1, ...
 
 def match_rows(
     model: PreTrainedModel,
-    known: Mapping[int, str],
+    known: Mapping[int, str] | None,
     classes: Sequence[str],
     drawn: set[str],
     key: Key,
 ) -> None:
     """Put the rows of a classifier's head into the order of the classes. In place.
 
-    known: the checkpoint's name of each row; drawn: the parameters that the checkpoint lacks
+    known: the checkpoint's name of each row, where it has any
+    drawn: the parameters that the checkpoint lacks
 
     Classes called 0, 1, 2, ... are the rows' numbers, and a head without names has its rows in the
     order of the classes. Where the head has as many rows but for other classes, those are drawn
     anew from the key, with a warning.
     """
+    if known is None:
+        return
     order = _order(known, classes)
     if len(known) != len(classes) or order == list(range(len(classes))):
         return

@@ -70,6 +70,8 @@ def longest(model: nn.Module) -> int | None:
 def image_size(config: Any) -> tuple[int, int] | None:
     """Height and width of the images that a model is made for, where its configuration says so."""
     size = getattr(config, "image_size", None)
+    if size is None:  # CLIP's kin say it of their eyes alone
+        size = getattr(getattr(config, "vision_config", None), "image_size", None)
     if size is None:
         return None
     high, wide = size if isinstance(size, list | tuple) else (size, size)

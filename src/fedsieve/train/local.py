@@ -25,6 +25,7 @@ from fedsieve.tasks.packing import packed
 from fedsieve.tasks.tally import SHOWN, Answer, Score, Tally, score, total
 from fedsieve.tasks.tokens import Texts
 from fedsieve.train.batch import half_type, inputs
+from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.speaker import speaker
 
@@ -65,7 +66,7 @@ def fit(
     """
     resident.put(view.adapter)
     model = resident.model
-    model.train()
+    to_training(model)
     everything = dict(resident.parameters())
     parameters, held = [], []
     for name, parameter in everything.items():

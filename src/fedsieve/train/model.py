@@ -7,7 +7,7 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -251,6 +251,11 @@ def load_base(
     drawn = {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])}
     parts.freeze_loaded(model, drawn)
     parts.refuse_random_body(model, name, task)
+    if classes and asked.named and model.config.num_labels != len(classes):
+        raise FedSieveError(
+            f"model {name!r}: a {model.config.model_type} model has {model.config.num_labels} "
+            f"outputs however many classes there are (here {len(classes)}): choose another model"
+        )
     if asked.named:
         match_rows(model, known, classes, drawn, key.at("head"))
     settle(model, task, pad_token_id)
@@ -329,8 +334,7 @@ def whole(
         parameter.requires_grad_(trains == "all" or id(parameter) in ids)
     slots = _slots(base)
     tensors = {name: getattr(*slot) for name, slot in slots.items()}
-    for tensor in tensors.values():
-        tensor.data = tensor.data.float()
+    _in_float32(slots.values())
     base.to(device)
     if device.type == "cpu":
         speed_up(base)
@@ -363,6 +367,12 @@ def attach(
             if what.startswith("No modules were targeted"):
                 what = (
                     "lora.targets: no layer outside the head can take LoRA, or is in these layers"
+                    + targets.convolutions(base)
+                )
+            if what.startswith("No `target_modules` passed"):  # Mixtral's are its experts
+                what = (
+                    "lora.targets: PEFT has no choice for this mixture of experts: name layers of "
+                    "attention, such as ['q_proj', 'v_proj']"
                 )
             raise FedSieveError(f"LoRA cannot be added to the model: {what}") from error
     found = model.base_model.targeted_module_names
@@ -370,12 +380,11 @@ def attach(
     parts.refuse_tied(tied, found, "lora.targets")
     slots = _slots(model)
     published = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if published != set(slots):
-        odd = sorted(published ^ set(slots))
+    # Of a module that is trained whole PEFT saves its running statistics too, which stay (mode.py).
+    if odd := sorted((published ^ set(slots)) - {_public(n) for n, _ in model.named_buffers()}):
         raise FedSieveError(f"PEFT would save other tensors than those trained: {odd[:4]}")
     tensors = {name: getattr(*slot) for name, slot in slots.items()}
-    for tensor in tensors.values():
-        tensor.data = tensor.data.float()
+    _in_float32(slots.values())
     scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
     layout = layout_of(tensors, scale)
     for pair in layout.pairs:
@@ -484,9 +493,21 @@ def _slots(model: nn.Module) -> dict[str, Place]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             holder, attribute = name.rsplit(".", 1)
-            public = name.replace(f".modules_to_save.{_NAME}", "").replace(f".{_NAME}", "")
-            slots[public] = (model.get_submodule(holder), attribute)
+            slots[_public(name)] = (model.get_submodule(holder), attribute)
     return dict(sorted(slots.items()))
+
+
+def _in_float32(places: Iterable[Place]) -> None:
+    """Trained parameters become float32, and with them what their layers normalise by."""
+    for module, attribute in places:
+        for tensor in (getattr(module, attribute), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.float()
+
+
+def _public(name: str) -> str:
+    """The name under which PEFT saves what the model holds under a name of its own."""
+    return name.replace(f".modules_to_save.{_NAME}", "").replace(f".{_NAME}", "")
 
 
 def _ties(model: nn.Module, slots: Mapping[str, Place]) -> dict[str, list[Place]]:

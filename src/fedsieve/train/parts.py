@@ -97,7 +97,7 @@ def modules_of(base: PreTrainedModel, names: set[str]) -> list[str]:
     Raises FedSieveError for a parameter that no module beneath the body holds: PEFT can only train
     modules whole.
     """
-    body = {"", base.base_model_prefix}
+    body = {"", *_body(base)}
     modules = set()
     for name in names:
         module = name.rpartition(".")[0]
@@ -150,8 +150,18 @@ def refuse_tied(
 
 def _head(base: PreTrainedModel) -> list[str]:
     """The parameters outside the model's body; of tied ones, those that the body has not."""
-    body = {id(parameter) for parameter in base.base_model.parameters()}
+    modules = [base.get_submodule(name) for name in _body(base)] or [base]
+    body = {id(parameter) for module in modules for parameter in module.parameters()}
     return [name for name, parameter in base.named_parameters() if id(parameter) not in body]
+
+
+def _body(base: PreTrainedModel) -> list[str]:
+    """The names of the modules that hold the body: the one that the model says; of those of CLIP's
+    kin, which say none that is there, each model within.
+    """
+    if base.base_model is not base:
+        return [base.base_model_prefix]
+    return [name for name, each in base.named_children() if isinstance(each, PreTrainedModel)]
 
 
 def _drawn(base: PreTrainedModel) -> list[str]:

@@ -33,7 +33,7 @@ def check_names(base: nn.Module, lora: Lora) -> None:
     if lora.targets is None and not known:
         raise FedSieveError(
             f"lora.targets: PEFT has no choice for models of type {kind!r}: name the layers, or "
-            "take 'all-linear'"
+            f"take 'all-linear'{convolutions(base)}"
         )
     pattern = lora.targets if isinstance(lora.targets, str) else "all-linear"
     names = [name for name, _ in base.named_modules()]
@@ -66,6 +66,23 @@ def _of_images(base: nn.Module) -> list[str] | None:
         return None
     last = {name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)}
     return next((list(names) for names in _VISION if last.issuperset(names)), None)
+
+
+def convolutions(base: nn.Module) -> str:
+    """What may be named in a vision model, whose layers may all be none that are linear: the end of
+    a sentence; empty of other models.
+    """
+    if getattr(base, "main_input_name", None) != "pixel_values":
+        return ""
+    names = {
+        name.rpartition(".")[2]
+        for name, each in base.named_modules()
+        if isinstance(each, nn.Conv2d) and each.groups == 1 and not name[-1].isdigit()
+    }
+    shown = ", ".join(map(repr, sorted(names)[:5]))
+    return (
+        f"; where it has no linear layer, name its convolutions, such as {shown}" if names else ""
+    )
 
 
 def config_of(base: nn.Module, task: Task, lora: Lora, whole: list[str]) -> LoraConfig:

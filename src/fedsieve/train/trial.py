@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedsieve.errors import FedSieveError
@@ -22,6 +22,7 @@ from fedsieve.tasks.task import Task as Asks
 from fedsieve.tasks.tokens import Texts, by_token
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.lengths import USUAL, image_size, longest, position_tables, vocabulary
+from fedsieve.train.mode import to_training
 
 CPU = torch.device("cpu")
 _GIVEN = {"texts": "token numbers alone", "images": "images alone"}
@@ -53,14 +54,16 @@ def settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
         if not _has_the_tasks_loss(model, task):
             raise FedSieveError(
                 f"the loss of a {kind} model is not that of its task "
-                f"({catalogue.load(task).title}): choose another model"
+                f"({catalogue.load(task).title}): {_another(model)}"
             )
     except FedSieveError:
         raise
     except Exception as error:  # whatever a model's own code may raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        half = half_type(model)
         raise FedSieveError(
             f"a {kind} model cannot be trained on {_GIVEN[catalogue.load(task).reads]}: {first}"
+            + (f" (in {half}: model.dtype = 'float32' may do)" if half else "")
         ) from error
 
 
@@ -79,10 +82,8 @@ def run_with_pairs(model: Any, task: Task, pairs: Mapping[str, Any]) -> None:
     hooks = [
         layer.get_base_layer().register_forward_hook(look(name)) for name, layer in pairs.items()
     ]
-    half = half_type(model)
     try:
-        with torch.autocast("cpu", half, enabled=half is not None):
-            _run(model, _rows(model, task))
+        _run(model, _rows(model, task))
     except Exception as error:  # whatever a model's own code may raise
         if odd:
             raise FedSieveError(
@@ -90,7 +91,10 @@ def run_with_pairs(model: Any, task: Task, pairs: Mapping[str, Any]) -> None:
                 "router of experts does), and takes no pair: name layers of attention"
             ) from error
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise FedSieveError(f"the model does not run with LoRA on its layers: {first}") from error
+        raise FedSieveError(
+            f"the model does not run with LoRA on its layers: {first} (choose other lora.targets, "
+            "or train its head or all of it: methods 'head' and 'full')"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -105,7 +109,9 @@ def _choose_padding(model: PreTrainedModel, task: Task, pad: int | None) -> None
         for config in (model.config, model.config.get_text_config()):
             config.pad_token_id = token
         try:
-            if _apart(model, task):
+            # Padded with the end of sequence, rows that end so may be told apart, and others not.
+            is_end = token == _special(model.config.get_text_config(), "eos")
+            if _apart(model, task) and (not is_end or _apart(model, task, ended=False)):
                 return
         except Exception as error:  # BART's kin count ends, and padding must not be one
             trouble = error
@@ -126,12 +132,12 @@ def _candidates(model: PreTrainedModel, pad: int | None) -> list[int]:
     ]
 
 
-def _apart(model: PreTrainedModel, task: Task) -> bool:
-    """Whether a row's outputs are the same alone and beside a longer one."""
-    both = _rows(model, task)
+def _apart(model: PreTrainedModel, task: Task, *, ended: bool = True) -> bool:
+    """Whether a row's outputs are the same alone and beside a longer one. ended: as in `_rows`."""
+    both = _rows(model, task, ended=ended)
     if isinstance(both, Images):
         first = take(both, torch.tensor([0]))
-        return _same(_run(model, first).logits, _run(model, both).logits[:1])
+        return _same(model, _run(model, first).logits, _run(model, both).logits[:1])
     short = int(both.attention_mask[0].sum())
     alone = both._replace(
         input_ids=both.input_ids[:1, :short],
@@ -141,7 +147,7 @@ def _apart(model: PreTrainedModel, task: Task) -> bool:
     together = _run(model, both).logits[:1]
     if by_token(both.labels):
         together = together[:, :short]
-    return _same(_run(model, alone).logits, together)
+    return _same(model, _run(model, alone).logits, together)
 
 
 def _causal(model: PreTrainedModel, task: Task) -> bool:
@@ -151,33 +157,50 @@ def _causal(model: PreTrainedModel, task: Task) -> bool:
     ids = rows.input_ids.clone()
     ids[1, -1] = ids[1][ids[1] != ids[1, -1]][0]
     before = _run(model, rows).logits[1, :-1]
-    return _same(before, _run(model, rows._replace(input_ids=ids)).logits[1, :-1])
+    return _same(model, before, _run(model, rows._replace(input_ids=ids)).logits[1, :-1])
 
 
 def _has_the_tasks_loss(model: PreTrainedModel, task: Task) -> bool:
     """Whether the loss, while training, is what its own outputs make it."""
     rows = _rows(model, task)
-    model.train()
+    to_training(model)
     out = _run(model, rows)
     model.eval()
     classes = tuple(model.config.id2label.values())
     told = catalogue.load(task).judge(out.logits.float(), rows.labels, classes)
-    return _same(out.loss, torch.tensor(told.loss / told.counted, dtype=out.loss.dtype))
+    return _same(model, out.loss, torch.tensor(told.loss / told.counted, dtype=out.loss.dtype))
+
+
+def _another(model: PreTrainedModel) -> str:
+    """What to do about a loss that is not the task's."""
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return (
+            "it adds one of its router of experts: set output_router_logits = false in "
+            "[model.settings]"
+        )
+    return "choose another model"
 
 
 def _run(model: PreTrainedModel, rows: Examples) -> Any:
     # Not inference mode: what a model keeps from its first pass must be fit for training.
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    # A base in half precision runs under autocast alone, as in local.py.
+    half = half_type(model)
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.no_grad(),
+        torch.autocast("cpu", half, enabled=half is not None),
+    ):
         return model(**inputs(model, rows, CPU))
 
 
-def _rows(model: PreTrainedModel, task: Task) -> Examples:
+def _rows(model: PreTrainedModel, task: Task, *, ended: bool = True) -> Examples:
     """Two rows: images of noise, or texts of 9 and of 15 tokens where there are positions for so
     many.
 
     Odd numbers: some kinds take rows of certain lengths only.
 
-    No special token is among them but the end of sequence, at which some classifiers look.
+    No special token is among them but, where they are ended, the end of sequence, at which some
+    classifiers look.
     """
     asked = catalogue.load(task)
     if asked.reads == "images":
@@ -191,7 +214,7 @@ def _rows(model: PreTrainedModel, task: Task) -> Examples:
     numbers = 3 + 5 * torch.arange(most) + 2 * torch.arange(2)[:, None]
     ids = torch.tensor(words)[numbers % len(words)]
     end = _special(config, "eos")
-    if end is not None:
+    if ended and end is not None:
         ids[0, length - 1] = ids[1, -1] = end
     mask = torch.ones_like(ids)
     mask[0, length:] = 0
@@ -206,9 +229,9 @@ def _two_images(model: PreTrainedModel, asked: Asks) -> Images:
     return Images(pixels, labels, (-1.0,) * 3, (1.0,) * 3)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _same(model: nn.Module, one: Tensor, other: Tensor) -> bool:
     # In half precision the rounding itself depends on a batch's shape.
-    tolerance = 2e-3 if one.dtype == torch.float32 else 0.1
+    tolerance = 2e-3 if half_type(model) is None else 0.1
     scale = one.abs().max().float()
     return bool((one.float() - other.float()).abs().max() <= tolerance * scale)
 
