@@ -8,6 +8,7 @@ client trains the same in whatever order clients run.
 import math
 import time
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from fedsieve.tasks.tokens import Texts
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.speaker import speaker
+from fedsieve.train.step import backward, checkpointed
 
 _TOGETHER = 64  # counts of batches that are held before they are added up
 
@@ -83,26 +85,31 @@ def fit(
     order = _order(examples.labels.shape[0], training, generator(key.at("order")))
     moves = generator(key.at("augment"))
     devices = [resident.device] if resident.device.type == "cuda" else []
-    precise = _precision(resident, training.precision)
+    step = partial(
+        backward,
+        model,
+        resident.task,
+        device=resident.device,
+        rows=training.micro_batch,
+        precise=_precision(resident, training.precision),
+        penalty=None if view.penalty is None else partial(view.penalty, everything),
+    )
     total, compute, memory = 0.0, 0.0, 0
-    with torch.random.fork_rng(devices=devices):
+    with (
+        torch.random.fork_rng(devices=devices),
+        checkpointed(model, training.checkpointing),
+    ):
         torch.manual_seed(word(key.at("dropout")))
         for index in order:
             some = take(examples, index)
             if isinstance(some, Images) and training.augment != "none":
                 crop = training.augment == "crop-flip"
                 some = some._replace(pixels=crops_and_flips(some.pixels, moves, crop=crop))
-            batch = inputs(model, some, resident.device)
             start = time.perf_counter()
-            with precise:
-                loss = model(**batch).loss
-            if view.penalty is not None:
-                loss = loss + view.penalty(everything)
-            value = loss.item()
+            value = step(some)
             if not math.isfinite(value):
                 total = value
                 break
-            loss.backward()
             if training.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, training.clip)
             optimizer.step()

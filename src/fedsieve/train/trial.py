@@ -82,7 +82,7 @@ def run_with_pairs(model: Any, task: Task, pairs: Mapping[str, Any]) -> None:
     half = half_type(model)
     try:
         with torch.autocast("cpu", half, enabled=half is not None):
-            _run(model, _rows(model, task))
+            _run(model, made_up(model, task))
     except Exception as error:  # whatever a model's own code may raise
         if odd:
             raise FedSieveError(
@@ -128,10 +128,10 @@ def _candidates(model: PreTrainedModel, pad: int | None) -> list[int]:
 
 def _apart(model: PreTrainedModel, task: Task) -> bool:
     """Whether a row's outputs are the same alone and beside a longer one."""
-    both = _rows(model, task)
+    both = made_up(model, task)
     if isinstance(both, Images):
         first = take(both, torch.tensor([0]))
-        return _same(_run(model, first).logits, _run(model, both).logits[:1])
+        return same(_run(model, first).logits, _run(model, both).logits[:1])
     short = int(both.attention_mask[0].sum())
     alone = both._replace(
         input_ids=both.input_ids[:1, :short],
@@ -141,28 +141,28 @@ def _apart(model: PreTrainedModel, task: Task) -> bool:
     together = _run(model, both).logits[:1]
     if by_token(both.labels):
         together = together[:, :short]
-    return _same(_run(model, alone).logits, together)
+    return same(_run(model, alone).logits, together)
 
 
 def _causal(model: PreTrainedModel, task: Task) -> bool:
     """Whether another last token leaves what was predicted before it as it was."""
-    rows = _rows(model, task)
+    rows = made_up(model, task)
     assert isinstance(rows, Texts)
     ids = rows.input_ids.clone()
     ids[1, -1] = ids[1][ids[1] != ids[1, -1]][0]
     before = _run(model, rows).logits[1, :-1]
-    return _same(before, _run(model, rows._replace(input_ids=ids)).logits[1, :-1])
+    return same(before, _run(model, rows._replace(input_ids=ids)).logits[1, :-1])
 
 
 def _has_the_tasks_loss(model: PreTrainedModel, task: Task) -> bool:
     """Whether the loss, while training, is what its own outputs make it."""
-    rows = _rows(model, task)
+    rows = made_up(model, task)
     model.train()
     out = _run(model, rows)
     model.eval()
     classes = tuple(model.config.id2label.values())
     told = catalogue.load(task).judge(out.logits.float(), rows.labels, classes)
-    return _same(out.loss, torch.tensor(told.loss / told.counted, dtype=out.loss.dtype))
+    return same(out.loss, torch.tensor(told.loss / told.counted, dtype=out.loss.dtype))
 
 
 def _run(model: PreTrainedModel, rows: Examples) -> Any:
@@ -171,7 +171,7 @@ def _run(model: PreTrainedModel, rows: Examples) -> Any:
         return model(**inputs(model, rows, CPU))
 
 
-def _rows(model: PreTrainedModel, task: Task) -> Examples:
+def made_up(model: PreTrainedModel, task: Task) -> Examples:
     """Two rows: images of noise, or texts of 9 and of 15 tokens where there are positions for so
     many.
 
@@ -206,7 +206,8 @@ def _two_images(model: PreTrainedModel, asked: Asks) -> Images:
     return Images(pixels, labels, (-1.0,) * 3, (1.0,) * 3)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors differ by no more than rounding does."""
     # In half precision the rounding itself depends on a batch's shape.
     tolerance = 2e-3 if one.dtype == torch.float32 else 0.1
     scale = one.abs().max().float()
