@@ -1,12 +1,12 @@
 """What training takes of memory: worked out without weights, against what a process really takes.
 
-For MiniLM-L6 (20 classes, batches of 16 x 64 tokens) and SmolLM2-135M (causal LM, 4 x 128), methods,
-ranks and types of the base, each in a process of its own: libraries are imported and warmed up, the
-model is loaded, a client takes its part in a round of three steps, and the most that the process has
-ever held in training (the kernel's VmHWM, set back before), less what it held before the model was
-loaded, is compared with `fedsieve methods --memory`. The C library's allocator is told to give back
-freed tensors at once (MALLOC_MMAP_THRESHOLD_), or it would be its caches that are measured. Linux only.
-Needs `fedsieve fetch minilm-l6 smollm2`.
+For MiniLM-L6 (20 classes, batches of 16 x 64 tokens) and SmolLM2-135M (causal LM, 4 x 128), by
+method, rank and type of the base, each in a process of its own: libraries are imported and warmed
+up, the model is loaded, and a client takes its part in a round of three steps. The most that the
+process has held in training (the kernel's VmHWM, set back before), less what it held before the
+model was loaded, is compared with `fedsieve methods --memory`. The C library's allocator is told to
+give back freed tensors at once (MALLOC_MMAP_THRESHOLD_), or its caches would be measured. Linux
+only. Needs `fedsieve fetch minilm-l6 smollm2`.
 
     python benchmarks/memory.py [--models minilm-l6] [--methods fedit flasc] [--json FILE]
 """
@@ -142,7 +142,9 @@ def measured(case: Case) -> int:
     gc.collect()
     before = resident_bytes("VmRSS")
     classes = [str(n) for n in range(setting.classes)] if setting.classes > 1 else ()
-    base = load_base(locate(case.model), task, classes, key=Key(0), dtype=case.dtype, pad_token_id=0)  # type: ignore[arg-type]  # noqa: E501
+    base = load_base(
+        locate(case.model), task, classes, key=Key(0), dtype=case.dtype, pad_token_id=0
+    )  # type: ignore[arg-type]
     lora = Lora(rank=case.rank, alpha=float(case.rank))
     resident = set_up(base, task, lora, method.trains, key=Key(0), device=torch.device("cpu"))
     start, key = resident.adapter(), Key(0, 1, "0")

@@ -1,10 +1,10 @@
 """What training takes of a client's memory, worked out over tensors without numbers.
 
 The model is made of shapes alone, in torch's fake tensors: those run the very operations that the
-client's device would, autograd and autocast included, and hold nothing. While a step runs forward and
+client's CPU would, autograd and autocast included, and hold nothing. While a step runs forward and
 backward, every storage is counted from when it is made until it is freed. So what is kept for the
-backward pass, the gradients that come as it goes, and what is only there between two operations are
-all in the peak, and there is no formula a model.
+backward pass, the gradients that come as it goes, and what is only there between two operations
+are all in the peak, and there is no formula a model.
 
 What an operation allocates for itself while it runs (a library's scratch) is not seen.
 """
@@ -14,7 +14,7 @@ import math
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.costs.dry_run import Part
 from fedsieve.costs.table import moments, rehearsals
+from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Training
 from fedsieve.tasks import catalogue
 from fedsieve.train.batch import half_type
@@ -36,6 +38,8 @@ from fedsieve.train.step import checkpointed
 
 Quantised = Literal["none", "int8", "nf4"]
 PATCH = 16 * 16  # pixels of an image that make a token
+DTYPES = ("float32", "bfloat16", "float16")
+MEGA = 10**6
 _FLOAT = 4  # bytes
 _BLOCK, _BLOCKS = 64, 256  # of bitsandbytes: weights that share a scale, scales that share one
 
@@ -106,6 +110,49 @@ def of_model(
     return [
         (name, got if isinstance(got, str) else of_client(*got, training, length, held))
         for name, got in _first(rehearsals(source, rank, targets, classes, budget, 1, only))
+    ]
+
+
+def rows_of(
+    source: str,
+    rank: int,
+    targets: str | None,
+    classes: int,
+    budget: tuple[float, float, float],
+    training: Training,
+    *,
+    length: int,
+    dtype: str,
+    quantization: str,
+    only: str | None = None,
+) -> list[dict[str, str]]:
+    """`of_model` in words, a row a method, in MB; targets and methods with commas between them.
+
+    Raises FedSieveError, naming the option, for a type or a method that there is not.
+    """
+    for option, given, known in (
+        ("dtype", dtype, DTYPES),
+        ("quantization", quantization, get_args(Quantised)),
+    ):
+        if given not in known:
+            raise FedSieveError(f"--{option} {given!r}: it must be one of {', '.join(known)}")
+    asked = None if only is None else [name.strip() for name in only.split(",")]
+    for name in asked or ():
+        if name not in methods.names():
+            raise FedSieveError(
+                f"--only: there is no method {name!r}{nearest(name, methods.names())}"
+            )
+    names = None if targets is None else tuple(targets.split(","))
+    held = Base(getattr(torch, dtype), cast(Quantised, quantization))
+    found = of_model(source, rank, names, classes, Budget(*budget), training, length, held, asked)
+    return [
+        {"method": name}
+        | (
+            dict.fromkeys(Needs._fields, "-") | {"peak": got}
+            if isinstance(got, str)
+            else {part: f"{value / MEGA:,.1f}" for part, value in got._asdict().items()}
+        )
+        for name, got in found
     ]
 
 
@@ -248,9 +295,7 @@ class _Counted(TorchDispatchMode):
         self.now = self.peak = 0
         self._there: set[int] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {_place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
