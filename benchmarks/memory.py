@@ -142,9 +142,8 @@ def measured(case: Case) -> int:
     gc.collect()
     before = resident_bytes("VmRSS")
     classes = [str(n) for n in range(setting.classes)] if setting.classes > 1 else ()
-    base = load_base(
-        locate(case.model), task, classes, key=Key(0), dtype=case.dtype, pad_token_id=0
-    )  # type: ignore[arg-type]
+    dtype: Any = case.dtype
+    base = load_base(locate(case.model), task, classes, key=Key(0), dtype=dtype, pad_token_id=0)
     lora = Lora(rank=case.rank, alpha=float(case.rank))
     resident = set_up(base, task, lora, method.trains, key=Key(0), device=torch.device("cpu"))
     start, key = resident.adapter(), Key(0, 1, "0")

@@ -291,7 +291,7 @@ class _Counted(TorchDispatchMode):
     """Counts the storages that operations make while it is on, until each is freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._there: set[int] = set()
 
@@ -316,7 +316,7 @@ class _Counted(TorchDispatchMode):
 
 
 def _place(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 @contextmanager
