@@ -82,10 +82,10 @@ def test_a_step_takes_what_was_worked_out(
     found = of_step(shape, training, ROWS, LENGTH, dtype=kind)
     assert found.peak == pytest.approx(allocated(step), rel=0.1)
     assert 0 < found.kept <= found.peak
-    again = of_step(shape, training, ROWS, LENGTH, dtype=kind)
-    assert again == found  # and the model of shapes is as it was
     real.model.eval()
     if dtype == "float32" and not changes:
+        again = of_step(shape, training, ROWS, LENGTH, dtype=kind)
+        assert again == found  # and the model of shapes is as it was
         with torch.no_grad():
             took = allocated(lambda: real.model(input_ids=ids, attention_mask=batch.attention_mask))
         assert of_evaluation(shape, ROWS, LENGTH) == pytest.approx(took, rel=0.25)
@@ -105,23 +105,25 @@ def test_bytes_of_nf4_are_those_of_bitsandbytes(double: bool) -> None:
     assert packed_bytes(weight.shape, Base(quantised="nf4", double=double)) == expected
 
 
-def needs(tiny: Tiny, held: Base | None = None, **changes: Any) -> dict[str, Needs]:
+def needs(
+    tiny: Tiny, held: Base | None = None, only: tuple[str, ...] = ("fedit",), **changes: Any
+) -> dict[str, Needs]:
     found = of_model(
         str(tiny.bert), 4, ("query", "value"), 3, Budget(0.5, 0.5, 0.5),
-        replace(TRAINING, **changes), LENGTH, held or Base(),
+        replace(TRAINING, **changes), LENGTH, held or Base(), only,
     )  # fmt: skip
     return {name: each for name, each in found if isinstance(each, Needs)}
 
 
 def test_what_less_is_asked_of_takes_less(tiny: Tiny) -> None:
-    plain = needs(tiny)
+    plain = needs(tiny, only=("fedit", "ffa_lora", "fslora", "full"))
     assert plain["full"].base < plain["fedit"].base / 10
     assert plain["fslora"].trained < plain["fedit"].trained
     assert plain["ffa_lora"].gradients < plain["ffa_lora"].trained
     adam = needs(tiny, optimizer="adamw")
-    for name, each in plain.items():
+    assert adam["fedit"].optimizer == 2 * plain["fedit"].optimizer
+    for each in plain.values():
         assert each.peak >= each.base + each.trained + each.optimizer + each.own
-        assert adam[name].optimizer == 2 * each.optimizer
     for changes in ({"micro_batch": 4}, {"checkpointing": True}):
         assert needs(tiny, **changes)["fedit"].activations < 0.7 * plain["fedit"].activations
     sizes = [needs(tiny, Base(quantised=form))["fedit"].base for form in ("none", "int8", "nf4")]
