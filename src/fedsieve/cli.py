@@ -486,8 +486,56 @@ def list_methods(
         float, typer.Option(help="The client's upload density.", callback=_finite)
     ] = 0.25,
     cohort: Annotated[int, typer.Option(min=1, help="Clients a round, all with this budget.")] = 4,
+    memory: Annotated[
+        bool,
+        typer.Option("--memory", help="With --model: what training takes of a client's memory."),
+    ] = False,
+    batch: Annotated[int, typer.Option(min=1, help="With --memory: examples a step.")] = 16,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="With --memory: examples that are run at a time.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="With --memory: tokens a row.")] = 128,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="With --memory: layers are run twice.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="With --memory: float32, bfloat16 or float16, of the base.")
+    ] = "float32",
+    quantization: Annotated[
+        str, typer.Option(help="With --memory: none, int8 or nf4, of the base's linear layers.")
+    ] = "none",
+    only: Annotated[str | None, typer.Option(help="With --memory: these methods: a,b,c.")] = None,
 ) -> None:
     """List the methods and their options; with --model, what each costs a client a round."""
+    if memory:
+        if model is None:
+            raise FedSieveError("--memory: give --model as well")
+        quiet()
+        from fedsieve.costs.memory import rows_of
+        from fedsieve.settings import Training
+
+        rows = rows_of(
+            model,
+            rank,
+            targets,
+            classes,
+            (_share("ratio", ratio), _share("down", down), _share("up", up)),
+            Training(batch=batch, micro_batch=micro_batch, checkpointing=checkpointing),
+            length=length,
+            dtype=dtype,
+            quantization=quantization,
+            only=only,
+        )
+        console.print(
+            plain(
+                f"To train {model} on the CPU, rank {rank}, steps of {batch} rows of {length} "
+                "tokens, local SGD with momentum; in MB.\nOwn: the adapter at the start and as it "
+                "came, the message, and what the client keeps between rounds.\nPeak: of a step. "
+                "Gradients come as activations go, and passing tensors come on top.\n"
+            )
+        )
+        _table(rows)
+        return
     if model is not None:
         quiet()
         from fedsieve.algebra.budget import Budget

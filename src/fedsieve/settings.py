@@ -200,6 +200,8 @@ class Training:
             rounds; None keeps to `lr`
     clip:   largest norm of the gradient over all trained tensors; None clips nothing
     augment: of images: "flip" from left to right, "crop-flip" moves them too; from the client's key
+    micro_batch: rows that are run at a time; the gradients of a batch's pieces add up to its own
+    checkpointing: whether layers keep their inputs alone, and are run again in the backward pass
     packing: of a language model: texts of a client joined into rows as long as its longest
     precision: "bf16" runs the model under autocast; "auto" does so where the device is fast at it
     """
@@ -212,6 +214,8 @@ class Training:
     epochs: PositiveInt = 1
     steps: PositiveInt | None = None
     batch: PositiveInt = 16
+    micro_batch: PositiveInt | None = None
+    checkpointing: bool = False
     clip: PositiveFloat | None = None
     precision: Precision = "auto"
     augment: Literal["none", "flip", "crop-flip"] = "none"

@@ -21,7 +21,10 @@ ROUNDS = 3  # by then masks have begun, and the base has changed
 
 
 class Part(NamedTuple):
-    """One client's round: the messages down and up, the decoded upload, and what it then keeps."""
+    """One client's round: the messages down and up, the decoded upload, and what it then keeps.
+
+    start, got: the adapter that both ends drew, and what of the message down was decoded
+    """
 
     client: Client
     view: View
@@ -29,6 +32,8 @@ class Part(NamedTuple):
     down: bytes
     up: bytes
     update: Payload
+    start: Adapter
+    got: Payload
 
 
 class Rehearsed(NamedTuple):
@@ -63,10 +68,12 @@ def take_part(
     context = ClientContext(client, start, key._replace(client=client.id))
     payload = method.publish(plan, client, context.key)
     down = encode(payload)
-    view, memory = method.view(decode(down, start.layout), memory, context)
+    got = decode(down, start.layout)
+    view, memory = method.view(got, memory, context)
     report, memory = method.report(view, _moved(view, context.key), memory, context)
     up = encode(report)
-    return Part(client, view, memory, down, up, decode(up, start.layout, payload.support))
+    update = decode(up, start.layout, payload.support)
+    return Part(client, view, memory, down, up, update, start, got)
 
 
 def _start(layout: Layout) -> Adapter:

@@ -7,7 +7,7 @@ has changed. Sizes of masks and of entropy-coded values depend a little on the n
 else is exact.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,10 +21,10 @@ from fedsieve.costs import dry_run
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import locate
 from fedsieve.settings import Lora, Task, Training
-from fedsieve.train.model import set_up, shape_of
+from fedsieve.train.model import ResidentModel, set_up, shape_of
 
 _META = torch.device("meta")
-LARGEST = 100_000_000  # numbers of a tree that is rehearsed
+LARGEST = 400_000_000  # numbers of the trees that are rehearsed, of all clients
 
 
 class Cost(NamedTuple):
@@ -46,15 +46,12 @@ def rehearse(
 ) -> list[Cost]:
     """The cost of each client, if all of them take part in every round."""
     *_, last = dry_run.rounds(method, layout, clients)
-    return [
-        Cost(
-            part.view.adapter.layout.rank,
-            allocated(part.view, training) + _size(part.memory),
-            len(part.down),
-            len(part.up),
-        )
-        for part in last.parts
-    ]
+    return [_cost(part, training) for part in last.parts]
+
+
+def _cost(part: dry_run.Part, training: Training) -> Cost:
+    memory = allocated(part.view, training) + _size(part.memory)
+    return Cost(part.view.adapter.layout.rank, memory, len(part.down), len(part.up))
 
 
 def of_model(
@@ -72,29 +69,50 @@ def of_model(
     Returns (method, cost), or why there is none. Raises FedSieveError for a model, targets or a
     rank that do not fit.
     """
+    return [
+        (name, got if isinstance(got, str) else _cost(got[1][0], Training()))
+        for name, got in rehearsals(source, rank, targets, classes, budget, cohort)
+    ]
+
+
+def rehearsals(
+    source: str,
+    rank: int,
+    targets: tuple[str, ...] | None,
+    classes: int,
+    budget: Budget,
+    cohort: int,
+    only: Collection[str] | None = None,
+) -> Iterator[tuple[str, tuple[ResidentModel, list[dry_run.Part]] | str]]:
+    """Each method's last round for a model of shapes alone, or why there is none.
+
+    only: these methods; None is all. The rest, and what is raised, as in `of_model`.
+    """
     task: Task = "classification" if classes > 1 else "causal-lm"
     lora = Lora(rank=rank, alpha=float(rank), targets=targets)
     clients = [Client(str(number), 1, budget) for number in range(cohort)]
-    costs: list[tuple[str, Cost | str]] = []
-    layouts: dict[Trained, Layout] = {}
+    made: dict[Trained, ResidentModel] = {}
     for name in methods.names():
+        if only is not None and name not in only:
+            continue
         method = methods.load(name)()
         try:
-            if method.trains not in layouts:
+            if method.trains not in made:
                 base = shape_of(locate(source), task, classes)
-                resident = set_up(base, task, lora, method.trains, key=Key(0), device=_META)
-                layouts[method.trains] = resident.layout
+                made[method.trains] = set_up(
+                    base, task, lora, method.trains, key=Key(0), device=_META
+                )
         except FedSieveError as error:
             if method.trains == "lora":
                 raise
-            costs.append((name, str(error)))  # a causal LM may have no head of its own
+            yield name, str(error)  # a causal LM may have no head of its own
             continue
-        layout = layouts[method.trains]
-        if layout.size > LARGEST:
-            costs.append((name, f"{layout.size:,} numbers: too many to rehearse here"))
+        layout = made[method.trains].layout
+        if layout.size * cohort > LARGEST:
+            yield name, f"{layout.size:,} numbers: too many to rehearse here"
             continue
-        costs.append((name, rehearse(method, layout, clients, Training())[0]))
-    return costs
+        *_, last = dry_run.rounds(method, layout, clients)
+        yield name, (made[method.trains], last.parts)
 
 
 def allocated(view: View, training: Training) -> int:
@@ -107,6 +125,11 @@ def allocated(view: View, training: Training) -> int:
     elif training.momentum:
         numbers += trained
     return 4 * numbers
+
+
+def moments(training: Training) -> int:
+    """Numbers that the local optimizer keeps for each one that moves."""
+    return 2 if training.optimizer == "adamw" else int(training.momentum > 0)
 
 
 def _size(memory: Memory) -> int:

@@ -59,6 +59,7 @@ from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, check_packing, fit, runs_in_bf16, tally
 from fedsieve.train.model import ResidentModel, load_base, pick_device, set_up
 from fedsieve.train.reader import load_reader
+from fedsieve.train.step import check_step
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def assemble(
     """
     refuse_what_is_not_covered(method, sampling)
     check_packing(training, resident.task)
+    check_step(resident.model, resident.task, training)
     check_budgets(budgets, resident.layout.rank)
     notes, left_out = list(notes), left_out or {}
     empty = sorted(id for id, count in counts.items() if count == 0 and id not in left_out)

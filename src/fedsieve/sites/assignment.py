@@ -34,6 +34,7 @@ from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import check_packing
 from fedsieve.train.model import ResidentModel, pick_device
 from fedsieve.train.reader import load_reader
+from fedsieve.train.step import check_step
 
 LONGEST = 1 << 20  # bytes of a recipe
 
@@ -88,6 +89,7 @@ def prepare(
     _within(recipe, method, site, examples, test, say)
     resident = _resident(recipe, tokenizer, say)
     check_rows(resident, examples, test)
+    check_step(resident.model, resident.task, recipe.training)
     assert resident.digest is not None
     digest = resident.digest.weights
     return Assignment(run, recipe, method, resident, resident.adapter(), examples, test, digest)

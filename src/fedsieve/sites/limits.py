@@ -6,8 +6,8 @@ bound in site.toml; a recipe beyond one is refused, with the bound, its value, a
     most_steps   optimizer steps of a round
     most_tokens  steps x rows of a batch x tokens of a row, in a round
     most_memory  what training takes beside the base model: trained numbers, gradients, the local
-                 optimizer's state, and activations, counted by a forward pass over tensors without
-                 numbers (torch's meta device)
+                 optimizer's state, and activations, counted over a step with tensors that hold no
+                 numbers (costs/memory.py)
     most_disk    what the worker's folder may hold, with the rounds that `checkpoint.every` keeps
 """
 
@@ -18,25 +18,24 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, base_layout, layout_of
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
-from fedsieve.costs import dry_run
+from fedsieve.costs import dry_run, memory
+from fedsieve.costs.memory import PATCH
+from fedsieve.costs.table import moments
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import locate
 from fedsieve.recipe.schema import Recipe
-from fedsieve.settings import Training
 from fedsieve.sites.site import Site
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.asked import Asked
 from fedsieve.tasks.examples import Examples, count
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import Texts
-from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel, set_up, shape_of
 
 LARGEST = 10**15  # of any number in a recipe but its seed
@@ -44,7 +43,6 @@ ROUNDS = 10**9 - 1  # nine digits in the names of a site's files
 SEEDS = 1 << 63
 MEGA = 10**6
 _META = torch.device("meta")
-_PATCH = 16 * 16  # pixels
 _TENSORS = 3  # of examples: numbers, mask, labels or types
 _FLOAT, _INT = 4, 8  # bytes
 _HELD = 4  # times: the change, that before it, the weights as they were, and as they become
@@ -157,16 +155,15 @@ def check(
             seen = _asked(recipe, site, test.asked)
     shape = _shape(recipe, method)
     trained = shape.layout.size
-    state = _FLOAT * trained * (4 + _moments(training))
+    state = _FLOAT * trained * (3 + moments(training))
     _refuse(state, site, f"lora.rank {recipe.lora.rank} and what else is trained")
     base = _changed_base(method, shape.layout)
     state += _HELD * _FLOAT * base
     _refuse(state, site, f"the base weights that {recipe.method.name} changes")
-    kept = sum(activations(shape, batch, length))
-    _refuse(state + kept, site, f"training.batch {training.batch} over rows of {length} tokens")
+    step = memory.of_step(shape, training, batch, length).peak
+    _refuse(state + step, site, f"training.batch {training.batch} over rows of {length} tokens")
     if seen is not None:
-        # Nothing is kept for a backward pass: a few of the largest tensors live at a time.
-        largest = 4 * max(activations(shape, *seen), default=0)
+        largest = memory.of_evaluation(shape, *seen)
         _refuse(state + largest, site, f"evaluation.batch {recipe.evaluation.batch}")
     _check_disk(recipe, site, trained + base)
 
@@ -204,7 +201,7 @@ def _tokens(examples: Examples) -> int:
     """Of a row; of an image as many as a vision transformer usually makes of it."""
     if isinstance(examples, Images):
         high, wide = examples.pixels.shape[2:]
-        return max(1, high * wide // _PATCH)
+        return max(1, high * wide // PATCH)
     return examples.input_ids.shape[1]
 
 
@@ -243,55 +240,12 @@ def used_bytes(folder: Path) -> int:
     return found
 
 
-def activations(resident: ResidentModel, rows: int, length: int) -> list[int]:
-    """Bytes of each tensor that a forward pass keeps for the backward pass.
-
-    resident: on the meta device, where tensors have shapes and no numbers
-    """
-    model = resident.model
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    ids = torch.ones(rows, length, dtype=torch.int64, device=_META)
-    task = catalogue.load(resident.task)
-    given = {"input_ids": ids}
-    if task.reads == "images":
-        side = math.isqrt(length * _PATCH)
-        given = {"pixel_values": torch.ones(rows, 3, side, side, device=_META)}
-    labels = task.labels(ids, ids, model.config.num_labels)
-    to_training(model)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            model(**given, labels=labels)
-    except Exception:  # whatever a model's own code may raise where there are no numbers
-        return [_by_formula(model.config, rows, length)]
-    return [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-
-
-def _by_formula(config: Any, rows: int, length: int) -> int:
-    """Korthikanti et al. 2022 (arXiv 2205.05198), equation 2, in float32, and the logits."""
-    text = config.get_text_config()
-    width, layers = text.hidden_size, text.num_hidden_layers
-    each = 34 * width + 5 * text.num_attention_heads * length
-    return int(rows * length * (2 * layers * each + 2 * _FLOAT * text.vocab_size))
-
-
 def _shape(recipe: Recipe, method: Method) -> ResidentModel:
     """The model with what the method trains, of shapes alone."""
     classes = len(recipe.data.classes or ())
     base = shape_of(locate(recipe.model.source), recipe.model.task, classes)
     with _META:
         return set_up(base, recipe.model.task, recipe.lora, method.trains, key=Key(0), device=_META)
-
-
-def _moments(training: Training) -> int:
-    """Numbers that the local optimizer keeps for each trained one."""
-    return 2 if training.optimizer == "adamw" else int(training.momentum > 0)
 
 
 def _refuse(taken: int, site: Site, what: str) -> None:

@@ -362,6 +362,7 @@ TASK = Task(
     read=_read,
     config=lambda _: {},
     labels=lambda ids, mask, _: ids.where(mask == 1, IGNORED),
+    counts=lambda labels: int((labels[:, 1:] != IGNORED).sum()),
     judge=_judge,
     fits=_fits,
     leads=lambda *_: ("token_accuracy",),

@@ -82,6 +82,7 @@ class Task:
     read:   the examples. Raises FedSieveError, naming row and column
     config: changes to a model's configuration, for so many classes
     labels: made-up labels for token numbers and their mask, to try a model with
+    counts: labels of a batch -> over how many of them its mean loss is
     judge:  logits, labels and classes of a batch -> what is counted
     fits:   whether sums can be those of this task: a site may send anything
     leads:  the metrics that may lead, being better when higher, the usual one first: of these
@@ -109,6 +110,7 @@ class Task:
     leads: Callable[[Sequence[str], bool], tuple[str, ...]]
     metrics: Callable[[Tally, tuple[str, ...]], dict[str, float]]
     reads: Literal["texts", "images"] = "texts"
+    counts: Callable[[Tensor], int] = len
     by_class: Callable[[Tally, tuple[str, ...]], tuple[OfClass, ...]] | None = None
     told: Callable[[Tensor, Tensor, tuple[str, ...]], list[tuple[str, str]]] | None = None
     ask: Callable[[Sequence[Asked], Speaker], Tally] | None = None

@@ -266,6 +266,7 @@ TASK = Task(
     read=_read,
     config=confusion.names_of,
     labels=lambda ids, mask, classes: (ids % classes).where(mask == 1, IGNORED),
+    counts=lambda labels: int((labels != IGNORED).sum()),
     judge=_judge,
     fits=_fits,
     leads=_leads,

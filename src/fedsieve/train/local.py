@@ -7,7 +7,10 @@ client trains the same in whatever order clients run.
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +31,7 @@ from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.speaker import speaker
+from fedsieve.train.step import backward, checkpointed
 
 _TOGETHER = 64  # counts of batches that are held before they are added up
 
@@ -84,26 +88,32 @@ def fit(
     order = _order(examples.labels.shape[0], training, generator(key.at("order")))
     moves = generator(key.at("augment"))
     devices = [resident.device] if resident.device.type == "cuda" else []
-    precise = _precision(resident, training.precision)
-    total, compute, memory = 0.0, 0.0, 0
-    with torch.random.fork_rng(devices=devices):
+    step = partial(
+        backward,
+        model,
+        resident.task,
+        device=resident.device,
+        rows=training.micro_batch,
+        precise=_precision(resident, training.precision),
+        penalty=None if view.penalty is None else partial(view.penalty, everything),
+    )
+    total, compute, memory, done = 0.0, 0.0, 0, 0
+    with (
+        torch.random.fork_rng(devices=devices),
+        checkpointed(model, training.checkpointing),
+    ):
         torch.manual_seed(word(key.at("dropout")))
         for index in order:
+            done += 1
             some = take(examples, index)
             if isinstance(some, Images) and training.augment != "none":
                 crop = training.augment == "crop-flip"
                 some = some._replace(pixels=crops_and_flips(some.pixels, moves, crop=crop))
-            batch = inputs(model, some, resident.device)
             start = time.perf_counter()
-            with precise:
-                loss = model(**batch).loss
-            if view.penalty is not None:
-                loss = loss + view.penalty(everything)
-            value = loss.item()
+            value = step(some)
             if not math.isfinite(value):
                 total = value
                 break
-            loss.backward()
             if training.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, training.clip)
             optimizer.step()
@@ -116,7 +126,7 @@ def fit(
             compute += time.perf_counter() - start
             total += value
     tensors = {name: p.detach().cpu() for name, p in resident.parameters()}
-    return Fit(tensors, total / max(1, len(order)), len(order), compute, memory)
+    return Fit(tensors, total / max(1, done), done, compute, memory)
 
 
 def evaluate(
@@ -219,12 +229,13 @@ def _allocated(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> in
     return sum(t.nbytes for t in tensors)
 
 
-def _order(count: int, training: Training, draws: torch.Generator) -> list[Tensor]:
+def _order(count: int, training: Training, draws: torch.Generator) -> Iterator[Tensor]:
     """The rows of each batch: passes over fresh shuffles; the last batch of a pass may be small."""
-    batches: list[Tensor] = []
-    wanted = training.steps
-    passes = 0
-    while len(batches) < wanted if wanted is not None else passes < training.epochs:
-        batches.extend(torch.randperm(count, generator=draws).split(training.batch))
-        passes += 1
-    return batches[:wanted]
+    once = -(-count // training.batch)
+    passes = training.epochs if training.steps is None else -(-training.steps // once)
+    batches = (
+        batch
+        for _ in range(passes)
+        for batch in torch.randperm(count, generator=draws).split(training.batch)
+    )
+    return islice(batches, training.steps)

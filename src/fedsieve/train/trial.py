@@ -83,7 +83,7 @@ def run_with_pairs(model: Any, task: Task, pairs: Mapping[str, Any]) -> None:
         layer.get_base_layer().register_forward_hook(look(name)) for name, layer in pairs.items()
     ]
     try:
-        _run(model, _rows(model, task))
+        _run(model, made_up(model, task))
     except Exception as error:  # whatever a model's own code may raise
         if odd:
             raise FedSieveError(
@@ -133,11 +133,14 @@ def _candidates(model: PreTrainedModel, pad: int | None) -> list[int]:
 
 
 def _apart(model: PreTrainedModel, task: Task, *, ended: bool = True) -> bool:
-    """Whether a row's outputs are the same alone and beside a longer one. ended: as in `_rows`."""
-    both = _rows(model, task, ended=ended)
+    """Whether a row's outputs are the same alone and beside a longer one.
+
+    ended: as in `made_up`
+    """
+    both = made_up(model, task, ended=ended)
     if isinstance(both, Images):
         first = take(both, torch.tensor([0]))
-        return _same(model, _run(model, first).logits, _run(model, both).logits[:1])
+        return same(model, _run(model, first).logits, _run(model, both).logits[:1])
     short = int(both.attention_mask[0].sum())
     alone = both._replace(
         input_ids=both.input_ids[:1, :short],
@@ -147,28 +150,28 @@ def _apart(model: PreTrainedModel, task: Task, *, ended: bool = True) -> bool:
     together = _run(model, both).logits[:1]
     if by_token(both.labels):
         together = together[:, :short]
-    return _same(model, _run(model, alone).logits, together)
+    return same(model, _run(model, alone).logits, together)
 
 
 def _causal(model: PreTrainedModel, task: Task) -> bool:
     """Whether another last token leaves what was predicted before it as it was."""
-    rows = _rows(model, task)
+    rows = made_up(model, task)
     assert isinstance(rows, Texts)
     ids = rows.input_ids.clone()
     ids[1, -1] = ids[1][ids[1] != ids[1, -1]][0]
     before = _run(model, rows).logits[1, :-1]
-    return _same(model, before, _run(model, rows._replace(input_ids=ids)).logits[1, :-1])
+    return same(model, before, _run(model, rows._replace(input_ids=ids)).logits[1, :-1])
 
 
 def _has_the_tasks_loss(model: PreTrainedModel, task: Task) -> bool:
     """Whether the loss, while training, is what its own outputs make it."""
-    rows = _rows(model, task)
+    rows = made_up(model, task)
     to_training(model)
     out = _run(model, rows)
     model.eval()
     classes = tuple(model.config.id2label.values())
     told = catalogue.load(task).judge(out.logits.float(), rows.labels, classes)
-    return _same(model, out.loss, torch.tensor(told.loss / told.counted, dtype=out.loss.dtype))
+    return same(model, out.loss, torch.tensor(told.loss / told.counted, dtype=out.loss.dtype))
 
 
 def _another(model: PreTrainedModel) -> str:
@@ -193,7 +196,7 @@ def _run(model: PreTrainedModel, rows: Examples) -> Any:
         return model(**inputs(model, rows, CPU))
 
 
-def _rows(model: PreTrainedModel, task: Task, *, ended: bool = True) -> Examples:
+def made_up(model: PreTrainedModel, task: Task, *, ended: bool = True) -> Examples:
     """Two rows: images of noise, or texts of 9 and of 15 tokens where there are positions for so
     many.
 
@@ -229,7 +232,7 @@ def _two_images(model: PreTrainedModel, asked: Asks) -> Images:
     return Images(pixels, labels, (-1.0,) * 3, (1.0,) * 3)
 
 
-def _same(model: nn.Module, one: Tensor, other: Tensor) -> bool:
+def same(model: nn.Module, one: Tensor, other: Tensor) -> bool:
     # In half precision the rounding itself depends on a batch's shape.
     tolerance = 2e-3 if half_type(model) is None else 0.1
     scale = one.abs().max().float()
