@@ -73,7 +73,8 @@ def test_a_classifier_is_loaded_by_its_cards_code(tiny: Tiny, tmp_path: Path, na
     assert scope["model"].config.id2label == dict(enumerate(sorted(NAMES)))
     assert scope["model"].config.label2id["01"] == 0
     text = (tmp_path / "saved" / CARD).read_text(encoding="utf-8")
-    assert str(tiny.bert) in text
+    assert f"`{tiny.bert.name}`" in text
+    assert str(tiny.bert.parent) not in text
     assert "`` a `b` | *c* ``" in text
     assert "text classification" in text
 

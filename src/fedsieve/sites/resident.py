@@ -48,6 +48,7 @@ from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
+from fedsieve.recipe.told import told
 from fedsieve.settings import Share
 from fedsieve.sites import journal, limits, worker
 from fedsieve.sites.assignment import Assignment, checked, prepare
@@ -478,7 +479,8 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     _refuse_another_adapter(resident.site, place)
     try:
         part.mkdir(mode=0o700, parents=True)
-        assignment.resident.save(adapter, part)
+        known = told(assignment.recipe)._replace(rounds=asked.round)
+        assignment.resident.save(adapter, part, known, home=place)
         limits.check_room(resident.site, 0)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
