@@ -60,6 +60,7 @@ class ResidentModel:
     ties:   tensor name -> the other places of the same parameter, where weights are tied
     tokenizer: or image processor; saved beside the model, if it is known
     digest: of the base as it was loaded, where a run keeps it
+    origin: where the base came from, noted as it was loaded
     """
 
     model: PeftModel | PreTrainedModel
@@ -73,6 +74,7 @@ class ResidentModel:
     ties: Mapping[str, Sequence[Place]]
     tokenizer: Reader | None = None
     digest: BaseDigest | None = None
+    origin: Origin | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -153,13 +155,13 @@ class ResidentModel:
         if adapter.base:
             self._save_whole(copy.deepcopy(self.model).merge_and_unload(), folder, told)
             return
-        base, origin = self.model.get_base_model(), origin_of(self.model.config)
+        base, origin = self.model.get_base_model(), self.origin or origin_of(self.model.config)
         if for_hub and not origin.on_hub:
             raise FedSieveError(
                 f"the base {origin.name!r} is a folder here, and no adapter on the hub can name "
                 "it: give --merge to upload the whole model"
             )
-        fits = not prepared.needed(base, head=catalogue.load(self.task).head)
+        fits = not prepared.needed(base, origin, head=catalogue.load(self.task).head)
         self._configure(adapter.layout, (home or folder).resolve(), origin, fits, for_hub)
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         if self.classes:
@@ -175,11 +177,11 @@ class ResidentModel:
                 name.removeprefix("base_model.model."): each.shape
                 for name, each in self.parameters()
             }
-            prepared.write(base, place, shapes)
+            prepared.write(base, origin, place, shapes)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(str(place))
         # In `base/` the configuration says it.
-        dtype = None if alone and not fits else prepared.other_dtype(base)
+        dtype = None if alone and not fits else prepared.other_dtype(base, origin)
         self._save_beside(
             folder,
             Saved(
@@ -202,12 +204,11 @@ class ResidentModel:
             config.target_modules = sorted(config.target_modules)
         # PEFT adds a classifier's heads to those that were named to it, though they were.
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save or ())) or None
-        config.base_model_name_or_path = str(self.model.config.name_or_path)
-        config.revision = getattr(self.model.config, "_commit_hash", None)
-        if for_hub:
+        config.base_model_name_or_path, config.revision = origin.source, None
+        if for_hub or (fits and origin.source == origin.name):
             config.base_model_name_or_path, config.revision = origin.name, origin.revision
         elif not fits:
-            config.base_model_name_or_path, config.revision = str(home / prepared.BASE), None
+            config.base_model_name_or_path = str(home / prepared.BASE)
 
     def merge(self, adapter: Adapter, folder: Path, told: Told = _NOTHING) -> None:
         """Write the whole model with the adapter added into its weights. Uses up the resident.
@@ -223,7 +224,7 @@ class ResidentModel:
 
     def _save_whole(self, model: Any, folder: Path, told: Told) -> None:
         model.save_pretrained(str(folder))
-        origin = origin_of(self.model.config)
+        origin = self.origin or origin_of(self.model.config)
         self._save_beside(folder, Saved(self.task, origin, self.digest, self.classes), told)
 
     def _save_beside(self, folder: Path, saved: Saved, told: Told) -> None:
@@ -337,7 +338,7 @@ def set_up(
     else:
         dense = _dense_lora(base, task, lora)
         resident = replace(whole(base, task, lora, trains, device=device), dense=dense)
-    return replace(resident, tokenizer=tokenizer)
+    return replace(resident, tokenizer=tokenizer, origin=origin_of(base.config))
 
 
 def _dense_lora(base: PreTrainedModel, task: Task, lora: Lora) -> Layout:

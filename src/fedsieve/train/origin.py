@@ -18,14 +18,16 @@ _LONGEST_CARD = 1 << 20  # bytes
 
 
 class Origin(NamedTuple):
-    """A base model as others can find it.
+    """A base model as it was loaded, and as others can find it.
 
+    source:   where it was loaded from: a folder, or a name on the hub
     name:     on the hub; of a folder its own name, without the way there
     on_hub:   whether the hub has one of that name
     revision: the commit there, where it is known
     licence:  as the base's own card has it, or None
     """
 
+    source: str
     name: str
     on_hub: bool
     revision: str | None
@@ -33,17 +35,30 @@ class Origin(NamedTuple):
 
 
 def origin_of(config: Any) -> Origin:
-    """Of the base that a configuration of transformers was loaded with."""
-    source, revision = str(config.name_or_path), getattr(config, "_commit_hash", None)
+    """Of a base that was loaded just now, by its configuration."""
+    source = str(config.name_or_path)
+    revision = _commit(source)
     licence = _licence(file_of(source, revision, "README.md"))
     if not Path(source).exists():
-        return Origin(source, True, revision, licence)
+        return Origin(source, source, True, revision, licence)
     if found := _IN_CACHE.search(Path(source).as_posix()):
-        return Origin(f"{found[1]}/{found[2]}", True, found[3], licence)
+        return Origin(source, f"{found[1]}/{found[2]}", True, found[3], licence)
     for name, package in fetch.PACKAGES.items():
         if package.hub and Path(source) == fetch.cache_folder() / name:
-            return Origin(package.hub[0], True, package.hub[1], licence)
-    return Origin(Path(source).name, False, None, licence)
+            return Origin(source, package.hub[0], True, package.hub[1], licence)
+    return Origin(source, Path(source).name, False, None, licence)
+
+
+def _commit(source: str) -> str | None:
+    """The commit that the hub's cache has of a name: loading it asks the hub for the newest."""
+    if Path(source).exists():
+        return None
+    try:
+        found = try_to_load_from_cache(source, "config.json")
+    except ValueError:  # no name of the hub
+        return None
+    place = Path(found).parent.name if isinstance(found, str) else ""
+    return place if re.fullmatch("[0-9a-f]{40}", place) else None
 
 
 def file_of(source: str, revision: str | None, name: str) -> Path | None:

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fedsieve.errors import FedSieveError
-from fedsieve.train.origin import file_of
+from fedsieve.train.origin import Origin, file_of
 from fedsieve.train.source import table_of
 
 BASE = "base"  # the folder beside an adapter
@@ -36,12 +36,12 @@ _LOADING |= {"use_cache", "_attn_implementation"}
 _USUAL = "single_label_classification"
 
 
-def needed(model: PreTrainedModel, *, head: bool) -> bool:
+def needed(model: PreTrainedModel, origin: Origin, *, head: bool) -> bool:
     """Whether a base as it was published would be another model than the one that was trained.
 
     head: whether the task's models have one; a language model is the same with other padding
     """
-    own = _published(model.config)
+    own = _published(model.config, origin)
     if own is None:
         return True
     mine = model.config.to_dict()
@@ -51,13 +51,15 @@ def needed(model: PreTrainedModel, *, head: bool) -> bool:
     return any(own.get(key) != mine.get(key) for key in (own.keys() | mine.keys()) - apart)
 
 
-def other_dtype(model: PreTrainedModel) -> str | None:
+def other_dtype(model: PreTrainedModel, origin: Origin) -> str | None:
     """The type of the base's numbers in training, where its own configuration says another."""
-    own, mine = _published(model.config), model.config.to_dict().get("dtype")
+    own, mine = _published(model.config, origin), model.config.to_dict().get("dtype")
     return None if own is None or own.get("dtype") in (None, mine) else mine
 
 
-def write(model: PreTrainedModel, folder: Path, trained: Mapping[str, Size]) -> None:
+def write(
+    model: PreTrainedModel, origin: Origin, folder: Path, trained: Mapping[str, Size]
+) -> None:
     """Write the base of a model into a folder, with the configuration that it was trained with.
 
     model:   the base, with PEFT's layers in it
@@ -71,7 +73,7 @@ def write(model: PreTrainedModel, folder: Path, trained: Mapping[str, Size]) -> 
             f"{folder} is there already, and the adapter's base would go there: choose another "
             "place"
         ) from error
-    source, revision = str(model.config.name_or_path), getattr(model.config, "_commit_hash", None)
+    source, revision = origin.source, origin.revision
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
@@ -101,13 +103,11 @@ def write(model: PreTrainedModel, folder: Path, trained: Mapping[str, Size]) -> 
             _link(program, folder / program.name)  # without it nothing loads, trusted or not
 
 
-def _published(config: Any) -> dict[str, Any] | None:
+def _published(config: Any, origin: Origin) -> dict[str, Any] | None:
     """The configuration of the base's own files, in the same form; None where it is not there."""
     try:
         told, _ = PreTrainedConfig.get_config_dict(
-            config.name_or_path,
-            revision=getattr(config, "_commit_hash", None),
-            local_files_only=True,
+            origin.source, revision=origin.revision, local_files_only=True
         )
         own: dict[str, Any] = type(config).from_dict(told).to_dict()
     except Exception:  # whatever a configuration of others may raise
