@@ -435,12 +435,12 @@ def export(
     done = upload.push(folder, push, private=private, dry_run=dry_run, **given)
     for name, size in done.files.items():
         say(f"{size:>15,}  {name}")
-    size = f"{count(len(done.files), 'file')}, {sum(done.files.values()) / MB:.2f} MB"
+    total = f"{count(len(done.files), 'file')}, {sum(done.files.values()) / MB:.2f} MB"
     if done.address is None:
         kind = "private " if private else ""
-        say(f"{size}: {what} after round {done.round} would go to {kind}{push}; nothing did")
+        say(f"{total}: {what} after round {done.round} would go to {kind}{push}; nothing did")
     else:
-        say(f"{done.address}: {what} after round {done.round}, {size}")
+        say(f"{done.address}: {what} after round {done.round}, {total}")
 
 
 @app.command()

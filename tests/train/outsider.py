@@ -126,7 +126,8 @@ def likeliest(pipe: Any, row: dict[str, Any]) -> str:
     given = pipe.tokenizer(row["text"], return_tensors="pt")
     with torch.no_grad():
         logits = pipe.model(input_ids=given["input_ids"]).logits[0, -1]
-    return max(row["of"], key=lambda word: logits[pipe.tokenizer(word)["input_ids"][0]].item())
+    chances = [logits[pipe.tokenizer(word)["input_ids"][0]].item() for word in row["of"]]
+    return str(row["of"][chances.index(max(chances))])
 
 
 def learned_tokens(pipe: Any, rows: list[dict[str, Any]], task: str) -> dict[str, float]:

@@ -120,7 +120,8 @@ def results(
         for each in all_made.values()
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
-    command = [sys.executable, "-I", "-c", ALONE, folder / "jobs.json", folder / "out.pt"]
+    files = (str(folder / name) for name in ("jobs.json", "out.pt"))
+    command = [sys.executable, "-I", "-c", ALONE, *files]
     kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
         command, env=kept, cwd=folder, capture_output=True, text=True, check=False
@@ -152,7 +153,7 @@ def test_a_saved_folder_gives_the_runs_own_outputs_and_scores(
     assert found["logits"].keys() == ways
     for way, logits in found["logits"].items():
         for one, two in zip(logits, expected, strict=True):
-            torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5, msg=lambda m, w=way: w + m)
+            assert torch.allclose(one, two, atol=1e-5, rtol=1e-5), way
     metrics = runs.lines(each.run)[-1]["metrics"]
     assert found["scores"]
     for metric, value in found["scores"].items():

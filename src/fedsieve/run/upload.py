@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fedsieve.errors import FedSieveError
 from fedsieve.run import runner

@@ -45,7 +45,7 @@ class Assignment(NamedTuple):
 
     start:    the adapter before the first round
     examples: to train on; test: to evaluate on, or None
-    digest:   of the base model's weights
+    digest:   of the base model, weights and configuration
     """
 
     run: str
@@ -89,7 +89,7 @@ def prepare(
     resident = _resident(recipe, tokenizer, say)
     check_rows(resident, examples, test)
     assert resident.digest is not None
-    digest = resident.digest.weights
+    digest = resident.digest.whole
     return Assignment(run, recipe, method, resident, resident.adapter(), examples, test, digest)
 
 
