@@ -61,7 +61,7 @@ def from_hub(tiny: Tiny, hub: Path, tmp_path: Path) -> Path:
 
 def test_a_base_of_the_hub_is_named_by_its_commit(from_hub: Path, hub: Path) -> None:
     saved = from_hub / rundir.ADAPTER
-    facts = json.loads((saved / "fedsieve.json").read_text())
+    facts = json.loads((saved / "provenance.json").read_text())
     assert facts["base"]["name"] == "some/bert"
     assert facts["base"]["revision"] == COMMIT
     assert len(facts["base"]["weights"]) == 32

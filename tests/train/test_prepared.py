@@ -121,6 +121,17 @@ def test_what_lies_where_the_base_would_go_is_left_alone(tiny: Tiny, tmp_path: P
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
 
 
+def test_a_base_with_an_adapter_in_it_is_no_base(tiny: Tiny, tmp_path: Path) -> None:
+    """transformers puts it into the model: PEFT would mix it with the one that is trained."""
+    base = tmp_path / "model"
+    shutil.copytree(tiny.bert, base)
+    trained(tiny.bert, LABELS).save(tmp_path / "saved")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "saved" / name, base)
+    with pytest.raises(FedSieveError, match=r"has an adapter in its folder already.*merge"):
+        trained(base, LABELS)
+
+
 # What vLLM reads of an adapter's configuration (vllm/lora/peft_helper.py), and what it refuses.
 @pytest.mark.parametrize(
     ("rank", "alpha", "rslora"), [(2, 8.0, False), (3, 5.0, True), (3, 2.5, False)]

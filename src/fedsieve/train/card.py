@@ -1,5 +1,5 @@
 """The card beside a saved adapter or model: what it is, from what, how good, and how it is loaded;
-and the same facts for programs, in `fedsieve.json`.
+and the same facts for programs, in `provenance.json`.
 
 Both go where the folder goes, to the hub too: they name no place on this machine, and quote no row.
 PEFT writes a card of its own there, whose every section says that more information is needed.
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from fedsieve.errors import count
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.words import spoken
@@ -20,7 +21,7 @@ from fedsieve.train.digest import BaseDigest
 from fedsieve.train.origin import Origin
 
 CARD = "README.md"
-FACTS = "fedsieve.json"
+FACTS = "provenance.json"
 _READERS = {"texts": ("AutoTokenizer", "tokenizer"), "images": ("AutoImageProcessor", "processor")}
 # transformers' loaders of models, as PEFT's loaders and pipelines are called.
 _PEFT = {"AutoModelForImageClassification": "AutoPeftModel"}
@@ -134,8 +135,8 @@ def _front(saved: Saved, told: Told) -> str:
 
 
 def _trained(told: Told) -> str:
-    rounds = "" if told.rounds is None else f"{told.rounds} rounds "
-    over = "clients" if told.clients is None else f"{told.clients} clients"
+    rounds = "" if told.rounds is None else f"{count(told.rounds, 'round')} "
+    over = "clients" if told.clients is None else count(told.clients, "client")
     return f"{rounds}over {over} that kept their rows"
 
 

@@ -290,6 +290,11 @@ def load_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(word(key.at("head")))
         model, info = pretrained(kind, name, **given)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise FedSieveError(
+            f"model {name!r} has an adapter in its folder already, and a second one would mix with "
+            "it: merge the first into its base (PEFT's merge_and_unload), and give that"
+        )
     # A head of another size is drawn anew, nothing else: a base of random weights is no base.
     odd = sorted(n for n, *_ in info["mismatched_keys"] if n.startswith(model.base_model_prefix))
     if odd:

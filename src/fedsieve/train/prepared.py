@@ -76,10 +76,13 @@ def write(
     source, revision = origin.source, origin.revision
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    odd_name = getattr(config, "transformers_weights", None) is not None
+    if odd_name:
+        config.transformers_weights = None
     config.save_pretrained(folder)
     if (said := file_of(source, revision, _GENERATION)) is not None:
         _link(said, folder / _GENERATION)
-    files = _weights(source, revision)
+    files = None if odd_name else _weights(source, revision)
     if files is None:
         # They are not where the model was loaded from any more, or under another name there.
         model.save_pretrained(folder, state_dict=_without_adapter(model))
