@@ -83,7 +83,7 @@ def test_the_code_of_the_page_on_finetune_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With small models in the place of the hub's; the language model's adapter is made here."""
-    first, load, load_lm = fenced(ROOT / "docs" / "finetune.md", "python")
+    first, load, load_lm, moved = fenced(ROOT / "docs" / "finetune.md", "python")
     small = {
         "sentence-transformers/all-MiniLM-L6-v2": tiny.bert,
         "openai-community/gpt2": tiny.gpt2,
@@ -101,6 +101,15 @@ def test_the_code_of_the_page_on_finetune_runs(
     assert [line.split()[0] for line in run(first, scope).splitlines()] == ["1", "2"]
     said = run(load, scope)
     assert re.search(r"'label': '(01|1)'", said)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "adapter").rename(elsewhere / "adapter")
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(OSError, match="adapter/base"):
+        run(load, scope)
+    run(moved, {})
+    assert run(load, scope) == said
+    monkeypatch.chdir(tmp_path)
     rows = scope["wards"]["north"]
     with pytest.warns(UserWarning, match="no padding token"):
         language = fedsieve.finetune(

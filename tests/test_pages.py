@@ -142,7 +142,7 @@ def test_the_command_line_knows_every_command_line(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("rnu",), ("run",), ("run", "demo", "--uot", "x"), ("export", "runs/x"), ("search", "demo")],
+    [("rnu",), ("run",), ("run", "demo", "--uot", "x"), ("search", "demo")],
 )
 def test_a_command_line_that_is_wrong_would_be_found(words: tuple[str, ...]) -> None:
     assert trouble(words) is not None

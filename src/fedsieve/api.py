@@ -4,6 +4,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -40,7 +41,9 @@ from fedsieve.tasks.examples import Examples, count, unasked
 from fedsieve.tasks.tally import check_lead
 from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.task import Task as TaskRecord
+from fedsieve.train.card import Told
 from fedsieve.train.changes import check_changes
+from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import load_base, pick_device, set_up
 from fedsieve.train.reader import load_reader
@@ -111,12 +114,23 @@ class Run:
         return self._experiment.federation.method.export(self._progress.state)
 
     def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format, with the tokenizer and the names of the labels.
+        """Write the adapter in PEFT's format, with all that loading it takes (docs/finetune.md).
 
         Raises FedSieveError if there can be no such folder.
         """
         arguments.of_kind("save", folder, str | PathLike, "a folder")
-        self._experiment.resident.save(self.adapter, Path(folder))
+        last = self.metrics[-1]
+        privacy = self._experiment.federation.method.private
+        known = Told(
+            rounds=last.round,
+            clients=len(self._experiment.federation.clients),
+            metrics=last.metrics or {},
+            loss=last.eval_loss,
+            down_bytes=sum(each.down_bytes for each in self.metrics),
+            up_bytes=sum(each.up_bytes for each in self.metrics),
+            privacy=privacy and f"noise from the {privacy}; whoever trained it knows the epsilon",
+        )
+        self._experiment.resident.save(self.adapter, Path(folder), known)
 
 
 def finetune(
@@ -235,6 +249,7 @@ def finetune(
         raise FedSieveError(f"test: {error}{also(left_out)}") from error
     pad = getattr(tokenizer, "pad_token_id", None)
     base = load_base(source, task, fields.classes or (), key=key, pad_token_id=pad)
+    digest = base_digest(base, source)
     resident = set_up(
         base,
         task,
@@ -244,6 +259,7 @@ def finetune(
         device=pick_device(device),
         tokenizer=tokenizer,
     )
+    resident = replace(resident, digest=digest)
     check_changes(resident, method)
     check_rows(resident, *examples.values(), tested)
     if isinstance(cohort, Sampling):

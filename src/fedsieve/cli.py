@@ -418,29 +418,58 @@ def report(
 @app.command()
 def export(
     folder: Folder,
-    to: Annotated[Path, typer.Option(help="The folder to write; must be empty or not there.")],
+    to: Annotated[
+        Path | None, typer.Option(help="The folder to write; must be empty or not there.")
+    ] = None,
     merge: Annotated[bool, typer.Option(help="The whole model, adapter merged in.")] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Upload it to this repository of Hugging Face's hub."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Of --push: a repository that only you can see.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Of --push: say what would be uploaded, no more.")
+    ] = False,
     accept_changes: AcceptChanges = False,
     allow_code: AllowCode = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a run's adapter in PEFT's format, or the merged model, from its newest checkpoint."""
+    """Write a run's adapter in PEFT's format, or the merged model, from its newest checkpoint.
+
+    To a folder (--to), or to the hub (--push).
+    """
+    if (to is None) == (push is None):
+        raise FedSieveError("give --to, a folder, or --push, a repository of the hub: one of both")
+    if push is None and (private or dry_run):
+        raise FedSieveError("--private and --dry-run are of --push: give it, or leave them out")
     from fedsieve.run import rundir
 
     rundir.check(folder)
     quiet()
-    from fedsieve.run import runner
+    from fedsieve.run import runner, upload
 
-    number = runner.export(
-        folder,
-        to,
-        merge=merge,
-        trust_remote_code=trust_remote_code,
-        allow_code=allow_code,
-        accept_changes=accept_changes,
-    )
+    given = {
+        "merge": merge,
+        "trust_remote_code": trust_remote_code,
+        "allow_code": allow_code,
+        "accept_changes": accept_changes,
+    }
     what = "the merged model" if merge else "the adapter"
-    say(f"{to}: {what} after round {number}")
+    if push is None:
+        assert to is not None
+        say(f"{to}: {what} after round {runner.export(folder, to, **given)}")
+        return
+    done = upload.push(folder, push, private=private, dry_run=dry_run, **given)
+    for name, size in done.files.items():
+        say(f"{size:>15,}  {name}")
+    total = f"{count(len(done.files), 'file')}, {sum(done.files.values()) / MB:.2f} MB"
+    if done.address is None:
+        kind = "private " if private else ""
+        say(f"{total}: {what} after round {done.round} would go to {kind}{push}; nothing did")
+    else:
+        say(f"{done.address}: {what} after round {done.round}, {total}")
 
 
 @app.command()

@@ -22,9 +22,7 @@ from tests.sites.worlds import PATIENCE, ledger, sockets, started, working, worl
 
 
 def assert_parity(run: Path, alone: Path) -> None:
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        one, two = (each / rundir.ADAPTER / name for each in (alone, run))
-        assert one.read_bytes() == two.read_bytes(), name
+    runs.assert_same_adapter(alone / rundir.ADAPTER, run / rundir.ADAPTER)
     for log in (rundir.METRICS, rundir.CLIENTS):
         assert ledger(run, log) == ledger(alone, log), log
     for line in runs.lines(run)[1:]:

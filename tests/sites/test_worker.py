@@ -673,6 +673,15 @@ def test_what_a_site_tells_about_itself(tiny: Tiny, tmp_path: Path) -> None:
     # Two sites find out whether they hold the same base.
     changed = recipe_text(tiny, method={"name": "fedit"}, budgets=None, model__dtype="bfloat16")
     assert told(site, changed).header["base"] != ready["base"]
+    # And whether a configuration was changed over the same weights.
+    other = tmp_path / "other"
+    shutil.copytree(tiny.bert, other)
+    config = json.loads((other / "config.json").read_text())
+    for act, same in ((config["hidden_act"], True), ("relu", False)):
+        (other / "config.json").write_text(json.dumps(config | {"hidden_act": act}))
+        plain = recipe_text(tiny, method={"name": "fedit"}, budgets=None)
+        answer = told(asking(write_site(tiny, tmp_path / act, model=str(other))), plain).header
+        assert (answer["base"] == ready["base"]) is same
 
 
 # What a worker must live through on its socket.

@@ -254,9 +254,7 @@ def assert_as_if_it_gave_nothing(
         nothing.setdefault(number, set()).add(site)
     other = given.folder / "alone"
     alone(given, other, nothing, away or {}, spoil)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        one, two = (each / rundir.ADAPTER / name for each in (other, given.run))
-        assert one.read_bytes() == two.read_bytes(), name
+    runs.assert_same_adapter(other / rundir.ADAPTER, given.run / rundir.ADAPTER)
     ours, theirs = (
         [line for line in ledger(each, rundir.CLIENTS) if "dropped" not in line]
         for each in (given.run, other)

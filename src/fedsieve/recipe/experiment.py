@@ -378,7 +378,7 @@ def set_up_resident(
         tokenizer=tokenizer,
     )
     check_changes(resident, method)
-    return dataclasses.replace(resident, digest=digest, method=recipe.method.name)
+    return dataclasses.replace(resident, digest=digest)
 
 
 def locate(source: str) -> str:

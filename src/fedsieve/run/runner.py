@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
-from fedsieve.disk import remove_link
+from fedsieve.disk import objects, remove_link
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError, NoUsableUpdate
@@ -41,10 +41,12 @@ from fedsieve.recipe.experiment import (
 )
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe, deployed
+from fedsieve.recipe.told import told
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.run.found import in_order
 from fedsieve.run.state import exported, refuse_another
+from fedsieve.train.card import Told
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
 
@@ -136,12 +138,14 @@ def export(
     to: Path,
     *,
     merge: bool = False,
+    for_hub: bool = False,
     trust_remote_code: bool = False,
     allow_code: bool = False,
     accept_changes: bool = False,
 ) -> int:
     """Write the newest checkpoint's adapter, or the whole model with it merged in, to a folder.
 
+    for_hub: see `ResidentModel.save`
     trust_remote_code: see `load_base`; allow_code, accept_changes: see `resume`
     Returns the round it is from. Raises FedSieveError as `resume` does, and if `to` is not empty.
     """
@@ -162,11 +166,12 @@ def export(
     snapshot = checkpoint.load(place, resident.layout, resident.digest)
     method, state = build_method(recipe), snapshot.progress.state
     adapter = exported(folder, method, resident, resident.adapter(), state)
+    known = _told(folder, recipe, snapshot.progress.round)
     try:
         if merge:
-            resident.merge(adapter, to)
+            resident.merge(adapter, to, known)
         else:
-            resident.save(adapter, to)
+            resident.save(adapter, to, known, for_hub=for_hub)
     except (OSError, SafetensorError) as error:
         raise FedSieveError(f"{to} cannot be written: {error}") from error
     return snapshot.progress.round
@@ -224,7 +229,8 @@ def _go_on(
                     saved = snapshot
                 show(summary, receipts)
             adapter = experiment.federation.method.export(snapshot.progress.state)
-            _save_adapter(experiment, adapter, folder / rundir.ADAPTER)
+            known = _told(folder, recipe, snapshot.progress.round)
+            _save_adapter(experiment, adapter, folder / rundir.ADAPTER, known)
             report.write([folder], folder / rundir.REPORT)
             if experiment.ending:
                 warnings.warn(experiment.ending, stacklevel=2)
@@ -269,12 +275,30 @@ def _snapshot(experiment: Experiment, progress: Progress, folder: Path, recipe: 
     return Snapshot(progress, dict(experiment.memories), marks, base=base, recipe=recipe)
 
 
-def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path) -> None:
+def _told(folder: Path, recipe: Recipe, number: int) -> Told:
+    """What the run's logs say of its first `number` rounds, for the card."""
+    rows = [row for _, row in objects(folder / rundir.METRICS) if row and row["round"] <= number]
+    last = rows[-1] if rows else {}
+    clients: int | None = None
+    if not deployed(recipe):  # where it is nobody's business who took part
+        receipts = (row for _, row in objects(rundir.place(folder, rundir.CLIENTS)) if row)
+        clients = len({row["client"] for row in receipts if row["round"] <= number})
+    return told(recipe, last.get("epsilon"))._replace(
+        rounds=number,
+        clients=clients or recipe.partition.clients,
+        metrics=last.get("metrics") or {},
+        loss=last.get("eval_loss"),
+        down_bytes=sum(row["down_bytes"] for row in rows),
+        up_bytes=sum(row["up_bytes"] for row in rows),
+    )
+
+
+def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path, known: Told) -> None:
     """Write the adapter beside its place first, so that a crash leaves no half of it."""
     part = folder.with_name(f".{folder.name}.part")
     if not remove_link(part):
         shutil.rmtree(part, ignore_errors=True)
-    experiment.resident.save(adapter, part)
+    experiment.resident.save(adapter, part, known, home=folder)
     shutil.rmtree(folder, ignore_errors=True)
     part.replace(folder)
 

@@ -46,7 +46,7 @@ class Assignment(NamedTuple):
 
     start:    the adapter before the first round
     examples: to train on; test: to evaluate on, or None
-    digest:   of the base model's weights
+    digest:   of the base model, weights and configuration
     """
 
     run: str
@@ -91,7 +91,7 @@ def prepare(
     check_rows(resident, examples, test)
     check_step(resident.model, resident.task, recipe.training)
     assert resident.digest is not None
-    digest = resident.digest.weights
+    digest = resident.digest.whole
     return Assignment(run, recipe, method, resident, resident.adapter(), examples, test, digest)
 
 

@@ -373,7 +373,7 @@ def on_network(
     policy = policy._replace(quorum=sampling.quorum, enough=enough)
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert resident.digest is not None
-    welcome = partial(_welcome, method=method, base=resident.digest.weights, say=say)
+    welcome = partial(_welcome, method=method, base=resident.digest.whole, say=say)
     refuse_link(keys)
     known = _known(keys)
 
@@ -462,8 +462,8 @@ def _welcome(
     if client is not None:
         if head.get("base") != base:
             raise FedSieveError(
-                f"the base model of site {client.id!r} has other weights than the server's: give "
-                "it the same model"
+                f"the base model of site {client.id!r} has other weights than the server's, or "
+                "another configuration: give it the same model"
             )
         examples = int(number_of(head, "examples"))
         if examples < 1:

@@ -48,6 +48,7 @@ from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
+from fedsieve.recipe.told import told
 from fedsieve.settings import Share, in_round
 from fedsieve.sites import journal, limits, worker
 from fedsieve.sites.assignment import Assignment, checked, prepare
@@ -483,7 +484,8 @@ def _keep(resident: Resident, request: Frame) -> Frame:
         # Again afterwards: what else is in the folder has no size before it is written.
         limits.check_room(resident.site, assignment.resident.bytes_saved(adapter))
         part.mkdir(mode=0o700, parents=True)
-        assignment.resident.save(adapter, part)
+        known = told(assignment.recipe)._replace(rounds=asked.round)
+        assignment.resident.save(adapter, part, known, home=place)
         limits.check_room(resident.site, 0)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

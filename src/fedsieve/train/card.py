@@ -1,122 +1,263 @@
-"""The card beside a saved adapter or model: what it is, from what, and the code that loads it.
+"""The card beside a saved adapter or model: what it is, from what, how good, and how it is loaded;
+and the same facts for programs, in `provenance.json`.
 
+Both go where the folder goes, to the hub too: they name no place on this machine, and quote no row.
 PEFT writes a card of its own there, whose every section says that more information is needed.
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from huggingface_hub import EvalResult, ModelCardData
+
+from fedsieve.errors import count
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
+from fedsieve.tasks.words import spoken
+from fedsieve.train.digest import BaseDigest
+from fedsieve.train.origin import Origin
 
 CARD = "README.md"
+FACTS = "provenance.json"
 _READERS = {"texts": ("AutoTokenizer", "tokenizer"), "images": ("AutoImageProcessor", "processor")}
+# transformers' loaders of models, as PEFT's loaders and pipelines are called.
+_PEFT = {"AutoModelForImageClassification": "AutoPeftModel"}
+_PIPELINES = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForCausalLM": "text-generation",
+}
 _SHOWN = 50  # names of labels
 
 
-def write(
-    folder: Path,
-    base: str,
-    task: Task,
-    *,
-    labels: Sequence[str] = (),
-    rank: int | None = None,
-    method: str | None = None,
-) -> None:
-    """Write the card of what is in a folder.
+class Told(NamedTuple):
+    """What a run tells of itself. None is what is not known.
 
-    base:   where the base model came from: a hub name, or a folder
-    labels: a classifier's names, in the order of its outputs
-    rank:   of the adapter; None where the folder holds a whole model
-    method: the federated method's name, where it is known
+    method, recipe: their names
+    data:     the rows trained on, by the name of their data set, file or folder; on_hub: whether
+              the hub has a data set of that name
+    rounds:   that were trained; clients: that took part
+    metrics:  the task's own after these rounds, the leading one first; loss: of the same evaluation
+    down_bytes, up_bytes: payload bytes of all rounds
+    privacy:  the guarantee, in a sentence
     """
-    by = f"the method {_code(method)}" if method else "a federated method"
-    title = "A whole model" if rank is None else f"A LoRA adapter of rank {rank}"
+
+    method: str | None = None
+    recipe: str | None = None
+    data: str | None = None
+    on_hub: bool = False
+    rounds: int | None = None
+    clients: int | None = None
+    metrics: Mapping[str, float | None] = {}
+    loss: float | None = None
+    down_bytes: int | None = None
+    up_bytes: int | None = None
+    privacy: str | None = None
+
+
+class Saved(NamedTuple):
+    """What lies in a folder.
+
+    labels: a classifier's names, in the order of its outputs
+    rank:   of the adapter; None where it is a whole model
+    alone:  whether the folder is all that its loader needs to be told of; else the base as it was
+            published has other labels
+    dtype:  of the base in training, where the base's own is another
+    """
+
+    task: Task
+    origin: Origin
+    digest: BaseDigest | None
+    labels: Sequence[str] = ()
+    rank: int | None = None
+    alone: bool = True
+    dtype: str | None = None
+
+
+def write(folder: Path, saved: Saved, told: Told) -> None:
+    """Write the card of what is in a folder, and its facts."""
+    origin, labels = saved.origin, saved.labels
+    by = f"the method {_code(told.method)}" if told.method else "a federated method"
+    title = "A whole model" if saved.rank is None else f"A LoRA adapter of rank {saved.rank}"
+    at = f", revision {_code(origin.revision)}" if origin.revision else ""
+    weights = f", weights {_code(saved.digest.weights)} (BLAKE2b)" if saved.digest else ""
     lines = [
-        *_front(base, whole=rank is None),
+        "---",
+        _front(saved, told),
+        "---",
+        "",
         f"# {title}, fine-tuned by FedSieve",
         "",
-        f"- base model: {_code(base)}",
-        f"- task: {catalogue.load(task).title}",
-        f"- trained: over clients that kept their rows, by {by}",
+        f"- base model: {_code(origin.name)}{at}{weights}",
+        f"- licence of the base: {origin.licence or 'not known; see the base'}",
+        f"- task: {catalogue.load(saved.task).title}",
+        f"- trained: {_trained(told)}, by {by}",
+        *([f"- recipe: {_code(told.recipe)}"] if told.recipe else []),
+        *([f"- data: {_code(told.data)}"] if told.data else []),
+        *_bytes(told),
+        f"- privacy: {told.privacy or 'no differential privacy'}",
     ]
     if labels:
         shown = ", ".join(map(_code, labels[:_SHOWN]))
         more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
         lines.append(f"- labels, in the order of the outputs: {shown}{more}")
-    lines += [
-        "",
-        "How good it is stands in the run's `metrics.jsonl` and report, not here. To load it:",
-        "",
-        "```python",
-        *(_whole(task, labels) if rank is None else _adapter(base, task, labels)),
-        "```",
-    ]
-    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines += ["", *_scores(told), *_how(saved), ""]
+    (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
+    text = json.dumps(_facts(saved, told), indent=1, ensure_ascii=False) + "\n"
+    (folder / FACTS).write_text(text, encoding="utf-8")
 
 
-def _front(base: str, *, whole: bool) -> list[str]:
+def _front(saved: Saved, told: Told) -> str:
     """The table at a card's head that the hub reads. A base that is a folder has no name there."""
-    named = [] if Path(base).exists() else [f"base_model: {json.dumps(base)}"]
-    library = "transformers" if whole else "peft"
-    return ["---", *named, f"library_name: {library}", "tags: [lora, federated]", "---", ""]
+    pipeline = _PIPELINES[catalogue.load(saved.task).auto]
+    results = [
+        EvalResult(pipeline, "other", told.data or "not told", name, value, metric_name=name)
+        for name, value in told.metrics.items()
+        if value is not None
+    ]
+    made = ModelCardData(
+        base_model=saved.origin.name if saved.origin.on_hub else None,
+        datasets=[told.data] if told.data and told.on_hub else None,
+        library_name="transformers" if saved.rank is None else "peft",
+        license=saved.origin.licence,
+        pipeline_tag=pipeline,
+        tags=["lora", "federated", "fedsieve"],
+        model_name=told.recipe or "fedsieve",
+        eval_results=results or None,
+    )
+    if not results:
+        made.model_name = None
+    return made.to_yaml()
 
 
-def _adapter(base: str, task: Task, labels: Sequence[str]) -> list[str]:
-    maker = catalogue.load(task).auto
-    made = [f"base = {maker}.from_pretrained({_literal(base)})"]
+def _trained(told: Told) -> str:
+    rounds = "" if told.rounds is None else f"{count(told.rounds, 'round')} "
+    over = "clients" if told.clients is None else count(told.clients, "client")
+    return f"{rounds}over {over} that kept their rows"
+
+
+def _bytes(told: Told) -> list[str]:
+    if told.down_bytes is None or told.up_bytes is None:
+        return []
+    return [f"- sent: {told.down_bytes:,} payload bytes down, {told.up_bytes:,} up"]
+
+
+def _scores(told: Told) -> list[str]:
+    """The last evaluation, as a table."""
+    known = [(spoken(name), value) for name, value in told.metrics.items() if value is not None]
+    known += [] if told.loss is None else [("evaluation loss", told.loss)]
+    if not known:
+        return []
+    rows = [f"| {name} | {value:.4f} |" for name, value in known]
+    when = "" if told.rounds is None else f" after round {told.rounds}"
+    return [f"Scores{when}, on the run's test rows:", "", "| | |", "|---|---|", *rows, ""]
+
+
+def _facts(saved: Saved, told: Told) -> dict[str, Any]:
+    origin, digest = saved.origin, saved.digest
+    return {
+        "task": saved.task,
+        **{key: value for key, value in told._asdict().items() if key != "on_hub"},
+        "base": {
+            "name": origin.name,
+            "on_hub": origin.on_hub,
+            "revision": origin.revision,
+            "licence": origin.licence,
+            "weights": digest.weights if digest else None,
+            "config": digest.config if digest else None,
+        },
+    }
+
+
+def _how(saved: Saved) -> list[str]:
+    if saved.rank is None:
+        code = _whole(saved)
+    else:
+        code = _by_itself(saved) if saved.alone else _over_its_base(saved)
+    lines = ["To load it:", "", "```python", *code, "```"]
+    if saved.rank is None or saved.alone:
+        pipeline = _PIPELINES[catalogue.load(saved.task).auto]
+        lines += ["", f"Or `pipeline({_literal(pipeline)}, model=folder)` of transformers."]
+    return lines
+
+
+def _whole(saved: Saved) -> list[str]:
+    maker, reader = _makers(saved)
+    return [
+        f"from transformers import {maker}, {reader}",
+        "",
+        'folder = "path/to/this/folder"',
+        f"model = {maker}.from_pretrained(folder).eval()",
+        *_rest(saved),
+    ]
+
+
+def _by_itself(saved: Saved) -> list[str]:
+    maker, reader = _makers(saved)
+    maker = _PEFT.get(maker, maker.replace("AutoModel", "AutoPeftModel"))
+    dtype = f", dtype={_literal(saved.dtype)}" if saved.dtype else ""
+    return [
+        f"from peft import {maker}",
+        f"from transformers import {reader}",
+        "",
+        'folder = "path/to/this/folder"',
+        f"model = {maker}.from_pretrained(folder{dtype}).eval()",
+        *_rest(saved),
+    ]
+
+
+def _over_its_base(saved: Saved) -> list[str]:
+    """Where the base that is named has no head, or one of its own: the adapter's needs room."""
+    maker, reader = _makers(saved)
     head, names = [], []
-    if one := catalogue.load(task).config(()).get("num_labels"):
-        made = [
-            f"base = {maker}.from_pretrained(",
-            f"    {_literal(base)}, num_labels={one}, ignore_mismatched_sizes=True",
-            ")",
-        ]
-    if labels:
-        # The base has no head, or one of its own: the adapter's has to have room.
-        made = [
-            f"base = {maker}.from_pretrained(",
-            f"    {_literal(base)},",
-            "    id2label=labels,",
-            '    label2id=names["label2id"],',
-            "    ignore_mismatched_sizes=True,",
-            ")",
-        ]
+    given = [
+        *(f"revision={_literal(each)}" for each in [saved.origin.revision] if each),
+        *(f"dtype={_literal(each)}" for each in [saved.dtype] if each),
+    ]
+    if saved.labels:
         head = ["import json", "from pathlib import Path", ""]
         names = [
             'names = json.loads((Path(folder) / "labels.json").read_text(encoding="utf-8"))',
             'labels = {int(number): name for number, name in names["id2label"].items()}',
         ]
+        given += ["id2label=labels", 'label2id=names["label2id"]']
+    # The labels say how many there are.
+    settings = catalogue.load(saved.task).config(())
+    given += [
+        f"{key}={json.dumps(settings[key])}"
+        for key in ("num_labels", "problem_type")
+        if settings.get(key) and not (saved.labels and key == "num_labels")
+    ]
     return [
         *head,
         "from peft import PeftModel",
-        f"from transformers import {maker}, {_READERS[catalogue.load(task).reads][0]}",
+        f"from transformers import {maker}, {reader}",
         "",
         'folder = "path/to/this/folder"',
         *names,
-        *made,
+        f"base = {maker}.from_pretrained(",
+        f"    {_literal(saved.origin.name)},",
+        *(f"    {each}," for each in given),
+        "    ignore_mismatched_sizes=True,",
+        ")",
         "model = PeftModel.from_pretrained(base, folder).eval()",
-        _reader(task),
+        *_rest(saved),
     ]
 
 
-def _whole(task: Task, labels: Sequence[str]) -> list[str]:
-    maker = catalogue.load(task).auto
-    return [
-        f"from transformers import {maker}, {_READERS[catalogue.load(task).reads][0]}",
-        "",
-        'folder = "path/to/this/folder"',
-        f"model = {maker}.from_pretrained(folder).eval()",
-        _reader(task),
-        *(["labels = model.config.id2label"] if labels else []),
-    ]
+def _makers(saved: Saved) -> tuple[str, str]:
+    task = catalogue.load(saved.task)
+    return task.auto, _READERS[task.reads][0]
 
 
-def _reader(task: Task) -> str:
-    kind, name = _READERS[catalogue.load(task).reads]
-    return f"{name} = {kind}.from_pretrained(folder)"
+def _rest(saved: Saved) -> list[str]:
+    kind, name = _READERS[catalogue.load(saved.task).reads]
+    last = ["labels = model.config.id2label"] if saved.labels and saved.alone else []
+    return [f"{name} = {kind}.from_pretrained(folder)", *last]
 
 
 def _literal(text: str) -> str:

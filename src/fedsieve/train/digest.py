@@ -23,6 +23,11 @@ class BaseDigest(NamedTuple):
     weights: str
     config: str
 
+    @property
+    def whole(self) -> str:
+        """Of both, in one word."""
+        return f"{self.weights}-{self.config}"
+
 
 def base_digest(base: "PreTrainedModel", source: str) -> BaseDigest:
     """Of a base model as `load_base` gives it, before anything is put into it.

@@ -7,6 +7,7 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 
 import copy
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,17 +31,20 @@ from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
-from fedsieve.train import card, parts, targets
+from fedsieve.train import card, parts, prepared, targets
+from fedsieve.train.card import Saved, Told
 from fedsieve.train.declared import names_held, refuse_larger
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
 from fedsieve.train.head import match_rows
+from fedsieve.train.origin import Origin, origin_of
 from fedsieve.train.parts import Place
 from fedsieve.train.source import refuse_odd, refuse_pickled
 from fedsieve.train.trial import run_with_pairs, settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
 LABELS = "labels.json"  # beside an adapter: id2label and label2id, which PEFT has no place for
+_NOTHING = Told()
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class ResidentModel:
     ties:   tensor name -> the other places of the same parameter, where weights are tied
     tokenizer: or image processor; saved beside the model, if it is known
     digest: of the base as it was loaded, where a run keeps it
-    method: what trains the adapter, by name, for the card beside it (card.py), where it is known
+    origin: where the base came from, noted as it was loaded
     """
 
     model: PeftModel | PreTrainedModel
@@ -70,7 +74,7 @@ class ResidentModel:
     ties: Mapping[str, Sequence[Place]]
     tokenizer: Reader | None = None
     digest: BaseDigest | None = None
-    method: str | None = None
+    origin: Origin | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -123,45 +127,96 @@ class ResidentModel:
             return sum(p.numel() * p.element_size() for p in self.model.parameters())
         return sum(t.numel() * t.element_size() for t in adapter.tensors.values())
 
-    def save(self, adapter: Adapter, folder: Path) -> None:
-        """Write an adapter in PEFT's format: `PeftModel.from_pretrained` reads it.
+    def save(
+        self,
+        adapter: Adapter,
+        folder: Path,
+        told: Told = _NOTHING,
+        *,
+        home: Path | None = None,
+        for_hub: bool = False,
+    ) -> None:
+        """Write an adapter in PEFT's format, ready to use: `AutoPeftModelFor...` and `pipeline` of
+        transformers read it.
 
-        The tokenizer goes beside it, a card that says how to load it (card.py), and a classifier's
-        names of labels in `labels.json`. (Not in a
-        `config.json`: transformers would take the folder for a whole model.) PEFT makes the base
-        from the base's own folder, so `AutoPeftModelForSequenceClassification` must be told
-        `num_labels`, or the names, where the base has another number of labels.
+        The tokenizer goes beside it, a card that says how to load it (card.py), a classifier's
+        names of labels in `labels.json`, and in `base/` the base with the task's configuration,
+        where its own is another (prepared.py). No `config.json` goes there: transformers would
+        take the folder for a whole model.
 
         Where more than an adapter was trained (all weights, the head alone, a changed base), the
         whole model is written, for `from_pretrained` of its own class.
 
-        Raises FedSieveError if there can be no such folder.
+        told:    what the run tells of itself
+        home:    where the folder will be, if it is moved when it is whole: its adapter names
+                 `base/` by the whole way there
+        for_hub: it is to be uploaded: the base is named as the hub knows it, and not beside it
+        Raises FedSieveError if there can be no such folder, or no such name.
         """
         _make(folder)
         self.put(adapter)
         if not isinstance(self.model, PeftModel):
-            self._save_whole(self.model, folder)
+            self._save_whole(self.model, folder, told)
             return
         if adapter.base:
-            self._save_whole(copy.deepcopy(self.model).merge_and_unload(), folder)
+            self._save_whole(copy.deepcopy(self.model).merge_and_unload(), folder, told)
             return
-        config = self.model.peft_config[_NAME]
-        rank, scale = adapter.layout.rank, adapter.layout.scale
-        config.r = rank
-        config.lora_alpha = scale * (rank**0.5 if config.use_rslora else rank)
-        # A set's order differs from process to process, and so would the file.
-        if isinstance(config.target_modules, set):
-            config.target_modules = sorted(config.target_modules)
-        # PEFT adds a classifier's heads to those that were named to it, though they were.
-        config.modules_to_save = list(dict.fromkeys(config.modules_to_save or ())) or None
+        base, origin = self.model.get_base_model(), self.origin or origin_of(self.model.config)
+        if for_hub and not origin.on_hub:
+            raise FedSieveError(
+                f"the base {origin.name!r} is a folder here, and no adapter on the hub can name "
+                "it: give --merge to upload the whole model"
+            )
+        fits = not prepared.needed(base, origin, head=catalogue.load(self.task).head)
+        self._configure(adapter.layout, (home or folder).resolve(), origin, fits, for_hub)
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         if self.classes:
             own = self.model.config
             labels = {"id2label": own.id2label, "label2id": own.label2id}
             (folder / LABELS).write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
-        self._save_beside(folder, rank)
+        alone = fits or not for_hub
+        if alone and not fits:
+            place = folder / prepared.BASE
+            if (folder / card.FACTS).exists():
+                shutil.rmtree(place, ignore_errors=True)  # what was saved here before
+            shapes = {
+                name.removeprefix("base_model.model."): each.shape
+                for name, each in self.parameters()
+            }
+            prepared.write(base, origin, place, shapes)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(str(place))
+        # In `base/` the configuration says it.
+        dtype = None if alone and not fits else prepared.other_dtype(base, origin)
+        self._save_beside(
+            folder,
+            Saved(
+                self.task, origin, self.digest, self.classes, adapter.layout.rank, alone, dtype
+            ),
+            told,
+        )  # fmt: skip
 
-    def merge(self, adapter: Adapter, folder: Path) -> None:
+    def _configure(
+        self, layout: Layout, home: Path, origin: Origin, fits: bool, for_hub: bool
+    ) -> None:
+        """What `adapter_config.json` is to say."""
+        config = self.model.peft_config[_NAME]
+        alpha = layout.scale * (layout.rank**0.5 if config.use_rslora else layout.rank)
+        config.r = layout.rank
+        # A whole number is what others expect, and what the recipe nearly always said.
+        config.lora_alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
+        # A set's order differs from process to process, and so would the file.
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)
+        # PEFT adds a classifier's heads to those that were named to it, though they were.
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save or ())) or None
+        config.base_model_name_or_path, config.revision = origin.source, None
+        if for_hub or (fits and origin.source == origin.name):
+            config.base_model_name_or_path, config.revision = origin.name, origin.revision
+        elif not fits:
+            config.base_model_name_or_path = str(home / prepared.BASE)
+
+    def merge(self, adapter: Adapter, folder: Path, told: Told = _NOTHING) -> None:
         """Write the whole model with the adapter added into its weights. Uses up the resident.
 
         Raises FedSieveError if there can be no such folder.
@@ -170,18 +225,18 @@ class ResidentModel:
         self.put(adapter)
         model = self.model
         self._save_whole(
-            model.merge_and_unload() if isinstance(model, PeftModel) else model, folder
+            model.merge_and_unload() if isinstance(model, PeftModel) else model, folder, told
         )
 
-    def _save_whole(self, model: Any, folder: Path) -> None:
+    def _save_whole(self, model: Any, folder: Path, told: Told) -> None:
         model.save_pretrained(str(folder))
-        self._save_beside(folder, None)
+        origin = self.origin or origin_of(self.model.config)
+        self._save_beside(folder, Saved(self.task, origin, self.digest, self.classes), told)
 
-    def _save_beside(self, folder: Path, rank: int | None) -> None:
+    def _save_beside(self, folder: Path, saved: Saved, told: Told) -> None:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
-        base = self.model.config.name_or_path
-        card.write(folder, base, self.task, labels=self.classes, rank=rank, method=self.method)
+        card.write(folder, saved, told)
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -241,6 +296,11 @@ def load_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(word(key.at("head")))
         model, info = pretrained(kind, name, **given)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise FedSieveError(
+            f"model {name!r} has an adapter in its folder already, and a second one would mix with "
+            "it: merge the first into its base (PEFT's merge_and_unload), and give that"
+        )
     # A head of another size is drawn anew, nothing else: a base of random weights is no base.
     odd = sorted(n for n, *_ in info["mismatched_keys"] if n.startswith(model.base_model_prefix))
     if odd:
@@ -302,7 +362,7 @@ def set_up(
     else:
         dense = _dense_lora(base, task, lora)
         resident = replace(whole(base, task, lora, trains, device=device), dense=dense)
-    return replace(resident, tokenizer=tokenizer)
+    return replace(resident, tokenizer=tokenizer, origin=origin_of(base.config))
 
 
 def _dense_lora(base: PreTrainedModel, task: Task, lora: Lora) -> Layout:

@@ -1,0 +1,46 @@
+"""What a recipe says of what is trained by it, for the card that goes with it (train/card.py)."""
+
+from pathlib import Path
+
+from fedsieve.data import fetch
+from fedsieve.recipe.schema import Recipe
+from fedsieve.train.card import Told
+
+
+def told(recipe: Recipe, epsilon: float | None = None) -> Told:
+    """Names alone: of a path its last part, for a card goes where the paths of a machine do not.
+
+    epsilon: that the rounds have spent, where it is known
+    """
+    train = recipe.data.train
+    here = Path(train).is_absolute() or Path(train).exists()
+    data = Path(train).name if here else train
+    if recipe.data.config:
+        data += f" ({recipe.data.config})"
+    return Told(
+        method=recipe.method.name,
+        recipe=recipe.name,
+        data=data,
+        on_hub=not here and "://" not in train and train not in fetch.PACKAGES,
+        privacy=_privacy(recipe, epsilon),
+    )
+
+
+def _privacy(recipe: Recipe, epsilon: float | None) -> str | None:
+    asked = recipe.privacy
+    if asked is None:
+        return None
+    how = f"clip {asked.clip:g}"
+    if asked.noise_multiplier is not None:
+        how += f", noise multiplier {asked.noise_multiplier:g}"
+    if epsilon is None:
+        return f"{how}; what epsilon that is, whoever ran it knows"
+    whose = (
+        ""
+        if asked.simulated_cohort is None
+        else f" as if {asked.simulated_cohort:,} clients took part in a round"
+    )
+    said = f"epsilon {epsilon:.4g} at delta {asked.delta:g} for each client{whose} ({how})"
+    if asked.noise_from == "seed":
+        said += ", in simulation: the noise follows from the recipe's seed, and protects nobody"
+    return said
