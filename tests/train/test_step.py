@@ -163,13 +163,13 @@ RATES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "atte
          "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "dropout_rate")  # fmt: skip
 
 
-def of_family(folder: Path, family: Family, task: str) -> ResidentModel:
+def of_family(folder: Path, family: Family, task: str, rate: float = 0.2) -> ResidentModel:
     source = families.write(family, folder / family.name)
     classes = ("a", "b", "c") if catalogue.load(task).named else ()
     known = AutoConfig.for_model(family.name).to_dict()
-    rates: dict[str, Any] = {name: 0.2 for name in RATES if name in known}
+    rates: dict[str, Any] = {name: rate for name in RATES if name in known}
     model = load_base(str(source), task, classes, key=Key(0), pad_token_id=0, settings=rates)
-    lora = Lora(rank=4, alpha=8.0, dropout=0.3, targets=family.targets)
+    lora = Lora(rank=4, alpha=8.0, dropout=rate, targets=family.targets)
     return set_up(model, task, lora, "lora", key=Key(0), device=CPU)
 
 
@@ -249,7 +249,7 @@ def test_a_recipe_that_asks_for_what_cannot_be(tiny: Tiny, tmp_path: Path) -> No
 def test_pieces_train_alike_where_statistics_run(tmp_path: Path, name: str) -> None:
     """Batch norm would norm a piece by its own rows: it takes the checkpoint's statistics."""
     family = next(family for family in FAMILIES if family.name == name)
-    resident = of_family(tmp_path, family, "image-classification")
+    resident = of_family(tmp_path, family, "image-classification", rate=0.0)
     examples = families.examples(resident.model, "image-classification")
     training = Training(batch=3, lr=0.1, steps=2, precision="fp32")
     check_step(resident.model, "image-classification", replace(training, micro_batch=1))
