@@ -108,13 +108,13 @@ def test_every_method_that_leaves_the_base_alone_trains_over_it(
             {id: lambda: examples for id in ("0", "1")},
             {"0": 4, "1": 4},
             {"0": Budget(0.5, 0.5, 0.5), "1": Budget()},
-            training=Training(steps=2, batch=4, lr=0.05, precision="fp32"),
+            training=Training(steps=1, batch=4, lr=0.05, precision="fp32"),
             sampling=Sampling(size=2),
             seed=0,
             test=examples,
         )
         first, progress = begin(experiment.federation, start)
-        *_, (last, receipts, progress) = rounds(experiment.federation, progress, 2)
+        *_, (last, receipts, progress) = rounds(experiment.federation, progress, 1)
         assert all(receipt.dropped is None for receipt in receipts), name
         assert first.eval_loss is not None
         assert last.eval_loss is not None
@@ -269,13 +269,13 @@ def test_a_base_that_comes_quantised(
 
 
 # What is asked, and what is said of it.
-REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "double of 8 bits": ({}, {"quantization": "int8", "double_quantization": True}, "of nf4"),
     "double of nothing": ({}, {"double_quantization": True}, "of nf4"),
     "gptq": ({"quant_method": "gptq", "bits": 4}, {}, r"'gptq'.*pip install"),
     "awq": ({"quant_method": "awq", "bits": 4}, {}, r"'awq'.*pip install gptqmodel"),
     "fp8": ({"quant_method": "fp8"}, {}, "'fp8', and no LoRA"),
-    "a list": ([], {}, "unknown"),  # type: ignore[dict-item]
+    "a list": ([1], {}, "unknown"),
     "settings": ({}, {"settings": {"load_in_4bit": True}}, r"say it by model\.quantization"),
     "scales": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
@@ -296,7 +296,7 @@ def test_what_cannot_be_had_is_refused_in_a_sentence(
 ) -> None:
     told, asked, said = REFUSED[case]
     folder = small.make("llama", "causal-lm", tmp_path)
-    if told or isinstance(told, list):
+    if told:
         config = json.loads((folder / "config.json").read_text())
         config["quantization_config"] = told
         (folder / "config.json").write_text(json.dumps(config))
