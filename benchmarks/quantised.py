@@ -1,6 +1,6 @@
 """What a base in 8 or 4 bits costs a language model in loss, and what it saves in memory.
 
-    python benchmarks/quantised.py [--seeds 0 1] [--out rows.json]
+    python benchmarks/quantised.py [--seeds 0 1] [--forms bfloat16 nf4] [--out rows.json]
 
 SmolLM2-135M-Instruct goes on with posts of 20 Newsgroups, cut after 32 tokens: 8 clients, 2 of
 them a round, 3 rounds of 4 steps of 4 rows, FedIT with LoRA of rank 8 on attention, AdamW. Each run
@@ -113,11 +113,11 @@ def one(form: str, seed: int) -> dict[str, Any]:
     }
 
 
-def in_turn(seeds: Sequence[int]) -> list[dict[str, Any]]:
+def in_turn(seeds: Sequence[int], forms: Sequence[str]) -> list[dict[str, Any]]:
     """Each run in a process of its own; the forms in turn, as the machine's speed drifts."""
     found = []
     for seed in seeds:
-        for form in FORMS:
+        for form in forms:
             command = [sys.executable, __file__, "--one", form, "--seeds", str(seed)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             found.append(json.loads(done.stdout.splitlines()[-1]))
@@ -131,7 +131,8 @@ def shown(found: Sequence[Mapping[str, Any]]) -> str:
         "| base | held (MB) | peak (MB) | loss before | loss after | seconds |",
         "|---|---|---|---|---|---|",
     ]
-    for form in FORMS:
+    there = [form for form in FORMS if any(row["form"] == form for row in found)]
+    for form in there:
         own = [row for row in found if row["form"] == form]
 
         def over(key: str, digits: int, scale: float = 1, own: Any = own) -> str:
@@ -147,7 +148,7 @@ def shown(found: Sequence[Mapping[str, Any]]) -> str:
         seed: {row["form"]: row["after"] for row in found if row["seed"] == seed}
         for seed in sorted({row["seed"] for row in found})
     }
-    for form in ("int8", "nf4", "nf4, double"):
+    for form in there[1:] if there[0] == "bfloat16" else []:
         worse = [own[form] - own["bfloat16"] for own in pairs.values()]
         lines.append(
             f"\n{form} less bfloat16, seed by seed: {', '.join(f'{each:+.3f}' for each in worse)}"
@@ -158,6 +159,7 @@ def shown(found: Sequence[Mapping[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--forms", nargs="+", default=[*FORMS], choices=FORMS)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--one", choices=FORMS, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -165,7 +167,7 @@ def main() -> None:
         print(json.dumps(one(given.one, given.seeds[0])))
         return
     print(f"{platform.platform()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
-    found = in_turn(given.seeds)
+    found = in_turn(given.seeds, given.forms)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(shown(found))

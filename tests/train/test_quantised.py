@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import fedsieve
 from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
@@ -365,6 +367,21 @@ def test_a_method_that_changes_the_base_is_refused_before_it_is_loaded(
                 method={"name": name},
                 budgets=[{}],
             )
+
+
+def test_a_notebook_says_it_too(tiny: Tiny) -> None:
+    rows = Dataset.from_csv(str(tiny.train)).select(range(8))
+    given: dict[str, Any] = {"rounds": 1, "device": "cpu", "lora": Lora(rank=2)}
+    run = fedsieve.finetune(
+        tiny.bert, [rows], fedsieve.fedit(), quantization="nf4", dtype="bfloat16", **given
+    )
+    assert [round.round for round in run.finish().metrics] == [0, 1]
+    assert quantise.is_quantised(run._experiment.resident.model)
+    with pytest.raises(FedSieveError, match="this method changes the base's weights"):
+        fedsieve.finetune(tiny.bert, [rows], fedsieve.flora(), quantization="nf4", **given)
+    for wrong in ({"quantization": "int4"}, {"dtype": "int8"}, {"double_quantization": True}):
+        with pytest.raises(FedSieveError, match=next(iter(wrong))):
+            fedsieve.finetune(tiny.bert, [rows], fedsieve.fedit(), **given, **wrong)
 
 
 def test_a_site_counts_what_quantised_weights_take(tiny: Tiny) -> None:
