@@ -35,14 +35,14 @@ from fedsieve.recipe.experiment import (
     stopped,
     with_secret,
 )
-from fedsieve.settings import NORM_BOUND, Lora, Sampling, Task, Training
+from fedsieve.settings import NORM_BOUND, Dtype, Lora, Quantization, Sampling, Task, Training
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, unasked
 from fedsieve.tasks.tally import check_lead
 from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.task import Task as TaskRecord
 from fedsieve.train.card import Told
-from fedsieve.train.changes import check_changes
+from fedsieve.train.changes import check_changes, refuse_quantised
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import load_base, pick_device, set_up
@@ -148,6 +148,9 @@ def finetune(
     completion: str | None = None,
     classes: Sequence[str] | None = None,
     max_length: int = 128,
+    dtype: Dtype = "float32",
+    quantization: Quantization = "none",
+    double_quantization: bool = False,
     lora: Lora | None = None,
     training: Training | None = None,
     budgets: Mapping[str, Budget] | Budget | None = None,
@@ -171,6 +174,7 @@ def finetune(
     text, label, prompt, completion: columns. For causal-lm give `text`, or the other two (then
              text is not used). `classes` defaults to the labels that the clients hold. Labels
              are names (data/names.py), 1 and "1" alike
+    dtype, quantization, double_quantization: how the base is held, as a recipe's [model] says it
     data:    what else of a recipe's [data] says what rows hold, such as `text_b`, `options`,
              `option_word` (docs/recipes.md)
     budgets: what each client can afford, by id; or one budget for all
@@ -182,6 +186,9 @@ def finetune(
     used.
     """
     arguments.check(locals())
+    held = arguments.model_given(
+        dtype=dtype, quantization=quantization, double_quantization=double_quantization
+    )
     rounds, seed, max_length = int(rounds), int(seed), int(max_length)
     classes = None if classes is None else arguments.classes_given(classes)
     fields = Fields(
@@ -220,6 +227,7 @@ def finetune(
     lora, training = lora or Lora(), training or Training()
     key = Key(seed)
     source = locate(str(model))
+    refuse_quantised(source, held.quantization, method)
     tokenizer, note = load_reader(source, task)
     if note:
         warnings.warn(note, stacklevel=2)
@@ -248,7 +256,17 @@ def finetune(
     except FedSieveError as error:
         raise FedSieveError(f"test: {error}{also(left_out)}") from error
     pad = getattr(tokenizer, "pad_token_id", None)
-    base = load_base(source, task, fields.classes or (), key=key, pad_token_id=pad)
+    base = load_base(
+        source,
+        task,
+        fields.classes or (),
+        key=key,
+        dtype=held.dtype,
+        quantization=held.quantization,
+        double_quantization=held.double_quantization,
+        whole=lora.whole,
+        pad_token_id=pad,
+    )
     digest = base_digest(base, source)
     resident = set_up(
         base,

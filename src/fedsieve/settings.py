@@ -23,6 +23,8 @@ _ENDLESS = re.compile(r"\((?:[^()\\]|\\.)*[*+}](?:[^()\\]|\\.)*\)[*+{]")
 Share = Annotated[float, Field(gt=0, le=1)]  # of a whole, and some of it
 Task = str  # by its name (tasks/catalogue.py)
 Precision = Literal["auto", "bf16", "fp32"]
+Dtype = Literal["float32", "bfloat16", "float16"]  # of a base
+Quantization = Literal["none", "nf4", "int8"]  # of a base's frozen weights
 Kind = Literal["uniform", "poisson", "all"]  # of sampling
 Source = Literal["seed", "system"]  # of noise
 # The default of server.norm_bound. Honest clients that differ in density, labels and steps came to

@@ -138,7 +138,7 @@ def test_on_the_command_line(command: Command, tiny: Tiny) -> None:
     assert ran.code == 0
     assert [line.split()[0] for line in ran.out.splitlines()[-3:]] == ["method", "fedit", "full"]
     for wrong, message in (
-        (("--only", "fedlt"), "there is no method 'fedlt'; did you mean 'fedit'"),
+        (("--only", "fedlt"), "there is no method 'fedlt' (did you mean 'fedit'"),
         (("--dtype", "float8"), "--dtype 'float8': it must be one of float32"),
         (("--quantization", "nf3"), "it must be one of none, int8, nf4"),
     ):

@@ -50,11 +50,26 @@ def test_what_a_recipe_leaves_open_is_asked_for(tiny: Tiny) -> None:
         of_recipe(recipe.check(tiny.table()))
 
 
-@pytest.mark.parametrize("name", ["general", "finance", "medical", "code"])
-def test_the_contest_fits_its_budget(tmp_path: Path, name: str) -> None:
+CONTEST = [name for name in recipe.shipped() if name.startswith("flowertune-")]
+
+
+def test_the_contests_recipes_differ_in_their_rows_alone() -> None:
+    assert len(CONTEST) == 4
+    first, *others = [recipe.load(name) for name in CONTEST]
+    asked = {first.data.train}
+    for other in others:
+        asked.add(other.data.train)
+        data = other.data.model_copy(
+            update={"train": first.data.train, "prompt": first.data.prompt}
+        )
+        assert other.model_copy(update={"name": first.name, "data": data}) == first
+    assert len(asked) == 4
+
+
+def test_the_contest_fits_its_budget(tmp_path: Path) -> None:
     """Of Mistral-7B the configuration is enough; transformers' defaults are its sizes."""
     MistralConfig(vocab_size=32_768, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
-    asked = ["costs", f"flowertune-{name}", f"model.source={tmp_path}", "--most", "200000"]
+    asked = ["costs", CONTEST[0], f"model.source={tmp_path}", "--most", "200000"]
     result = CliRunner().invoke(app, asked)
     assert result.exit_code == 0, result.output
     # Of q 4096 x 4096 and of v 4096 x 1024, in 32 layers; 4 bytes, 2 clients, both ways.

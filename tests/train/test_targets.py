@@ -1,7 +1,5 @@
 """LoRA goes where PEFT itself would put it, and every name that a user gives counts."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +136,3 @@ def test_sites_take_no_regular_expression(tiny: Tiny) -> None:
             assignment.refuse_patterns(recipe)
     assignment.refuse_patterns(recipes.check(tiny.table()))
     assignment.refuse_patterns(recipes.check(tiny.table(lora={"targets": "all-linear", "rank": 2})))
-
-
-@pytest.mark.parametrize("by", ["checkpoint", "quantization_config", "load_in_4bit"])
-def test_a_quantised_base_is_refused(tiny: Tiny, tmp_path: Path, by: str) -> None:
-    source, settings = tmp_path / "base", None
-    shutil.copytree(tiny.bert, source)
-    if by == "checkpoint":
-        config = json.loads((source / "config.json").read_text())
-        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-        (source / "config.json").write_text(json.dumps(config))
-    else:
-        settings = {by: {"quant_method": "bitsandbytes"} if "config" in by else True}
-    with pytest.raises(FedSieveError, match=r"is quantised.*not supported yet"):
-        load_base(str(source), "classification", LABELS, key=Key(0), settings=settings)

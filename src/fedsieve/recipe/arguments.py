@@ -16,7 +16,7 @@ from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method
 from fedsieve.data.names import name_of
 from fedsieve.errors import FedSieveError, nearest
-from fedsieve.recipe.schema import Data
+from fedsieve.recipe.schema import Data, Model
 from fedsieve.settings import Lora, Sampling, Training, whole
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
@@ -98,6 +98,18 @@ def fields_given(given: Mapping[str, Any]) -> dict[str, Any]:
         place = ".".join(str(part) for part in first["loc"][:1])
         raise FedSieveError(f"{place}: {first['msg']}") from None
     return {name: getattr(checked, name) for name in given}
+
+
+def model_given(**given: Any) -> Model:
+    """How the base is held, as a recipe's [model] has it. Raises FedSieveError, naming the
+    argument, for what it cannot be.
+    """
+    try:
+        return Model(source="", **given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in first["loc"][:1])
+        raise FedSieveError(f"{place}{first['msg'].removeprefix('Value error, ')}") from None
 
 
 def _refuse_no_method(given: object) -> None:

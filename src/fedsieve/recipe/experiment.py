@@ -53,7 +53,7 @@ from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tally import Details, Score, Tally, beside, score, scores, total
 from fedsieve.tasks.task import Reader
-from fedsieve.train.changes import check_changes
+from fedsieve.train.changes import check_changes, refuse_quantised
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, check_packing, fit, runs_in_bf16, tally
@@ -357,17 +357,22 @@ def set_up_resident(
     Raises FedSieveError where model, lora and method do not go together.
     """
     source = locate(recipe.model.source)
+    method = build_method(recipe)
+    refuse_quantised(source, recipe.model.quantization, method, recipe.method.name)
     base = load_base(
         source,
         recipe.model.task,
         recipe.data.classes or (),
         key=Key(recipe.seed),
         dtype=recipe.model.dtype,
+        quantization=recipe.model.quantization,
+        double_quantization=recipe.model.double_quantization,
+        whole=recipe.lora.whole,
         pad_token_id=getattr(tokenizer, "pad_token_id", None),
         settings=recipe.model.settings,
         trust_remote_code=trust_remote_code,
     )
-    digest, method = base_digest(base, source), build_method(recipe)
+    digest = base_digest(base, source)
     resident = set_up(
         base,
         recipe.model.task,

@@ -24,7 +24,16 @@ from pydantic import (
 from fedsieve.algebra.budget import refuse_rank
 from fedsieve.data.names import clean
 from fedsieve.errors import FedSieveError
-from fedsieve.settings import PAPER_RATIOS, Kind, Sampling, Share, Source, Table
+from fedsieve.settings import (
+    PAPER_RATIOS,
+    Dtype,
+    Kind,
+    Quantization,
+    Sampling,
+    Share,
+    Source,
+    Table,
+)
 from fedsieve.settings import Lora as Lora  # users of the schema find them here
 from fedsieve.settings import Training as Training
 from fedsieve.tasks import catalogue
@@ -40,12 +49,16 @@ def _task(name: str) -> str:
 class Model(Table):
     """The pretrained model: a hub name, a folder, or a name that `fedsieve fetch` knows.
 
+    quantization: of the frozen weights (train/quantise.py), whose products are taken in `dtype`
+    double_quantization: of nf4: its scales are rounded too
     settings: changes to the model's configuration, such as its dropout rates
     """
 
     source: str
     task: Annotated[str, AfterValidator(_task)] = "classification"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
+    quantization: Quantization = "none"
+    double_quantization: bool = False
     settings: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -58,6 +71,15 @@ class Model(Table):
                     "model's gives --trust-remote-code on the command line"
                 )
         return given
+
+    @model_validator(mode="after")
+    def _double_of_nf4(self) -> "Model":
+        if self.double_quantization and self.quantization != "nf4":
+            raise ValueError(
+                "double_quantization: it rounds the scales of nf4, and quantization is "
+                f"{self.quantization!r}"
+            )
+        return self
 
 
 # What would have transformers run what a model's folder or the hub holds as code.

@@ -7,7 +7,7 @@ bound in site.toml; a recipe beyond one is refused, with the bound, its value, a
     most_tokens  steps x rows of a batch x tokens of a row, in a round
     most_memory  what training takes beside the base model: trained numbers, gradients, the local
                  optimizer's state, and activations, counted over a step with tensors that hold no
-                 numbers (costs/memory.py)
+                 numbers (costs/memory.py), with what quantised weights take while multiplied
     most_disk    what the worker's folder may hold, with the rounds that `checkpoint.every` keeps
 """
 
@@ -37,6 +37,7 @@ from fedsieve.tasks.examples import Examples, count
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import Texts
 from fedsieve.train.model import ResidentModel, set_up, shape_of
+from fedsieve.train.quantise import beside
 
 LARGEST = 10**15  # of any number in a recipe but its seed
 ROUNDS = 10**9 - 1  # nine digits in the names of a site's files
@@ -161,6 +162,7 @@ def check(
     state += _HELD * _FLOAT * base
     _refuse(state, site, f"the base weights that {recipe.method.name} changes")
     step = memory.of_step(shape, training, batch, length).peak
+    step += beside(shape.model, recipe.model.quantization, batch, length)
     _refuse(state + step, site, f"training.batch {training.batch} over rows of {length} tokens")
     if seen is not None:
         largest = memory.of_evaluation(shape, *seen)

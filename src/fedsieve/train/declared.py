@@ -18,6 +18,7 @@ from fedsieve.errors import FedSieveError
 
 _TIMES = 4  # as many numbers: heads are drawn, and tied tensors are stored once
 _MORE = 1 << 26  # numbers beyond that: a head of many classes over a small body
+_PACKED = 8  # numbers of 4 bits in one of the 32 bits that GPTQ and AWQ store
 _LAYERS = 8  # times as many as there are tensors: some architectures use one layer again and again
 # The words of keys that count what is made again and again, whatever an architecture calls it, and
 # of those that do not though they have one of them: `n_layer`, `depths`, but not `block_size`.
@@ -45,6 +46,8 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
             raise _larger(name, f"{number} of {key}", f"{len(shapes)} tensors")
     with torch.device("meta"):
         asked = sum(p.numel() for p in maker.from_config(config).parameters())
+    if getattr(config, "quantization_config", None) is not None:
+        held *= _PACKED
     if asked > _TIMES * held + _MORE:
         raise _larger(name, f"{asked} numbers", f"{held}")
 

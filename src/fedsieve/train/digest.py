@@ -36,9 +36,11 @@ def base_digest(base: "PreTrainedModel", source: str) -> BaseDigest:
     """
     from transformers import PreTrainedConfig  # takes seconds: not for who reads a digest only
 
+    from fedsieve.train.quantise import hidden
+
     digest = hashlib.blake2b(digest_size=16)
     kept = base.state_dict(keep_vars=True)
-    for name, tensor in sorted([*base.named_parameters(), *base.named_buffers()]):
+    for name, tensor in sorted([*base.named_parameters(), *base.named_buffers(), *hidden(base)]):
         if name in kept and not tensor.requires_grad:
             flat = tensor.detach().cpu().contiguous().flatten()
             digest.update(name.encode())

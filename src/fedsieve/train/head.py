@@ -93,7 +93,8 @@ def _sized_by_classes(model: PreTrainedModel) -> dict[str, int]:
     return {
         name: [a == b for a, b in zip(one.shape, larger[name].shape, strict=True)].index(False)
         for name, one in model.named_parameters()
-        if one.shape != larger[name].shape
+        # Quantised weights are packed into another shape, and are of no head.
+        if one.is_floating_point() and one.shape != larger[name].shape
     }
 
 

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +20,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -28,10 +27,10 @@ from fedsieve.algebra.adapter import Adapter, Layout, Tree, layout_of
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.errors import FedSieveError, nearest
-from fedsieve.settings import Lora, Task
+from fedsieve.settings import Dtype, Lora, Quantization, Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
-from fedsieve.train import card, parts, prepared, targets
+from fedsieve.train import card, parts, prepared, quantise, targets
 from fedsieve.train.card import Saved, Told
 from fedsieve.train.declared import names_held, refuse_larger
 from fedsieve.train.digest import BaseDigest
@@ -219,11 +218,13 @@ class ResidentModel:
     def merge(self, adapter: Adapter, folder: Path, told: Told = _NOTHING) -> None:
         """Write the whole model with the adapter added into its weights. Uses up the resident.
 
-        Raises FedSieveError if there can be no such folder.
+        Of a quantised base the weights are those floats that it stands for: what was trained.
+        Raises FedSieveError if there can be no such folder, or no such weights.
         """
         _make(folder)
         self.put(adapter)
         model = self.model
+        quantise.dequantise(model, _NAME)
         self._save_whole(
             model.merge_and_unload() if isinstance(model, PeftModel) else model, folder, told
         )
@@ -259,7 +260,10 @@ def load_base(
     classes: Sequence[str] = (),
     *,
     key: Key,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Dtype = "float32",
+    quantization: Quantization = "none",
+    double_quantization: bool = False,
+    whole: Sequence[str] = (),
     pad_token_id: int | None = None,
     settings: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
@@ -268,19 +272,20 @@ def load_base(
 
     classes:  names of the labels; a classifier without a head for them gets a new one, drawn from
               `key`, and one that has them in another order gets its rows into this one (head.py)
+    quantization, double_quantization: how the body's linear layers are held (quantise.py)
+    whole:    modules that are to be trained whole (lora.whole), and so are not quantised
     pad_token_id: the tokenizer's
     settings: changes to the model's configuration, such as its dropout rates, and to nothing else
               of how it is loaded
     trust_remote_code: that the model's own code, from the hub or its folder, is run was asked for
               by who started this
-    Raises FedSieveError if the model cannot be found or read, if its weights are pickled, if it is
-    quantised, if more than a head would have to be drawn, or if it does not keep to what every
-    model must (trial.py).
+    Raises FedSieveError if the model cannot be found or read, if its weights are pickled, if it
+    cannot be had in the form that is asked, if more than a head would have to be drawn, or if it
+    does not keep to what every model must (trial.py).
     """
     refuse_pickled(name)
-    _refuse_quantised(name, settings or {})
+    form = quantise.form_of(name, settings or {}, quantization, double_quantization)
     _refuse_no_setting(name, settings or {}, trust_remote_code)
-    given: dict[str, Any] = {"dtype": getattr(torch, dtype), **(settings or {})}
     asked = catalogue.load(task)
     kind = getattr(transformers, asked.auto)
     config = pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
@@ -290,17 +295,22 @@ def load_base(
         if settings:
             asked_for = pretrained(AutoConfig, name, trust_remote_code=False, **settings)
         _made(name, kind, lambda: refuse_larger(name, kind, asked_for))
-    given |= asked.config(classes)
-    given |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-    given |= {"use_safetensors": True, "trust_remote_code": trust_remote_code}
+    told = {**(settings or {}), **asked.config(classes)}
+    given: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
+    given |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
+    given |= {"trust_remote_code": trust_remote_code}
+    if form is not None:
+        told, more = _in_form(form, double_quantization, kind, name, told, given, whole, task)
+        given |= more
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(word(key.at("head")))
-        model, info = pretrained(kind, name, **given)
+        model, info = pretrained(kind, name, **told, **given)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise FedSieveError(
             f"model {name!r} has an adapter in its folder already, and a second one would mix with "
             "it: merge the first into its base (PEFT's merge_and_unload), and give that"
         )
+    quantise.settle(model, given["dtype"])
     # A head of another size is drawn anew, nothing else: a base of random weights is no base.
     odd = sorted(n for n, *_ in info["mismatched_keys"] if n.startswith(model.base_model_prefix))
     if odd:
@@ -320,6 +330,39 @@ def load_base(
         match_rows(model, known, classes, drawn, key.at("head"))
     settle(model, task, pad_token_id)
     return model
+
+
+def _in_form(
+    form: str,
+    double: bool,
+    kind: Any,
+    name: str,
+    told: dict[str, Any],
+    given: dict[str, Any],
+    whole: Sequence[str],
+    task: Task,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `from_pretrained` is given for a base in a form of quantise.py: of its configuration, in
+    the place of `told`, and beside `given`.
+
+    What is to stay as it is must be known before the first weight is read, so it is found over
+    tensors without numbers.
+    """
+    config = pretrained(AutoConfig, name, trust_remote_code=given["trust_remote_code"], **told)
+    own = getattr(config, "quantization_config", None)
+    if own is not None:
+        del config.quantization_config
+    shape, info = pretrained(kind, name, config=config, **given, device_map={"": "meta"})
+    drawn = {*info["missing_keys"]}
+    if own is None:  # else packed weights have another shape
+        drawn |= {name for name, *_ in info["mismatched_keys"]}
+    parts.freeze_loaded(shape, drawn)
+    trained = parts.trained_whole(shape, whole, head=catalogue.load(task).head)
+    kept = quantise.kept_whole(shape, trained)
+    if own is None:
+        return told, quantise.loading(form, double, given["dtype"], kept)
+    config.quantization_config = quantise.leaving(form, own, kept, info["unexpected_keys"])
+    return {"config": config}, {"device_map": {"": "cpu"}}
 
 
 def shape_of(name: str, task: Task, classes: int) -> PreTrainedModel:
@@ -368,8 +411,8 @@ def set_up(
 def _dense_lora(base: PreTrainedModel, task: Task, lora: Lora) -> Layout:
     """The layout that LoRA would have in a model, which is left as it is; or an empty one."""
     # The twin's modules are its own, and its parameters the model's: nothing large is copied.
-    shared = {id(p): p for p in [*base.parameters(), *base.buffers()]}
-    twin = copy.deepcopy(base, dict(shared))
+    known = {id(p): p for p in [*base.parameters(), *base.buffers()]} | quantise.shared(base)
+    twin = copy.deepcopy(base, known)
     trained = [(p, p.requires_grad) for p in base.parameters()]
     try:
         return attach(twin, task, lora, key=Key(0), device=base.device).layout
@@ -389,13 +432,14 @@ def whole(
     lora.whole names. Raises FedSieveError if there is none.
     """
     chosen = parts.trained_whole(base, lora.whole, head=True) if trains == "head" else set()
+    quantise.refuse_trained(base, sorted(chosen))
     ids = {id(base.get_parameter(name)) for name in chosen}
     for parameter in base.parameters():
         parameter.requires_grad_(trains == "all" or id(parameter) in ids)
     slots = _slots(base)
     tensors = {name: getattr(*slot) for name, slot in slots.items()}
     _in_float32(slots.values())
-    base.to(device)
+    quantise.move(base, device)
     if device.type == "cpu":
         speed_up(base)
     layout = layout_of(tensors, 1.0)
@@ -413,12 +457,13 @@ def attach(
     """
     targets.check_names(base, lora)
     chosen = parts.trained_whole(base, lora.whole, head=catalogue.load(task).head)
+    quantise.refuse_trained(base, sorted(chosen))
     modules = parts.modules_of(base, chosen)
     tied = parts.tied_places(base)
     parts.refuse_tied(tied, modules, "lora.whole")
     config = targets.config_of(base, task, lora, modules)
     # Random numbers are drawn on the CPU, so that every device starts from the same adapter.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quantise.sparing(base):
         torch.manual_seed(word(key.at("adapter")))
         try:
             model = get_peft_model(base, config)
@@ -457,7 +502,7 @@ def attach(
     loras = {name: each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
     if base.device.type != "meta":
         run_with_pairs(model, task, loras)
-    model.to(device)
+    quantise.move(model, device)
     if device.type == "cpu":
         speed_up(model)
     ties = _ties(model, slots)
@@ -508,21 +553,6 @@ def _made(name: str, kind: Any, make: Callable[[], Any]) -> Any:
             f"model {name!r} cannot be loaded: {first} (give a folder that exists, a name on the "
             "hub, or a name that `fedsieve fetch` knows)"
         ) from error
-
-
-def _refuse_quantised(name: str, settings: Mapping[str, Any]) -> None:
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-        config = dict(config)
-    except Exception:  # as `pretrained`, which says what is wrong
-        return
-    asked = sorted({"quantization_config", "load_in_4bit", "load_in_8bit"} & set(settings))
-    if asked or config.get("quantization_config") is not None:
-        by = f" by model.settings.{asked[0]}" if asked else ""
-        raise FedSieveError(
-            f"model {name!r} is quantised{by}, and such bases are not supported yet: give one of "
-            "float32, bfloat16 or float16"
-        )
 
 
 def _refuse_no_setting(name: str, settings: Mapping[str, Any], trust_remote_code: bool) -> None:

@@ -1,0 +1,396 @@
+"""A base in 4 or 8 bits: what is quantised and what is not, that every method that leaves it alone
+trains over it, and that what is saved computes what was trained.
+"""
+
+import json
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import fedsieve
+from fedsieve import methods
+from fedsieve.algebra.budget import Budget
+from fedsieve.algebra.keys import Key
+from fedsieve.engine.loop import begin, rounds
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.experiment import assemble
+from fedsieve.recipe.method import build_method
+from fedsieve.run import runner
+from fedsieve.settings import Lora, Quantization, Sampling, Task, Training
+from fedsieve.sites import limits
+from fedsieve.tasks.tokens import Texts
+from fedsieve.train import quantise
+from fedsieve.train.batch import inputs
+from fedsieve.train.changes import refuse_quantised
+from fedsieve.train.digest import base_digest
+from fedsieve.train.local import evaluate
+from fedsieve.train.model import ResidentModel, load_base, set_up
+from tests import runs
+from tests.conftest import LABELS, Tiny
+from tests.train import small
+from tests.train.test_trial import CLASSES, CPU, classified, continued
+
+pytest.importorskip("bitsandbytes")
+
+FORMS: tuple[Quantization, ...] = ("nf4", "int8")
+KINDS: dict[str, tuple[Task, tuple[str, ...], tuple[str, ...]]] = {
+    "llama": ("causal-lm", ("q_proj", "v_proj"), ()),
+    "bert": ("classification", ("query", "value"), CLASSES),
+}
+CHANGE_THE_BASE = {"flora", "fedex_lora", "full"}
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("quantised")
+    found = {kind: small.make(kind, task, place / kind) for kind, (task, *_) in KINDS.items()}
+    for folder in found.values():
+        small.tokenizer().save_pretrained(folder)
+    return found
+
+
+def base_of(folder: Path, kind: str, form: Quantization, **more: Any) -> Any:
+    task, _, classes = KINDS[kind]
+    given = {"quantization": form, "pad_token_id": small.PAD, **more}
+    return load_base(str(folder), task, classes, key=Key(0), **given)
+
+
+def resident_of(
+    folder: Path, kind: str, form: Quantization, trains: Any = "lora", **more: Any
+) -> ResidentModel:
+    task, targets, _ = KINDS[kind]
+    lora = Lora(rank=4, alpha=8.0, dropout=0.0, targets=targets, whole=more.get("whole", ()))
+    return set_up(base_of(folder, kind, form, **more), task, lora, trains, key=Key(0), device=CPU)
+
+
+@cache
+def examples_of(kind: str) -> Texts:
+    return (classified if KINDS[kind][0] == "classification" else continued)(small.tokenizer())
+
+
+def moved(resident: ResidentModel) -> Any:
+    """An adapter whose pairs add something."""
+    start, draw = resident.adapter(), torch.Generator().manual_seed(1)
+    tensors = {n: t + 0.1 * torch.randn(t.shape, generator=draw) for n, t in start.tensors.items()}
+    return start._replace(tensors=tensors)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_that_leaves_the_base_alone_trains_over_it(
+    folders: dict[str, Path], kind: str, form: Quantization
+) -> None:
+    folder, examples = folders[kind], examples_of(kind)
+    made: dict[str, ResidentModel] = {}
+    for name in methods.names():
+        if name == "head" and kind == "llama":
+            continue  # a language model has none that is trained alone
+        method = methods.load(name)()
+        if name in CHANGE_THE_BASE:
+            with pytest.raises(FedSieveError, match=rf"{name!r} changes the base's .*{form!r}"):
+                refuse_quantised(str(folder), form, method, name)
+            continue
+        refuse_quantised(str(folder), form, method, name)
+        if method.trains not in made:
+            made[method.trains] = resident_of(folder, kind, form, method.trains)
+        resident = made[method.trains]
+        before = base_digest(resident.model, str(folder)).weights
+        start = resident.adapter()
+        experiment = assemble(
+            resident,
+            method,
+            {id: lambda: examples for id in ("0", "1")},
+            {"0": 4, "1": 4},
+            {"0": Budget(0.5, 0.5, 0.5), "1": Budget()},
+            training=Training(steps=2, batch=4, lr=0.05, precision="fp32"),
+            rounds=1,
+            sampling=Sampling(size=2),
+            seed=0,
+            test=examples,
+        )
+        first, progress = begin(experiment.federation, start)
+        *_, (last, receipts, progress) = rounds(experiment.federation, progress, 1)
+        assert all(receipt.dropped is None for receipt in receipts), name
+        assert first.eval_loss is not None
+        assert last.eval_loss is not None
+        assert last.eval_loss < first.eval_loss + 0.5, name
+        after = method.export(progress.state).tensors
+        assert any(not torch.equal(after[n], start.tensors[n]) for n in start.tensors), name
+        resident.put(start)
+        assert base_digest(resident.model, str(folder)).weights == before, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear_layers_of_the_body_are_quantised_and_nothing_else(
+    folders: dict[str, Path], kind: str, form: Quantization, dtype: Any
+) -> None:
+    base = base_of(folders[kind], kind, form, dtype=dtype)
+    own = AutoModelForCausalLM if kind == "llama" else AutoModelForSequenceClassification
+    plain = own.from_pretrained(folders[kind])
+    body = [n for n, m in plain.base_model.named_modules() if isinstance(m, nn.Linear)]
+    expected = {f"{plain.base_model_prefix}.{name}" for name in body}
+    assert {name for name, _ in quantise.layers(base)} == expected
+    floats = {p.dtype for p in base.parameters() if p.is_floating_point()}
+    assert floats == {getattr(torch, dtype)}
+    numbers = sum(plain.get_submodule(name).weight.numel() for name in expected)
+    whole = sum(p.numel() for p in plain.parameters()) - numbers
+    each = {"nf4": 0.5 + 4 / 64, "int8": 1.0}[form]
+    at_least = numbers * each + whole * getattr(torch, dtype).itemsize
+    # Scales of 8 bits are one a row, and these rows are short; 4 bits have tables beside them.
+    assert at_least <= quantise.held_bytes(base) < 1.2 * at_least + 14 * 256
+    again = base_of(folders[kind], kind, form, dtype=dtype)
+    source = str(folders[kind])
+    assert base_digest(base, source) == base_digest(again, source)
+    float_base = base_of(folders[kind], kind, "none", dtype=dtype)
+    assert base_digest(base, source) != base_digest(float_base, source)
+
+
+def test_the_scales_are_part_of_what_a_base_is(folders: dict[str, Path]) -> None:
+    for form in FORMS:
+        base = base_of(folders["llama"], "llama", form)
+        before = base_digest(base, str(folders["llama"]))
+        _, layer = next(quantise.layers(base))
+        (layer.state.SCB if form == "int8" else layer.weight.quant_state.absmax).mul_(1.01)
+        assert base_digest(base, str(folders["llama"])) != before
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_trained_whole_stays_in_float(folders: dict[str, Path], form: Quantization) -> None:
+    whole = ("pooler", "LayerNorm", "word_embeddings")
+    resident = resident_of(folders["bert"], "bert", form, whole=whole)
+    names = set(resident.layout.names)
+    assert any("pooler.dense.weight" in name for name in names)
+    assert any("word_embeddings.weight" in name for name in names)
+    assert {t.dtype for t in resident.adapter().tensors.values()} == {torch.float32}
+    quantised = {name for name, _ in quantise.layers(resident.model)}
+    assert not any("pooler" in name or "classifier" in name for name in quantised)
+    assert len(quantised) == 12
+
+
+def test_what_the_checkpoint_lacks_is_drawn_and_not_quantised(tmp_path: Path) -> None:
+    """A masked language model has no pooler: a classifier's is drawn, and so it is trained."""
+    from safetensors.torch import load_file, save_file
+
+    folder = small.make("bert", "classification", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    kept = {n: t for n, t in tensors.items() if "pooler" not in n and "classifier" not in n}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    base = base_of(folder, "bert", "nf4")
+    drawn = {n for n, p in base.named_parameters() if p.requires_grad}
+    assert drawn == {
+        f"{m}.{p}" for m in ("bert.pooler.dense", "classifier") for p in ("weight", "bias")
+    }
+    assert all(base.get_parameter(name).is_floating_point() for name in drawn)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
+def test_a_merged_model_computes_what_was_trained(
+    folders: dict[str, Path], tmp_path: Path, kind: str, form: Quantization, monkeypatch: Any
+) -> None:
+    """GPT-2 has its weights the other way round."""
+    if kind == "gpt2":
+        monkeypatch.setitem(KINDS, "gpt2", ("causal-lm", ("c_attn",), ()))
+        folders = {**folders, "gpt2": small.make("gpt2", "causal-lm", tmp_path / "gpt2")}
+    resident = resident_of(folders[kind], kind, form)
+    adapter, examples = moved(resident), examples_of("bert" if kind == "bert" else "llama")
+    resident.put(adapter)
+    resident.model.eval()
+    own = logits(resident.model, examples)
+    resident.merge(adapter, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    merged, info = auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values())
+    # Layers of 8 bits round what they are given, and those that are merged do not.
+    tolerance = {"nf4": 1e-4, "int8": 0.05}[form] * float(own.abs().max())
+    found = logits(merged.eval(), examples)
+    assert torch.allclose(found, own, atol=tolerance)
+    plain = logits(auto.from_pretrained(folders[kind]).eval(), examples)
+    assert not torch.allclose(plain, own, atol=tolerance)
+
+
+def logits(model: Any, examples: Texts) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**inputs(model, examples, CPU)).logits
+    return found * (examples.attention_mask[..., None] if found.ndim == 3 else 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_head_alone_is_saved_with_the_quantised_body(
+    folders: dict[str, Path], tmp_path: Path, form: Quantization
+) -> None:
+    resident = resident_of(folders["bert"], "bert", form, "head")
+    adapter, examples = moved(resident), examples_of("bert")
+    expected = evaluate(resident, adapter, examples, precision="fp32").loss
+    resident.save(adapter, tmp_path)
+    again = resident_of(tmp_path, "bert", "none", "head")
+    assert quantise.form_in(str(tmp_path)) == form
+    found = evaluate(again, again.adapter(), examples, precision="fp32").loss
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_base_that_comes_quantised(
+    folders: dict[str, Path], tmp_path: Path, kind: str, form: Quantization
+) -> None:
+    base = base_of(folders[kind], kind, form)
+    base.save_pretrained(tmp_path)
+    own, targets = base_digest(base, str(folders[kind])).weights, KINDS[kind][1]
+    for asked in ("none", form):
+        again = base_of(tmp_path, kind, asked)
+        assert [n for n, _ in quantise.layers(again)] == [n for n, _ in quantise.layers(base)]
+        assert base_digest(again, str(tmp_path)).weights == own
+    other: Quantization = "int8" if form == "nf4" else "nf4"
+    with pytest.raises(FedSieveError, match=rf"is quantised already, in {form}"):
+        base_of(tmp_path, kind, other)
+    with pytest.raises(FedSieveError, match=r"'flora' changes the base"):
+        refuse_quantised(str(tmp_path), "none", methods.load("flora")(), "flora")
+    if kind == "llama":  # as a classifier it gets a head, which is drawn
+        classifier = load_base(
+            str(tmp_path), "classification", CLASSES, key=Key(0), pad_token_id=small.PAD
+        )
+        lora = Lora(rank=2, targets=targets)
+        resident = set_up(classifier, "classification", lora, "lora", key=Key(0), device=CPU)
+        assert any("score" in name for name in resident.layout.names)
+        assert sum(1 for _ in quantise.layers(classifier)) == 14
+    else:
+        with pytest.raises(FedSieveError, match=r"pooler.*trained whole.*holds it quantised"):
+            resident_of(tmp_path, kind, "none", whole=("pooler",))
+
+
+# What is asked, and what is said of it.
+REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "double of 8 bits": ({}, {"quantization": "int8", "double_quantization": True}, "of nf4"),
+    "double of nothing": ({}, {"double_quantization": True}, "of nf4"),
+    "gptq": ({"quant_method": "gptq", "bits": 4}, {}, r"'gptq'.*pip install"),
+    "awq": ({"quant_method": "awq", "bits": 4}, {}, r"'awq'.*pip install gptqmodel"),
+    "fp8": ({"quant_method": "fp8"}, {}, "'fp8', and no LoRA"),
+    "a list": ([1], {}, "unknown"),
+    "settings": ({}, {"settings": {"load_in_4bit": True}}, r"say it by model\.quantization"),
+    "scales": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quantization": "nf4", "double_quantization": True},
+        "its scales are not",
+    ),
+    "weights that are not quantised": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {},
+        "model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_had_is_refused_in_a_sentence(
+    folders: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    told, asked, said = REFUSED[case]
+    folder = small.make("llama", "causal-lm", tmp_path)
+    if told:
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = told
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FedSieveError, match=said) as refused:
+        base_of(folder, "llama", "none", **asked)
+    assert len(str(refused.value)) < 500
+
+
+def test_without_the_package_it_is_said_how_to_get_it(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as Python has it for none
+    with pytest.raises(FedSieveError, match=r"pip install 'fedsieve\[quant\]'") as refused:
+        base_of(folders["llama"], "llama", "nf4")
+    assert str(folders["llama"]) not in str(refused.value)  # a site's may be told to its server
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"quantization": "int4"}, r"model\.quantization"),
+        ({"quantization": "int8", "double_quantization": True}, "double_quantization"),
+    ],
+)
+def test_a_recipe_says_how(tiny: Tiny, model: dict[str, Any], said: str) -> None:
+    with pytest.raises(FedSieveError, match=said):
+        recipes.check(tiny.table(model={"source": str(tiny.bert), **model}))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    tiny: Tiny, tmp_path: Path, form: Quantization
+) -> None:
+    changes: dict[str, Any] = {"model__quantization": form, "rounds": 3}
+    whole = runs.start(tiny, tmp_path / "whole", **changes)
+
+    def stop(summary: Any, _: Any) -> None:
+        if summary.round == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(runner.Stopped):
+        runs.start(tiny, tmp_path / "stopped", stop, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsieve.report.write", lambda *_: [])
+        again = runner.resume(tmp_path / "stopped", runs.quiet)
+    assert set(again.tensors) == set(whole.tensors)
+    assert all(torch.equal(again.tensors[n], t) for n, t in whole.tensors.items())
+    for log in ("metrics.jsonl", "clients.jsonl"):
+        assert runs.untimed(tmp_path / "stopped", log) == runs.untimed(tmp_path / "whole", log)
+    runner.export(tmp_path / "whole", tmp_path / "merged", merge=True)
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.label2id.keys() == set(LABELS)
+    assert not quantise.is_quantised(merged)
+
+
+def test_a_method_that_changes_the_base_is_refused_before_it_is_loaded(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsieve.recipe.experiment.load_base", None)
+    for name in sorted(CHANGE_THE_BASE):
+        with pytest.raises(FedSieveError, match=rf"method '{name}' changes.*= 'nf4'"):
+            runs.start(
+                tiny,
+                tmp_path / name,
+                model__quantization="nf4",
+                method={"name": name},
+                budgets=[{}],
+            )
+
+
+def test_a_notebook_says_it_too(tiny: Tiny) -> None:
+    rows = Dataset.from_csv(str(tiny.train)).select(range(8))
+    given: dict[str, Any] = {"rounds": 1, "device": "cpu", "lora": Lora(rank=2)}
+    run = fedsieve.finetune(
+        tiny.bert, [rows], fedsieve.fedit(), quantization="nf4", dtype="bfloat16", **given
+    )
+    assert [round.round for round in run.finish().metrics] == [0, 1]
+    assert quantise.is_quantised(run._experiment.resident.model)
+    with pytest.raises(FedSieveError, match="this method changes the base's weights"):
+        fedsieve.finetune(tiny.bert, [rows], fedsieve.flora(), quantization="nf4", **given)
+    for wrong in ({"quantization": "int4"}, {"dtype": "int8"}, {"double_quantization": True}):
+        with pytest.raises(FedSieveError, match=next(iter(wrong))):
+            fedsieve.finetune(tiny.bert, [rows], fedsieve.fedit(), **given, **wrong)
+
+
+def test_a_site_counts_what_quantised_weights_take(tiny: Tiny) -> None:
+    """The largest weight as floats, and for 8 bits what the layers are given."""
+    recipe = recipes.check(tiny.table(data__classes=list(LABELS)))
+    shape = limits._shape(recipe, build_method(recipe)).model
+    assert quantise.beside(shape, "none", 8, 16) == 0
+    assert quantise.beside(shape, "nf4", 8, 16) == 4 * 32 * 16
+    inside = 4 * 16 + 16 + 32  # of a layer: query, key, value, output; up; down
+    given = 2 * inside + 16 + 16  # and of the pooler and the head
+    assert quantise.beside(shape, "int8", 8, 16) >= 4 * (32 * 16 + 8 * 16 * given)
