@@ -110,7 +110,7 @@ def test_every_method_that_leaves_the_base_alone_trains_over_it(
             {id: lambda: examples for id in ("0", "1")},
             {"0": 4, "1": 4},
             {"0": Budget(0.5, 0.5, 0.5), "1": Budget()},
-            training=Training(steps=1, batch=4, lr=0.05, precision="fp32"),
+            training=Training(steps=2, batch=4, lr=0.05, precision="fp32"),
             sampling=Sampling(size=2),
             seed=0,
             test=examples,
