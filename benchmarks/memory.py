@@ -4,9 +4,10 @@ For MiniLM-L6 (20 classes, batches of 16 x 64 tokens) and SmolLM2-135M (causal L
 method, rank and type of the base, each in a process of its own: libraries are imported and warmed
 up, the model is loaded, and a client takes its part in a round of three steps. The most that the
 process has held in training (the kernel's VmHWM, set back before), less what it held before the
-model was loaded, is compared with `fedsieve methods --memory`. The C library's allocator is told to
-give back freed tensors at once (MALLOC_MMAP_THRESHOLD_), or its caches would be measured. Linux
-only. Needs `fedsieve fetch minilm-l6 smollm2`.
+model was loaded and the pages of programs that came in since, is compared with `fedsieve methods
+--memory`. The C library's allocator is told to give back freed tensors at once
+(MALLOC_MMAP_THRESHOLD_), or its caches would be measured. Linux only. Needs `fedsieve fetch
+minilm-l6 smollm2`.
 
     python benchmarks/memory.py [--models minilm-l6] [--methods fedit flasc] [--json FILE]
 """
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedsieve import methods
 from fedsieve.algebra.budget import Budget, Client
@@ -110,6 +110,18 @@ def resident_bytes(what: str) -> int:
     raise SystemExit("no /proc/self/status: Linux alone says what a process holds")
 
 
+def of_libraries() -> int:
+    """Bytes of this process that are programs' own: pages of shared libraries, read as they run."""
+    found, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if "-" in first and ":" not in first:
+            inside = len(rest) > 4 and ".so" in Path(rest[4]).name
+        elif inside and first == "Rss:":
+            found += int(rest[0]) * 1024
+    return found
+
+
 def examples_of(case: Case) -> Texts:
     """Rows that are full of tokens, random ones."""
     setting = SETTINGS[case.model]
@@ -119,16 +131,27 @@ def examples_of(case: Case) -> Texts:
     return Texts(ids, torch.ones_like(ids), labels)
 
 
+def loaded(case: Case) -> Any:
+    """The base, with every page of its weights in memory: of a file that is mapped, those alone are
+    there that were looked at.
+    """
+    setting = SETTINGS[case.model]
+    task = "causal-lm" if setting.classes == 1 else "classification"
+    classes = [str(n) for n in range(setting.classes)] if setting.classes > 1 else ()
+    dtype: Any = case.dtype
+    base = load_base(locate(case.model), task, classes, key=Key(0), dtype=dtype, pad_token_id=0)
+    for parameter in base.parameters():
+        parameter.sum()
+    return base
+
+
 def warm_up(case: Case) -> None:
-    """One step of one layer, so that programs which load at their first use are there."""
-    config = AutoConfig.from_pretrained(locate(case.model), num_hidden_layers=1)
-    one = SETTINGS[case.model].classes == 1
-    kind: Any = AutoModelForCausalLM if one else AutoModelForSequenceClassification
-    model = kind.from_config(config, dtype=torch.float32)
+    """Load the model and run one step, so that programs which come at their first use are there."""
+    model = loaded(case).requires_grad_(True)
     examples = examples_of(case)
-    labels = examples.input_ids[:2] if one else torch.zeros(2, dtype=torch.int64)
+    labels = examples.labels[:2] if SETTINGS[case.model].classes > 1 else examples.input_ids[:2]
     with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16"):
-        model(input_ids=examples.input_ids[:2], labels=labels).loss.backward()
+        model(input_ids=examples.input_ids[:2, :16], labels=labels[..., :16]).loss.backward()
 
 
 def measured(case: Case) -> int:
@@ -140,10 +163,8 @@ def measured(case: Case) -> int:
     examples = examples_of(case)
     warm_up(case)
     gc.collect()
-    before = resident_bytes("VmRSS")
-    classes = [str(n) for n in range(setting.classes)] if setting.classes > 1 else ()
-    dtype: Any = case.dtype
-    base = load_base(locate(case.model), task, classes, key=Key(0), dtype=dtype, pad_token_id=0)
+    before, programs = resident_bytes("VmRSS"), of_libraries()
+    base = loaded(case)
     lora = Lora(rank=case.rank, alpha=float(case.rank))
     resident = set_up(base, task, lora, method.trains, key=Key(0), device=torch.device("cpu"))
     start, key = resident.adapter(), Key(0, 1, "0")
@@ -162,7 +183,7 @@ def measured(case: Case) -> int:
 
     reply, _ = take_part(method, train, start, client, {}, key, message)
     assert reply.reason is None, reply.reason
-    return most - before
+    return most - before - (of_libraries() - programs)
 
 
 def in_a_process(case: Case) -> int:
