@@ -619,6 +619,12 @@ def costs_of(
         int | None,
         typer.Option(min=2, max=1_000_000, help="How many labels, where the recipe lists none."),
     ] = None,
+    clients: Annotated[
+        int | None, typer.Option(min=1, max=1_000_000, help="How many, where the rows would tell.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Of each client, where budgets depend on them.")
+    ] = None,
     most: Annotated[
         float | None,
         typer.Option(
@@ -634,22 +640,27 @@ def costs_of(
     quiet()
     from fedsieve.costs.whole_run import of_recipe
 
-    bill = of_recipe(given, classes)
+    bill = of_recipe(given, classes, clients, rows)
     trained, all_of = bill.numbers
     say(
         f"{given.name}: {given.method.name}, {trained:,} trained numbers beside {all_of:,} of the "
-        f"model; {bill.asked:g} clients a round, {count(bill.rounds, 'round')}"
+        f"model; {bill.asked:,.4g} clients a round, {count(bill.rounds, 'round')}"
     )
     table = Table(box=None, pad_edge=False)
-    for title in ("ratio", "down", "up", "clients", "rank", "memory", "sent down", "sent up"):
+    for title in ("ratio", "down", "up", "clients", "a round: down", "up"):
         table.add_column(title, justify="right")
-    for budget, clients, cost in bill.costs:
-        figures = (f"{part / MB:,.3f} MB" for part in (cost.memory, cost.down, cost.up))
-        shares = (f"{share:g}" for share in budget)
-        table.add_row(*shares, f"{clients:,}", str(cost.rank) if cost.rank else "-", *figures)
+    for part in bill.parts:
+        both = (part.down, part.up)
+        sent = ("-" if each is None else f"{each / MB:,.3f} MB" for each in both)
+        table.add_row(*(f"{share:g}" for share in part.budget), f"{part.clients:,}", *sent)
     console.print(table)
-    say(f"a round: {bill.each / MB:,.3f} MB; dense LoRA's: {bill.dense / MB:,.3f} MB")
-    say(f"the run: {bill.total / MB:,.1f} MB")
+    if bill.rehearsed < bill.rounds:
+        say(
+            f"the first {bill.rehearsed} rounds were rehearsed; the others are taken to be as the "
+            "last of them"
+            + ("" if bill.steady else ", which still change from round to round: the sum is rough")
+        )
+    say(f"the run: {bill.total / MB:,.1f} MB; of dense LoRA: {bill.dense / MB:,.1f} MB")
     if most is not None:
         left = most - bill.total / MB
         share = bill.total / MB / most

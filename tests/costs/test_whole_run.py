@@ -1,6 +1,7 @@
 """What a whole run will send, told before it begins: against runs, and against arithmetic."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import pytest
 from transformers import AutoModel, MistralConfig
 from typer.testing import CliRunner
 
+from fedsieve import methods
 from fedsieve.algebra.keys import Key
 from fedsieve.cli import app
+from fedsieve.costs import whole_run
 from fedsieve.costs.whole_run import of_recipe
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
@@ -18,34 +21,86 @@ from fedsieve.train.model import load_base, set_up, shape_of
 from tests import runs
 from tests.conftest import Tiny
 
+# Whose rounds differ from one another, whose clients differ, and who is not always there.
 KINDS: dict[str, dict[str, Any]] = {
-    "dense": {"method": {"name": "fedit"}, "budgets": [{}]},
+    **{name: {"method": {"name": name}, "budgets": [{}]} for name in methods.names()},
     "ranks": {"method": {"name": "fslora"}, "budgets": [{"ratio": 0.25}, {"ratio": 0.5}, {}]},
     "masks": {"method": {"name": "flasc"}, "budgets": [{"down": 0.5, "up": 0.25}]},
-    "all of them": {
-        "method": {"name": "fedit"}, "budgets": [{}], "sampling": {"kind": "all"},
+    "decay": {
+        "method": {"name": "flasc", "decay": 0.8}, "budgets": [{"down": 0.5, "up": 0.5}],
+    },
+    "lottery": {"method": {"name": "adapter_lth", "keep": 0.9}, "budgets": [{}]},
+    "all of them": {"method": {"name": "fedit"}, "sampling": {"kind": "all"}, "budgets": [{}]},
+    "poisson": {"method": {"name": "fedit"}, "sampling": {"kind": "poisson"}, "budgets": [{}]},
+    "away": {"method": {"name": "flora"}, "sampling": {"availability": 0.4}, "budgets": [{}]},
+    "machines": {
+        "method": {"name": "flasc"},
+        "sampling": {"extra": 2},
+        "budgets": {
+            "kind": "resources", "deadline": 60.0,
+            "tiers": [{"memory": 100.0, "down": 0.01, "up": 0.001, "step_seconds": 6.0}],
+        },
+    },
+    "layers": {
+        "method": {"name": "fedit"}, "budgets": [{}], "model__settings": {"num_hidden_layers": 1},
     },
 }  # fmt: skip
+MASKED = (
+    *("sparse_adapter", "adapter_lth", "flasc", "fed_select", "fslora_flasc", "hetlora"),
+    *("masks", "decay", "lottery", "machines"),
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bill_is_what_a_run_sends(tiny: Tiny, tmp_path: Path, kind: str) -> None:
-    given = {"rounds": 12, "cohort": 4, "partition": {"kind": "iid", "clients": 12}, **KINDS[kind]}
-    bill = of_recipe(recipe.check(tiny.table(**given)), classes=3)
-    runs.start(tiny, tmp_path / "run", **given)
+    """To the byte, but for masks: the cohorts are the run's own."""
+    table = {"rounds": 8, "cohort": 4, "partition": {"kind": "iid", "clients": 12}, **KINDS[kind]}
+    given = recipe.check(tiny.table(**table))
+    bill = of_recipe(given, classes=3, rows=20)
+    runs.start_from(given, tmp_path / "run")
     last = runs.lines(tmp_path / "run")[-1]
-    sent = last["total_bytes"]
-    assert bill.dense * bill.rounds == pytest.approx(last["dense_bytes"])
-    # Who is drawn differs from the mean over all; masks are entropy-coded.
-    within = {"ranks": 0.25, "masks": 0.1}.get(kind, 1e-9)
-    assert bill.total == pytest.approx(sent, rel=within)
-    assert sum(count for _, count, _ in bill.costs) == 12
+    assert bill.rehearsed == bill.rounds == 8
+    assert bill.dense == pytest.approx(last["dense_bytes"])
+    within = 0.05 if kind in MASKED else 1e-9
+    assert bill.total == pytest.approx(last["total_bytes"], rel=within)
+    assert sum(part.clients for part in bill.parts) == 12
+
+
+def test_rounds_that_are_not_rehearsed_are_as_the_last(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(whole_run, "_WORK", 1)
+    table = {"rounds": 600, "cohort": 4, "partition": {"kind": "iid", "clients": 12}}
+    given = {**table, "method": {"name": "fedit"}, "budgets": [{}]}
+    bill = of_recipe(recipe.check(tiny.table(**given)), classes=3)
+    assert (bill.rehearsed, bill.rounds, bill.steady) == (6, 600, True)
+    one = of_recipe(recipe.check(tiny.table(**{**given, "rounds": 1})), classes=3)
+    assert bill.total == pytest.approx(600 * one.total)
+    assert bill.dense == pytest.approx(600 * one.dense)
+    falls = {**table, "method": {"name": "flasc", "decay": 0.8}, "budgets": [{"up": 0.5}]}
+    assert not of_recipe(recipe.check(tiny.table(**falls)), classes=3).steady
+
+
+def test_a_hundred_thousand_clients_are_soon_counted(tiny: Tiny) -> None:
+    table = {"rounds": 2, "cohort": 4, "partition": {"kind": "iid", "clients": 100_000}}
+    began = time.monotonic()
+    bill = of_recipe(recipe.check(tiny.table(**table)), classes=3)
+    assert sum(part.clients for part in bill.parts) == 100_000
+    assert time.monotonic() - began < 20
 
 
 def test_what_a_recipe_leaves_open_is_asked_for(tiny: Tiny) -> None:
     by_owner = {"partition": {"kind": "column", "column": "author"}}
-    with pytest.raises(FedSieveError, match=r"how many clients partition\.kind 'column' makes"):
-        of_recipe(recipe.check(tiny.table(**by_owner)), classes=3)
+    given = recipe.check(tiny.table(**by_owner))
+    with pytest.raises(FedSieveError, match=r"clients partition\.kind 'column' makes.*--clients"):
+        of_recipe(given, classes=3)
+    assert sum(part.clients for part in of_recipe(given, classes=3, clients=7).parts) == 7
+    listed = {"budgets": {"kind": "list", "clients": {"ann": {}, "bob": {"down": 0.5}}}}
+    named = of_recipe(recipe.check(tiny.table(**by_owner, **listed)), classes=3)
+    assert [part.clients for part in named.parts] == [1, 1]
+    timed = {"budgets": KINDS["machines"]["budgets"]}
+    with pytest.raises(FedSieveError, match="say how many with --rows, or give"):
+        of_recipe(recipe.check(tiny.table(**timed)), classes=3)
     with pytest.raises(FedSieveError, match="say how many with --classes"):
         of_recipe(recipe.check(tiny.table()))
 
@@ -66,8 +121,10 @@ def test_the_contests_recipes_differ_in_their_rows_alone() -> None:
     assert len(asked) == 4
 
 
-def test_the_contest_fits_its_budget(tmp_path: Path) -> None:
+def test_the_contest_fits_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Mistral-7B the configuration is enough; transformers' defaults are its sizes."""
+    monkeypatch.setattr(whole_run, "_FEWEST", 1)
+    monkeypatch.setattr(whole_run, "_WORK", 1)
     MistralConfig(vocab_size=32_768, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
     asked = ["costs", CONTEST[0], f"model.source={tmp_path}", "--most", "200000"]
     result = CliRunner().invoke(app, asked)

@@ -74,6 +74,18 @@ def test_what_the_error_about_anothers_option_says_to_do_can_be_done() -> None:
     assert changed.method.model_extra == {}
 
 
+def test_an_override_without_a_value_takes_the_key_out() -> None:
+    """So a recipe that ships can be pointed at a file, which has no splits."""
+    own = ["data.train=mine.csv", "data.train_split=", "data.test_split= ", "training.steps="]
+    changed = recipes.load("demo", own)
+    data = changed.data
+    assert (data.train, data.train_split, data.test_split) == ("mine.csv", None, None)
+    assert changed.training.steps is None
+    assert changed.training.lr == recipes.load("demo").training.lr
+    with pytest.raises(FedSieveError, match=r"no data\.train_splt to take out .*'train_split'"):
+        recipes.load("demo", ["data.train_splt="])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

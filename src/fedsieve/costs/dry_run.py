@@ -46,15 +46,15 @@ class Rehearsed(NamedTuple):
 
 def rounds(method: Method, layout: Layout, clients: Sequence[Client]) -> Iterator[Rehearsed]:
     """So many rounds in which all clients take part."""
-    start = _start(layout)
-    state = method.init(start)
+    begun = start(layout)
+    state = method.init(begun)
     memories: dict[str, Memory] = {}
     for number in range(1, ROUNDS + 1):
         key = Key(0, number)
         plan = method.plan(state, key)
         parts = []
         for client in clients:
-            part = take_part(method, plan, start, client, memories.get(client.id, {}), key)
+            part = take_part(method, plan, begun, client, memories.get(client.id, {}), key)
             memories[client.id] = part.memory
             parts.append(part)
         yield Rehearsed(state, key, parts)
@@ -70,13 +70,13 @@ def take_part(
     down = encode(payload)
     got = decode(down, start.layout)
     view, memory = method.view(got, memory, context)
-    report, memory = method.report(view, _moved(view, context.key), memory, context)
+    report, memory = method.report(view, moved(view, context.key), memory, context)
     up = encode(report)
     update = decode(up, start.layout, payload.support)
     return Part(client, view, memory, down, up, update, start, got)
 
 
-def _start(layout: Layout) -> Adapter:
+def start(layout: Layout) -> Adapter:
     """Random numbers in the layout's shapes, B zero as LoRA has it."""
     tensors: Tree = {}
     for name in layout.names:
@@ -88,7 +88,7 @@ def _start(layout: Layout) -> Adapter:
     return Adapter(layout, tensors)
 
 
-def _moved(view: View, key: Key) -> Tree:
+def moved(view: View, key: Key) -> Tree:
     """The view's tensors after noise was added to what may move."""
     trained = dict(view.adapter.tensors)
     for name in view.moves.names:

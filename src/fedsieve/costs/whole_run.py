@@ -1,93 +1,204 @@
 """What a whole run of a recipe sends, worked out before a row is read or a weight is loaded.
 
-The model's shapes come from its configuration, the clients' budgets from the recipe, and the bytes
-from a rehearsal of one client of each budget (dry_run.py). How many clients there are must be in
-the recipe: by a column of the rows it is known only once they are read.
+The run is rehearsed: the engine's own rounds with the recipe's cohorts, budgets and method, every
+message really encoded, and noise in the place of training. The model's shapes come from its
+configuration. What only the rows would tell must be said: how many clients there are, how many
+classes, and, where budgets follow from deadlines, how many rows a client has.
 """
 
-from collections import Counter
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
 
 import torch
 
+from fedsieve.algebra.adapter import Layout
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
-from fedsieve.costs.table import LARGEST, Cost, rehearse
-from fedsieve.engine.loop import dense_bytes
+from fedsieve.algebra.method import Method, View
+from fedsieve.costs import dry_run
+from fedsieve.costs.table import LARGEST
+from fedsieve.engine.local import in_process, punctual
+from fedsieve.engine.loop import Federation, Receipt, Round, begin, rounds
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import schema
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.experiment import locate
 from fedsieve.recipe.method import build_method
-from fedsieve.recipe.schema import Recipe
+from fedsieve.recipe.schema import ListBudgets, Recipe, ResourceBudgets
 from fedsieve.tasks import catalogue
+from fedsieve.train.local import Fit
 from fedsieve.train.model import set_up, shape_of
 
 _META = torch.device("meta")
+_WORK = 300_000_000  # numbers of all messages that are rehearsed, about
+_FEWEST = 6  # rounds: by then masks have begun, and whoever was away comes back
+_STEADY = 0.05  # by so much the rounds' bytes may differ from those before
+
+
+class Part(NamedTuple):
+    """Clients of one budget: how many there are, and the mean of what one sent and got a round, in
+    bytes; None where none of them was drawn.
+    """
+
+    budget: Budget
+    clients: int
+    down: float | None
+    up: float | None
 
 
 class Bill(NamedTuple):
     """What a run sends, in bytes, and what makes it up.
 
-    costs:   of each budget that clients have: how many have it, and what a round costs each
-    numbers: that are trained, and that the model has in all
-    rounds:  of the run; asked: clients a round, those whose update comes too late included
-    each:    a round's messages, both ways: the mean over the clients
-    dense:   the same where every client gets and returns all of the adapter, as float32
+    parts:     by budget
+    numbers:   that are trained, and that the model has in all
+    rounds:    of the run; rehearsed: of them, the others are taken to be as the last ones were
+    asked:     clients a round, those who come too late or not at all included: the mean
+    total:     of the whole run; dense: the same where every message were all of dense LoRA, float32
+    steady:    whether the rounds that were rehearsed came to as much one as the other; where they
+               do not and some were not rehearsed, the total is rough
     """
 
-    costs: list[tuple[Budget, int, Cost]]
+    parts: list[Part]
     numbers: tuple[int, int]
     rounds: int
+    rehearsed: int
     asked: float
-    each: float
+    total: float
     dense: float
-
-    @property
-    def total(self) -> float:
-        """Of the whole run."""
-        return self.rounds * self.each
+    steady: bool
 
 
-def of_recipe(recipe: Recipe, classes: int | None = None) -> Bill:
+def of_recipe(
+    recipe: Recipe,
+    classes: int | None = None,
+    clients: int | None = None,
+    rows: int | None = None,
+) -> Bill:
     """What a run of a recipe will send. Masks and entropy-coded values depend a little on the
-    numbers; all else is exact, but for who is drawn.
+    numbers, and clients that get no rows, which nobody knows here, are not asked in a run.
 
     classes: of the task's labels, where the recipe does not list them
-    Raises FedSieveError where the recipe leaves open how many clients or classes there are, for a
-    model that cannot be found, and for budgets that do not fit.
+    clients: how many there are, where the rows would tell
+    rows:    of each client, where budgets depend on them
+    Raises FedSieveError where the recipe leaves open what is asked for above, for a model that
+    cannot be found, and for budgets that do not fit.
     """
-    number = recipe.partition.clients
-    if number is None:
-        raise FedSieveError(
-            f"how many clients partition.kind {recipe.partition.kind!r} makes is known once the "
-            "rows are read: give partition.kind=iid and partition.clients=... to count with"
-        )
+    ids = _ids(recipe, clients)
     task = catalogue.load(recipe.model.task)
     found = classes or len(recipe.data.classes or ())
     if task.named and not found:
         raise FedSieveError("data.classes is not in the recipe: say how many with --classes")
+    timed = isinstance(recipe.budgets, ResourceBudgets)
+    if timed and rows is None and recipe.training.steps is None:
+        raise FedSieveError(
+            "budgets follow from what a client does in a round, and so from its rows: say how many "
+            "with --rows, or give training.steps"
+        )
     method = build_method(recipe)
-    base = shape_of(locate(recipe.model.source), recipe.model.task, found)
+    base = shape_of(locate(recipe.model.source), recipe.model.task, found, recipe.model.settings)
     weights = sum(parameter.numel() for parameter in base.parameters())
     resident = set_up(base, recipe.model.task, recipe.lora, method.trains, key=Key(0), device=_META)
     if resident.layout.size > LARGEST:
         raise FedSieveError(f"{resident.layout.size:,} trained numbers: too many to rehearse here")
-    counts = {f"{place:0{max(4, len(str(number - 1)))}d}": 1 for place in range(number)}
-    budgets = hand_out(recipe, method, resident.layout, counts, machines_of(recipe, counts))
-    kinds = Counter(budgets.values())
-    clients = [Client(str(place), 1, budget) for place, budget in enumerate(kinds)]
-    costs = rehearse(method, resident.layout, clients, recipe.training)
-    sampling = schema.sampling(recipe)
-    asked = float(number if sampling.kind == "all" else min(number, sampling.size + sampling.extra))
-    mean = sum(
-        count * (cost.down + cost.up) for count, cost in zip(kinds.values(), costs, strict=True)
-    )
+    counts = dict.fromkeys(ids, rows or 1)
+    machines = machines_of(recipe, counts)
+    budgets = hand_out(recipe, method, resident.layout, counts, machines)
+    everyone = [
+        Client(id, counts[id], budgets[id])
+        if machines is None
+        else Client(id, counts[id], budgets[id], machines[id].link, machines[id].step_seconds)
+        for id in sorted(ids)
+    ]
+    number = _rounds_to_rehearse(recipe, resident.layout, len(ids))
+    done = _rehearsed(recipe, method, resident.layout, resident.dense, everyone, number)
+    each = [float(summary.down_bytes + summary.up_bytes) for summary, _ in done]
+    late = each[len(each) // 2 :]
+    left = recipe.rounds - number
+    receipts = [receipt for _, of_round in done for receipt in of_round]
+    last, late_dense = done[-1][0].dense_bytes, 0.0
+    if left:
+        late_dense = (last - done[len(done) - len(late) - 1][0].dense_bytes) / len(late)
     return Bill(
-        [(*kind, cost) for kind, cost in zip(kinds.items(), costs, strict=True)],
+        _parts(everyone, receipts),
         (resident.layout.size, weights),
         recipe.rounds,
-        asked,
-        asked * mean / number,
-        asked * 2 * dense_bytes(resident.dense),
+        number,
+        len(receipts) / number,
+        sum(each) + left * fmean(late),
+        last + left * late_dense,
+        abs(fmean(late) / max(1.0, fmean(each[1 : -len(late)] or late)) - 1) < _STEADY,
     )
+
+
+def _ids(recipe: Recipe, clients: int | None) -> list[str]:
+    """The clients' ids, as a run would call them."""
+    listed: Any = None
+    if isinstance(recipe.budgets, ListBudgets | ResourceBudgets):
+        listed = recipe.budgets.clients
+    if isinstance(listed, dict):
+        return list(listed)
+    number = clients or recipe.partition.clients or len(listed or ())
+    if not number:
+        raise FedSieveError(
+            f"how many clients partition.kind {recipe.partition.kind!r} makes is known once the "
+            "rows are read: say how many with --clients"
+        )
+    width = max(4, len(str(number - 1)))
+    return [f"{place:0{width}d}" for place in range(number)]
+
+
+def _rounds_to_rehearse(recipe: Recipe, layout: Layout, clients: int) -> int:
+    """All, or as many as are soon done."""
+    sampling = schema.sampling(recipe)
+    asked = clients if sampling.kind == "all" else min(clients, sampling.size + sampling.extra)
+    return min(recipe.rounds, max(_FEWEST, _WORK // (2 * asked * max(1, layout.size))))
+
+
+def _rehearsed(
+    recipe: Recipe,
+    method: Method,
+    layout: Layout,
+    dense: Layout,
+    clients: Sequence[Client],
+    number: int,
+) -> list[tuple[Round, list[Receipt]]]:
+    """The first rounds of a run, with noise in the place of training."""
+    start, steps = dry_run.start(layout), recipe.training.steps or 1
+
+    def train(view: View, client: Client, key: Key) -> Fit:
+        return Fit(dry_run.moved(view, key), 1.0, steps, 0.0)
+
+    sampling = schema.sampling(recipe)
+    exchange = in_process(method, train, start, {})
+    federation = Federation(
+        method=method,
+        clients=clients,
+        sampling=sampling,
+        seed=recipe.seed,
+        exchange=punctual(exchange, sampling.size) if sampling.extra else exchange,
+        dense=dense,
+        spare=number,
+    )
+    _, progress = begin(federation, start)
+    return [(summary, receipts) for summary, receipts, _ in rounds(federation, progress, number)]
+
+
+def _parts(clients: Sequence[Client], receipts: Sequence[Receipt]) -> list[Part]:
+    of = {client.id: client.budget for client in clients}
+    by: dict[Budget, list[Receipt]] = defaultdict(list)
+    for receipt in receipts:
+        by[of[receipt.client]].append(receipt)
+    many: dict[Budget, int] = defaultdict(int)
+    for client in clients:
+        many[client.budget] += 1
+    return [
+        Part(
+            budget,
+            count,
+            fmean(each.down_bytes for each in by[budget]) if by[budget] else None,
+            fmean(each.up_bytes for each in by[budget]) if by[budget] else None,
+        )
+        for budget, count in sorted(many.items())
+    ]

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, nearest
 
 
 def flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -19,7 +19,7 @@ def flat(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def put(table: dict[str, Any], key: str, value: Any, said: str) -> None:
-    """Set a dotted key ("training.lr", "budgets.0.up") of a table, in place.
+    """Set a dotted key ("training.lr", "budgets.0.up") of a table, in place; None takes it out.
 
     Raises FedSieveError, beginning with `said`, if the key leads nowhere.
     """
@@ -34,4 +34,7 @@ def put(table: dict[str, Any], key: str, value: Any, said: str) -> None:
             raise FedSieveError(f"{said}: {step!r} is not a table of the recipe")
     if not isinstance(place, dict):
         raise FedSieveError(f"{said}: {last!r} is not a key of a table")
-    place[last] = value
+    if value is not None:
+        place[last] = value
+    elif place.pop(last, None) is None:
+        raise FedSieveError(f"{said}: the recipe has no {key} to take out{nearest(last, place)}")

@@ -232,12 +232,12 @@ def shipped() -> dict[str, str]:
 
 
 def override(table: dict[str, Any], given: str) -> None:
-    """Apply one "key=value" to a recipe's table, in place; see `load`."""
+    """Apply one "key=value" to a recipe's table, in place; see `load`. "key=" takes the key out."""
     key, equals, text = given.partition("=")
     if not equals or not key:
         raise FedSieveError(f"{given!r} is not of the form key=value")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"] if text.strip() else None
     except tomllib.TOMLDecodeError:
         value = text
     put(table, key.strip(), value, repr(given))

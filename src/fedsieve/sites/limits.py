@@ -249,7 +249,7 @@ def used_bytes(folder: Path) -> int:
 def _shape(recipe: Recipe, method: Method) -> ResidentModel:
     """The model with what the method trains, of shapes alone."""
     classes = len(recipe.data.classes or ())
-    base = shape_of(locate(recipe.model.source), recipe.model.task, classes)
+    base = shape_of(locate(recipe.model.source), recipe.model.task, classes, recipe.model.settings)
     with _META:
         return set_up(base, recipe.model.task, recipe.lora, method.trains, key=Key(0), device=_META)
 

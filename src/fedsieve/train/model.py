@@ -365,17 +365,19 @@ def _in_form(
     return {"config": config}, {"device_map": {"": "cpu"}}
 
 
-def shape_of(name: str, task: Task, classes: int) -> PreTrainedModel:
+def shape_of(
+    name: str, task: Task, classes: int, settings: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """A model without numbers, on the meta device, from its configuration and the names of its
     weights, where they are in a folder: what they lack of a head would be drawn at load.
     """
-    config = pretrained(AutoConfig, name, trust_remote_code=False)
+    config = pretrained(AutoConfig, name, trust_remote_code=False, **(settings or {}))
+    kind = getattr(transformers, catalogue.load(task).auto)
+    _made(name, kind, lambda: refuse_larger(name, kind, config))
     for setting, value in catalogue.load(task).config([str(n) for n in range(classes)]).items():
         setattr(config, setting, value)
     with torch.device("meta"):
-        model: PreTrainedModel = getattr(transformers, catalogue.load(task).auto).from_config(
-            config
-        )
+        model: PreTrainedModel = kind.from_config(config)
     held, prefix = names_held(name), f"{model.base_model_prefix}."
     drawn = [
         each
