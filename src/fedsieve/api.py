@@ -128,6 +128,7 @@ class Run:
             loss=last.eval_loss,
             down_bytes=sum(each.down_bytes for each in self.metrics),
             up_bytes=sum(each.up_bytes for each in self.metrics),
+            personal=self._experiment.federation.method.personal is not None,
             privacy=privacy and f"noise from the {privacy}; whoever trained it knows the epsilon",
         )
         self._experiment.resident.save(self.adapter, Path(folder), known)

@@ -136,6 +136,18 @@ def test_a_card_tells_what_the_run_logged(tiny: Tiny, tmp_path: Path) -> None:
     assert (facts["method"], facts["recipe"]) == ("fedit", "tiny")
 
 
+def test_scores_of_models_that_stay_with_clients_are_not_the_adapters(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """FedSA-LoRA's B never leaves its client, and scores are of what each has."""
+    folder = tmp_path / "run"
+    runs.start(tiny, folder, rounds=2, method={"name": "fedsa_lora"}, budgets=[{}])
+    text = (folder / rundir.ADAPTER / CARD).read_text(encoding="utf-8")
+    assert "of the clients' own models, parts of which stay with them and are not here" in text
+    front: Any = metadata_load(folder / rundir.ADAPTER / CARD)
+    assert "model-index" not in front
+
+
 @pytest.mark.parametrize("part", [(), ("bert.pooler",)])
 def test_a_module_that_is_trained_whole_is_named_once(
     tiny: Tiny, tmp_path: Path, part: tuple[str, ...]

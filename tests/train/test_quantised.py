@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -219,6 +220,27 @@ def test_a_merged_model_computes_what_was_trained(
     assert torch.allclose(found, own, atol=tolerance)
     plain = logits(auto.from_pretrained(folders[kind]).eval(), examples)
     assert not torch.allclose(plain, own, atol=tolerance)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_saved_loads_over_the_base_as_it_was_published(
+    folders: dict[str, Path], tmp_path: Path, kind: str, form: Quantization
+) -> None:
+    """Its files hold floats, whatever they became in training: nothing may say that they do not."""
+    resident = resident_of(folders[kind], kind, form)
+    adapter, examples = moved(resident), examples_of(kind)
+    resident.save(adapter, tmp_path / "saved")
+    assert (tmp_path / "saved" / "base").exists() == (kind == "bert")
+    auto = AutoPeftModelForSequenceClassification if kind == "bert" else AutoPeftModelForCausalLM
+    loaded = auto.from_pretrained(tmp_path / "saved").eval()
+    plain = resident_of(folders[kind], kind, "none")
+    plain.put(adapter)
+    assert torch.allclose(logits(loaded, examples), logits(plain.model.eval(), examples), atol=1e-5)
+    told = (tmp_path / "saved" / "README.md").read_text()
+    assert f"in training the base was held in `{form}`" in told
+    facts = json.loads((tmp_path / "saved" / "provenance.json").read_text())
+    assert facts["base"]["held_in"] == form
 
 
 def logits(model: Any, examples: Texts) -> Tensor:

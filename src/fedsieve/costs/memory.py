@@ -32,6 +32,7 @@ from fedsieve.settings import Training
 from fedsieve.tasks import catalogue
 from fedsieve.train.batch import half_type
 from fedsieve.train.dropout import speed_up
+from fedsieve.train.lengths import longest
 from fedsieve.train.local import runs_in_bf16
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
@@ -41,6 +42,7 @@ Quantised = Literal["none", "int8", "nf4"]
 PATCH = 16 * 16  # pixels of an image that make a token
 DTYPES = ("float32", "bfloat16", "float16")
 MEGA = 10**6
+PARTS = ("base", "trained", "gradients", "optimizer", "activations", "own", "peak")
 _FLOAT = 4  # bytes
 _BLOCK, _BLOCKS = 64, 256  # of bitsandbytes: weights that share a scale, scales that share one
 
@@ -62,10 +64,12 @@ class Step(NamedTuple):
 
     kept: at the end of the forward pass: what is kept for the backward pass, and the outputs
     peak: at most, gradients of what is trained included
+    counted: or else by a formula, for a model that does not run without numbers
     """
 
     kept: int
     peak: int
+    counted: bool = True
 
 
 class Needs(NamedTuple):
@@ -79,6 +83,7 @@ class Needs(NamedTuple):
                  the message, and what is kept between rounds
     peak:        of a step that is not the first. Gradients come as activations go, so it may be
                  less than the sum; what is only there between two operations makes it more
+    counted:     whether activations were counted, or follow from a formula
     """
 
     base: int
@@ -88,6 +93,7 @@ class Needs(NamedTuple):
     activations: int
     own: int
     peak: int
+    counted: bool = True
 
 
 def of_model(
@@ -149,9 +155,12 @@ def rows_of(
     return [
         {"method": name}
         | (
-            dict.fromkeys(Needs._fields, "-") | {"peak": got}
+            dict.fromkeys(PARTS, "-") | {"peak": got}
             if isinstance(got, str)
-            else {part: f"{value / MEGA:,.1f}" for part, value in got._asdict().items()}
+            else {
+                part: f"{'' if got.counted else '~'}{getattr(got, part) / MEGA:,.1f}"
+                for part in PARTS
+            }
         )
         for name, got in found
     ]
@@ -168,6 +177,9 @@ def of_client(
     resident: ResidentModel, part: Part, training: Training, length: int, held: Base
 ) -> Needs:
     """What a client needs for its part in a round. resident: of shapes alone."""
+    room = longest(resident.model)
+    if room is not None and length > room:
+        raise FedSieveError(f"--length {length}: the model has {room} positions")
     view = part.view
     adapter, moves = view.adapter.tensors, view.moves.names
     gradients = _FLOAT * sum(adapter[name].numel() for name in moves)
@@ -183,7 +195,7 @@ def of_client(
     kept += [*view.moves.masks.values(), *(t for tree in trees for t in tree.values())]
     own = len(part.down) + _in(kept)
     peak = base + trained + optimizer + own + max(step.peak + unpacked, gradients + passing)
-    return Needs(base, trained, gradients, optimizer, step.kept, own, peak)
+    return Needs(base, trained, gradients, optimizer, step.kept, own, peak, step.counted)
 
 
 def base_bytes(resident: ResidentModel, held: Base) -> tuple[int, int]:
@@ -263,7 +275,7 @@ def of_step(
         kept = by_formula(resident.model.config, piece, length)
         if training.checkpointing:
             kept //= 8
-        return Step(kept, kept + _FLOAT * resident.layout.size)
+        return Step(kept, kept + _FLOAT * resident.layout.size, counted=False)
     return Step(kept, made.peak)
 
 

@@ -44,6 +44,7 @@ class Told(NamedTuple):
     metrics:  the task's own after these rounds, the leading one first; loss: of the same evaluation
     down_bytes, up_bytes: payload bytes of all rounds
     privacy:  the guarantee, in a sentence
+    personal: whether the scores are of clients' own models, parts of which they keep
     """
 
     method: str | None = None
@@ -57,6 +58,7 @@ class Told(NamedTuple):
     down_bytes: int | None = None
     up_bytes: int | None = None
     privacy: str | None = None
+    personal: bool = False
 
 
 class Saved(NamedTuple):
@@ -67,6 +69,7 @@ class Saved(NamedTuple):
     alone:  whether the folder is all that its loader needs to be told of; else the base as it was
             published has other labels
     dtype:  of the base in training, where the base's own is another
+    form:   in which its weights were held in training, where they were quantised for it
     """
 
     task: Task
@@ -76,6 +79,7 @@ class Saved(NamedTuple):
     rank: int | None = None
     alone: bool = True
     dtype: str | None = None
+    form: str | None = None
 
 
 def write(folder: Path, saved: Saved, told: Told) -> None:
@@ -93,6 +97,7 @@ def write(folder: Path, saved: Saved, told: Told) -> None:
         f"# {title}, fine-tuned by FedSieve",
         "",
         f"- base model: {_code(origin.name)}{at}{weights}",
+        *_held(saved),
         f"- licence of the base: {origin.licence or 'not known; see the base'}",
         f"- task: {catalogue.load(saved.task).title}",
         f"- trained: {_trained(told)}, by {by}",
@@ -117,7 +122,7 @@ def _front(saved: Saved, told: Told) -> str:
     results = [
         EvalResult(pipeline, "other", told.data or "not told", name, value, metric_name=name)
         for name, value in told.metrics.items()
-        if value is not None
+        if value is not None and not told.personal
     ]
     made = ModelCardData(
         base_model=saved.origin.name if saved.origin.on_hub else None,
@@ -140,6 +145,19 @@ def _trained(told: Told) -> str:
     return f"{rounds}over {over} that kept their rows"
 
 
+def _held(saved: Saved) -> list[str]:
+    if saved.form is None:
+        return []
+    said = f"- in training the base was held in {_code(saved.form)} (bitsandbytes)"
+    if saved.rank is None:
+        return [f"{said}: the weights here are those that it stood for"]
+    return [
+        f"{said}, and the scores are of that: over its weights as published, which the lines below "
+        "load, outputs differ a little; `quantization_config=` of transformers' `from_pretrained` "
+        "holds it so again"
+    ]
+
+
 def _bytes(told: Told) -> list[str]:
     if told.down_bytes is None or told.up_bytes is None:
         return []
@@ -154,7 +172,10 @@ def _scores(told: Told) -> list[str]:
         return []
     rows = [f"| {name} | {value:.4f} |" for name, value in known]
     when = "" if told.rounds is None else f" after round {told.rounds}"
-    return [f"Scores{when}, on the run's test rows:", "", "| | |", "|---|---|", *rows, ""]
+    whose = ""
+    if told.personal:
+        whose = " of the clients' own models, parts of which stay with them and are not here"
+    return [f"Scores{when}{whose}, on the run's test rows:", "", "| | |", "|---|---|", *rows, ""]
 
 
 def _facts(saved: Saved, told: Told) -> dict[str, Any]:
@@ -169,6 +190,7 @@ def _facts(saved: Saved, told: Told) -> dict[str, Any]:
             "licence": origin.licence,
             "weights": digest.weights if digest else None,
             "config": digest.config if digest else None,
+            "held_in": saved.form,
         },
     }
 

@@ -190,10 +190,17 @@ class ResidentModel:
         self._save_beside(
             folder,
             Saved(
-                self.task, origin, self.digest, self.classes, adapter.layout.rank, alone, dtype
+                self.task,
+                origin,
+                self.digest,
+                self.classes,
+                adapter.layout.rank,
+                alone,
+                dtype,
+                prepared.form_in_training(base, origin),
             ),
             told,
-        )  # fmt: skip
+        )
 
     def _configure(
         self, layout: Layout, home: Path, origin: Origin, fits: bool, for_hub: bool
@@ -224,20 +231,27 @@ class ResidentModel:
         _make(folder)
         self.put(adapter)
         model = self.model
+        origin = self.origin or origin_of(model.config)
+        form = prepared.form_in_training(_plain(model), origin)
         quantise.dequantise(model, _NAME)
-        self._save_whole(
-            model.merge_and_unload() if isinstance(model, PeftModel) else model, folder, told
-        )
+        whole = model.merge_and_unload() if isinstance(model, PeftModel) else model
+        self._save_whole(whole, folder, told, form)
 
-    def _save_whole(self, model: Any, folder: Path, told: Told) -> None:
+    def _save_whole(self, model: Any, folder: Path, told: Told, form: str | None = None) -> None:
         model.save_pretrained(str(folder))
         origin = self.origin or origin_of(self.model.config)
-        self._save_beside(folder, Saved(self.task, origin, self.digest, self.classes), told)
+        saved = Saved(self.task, origin, self.digest, self.classes, form=form)
+        self._save_beside(folder, saved, told)
 
     def _save_beside(self, folder: Path, saved: Saved, told: Told) -> None:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
         card.write(folder, saved, told)
+
+
+def _plain(model: Any) -> PreTrainedModel:
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -26,6 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fedsieve.errors import FedSieveError
 from fedsieve.train.origin import Origin, file_of
+from fedsieve.train.quantise import form
 from fedsieve.train.source import table_of
 
 BASE = "base"  # the folder beside an adapter
@@ -44,7 +45,7 @@ def needed(model: PreTrainedModel, origin: Origin, *, head: bool) -> bool:
     own = _published(model.config, origin)
     if own is None:
         return True
-    mine = model.config.to_dict()
+    mine = _as_published(model.config, own).to_dict()
     apart = set(_LOADING) if head else {*_LOADING, "pad_token_id"}
     if own.get("problem_type") is None and mine.get("problem_type") == _USUAL:
         apart.add("problem_type")  # what transformers takes it for
@@ -74,7 +75,7 @@ def write(
             "place"
         ) from error
     source, revision = origin.source, origin.revision
-    config = copy.deepcopy(model.config)
+    config = _as_published(model.config, _published(model.config, origin) or {})
     config.architectures = [type(model).__name__]
     odd_name = getattr(config, "transformers_weights", None) is not None
     if odd_name:
@@ -104,6 +105,25 @@ def write(
     if getattr(model.config, "auto_map", None) and Path(source).is_dir():
         for program in sorted(Path(source).glob("*.py")):
             _link(program, folder / program.name)  # without it nothing loads, trusted or not
+
+
+def form_in_training(model: PreTrainedModel, origin: Origin) -> str | None:
+    """The form in which the base's weights were held, where its own files hold them as floats."""
+    told = getattr(model.config, "quantization_config", None)
+    own = _published(model.config, origin) or {}
+    if told is None or own.get("quantization_config") is not None:
+        return None
+    return form(told if isinstance(told, Mapping) else told.to_dict())
+
+
+def _as_published(config: Any, own: Mapping[str, Any]) -> Any:
+    """A configuration without the form that the weights got when they were loaded, and that the
+    files do not have. own: the base's own
+    """
+    config = copy.deepcopy(config)
+    if own.get("quantization_config") is None and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _published(config: Any, origin: Origin) -> dict[str, Any] | None:

@@ -64,7 +64,7 @@ def form_in(name: str) -> str | None:
     """The form in which a base comes: "nf4", "fp4", "int8", another name; None where it is not
     quantised.
     """
-    return _form(_told(name))
+    return form(_told(name))
 
 
 def _told(name: str) -> Any:
@@ -76,7 +76,8 @@ def _told(name: str) -> Any:
         return None
 
 
-def _form(told: Any) -> str | None:
+def form(told: Any) -> str | None:
+    """The form that a configuration of quantisation tells; None for none."""
     if told is None:
         return None
     if not isinstance(told, Mapping):
@@ -103,7 +104,7 @@ def form_of(
             f"{quantization!r}"
         )
     told = _told(name)
-    own = _form(told)
+    own = form(told)
     if own is None:
         if quantization == "none":
             return None
