@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from fedsieve.console import console, plain, problems, quiet, say, show_warning, warn
+from fedsieve.disk import place
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError, count, printable
 from fedsieve.run.progress import MB, line_of, lines_of_plan
@@ -151,10 +152,8 @@ def resume(
     from fedsieve.recipe import read as recipes
     from fedsieve.run import rundir
 
-    if (folder / "app" / "pyproject.toml").is_file():
-        raise FedSieveError(
-            f"{folder} holds a federation: go on with `fedsieve federate --resume {folder}`"
-        )
+    if rundir.federated(folder):
+        raise FedSieveError(f"{folder} holds a federation: go on with `{rundir.again(folder)}`")
     rundir.check(folder)
     source = str(folder / rundir.RECIPE)
     planned = recipes.parse(recipes.read(source), source)
@@ -508,7 +507,7 @@ def _by_name(name: str) -> Path:
         raise FedSieveError(
             f"name {name[:80]!r} is no name of a directory: give --out, or change it"
         )
-    return Path("runs") / name
+    return place(Path("runs") / name)
 
 
 def _share(option: str, value: float) -> float:

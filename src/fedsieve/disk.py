@@ -175,6 +175,8 @@ def place(text: str | Path) -> Path:
     """A path as a person writes it, with `~`. Raises FedSieveError for what can be none."""
     try:
         path = Path(text).expanduser()
+        if "\0" in str(path):
+            raise ValueError("it holds a nul")
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)

@@ -30,6 +30,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import socket
 import stat
 import threading
@@ -182,7 +183,8 @@ def lock(folder: Path) -> AbstractContextManager[object]:
             raise FedSieveError(f"{folder} belongs to another user: choose another folder")
         if stat.S_IMODE(facts.st_mode) & 0o077:
             raise FedSieveError(
-                f"{folder} is open to other users than its owner: `chmod 700 {folder}`, or choose "
+                f"{folder} is open to other users than its owner: `chmod 700 "
+                f"{shlex.quote(str(folder))}`, or choose "
                 "another folder"
             )
         return filelock.FileLock(folder / ".lock", mode=0o600).acquire(timeout=0)
