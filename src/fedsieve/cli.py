@@ -12,7 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from fedsieve.console import console, plain, problems, quiet, say, show_warning, warn
+from fedsieve.console import (
+    console,
+    plain,
+    problems,
+    quiet,
+    say,
+    show_warning,
+    take_any_letter,
+    warn,
+)
 from fedsieve.disk import place
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError, count, printable
@@ -72,6 +81,7 @@ T = TypeVar("T")
 def main() -> None:
     """Run a command, and turn errors that the user can mend into one message and exit code 2."""
     warnings.showwarning = show_warning
+    take_any_letter()
     try:
         app()
     except FedSieveError as error:

@@ -245,6 +245,15 @@ def test_no_link_stands_in_the_place_of_flowers_files(
         federate.begin_again(run)
 
 
+@pytest.mark.parametrize("name", ["deadline", "setup", "wait", "sites"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300, -1.0])
+def test_nothing_waits_for_ever(tiny: Tiny, tmp_path: Path, name: str, value: float) -> None:
+    given = recipe.check(tiny.table(data__classes=list(LABELS)))
+    policy = PATIENCE._replace(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(FedSieveError, match=f"--{name}"):
+        federate.prepare(given, tmp_path / "run", policy, federate.ServerAddress())
+
+
 FOLDERS = ["told.toml", "app/pyproject.toml", "flower/link.db", "flower/config.toml", "app-file"]
 
 

@@ -155,6 +155,7 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     Raises FedSieveError for a recipe that cannot run on a network, or an open door without TLS.
     """
     check_installed()
+    _refuse_odd(policy)
     _refuse_open_door(listen)
     recipe, notes = _for_a_network(recipe, policy)
     folder = folder.absolute()
@@ -577,6 +578,14 @@ def _test_rows(recipe: Recipe, tokenizer: Any) -> tuple[Examples | None, dict[st
     rows = load_rows(data, data.test, data.test_split)
     examples, _, _ = tensors(recipe, sample(recipe, rows), tokenizer)
     return examples, more_tensors(recipe, load_more(data), tokenizer)
+
+
+def _refuse_odd(policy: RoundPolicy) -> None:
+    """Raises FedSieveError for a time or a number that nothing can be waited with."""
+    for name in ASKED_FOR:
+        value = getattr(policy, name)
+        if not 0 <= value < found.LONGEST:
+            raise FedSieveError(f"--{name} {value:g}: it must be a number below {found.LONGEST:g}")
 
 
 def _refuse_open_door(listen: ServerAddress) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ def relay(message: Message, context: Context) -> Message:
         answer = carry(Path(path), frame_of(message))
     except FedSieveError as error:
         # The node's own log, and no other, is told where the socket lies.
-        print(f"fedsieve: {error}", flush=True)
+        # In letters that any log has: what cannot be written would be no answer.
+        print(f"fedsieve: {error}".encode("ascii", "backslashreplace").decode(), flush=True)
         answer = pack(refusal(without_paths(str(error))))
     return Message(content_of(answer), reply_to=message)
 
@@ -146,12 +148,18 @@ def main(grid: Grid, context: Context) -> None:
     from fedsieve.sites.server import RoundPolicy
 
     console.quiet()
+    console.take_any_letter()
     config = context.run_config
     if config["tls"] and "--insecure" in sys.argv:
         raise FedSieveError("this federation was prepared for TLS, and the SuperLink has none")
     policy = RoundPolicy(**{name: config[name] for name in federate.ASKED_FOR})
     reach = transport(grid, proved=bool(config["tls"]))
-    federate.serve(Path(str(config["folder"])), reach, policy, partial(print, flush=True))
+
+    def say(text: str) -> None:
+        with suppress(OSError, ValueError):  # a full disk, a log that was closed
+            print(text, flush=True)
+
+    federate.serve(Path(str(config["folder"])), reach, policy, say)
 
 
 server = ServerApp()

@@ -26,6 +26,7 @@ COMPONENTS = {
     "serverapp": "fedsieve.sites.flower_app:server",
     "clientapp": "fedsieve.sites.flower_app:client",
 }
+LONGEST = 1e9  # seconds, or sites; NaN is not below it
 NAME, PUBLISHER = "fedsieve-federation", "fedsieve"
 _OURS = (CONFIG, LINK, *(f"{LINK}-{end}" for end in ("wal", "shm", "journal")))
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,63}")
@@ -75,7 +76,7 @@ def _is_ours(table: dict[str, Any], folder: Path, asked_for: tuple[str, ...]) ->
         and {*config} == {"folder", "tls", *asked_for}
         and place(config["folder"]).resolve() == folder.resolve()
         and isinstance(config["tls"], bool)
-        and all(type(number) in (int, float) and 0 <= number < 1e9 for number in numbers)
+        and all(type(number) in (int, float) and 0 <= number < LONGEST for number in numbers)
     )
 
 
