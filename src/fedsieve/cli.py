@@ -13,7 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from fedsieve.console import console, plain, problems, quiet, say, show_warning, warn
+from fedsieve.console import (
+    console,
+    plain,
+    problems,
+    quiet,
+    say,
+    show_warning,
+    take_any_letter,
+    warn,
+)
+from fedsieve.disk import place
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError, count, printable
 from fedsieve.run.progress import MB, line_of, lines_of_plan
@@ -72,6 +82,7 @@ T = TypeVar("T")
 def main() -> None:
     """Run a command, and turn errors that the user can mend into one message and exit code 2."""
     warnings.showwarning = show_warning
+    take_any_letter()
     try:
         app()
     except FedSieveError as error:
@@ -165,10 +176,8 @@ def resume(
     from fedsieve.recipe import read as recipes
     from fedsieve.run import rundir
 
-    if (folder / "app" / "pyproject.toml").is_file():
-        raise FedSieveError(
-            f"{folder} holds a federation: go on with `fedsieve federate --resume {folder}`"
-        )
+    if rundir.federated(folder):
+        raise FedSieveError(f"{folder} holds a federation: go on with `{rundir.again(folder)}`")
     rundir.check(folder)
     source = str(folder / rundir.RECIPE)
     planned = recipes.parse(recipes.read(source), source)
@@ -686,7 +695,7 @@ def _by_name(name: str) -> Path:
         raise FedSieveError(
             f"name {name[:80]!r} is no name of a directory: give --out, or change it"
         )
-    return Path("runs") / name
+    return place(Path("runs") / name)
 
 
 def _share(option: str, value: float) -> float:

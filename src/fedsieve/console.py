@@ -1,6 +1,8 @@
 """What the terminal shows, for whichever process shows it: ours to say, others kept quiet."""
 
+import io
 import re
+import sys
 from typing import TextIO
 
 from rich.console import Console
@@ -42,6 +44,15 @@ def show_warning(
     """In the place of `warnings.showwarning`: our own warnings in one line, others' not at all."""
     if issubclass(category, UserWarning):
         warn(str(message))
+
+
+def take_any_letter() -> None:
+    """What a terminal or a log has no letter for is written as an escape: what is quoted may be in
+    any script, and a word of it must not end a command.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def quiet() -> None:

@@ -7,6 +7,7 @@ is read as if an enemy had written it: ordinary files, lines of a bounded length
 The folder that a user names may be a link itself, as may what lies above it: that is their word.
 """
 
+import errno
 import json
 import math
 import os
@@ -36,6 +37,24 @@ def refuse_link(path: Path, *, folder: bool = False) -> None:
             f"{path} is {what}, where a run has a {'folder' if folder else 'file'} of its own: "
             "nothing is read or written there; put what belongs there in its place, or remove it"
         )
+
+
+class NotAFile(OSError):
+    """A pipe, a folder or a device where a file should be."""
+
+
+def bytes_of(path: Path) -> bytes:
+    """What a file holds. Raises OSError as reading does, NotAFile for all else: a pipe would be
+    waited for.
+    """
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            raise NotAFile(errno.EINVAL, "it is no file", str(path))
+        with os.fdopen(opened, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(opened)
 
 
 def remove_link(path: Path) -> bool:
@@ -175,6 +194,8 @@ def place(text: str | Path) -> Path:
     """A path as a person writes it, with `~`. Raises FedSieveError for what can be none."""
     try:
         path = Path(text).expanduser()
+        if "\0" in str(path):
+            raise ValueError("it holds a nul")
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)

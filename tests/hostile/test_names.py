@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives import serialization
 
+from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import fedit
@@ -98,6 +99,21 @@ def test_whatever_a_site_says_is_bounded_and_cleaned(do: str, field: str, text: 
 def test_a_name_that_no_site_file_could_have_is_refused(name: Any) -> None:
     with pytest.raises(FedSieveError, match="no usable name"):
         federate._welcome({**GOOD, "name": name}, None, fedit.method(), "b", lambda text: None)
+
+
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("least", [(5e-324, 5e-324, 5e-324), (1e-300, 1.0, 1e-17)])
+def test_the_least_budgets_that_a_site_can_tell_end_no_round(
+    name: str, least: tuple[float, float, float]
+) -> None:
+    method = methods.load(name)(**EXACT)
+    said = {"budget": dict(zip(Budget._fields, least, strict=True))}
+    poor = federate._welcome({**GOOD, **said}, None, method, "b", lambda text: None)
+    others = toy.clients([Budget()] * 2)
+    given = [poor._replace(id=others[0].id, examples=others[0].examples), others[1]]
+    tensors, receipts, _ = toy.after(method, given, 2)
+    assert [receipt.dropped for receipt in receipts] == [None] * 4
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
 def test_cleaned_keeps_what_is_fit() -> None:

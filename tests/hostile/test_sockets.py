@@ -20,6 +20,7 @@ from fedsieve.algebra.adapter import base_layout, layout_of
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.payload import Base, Form, Payload, Values, rounded
 from fedsieve.algebra.support import Support, everything
+from fedsieve.errors import FedSieveError
 from fedsieve.methods import fedit
 from fedsieve.sites import intake, worker
 from fedsieve.sites.worker import SOCKET, Frame, ask, pack, unpack
@@ -168,6 +169,40 @@ def test_answers_that_nobody_takes_are_few(address: Path) -> None:
         assert peak < 2.5 * LONG * worker.JOBS
     finally:
         tracemalloc.stop()
+
+
+def test_no_more_threads_is_no_reason_to_hear_nothing(
+    address: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, failing = threading.Thread.start, threading.Event()
+
+    def starting(thread: threading.Thread) -> None:
+        if failing.is_set() and thread.daemon:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starting)
+    failing.set()
+    for _ in range(3):
+        with pytest.raises(FedSieveError, match="gave no answer"):
+            ask(address, Frame({"do": "describe"}), 5)
+    failing.clear()
+    assert ask(address, Frame({"do": "describe"}), 30).header["ok"]
+
+
+def test_a_flood_takes_a_bounded_number_of_threads(address: Path) -> None:
+    """Refused connections are drained for a second, and are no longer among those that are read."""
+    before, most = threading.active_count(), 0
+    with ExitStack() as open_ones:
+        for number in range(400):
+            connection = open_ones.enter_context(socket.socket(socket.AF_UNIX))
+            connection.connect(str(address))  # waits outside while they are many
+            with suppress(OSError):
+                connection.sendall(b"\xff" * 4)
+            if number % 20 == 0:
+                most = max(most, threading.active_count())
+        assert ask(address, Frame({"do": "describe"}), 30).header["ok"]
+    assert most <= before + worker.THREADS + 1
 
 
 @pytest.mark.parametrize("length", [MOST + 1, 100 << 20, worker.BODY])

@@ -4,7 +4,11 @@ A recipe, a site's file and a frame's header are small, whoever wrote them; what
 is smaller still, and steers no terminal.
 """
 
+import io
 import json
+import os
+import subprocess
+import sys
 import threading
 import tomllib
 import tracemalloc
@@ -102,6 +106,58 @@ def test_a_worker_says_nothing_that_fills_or_steers_its_terminal(
         assert line.isprintable()
         assert not line.startswith("error: all is well")
     assert sum(map(len, said)) < 50_000
+
+
+@pytest.mark.parametrize("fault", ["a letter", "a full disk", "closed"])
+def test_a_log_that_cannot_be_written_does_not_end_a_worker(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """A request quotes what it likes, and a terminal may have the letters of one country."""
+    log = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)
+    answers: list[worker.Frame] = []
+
+    def say(text: str) -> None:
+        if fault == "a full disk":
+            raise OSError(28, "No space left on device")
+        log.write(text)
+
+    def serve(folder: Path, work: Any, *_: Any) -> None:
+        if fault == "closed":
+            log.close()
+        answers.append(work(worker.Frame({"do": "плохо"})))
+        answers.append(work(worker.Frame({"do": "recipe"}, "плохо = 1".encode())))
+
+    monkeypatch.setattr(worker, "serve", serve)
+    run_worker(write_site(tiny, tmp_path), say)
+    assert [answer.header["ok"] for answer in answers] == [False, False]
+
+
+SHOUT = """
+import sys
+from fedsieve import cli
+
+@cli.app.command()
+def shout() -> None:
+    cli.say("плохо")
+    cli.warn("плохо")
+    print("плохо")
+
+sys.argv[1:] = ["shout"]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_the_letters_is_told_all_the_same(encoding: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SHOUT],
+        env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict", "PYTHONUTF8": "1"},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    said = "плохо".encode(encoding, "backslashreplace")
+    assert (done.stdout.count(said), done.stderr.count(said)) == (2, 1)
 
 
 def deeper(levels: int, do: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ with all that it started.
 """
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -97,7 +98,7 @@ def superlink(
     folder: Path, listen: federate.ServerAddress, log: Path
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """Flower's server, started as `fedsieve federate` says."""
-    words = federate.commands(folder, listen)[0].split()
+    words = shlex.split(federate.commands(folder, listen)[0])
     command = words[words.index("flower-superlink") :]
     with running([BIN / command[0], *command[1:]], folder / federate.HOME, log) as process:
         wait_for_port(listen.port, process)

@@ -210,7 +210,7 @@ def test_noise_that_sites_could_take_off_is_refused(
     assert not given.run.exists()
     # One that was prepared before this was refused does not go on either.
     given.run.mkdir()
-    rundir.create(given.run, recipes.dump(given.recipe, {}))
+    rundir.create(given.run, recipes.dump(given.recipe, {"federation": "a"}))
     with pytest.raises(FedSieveError, match=r"privacy.noise_from: in a federation it must be"):
         federate.serve(given.run, network(given, []), POLICY, lambda text: None)
 

@@ -102,7 +102,7 @@ def test_services_run_what_fedsieve_federate_prints() -> None:
         printed = (
             printed.replace("127.0.0.1:8000", "fl.example.org:443")
             .replace("--root-certificates ca.crt", "--root-certificates /etc/fedsieve/ca.crt")
-            .replace("<the site's key>", "/etc/fedsieve/site-key")
+            .replace("<key of the site>", "/etc/fedsieve/site-key")
             .replace("<folder of the site>", "/srv/fedsieve/site/worker")
         )
         program = Path(unit(name)["ExecStart"].split()[0]).name

@@ -10,7 +10,8 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.schema import READ_AS, Data, Recipe
-from fedsieve.sites import assignment, federate, resident
+from fedsieve.sites import assignment, resident
+from fedsieve.sites import told as told_to
 from fedsieve.sites.server import joint_score
 from fedsieve.sites.site import Rows as SiteRows
 from fedsieve.sites.site import Site
@@ -115,7 +116,7 @@ def test_sites_are_told_all_that_says_how_rows_are_read(tiny: Tiny, tmp_path: Pa
     table = tiny.table()
     table["data"] |= told
     recipe = recipes.check(table)
-    text = recipes.dump(federate._for_sites(recipe), {}).encode()
+    text = recipes.dump(told_to.for_sites(recipe), {}).encode()
     rows = {"train": "here.jsonl", "text": "text", "label": "label"}
     given = {"name": "north", "model": str(tiny.bert), "data": rows, "folder": tmp_path}
     found = assignment.checked(text, Site.model_validate(given))

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -412,6 +413,26 @@ def test_a_worker_that_starts_again_knows_the_recipe(tiny: Tiny, tmp_path: Path)
     (site.rounds.parent / "recipe.toml").write_bytes(site.text + b"#")
     site.state = settled(site.path)
     assert site.train(1).header["unknown_recipe"] is True
+
+
+@pytest.mark.parametrize("name", ["recipe.toml", "most_bytes", "told", "round-000000001"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(
+    tiny: Tiny, tmp_path: Path, name: str
+) -> None:
+    site = Worker(tiny, tmp_path)
+    site.train(1)
+    run = site.rounds.parent
+    folder = {"told": run.parent.parent, "round-000000001": site.rounds}.get(name, run)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    site.state = settled(site.path)
+    most = resident.most_bytes(site.state, {"do": "train", "recipe": run.name})
+    assert isinstance(most, Frame) == (name == "most_bytes")
+    with warnings.catch_warnings(record=True):
+        answer = site.train(1)
+    assert answer.header.get("unknown_recipe", False) == (name == "recipe.toml")
+    assert told(site.ask, site.text).header["ok"]
+    assert site.train(1).header["ok"]
 
 
 def test_old_runs_are_forgotten_and_their_adapters_stay(tiny: Tiny, tmp_path: Path) -> None:

@@ -48,27 +48,39 @@ def _refuse_edited(source: str, text: str, now: Recipe, accept_changes: bool) ->
     text: that recipe, as TOML
     """
     then = recipes.parse_text(text, f"the recipe in a checkpoint of {source}")
-    before, after = (_plain(each) for each in (then, now))
-    changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
+    changed, said = edits(then, now)
     if not changed:
         return
+    if deployed(then) and not changed <= {*PLACES}:
+        raise FedSieveError(
+            f"{source} was edited since the run's rounds were trained ({said}), and epsilon is of "
+            "the recipe as it was: put it back"
+        )
+    if not accept_changes:
+        # The sites of a federation go by the recipe that they were told.
+        offered = (
+            "put it back, or start a new federation"
+            if rundir.federated(Path(source).parent)
+            else "put it back, start a new run, or give --accept-changes to go on with the recipe "
+            "as it is now"
+        )
+        raise FedSieveError(
+            f"{source} was edited since the run's rounds were trained ({said}): {offered}"
+        )
+    warnings.warn(f"{source} was edited since the run's rounds were trained: {said}", stacklevel=4)
+
+
+def edits(then: Recipe, now: Recipe) -> tuple[set[str], str]:
+    """The keys that differ, and how, in words, for the first `MOST_TOLD` of them."""
+    before, after = (_plain(each) for each in (then, now))
+    changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     said = "; ".join(
         f"{key} was {quoted(before.get(key))} and is {quoted(after.get(key))}"
         for key in changed[:MOST_TOLD]
     )
     if len(changed) > MOST_TOLD:
         said += f"; and {len(changed) - MOST_TOLD} more"
-    if deployed(then) and not set(changed) <= {*PLACES}:
-        raise FedSieveError(
-            f"{source} was edited since the run's rounds were trained ({said}), and epsilon is of "
-            "the recipe as it was: put it back"
-        )
-    if not accept_changes:
-        raise FedSieveError(
-            f"{source} was edited since the run's rounds were trained ({said}): put it back, start "
-            "a new run, or give --accept-changes to go on with the recipe as it is now"
-        )
-    warnings.warn(f"{source} was edited since the run's rounds were trained: {said}", stacklevel=4)
+    return {*changed}, said
 
 
 def _plain(recipe: Recipe) -> Mapping[str, Any]:

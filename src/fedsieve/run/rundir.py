@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -61,6 +62,19 @@ def place(folder: Path, name: str) -> Path:
     return (own(folder) if name in _TELLING and own(folder).is_dir() else folder) / name
 
 
+def federated(folder: Path) -> bool:
+    """Whether it is the directory of a federation across machines, with its Flower app."""
+    return (folder / "app" / "pyproject.toml").is_file()
+
+
+def again(folder: Path) -> str:
+    """The command that goes on with a run, to be pasted into a shell: a folder may be called
+    anything, and by a recipe of somebody else's.
+    """
+    command = "fedsieve federate --resume" if federated(folder) else "fedsieve resume"
+    return f"{command} {shlex.quote(str(folder))}"
+
+
 def secret_seed(folder: Path) -> int:
     """The seed of what only the server may know. Raises FedSieveError where it is not there."""
     path = own(folder) / SEED
@@ -92,8 +106,8 @@ def refuse(folder: Path) -> None:
     refuse_link(folder / RECIPE)
     if (folder / RECIPE).exists():
         raise FedSieveError(
-            f"{folder} holds a run already: go on with `fedsieve resume {folder}`, choose "
-            "another --out, or replace it with --overwrite"
+            f"{folder} holds a run already: go on with `{again(folder)}`, choose another "
+            "--out, or replace it with --overwrite"
         )
     if own(folder).exists():
         raise FedSieveError(
@@ -233,7 +247,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         what, why = getattr(error, "filename", None) or folder, getattr(error, "strerror", None)
         raise FedSieveError(
             f"{what} cannot be written: {why or error}. The checkpoints are whole: make room, then "
-            f"`fedsieve resume {folder}`"
+            f"`{again(folder)}`"
         ) from error
 
 

@@ -246,7 +246,7 @@ def _go_on(
                 checkpoint.save(checkpoints, snapshot)
             raise Stopped(
                 f"stopped after round {snapshot.progress.round} of {recipe.rounds}; go on with "
-                f"`fedsieve resume {folder}`"
+                f"`{rundir.again(folder)}`"
             ) from None
     return adapter
 

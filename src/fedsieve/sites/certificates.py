@@ -50,13 +50,15 @@ def _spans(place: Path) -> Iterator[tuple[datetime.datetime, datetime.datetime]]
     from cryptography import x509  # comes with Flower
 
     try:
+        if not place.is_file():
+            raise OSError("it is no file")  # a pipe would be waited for
         listed = x509.load_pem_x509_certificates(place.read_bytes())
-    except (OSError, ValueError) as error:
+        spans = [(each.not_valid_before_utc, each.not_valid_after_utc) for each in listed]
+    except Exception as error:  # of cryptography, over whatever the file holds
         raise FedSieveError(
             f"--certificates: {place} holds no certificate that can be read (PEM): {error}"
         ) from error
-    for each in listed:
-        yield each.not_valid_before_utc, each.not_valid_after_utc
+    yield from spans
 
 
 def _date(moment: datetime.datetime) -> str:

@@ -6,6 +6,8 @@
     flower/    what Flower's command line needs to know of the server, and what the server must
                still know when it is started anew: its nodes, their keys, messages on their way
     sites.json the key of each site's node, from when it was first met, where nodes have keys
+    told.toml  the recipe as the sites are told it (told.py)
+    set-aside/ what else was found in flower/ when a Flower run went on (found.py)
 
 (and beside it, with [privacy], the directory of what only the server may know: rundir.py)
 and `serve` is what the app's server end does: the same run as in one process (runner.py), with the
@@ -25,6 +27,7 @@ import hashlib
 import json
 import re
 import secrets
+import shlex
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -39,7 +42,6 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.data.fetch import PACKAGES
 from fedsieve.disk import objects, parsed, refuse_link, write_whole
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.engine.shares import starving
@@ -69,9 +71,13 @@ from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
-from fedsieve.sites import certificates
+from fedsieve.sites import certificates, found, told
 from fedsieve.sites.assignment import refuse_patterns
 from fedsieve.sites.certificates import CA, CERTIFICATE, PRIVATE
+from fedsieve.sites.found import APP as APP
+from fedsieve.sites.found import COMPONENTS, CONFIG, LINK
+from fedsieve.sites.found import CONNECTION as CONNECTION
+from fedsieve.sites.found import HOME as HOME
 from fedsieve.sites.resident import whole_message
 from fedsieve.sites.server import (
     RoundPolicy,
@@ -82,6 +88,7 @@ from fedsieve.sites.server import (
     number_of,
 )
 from fedsieve.sites.site import NAME
+from fedsieve.sites.told import TOLD as TOLD
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples
@@ -94,18 +101,9 @@ from fedsieve.wire import longest
 from fedsieve.wire.format import VERSION
 
 FLOWER = (1, 41)
-APP = "app"
-HOME = "flower"  # of Flower's command line
 # What of a RoundPolicy users choose; the rest follows from the recipe.
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
-TOLD = "told.toml"  # the recipe as the sites are told it
 KEYS = "sites.json"  # site -> its node's public key
-LINK = "link.db"  # in HOME: without it a SuperLink that restarts knows none of its nodes
-CONNECTION = "fedsieve"  # what that calls this server
-COMPONENTS = {
-    "serverapp": "fedsieve.sites.flower_app:server",
-    "clientapp": "fedsieve.sites.flower_app:client",
-}
 SPARE = 2  # rounds in a row without an update, before the third ends the run
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # No word to anyone about what runs here.
@@ -157,40 +155,45 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     Raises FedSieveError for a recipe that cannot run on a network, or an open door without TLS.
     """
     check_installed()
+    _refuse_odd(policy)
     _refuse_open_door(listen)
     recipe, notes = _for_a_network(recipe, policy)
     folder = folder.absolute()
-    facts = {**rundir.environment("none"), "federation": secrets.token_hex(16)}
+    name = secrets.token_hex(16)
+    facts = {**rundir.environment("none"), told.FEDERATION: name}
     with rundir.lock(folder):
         text = recipes.dump(recipe, {**facts, "notes": notes} if notes else facts)
         rundir.create(folder, text, secret=deployed(recipe))
-        told = recipes.dump(_for_sites(recipe), {"federation": facts["federation"]})
-        write_whole(folder / TOLD, told.encode())
+        told.write(folder, recipe, name)
         _write_app(folder, policy, listen)
     return commands(folder, listen)
 
 
 def commands(folder: Path, listen: ServerAddress) -> list[str]:
-    """What to type on the server, at each site, and to begin."""
-    home = f"{QUIET} FLWR_HOME={folder / HOME}"
-    server = f"--host {listen.host} --port {listen.port}"
-    name = "<this server's name>" if listen.host in ("0.0.0.0", "::") else listen.host
+    """What to type on the server, at each site, and to begin. A folder's name may be anything."""
+    home = f"{QUIET} FLWR_HOME={_word(folder / HOME)}"
+    server = f"--host {_word(listen.host)} --port {listen.port}"
+    name = "<name of this server>" if listen.host in ("0.0.0.0", "::") else _word(listen.host)
     if listen.certificates is None:
         tls, trust = "--insecure", "--insecure"
     else:
         at = listen.certificates.absolute()
         tls = (
-            f"--ssl-ca-certfile {at / CA} --ssl-certfile {at / CERTIFICATE} "
-            f"--ssl-keyfile {at / PRIVATE} --enable-supernode-auth"
+            f"--ssl-ca-certfile {_word(at / CA)} --ssl-certfile {_word(at / CERTIFICATE)} "
+            f"--ssl-keyfile {_word(at / PRIVATE)} --enable-supernode-auth"
         )
-        trust = f"--root-certificates {CA} --auth-supernode-private-key <the site's key>"
+        trust = f"--root-certificates {CA} --auth-supernode-private-key <key of the site>"
     return [
-        f"{home} flower-superlink {server} --database {folder / HOME / LINK} {tls} "
+        f"{home} flower-superlink {server} --database {_word(folder / HOME / LINK)} {tls} "
         "--disable-runtime-dependency-installation",
         f"{QUIET} {OBJECTS} flower-supernode --superlink {name}:{listen.port} {trust} "
         f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
-        f"fedsieve federate --resume {folder}",
+        rundir.again(folder),
     ]
+
+
+def _word(value: str | Path) -> str:
+    return shlex.quote(str(value))
 
 
 def cautions(listen: ServerAddress) -> list[str]:
@@ -220,50 +223,18 @@ def begin_again(folder: Path) -> list[str]:
     check_installed()
     rundir.check(folder)
     app = folder.absolute() / APP
-    if not (app / "pyproject.toml").is_file():
+    if not rundir.federated(folder):
         raise FedSieveError(
-            f"{folder} holds a run in one process: go on with `fedsieve resume {folder}`"
+            f"{folder} holds a run in one process: go on with `{rundir.again(folder)}`"
         )
-    _refuse_other_app(app)
-    _renew(app / "pyproject.toml")
-    source = folder / HOME / "config.toml"
-    try:
-        root = _table(source)["superlink"][CONNECTION].get("root-certificates")
-    except (OSError, KeyError, TypeError, AttributeError):
-        raise FedSieveError(
-            f"{source} does not say where the federation's server is: begin a new one"
-        ) from None
-    if root:
-        for ending in _endings(Path(root).parent):
+    found.check_app(app, ASKED_FOR)
+    root = found.root_of(folder)
+    if root is not None:
+        for ending in _endings(root.parent):
             warnings.warn(ending, stacklevel=2)
+    told.text_for_sites(folder, recipes.load(str(folder / rundir.RECIPE)))
+    found.set_aside(folder)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
-
-
-def _refuse_other_app(app: Path) -> None:
-    """Raises FedSieveError for an app that holds more than `_write_app` has put there.
-
-    Flower would run it: the directory may come from somebody else.
-    """
-    refuse_link(app, folder=True)
-    for path in sorted(app.iterdir()):
-        if path.name != "pyproject.toml":
-            raise FedSieveError(f"{path} is no part of a federation, and would be run: remove it")
-    source = app / "pyproject.toml"
-    table = _table(source)
-    try:
-        given, needs = table["tool"]["flwr"]["app"], table["project"]["dependencies"]
-        ours = Path(given["config"]["folder"]).resolve() == app.parent.resolve() and needs == []
-    except (KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise FedSieveError(
-            f"{source} is not what `fedsieve federate` wrote for {app.parent}: begin a new one"
-        )
-
-
-def _table(path: Path) -> dict[str, Any]:
-    refuse_link(path)
-    return recipes.toml(path.read_text(encoding="utf-8"), str(path))
 
 
 def refuse_unfinished(folder: Path) -> None:
@@ -281,17 +252,8 @@ def refuse_unfinished(folder: Path) -> None:
         return
     raise FedSieveError(
         f"the federation in {folder} stopped {where}: why is said above, and in the log of its "
-        f"Flower run. Go on with `fedsieve federate --resume {folder}`"
+        f"Flower run. Go on with `{rundir.again(folder)}`"
     )
-
-
-def _renew(path: Path) -> None:
-    """Let the app of a federation that 0.1 prepared name our ends as they are now."""
-    table = _table(path)
-    app = table["tool"]["flwr"]["app"]
-    if app["components"] != COMPONENTS:
-        app["components"] = COMPONENTS
-        write_whole(path, tomli_w.dumps(table).encode())
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -307,15 +269,12 @@ def serve(
 
     Raises FedSieveError if it cannot go on, runner.Stopped if it was stopped.
     """
-    # A federation that was prepared before there was one goes on under its digest.
-    told = folder / TOLD if (folder / TOLD).exists() else folder / rundir.RECIPE
-    refuse_link(told)  # what it leads to would go to every site
-    text = told.read_text(encoding="utf-8")
     rounds = runner.rounds_of(folder)
     board: list[Sites] = []
     warned: list[str] = []
 
     def build(recipe: Recipe) -> Experiment:
+        text = told.text_for_sites(folder, recipe)
         experiment, sites = on_network(
             recipe, text, transport, policy, say, _history(folder), folder / KEYS
         )
@@ -331,11 +290,7 @@ def serve(
             say(f"warning: {problem}")
         say(line_of(summary, rounds))
 
-    try:
-        adapter = runner.resume(folder, show, build)
-    except runner.Stopped as stop:
-        again = f"`fedsieve federate --resume {folder}`"
-        raise runner.Stopped(str(stop).replace(f"`fedsieve resume {folder}`", again)) from None
+    adapter = runner.resume(folder, show, build)
     answers = board[0].ask_all("keep", whole_message(adapter), policy.setup)
     say(f"{len(answers)} sites have the final adapter: {', '.join(answers)}")
     return adapter
@@ -495,29 +450,46 @@ def _welcome(
 def _known(place: Path) -> dict[str, str]:
     """site -> its node's key, in Flower's form; the file may hold OpenSSH's lines (`site-key.pub`).
 
-    Raises FedSieveError for a file that is none, or where one key has two names.
+    Raises FedSieveError, naming the site, for what no node can prove, or where one key has two
+    names.
     """
     if not place.exists():
         return {}
+    where = f"{place} does not list names and keys of sites (docs/deploy.md)"
     try:
-        known = {
-            name: _flowers(key) if key.startswith("ecdsa-") else key
-            for name, key in parsed(place.read_bytes(), str(place)).items()
-        }
-    except (ValueError, AttributeError) as error:
-        raise FedSieveError(
-            f"{place} does not list names and keys of sites (docs/deploy.md): {error}"
-        ) from error
+        given = parsed(place.read_bytes(), str(place))
+    except FedSieveError as error:
+        raise FedSieveError(f"{where}: {error}") from error
+    known = {}
+    for name, key in given.items():
+        if not re.fullmatch(NAME, name):
+            raise FedSieveError(f"{where}: {cleaned(name, 80)!r} is no name of a site")
+        try:
+            known[name] = _flowers(key)
+        except Exception as error:  # of cryptography, over whatever the line holds
+            raise FedSieveError(
+                f"{where}: the key of {name!r} is none that a node has: an ECDSA key, as "
+                f"ssh-keygen writes it (ecdsa-sha2-..., it is {cleaned(key, 40)!r}: {error})"
+            ) from error
     if len({*known.values()}) < len(known):
         raise FedSieveError(f"{place}: one key has two names; a key holds one")
     return known
 
 
-def _flowers(line: str) -> str:
-    """A public key in OpenSSH's form as nodes prove it: PEM, in hexadecimal digits."""
-    from cryptography.hazmat.primitives import serialization  # comes with Flower
+def _flowers(said: str) -> str:
+    """A public key as nodes prove it, PEM in hexadecimal digits, from that or from OpenSSH's form.
 
-    key = serialization.load_ssh_public_key(line.encode())
+    Raises whatever is raised for anything but an elliptic curve's.
+    """
+    from cryptography.hazmat.primitives import serialization  # comes with Flower
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+
+    if said.startswith("ecdsa-"):
+        key = serialization.load_ssh_public_key(said.encode())
+    else:
+        key = serialization.load_pem_public_key(bytes.fromhex(said))
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise ValueError("another kind of key")
     form = serialization.PublicFormat.SubjectPublicKeyInfo
     told: bytes = key.public_bytes(serialization.Encoding.PEM, form)
     return told.hex()
@@ -564,15 +536,6 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
     return recipe.model_copy(update={"data": data, "model": model}), notes
 
 
-def _for_sites(recipe: Recipe) -> Recipe:
-    """The recipe without what is the server's own: paths, files, columns, device, versions."""
-    own = "the site's own"
-    data = schema.Data(train=own, **{n: getattr(recipe.data, n) for n in schema.READ_AS})
-    source = recipe.model.source if recipe.model.source in PACKAGES else own
-    model = recipe.model.model_copy(update={"source": source})
-    return recipe.model_copy(update={"data": data, "model": model, "device": "auto"})
-
-
 def _refuse_noise_that_sites_know(plan: PrivacyPlan) -> None:
     """Raises FedSieveError where the noise follows from the seed, which every site is told."""
     if plan.spent is not None and plan.noise_from == "seed":
@@ -617,6 +580,14 @@ def _test_rows(recipe: Recipe, tokenizer: Any) -> tuple[Examples | None, dict[st
     return examples, more_tensors(recipe, load_more(data), tokenizer)
 
 
+def _refuse_odd(policy: RoundPolicy) -> None:
+    """Raises FedSieveError for a time or a number that nothing can be waited with."""
+    for name in ASKED_FOR:
+        value = getattr(policy, name)
+        if not 0 <= value < found.LONGEST:
+            raise FedSieveError(f"--{name} {value:g}: it must be a number below {found.LONGEST:g}")
+
+
 def _refuse_open_door(listen: ServerAddress) -> None:
     if listen.certificates is not None:
         for name in (CA, CERTIFICATE, PRIVATE):
@@ -641,7 +612,7 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
     """The Flower app, and the connection through which `flwr` finds the server."""
     app: dict[str, Any] = {
         "project": {
-            "name": "fedsieve-federation",
+            "name": found.NAME,
             "version": metadata.version("fedsieve"),
             "description": "A federation of FedSieve; the program itself is installed, not here.",
             "license": "Apache-2.0",
@@ -650,7 +621,7 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
         "tool": {
             "flwr": {
                 "app": {
-                    "publisher": "fedsieve",
+                    "publisher": found.PUBLISHER,
                     "components": COMPONENTS,
                     "config": {
                         "folder": str(folder),
@@ -670,7 +641,7 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
     else:
         connection["root-certificates"] = str(listen.certificates.absolute() / CA)
     config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
-    for name, table in ((f"{APP}/pyproject.toml", app), (f"{HOME}/config.toml", config)):
+    for name, table in ((f"{APP}/pyproject.toml", app), (f"{HOME}/{CONFIG}", config)):
         path = folder / name
         refuse_link(path.parent, folder=True)
         path.parent.mkdir(exist_ok=True)

@@ -14,7 +14,8 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ def relay(message: Message, context: Context) -> Message:
         answer = carry(Path(path), frame_of(message))
     except FedSieveError as error:
         # The node's own log, and no other, is told where the socket lies.
-        print(f"fedsieve: {error}", flush=True)
+        # In letters that any log has: what cannot be written would be no answer.
+        print(f"fedsieve: {error}".encode("ascii", "backslashreplace").decode(), flush=True)
         answer = pack(refusal(without_paths(str(error))))
     return Message(content_of(answer), reply_to=message)
 
@@ -76,18 +78,20 @@ def size_of(part: Any) -> int:
 class MessagePoller:
     """Replies, each fetched by a thread of its own.
 
-    Flower tells of a reply before its bytes have come over a slow uplink, and `Grid.pull_messages`
-    then waits for them: others would wait behind it, and the round's deadline would not hold.
+    Flower tells of a reply before its bytes have come over a slow uplink, and whoever fetches it
+    waits for them: others would wait behind it, and the round's deadline would not hold.
     """
 
-    def __init__(self, pull: Callable[[str], list[Message]], pause: float = 0.5) -> None:
-        """pull: a request's replies; pause: seconds between two looks for the same reply."""
+    def __init__(self, pull: "Callable[[str, int], list[Incoming]]", pause: float = 0.5) -> None:
+        """pull: a request, and the bytes of the longest frame that answers it -> its replies
+        pause: seconds between two looks for the same reply
+        """
         self._pull, self._pause = pull, pause
         self._next: dict[str, float] = {}  # when to look again; never, while a thread does
-        self._came: dict[str, list[Message]] = {}  # and not asked for since
-        self._done: queue.SimpleQueue[tuple[str, list[Message] | Exception]] = queue.SimpleQueue()
+        self._came: dict[str, list[Incoming]] = {}  # and not asked for since
+        self._done: queue.SimpleQueue[tuple[str, list[Incoming] | Exception]] = queue.SimpleQueue()
 
-    def collect(self, requests: Collection[str]) -> list[Message]:
+    def collect(self, requests: Mapping[str, int]) -> "list[Incoming]":
         """What has come for these requests, once; at once. Raises what a fetch raised."""
         while True:
             try:
@@ -99,27 +103,28 @@ class MessagePoller:
             self._next[request] = time.monotonic() + self._pause
             if came:
                 self._came[request] = came
-        found: list[Message] = []
-        for request in requests:
+        found: list[Incoming] = []
+        for request, most in requests.items():
             if request in self._came:
                 found += self._came.pop(request)
                 self._next.pop(request, None)
             elif self._next.get(request, 0.0) <= time.monotonic():
                 self._next[request] = math.inf
                 # A daemon: a reply that never comes whole must not keep the process from ending.
-                threading.Thread(target=self._fetch, args=(request,), daemon=True).start()
+                threading.Thread(target=self._fetch, args=(request, most), daemon=True).start()
         return found
 
-    def _fetch(self, request: str) -> None:
+    def _fetch(self, request: str, most: int) -> None:
         try:
-            self._done.put((request, self._pull(request)))
+            self._done.put((request, self._pull(request, most)))
         except Exception as error:
             self._done.put((request, error))
 
 
 def transport(grid: Grid, proved: bool) -> "Transport":
     """Flower's Grid as the engine knows it. proved: nodes have proved that they hold their keys."""
-    from fedsieve.sites.server import Incoming, Node, PendingRequest, Transport
+    from fedsieve.sites.replies import fetch
+    from fedsieve.sites.server import Node, PendingRequest, Transport
 
     def nodes() -> "list[Node]":
         return [
@@ -133,19 +138,7 @@ def transport(grid: Grid, proved: bool) -> "Transport":
         (request,) = grid.push_messages([message]) or (None,)
         return None if request is None else PendingRequest(request, size)
 
-    poller = MessagePoller(lambda request: list(grid.pull_messages([request])))
-
-    def collect(requests: Collection[str]) -> "list[Incoming]":
-        return [incoming(message) for message in poller.collect(requests)]
-
-    def incoming(message: Message) -> "Incoming":
-        request = message.metadata.reply_to_message_id
-        try:
-            return Incoming(request, frame_of(message), "", size_of(message))
-        except WireError as error:
-            return Incoming(request, None, str(error), size_of(message))
-
-    return Transport(nodes, send, collect)
+    return Transport(nodes, send, MessagePoller(partial(fetch, grid)).collect)
 
 
 def main(grid: Grid, context: Context) -> None:
@@ -155,12 +148,18 @@ def main(grid: Grid, context: Context) -> None:
     from fedsieve.sites.server import RoundPolicy
 
     console.quiet()
+    console.take_any_letter()
     config = context.run_config
     if config["tls"] and "--insecure" in sys.argv:
         raise FedSieveError("this federation was prepared for TLS, and the SuperLink has none")
     policy = RoundPolicy(**{name: config[name] for name in federate.ASKED_FOR})
     reach = transport(grid, proved=bool(config["tls"]))
-    federate.serve(Path(str(config["folder"])), reach, policy, partial(print, flush=True))
+
+    def say(text: str) -> None:
+        with suppress(OSError, ValueError):  # a full disk, a log that was closed
+            print(text, flush=True)
+
+    federate.serve(Path(str(config["folder"])), reach, policy, say)
 
 
 server = ServerApp()

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.algebra.method import Memory
-from fedsieve.disk import write_whole
+from fedsieve.disk import bytes_of, write_whole
 
 _DIGEST = 16  # bytes
 _ANSWER = "answer"
@@ -129,7 +129,7 @@ def _to_bytes(entry: Entry) -> bytes:
 
 def _read(path: Path) -> Entry | None:
     try:
-        whole = path.read_bytes()
+        whole = bytes_of(path)
         data = whole[_DIGEST:]
         if _digest(data) != whole[:_DIGEST]:
             raise ValueError("its digest does not match")

@@ -43,7 +43,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
-from fedsieve.disk import remove, write_whole
+from fedsieve.disk import NotAFile, bytes_of, remove, write_whole
 from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.recipe import schema
@@ -91,14 +91,16 @@ class Resident:
 def run(path: Path, say: Callable[[str], None]) -> None:
     """Be the worker that a site's file describes, until the process is interrupted.
 
-    say: tells the site's owner what happens; where it cannot (a full disk), nothing depends on it
+    say: tells the site's owner what happens; where it cannot (a full disk, a letter that the log
+        has not), nothing depends on it
     Raises FedSieveError if the file is not right, the rows or the device are not there, or another
     worker runs on the site's folder.
     """
 
     def tell(text: str) -> None:
         # What a server sent may be quoted: nothing of it may steer the terminal, or fill a log.
-        with suppress(OSError):
+        # ValueError: a letter that the log cannot hold, or a log that was closed.
+        with suppress(OSError, ValueError):
             say(printable(text[-_SHOWN:], "\n"))
 
     site = load(path)
@@ -172,7 +174,7 @@ def most_bytes(resident: Resident, header: Mapping[str, Any]) -> int | Frame:
     if assignment is not None and assignment.run == run:
         return longest(assignment.start.layout, base=True)
     try:
-        return int((_folder(resident, run) / MOST).read_text("ascii")) if _RUN.fullmatch(run) else 0
+        return int(bytes_of(_folder(resident, run) / MOST)) if _RUN.fullmatch(run) else 0
     except (OSError, ValueError):
         return _unknown(_UNTOLD)
 
@@ -561,8 +563,8 @@ def _assignment(resident: Resident, run: str) -> Assignment:
     """The assignment of a recipe that was told, by this process or by one before it."""
     if resident.assignment is None or resident.assignment.run != run:
         try:
-            text = (_folder(resident, run) / RECIPE).read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            text = bytes_of(_folder(resident, run) / RECIPE)
+        except (FileNotFoundError, NotADirectoryError, NotAFile):
             raise _Unknown(_UNTOLD) from None
         if hashlib.sha256(text).hexdigest() != run:
             raise _Unknown("the recipe that was stored here is damaged: tell it again")

@@ -63,12 +63,16 @@ class PendingRequest(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """What came back for a request: a frame's bytes, or None and what went wrong."""
+    """What came back for a request: a frame's bytes, or None and what went wrong.
+
+    lost: without data, whether nothing came, so that asking again may help
+    """
 
     request: str
     data: bytes | None
     error: str
     transport: int
+    lost: bool = True
 
 
 class Transport(NamedTuple):
@@ -77,12 +81,14 @@ class Transport(NamedTuple):
     nodes:   who is connected now
     send:    (node's id, "train", "evaluate" or "query", frame, seconds that it is worth carrying)
              -> a pending request, or None if the node cannot be reached
-    collect: ids of requests -> what has come back for them so far; each is given once
+    collect: requests, each with the most bytes that its answer can have -> what has come back for
+             them so far; each is given once
+    What a node sends never raises: it is that request's failure. An error of the network does.
     """
 
     nodes: Callable[[], Sequence[Node]]
     send: Callable[[int, str, bytes, float], PendingRequest | None]
-    collect: Callable[[Collection[str]], Sequence[Incoming]]
+    collect: Callable[[Mapping[str, int]], Sequence[Incoming]]
 
 
 class RoundPolicy(NamedTuple):
@@ -117,11 +123,13 @@ class _Asked(NamedTuple):
     """A request that has not been answered. until: when it is not worth waiting for any more.
 
     client: whom it was sent to; None if the node has not yet said who it is
+    most: bytes that no answer to it can be longer than
     """
 
     node: Node
     until: float
     client: Client | None
+    most: int
 
 
 class Dispatch(NamedTuple):
@@ -280,7 +288,7 @@ class Sites:
                 break
         for request, dispatch in waiting.items():
             self._owed[request] = _Asked(
-                dispatch.node, began + policy.deadline + SKEW, dispatch.client
+                dispatch.node, began + policy.deadline + SKEW, dispatch.client, dispatch.most
             )
             reply = _nothing(dispatch.client, self._too_late(began, enough))
             replies[dispatch.client.id] = reply._replace(transport=dispatch.transport)
@@ -346,11 +354,11 @@ class Sites:
         """
         while waiting and self._clock() < until:
             done: list[tuple[Dispatch, Incoming]] = []
-            arrived = self._collect(waiting)
+            arrived = self._collect({name: each.most for name, each in waiting.items()})
             for incoming in arrived:
                 dispatch = waiting.pop(incoming.request)
                 dispatch = dispatch._replace(transport=dispatch.transport + incoming.transport)
-                if incoming.data is None and dispatch.tries < TRIES:
+                if incoming.data is None and incoming.lost and dispatch.tries < TRIES:
                     self._say(f"site {dispatch.client.id}: {incoming.error}; it is asked again")
                     left = until - self._clock() + SKEW
                     again = self._transport.send(
@@ -393,7 +401,7 @@ class Sites:
         met |= {node for node, (until, _) in self._refused.items() if until > now}
         for node in sorted(self._connected - met):
             self._ask(node, Frame({"do": "describe"}), None)
-        for incoming in self._collect(self._meeting):
+        for incoming in self._collect({name: each.most for name, each in self._meeting.items()}):
             self._get_to_know(self._meeting.pop(incoming.request), incoming)
 
     def _get_to_know(self, asked: _Asked, incoming: Incoming) -> None:
@@ -443,14 +451,14 @@ class Sites:
         pending = self._transport.send(node.id, "query", pack(frame), seconds)
         if pending is not None:
             self._aside += pending.transport
-            self._meeting[pending.id] = _Asked(node, until, client)
+            self._meeting[pending.id] = _Asked(node, until, client, FACTS)
 
-    def _collect(self, wanted: Collection[str]) -> list[Incoming]:
+    def _collect(self, wanted: Mapping[str, int]) -> list[Incoming]:
         """What has come back for these requests. What came too late for others is counted."""
         if not wanted and not self._owed:
             return []
         # By request: whoever carries an answer twice has brought one answer.
-        requests = {*wanted, *self._owed}
+        requests = {**{name: each.most for name, each in self._owed.items()}, **wanted}
         arrived = {a.request: a for a in self._transport.collect(requests) if a.request in requests}
         for incoming in arrived.values():
             owed = self._owed.pop(incoming.request, None)
@@ -516,7 +524,8 @@ def _answer(incoming: Incoming, dispatch: Dispatch) -> Frame:
 
 def _told(incoming: Incoming, most: int) -> Frame:
     if incoming.data is None:
-        raise WireError(f"no answer: {incoming.error}")
+        what = "no answer" if incoming.lost else "answered with bytes that are no answer"
+        raise WireError(f"{what}: {incoming.error}")
     if len(incoming.data) > most:
         raise WireError(f"an answer of {len(incoming.data)} bytes: at most {most} can be")
     frame = unpack(incoming.data)

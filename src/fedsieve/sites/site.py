@@ -21,6 +21,7 @@ from pydantic import (
 
 from fedsieve.algebra import budget
 from fedsieve.data import fetch
+from fedsieve.disk import place
 from fedsieve.errors import FedSieveError, explain_all
 from fedsieve.recipe import read as recipes
 from fedsieve.settings import Share, Table
@@ -142,8 +143,8 @@ def _settled(site: Site, home: Path) -> Site:
     return site.model_copy(
         update={
             "data": data,
-            "folder": home / site.folder.expanduser(),
-            "cache": None if site.cache is None else home / site.cache.expanduser(),
+            "folder": _at(site.folder, home),
+            "cache": None if site.cache is None else _at(site.cache, home),
             "model": None if site.model is None else _found(site.model, home),
         }
     )
@@ -153,8 +154,12 @@ def _found(source: str, home: Path) -> str:
     """An absolute path where there is such a file or folder, else the name as it is."""
     if source in fetch.PACKAGES:
         return source
-    path = home / Path(source).expanduser()
+    path = _at(source, home)
     return str(path) if path.exists() else source
+
+
+def _at(text: str | Path, home: Path) -> Path:
+    return place(home / place(text))
 
 
 def _keys(path: Sequence[str | int]) -> list[str]:

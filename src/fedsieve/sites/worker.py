@@ -30,6 +30,7 @@ import math
 import os
 import queue
 import re
+import shlex
 import socket
 import stat
 import threading
@@ -49,6 +50,7 @@ SOCKET = "door/worker.sock"
 HEADER = 1 << 16  # the longest header, in bytes
 BODY = (1 << 31) - 1  # the longest body; what carries messages between machines takes no more
 DEEPEST = 8  # tables and lists in one another, in a header
+THREADS = 256  # connections that are read, answered or drained at once; others wait outside
 JOBS = 16  # requests whose answer is not taken yet; more are put off
 TAG = "tag"
 # From the root, from the home folder, or from Windows' drives, to the next space, quote or colon.
@@ -182,7 +184,8 @@ def lock(folder: Path) -> AbstractContextManager[object]:
             raise FedSieveError(f"{folder} belongs to another user: choose another folder")
         if stat.S_IMODE(facts.st_mode) & 0o077:
             raise FedSieveError(
-                f"{folder} is open to other users than its owner: `chmod 700 {folder}`, or choose "
+                f"{folder} is open to other users than its owner: `chmod 700 "
+                f"{shlex.quote(str(folder))}`, or choose "
                 "another folder"
             )
         return filelock.FileLock(folder / ".lock", mode=0o600).acquire(timeout=0)
@@ -267,6 +270,7 @@ def _accept(
     most: Callable[[Mapping[str, Any]], int | Frame],
 ) -> None:
     intake, room = Intake(), threading.BoundedSemaphore(JOBS)
+    threads = threading.BoundedSemaphore(THREADS)
 
     def answer_to(request: Frame, held: ExitStack) -> Frame:
         answer = about(request)
@@ -300,6 +304,12 @@ def _accept(
                 return
             _send(connection, answer_to(request, held))
 
+    def end(connection: socket.socket) -> None:
+        try:
+            converse(connection)
+        finally:
+            threads.release()
+
     while True:
         try:
             connection, _ = listener.accept()
@@ -308,7 +318,14 @@ def _accept(
                 return  # closed: the worker ends
             time.sleep(0.1)  # out of descriptors, say: they come back
             continue
-        threading.Thread(target=converse, args=(connection,), daemon=True).start()
+        # For seconds: all but those that wait for an answer, which are few, are through by then.
+        threads.acquire()
+        try:
+            threading.Thread(target=end, args=(connection,), daemon=True).start()
+        except (RuntimeError, MemoryError):  # no more threads for now: they come back
+            threads.release()
+            connection.close()
+            time.sleep(0.1)
 
 
 def _send(connection: socket.socket, answer: Frame) -> None:

@@ -1,0 +1,127 @@
+"""A federation's directory as it is found, before a Flower run goes on with it.
+
+It may come from somebody else, and what lies in it would be run: Flower puts the app's folder, and
+its own copies of apps in FLWR_HOME, before all other modules. So the app is one file that says what
+`prepare` writes and no more, and of Flower's folder what `prepare` and the SuperLink write stays
+where it is; all else is set aside.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedsieve.disk import place, refuse_link, remove, write_whole
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+
+APP = "app"
+HOME = "flower"  # of Flower's command line
+ASIDE = "set-aside"  # what else was in HOME
+LINK = "link.db"  # in HOME: without it a SuperLink that restarts knows none of its nodes
+CONFIG = "config.toml"  # in HOME
+CONNECTION = "fedsieve"  # what that calls this server
+COMPONENTS = {
+    "serverapp": "fedsieve.sites.flower_app:server",
+    "clientapp": "fedsieve.sites.flower_app:client",
+}
+LONGEST = 1e9  # seconds, or sites; NaN is not below it
+NAME, PUBLISHER = "fedsieve-federation", "fedsieve"
+_OURS = (CONFIG, LINK, *(f"{LINK}-{end}" for end in ("wal", "shm", "journal")))
+_VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,63}")
+_PROJECT = {"name", "version", "description", "license", "dependencies"}
+
+
+def check_app(app: Path, asked_for: tuple[str, ...]) -> None:
+    """Raises FedSieveError for an app that is not what `prepare` has written for its directory.
+
+    asked_for: the settings that it holds beside folder and tls, all numbers
+    One that 0.1 prepared is made to name our ends as they are now.
+    """
+    refuse_link(app, folder=True)
+    for path in sorted(app.iterdir()):
+        if path.name != "pyproject.toml":
+            raise FedSieveError(f"{path} is no part of a federation, and would be run: remove it")
+    source = app / "pyproject.toml"
+    table = _table(source)
+    try:
+        ours = _is_ours(table, app.parent, asked_for)
+    except (KeyError, TypeError, AttributeError, FedSieveError):
+        ours = False
+    if not ours:
+        raise FedSieveError(
+            f"{source} is not what `fedsieve federate` wrote for {app.parent}: begin a new one"
+        )
+    given = table["tool"]["flwr"]["app"]
+    if given["components"] != COMPONENTS:
+        given["components"] = COMPONENTS
+        write_whole(source, tomli_w.dumps(table).encode())
+
+
+def _is_ours(table: dict[str, Any], folder: Path, asked_for: tuple[str, ...]) -> bool:
+    project, app = table["project"], table["tool"]["flwr"]["app"]
+    config = app["config"]
+    numbers = [config[name] for name in asked_for]
+    return (
+        {*table} == {"project", "tool"}
+        and {*table["tool"]} == {"flwr"}
+        and {*table["tool"]["flwr"]} == {"app"}
+        and {*app} == {"publisher", "components", "config"}
+        and {*project} <= _PROJECT
+        and (project["name"], app["publisher"]) == (NAME, PUBLISHER)
+        and _VERSION.fullmatch(project["version"]) is not None
+        and project["dependencies"] == []
+        and {*app["components"]} == {*COMPONENTS}
+        and {*config} == {"folder", "tls", *asked_for}
+        and place(config["folder"]).resolve() == folder.resolve()
+        and isinstance(config["tls"], bool)
+        and all(type(number) in (int, float) and 0 <= number < LONGEST for number in numbers)
+    )
+
+
+def root_of(folder: Path) -> Path | None:
+    """The certificate of the authority by which a federation's server is known, where it has one.
+
+    Raises FedSieveError where Flower's folder does not say where the server is.
+    """
+    refuse_link(folder / HOME, folder=True)
+    source = folder / HOME / CONFIG
+    table = _table(source)
+    try:
+        connection = table["superlink"][CONNECTION]
+        root = connection.get("root-certificates")
+        names = {*connection} - {"root-certificates", "insecure"}
+        if names != {"address"} or not isinstance(connection["address"], str):
+            raise KeyError
+        return None if root is None else place(root)
+    except (KeyError, TypeError, AttributeError, FedSieveError):
+        raise FedSieveError(
+            f"{source} does not say where the federation's server is: begin a new one"
+        ) from None
+
+
+def set_aside(folder: Path) -> None:
+    """Move what Flower's folder should not hold out of Flower's way: its copies of apps, above all.
+
+    Flower unpacks the app again.
+    """
+    home, aside = folder / HOME, folder / ASIDE
+    refuse_link(aside, folder=True)
+    for path in sorted(home.iterdir()):
+        if path.name in _OURS:
+            refuse_link(path)
+            continue
+        aside.mkdir(mode=0o700, exist_ok=True)
+        old = aside / path.name
+        if old.exists() or old.is_symlink():
+            remove(old)
+        path.rename(old)
+
+
+def _table(path: Path) -> dict[str, Any]:
+    refuse_link(path)
+    try:
+        return recipes.toml(recipes.text_of(path), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedSieveError(f"{path} cannot be read ({error}): begin a new federation") from error
