@@ -637,12 +637,6 @@ def named_by_the_configuration(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def an_adapter_beside(folder: Path) -> None:
-    torch.save({}, folder / "adapter_model.bin")
-    config = {"peft_type": "LORA", "r": 2, "base_model_name_or_path": str(folder)}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
 def a_checkpoint_of_torch(folder: Path) -> None:
     only_a_pickle(folder)
     (folder / "pytorch_model.bin").rename(folder / "model.pt")
@@ -655,7 +649,6 @@ def a_checkpoint_of_torch(folder: Path) -> None:
         only_a_pickle,
         shards_that_are_pickles,
         named_by_the_configuration,
-        an_adapter_beside,
         a_checkpoint_of_torch,
     ],
 )

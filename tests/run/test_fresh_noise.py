@@ -35,6 +35,7 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.settings import Sampling
 from fedsieve.tasks.tally import Score
+from fedsieve.train.card import Told
 from fedsieve.train.local import Fit
 from tests import runs, toy
 from tests.conftest import Tiny
@@ -79,7 +80,7 @@ def building(out: list[str], before: Callable[[str], None] = lambda what: None) 
         left("message", view.adapter)
         return toy.train(view, client, key, steps=1)
 
-    def save(adapter: Adapter, folder: Path) -> None:
+    def save(adapter: Adapter, folder: Path, told: Told, *, home: Path) -> None:
         left("adapter", adapter)
         folder.mkdir()
 

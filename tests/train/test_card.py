@@ -1,6 +1,7 @@
 """The card beside what is saved: it says what is there, and its code loads it."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,15 @@ import pytest
 import torch
 from datasets import Dataset
 from huggingface_hub import metadata_load
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import fedsieve
+from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir, runner
-from fedsieve.train.card import CARD
+from fedsieve.train import card
+from fedsieve.train.card import CARD, Saved, Told
+from fedsieve.train.origin import Origin
 from tests import runs
 from tests.conftest import LABELS, Tiny, texts
 from tests.pages import fenced
@@ -146,6 +151,69 @@ def test_scores_of_models_that_stay_with_clients_are_not_the_adapters(
     assert "of the clients' own models, parts of which stay with them and are not here" in text
     front: Any = metadata_load(folder / rundir.ADAPTER / CARD)
     assert "model-index" not in front
+
+
+def test_a_card_tells_what_was_tested_and_what_was_changed_in_the_base(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its code, over a base of the hub, makes the model that was trained."""
+    folder = tmp_path / "run"
+    changed = {"hidden_act": "relu"}
+    given: dict[str, Any] = {"method": {"name": "fedit"}, "budgets": [{}]}
+    runs.start(tiny, folder, rounds=1, model__settings=changed, **given)
+    saved = folder / rundir.ADAPTER
+    front: Any = metadata_load(saved / CARD)
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == tiny.test.name
+    text = (saved / CARD).read_text(encoding="utf-8")
+    assert "- changed in the base's configuration: `hidden_act = 'relu'`" in text
+    origin = Origin(str(tiny.bert), str(tiny.bert), True, None, None)
+    told = Told(settings={"hidden_act": "relu"})
+    card.write(saved, Saved("classification", origin, None, LABELS, rank=4, alone=False), told)
+    model = loaded_as_the_card_says(saved)["model"]
+    assert model.config.hidden_act == "relu"
+
+
+@pytest.mark.parametrize("change", ["rewritten", "gone"])
+def test_a_base_that_changed_while_it_was_trained_is_saved_as_it_was(
+    tiny: Tiny, tmp_path: Path, change: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny.bert, base)
+    run = fedsieve.finetune(base, [rows()], fedsieve.fedit(), rounds=1)
+    run.finish()
+    expected = run.adapter
+    if change == "gone":
+        shutil.rmtree(base)
+    else:
+        tensors = load_file(base / "model.safetensors")
+        (base / "model.safetensors").unlink()
+        save_file(
+            {n: t + 1 for n, t in tensors.items()}, base / "model.safetensors", {"format": "pt"}
+        )
+    run.save(tmp_path / "saved")
+    held = load_file(tmp_path / "saved" / "base" / "model.safetensors")
+    own = load_file(tiny.bert / "model.safetensors")
+    same = [name for name in held if name in own and torch.equal(held[name], own[name])]
+    assert len(same) >= len(own) - 2  # but for a head of another size
+    assert expected.tensors.keys() == run.adapter.tensors.keys()
+
+
+def test_a_folder_of_somebodys_is_not_taken_for_an_adapters_base(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Nothing is removed, and nothing written beside it."""
+    run = fedsieve.finetune(tiny.bert, [rows()], fedsieve.fedit(), rounds=1)
+    mine = tmp_path / "saved" / "base"
+    mine.mkdir(parents=True)
+    (mine / "thesis.tex").write_text("years of work")
+    (tmp_path / "saved" / "provenance.json").write_text("{}")
+    with pytest.raises(FedSieveError, match="is there already, and the adapter's base would go"):
+        run.save(tmp_path / "saved")
+    assert sorted(p.name for p in (tmp_path / "saved").rglob("*")) == [
+        "base", "provenance.json", "thesis.tex",
+    ]  # fmt: skip
+    run.save(tmp_path / "other")
+    run.save(tmp_path / "other")
 
 
 @pytest.mark.parametrize("part", [(), ("bert.pooler",)])

@@ -128,7 +128,7 @@ def test_a_base_with_an_adapter_in_it_is_no_base(tiny: Tiny, tmp_path: Path) -> 
     trained(tiny.bert, LABELS).save(tmp_path / "saved")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "saved" / name, base)
-    with pytest.raises(FedSieveError, match=r"has an adapter in its folder already.*merge"):
+    with pytest.raises(FedSieveError, match=r"it holds an adapter.*merge"):
         trained(base, LABELS)
 
 

@@ -13,17 +13,24 @@ def told(recipe: Recipe, epsilon: float | None = None) -> Told:
     epsilon: that the rounds have spent, where it is known
     """
     train = recipe.data.train
-    here = Path(train).is_absolute() or Path(train).exists()
-    data = Path(train).name if here else train
-    if recipe.data.config:
-        data += f" ({recipe.data.config})"
     return Told(
         method=recipe.method.name,
         recipe=recipe.name,
-        data=data,
-        on_hub=not here and "://" not in train and train not in fetch.PACKAGES,
+        data=_name(train, recipe.data.config),
+        tested=_name(recipe.data.test or train, recipe.data.config),
+        settings=recipe.model.settings,
+        on_hub=not _here(train) and "://" not in train and train not in fetch.PACKAGES,
         privacy=_privacy(recipe, epsilon),
     )
+
+
+def _here(rows: str) -> bool:
+    return Path(rows).is_absolute() or Path(rows).exists()
+
+
+def _name(rows: str, config: str | None) -> str:
+    name = Path(rows).name if _here(rows) else rows
+    return f"{name} ({config})" if config else name
 
 
 def _privacy(recipe: Recipe, epsilon: float | None) -> str | None:

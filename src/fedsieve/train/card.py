@@ -41,6 +41,8 @@ class Told(NamedTuple):
     data:     the rows trained on, by the name of their data set, file or folder; on_hub: whether
               the hub has a data set of that name
     rounds:   that were trained; clients: that took part
+    tested:   the rows that the scores are of, as `data`
+    settings: of the base's configuration that the run changed
     metrics:  the task's own after these rounds, the leading one first; loss: of the same evaluation
     down_bytes, up_bytes: payload bytes of all rounds
     privacy:  the guarantee, in a sentence
@@ -51,6 +53,8 @@ class Told(NamedTuple):
     recipe: str | None = None
     data: str | None = None
     on_hub: bool = False
+    tested: str | None = None
+    settings: Mapping[str, Any] = {}
     rounds: int | None = None
     clients: int | None = None
     metrics: Mapping[str, float | None] = {}
@@ -103,6 +107,7 @@ def write(folder: Path, saved: Saved, told: Told) -> None:
         f"- trained: {_trained(told)}, by {by}",
         *([f"- recipe: {_code(told.recipe)}"] if told.recipe else []),
         *([f"- data: {_code(told.data)}"] if told.data else []),
+        *([f"- changed in the base's configuration: {_changed(told)}"] if told.settings else []),
         *_bytes(told),
         f"- privacy: {told.privacy or 'no differential privacy'}",
     ]
@@ -110,7 +115,7 @@ def write(folder: Path, saved: Saved, told: Told) -> None:
         shown = ", ".join(map(_code, labels[:_SHOWN]))
         more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
         lines.append(f"- labels, in the order of the outputs: {shown}{more}")
-    lines += ["", *_scores(told), *_how(saved), ""]
+    lines += ["", *_scores(told), *_how(saved, told), ""]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
     text = json.dumps(_facts(saved, told), indent=1, ensure_ascii=False) + "\n"
     (folder / FACTS).write_text(text, encoding="utf-8")
@@ -120,7 +125,7 @@ def _front(saved: Saved, told: Told) -> str:
     """The table at a card's head that the hub reads. A base that is a folder has no name there."""
     pipeline = _PIPELINES[catalogue.load(saved.task).auto]
     results = [
-        EvalResult(pipeline, "other", told.data or "not told", name, value, metric_name=name)
+        EvalResult(pipeline, "other", told.tested or "not told", name, value, metric_name=name)
         for name, value in told.metrics.items()
         if value is not None and not told.personal
     ]
@@ -143,6 +148,10 @@ def _trained(told: Told) -> str:
     rounds = "" if told.rounds is None else f"{count(told.rounds, 'round')} "
     over = "clients" if told.clients is None else count(told.clients, "client")
     return f"{rounds}over {over} that kept their rows"
+
+
+def _changed(told: Told) -> str:
+    return _code(", ".join(f"{key} = {value!r}" for key, value in sorted(told.settings.items())))
 
 
 def _held(saved: Saved) -> list[str]:
@@ -195,11 +204,11 @@ def _facts(saved: Saved, told: Told) -> dict[str, Any]:
     }
 
 
-def _how(saved: Saved) -> list[str]:
+def _how(saved: Saved, told: Told) -> list[str]:
     if saved.rank is None:
         code = _whole(saved)
     else:
-        code = _by_itself(saved) if saved.alone else _over_its_base(saved)
+        code = _by_itself(saved) if saved.alone else _over_its_base(saved, told)
     lines = ["To load it:", "", "```python", *code, "```"]
     if saved.rank is None or saved.alone:
         pipeline = _PIPELINES[catalogue.load(saved.task).auto]
@@ -232,13 +241,14 @@ def _by_itself(saved: Saved) -> list[str]:
     ]
 
 
-def _over_its_base(saved: Saved) -> list[str]:
+def _over_its_base(saved: Saved, told: Told) -> list[str]:
     """Where the base that is named has no head, or one of its own: the adapter's needs room."""
     maker, reader = _makers(saved)
     head, names = [], []
     given = [
         *(f"revision={_literal(each)}" for each in [saved.origin.revision] if each),
         *(f"dtype={_literal(each)}" for each in [saved.dtype] if each),
+        *(f"{key}={value!r}" for key, value in sorted(told.settings.items())),
     ]
     if saved.labels:
         head = ["import json", "from pathlib import Path", ""]

@@ -38,7 +38,7 @@ from fedsieve.train.dropout import speed_up
 from fedsieve.train.head import match_rows
 from fedsieve.train.origin import Origin, origin_of
 from fedsieve.train.parts import Place
-from fedsieve.train.source import refuse_odd, refuse_pickled
+from fedsieve.train.source import refuse_odd, refuse_pickled, table_of
 from fedsieve.train.trial import run_with_pairs, settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
@@ -167,17 +167,17 @@ class ResidentModel:
                 "it: give --merge to upload the whole model"
             )
         fits = not prepared.needed(base, origin, head=catalogue.load(self.task).head)
+        alone = fits or not for_hub
+        if alone and not fits:
+            _make_way(folder, home or folder)
         self._configure(adapter.layout, (home or folder).resolve(), origin, fits, for_hub)
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         if self.classes:
             own = self.model.config
             labels = {"id2label": own.id2label, "label2id": own.label2id}
             (folder / LABELS).write_text(json.dumps(labels, indent=1) + "\n", encoding="utf-8")
-        alone = fits or not for_hub
         if alone and not fits:
             place = folder / prepared.BASE
-            if (folder / card.FACTS).exists():
-                shutil.rmtree(place, ignore_errors=True)  # what was saved here before
             shapes = {
                 name.removeprefix("base_model.model."): each.shape
                 for name, each in self.parameters()
@@ -247,6 +247,21 @@ class ResidentModel:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
         card.write(folder, saved, told)
+
+
+def _make_way(folder: Path, home: Path) -> None:
+    """Remove a base that was saved in a folder before. Raises FedSieveError for anything else of
+    its name.
+    """
+    place = folder / prepared.BASE
+    if not place.exists():
+        return
+    told = table_of(folder / "adapter_config.json").get("base_model_name_or_path")
+    if told != str(home.resolve() / prepared.BASE):
+        raise FedSieveError(
+            f"{place} is there already, and the adapter's base would go there: choose another place"
+        )
+    shutil.rmtree(place)
 
 
 def _plain(model: Any) -> PreTrainedModel:
@@ -362,7 +377,8 @@ def _in_form(
     What is to stay as it is must be known before the first weight is read, so it is found over
     tensors without numbers.
     """
-    config = pretrained(AutoConfig, name, trust_remote_code=given["trust_remote_code"], **told)
+    trust_remote_code = given["trust_remote_code"]
+    config = pretrained(AutoConfig, name, trust_remote_code=trust_remote_code, **told)
     own = getattr(config, "quantization_config", None)
     if own is not None:
         del config.quantization_config

@@ -5,6 +5,7 @@ cache, or fetched (data/fetch.py). Nothing here asks the network.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ class Origin(NamedTuple):
     on_hub:   whether the hub has one of that name
     revision: the commit there, where it is known
     licence:  as the base's own card has it, or None
+    stamps:   size, time and number of each file of weights in a folder, as they were at loading
     """
 
     source: str
@@ -32,6 +34,7 @@ class Origin(NamedTuple):
     on_hub: bool
     revision: str | None
     licence: str | None
+    stamps: Mapping[str, tuple[int, int, int]] = {}
 
 
 def origin_of(config: Any) -> Origin:
@@ -39,14 +42,26 @@ def origin_of(config: Any) -> Origin:
     source = str(config.name_or_path)
     revision = _commit(source)
     licence = _licence(file_of(source, revision, "README.md"))
+    stamps = stamps_of(source)
     if not Path(source).exists():
-        return Origin(source, source, True, revision, licence)
+        return Origin(source, source, True, revision, licence, stamps)
     if found := _IN_CACHE.search(Path(source).as_posix()):
-        return Origin(source, f"{found[1]}/{found[2]}", True, found[3], licence)
+        return Origin(source, f"{found[1]}/{found[2]}", True, found[3], licence, stamps)
     for name, package in fetch.PACKAGES.items():
         if package.hub and Path(source) == fetch.cache_folder() / name:
-            return Origin(source, package.hub[0], True, package.hub[1], licence)
-    return Origin(source, Path(source).name, False, None, licence)
+            return Origin(source, package.hub[0], True, package.hub[1], licence, stamps)
+    return Origin(source, Path(source).name, False, None, licence, stamps)
+
+
+def stamps_of(source: str) -> dict[str, tuple[int, int, int]]:
+    """Of a folder's files of weights, `Origin.stamps`; none of a name on the hub, whose cache calls
+    files by what is in them.
+    """
+    found = {}
+    for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
+        facts = path.stat()
+        found[path.name] = (facts.st_size, facts.st_mtime_ns, facts.st_ino)
+    return found
 
 
 def _commit(source: str) -> str | None:

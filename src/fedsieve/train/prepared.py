@@ -25,8 +25,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fedsieve.errors import FedSieveError
-from fedsieve.train.origin import Origin, file_of
-from fedsieve.train.quantise import form
+from fedsieve.train.origin import Origin, file_of, stamps_of
+from fedsieve.train.quantise import form, is_quantised
 from fedsieve.train.source import table_of
 
 BASE = "base"  # the folder beside an adapter
@@ -65,15 +65,9 @@ def write(
 
     model:   the base, with PEFT's layers in it
     trained: the parameters that the adapter holds whole, by the base's names, and their shapes
-    Raises FedSieveError if the folder is there.
+    Raises FedSieveError for a quantised base whose files are not there any more, or others.
     """
-    try:
-        folder.mkdir()
-    except FileExistsError as error:
-        raise FedSieveError(
-            f"{folder} is there already, and the adapter's base would go there: choose another "
-            "place"
-        ) from error
+    folder.mkdir()
     source, revision = origin.source, origin.revision
     config = _as_published(model.config, _published(model.config, origin) or {})
     config.architectures = [type(model).__name__]
@@ -83,9 +77,15 @@ def write(
     config.save_pretrained(folder)
     if (said := file_of(source, revision, _GENERATION)) is not None:
         _link(said, folder / _GENERATION)
-    files = None if odd_name else _weights(source, revision)
+    same = stamps_of(source) == origin.stamps
+    files = _weights(source, revision) if same and not odd_name else None
     if files is None:
-        # They are not where the model was loaded from any more, or under another name there.
+        # They are not where the model was loaded from any more, others, or of another name.
+        if is_quantised(model):
+            raise FedSieveError(
+                f"the base {origin.name!r} was loaded from files that are not there any more, and "
+                "is held quantised: put them back, and `fedsieve export` the run"
+            )
         model.save_pretrained(folder, state_dict=_without_adapter(model))
         return
     gone: set[str] = set()

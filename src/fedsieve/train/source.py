@@ -18,7 +18,6 @@ _CLASSES = 1_000_000
 _LARGEST = 1 << 23  # bytes of a configuration: the names of 100,000 classes
 _PROGRAMS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _INDEX = "model.safetensors.index.json"
-_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def refuse_pickled(source: str) -> None:
@@ -34,8 +33,6 @@ def refuse_pickled(source: str) -> None:
         return
     names = {path.name for path in folder.iterdir()}
     read = {*_said(folder / "config.json", "transformers_weights"), *_shards(folder / _INDEX)}
-    if "adapter_config.json" in names and _ADAPTER[0] not in names:
-        read |= names & {_ADAPTER[1]}
     if not any(name.endswith(".safetensors") for name in names):
         read |= {name for name in names if name.endswith(_PICKLED)}
     odd = sorted(name for name in read if not name.endswith((".safetensors", _INDEX)))

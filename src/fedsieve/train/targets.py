@@ -77,8 +77,9 @@ def convolutions(base: nn.Module) -> str:
     names = {
         name.rpartition(".")[2]
         for name, each in base.named_modules()
-        if isinstance(each, nn.Conv2d) and each.groups == 1 and not name[-1].isdigit()
+        if isinstance(each, nn.Conv2d) and each.groups == 1
     }
+    names = {name for name in names if not name.isdigit()}  # a place in a row of layers
     shown = ", ".join(map(repr, sorted(names)[:5]))
     return (
         f"; where it has no linear layer, name its convolutions, such as {shown}" if names else ""

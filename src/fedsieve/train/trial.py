@@ -52,7 +52,7 @@ def settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
                 f"this {kind} model sees the tokens that it is to predict: choose a causal one, "
                 "or, if it was trained as a decoder, set is_decoder = true in [model.settings]"
             )
-        if not _has_the_tasks_loss(model, task):
+        if not _has_the_tasks_loss(model, task) or _routed(model, task):
             raise FedSieveError(
                 f"the loss of a {kind} model is not that of its task "
                 f"({catalogue.load(task).title}): {_another(model)}"
@@ -173,6 +173,12 @@ def _has_the_tasks_loss(model: PreTrainedModel, task: Task) -> bool:
     classes = tuple(model.config.id2label.values())
     told = catalogue.load(task).judge(out.logits.float(), rows.labels, classes)
     return same(model, out.loss, torch.tensor(told.loss / told.counted, dtype=out.loss.dtype))
+
+
+def _routed(model: PreTrainedModel, task: Task) -> bool:
+    """Whether the loss of a language model has one of its routers in it, too small to be seen."""
+    asked = getattr(model.config.get_text_config(), "output_router_logits", False)
+    return bool(asked) and catalogue.load(task).peft == "CAUSAL_LM"
 
 
 def _another(model: PreTrainedModel) -> str:
