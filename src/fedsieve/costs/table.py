@@ -57,7 +57,7 @@ def _cost(part: dry_run.Part, training: Training) -> Cost:
 def of_model(
     source: str,
     rank: int,
-    targets: tuple[str, ...] | None,
+    targets: tuple[str, ...] | str | None,
     classes: int,
     budget: Budget,
     cohort: int,
@@ -78,7 +78,7 @@ def of_model(
 def rehearsals(
     source: str,
     rank: int,
-    targets: tuple[str, ...] | None,
+    targets: tuple[str, ...] | str | None,
     classes: int,
     budget: Budget,
     cohort: int,

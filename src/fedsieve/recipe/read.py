@@ -72,10 +72,10 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             text = text_of(path)
         except (OSError, UnicodeDecodeError) as error:
             raise FedSieveError(f"the recipe {source} cannot be read: {error}") from error
-    elif source in shipped():
-        text = shipped()[source]
+    elif path.is_dir() and (path / "recipe.toml").is_file() and source not in shipped():
+        raise FedSieveError(f"{source} is a run's directory: its recipe is {path / 'recipe.toml'}")
     else:
-        raise FedSieveError(f"no recipe is called {source!r}{nearest(source, shipped())}")
+        text = shipped_text(source)
     table = toml(text, f"the recipe {source}")
     for given in overrides:
         override(table, given)
@@ -229,6 +229,14 @@ def shipped() -> dict[str, str]:
         for entry in sorted(folder.iterdir(), key=lambda entry: entry.name)
         if entry.name.endswith(".toml")
     }
+
+
+def shipped_text(name: str) -> str:
+    """One of `shipped`. Raises FedSieveError, with the nearest, for a name that none has."""
+    known = shipped()
+    if name not in known:
+        raise FedSieveError(f"no recipe is called {name!r}{nearest(name, known)}")
+    return known[name]
 
 
 def override(table: dict[str, Any], given: str) -> None:

@@ -73,6 +73,7 @@ class Saved(NamedTuple):
     alone:  whether the folder is all that its loader needs to be told of; else the base as it was
             published has other labels
     dtype:  of the base in training, where the base's own is another
+    beside: whether the base is in the folder too
     form:   in which its weights were held in training, where they were quantised for it
     """
 
@@ -84,6 +85,7 @@ class Saved(NamedTuple):
     alone: bool = True
     dtype: str | None = None
     form: str | None = None
+    beside: bool = False
 
 
 def write(folder: Path, saved: Saved, told: Told) -> None:
@@ -213,6 +215,12 @@ def _how(saved: Saved, told: Told) -> list[str]:
     if saved.rank is None or saved.alone:
         pipeline = _PIPELINES[catalogue.load(saved.task).auto]
         lines += ["", f"Or `pipeline({_literal(pipeline)}, model=folder)` of transformers."]
+    if saved.rank is not None and saved.alone and saved.beside:
+        lines += [
+            "",
+            "The base is in `base/`, and `adapter_config.json` names it by its whole path "
+            "(`base_model_name_or_path`): write the new one there if the folder moves.",
+        ]
     return lines
 
 

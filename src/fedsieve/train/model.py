@@ -198,6 +198,7 @@ class ResidentModel:
                 alone,
                 dtype,
                 prepared.form_in_training(base, origin),
+                alone and not fits,
             ),
             told,
         )
@@ -407,7 +408,7 @@ def shape_of(
     for setting, value in catalogue.load(task).config([str(n) for n in range(classes)]).items():
         setattr(config, setting, value)
     with torch.device("meta"):
-        model: PreTrainedModel = kind.from_config(config)
+        model: PreTrainedModel = _made(name, kind, lambda: kind.from_config(config))
     held, prefix = names_held(name), f"{model.base_model_prefix}."
     drawn = [
         each

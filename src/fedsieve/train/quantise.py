@@ -319,7 +319,8 @@ def dequantise(model: Any, adapter: str) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if getattr(base, "hf_quantizer", None) is not None:
         base.hf_quantizer.remove_quantization_config(base)
-    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
+    # The last is how packed weights were read, which saving would do the other way round.
+    for flag in ("is_loaded_in_4bit", "is_loaded_in_8bit", "_weight_conversions"):
         base.__dict__.pop(flag, None)
 
 
