@@ -215,7 +215,7 @@ def test_what_a_notebook_gets_wrong(tiny: Tiny) -> None:
     ):
         with pytest.raises(FedSieveError, match=message):
             finetune(tiny, [rows(10, 1)], **options)
-    with pytest.raises(FedSieveError, match="model 'no/such' cannot be loaded"):
+    with pytest.raises(FedSieveError, match="model 'no/such' was not found"):
         fedsieve.finetune("no/such", [rows(10, 1)], fedsieve.fedit(), rounds=1)
 
 

@@ -576,5 +576,5 @@ def test_a_head_of_another_size_is_drawn_from_the_key_and_nothing_else_is(tiny: 
 def test_places_that_cannot_be_used(tiny: Tiny) -> None:
     with pytest.raises(FedSieveError, match="device 'nowhere' cannot be used"):
         pick_device("nowhere")
-    with pytest.raises(FedSieveError, match="model 'no/such-model' cannot be loaded"):
+    with pytest.raises(FedSieveError, match="model 'no/such-model' was not found"):
         load_base("no/such-model", "classification", LABELS, key=Key(0))

@@ -15,7 +15,7 @@ import datasets
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
 
-from fedsieve.data import fetch, files, pictures
+from fedsieve.data import fetch, files, hub, pictures
 from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
 from fedsieve.data.templates import possible, used
@@ -224,15 +224,20 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
 def _hub(name: str, config: str | None, split: str | None) -> Dataset:
     """A data set that `datasets.load_dataset` finds: on the hub or in its cache."""
     try:
-        with _no_progress_bars():
+        with _no_progress_bars(), hub.asked(name):
             loaded = datasets.load_dataset(name, config, split=split)
     # Whatever goes wrong in there (network, scripts, parsers), the user has to see it.
     except Exception as error:
         raise FedSieveError(
             f"{name!r} is no file, folder or fetched name here{nearest(name, fetch.PACKAGES)}, "
-            f"and loading it as a data set of the hub failed: {type(error).__name__}: {error}"
+            f"and {_why(error)}"
         ) from error
     return _pick(loaded, split if isinstance(loaded, DatasetDict) else None, name)
+
+
+def _why(error: Exception) -> str:
+    looked = "" if hub.reachable() else f" (looked up {hub.places()})"
+    return f"loading it as a data set of the hub failed{looked}: {type(error).__name__}: {error}"
 
 
 def _pick(loaded: Dataset | DatasetDict, split: str | None, where: str) -> Dataset:

@@ -26,6 +26,7 @@ from transformers import (
 from fedsieve.algebra.adapter import Adapter, Layout, Tree, layout_of
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
+from fedsieve.data import fetch, hub
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Dtype, Lora, Quantization, Task
 from fedsieve.tasks import catalogue
@@ -555,7 +556,8 @@ def _make(folder: Path) -> None:
 def pretrained(kind: Any, name: str, **given: Any) -> Any:
     """`kind.from_pretrained`. Raises FedSieveError in its words where that fails."""
     refuse_odd(name)
-    return _made(name, kind, lambda: kind.from_pretrained(name, **given))
+    with hub.asked(name):
+        return _made(name, kind, lambda: kind.from_pretrained(name, **given))
 
 
 def _made(name: str, kind: Any, make: Callable[[], Any]) -> Any:
@@ -581,6 +583,13 @@ def _made(name: str, kind: Any, make: Callable[[], Any]) -> Any:
             raise FedSieveError(
                 f"model {name!r} needs code of its own, which would run with your rights: give "
                 "--trust-remote-code to `fedsieve run`, `resume` or `export` if you trust it"
+            ) from error
+        if not Path(name).exists() and isinstance(error, OSError):
+            why = f" ({first})" if hub.reachable() else ""
+            raise FedSieveError(
+                f"model {name!r} was not found: it is no folder here, no name that `fedsieve "
+                f"fetch` knows{nearest(name, fetch.PACKAGES)}, and was looked up "
+                f"{hub.places()}{why}"
             ) from error
         raise FedSieveError(
             f"model {name!r} cannot be loaded: {first} (give a folder that exists, a name on the "

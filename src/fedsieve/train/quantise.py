@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedsieve.data import hub
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Quantization
 from fedsieve.train import without_bitsandbytes
@@ -70,7 +71,8 @@ def form_in(name: str) -> str | None:
 def _told(name: str) -> Any:
     """What a base's configuration says of its quantisation; None for nothing."""
     try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
+        with hub.asked(name):
+            config, _ = PreTrainedConfig.get_config_dict(name)
         return config.get("quantization_config")
     except Exception:  # who loads the model says what is wrong
         return None
