@@ -21,6 +21,7 @@ import tomli_w
 import torch
 from transformers import BertForSequenceClassification
 
+from fedsieve.disk import remove
 from fedsieve.run import checkpoint, rundir
 from fedsieve.study.jobs import ASKED, DIVERGED
 from tests import runs
@@ -128,8 +129,9 @@ def replaced(command: Command, folder: Path, tiny: Tiny) -> Ran:
 
 def begun(command: Command, folder: Path, tiny: Tiny) -> Ran:
     """In a folder that holds no run, but links in the places of one's files."""
-    if not (folder / rundir.RECIPE).is_symlink():
-        (folder / rundir.RECIPE).unlink()
+    for name in rundir._OURS:
+        if not (folder / name).is_symlink() and (folder / name).exists():
+            remove(folder / name)
     return command("run", tiny.write(folder.parent / "mine.toml", rounds=1), "--out", folder)
 
 

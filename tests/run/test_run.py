@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedsieve.engine.loop import Receipt, Round
+from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
 from tests import runs
 from tests.conftest import Command, Tiny
@@ -280,3 +281,21 @@ def test_json_lines_are_json(whole: Path) -> None:
     for log in (rundir.METRICS, rundir.CLIENTS):
         for line in (whole / log).read_text().splitlines():
             assert json.loads(line, parse_constant=lambda name: pytest.fail(name))
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter", "clients.jsonl", "report.html"])
+def test_what_is_called_like_a_part_of_a_run_is_not_removed_unasked(
+    tiny: Tiny, tmp_path: Path, name: str
+) -> None:
+    """A folder of checkpoints, say, of other work."""
+    mine = tmp_path / "out" / name
+    if "." in name:
+        mine.parent.mkdir()
+        mine.write_text("years of work")
+    else:
+        mine.mkdir(parents=True)
+        (mine / "model.bin").write_text("years of work")
+    with pytest.raises(FedSieveError, match=rf"holds no run, and has {re.escape(name)}, which one"):
+        runs.start(tiny, tmp_path / "out", rounds=1)
+    assert mine.exists()
+    assert not (tmp_path / "out" / "recipe.toml").exists()

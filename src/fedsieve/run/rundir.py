@@ -102,7 +102,9 @@ def _make_secret(folder: Path) -> None:
 
 
 def refuse(folder: Path) -> None:
-    """Raises FedSieveError if the folder holds a run already, or the secrets of one are left."""
+    """Raises FedSieveError if the folder holds a run already, something that would be taken for a
+    part of one, or the secrets of one.
+    """
     refuse_link(folder / RECIPE)
     if (folder / RECIPE).exists():
         raise FedSieveError(
@@ -114,6 +116,15 @@ def refuse(folder: Path) -> None:
             f"{own(folder)} holds the secrets of a run that is not in {folder} any more: remove "
             "it, choose another --out, or replace both with --overwrite"
         )
+    for name in _OURS:
+        there = folder / name
+        if there.is_symlink():
+            continue  # it is removed, and nothing behind it
+        if there.is_dir() or (there.is_file() and there.stat().st_size):
+            raise FedSieveError(
+                f"{folder} holds no run, and has {name}, which one would replace: choose another "
+                "--out, or give --overwrite if it may go"
+            )
 
 
 def create(folder: Path, recipe: str, *, overwrite: bool = False, secret: bool = False) -> None:
