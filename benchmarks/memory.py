@@ -32,7 +32,7 @@ from fedsieve.console import quiet
 from fedsieve.costs.memory import Base, Needs, of_model
 from fedsieve.engine.client import take_part
 from fedsieve.recipe.experiment import locate
-from fedsieve.settings import Lora, Training
+from fedsieve.settings import Lora, Quantization, Training
 from fedsieve.tasks.tokens import Texts
 from fedsieve.train.local import Fit, fit
 from fedsieve.train.model import load_base, set_up
@@ -58,6 +58,7 @@ class Case(NamedTuple):
     dtype: str
     checkpointing: bool = False
     micro_batch: int | None = None
+    form: Quantization = "none"
 
 
 SETTINGS = {
@@ -78,6 +79,7 @@ def cases(models: list[str], names: list[str]) -> list[Case]:
                 found += [Case(model, name, rank, dtype) for rank in ranks]
         found.append(Case(model, "fedit", 16, "float32", checkpointing=True))
         found.append(Case(model, "fedit", 16, "float32", micro_batch=2))
+        found += [Case(model, "fedit", 16, "bfloat16", form=form) for form in ("int8", "nf4")]
     return found
 
 
@@ -92,7 +94,7 @@ def training_of(case: Case) -> Training:
 
 
 def predicted(case: Case) -> Needs:
-    setting, held = SETTINGS[case.model], Base(DTYPES[case.dtype])
+    setting, held = SETTINGS[case.model], Base(DTYPES[case.dtype], case.form)
     ((_, needs),) = of_model(
         case.model, case.rank, None, setting.classes, BUDGET, training_of(case), setting.length,
         held, only=[case.method],
@@ -139,15 +141,20 @@ def loaded(case: Case) -> Any:
     task = "causal-lm" if setting.classes == 1 else "classification"
     classes = [str(n) for n in range(setting.classes)] if setting.classes > 1 else ()
     dtype: Any = case.dtype
-    base = load_base(locate(case.model), task, classes, key=Key(0), dtype=dtype, pad_token_id=0)
+    base = load_base(
+        locate(case.model), task, classes, key=Key(0), dtype=dtype, quantization=case.form,
+        pad_token_id=0,
+    )  # fmt: skip
     for parameter in base.parameters():
-        parameter.sum()
+        parameter.data.clone()
     return base
 
 
 def warm_up(case: Case) -> None:
     """Load the model and run one step, so that programs which come at their first use are there."""
-    model = loaded(case).requires_grad_(True)
+    model = loaded(case)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     examples = examples_of(case)
     labels = examples.labels[:2] if SETTINGS[case.model].classes > 1 else examples.input_ids[:2]
     with torch.autocast("cpu", torch.bfloat16, enabled=case.dtype == "bfloat16"):
@@ -217,6 +224,7 @@ def main() -> None:
         middle = found[len(found) // 2]
         more = "checkpointing" if case.checkpointing else ""
         more += f"micro_batch {case.micro_batch}" if case.micro_batch else ""
+        more += "" if case.form == "none" else case.form
         rank = "" if case.method in ("full", "head") else case.rank
         print(
             f"| {case.model} | `{case.method}` | {rank} | {case.dtype} | {more} "

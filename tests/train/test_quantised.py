@@ -28,7 +28,7 @@ from fedsieve.run import runner
 from fedsieve.settings import Lora, Quantization, Sampling, Task, Training
 from fedsieve.sites import limits
 from fedsieve.tasks.tokens import Texts
-from fedsieve.train import quantise
+from fedsieve.train import quantise, trial
 from fedsieve.train.batch import inputs
 from fedsieve.train.changes import refuse_quantised
 from fedsieve.train.digest import base_digest
@@ -301,6 +301,26 @@ def test_a_base_that_comes_quantised(
     else:
         with pytest.raises(FedSieveError, match=r"pooler.*trained whole.*holds it quantised"):
             resident_of(tmp_path, kind, "none", whole=("pooler",))
+
+
+def test_tokens_are_looked_at_one_by_one(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """8-bit layers leave as they are the features in which any token of a batch is large: so the
+    last token decides how those before it are rounded, and SmolLM2, which is causal, looked as if
+    it were not.
+    """
+    seen: set[float] = set()
+    run = trial._run
+
+    def spy(model: Any, rows: Any) -> Any:
+        seen.update(layer.state.threshold for _, layer in quantise.layers(model))
+        return run(model, rows)
+
+    monkeypatch.setattr(trial, "_run", spy)
+    base = base_of(folders["llama"], "llama", "int8")
+    assert seen == {0.0}
+    assert {layer.state.threshold for _, layer in quantise.layers(base)} == {6.0}  # as it was
 
 
 # What is asked, and what is said of it.

@@ -218,7 +218,8 @@ def base_bytes(resident: ResidentModel, held: Base) -> tuple[int, int]:
     model: Any = resident.model
     ours = {id(parameter) for _, parameter in resident.parameters()}
     inside = model.base_model.model if resident.loras else model
-    body = {id(p) for p in inside.base_model.parameters()}
+    embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    body = {id(p) for p in inside.base_model.parameters()} - embedded  # an output may be tied
     packed = {
         id(module.weight)
         for module in model.modules()

@@ -15,7 +15,7 @@ import importlib.util
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -220,9 +220,22 @@ def is_quantised(model: nn.Module) -> bool:
     return getattr(model, "hf_quantizer", None) is not None or any(True for _ in layers(model))
 
 
-def rounds_inputs(model: nn.Module) -> bool:
-    """Whether layers round what they are given, in steps that depend on all of a batch."""
-    return any(_bits(layer) == 8 for _, layer in layers(model))
+@contextmanager
+def row_by_row(model: nn.Module) -> Iterator[None]:
+    """While looking at what a model makes of single tokens: 8-bit layers round each by itself.
+
+    They leave the features as they are in which any token of a batch is large, so that one token
+    decides how the others are rounded.
+    """
+    eight = [layer for _, layer in layers(model) if _bits(layer) == 8]
+    before = [layer.state.threshold for layer in eight]
+    for layer in eight:
+        layer.state.threshold = 0.0
+    try:
+        yield
+    finally:
+        for layer, own in zip(eight, before, strict=True):
+            layer.state.threshold = own
 
 
 def _bits(module: nn.Module) -> int:
