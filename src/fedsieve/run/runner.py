@@ -25,7 +25,7 @@ from types import FrameType
 
 from safetensors import SafetensorError
 
-from fedsieve import methods, report
+from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.disk import objects, remove_link
 from fedsieve.engine import loop
@@ -290,7 +290,7 @@ def _told(folder: Path, recipe: Recipe, number: int) -> Told:
         loss=last.get("eval_loss"),
         down_bytes=sum(row["down_bytes"] for row in rows),
         up_bytes=sum(row["up_bytes"] for row in rows),
-        personal=methods.load(recipe.method.name)().personal is not None,
+        personal=build_method(recipe).personal is not None,
     )
 
 
