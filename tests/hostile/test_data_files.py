@@ -2,11 +2,13 @@
 
 import contextlib
 import gzip
+import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -76,6 +78,60 @@ def test_a_table_as_wide_as_a_picture_is_refused(tmp_path: Path, end: str) -> No
     path.write_text("\n".join(map(mark.join, lines)), encoding="utf-8")
     with pytest.raises(FedSieveError, match=rf"rows\.{end} has 20,002 columns: at most 10,000"):
         files.read(path, columns=Columns(("text",), ("label",)))
+
+
+BEYOND = {
+    "a date of no year": pa.array([2**31 - 1] * 3, pa.int32()).view(pa.date32()),
+    "a time beyond all": pa.array([2**60] * 3, pa.int64()).view(pa.timestamp("ms")),
+    "a zone on Mars": pa.array([0] * 3, pa.int64()).view(pa.timestamp("s", tz="Mars/X")),
+}
+
+
+@pytest.mark.parametrize("template", ["{text}", "say {text}"])
+@pytest.mark.parametrize("odd", BEYOND)
+def test_values_that_python_does_not_have_are_told_by_their_column(
+    tiny: Tiny, tmp_path: Path, odd: str, template: str
+) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": BEYOND[odd], "label": ["cars", "food", "cars"]}), path)
+    given = tiny.table(data__train=str(path), data__test=str(path), data__text=template)
+    with pytest.raises(FedSieveError, match=r"text.*(cannot be read|instead of a text)|no text"):
+        from_recipe(recipe.check(given))
+
+
+DECODED = ["Image", "Audio", "Video", "Pdf", "Nifti"]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", DECODED)
+@pytest.mark.parametrize("column", ["text", "label", "author"])
+def test_a_note_in_a_file_has_nothing_decoded(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    column: str,
+    kind: str,
+    nested: bool,
+) -> None:
+    """A decoder would run Ghostscript over a stranger's EPS, open any file, and ask any address."""
+    for each in DECODED:
+        monkeypatch.setattr(getattr(datasets, each), "decode_example", None)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+    cell: object = {"bytes": eps, "path": "/etc/hostname"}
+    told: object = {"_type": kind}
+    if nested:
+        cell, told = [cell], {"_type": "List", "feature": told}
+    values: dict[str, list[object]] = {
+        "text": ["a"] * 3, "label": ["cars", "food", "cars"], "author": ["x"] * 3,
+    }  # fmt: skip
+    values[column] = [cell] * 3
+    note = json.dumps({"info": {"features": {column: told}}})
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(values).replace_schema_metadata({"huggingface": note}), path)
+    own = {"kind": "column", "column": "author"}
+    given = tiny.table(data__train=str(path), data__test=str(path), partition=own)
+    with pytest.raises(FedSieveError, match=column):
+        from_recipe(recipe.check(given))
 
 
 NOTES = ("[" * 100_000, "[]", "{", '{"info": 5}', '{"info": {"features": []}}')

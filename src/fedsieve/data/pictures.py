@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 from datasets import Dataset
-from datasets import Image as ImageFeature
 
+from fedsieve.data.templates import values_of
 from fedsieve.errors import FedSieveError, nearest
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
@@ -66,9 +66,7 @@ def located(rows: Dataset, name: str, folder: Path | None) -> Dataset:
     if folder is None or name not in rows.column_names:
         return rows
     home = folder.resolve()
-    if isinstance(rows.features[name], ImageFeature):
-        rows = rows.cast_column(name, ImageFeature(decode=False))
-    values: list[Any] = rows.with_format(None)[name][:]
+    values = values_of(rows, name)
     if all(isinstance(value, bytes) or _bytes(value) for value in values):
         return rows
     cells: list[dict[str, Any]] = []

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
 from fedsieve.data import fetch, files, hub, pictures
 from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
-from fedsieve.data.templates import possible, used
+from fedsieve.data.templates import possible, used, values_of
 from fedsieve.disk import parsed, place
 from fedsieve.errors import FedSieveError, nearest
 
@@ -114,8 +114,7 @@ def column(dataset: Dataset, name: str) -> list[Any]:
     """The values of one column, in row order. Raises FedSieveError when there is no such column."""
     if name not in dataset.column_names:
         raise FedSieveError(f"no column {name!r}{nearest(name, dataset.column_names)}")
-    values: list[Any] = dataset.with_format(None)[name][:]
-    return values
+    return values_of(dataset, name)
 
 
 def names_in(dataset: Dataset, name: str) -> list[str | FedSieveError | None]:

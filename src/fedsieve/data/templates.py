@@ -130,12 +130,27 @@ def _texts(rows: Dataset, template: str) -> Iterator[tuple[str, FedSieveError | 
         yield "" if wrong else "".join(pieces), wrong
 
 
+def values_of(rows: Dataset, name: str) -> list[Any]:
+    """A column's values as they are stored. Raises FedSieveError where Python cannot have them:
+    dates beyond its own, zones that it does not know.
+
+    What a file's own note takes for an image, a sound, a film or a page is not decoded: that would
+    run decoders over it, open files of this machine, and ask other machines.
+    """
+    try:
+        values: list[Any] = rows.with_format("arrow")[name][:].to_pylist()
+    except Exception as error:  # whatever pyarrow, `datasets` and its decoders may raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise FedSieveError(f"column {name!r} holds values that cannot be read: {why}") from error
+    return values
+
+
 def _values(rows: Dataset, name: str) -> list[str | FedSieveError]:
     """A column's values as they are filled in, or what is wrong with them."""
     feature = rows.features[name]
     told = [*map(clean, feature.names)] if isinstance(feature, ClassLabel) else None
     made: list[str | FedSieveError] = []
-    for row, value in enumerate(rows.with_format(None)[name][:]):
+    for row, value in enumerate(values_of(rows, name)):
         try:
             made.append(_value(value, told))
         except FedSieveError as error:

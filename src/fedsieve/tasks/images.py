@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from datasets import Image as ImageFeature
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -103,8 +102,6 @@ def _batches(dataset: Dataset, name: str) -> Iterator[list[Image.Image]]:
 
 def _decoded(dataset: Dataset, name: str) -> Iterator[Image.Image | FedSieveError]:
     """Each row's image, or what is wrong with it; one at a time, for decoded they are large."""
-    if isinstance(dataset.features.get(name), ImageFeature):
-        dataset = dataset.cast_column(name, ImageFeature(decode=False))
     for row, value in enumerate(column(dataset, name)):
         try:
             yield _image(value)
