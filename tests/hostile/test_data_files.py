@@ -134,6 +134,15 @@ def test_a_note_in_a_file_has_nothing_decoded(
         from_recipe(recipe.check(given))
 
 
+@pytest.mark.parametrize("split", ["../other", "/etc", "..", "", 7, ["train"]])
+def test_splits_that_lead_out_of_a_folder_are_refused(tmp_path: Path, split: object) -> None:
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "other")
+    DatasetDict(train=Dataset.from_dict({"text": ["b"]})).save_to_disk(tmp_path / "mine")
+    (tmp_path / "mine" / "dataset_dict.json").write_text(json.dumps({"splits": [split]}))
+    with pytest.raises(FedSieveError, match=r"dataset_dict\.json.*which is no split"):
+        sources.load(tmp_path / "mine", "train")
+
+
 NOTES = ("[" * 100_000, "[]", "{", '{"info": 5}', '{"info": {"features": []}}')
 
 

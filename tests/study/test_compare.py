@@ -1,6 +1,8 @@
 """`fedsieve compare`: tuned alike, run side by side, resumed as a whole, told in one table."""
 
 import json
+import os
+import re
 import signal
 import statistics
 import subprocess
@@ -436,3 +438,46 @@ def values(budgets: Any, knob: str) -> Iterable[Any]:
     if knob == "ratio":
         return [budgets.model_dump(exclude={"down", "up"})]
     return [getattr(budgets, knob)]
+
+
+ODD_STUDIES: dict[str, tuple[dict[str, Any], str]] = {
+    "seeds that are tried": ({"tune": {"grid": {"seed": [1, 2]}}}, "seed: a study has `seeds`"),
+    "a seed that is set": ({"set": {"seed": 7}}, "seed: a study has `seeds`"),
+    "what trials are judged on": (
+        {"tune": {"grid": [{"evaluation": {"on": "test"}}]}}, "evaluation.on: trials are judged",
+    ),
+    "methods that are tried": (
+        {"tune": {"grid": {"method.name": ["flasc", "fedit"]}}}, "method.name: give each method",
+    ),
+    "no table of rows": ({"set": {"data": 5}, "tune": {"grid": {}}}, "data is a table"),
+    "no table of evaluation": ({"set": {"evaluation": "x"}}, "evaluation is a table"),
+    "no table of a method": ({"set": {"method": "x"}}, "method is a table"),
+    "no share": (
+        {"set": {"data.validation": "x"}, "tune": {"grid": {}}}, "data.validation is 'x'",
+    ),
+    "too many trials": (
+        {"tune": {"grid": {f"training.{n}": [*range(100)] for n in "abcdef"}}},
+        "1,000,000,000,000 trials",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD_STUDIES)
+def test_a_study_that_would_do_another_thing_than_it_says_is_refused(
+    tiny: Tiny, tmp_path: Path, odd: str
+) -> None:
+    table, said = ODD_STUDIES[odd]
+    tiny.write(tmp_path / "tiny.toml", rounds=1)
+    given = {"recipe": "tiny.toml", "entry": [{"name": "a", "method": "fedit"}], **table}
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(given), encoding="utf-8")
+    with pytest.raises(FedSieveError, match=re.escape(said)):
+        study.plan(str(tmp_path / "study.toml"), tmp_path / "out")
+
+
+def test_a_pipe_as_a_studys_recipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    given = {"recipe": "pipe.toml", "entry": [{"name": "a", "method": "fedit"}]}
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(given), encoding="utf-8")
+    for source in ("study.toml", "pipe.toml"):
+        with pytest.raises(FedSieveError):
+            study.plan(str(tmp_path / source), tmp_path / "out")

@@ -200,6 +200,12 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
 
 def _saved(folder: Path) -> Dataset | DatasetDict:
     """What `datasets` saved. Raises FedSieveError where it is damaged, or names other files."""
+    splits = folder / "dataset_dict.json"
+    told = parsed(splits.read_bytes(), str(splits)) if splits.is_file() else {}
+    named = told.get("splits", [])
+    for name in named if isinstance(named, list) else [named]:
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise FedSieveError(f"{splits}: it names {str(name)[:80]!r}, which is no split in it")
     for state in (folder / "state.json", *sorted(folder.glob("*/state.json"))):
         if not state.exists():
             continue

@@ -138,7 +138,9 @@ def values_of(rows: Dataset, name: str) -> list[Any]:
     run decoders over it, open files of this machine, and ask other machines.
     """
     try:
-        values: list[Any] = rows.with_format("arrow")[name][:].to_pylist()
+        stored = rows.with_format("arrow")[name][:]
+        stored.validate(full=True)  # what leads out of its own bytes would end the process
+        values: list[Any] = stored.to_pylist()
     except Exception as error:  # whatever pyarrow, `datasets` and its decoders may raise
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise FedSieveError(f"column {name!r} holds values that cannot be read: {why}") from error

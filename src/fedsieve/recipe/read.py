@@ -15,7 +15,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from fedsieve.disk import LARGEST
+from fedsieve.disk import LARGEST, bytes_of
 from fedsieve.errors import FedSieveError, explain_all, nearest, printable
 from fedsieve.methods import catalogue
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
@@ -58,7 +58,7 @@ def text_of(path: Path) -> str:
     """
     if path.stat().st_size > MOST:
         raise OSError(f"it has {path.stat().st_size} bytes, and no recipe has more than {MOST}")
-    return path.read_text(encoding="utf-8")
+    return bytes_of(path).decode("utf-8")
 
 
 def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -9,6 +9,7 @@ counts as 1 for it, and options of another method or server optimizer are left o
 """
 
 import itertools
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
@@ -20,17 +21,18 @@ from pydantic import Field, NonNegativeInt, ValidationError
 from fedsieve import methods as known_methods
 from fedsieve.algebra import optim
 from fedsieve.clients.laws import tiers_by_density, tiers_by_rank
-from fedsieve.errors import FedSieveError, explain_all
+from fedsieve.errors import FedSieveError, explain_all, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.method import alone, limits_said, options_of
 from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.recipe.schema import MethodTable, Recipe, ServerTable
-from fedsieve.settings import Share, Table
+from fedsieve.settings import Share, Table, is_number
 from fedsieve.study.jobs import Job, refuse_changed
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
 LAST = 3  # a trial's score is the mean of so many last evaluations, to damp their swing
+_MOST_TRIALS = 10_000  # of an entry
 _NAME = re.compile(r"[\w(][\w .,+=()-]*")
 
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
@@ -115,16 +117,21 @@ def plan(
     study = _read(source, methods)
     changes = {"seeds": tuple(seeds) or study.seeds, "target": target or study.target}
     study = study.model_copy(update=changes)
+    _refuse_own(study, source)
     base = recipes.read(_beside(source, study.recipe))
     for key, value in flat(study.set):
         put(base, key, value, f"{source}: set.{key}")
     for override in overrides:
         recipes.override(base, override)
+    for name in ("method", "evaluation", "data", "server"):
+        if not isinstance(base.setdefault(name, {}), dict):
+            raise FedSieveError(f"{source}: {name} is a table of the recipe, and not one value")
     notes = []
     if study.tune is not None:
-        evaluation = base.setdefault("evaluation", {})
-        evaluation["on"] = "test"
-        share = base.setdefault("data", {}).setdefault("validation", VALIDATION)
+        base["evaluation"]["on"] = "test"
+        share = base["data"].setdefault("validation", VALIDATION)
+        if not is_number(share):
+            raise FedSieveError(f"{source}: data.validation is {quoted(share)}: a share is needed")
         notes.append(
             f"Settings were chosen on {share:g} of the training rows, which no client of any run "
             f"holds; a trial's score is the mean of its last {LAST} evaluations there."
@@ -317,9 +324,32 @@ def without(budgets: Any, knobs: Sequence[str]) -> Any:
     return {**budgets, **dict.fromkeys(knobs, 1.0)}
 
 
+def _refuse_own(study: Study, source: str) -> None:
+    """Raises FedSieveError for a setting that the study itself makes, and so would not be the one
+    that is named.
+    """
+    tried: list[Settings] = []
+    for grid in (study.tune.grid if study.tune else None, *(e.grid for e in study.entry)):
+        tried += grid if isinstance(grid, list) else [grid or {}]
+    sets = [study.set, *(e.set for e in study.entry), *([study.tune.set] if study.tune else [])]
+    for table in (*sets, *tried):
+        named = {key for key, _ in flat(table)}
+        if "seed" in named:
+            raise FedSieveError(f"{source}: seed: a study has `seeds`, of runs and of [tune]")
+        if "evaluation.on" in named:
+            raise FedSieveError(f"{source}: evaluation.on: trials are judged on validation rows")
+    for table in tried:
+        if "method.name" in {key for key, _ in flat(table)}:
+            raise FedSieveError(f"{source}: method.name: give each method an [[entry]] of its own")
+
+
 def _trials(grid: Grid) -> list[Settings]:
     if isinstance(grid, list):
         return grid
+    if (count := math.prod(map(len, grid.values()))) > _MOST_TRIALS:
+        raise FedSieveError(
+            f"grid: {count:,} trials of each seed: at most {_MOST_TRIALS:,}: try fewer values"
+        )
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 
