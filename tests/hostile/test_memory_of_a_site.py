@@ -18,7 +18,7 @@ from fedsieve.sites import resident
 from fedsieve.sites.worker import Frame
 from tests import toy
 from tests.conftest import Tiny
-from tests.sites.sites import settled, train
+from tests.sites.sites import rate, settled, train
 from tests.sites.test_flower import EXACT, Net, federation, run, site, sites_of
 from tests.sites.test_worker import Worker, told
 
@@ -217,3 +217,55 @@ def test_the_server_drops_it_by_name_and_begins_with_it_afresh(build: Any) -> No
     assert dropped == {(2, "0001"): "the site says: it has lost what it kept"}
     after = [h.get("after") for node, h in net.asked if node == 1 and h["do"] == "train"]
     assert after == [0, 1, None, 3]
+
+
+ODD: dict[str, Callable[[Path], None]] = {
+    "a file": lambda place: place.touch(),
+    "a pipe": os.mkfifo,
+    "a link to nothing": lambda place: place.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("name", ["runs", "adapters", "runs/*", "runs/*/rounds", "adapters/*"])
+def test_what_is_in_a_folders_place_keeps_no_site_out(
+    tiny: Tiny, tmp_path: Path, name: str, odd: str
+) -> None:
+    here = Worker(tiny, tmp_path)
+    assert here.train(1).header["ok"]
+    whole = resident.whole_message(here.assignment.start)
+    assert here.ask(rate("keep", here.text, 1, whole)).header["ok"]
+    (place,) = here.state.site.folder.glob(name)
+    shutil.rmtree(place)
+    ODD[odd](place)
+    told(here.ask, here.text)
+    assert here.train(2).header["ok"]
+    assert here.ask(rate("keep", here.text, 2, whole)).header["ok"]
+    assert place.is_dir()
+
+
+def test_an_old_run_that_was_moved_elsewhere_is_forgotten(tiny: Tiny, tmp_path: Path) -> None:
+    """A link to a larger disk: the link goes, and not what lies there."""
+    here = Worker(tiny, tmp_path)
+    runs, larger = here.rounds.parents[1], tmp_path / "larger"
+    told(here.ask, here.text)
+    first = here.rounds.parent
+    shutil.move(first, larger)
+    first.symlink_to(larger)
+    for number in range(1, resident.RUNS + 3):
+        told(here.ask, here.text + b"#" * number)
+    assert len([*runs.iterdir()]) == resident.RUNS
+    assert (larger / resident.RECIPE).is_file()
+
+
+@pytest.mark.parametrize("number", [5, 10**9, 10**400])
+@pytest.mark.parametrize("do", ["keep", "evaluate"])
+def test_a_round_that_the_recipe_does_not_have_is_refused(
+    tiny: Tiny, tmp_path: Path, do: str, number: int
+) -> None:
+    here = Worker(tiny, tmp_path)
+    told(here.ask, here.text)
+    answer = here.ask(rate(do, here.text, number, resident.whole_message(here.assignment.start)))
+    assert not answer.header["ok"]
+    assert "the recipe has 4 rounds" in answer.header["error"]
+    assert len(answer.header["error"]) < 200

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from fedsieve.recipe.method import limits_said
 from fedsieve.run import rundir
 from fedsieve.run.runner import Stopped
 from fedsieve.study import plan as study
+from fedsieve.study.jobs import DIVERGED, Job, diverged, finished
 from tests import runs
 from tests.conftest import Command, Tiny
 
@@ -481,3 +483,14 @@ def test_a_pipe_as_a_studys_recipe_is_not_waited_for(tmp_path: Path) -> None:
     for source in ("study.toml", "pipe.toml"):
         with pytest.raises(FedSieveError):
             study.plan(str(tmp_path / source), tmp_path / "out")
+
+
+def test_what_a_job_left_is_read_whatever_is_in_it(tiny: Tiny, tmp_path: Path) -> None:
+    job = Job("a", recipes.check(tiny.table(rounds=1)), tmp_path / "a")
+    runs.start_from(job.recipe, job.folder)
+    assert finished(job)
+    shutil.rmtree(job.folder / rundir.ADAPTER)
+    (job.folder / rundir.ADAPTER).mkdir()
+    assert not finished(job)  # it is made again
+    (job.folder / DIVERGED).write_bytes(b"\xff\xfe lost")
+    assert "lost" in str(diverged(job))

@@ -350,9 +350,9 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     if resident.assignment is None or resident.assignment.run != run:
         _change_assignment(resident, run, request.body)
     folder = _folder(resident, run)
-    for place in (folder, folder / RECIPE, folder / MOST, resident.site.folder / TOLD):
-        if place.exists() and place.is_dir() != (place == folder):
-            remove(place)  # whatever else is there
+    folders = (folder.parent, folder, folder / "rounds")
+    for place in (*folders, folder / RECIPE, folder / MOST, resident.site.folder / TOLD):
+        _clear(place, folder=place in folders)
     if not folder.exists():
         limits.check_room(resident.site, len(request.body))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -454,6 +454,7 @@ def _said(reply: Reply, key: Key) -> dict[str, Any]:
 def _evaluate(resident: Resident, request: Frame) -> Frame:
     asked = _checked(EvaluateRequest, request)
     assignment = _assignment(resident, asked.recipe)
+    _refuse_round(assignment, asked.round)
     if assignment.test is None:
         raise FedSieveError("this site has no test rows")
     adapter = _own(
@@ -475,10 +476,13 @@ def _evaluate(resident: Resident, request: Frame) -> Frame:
 def _keep(resident: Resident, request: Frame) -> Frame:
     asked = _checked(EvaluateRequest, request)
     assignment = _assignment(resident, asked.recipe)
+    _refuse_round(assignment, asked.round)
     adapter = _own(
         resident, assignment, _adapter(request.body, assignment.start.layout), asked.round
     )
     place = resident.site.folder / "adapters" / assignment.run[:16]
+    for there in (place.parent, place):
+        _clear(there, folder=True)
     part, old = (place.with_name(f".{place.name}.{end}") for end in ("part", "old"))
     shutil.rmtree(part, ignore_errors=True)
     _refuse_another_adapter(resident.site, place)
@@ -517,6 +521,13 @@ _WORK: dict[str, Callable[[Resident, Frame], Frame]] = {
 }
 
 
+def _refuse_round(assignment: Assignment, number: int) -> None:
+    if number > assignment.recipe.rounds:
+        raise FedSieveError(
+            f"round {str(number)[:20]}: the recipe has {assignment.recipe.rounds} rounds"
+        )
+
+
 def _own(resident: Resident, assignment: Assignment, adapter: Adapter, number: int) -> Adapter:
     """The site's own model where a method leaves a part of it here; else the server's."""
     if assignment.method.personal is None:
@@ -543,6 +554,14 @@ def _folder(resident: Resident, run: str) -> Path:
     return resident.site.folder / "runs" / run
 
 
+def _clear(place: Path, *, folder: bool) -> None:
+    """Remove what is not of the kind that belongs there: a file for a folder, a link to nothing."""
+    if place.is_symlink() and not place.exists():
+        place.unlink()
+    elif place.exists() and place.is_dir() != folder:
+        remove(place)
+
+
 def _forget_old_runs(folder: Path, run: str) -> None:
     """Forget all but the newest `RUNS`, of which this one was told last.
 
@@ -556,7 +575,7 @@ def _forget_old_runs(folder: Path, run: str) -> None:
     order = [*sorted(there - {*known}), *known, run]
     write_whole(place, "\n".join(order[-RUNS:]).encode("ascii"))
     for digest in order[:-RUNS]:
-        shutil.rmtree(folder / "runs" / digest)
+        remove(folder / "runs" / digest)
 
 
 def _assignment(resident: Resident, run: str) -> Assignment:

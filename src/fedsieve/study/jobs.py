@@ -113,12 +113,13 @@ def _settled(key: str, asked: Mapping[str, Any]) -> bool:
 def diverged(job: Job) -> str | None:
     """Why training broke down; running it again would end the same."""
     mark = job.folder / DIVERGED
-    return mark.read_text(encoding="utf-8") if mark.exists() else None
+    return mark.read_text(encoding="utf-8", errors="replace") if mark.exists() else None
 
 
 def finished(job: Job) -> bool:
     """Whether the job's directory holds the run, done to its last round."""
-    if not (job.folder / rundir.ADAPTER).is_dir():
+    saved = job.folder / rundir.ADAPTER
+    if not any((saved / name).is_file() for name in ("adapter_config.json", "config.json")):
         return False
     rounds = report.rounds(job.folder / rundir.METRICS)
     # The rounds of the run's own recipe: a privacy budget may allow fewer than were asked for.
