@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import shlex
+import shutil
 import ssl
 import subprocess
 from collections.abc import Callable
@@ -367,3 +368,25 @@ def test_what_can_be_no_path_is_no_path_of_a_site(tmp_path: Path, key: str, plac
     path.write_text(text)
     with pytest.raises(FedSieveError, match="can be no path"):
         sites.load(path)
+
+
+@pytest.mark.parametrize("gone", ["app", "app/pyproject.toml", "told.toml", "app and told.toml"])
+def test_a_federation_that_lost_a_part_is_not_taken_for_a_run_in_one_process(
+    tiny: Tiny, tmp_path: Path, command: Command, gone: str
+) -> None:
+    """Its rounds would be trained over simulated clients of the server's own rows, unsaid."""
+    folder = prepared(tiny, tmp_path / "run")
+    for name in gone.split(" and "):
+        place = folder / name
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+    ran = command("resume", folder)
+    assert ran.code == 2
+    assert "holds a federation: go on with `fedsieve federate --resume" in ran.err
+    if gone != "told.toml":
+        ran = command("federate", "--resume", folder)
+        assert ran.code == 2
+        assert "app" in ran.err
+        assert "in one process" not in ran.err

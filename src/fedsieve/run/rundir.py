@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from fedsieve import disk
 from fedsieve.disk import refuse_link, remove_link, write_whole
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
 
 if TYPE_CHECKING:
     from fedsieve.tasks.tally import Details
@@ -63,8 +64,15 @@ def place(folder: Path, name: str) -> Path:
 
 
 def federated(folder: Path) -> bool:
-    """Whether it is the directory of a federation across machines, with its Flower app."""
-    return (folder / "app" / "pyproject.toml").is_file()
+    """Whether it is the directory of a federation across machines, though parts of it are gone."""
+    if any(os.path.lexists(folder / name) for name in ("app/pyproject.toml", "told.toml")):
+        return True
+    try:
+        text = disk.bytes_of(folder / RECIPE).decode("utf-8")
+        environment = recipes.toml(text, RECIPE).get("environment")
+    except (OSError, ValueError):  # who reads the recipe says what is wrong
+        return False
+    return isinstance(environment, dict) and "federation" in environment
 
 
 def again(folder: Path) -> str:

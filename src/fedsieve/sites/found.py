@@ -40,6 +40,11 @@ def check_app(app: Path, asked_for: tuple[str, ...]) -> None:
     One that 0.1 prepared is made to name our ends as they are now.
     """
     refuse_link(app, folder=True)
+    if not app.is_dir():
+        raise FedSieveError(
+            f"{app} is not there, without which no federation goes on: put it back, or copy its "
+            "directory whole"
+        )
     for path in sorted(app.iterdir()):
         if path.name != "pyproject.toml":
             raise FedSieveError(f"{path} is no part of a federation, and would be run: remove it")
