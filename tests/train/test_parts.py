@@ -96,6 +96,7 @@ def test_a_runs_accuracy_is_had_from_what_it_saved(
     [
         ("bert.encoder.layer.1.output.dense.weight", r"holds no bert\.encoder\.layer\.1"),
         ("bert.embeddings.word_embeddings.weight", r"holds no bert\.embeddings\.word"),
+        ("bert.embeddings.LayerNorm.bias", r"holds no bert\.embeddings\.LayerNorm\.bias"),
         ("bert.embeddings.position_embeddings.weight", r"holds no bert\.embeddings\.position"),
     ],
 )

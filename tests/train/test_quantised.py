@@ -331,6 +331,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "awq": ({"quant_method": "awq", "bits": 4}, {}, r"'awq'.*pip install gptqmodel"),
     "fp8": ({"quant_method": "fp8"}, {}, "'fp8', and no LoRA"),
     "a list": ([1], {}, "unknown"),
+    "names that are none": (
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_skip_modules": 5},
+        {},
+        "llm_int8_skip_modules",
+    ),
     "settings": ({}, {"settings": {"load_in_4bit": True}}, r"say it by model\.quantization"),
     "scales": (
         {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},

@@ -45,7 +45,11 @@ def refuse_random_body(base: PreTrainedModel, source: str, task: Task) -> None:
                 f"model {source!r}: its checkpoint holds no {name}, the head of a language model: "
                 "give a model that was trained to continue texts"
             )
-        if name not in outside and (in_layer(name) or isinstance(holder, embeddings)):
+        # A norm that is half there lost something: its name is another, or the file is damaged.
+        half = "norm" in type(holder).__name__.lower() and not all(
+            parameter.requires_grad for parameter in holder.parameters(recurse=False)
+        )
+        if name not in outside and (half or in_layer(name) or isinstance(holder, embeddings)):
             raise FedSieveError(
                 f"model {source!r}: its checkpoint holds no {name}, which belongs to the model's "
                 "body: give a whole checkpoint of this model; see also model.settings"

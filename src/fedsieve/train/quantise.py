@@ -192,6 +192,10 @@ def leaving(
         return dict(own)
     scaled = {name.rpartition(".weight.")[0] or name.removesuffix(".SCB") for name in beside}
     known = own.get("llm_int8_skip_modules") or ()
+    if not isinstance(known, list | tuple) or not all(isinstance(name, str) for name in known):
+        raise FedSieveError(
+            "the base's quantization_config has llm_int8_skip_modules that are no list of names"
+        )
     left = {*known, *(module for module in kept if module not in scaled)}
     return {**own, "llm_int8_skip_modules": sorted(left)}
 
