@@ -197,6 +197,21 @@ def test_a_reply_is_added_up_before_it_is_put_together() -> None:
     assert peak < 5 * chunk
 
 
+@pytest.mark.parametrize("kind", ["Array", "ArrayRecord", "RecordDict"])
+def test_what_holds_no_bytes_of_a_frame_is_short(kind: str) -> None:
+    """Lists of nothing become 27 times as much in Python as they are as text."""
+
+    def padded(body: bytes) -> bytes:
+        said = json.loads(body)
+        return json.dumps({**said, "x": [[]] * (1 << 20)}).encode()
+
+    stored = Stored(content_of(FRAME), "r").swap(kind, padded)
+    incoming = collected(grid_of({"r": stored}), most=90 << 20)
+    assert incoming.data is None
+    assert f"its {kind} is" in incoming.error
+    assert not incoming.lost
+
+
 def test_a_reply_of_too_many_bytes_is_not_fetched_whole() -> None:
     stored = Stored(content_of(bytes(range(256)) * (100 << 10)), "r")  # 25 MiB, in 5 chunks
     incoming = collected(grid_of({"r": stored}))

@@ -41,6 +41,7 @@ from fedsieve.sites.server import Incoming
 KINDS = ("Message", "RecordDict", "ArrayRecord", "Array", "ArrayChunk")
 # Of the objects beside a frame's bytes: heads, ids, and a list of chunks, which may be short ones.
 AROUND = 1 << 20
+SMALL = 1 << 18  # bytes of one object that holds no bytes of a frame: it becomes many times as much
 
 
 def fetch(grid: Grid, request: str, most: int) -> list[Incoming]:
@@ -103,6 +104,8 @@ def check(contents: Mapping[str, bytes], most: int) -> None:
         kind, children, _ = get_object_head_values_from_object_content(content)
         if kind not in KINDS:
             raise WireError(f"it holds a {kind!r:.40}, which no frame is sent in")
+        if kind != "ArrayChunk" and len(content) > SMALL:
+            raise WireError(f"its {kind} is {len(content)} bytes long, and says no more than that")
         if kind != Array.__qualname__:
             continue
         arrays += 1
