@@ -55,7 +55,17 @@ CONFIG: dict[str, Any] = {
     "attn_implementation": "flash_attention_2",
     "_attn_implementation": "somebody/kernel",
 }
+
+
+def turned_head(folder: Path) -> None:
+    """The head's weights in another shape: it would be drawn anew, without a word."""
+    held = safetensors.torch.load_file(folder / "model.safetensors")
+    held["classifier.weight"] = held["classifier.weight"].T.contiguous()
+    safetensors.torch.save_file(held, folder / "model.safetensors", {"format": "pt"})
+
+
 FILES: dict[str, Callable[[Path], object]] = {
+    "a head of another shape": turned_head,
     "weights cut": lambda p: halved(p / "model.safetensors"),
     "weights empty": lambda p: (p / "model.safetensors").write_bytes(b""),
     "weights of another kind": lambda p: (p / "model.safetensors").write_bytes(b"x" * 200),

@@ -342,8 +342,13 @@ def load_base(
             "it: merge the first into its base (PEFT's merge_and_unload), and give that"
         )
     quantise.settle(model, given["dtype"])
-    # A head of another size is drawn anew, nothing else: a base of random weights is no base.
-    odd = sorted(n for n, *_ in info["mismatched_keys"] if n.startswith(model.base_model_prefix))
+    # A head for other labels is drawn anew, nothing else: a base of random weights is no base.
+    others = model.config.num_labels != config.num_labels
+    odd = sorted(
+        each
+        for each, *_ in info["mismatched_keys"]
+        if each.startswith(model.base_model_prefix) or not others
+    )
     if odd:
         raise FedSieveError(
             f"model {name!r}: the weights of {odd[0]} have another shape than its configuration "
