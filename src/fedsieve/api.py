@@ -17,9 +17,9 @@ from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.algebra.optim import limits
-from fedsieve.data import partition, sources, templates
+from fedsieve.data import sources, templates
 from fedsieve.data.files import Columns
-from fedsieve.data.names import name_of
+from fedsieve.data.names import name_of, numbered
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
@@ -335,7 +335,7 @@ def _by_id(given: Sequence[T] | Mapping[Any, T], what: str) -> dict[str, T]:
             f"{what}: a list, or a dict by client, is needed, not one {type(given).__name__}"
         )
     if not isinstance(given, Mapping):
-        return dict(zip(partition.numbered(len(given)), given, strict=True))
+        return dict(zip(numbered(len(given)), given, strict=True))
     found: dict[str, T] = {}
     for key, value in given.items():
         try:

@@ -59,6 +59,13 @@ def _methods(beginning: str) -> list[str]:
     return [whole + comma + name for name in catalogue.names() if name.startswith(last)]
 
 
+Source = Annotated[
+    str,
+    typer.Argument(help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")]
 AllowCode = Annotated[
     bool,
@@ -119,15 +126,8 @@ def root(
 
 @app.command()
 def run(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
-    ] = None,
+    recipe: Source,
+    overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's directory; default runs/<name of the recipe>.")
     ] = None,
@@ -205,9 +205,7 @@ def compare(
         str,
         typer.Argument(help="A study (TOML), or a recipe and --methods.", autocompletion=_recipes),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Default runs/<name of the study>.")] = None,
     methods: Annotated[
         str, typer.Option(help="Methods to compare: a,b,c.", autocompletion=_methods)
@@ -255,21 +253,14 @@ def compare(
 
 @app.command()
 def search(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
-        ),
-    ],
+    recipe: Source,
     budget_mb: Annotated[
         float,
         typer.Option(
             help="Megabytes (10^6 bytes) that all trials together may send.", callback=_finite
         ),
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Default runs/<recipe>-search.")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Where to begin.")] = None,
     density: Annotated[
@@ -317,9 +308,7 @@ def federate(
             help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
         ),
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's directory; default runs/<name of the recipe>.")
     ] = None,
@@ -572,7 +561,7 @@ def list_methods(
         rows = rows_of(
             model,
             rank,
-            targets,
+            _targets(targets),
             classes,
             (_share("ratio", ratio), _share("down", down), _share("up", up)),
             Training(batch=batch, micro_batch=micro_batch, checkpointing=checkpointing),
@@ -635,15 +624,8 @@ def list_methods(
 
 @app.command("costs")
 def costs_of(
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            help="A TOML file, or a name from `fedsieve recipes`.", autocompletion=_recipes
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
-    ] = None,
+    recipe: Source,
+    overrides: Overrides = None,
     classes: Annotated[
         int | None,
         typer.Option(min=2, max=1_000_000, help="How many labels, where the recipe lists none."),

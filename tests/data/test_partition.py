@@ -9,7 +9,7 @@ from flwr_datasets.partitioner import NaturalIdPartitioner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsieve.data import partition
+from fedsieve.data import names
 from fedsieve.data.partition import Partition, dirichlet, iid, natural
 from fedsieve.errors import FedSieveError
 
@@ -97,7 +97,7 @@ def test_seeds_differ_and_label_names_do_not_matter() -> None:
 
 def test_generated_ids_sort_as_their_numbers() -> None:
     assert list(iid(12, 12, 0))[:2] == ["0000", "0001"]
-    ids = partition.numbered(10_001)
+    ids = names.numbered(10_001)
     assert ids == sorted(ids)
     assert (ids[0], ids[-1]) == ("00000", "10000")
 

@@ -138,7 +138,7 @@ def of_model(
 def rows_of(
     source: str,
     rank: int,
-    targets: str | None,
+    targets: tuple[str, ...] | str | None,
     classes: int,
     budget: tuple[float, float, float],
     training: Training,
@@ -148,7 +148,7 @@ def rows_of(
     quantization: str,
     only: str | None = None,
 ) -> list[dict[str, str]]:
-    """`of_model` in words, a row a method, in MB; targets and methods with commas between them.
+    """`of_model` in words, a row a method, in MB; only: methods with commas between them.
 
     Raises FedSieveError, naming the option, for a type or a method that there is not.
     """
@@ -164,9 +164,8 @@ def rows_of(
             raise FedSieveError(
                 f"--only: there is no method {name!r}{nearest(name, methods.names())}"
             )
-    names = targets if targets in (None, "all-linear") else tuple(targets.split(","))
     held = Base(getattr(torch, dtype), cast(Quantised, quantization))
-    found = of_model(source, rank, names, classes, Budget(*budget), training, length, held, asked)
+    found = of_model(source, rank, targets, classes, Budget(*budget), training, length, held, asked)
     return [
         {"method": name}
         | (

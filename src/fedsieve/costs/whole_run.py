@@ -19,6 +19,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, View
 from fedsieve.costs import dry_run
 from fedsieve.costs.table import LARGEST
+from fedsieve.data.names import numbered
 from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation, Receipt, Round, begin, rounds
 from fedsieve.errors import FedSieveError
@@ -145,8 +146,7 @@ def _ids(recipe: Recipe, clients: int | None) -> list[str]:
             f"how many clients partition.kind {recipe.partition.kind!r} makes is known once the "
             "rows are read: say how many with --clients"
         )
-    width = max(4, len(str(number - 1)))
-    return [f"{place:0{width}d}" for place in range(number)]
+    return numbered(number)
 
 
 def _rounds_to_rehearse(recipe: Recipe, layout: Layout, clients: int) -> int:

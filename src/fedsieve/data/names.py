@@ -127,3 +127,9 @@ def numbers_of(names: Sequence[str]) -> Mapping[str, int]:
             for other in (truth, truth.lower(), truth.upper()):
                 numbers.setdefault(other, numbers[spelled[0]])
     return numbers
+
+
+def numbered(clients: int) -> list[str]:
+    """The ids of clients that have no names: "0000", "0001", ..., which sort as their numbers."""
+    width = max(4, len(str(clients - 1)))
+    return [f"{number:0{width}d}" for number in range(clients)]

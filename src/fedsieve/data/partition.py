@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import ArrayLike, NDArray
 
-from fedsieve.data.names import name_of
+from fedsieve.data.names import name_of, numbered
 from fedsieve.errors import FedSieveError
 
 if TYPE_CHECKING:
@@ -111,12 +111,6 @@ def _read(
         name: np.sort(np.asarray(partitioner.load_partition(number)["row"][:], dtype=np.int64))
         for number, name in enumerate(ids)
     }
-
-
-def numbered(clients: int) -> list[str]:
-    """The ids of clients that have no names: "0000", "0001", ..., which sort as their numbers."""
-    width = max(4, len(str(clients - 1)))
-    return [f"{number:0{width}d}" for number in range(clients)]
 
 
 def _check_clients(clients: int, rows: int) -> None:

@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from fedsieve.algebra.budget import refuse_rank
-from fedsieve.data.names import clean
+from fedsieve.data.names import clean, numbered
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import (
     PAPER_RATIOS,
@@ -510,8 +510,7 @@ def limits_by_id(budgets: ListBudgets) -> dict[str, Limits]:
     """The listed limits by id; a list in order is taken to be of the ids "0000", "0001", ..."""
     if isinstance(budgets.clients, dict):
         return budgets.clients
-    width = max(4, len(str(len(budgets.clients) - 1)))
-    return {f"{number:0{width}d}": each for number, each in enumerate(budgets.clients)}
+    return dict(zip(numbered(len(budgets.clients)), budgets.clients, strict=True))
 
 
 def path_of(loc: Sequence[str | int]) -> list[str]:

@@ -23,6 +23,7 @@ from fedsieve.tasks.tokens import (
     bad_texts,
     check_rows,
     pad_id,
+    parts,
     read_by,
     rectangle,
     text_column,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENDLESS = 1 << 30  # tokens: no text is as long
-_AT_ONCE = 1 << 20  # letters
+_AT_ONCE = 1 << 20  # letters: of each, a tokenizer takes a hundred bytes before anything is cut
 
 
 def causal_lm(
@@ -95,24 +96,12 @@ def pairs(
         something to learn, or else at the end
     """
     found: list[tuple[list[int], list[int]]] = []
-    for some in _parts(prompts):
+    for some in parts(prompts, completions, _AT_ONCE):
         own = prompts[some]
         texts = [a + b for a, b in zip(own, completions[some], strict=True)]
         framed = _framed(tokenizer, _rows(tokenizer, texts, own, None), whole=False, ended=ended)
         found += [_cut(*each, max_length, left=left) for each in framed]
     return found
-
-
-def _parts(texts: Sequence[str]) -> Iterator[slice]:
-    """All of them in order, so many letters at a time: a tokenizer takes a hundred bytes of each
-    before anything is cut.
-    """
-    first, letters = 0, 0
-    for at, text in enumerate(texts, 1):
-        letters += len(text)
-        if letters > _AT_ONCE or at == len(texts):
-            yield slice(first, at)
-            first, letters = at, 0
 
 
 def prompts(

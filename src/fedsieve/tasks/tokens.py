@@ -101,7 +101,7 @@ def tokenise(
     refuse_no_room(tokenizer, max_length, pair=second is not None, special=special)
     typed = second is not None or "token_type_ids" in tokenizer.model_input_names
     rows = Tokens([], [] if typed else None, [])
-    for some in _parts(texts, second):
+    for some in parts(texts, second, _AT_ONCE_LETTERS):
         made = read_by(
             tokenizer,
             texts[some],
@@ -129,12 +129,14 @@ def tokenise(
     return rows
 
 
-def _parts(texts: Sequence[str], second: Sequence[str] | None) -> Iterator[slice]:
-    """All of them in order, as many at a time as the tokenizer is given."""
+def parts(texts: Sequence[str], second: Sequence[str] | None, most: int) -> Iterator[slice]:
+    """All of them in order, as many at a time as the tokenizer is given: so many letters at most,
+    those of `second` included, or one row.
+    """
     first, letters = 0, 0
     for at, text in enumerate(texts):
         own = len(text) + (0 if second is None else len(second[at]))
-        if at > first and (at - first == _AT_ONCE or letters + own > _AT_ONCE_LETTERS):
+        if at > first and (at - first == _AT_ONCE or letters + own > most):
             yield slice(first, at)
             first, letters = at, 0
         letters += own
