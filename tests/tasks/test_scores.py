@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import Tally, score, scores, total
+from fedsieve.tasks.task import Task
 
 NAMES = ("a", "b", "c", "d")
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
@@ -130,10 +131,18 @@ CASES = [
 each = pytest.mark.parametrize("case", CASES, ids=[case.task for case in CASES])
 
 
+def judged(task: Task, logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
+    """What a task counts of all outputs of a batch: of those that it asks for."""
+    if task.picked is not None:
+        at, labels = task.picked(labels)
+        logits = logits.flatten(0, 1)[at]
+    return task.judge(logits, labels, classes)
+
+
 def counted(case: Case, size: int) -> list[Tally]:
     task = catalogue.load(case.task)
     parts = zip(case.logits.split(size), case.labels.split(size), strict=True)
-    return [task.judge(logits, labels, case.classes) for logits, labels in parts]
+    return [judged(task, logits, labels, case.classes) for logits, labels in parts]
 
 
 def test_every_task_has_a_case() -> None:
@@ -211,14 +220,14 @@ def test_f1_of_two_classes_is_that_of_the_second(
 ) -> None:
     task = catalogue.load("classification")
     logits = torch.nn.functional.one_hot(torch.tensor(told), 2).float()
-    tally = task.judge(logits, torch.tensor(labels), NAMES[:2])
+    tally = judged(task, logits, torch.tensor(labels), NAMES[:2])
     assert task.metrics(tally, NAMES[:2])["f1"] == pytest.approx(f1)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_constant_correlates_with_nothing(count: int) -> None:
     task = catalogue.load("regression")
-    tally = task.judge(torch.ones(count, 1), drawn(1, count), ())
+    tally = judged(task, torch.ones(count, 1), drawn(1, count), ())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for given in (tally, tally._replace(kept={})):
@@ -347,11 +356,11 @@ def test_rows_all_of_one_kind_are_scored(case: Case, told: str, rows: int) -> No
     logits = torch.full_like(logits, value)
     if told == "one":
         logits[..., 0] = 1.0
-    found = score(task, task.judge(logits, labels, case.classes), case.classes)
+    found = score(task, judged(task, logits, labels, case.classes), case.classes)
     assert found.counted
     assert all(np.isfinite(v) for v in found.metrics.values())
     assert all(np.isfinite([c.precision, c.recall, c.f1]).all() for c in found.details.classes)
-    alone = task.judge(logits, labels, case.classes)._replace(kept={})
+    alone = judged(task, logits, labels, case.classes)._replace(kept={})
     assert task.fits(alone, case.classes)
     assert all(np.isfinite(v) for v in score(task, alone, case.classes).metrics.values())
 
@@ -368,13 +377,13 @@ def test_entities_in_any_scheme_of_tags(scheme: str) -> None:
     task = catalogue.load("token-classification")
     labels = torch.tensor([[0, 1, 2, 3, 2]])
     right = torch.nn.functional.one_hot(labels, 5).float()
-    found = score(task, task.judge(right, labels, tags), tags)
+    found = score(task, judged(task, right, labels, tags), tags)
     assert found.metrics["entity_f1"] == found.metrics["token_accuracy"] == 1
-    assert task.fits(task.judge(right, labels, tags), tags)
+    assert task.fits(judged(task, right, labels, tags), tags)
     # One word told otherwise: of a person of two words nothing is right, of the place all.
     said = torch.tensor([[0, 2, 2, 3, 2]])
     other = torch.nn.functional.one_hot(said, 5).float()
-    found = score(task, task.judge(other, labels, tags), tags)
+    found = score(task, judged(task, other, labels, tags), tags)
     there = 3 if scheme == "S alone" else 2
     right_ones = 2 if scheme == "S alone" else 1
     assert found.metrics["entity_recall"] == pytest.approx(right_ones / there)
@@ -384,6 +393,6 @@ def test_entities_in_any_scheme_of_tags(scheme: str) -> None:
 def test_many_classes_have_no_table_of_one_by_another() -> None:
     classes = tuple(f"c{n}" for n in range(3000))
     task, labels = catalogue.load("classification"), torch.arange(3000)
-    found = score(task, task.judge(torch.eye(3000), labels, classes), classes).details
+    found = score(task, judged(task, torch.eye(3000), labels, classes), classes).details
     assert len(found.classes) == 3000
     assert not any(each.taken_for for each in found.classes)

@@ -104,12 +104,17 @@ def batch_of(examples: Texts) -> Batch:
     return {name: value for name, value in examples._asdict().items() if value is not None}
 
 
-def record(resident: ResidentModel) -> list[Batch]:
-    """The batches that the model gets to see from now on."""
+def record(resident: ResidentModel, examples: Texts) -> list[Batch]:
+    """The batches that the model gets to see from now on, with the labels of their rows."""
     seen: list[Batch] = []
-    resident.model.register_forward_pre_hook(
-        lambda _module, _args, given: seen.append(dict(given)), with_kwargs=True
-    )
+    words = [tuple(filter(None, row)) for row in examples.input_ids.tolist()]
+    labels = dict(zip(words, examples.labels, strict=True))
+
+    def look(_module: Any, _args: Any, given: Batch) -> None:
+        own = [labels[tuple(filter(None, row))] for row in given["input_ids"].tolist()]
+        seen.append({**given, "labels": torch.stack(own)})
+
+    resident.model.register_forward_pre_hook(look, with_kwargs=True)
     return seen
 
 
@@ -211,7 +216,7 @@ def test_local_training_is_a_plain_peft_loop(tiny: Tiny, training: Training, ran
     training = replace(training, precision="fp32")
     resident = resident_of(tiny, settings=CALM)
     adapter = some(resident, rank)
-    seen = record(resident)
+    seen = record(resident, classified(tiny))
     got = fit(resident, adapter, classified(tiny), training, KEY)
 
     base = AutoModelForSequenceClassification.from_pretrained(tiny.bert, **CALM)
@@ -257,7 +262,7 @@ def test_an_epoch_sees_each_example_once_and_steps_are_counted(tiny: Tiny) -> No
     resident = resident_of(tiny)
     examples = classified(tiny, 20)
     rows = sorted(tuple(i for i in row if i) for row in examples.input_ids.tolist())
-    seen = record(resident)
+    seen = record(resident, examples)
     got = fit(resident, some(resident), examples, Training(batch=8, epochs=2), KEY)
     assert [len(batch["labels"]) for batch in seen] == [8, 8, 4, 8, 8, 4]
     assert got.steps == 6
@@ -391,7 +396,7 @@ def test_gradients_at_rank_k_are_those_of_the_sketched_model(tiny: Tiny) -> None
 def test_training_at_rank_k_is_masked_training_at_rank_r(tiny: Tiny) -> None:
     resident = resident_of(tiny, settings=CALM)
     dense, mine, ranks = sketched(resident)
-    seen = record(resident)
+    seen = record(resident, classified(tiny))
     training = Training(lr=0.05, momentum=0.9, batch=8, precision="fp32")
     got = fit(resident, mine, classified(tiny), training, KEY)
 

@@ -38,6 +38,7 @@ from fedsieve.train.lengths import longest
 from fedsieve.train.local import runs_in_bf16
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
+from fedsieve.train.outputs import places
 from fedsieve.train.quantise import form_in
 from fedsieve.train.step import checkpointed
 
@@ -273,7 +274,7 @@ def of_step(
     piece = min(rows, training.micro_batch or rows)
     made = _Counted()
     try:
-        with _of_fakes(resident, shapes, moves, dtype) as model:
+        with _of_fakes(resident, shapes, moves, dtype) as (model, head):
             half = half_type(model)
             bf16 = half is not None or runs_in_bf16(torch.device("cpu"), training.precision)
             to_training(model)
@@ -282,7 +283,7 @@ def of_step(
                 # A second piece finds the gradients of the first.
                 for _ in range(1 if piece == rows else 2):
                     with torch.autocast("cpu", half or torch.bfloat16, enabled=bf16):
-                        loss = model(**_batch(resident, piece, length)).loss
+                        loss = _loss(model, head, resident, piece, length)
                     kept = max(kept, made.now)
                     loss.backward()
                     del loss
@@ -298,10 +299,10 @@ def of_evaluation(resident: ResidentModel, rows: int, length: int) -> int:
     """What one batch of an evaluation takes on the CPU beside the weights. resident: as above."""
     made = _Counted()
     try:
-        with _of_fakes(resident, None, (), torch.float32) as model, torch.no_grad():
+        with _of_fakes(resident, None, (), torch.float32) as (model, head), torch.no_grad():
             model.eval()
             with made:
-                model(**_batch(resident, rows, length))
+                _loss(model, head, resident, rows, length)
     except Exception:  # as above
         return by_formula(resident.model, rows, length)
     return made.peak
@@ -358,9 +359,11 @@ def _of_fakes(
     shapes: Mapping[str, torch.Size] | None,
     moves: Collection[str] | None,
     dtype: torch.dtype,
-) -> Iterator[Any]:
-    """A twin of the model as it is while a client trains on the CPU, in fake tensors."""
-    model, slots = copy.deepcopy((resident.model, resident.slots))
+) -> Iterator[tuple[Any, Any]]:
+    """A twin of the model as it is while a client trains on the CPU, and its head (outputs.py), in
+    fake tensors.
+    """
+    model, slots, head = copy.deepcopy((resident.model, resident.slots, resident.head))
     names = {id(getattr(*place)): name for name, place in slots.items()}
     speed_up(model)
     with FakeTensorMode():
@@ -380,7 +383,18 @@ def _of_fakes(
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-        yield model
+        yield model, head
+
+
+def _loss(model: Any, head: Any, resident: ResidentModel, rows: int, length: int) -> Tensor:
+    """Of made-up examples, every token of which has a label where tokens have one."""
+    task, given = catalogue.load(resident.task), _batch(resident, rows, length)
+    labels = given.pop("labels")
+    if task.picked is None:
+        return task.losses(model(**given).logits.float(), labels).sum()
+    # What `picked` would find: how much that is cannot be asked of tensors without numbers.
+    at = (length * torch.arange(rows)[:, None] + torch.arange(length - 1)).flatten()
+    return task.losses(places(model, given, at, head), labels[:, 1:].flatten()).sum()
 
 
 def _batch(resident: ResidentModel, rows: int, length: int) -> dict[str, Tensor]:

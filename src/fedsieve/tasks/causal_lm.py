@@ -317,11 +317,20 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     return Rows(*examples_of(rows, tokenizer, fields), ())
 
 
+def _picked(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """A token is told from the one before it, so the first of a row never is."""
+    after = labels.roll(-1, 1)
+    after[:, -1] = IGNORED
+    at = (after.flatten() != IGNORED).nonzero().flatten()
+    return at, after.flatten()[at]
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
-    logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    there = labels != IGNORED
-    logits, labels = logits[there], labels[there]
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    loss = _losses(logits, labels).sum().item()
     return Tally(loss, labels.numel(), {"right": float((logits.argmax(-1) == labels).sum())})
 
 
@@ -352,6 +361,8 @@ TASK = Task(
     config=lambda _: {},
     labels=lambda ids, mask, _: ids.where(mask == 1, IGNORED),
     counts=lambda labels: int((labels[:, 1:] != IGNORED).sum()),
+    losses=_losses,
+    picked=_picked,
     judge=_judge,
     fits=_fits,
     leads=lambda *_: ("token_accuracy",),

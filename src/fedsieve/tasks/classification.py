@@ -88,8 +88,13 @@ def _labels(ids: Tensor, mask: Tensor, classes: int) -> Tensor:
     return ids[:, 0] % classes
 
 
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of each row, (b,)."""
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
-    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+    loss = losses(logits, labels).sum().item()
     sums = confusion.sums(labels, logits.argmax(-1), logits.shape[-1])
     return Tally(loss, labels.numel(), sums)
 
@@ -107,6 +112,7 @@ TASK = Task(
     read=_read,
     config=_config,
     labels=_labels,
+    losses=losses,
     judge=_judge,
     fits=confusion.fits,
     leads=confusion.leads,

@@ -149,8 +149,13 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     return Rows(examples._replace(labels=labels), np.arange(len(rows)), names)
 
 
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    each = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return each.mean(1)
+
+
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    loss = _losses(logits, labels).sum().item()
     told, so = logits > 0, labels > 0.5
     counts = {"right": told & so, "false": told & ~so, "missed": ~told & so}
     sums = {
@@ -159,7 +164,7 @@ def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
         for number, count in enumerate(counts[name].sum(0).tolist())
     }
     kept = {"told": logits.double().cpu().numpy(), "label": labels.double().cpu().numpy()}
-    return Tally(loss.mean(1).sum().item(), len(labels), sums, kept)
+    return Tally(loss, len(labels), sums, kept)
 
 
 def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
@@ -251,6 +256,7 @@ TASK = Task(
     read=_read,
     config=_config,
     labels=_labels,
+    losses=_losses,
     judge=_judge,
     fits=_fits,
     leads=lambda _, by_row: ("micro_f1", "macro_f1", *(("map",) if by_row else ())),

@@ -78,6 +78,10 @@ def _read(rows: Dataset, tokenizer: "PreTrainedTokenizerBase", fields: Fields) -
     return Rows(examples._replace(labels=labels), np.arange(len(rows)), ())
 
 
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return (logits.squeeze(-1) - labels).square()
+
+
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
     x, y = logits.squeeze(-1).double().cpu().numpy(), labels.double().cpu().numpy()
     with np.errstate(all="ignore"):  # of a model that has diverged
@@ -146,6 +150,7 @@ TASK = Task(
     read=_read,
     config=_config,
     labels=lambda ids, mask, _: ids[:, 0] / 8.0,
+    losses=_losses,
     judge=_judge,
     fits=_fits,
     leads=lambda _, by_row: ("pearson", "spearman") if by_row else ("pearson",),

@@ -83,7 +83,12 @@ class Task:
     config: changes to a model's configuration, for so many classes
     labels: made-up labels for token numbers and their mask, to try a model with
     counts: labels of a batch -> over how many of them its mean loss is
-    judge:  logits, labels and classes of a batch -> what is counted
+    losses: outputs in float32 and labels of a batch, (b, ...) each -> the loss of each label, one
+            after another, (n,); 0 where there is none. Their sum over `counts` is what is learned
+    picked: of a task that learns a few of many tokens: labels (b, L) -> which of the b L outputs,
+            row after row, have one to tell, (n,) ascending, and these labels, (n,); `losses` and
+            `judge` then take these outputs (n, ...) and labels alone. None takes them all
+    judge:  outputs, labels and classes of a batch -> what is counted
     fits:   whether sums can be those of this task: a site may send anything
     leads:  the metrics that may lead, being better when higher, the usual one first: of these
             classes (none are those of no rows yet), with each row's outputs or from sums alone
@@ -105,12 +110,14 @@ class Task:
     read: Callable[[Dataset, Reader, Fields], Rows]
     config: Callable[[Sequence[str]], dict[str, Any]]
     labels: Callable[[Tensor, Tensor, int], Tensor]
+    losses: Callable[[Tensor, Tensor], Tensor]
     judge: Callable[[Tensor, Tensor, tuple[str, ...]], Tally]
     fits: Callable[[Tally, tuple[str, ...]], bool]
     leads: Callable[[Sequence[str], bool], tuple[str, ...]]
     metrics: Callable[[Tally, tuple[str, ...]], dict[str, float]]
     reads: Literal["texts", "images"] = "texts"
     counts: Callable[[Tensor], int] = len
+    picked: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     by_class: Callable[[Tally, tuple[str, ...]], tuple[OfClass, ...]] | None = None
     told: Callable[[Tensor, Tensor, tuple[str, ...]], list[tuple[str, str]]] | None = None
     ask: Callable[[Sequence[Asked], Speaker], Tally] | None = None

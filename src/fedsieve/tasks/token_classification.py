@@ -176,11 +176,17 @@ def _space(tokenizer: "PreTrainedTokenizerBase") -> str:
     return ""
 
 
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+
+
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
     from seqeval.metrics.sequence_labeling import get_entities
 
     there = labels != IGNORED
-    loss = torch.nn.functional.cross_entropy(logits[there], labels[there], reduction="sum").item()
+    loss = _losses(logits, labels).sum().item()
     told, tags = logits.argmax(-1), [_tag(name) for name in classes]
     counts = {f"{name} {kind}": 0.0 for kind in _kinds(classes) for name in _COUNTS}
     if counts:
@@ -267,6 +273,7 @@ TASK = Task(
     config=confusion.names_of,
     labels=lambda ids, mask, classes: (ids % classes).where(mask == 1, IGNORED),
     counts=lambda labels: int((labels != IGNORED).sum()),
+    losses=_losses,
     judge=_judge,
     fits=_fits,
     leads=_leads,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.images import Images
+from fedsieve.tasks.tokens import Texts
 
 
 def inputs(model: Any, examples: Examples, device: torch.device) -> dict[str, Tensor]:
@@ -24,6 +25,11 @@ def inputs(model: Any, examples: Examples, device: torch.device) -> dict[str, Te
     """
     if isinstance(examples, Images):
         return _of_images(examples, device)
+    return {name: moved(value, device) for name, value in laid_out(model, examples).items()}
+
+
+def laid_out(model: Any, examples: Texts) -> dict[str, Tensor]:
+    """`inputs` of texts, where the examples are."""
     config = model.config
     given = {n: value for n, value in examples._asdict().items() if isinstance(value, Tensor)}
     mask = examples.attention_mask
@@ -34,17 +40,23 @@ def inputs(model: Any, examples: Examples, device: torch.device) -> dict[str, Te
         del given["token_type_ids"]
     if getattr(config, "summary_type", None) == "last":
         given = {name: _right(value, mask) for name, value in given.items()}
-    return {name: value.to(device, non_blocking=True) for name, value in given.items()}
+    return given
+
+
+def moved(value: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device. Nobody waits for a copy to a GPU: it is made from pinned memory,
+    ahead of the kernels that use it.
+    """
+    if device.type == "cuda" and not value.is_cuda:
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def _of_images(examples: Images, device: torch.device) -> dict[str, Tensor]:
-    pixels = examples.pixels.to(device, non_blocking=True).float()
-    low, high = (
-        torch.tensor(each, device=device).view(1, -1, 1, 1)
-        for each in (examples.low, examples.high)
-    )
-    labels = examples.labels.to(device, non_blocking=True)
-    return {"pixel_values": pixels.mul_((high - low) / 255).add_(low), "labels": labels}
+    low, high = (torch.tensor(each).view(1, -1, 1, 1) for each in (examples.low, examples.high))
+    slope, low = moved((high - low) / 255, device), moved(low, device)
+    pixels = moved(examples.pixels, device).float().mul_(slope).add_(low)
+    return {"pixel_values": pixels, "labels": moved(examples.labels, device)}
 
 
 def half_type(model: nn.Module) -> torch.dtype | None:

@@ -27,20 +27,22 @@ from fedsieve.tasks.images import Images, crops_and_flips
 from fedsieve.tasks.packing import packed
 from fedsieve.tasks.tally import SHOWN, Answer, Score, Tally, score, total
 from fedsieve.tasks.tokens import Texts
-from fedsieve.train.batch import half_type, inputs
+from fedsieve.train.batch import half_type
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
+from fedsieve.train.outputs import outputs
 from fedsieve.train.speaker import speaker
 from fedsieve.train.step import backward, checkpointed
 
 _TOGETHER = 64  # counts of batches that are held before they are added up
+_LOOK = 16  # steps after which losses are looked at: a GPU has to be through with all of them
 
 
 class Fit(NamedTuple):
     """What local training gives back.
 
     tensors: the trained adapter, on the CPU
-    loss:    mean over the steps; not finite if training broke off at a loss that was not
+    loss:    mean over the steps; not finite if training broke off since a loss was not
     compute: seconds inside forward, backward and optimizer step
     memory:  bytes of what training allocates beside the base model and its activations: the
              adapter, its gradients and the optimizer's state
@@ -93,27 +95,25 @@ def fit(
         model,
         resident.task,
         device=resident.device,
+        head=resident.head,
         rows=training.micro_batch,
         precise=_precision(resident, training.precision),
         penalty=None if view.penalty is None else partial(view.penalty, everything),
     )
-    total, compute, memory, done = 0.0, 0.0, 0, 0
+    losses: list[Tensor] = []
+    compute, memory = 0.0, 0
     with (
         torch.random.fork_rng(devices=devices),
         checkpointed(model, training.checkpointing),
     ):
         torch.manual_seed(word(key.at("dropout")))
         for index in order:
-            done += 1
             some = take(examples, index)
             if isinstance(some, Images) and training.augment != "none":
                 crop = training.augment == "crop-flip"
                 some = some._replace(pixels=crops_and_flips(some.pixels, moves, crop=crop))
             start = time.perf_counter()
-            value = step(some)
-            if not math.isfinite(value):
-                total = value
-                break
+            losses.append(step(some))
             if training.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, training.clip)
             optimizer.step()
@@ -121,12 +121,22 @@ def fit(
                 parameter.data = torch.where(mask, parameter.data, own)
             memory = memory or _allocated(list(everything.values()), optimizer)
             optimizer.zero_grad(set_to_none=True)
-            if resident.device.type == "cuda":
-                torch.cuda.synchronize()
+            diverged = len(losses) % _LOOK == 0 and not losses[-1].isfinite()
             compute += time.perf_counter() - start
-            total += value
+            if diverged:
+                break
+        start = time.perf_counter()
+        told = _read(losses)  # waits for the device
+        compute += time.perf_counter() - start
     tensors = {name: p.detach().cpu() for name, p in resident.parameters()}
-    return Fit(tensors, total / max(1, done), done, compute, memory)
+    return Fit(tensors, sum(told) / max(1, len(told)), len(told), compute, memory)
+
+
+def _read(losses: list[Tensor]) -> list[float]:
+    """The losses up to the first that is not finite."""
+    told: list[float] = torch.stack(losses).tolist() if losses else []
+    odd = next((n for n, loss in enumerate(told) if not math.isfinite(loss)), len(told))
+    return told[: odd + 1]
 
 
 def evaluate(
@@ -164,9 +174,9 @@ def tally(
             return task.ask(examples.asked or (), speaker(resident, batch))
         for index in rows.split(batch):
             some = take(examples, index)
-            given = inputs(resident.model, some, resident.device)
-            labels = given.pop("labels")
-            logits = resident.model(**given).logits.float()
+            logits, labels = outputs(
+                resident.model, resident.task, some, resident.device, head=resident.head
+            )
             counted = task.judge(logits, labels, classes)
             if task.told is not None and not counts:
                 first = task.told(logits[:SHOWN], labels[:SHOWN], classes)
@@ -208,16 +218,18 @@ def _precision(resident: ResidentModel, precision: Precision) -> Any:
 
 
 def _optimizer(parameters: list[Tensor], training: Training) -> torch.optim.Optimizer:
+    # One kernel for all tensors; on the CPU torch's fused one is no faster, and rounds otherwise.
+    how: Any = {"fused": True} if parameters[0].is_cuda else {"foreach": True}
     if training.optimizer == "adamw":
         return torch.optim.AdamW(
-            parameters, lr=training.lr, weight_decay=training.weight_decay, foreach=True
+            parameters, lr=training.lr, weight_decay=training.weight_decay, **how
         )
     return torch.optim.SGD(
         parameters,
         lr=training.lr,
         momentum=training.momentum,
         weight_decay=training.weight_decay,
-        foreach=True,
+        **how,
     )
 
 

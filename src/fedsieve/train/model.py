@@ -38,6 +38,7 @@ from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
 from fedsieve.train.head import match_rows
 from fedsieve.train.origin import Origin, origin_of
+from fedsieve.train.outputs import head_of
 from fedsieve.train.parts import Place
 from fedsieve.train.source import refuse_odd, refuse_pickled, table_of
 from fedsieve.train.trial import run_with_pairs, settle
@@ -59,6 +60,7 @@ class ResidentModel:
             with. It is empty where no such LoRA fits the model
     ties:   tensor name -> the other places of the same parameter, where weights are tied
     tokenizer: or image processor; saved beside the model, if it is known
+    head: what is given the places with labels alone (outputs.py), of a language model
     digest: of the base as it was loaded, where a run keeps it
     origin: where the base came from, noted as it was loaded
     """
@@ -73,6 +75,7 @@ class ResidentModel:
     dense: Layout
     ties: Mapping[str, Sequence[Place]]
     tokenizer: Reader | None = None
+    head: nn.Module | None = None
     digest: BaseDigest | None = None
     origin: Origin | None = None
 
@@ -478,12 +481,13 @@ def whole(
     slots = _slots(base)
     tensors = {name: getattr(*slot) for name, slot in slots.items()}
     _in_float32(slots.values())
+    at = head_of(base, task)
     quantise.move(base, device)
     if device.type == "cpu":
         speed_up(base)
     layout = layout_of(tensors, 1.0)
     ties = _ties(base, slots)
-    return ResidentModel(base, task, layout, slots, (), device, {}, layout, ties)
+    return ResidentModel(base, task, layout, slots, (), device, {}, layout, ties, head=at)
 
 
 def attach(
@@ -541,12 +545,13 @@ def attach(
     loras = {name: each for name, each in model.named_modules() if isinstance(each, LoraLayer)}
     if base.device.type != "meta":
         run_with_pairs(model, task, loras)
+    head = head_of(model, task)
     quantise.move(model, device)
     if device.type == "cpu":
         speed_up(model)
     ties = _ties(model, slots)
     return ResidentModel(
-        model, task, layout, slots, tuple(loras.values()), device, {}, layout, ties
+        model, task, layout, slots, tuple(loras.values()), device, {}, layout, ties, head=head
     )
 
 

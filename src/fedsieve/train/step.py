@@ -1,15 +1,14 @@
 """The gradients of one batch, in less memory where that is asked.
 
-`training.micro_batch` runs a batch in pieces of so many rows and adds their gradients up, each
-weighed by what its own mean is over (`Task.counts`): rows, or tokens that have a label. The sum is
-the gradient of the whole batch, and the loss that is told is the whole batch's.
+`training.micro_batch` runs a batch in pieces of so many rows and adds their gradients up, each of
+a sum over what the whole batch's mean is over (`Task.counts`): rows, or tokens that have a label.
+So the gradient is the whole batch's, and the loss that is told.
 
 `training.checkpointing` keeps of each layer what goes into it, and makes the rest again in the
 backward pass. torch sets its generators back for that, so dropout draws the same masks twice; ours
 (dropout.py) draws from the same generator.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -24,6 +23,7 @@ from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.mode import to_training
+from fedsieve.train.outputs import outputs
 from fedsieve.train.trial import made_up, same
 
 
@@ -33,32 +33,32 @@ def backward(
     batch: Examples,
     device: torch.device,
     *,
+    head: nn.Module | None = None,
     rows: int | None = None,
     precise: AbstractContextManager[Any],
     penalty: Callable[[], Tensor] | None = None,
-) -> float:
+) -> Tensor:
     """Add the gradients of a batch's loss to the model's parameters.
 
+    head: as in `outputs`
     rows: of a piece (`training.micro_batch`); None is all at once
     penalty: what is added to the batch's loss, once
-    Returns the loss. Where that is not finite, what was added is of no use.
+    Returns the loss, on the device: who reads it waits for all that was asked of the device before.
+    Where it is not finite, what was added is of no use.
     """
+    asked = catalogue.load(task)
     parts = pieces(batch, rows)
-    counts = [catalogue.load(task).counts(part.labels) for part in parts]
+    counts = [asked.counts(part.labels) for part in parts]
     whole = sum(counts)
-    total = 0.0
+    total = torch.zeros((), device=device)
     for part, own in zip(parts, counts, strict=True):
         if own == 0 and whole:
-            continue  # the mean over nothing is no number
+            continue  # it adds nothing
         with precise:
-            loss = model(**inputs(model, part, device)).loss
-        if own < whole:
-            loss = loss * (own / whole)
+            loss = asked.losses(*outputs(model, task, part, device, head=head)).sum() / whole
         if penalty is not None:
             loss, penalty = loss + penalty(), None
-        total += loss.item()
-        if not math.isfinite(total):
-            break
+        total += loss.detach()
         loss.backward()
     return total
 

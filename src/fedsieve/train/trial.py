@@ -175,9 +175,13 @@ def _has_the_tasks_loss(model: PreTrainedModel, task: Task) -> bool:
     to_training(model)
     out = _run(model, rows)
     model.eval()
-    classes = tuple(model.config.id2label.values())
-    told = catalogue.load(task).judge(out.logits.float(), rows.labels, classes)
-    return same(model, out.loss, torch.tensor(told.loss / told.counted, dtype=out.loss.dtype))
+    asked = catalogue.load(task)
+    logits, labels = out.logits.float(), rows.labels
+    if asked.picked is not None:
+        at, labels = asked.picked(labels)
+        logits = logits.flatten(0, 1)[at]
+    told = asked.losses(logits, labels).sum() / asked.counts(rows.labels)
+    return same(model, out.loss, told.to(out.loss.dtype))
 
 
 def _routed(model: PreTrainedModel, task: Task) -> bool:
