@@ -133,7 +133,7 @@ def test_a_client_of_rank_k_has_k_over_r_of_everything(
     examples = classified(tiny)
     made: list[torch.optim.Optimizer] = []
     gradients: list[int] = []
-    build = local._optimizer
+    build = local.optimizer_of
 
     def watched(parameters: list[Tensor], training: Training) -> torch.optim.Optimizer:
         one = build(parameters, training)
@@ -145,7 +145,7 @@ def test_a_client_of_rank_k_has_k_over_r_of_everything(
         made.append(one)
         return one
 
-    monkeypatch.setattr(local, "_optimizer", watched)
+    monkeypatch.setattr(local, "optimizer_of", watched)
     head = sum(
         torch.Size(shape).numel()
         for name, shape in resident.layout.shapes.items()

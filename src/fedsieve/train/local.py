@@ -84,11 +84,7 @@ def fit(
             parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
             own = view.adapter.tensors[name].to(resident.device, torch.float32)  # as it was put
             held.append((parameter, mask, own))
-    optimizer = _optimizer(parameters, training)
-    if training.packing and isinstance(examples, Texts):
-        examples = packed(examples)
-    order = _order(examples.labels.shape[0], training, generator(key.at("order")))
-    moves = generator(key.at("augment"))
+    optimizer = optimizer_of(parameters, training)
     devices = [resident.device] if resident.device.type == "cuda" else []
     step = partial(
         backward,
@@ -97,7 +93,7 @@ def fit(
         device=resident.device,
         head=resident.head,
         rows=training.micro_batch,
-        precise=_precision(resident, training.precision),
+        precise=precision_of(resident, training.precision),
         penalty=None if view.penalty is None else partial(view.penalty, everything),
     )
     losses: list[Tensor] = []
@@ -107,11 +103,7 @@ def fit(
         checkpointed(model, training.checkpointing),
     ):
         torch.manual_seed(word(key.at("dropout")))
-        for index in order:
-            some = take(examples, index)
-            if isinstance(some, Images) and training.augment != "none":
-                crop = training.augment == "crop-flip"
-                some = some._replace(pixels=crops_and_flips(some.pixels, moves, crop=crop))
+        for some in batches_of(learned(examples, training), training, key):
             start = time.perf_counter()
             losses.append(step(some))
             if training.clip is not None:
@@ -168,7 +160,7 @@ def tally(
     resident.model.eval()
     rows = torch.arange(examples.labels.shape[0])
     counts: list[Tally] = []
-    with torch.inference_mode(), _precision(resident, precision):
+    with torch.inference_mode(), precision_of(resident, precision):
         if task.ask is not None:
             assert not isinstance(examples, Images)
             return task.ask(examples.asked or (), speaker(resident, batch))
@@ -210,14 +202,14 @@ def runs_in_bf16(device: torch.device, precision: Precision) -> bool:
     return device.type == "cpu" and any(bool(check()) for check in checks)
 
 
-def _precision(resident: ResidentModel, precision: Precision) -> Any:
+def precision_of(resident: ResidentModel, precision: Precision) -> Any:
     half = half_type(resident.model)
     if half is not None or runs_in_bf16(resident.device, precision):
         return torch.autocast(resident.device.type, dtype=half or torch.bfloat16)
     return nullcontext()
 
 
-def _optimizer(parameters: list[Tensor], training: Training) -> torch.optim.Optimizer:
+def optimizer_of(parameters: list[Tensor], training: Training) -> torch.optim.Optimizer:
     # One kernel for all tensors; on the CPU torch's fused one is no faster, and rounds otherwise.
     how: Any = {"fused": True} if parameters[0].is_cuda else {"foreach": True}
     if training.optimizer == "adamw":
@@ -241,13 +233,34 @@ def _allocated(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> in
     return sum(t.nbytes for t in tensors)
 
 
-def _order(count: int, training: Training, draws: torch.Generator) -> Iterator[Tensor]:
+def learned(examples: Examples, training: Training) -> Examples:
+    """A client's examples as they are gone through: joined, where `training.packing` says so."""
+    return packed(examples) if training.packing and isinstance(examples, Texts) else examples
+
+
+def batches_of(examples: Examples, training: Training, key: Key) -> Iterator[Examples]:
+    """The batches of a client's training, in the order and with the changes that its key draws."""
+    moves = generator(key.at("augment"))
+    for index in _order(count(examples), training, generator(key.at("order"))):
+        some = take(examples, index)
+        if isinstance(some, Images) and training.augment != "none":
+            crop = training.augment == "crop-flip"
+            some = some._replace(pixels=crops_and_flips(some.pixels, moves, crop=crop))
+        yield some
+
+
+def steps_of(rows: int, training: Training) -> int:
+    """How many batches that will be."""
+    return training.steps or training.epochs * -(-rows // training.batch)
+
+
+def _order(rows: int, training: Training, draws: torch.Generator) -> Iterator[Tensor]:
     """The rows of each batch: passes over fresh shuffles; the last batch of a pass may be small."""
-    once = -(-count // training.batch)
+    once = -(-rows // training.batch)
     passes = training.epochs if training.steps is None else -(-training.steps // once)
     batches = (
         batch
         for _ in range(passes)
-        for batch in torch.randperm(count, generator=draws).split(training.batch)
+        for batch in torch.randperm(rows, generator=draws).split(training.batch)
     )
     return islice(batches, training.steps)
