@@ -41,8 +41,8 @@ from fedsieve.algebra.adapter import Layout, Tree, layout_of
 from fedsieve.algebra.payload import Form, Payload, Seed, rounded
 from fedsieve.algebra.support import Support, cut, draw_ranks, gather, top_k
 from fedsieve.errors import WireError
+from fedsieve.frame import Frame
 from fedsieve.sites import worker
-from fedsieve.sites.worker import Frame
 from fedsieve.wire import decode, encode
 
 # The parts, and how many of what each takes if nothing is said.
@@ -112,7 +112,7 @@ SERVE = """
 import sys
 from pathlib import Path
 from fedsieve.sites import worker
-from fedsieve.sites.worker import Frame
+from fedsieve.frame import Frame
 worker.serve(
     Path(sys.argv[1]),
     lambda request: Frame({"ok": True}),

@@ -29,10 +29,11 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.console import quiet
 from fedsieve.data import sources
+from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import locate, set_up_resident
 from fedsieve.recipe.method import build_method
-from fedsieve.sites.worker import SOCKET, Frame, ask
+from fedsieve.sites.worker import SOCKET, ask
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_tokenizer
 from fedsieve.wire import encode

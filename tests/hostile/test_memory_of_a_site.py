@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from fedsieve.algebra.budget import Budget
+from fedsieve.frame import Frame
 from fedsieve.methods import fedit, fedsa_lora, flasc
 from fedsieve.sites import resident
-from fedsieve.sites.worker import Frame
 from tests import toy
 from tests.conftest import Tiny
 from tests.sites.sites import rate, settled, train

@@ -12,11 +12,12 @@ from cryptography.hazmat.primitives import serialization
 from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.errors import FedSieveError
+from fedsieve.frame import Frame
 from fedsieve.methods import fedit
 from fedsieve.recipe import read as recipe
 from fedsieve.sites import federate, resident
 from fedsieve.sites.server import RoundPolicy, Sites, cleaned
-from fedsieve.sites.worker import Frame, without_paths
+from fedsieve.sites.worker import without_paths
 from tests import toy
 from tests.conftest import LABELS, Tiny
 from tests.sites import certificates

@@ -23,10 +23,10 @@ import torch
 from fedsieve import methods
 from fedsieve.algebra.keys import Key
 from fedsieve.costs import memory
+from fedsieve.frame import Frame
 from fedsieve.recipe import schema
 from fedsieve.settings import Lora, Table, Training
 from fedsieve.sites import resident
-from fedsieve.sites.worker import Frame
 from fedsieve.train.model import load_base, set_up, shape_of
 from tests.conftest import LABELS, Tiny
 from tests.sites.sites import rate, recipe_text, settled, write_site

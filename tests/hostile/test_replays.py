@@ -16,10 +16,11 @@ from fedsieve.algebra.payload import Form, Payload, Values, digest, exact, round
 from fedsieve.algebra.support import everything, gather
 from fedsieve.engine.loop import Receipt
 from fedsieve.errors import WireError
+from fedsieve.frame import Frame, unpack
 from fedsieve.methods import fedit, flasc
 from fedsieve.run import checkpoint, rundir
 from fedsieve.sites import federate, worker
-from fedsieve.sites.worker import Frame, check_seal, seal, unpack
+from fedsieve.sites.worker import check_seal, seal
 from fedsieve.wire import decode, encode
 from tests import toy
 from tests.sites.test_flower import EXACT, Net, federation, run, site, sites_of

@@ -21,9 +21,10 @@ from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.payload import Base, Form, Payload, Values, rounded
 from fedsieve.algebra.support import Support, everything
 from fedsieve.errors import FedSieveError
+from fedsieve.frame import Frame, pack, unpack
 from fedsieve.methods import fedit
 from fedsieve.sites import intake, worker
-from fedsieve.sites.worker import SOCKET, Frame, ask, pack, unpack
+from fedsieve.sites.worker import SOCKET, ask
 from fedsieve.wire import encode, longest
 from tests import toy
 from tests.sites.test_flower import EXACT, Net, federation, run, site, sites_of

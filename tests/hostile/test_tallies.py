@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsieve.frame import Frame
 from fedsieve.sites.server import joint_score
-from fedsieve.sites.worker import Frame
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import Tally
 from tests.tasks.test_scores import CASES, counted

@@ -51,6 +51,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "sampling": {"extra": 1, "quorum": 1},
     },
     "there": {"sampling": {"availability": 0.5}},
+    "workers": {"engine": {"kind": "processes", "workers": 2, "threads": 1}},
     "each there": {"sampling": {"availability": {"0000": 0.5}}},
 }  # fmt: skip
 FORMS |= {

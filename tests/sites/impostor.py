@@ -20,9 +20,9 @@ from typing import NamedTuple
 import torch
 
 from fedsieve.algebra.adapter import Adapter, Layout, layout_of
+from fedsieve.frame import Frame
 from fedsieve.sites import resident, worker
 from fedsieve.sites import site as sites
-from fedsieve.sites.worker import Frame
 from fedsieve.wire import decode, encode
 from fedsieve.wire import values as wire_values
 

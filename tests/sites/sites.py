@@ -18,10 +18,11 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Exchange
+from fedsieve.frame import Frame
 from fedsieve.sites import resident
 from fedsieve.sites import site as sites
 from fedsieve.sites.resident import Resident
-from fedsieve.sites.worker import SOCKET, Frame
+from fedsieve.sites.worker import SOCKET
 from tests.conftest import LABELS, Tiny, write_rows
 
 Ask = Callable[[Frame], Frame]

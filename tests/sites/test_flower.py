@@ -21,6 +21,7 @@ from fedsieve.algebra.support import everything
 from fedsieve.engine.client import take_part
 from fedsieve.engine.loop import Federation, Receipt, Round, begin, rounds
 from fedsieve.errors import FedSieveError, NoUsableUpdate
+from fedsieve.frame import Frame, pack, unpack
 from fedsieve.methods import fedsa_lora, flasc, flora, fslora_flasc
 from fedsieve.settings import Sampling
 from fedsieve.sites.server import (
@@ -32,7 +33,7 @@ from fedsieve.sites.server import (
     Transport,
     joint_score,
 )
-from fedsieve.sites.worker import BODY, Frame, digest, pack, seal, unpack
+from fedsieve.sites.worker import BODY, digest, seal
 from fedsieve.wire import encode
 from tests import toy
 

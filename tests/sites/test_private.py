@@ -24,12 +24,12 @@ from fedsieve.algebra.keys import Key, word
 from fedsieve.clients import noise
 from fedsieve.clients.sampling import cohort
 from fedsieve.errors import FedSieveError
+from fedsieve.frame import Frame, pack, unpack
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from fedsieve.sites.server import Incoming, Node, PendingRequest, RoundPolicy, Transport
-from fedsieve.sites.worker import Frame, pack, unpack
 from tests import runs
 from tests.conftest import Tiny
 from tests.sites.sites import asking

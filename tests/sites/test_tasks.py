@@ -8,6 +8,7 @@ import tomli_w
 
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
+from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.schema import READ_AS, Data, Recipe
 from fedsieve.sites import assignment, resident
@@ -15,7 +16,6 @@ from fedsieve.sites import told as told_to
 from fedsieve.sites.server import joint_score
 from fedsieve.sites.site import Rows as SiteRows
 from fedsieve.sites.site import Site
-from fedsieve.sites.worker import Frame
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import scores
 from fedsieve.train.local import tally

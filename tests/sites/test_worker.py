@@ -34,6 +34,7 @@ from fedsieve.engine import loop
 from fedsieve.engine.client import take_part
 from fedsieve.engine.loop import Federation
 from fedsieve.errors import FedSieveError, WireError
+from fedsieve.frame import Frame, pack, refusal, unpack
 from fedsieve.recipe import experiment
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import Experiment, from_recipe
@@ -41,7 +42,7 @@ from fedsieve.sites import assignment as desks
 from fedsieve.sites import intake, journal, resident, worker
 from fedsieve.sites import site as sites
 from fedsieve.sites.server import joint_score
-from fedsieve.sites.worker import SOCKET, Frame, ask, carry, pack, refusal, unpack
+from fedsieve.sites.worker import SOCKET, ask, carry
 from fedsieve.tasks.tokens import Texts
 from fedsieve.train import model, reader
 from fedsieve.train.local import Fit, fit

@@ -19,6 +19,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.errors import FedSieveError
+from fedsieve.frame import pack, refusal
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.recipe.schema import Recipe
@@ -26,7 +27,7 @@ from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from fedsieve.sites.certificates import CA
 from fedsieve.sites.server import Incoming, Node, PendingRequest, RoundPolicy, Transport
-from fedsieve.sites.worker import SOCKET, carry, pack, refusal
+from fedsieve.sites.worker import SOCKET, carry
 from tests import runs
 from tests.conftest import LABELS, Tiny, write_rows
 from tests.sites import certificates, processes

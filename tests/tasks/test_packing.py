@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import fedsieve
 from fedsieve.errors import FedSieveError
+from fedsieve.frame import Frame
 from fedsieve.sites import resident
-from fedsieve.sites.worker import Frame
 from fedsieve.tasks.packing import packed
 from fedsieve.tasks.tokens import IGNORED, Texts
 from tests import runs

@@ -431,6 +431,42 @@ class Checkpoint(Table):
     every: PositiveInt = 1
 
 
+class Engine(Table):
+    """Where a round's clients run. It says nothing of what comes out: that is the same to the bit
+    with as many threads, so any engine may go on with a run.
+
+    kind: in this process one after another, in worker processes of this machine, or on a cluster
+    workers: how many; "auto" is one a device, or on CPUs as many as cores and threads allow
+    threads: torch's threads a worker; None shares this process's own out
+    devices: of the workers, in turn; None is the recipe's `device`. On a cluster one kind of device
+    address: of the cluster, as Ray has it; None is what Ray finds by itself
+    """
+
+    kind: Literal["process", "processes", "ray"] = "process"
+    workers: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    devices: Annotated[tuple[str, ...], Field(min_length=1, max_length=1024)] | None = None
+    address: str | None = None
+
+    @model_validator(mode="after")
+    def _of_this_kind(self) -> "Engine":
+        if self.kind == "process":
+            for key in ("workers", "threads", "devices"):
+                if getattr(self, key) not in ("auto", None):
+                    raise ValueError(
+                        f"{key}: an engine of kind 'process' has no workers: give kind "
+                        "'processes' or 'ray'"
+                    )
+        if self.kind != "ray" and self.address is not None:
+            raise ValueError(f"address: an engine of kind {self.kind!r} has none: it is for 'ray'")
+        if self.kind == "ray" and len(self.devices or ()) > 1:
+            raise ValueError(
+                "devices: on a cluster Ray chooses each worker's device: name one kind, 'cuda' or "
+                "'cpu'"
+            )
+        return self
+
+
 def _shown(name: str) -> str:
     """A recipe's name is told before a run begins, and the recipe may be somebody else's."""
     if not name.isprintable():
@@ -462,6 +498,7 @@ class Recipe(Table):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    engine: Engine = Engine()
 
     @model_validator(mode="after")
     def _has_validation_rows(self) -> "Recipe":

@@ -84,4 +84,5 @@ def edits(then: Recipe, now: Recipe) -> tuple[set[str], str]:
 
 
 def _plain(recipe: Recipe) -> Mapping[str, Any]:
-    return dict(flat(recipe.model_dump(mode="json")))
+    """A recipe's keys, less those of [engine]: where clients run changes nothing of a run."""
+    return dict(flat(recipe.model_dump(mode="json", exclude={"engine"})))

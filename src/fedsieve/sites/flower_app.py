@@ -25,7 +25,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedsieve.errors import FedSieveError, WireError
-from fedsieve.sites.worker import SOCKET, carry, pack, refusal, without_paths
+from fedsieve.frame import pack, refusal
+from fedsieve.sites.worker import SOCKET, carry, without_paths
 
 if TYPE_CHECKING:
     from fedsieve.sites.server import Incoming, Node, PendingRequest, Transport

@@ -46,6 +46,7 @@ from fedsieve.algebra.support import everything, gather
 from fedsieve.disk import NotAFile, bytes_of, remove, write_whole
 from fedsieve.engine.client import Reply, take_part
 from fedsieve.errors import FedSieveError, WireError, printable
+from fedsieve.frame import Frame, refusal
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
 from fedsieve.recipe.told import told
@@ -54,7 +55,6 @@ from fedsieve.sites import journal, limits, worker
 from fedsieve.sites.assignment import Assignment, checked, prepare
 from fedsieve.sites.journal import Entry
 from fedsieve.sites.site import Site, budget_of, link_of, load
-from fedsieve.sites.worker import Frame, refusal
 from fedsieve.tasks.examples import count
 from fedsieve.train.local import Fit, fit, tally
 from fedsieve.train.model import pick_device

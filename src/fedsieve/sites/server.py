@@ -24,8 +24,9 @@ from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Exchange
 from fedsieve.errors import FedSieveError, WireError, printable
+from fedsieve.frame import Frame, pack, unpack
 from fedsieve.sites import worker
-from fedsieve.sites.worker import Frame, check_seal, pack, unpack
+from fedsieve.sites.worker import check_seal
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import Score, Tally, scores
 

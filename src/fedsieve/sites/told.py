@@ -71,12 +71,15 @@ def _dumped(recipe: Recipe, name: str) -> str:
 
 
 def for_sites(recipe: Recipe) -> Recipe:
-    """The recipe without what is the server's own: paths, files, columns, device, versions."""
+    """The recipe without what is the server's own: paths, files, columns, device, versions; and
+    without its engine, which no site has.
+    """
     own = "the site's own"
     data = schema.Data(train=own, **{n: getattr(recipe.data, n) for n in schema.READ_AS})
     source = recipe.model.source if recipe.model.source in PACKAGES else own
     model = recipe.model.model_copy(update={"source": source})
-    return recipe.model_copy(update={"data": data, "model": model, "device": "auto"})
+    where = {"device": "auto", "engine": schema.Engine()}
+    return recipe.model_copy(update={"data": data, "model": model, **where})
 
 
 def _name(source: Path) -> str:

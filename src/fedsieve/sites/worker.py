@@ -5,11 +5,7 @@ stands at the network, Flower's client process say, is started anew for every me
 carries bytes to that process over a Unix socket. So this module imports no torch: `carry` is all
 that such a process needs.
 
-A request or an answer is a frame, and one connection carries one request and its answer:
-
-    4 bytes        length of the header, big-endian
-    header         a JSON object; its "length" is the length of the body
-    body           bytes: a message of the wire format, a recipe's text, or nothing
+A request or an answer is a frame (frame.py), and one connection carries one request and its answer.
 
 An answer's header also holds a tag that ties it to the request that it answers (`seal`), and so to
 its run, its round, its site and the very bytes that were sent: an answer to another request that is
@@ -38,18 +34,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import filelock
 
 from fedsieve.errors import FedSieveError, WireError
+from fedsieve.frame import BODY as BODY  # users of this module find them here
+from fedsieve.frame import HEADER as HEADER
+from fedsieve.frame import Frame as Frame
+from fedsieve.frame import pack as pack
+from fedsieve.frame import read, read_head, refusal
+from fedsieve.frame import unpack as unpack
 from fedsieve.sites.intake import BUFFER, Ended, Intake, seconds_for, take
 
 # In a folder of its own: a node that is locked up gets this folder and nothing else of the site.
 SOCKET = "door/worker.sock"
-HEADER = 1 << 16  # the longest header, in bytes
-BODY = (1 << 31) - 1  # the longest body; what carries messages between machines takes no more
-DEEPEST = 8  # tables and lists in one another, in a header
 THREADS = 256  # connections that are read, answered or drained at once; others wait outside
 JOBS = 16  # requests whose answer is not taken yet; more are put off
 TAG = "tag"
@@ -58,41 +57,7 @@ _PATH = re.compile(r"(?:(?<![\w.>/])~?/|\b[A-Za-z]:\\)[^\s'\"`:,;)]*[\w/\\]")
 _ADDRESS = 107  # bytes of a Unix socket's address on Linux
 
 
-class Frame(NamedTuple):
-    """A request or an answer: what it says, and the bytes that it is about."""
-
-    header: Mapping[str, Any]
-    body: bytes = b""
-
-
 Job = tuple[Frame, "queue.SimpleQueue[Frame]"]
-
-
-def pack(frame: Frame) -> bytes:
-    """A frame as bytes. Raises WireError if it is too long or holds what JSON has no word for."""
-    try:
-        text = json.dumps({**frame.header, "length": len(frame.body)}, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise WireError(f"a frame's header is not JSON: {error}") from error
-    _check_sizes(len(text), len(frame.body))
-    return b"".join((len(text).to_bytes(4, "big"), text, frame.body))
-
-
-def unpack(data: bytes) -> Frame:
-    """The frame that these bytes are, no more and no less. Raises WireError if they are none."""
-    rest = memoryview(data)
-
-    def take(count: int) -> bytes:
-        nonlocal rest
-        if count > len(rest):
-            raise WireError(f"a frame of {len(data)} bytes ends before it should")
-        taken, rest = bytes(rest[:count]), rest[count:]
-        return taken
-
-    frame = _frame(take)
-    if len(rest):
-        raise WireError(f"{len(rest)} bytes follow the end of a frame")
-    return frame
 
 
 def digest(frame: Frame) -> bytes:
@@ -114,11 +79,6 @@ def check_seal(request: bytes, answer: Frame) -> None:
     """Raises WireError for an answer that answers another request, or none."""
     if answer.header.get(TAG) != seal(request, answer).header[TAG]:
         raise WireError("an answer to another request than this one")
-
-
-def refusal(error: str, **more: Any) -> Frame:
-    """The answer that says why nothing was done."""
-    return Frame({"ok": False, "error": error, **more})
 
 
 def without_paths(text: str, *known: object) -> str:
@@ -148,7 +108,7 @@ def carry(address: Path, request: bytes, timeout: float | None = None) -> bytes:
             with suppress(BrokenPipeError):  # the worker says why, if it did not like the beginning
                 connection.sendall(request)
             left = math.inf if until is None else until - time.monotonic()
-            return pack(_frame(lambda count: take(connection, count, left)))
+            return pack(read(lambda count: take(connection, count, left)))
     except TimeoutError:
         raise FedSieveError(f"the worker at {address} did not answer in {timeout:g} s") from None
     except (FileNotFoundError, ConnectionRefusedError):
@@ -288,7 +248,7 @@ def _accept(
         with connection, suppress(OSError), ExitStack() as held:
             try:
                 with intake.reading(connection):
-                    header, length = _head(lambda count: take(connection, count))
+                    header, length = read_head(lambda count: take(connection, count))
                     limit = most(header)
                     if isinstance(limit, Frame):
                         _send(connection, limit)
@@ -342,53 +302,3 @@ def _drain(connection: socket.socket) -> None:
         connection.settimeout(left)
         if not connection.recv(BUFFER):
             return
-
-
-def _frame(take: Callable[[int], bytes]) -> Frame:
-    """A frame from a function that gives its next bytes."""
-    header, length = _head(take)
-    return Frame(header, take(length))
-
-
-def _head(take: Callable[[int], bytes]) -> tuple[dict[str, Any], int]:
-    """A frame's header, and the length of its body."""
-    size = int.from_bytes(take(4), "big")
-    _check_sizes(size, 0)
-    try:
-        header = json.loads(take(size), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"a frame's header is not JSON ({type(error).__name__})") from error
-    if not isinstance(header, dict):
-        raise WireError("a frame's header is not a JSON object")
-    length = header.pop("length", None)
-    if type(length) is not int:
-        raise WireError("a frame's header does not say the length of its body")
-    _check_sizes(size, length)
-    _refuse_deep(header)
-    return header, length
-
-
-def _refuse_deep(header: Mapping[str, Any]) -> None:
-    """Raises WireError for nesting that what reads and hashes the header later may not get through.
-
-    How deep JSON is read depends on how deep the stack is that reads it: a frame that one thread
-    could read would break another.
-    """
-    level: list[Any] = [header]
-    for _ in range(DEEPEST):
-        inner = [each.values() if isinstance(each, dict) else each for each in level]
-        level = [one for each in inner for one in each if isinstance(one, dict | list)]
-        if not level:
-            return
-    raise WireError(f"a frame's header is nested more than {DEEPEST} deep")
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
-
-
-def _check_sizes(header: int, body: int) -> None:
-    if header > HEADER:
-        raise WireError(f"a frame's header of {header} bytes: at most {HEADER}")
-    if not 0 <= body <= BODY:
-        raise WireError(f"a frame's body of {body} bytes: at most {BODY}")

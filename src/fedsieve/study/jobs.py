@@ -75,7 +75,8 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
         if not asked.exists():
             raise FedSieveError(f"{job.folder} holds some other run: choose another --out")
         before, now, own = (
-            dict(flat(recipe.model_dump(mode="json")))
+            # Any engine may go on with a run.
+            dict(flat(recipe.model_dump(mode="json", exclude={"engine"})))
             for recipe in (_parsed(asked), job.recipe, _parsed(job.folder / rundir.RECIPE))
         )
         for key in sorted(before.keys() | now.keys()):
