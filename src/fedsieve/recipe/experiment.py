@@ -100,7 +100,7 @@ def keeping(
 def assemble(
     resident: ResidentModel,
     method: Method,
-    examples: Mapping[str, Callable[[], Examples]],
+    examples: Callable[[str], Examples],
     counts: Mapping[str, int],
     budgets: Mapping[str, Budget],
     *,
@@ -123,7 +123,7 @@ def assemble(
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
-    examples: id -> a function that gives the client's examples; counts: id -> how many those are.
+    examples: from a client's id to its examples; counts: id -> how many those are.
     A client without examples is left out with a warning.
     own_tests: what of `test` is each client's own, by id, where the scores of each are asked
     rounds: how many there will be, over which `training.last_lr` is reached
@@ -173,7 +173,7 @@ def assemble(
 
     def train(view: View, client: Client, key: Key) -> Fit:
         now = in_round(training, key.round, rounds)
-        return fit(resident, view, examples[client.id](), now, key)
+        return fit(resident, view, examples(client.id), now, key)
 
     memories: dict[str, Memory] = {}
 
@@ -193,7 +193,7 @@ def assemble(
         return [
             rate(
                 own(adapter, memory),
-                personal.own_test(test, examples[id](), Key(seed, 0, id)),
+                personal.own_test(test, examples(id), Key(seed, 0, id)),
             )
             for id, memory in personal.some_of(memories, Key(seed))
         ]
@@ -322,7 +322,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     return assemble(
         resident,
         method,
-        {id: partial(_own, examples, parts, id) for id in parts},
+        lambda id: take(examples, torch.as_tensor(parts[id])),
         counts,
         hand_out(recipe, method, resident.layout, counts, machines),
         training=recipe.training,
@@ -427,11 +427,6 @@ def absolute_more(data: schema.Data) -> dict[str, schema.MoreTest] | None:
 def absolute(source: str) -> str:
     path = place(source)
     return str(path.resolve()) if source not in fetch.PACKAGES and path.exists() else source
-
-
-def _own(examples: Examples, parts: Partition, client: str) -> Examples:
-    """A client's examples, made when they are asked for."""
-    return take(examples, torch.as_tensor(parts[client]))
 
 
 def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, PrivacyPlan]:
