@@ -5,7 +5,6 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -290,7 +289,7 @@ def finetune(
     experiment = assemble(
         resident,
         method,
-        {id: partial(examples.__getitem__, id) for id in examples},
+        examples.__getitem__,
         {id: count(examples[id]) if id in examples else 0 for id in given},
         budgets,
         training=training,

@@ -671,6 +671,11 @@ def costs_of(
             "last of them"
             + ("" if bill.steady else ", which still change from round to round: the sum is rough")
         )
+    if bill.stand_ins is not None:
+        say(
+            f"{bill.stand_ins:,} clients of a round were rehearsed; the others are taken to send "
+            "and get the same"
+        )
     say(f"the run: {_mb(bill.total)}; of dense LoRA: {_mb(bill.dense)}")
     if most is not None:
         left = most * MB - bill.total

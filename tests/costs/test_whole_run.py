@@ -14,6 +14,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.cli import app
 from fedsieve.costs import whole_run
 from fedsieve.costs.whole_run import of_recipe
+from fedsieve.engine.local import in_process
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.settings import Lora
@@ -157,3 +158,57 @@ def test_what_a_checkpoint_lacks_is_counted(tiny: Tiny, tmp_path: Path, base: st
         )
     ]
     assert layouts[0].shapes == layouts[1].shapes
+
+
+def test_what_is_rehearsed_is_bounded_by_no_key_of_a_recipe(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cohort without masks one message is as long as another: stand-ins give the very sum."""
+    monkeypatch.setattr(whole_run, "_COHORT", 8)
+    table: dict[str, Any] = {"partition": {"kind": "iid", "clients": 400}, "cohort": 200}
+    table |= {"method": {"name": "fedit"}, "budgets": [{}], "rounds": 3}
+    cases: list[dict[str, Any]] = [
+        {}, {"sampling": {"kind": "all"}}, {"sampling": {"extra": 40}, "budgets": {
+            "kind": "resources", "deadline": 600.0,
+            "tiers": [{"memory": 100.0, "down": 1.0, "up": 1.0, "step_seconds": 1.0}],
+        }},
+    ]  # fmt: skip
+    for changes in cases:
+        given = recipe.check(tiny.table(**table | changes))
+        whole = of_recipe(given, classes=3, rows=2)
+        assert whole.stand_ins is None
+        with monkeypatch.context() as patch:
+            patch.setattr(whole_run, "_WORK", 1)
+            some = of_recipe(given, classes=3, rows=2)
+        assert some.stand_ins == 8
+        assert some.asked == pytest.approx(whole.asked)
+        assert some.total == pytest.approx(whole.total)
+        assert some.dense == pytest.approx(whole.dense)
+    huge = {
+        **table,
+        "rounds": 10**9,
+        "cohort": 10**5,
+        "partition": {"kind": "iid", "clients": 10**5},
+    }
+    messages = 0
+    encode = in_process
+
+    def counted(*given: Any) -> Any:
+        exchange = encode(*given)
+
+        def carry(sent: Any, key: Key) -> Any:
+            nonlocal messages
+            for reply in exchange.carry(sent, key):
+                messages += 1
+                yield reply
+
+        return exchange._replace(carry=carry)
+
+    monkeypatch.setattr(whole_run, "in_process", counted)
+    monkeypatch.setattr(whole_run, "_WORK", 1)
+    bill = of_recipe(recipe.check(tiny.table(**huge)), classes=3)
+    assert messages == 6 * 8
+    assert (bill.asked, bill.rounds) == (10**5, 10**9)
+    changing = {**huge, "method": {"name": "flora"}}
+    with pytest.raises(FedSieveError, match=r"flora some cannot stand for all.*cohort=8"):
+        of_recipe(recipe.check(tiny.table(**changing)), classes=3)

@@ -31,7 +31,7 @@ def split(
     assemble = experiment.assemble
 
     def look(resident: Any, method: Any, examples: Any, *rest: Any, **given: Any) -> Any:
-        caught["clients"] = rows([get() for get in examples.values()])
+        caught["clients"] = rows([examples(id) for id in rest[0]])
         caught["test"] = rows([given["test"]])
         return assemble(resident, method, examples, *rest, **given)
 

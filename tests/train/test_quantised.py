@@ -108,7 +108,7 @@ def test_every_method_that_leaves_the_base_alone_trains_over_it(
         experiment = assemble(
             resident,
             method,
-            {id: lambda: examples for id in ("0", "1")},
+            lambda id: examples,
             {"0": 4, "1": 4},
             {"0": Budget(0.5, 0.5, 0.5), "1": Budget()},
             training=Training(steps=2, batch=4, lr=0.05, precision="fp32"),

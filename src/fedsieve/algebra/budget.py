@@ -60,7 +60,10 @@ def check(budgets: Mapping[str, Budget], rank: int) -> None:
 
     That is a rank above the server's, or a ratio or density that is no number in (0, 1].
     """
+    seen: set[Budget] = set()  # of many clients most are alike
     for id, budget in sorted(budgets.items()):
+        if budget in seen:
+            continue
         for knob, value in budget._asdict().items():
             if not is_number(value):
                 raise FedSieveError(
@@ -74,6 +77,7 @@ def check(budgets: Mapping[str, Budget], rank: int) -> None:
                 raise FedSieveError(
                     f"client {id!r}: its budget has {knob} {value:g}; it must be above 0, at most 1"
                 )
+        seen.add(budget)
 
 
 def refuse_rank(id: str, own: int, rank: int) -> None:

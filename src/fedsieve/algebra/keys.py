@@ -7,6 +7,7 @@ makes the same choices as one that was never stopped.
 """
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,16 @@ class Key(NamedTuple):
 
 def word(key: Key) -> int:
     """64 bits that only this key gives: an unsigned integer below 2**64."""
-    # The lengths keep ("ab", "c") and ("a", "bc") apart.
-    text = f"{key.seed}|{key.round}|{len(key.client)}|{key.client}|{key.purpose}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return next(words(key, [key.client]))
+
+
+def words(key: Key, clients: Iterable[str]) -> Iterator[int]:
+    """The word of each client's key, in their order; all else of the keys is that of `key`."""
+    front, back, blake = f"{key.seed}|{key.round}|", f"|{key.purpose}", hashlib.blake2b
+    for client in clients:
+        # The lengths keep ("ab", "c") and ("a", "bc") apart.
+        text = f"{front}{len(client)}|{client}{back}"
+        yield int.from_bytes(blake(text.encode(), digest_size=8).digest(), "little")
 
 
 def generator(key: Key) -> torch.Generator:

@@ -6,12 +6,12 @@ that place clients relative to each other (`assign`, `heavy_tail`) look at the w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from fedsieve.algebra.budget import Budget
-from fedsieve.algebra.keys import Key, generator, word
+from fedsieve.algebra.keys import Key, generator, words
 
 
 def assign(
@@ -62,7 +62,8 @@ def tiers_by_density(count: int) -> list[tuple[float, Budget]]:
 
 def ratios(ids: Sequence[str], among: Sequence[float], key: Key) -> dict[str, float]:
     """A ratio for each client, drawn uniformly from `among` (FSLoRA: settings.PAPER_RATIOS)."""
-    return {id: among[word(_own(key, id)) % len(among)] for id in ids}
+    drawn = words(key.at("budget"), ids)
+    return {id: among[own % len(among)] for id, own in zip(ids, drawn, strict=True)}
 
 
 def normal(ids: Sequence[str], low: int, high: int, key: Key) -> dict[str, int]:
@@ -72,8 +73,8 @@ def normal(ids: Sequence[str], low: int, high: int, key: Key) -> dict[str, int]:
     away: one client in 370 is clipped.
     """
     ranks = {}
-    for id in ids:
-        draw = (low + high) / 2 + _standard_normal(key, id) * (high - low) / 6
+    for id, own in _standard_normals(key, ids):
+        draw = (low + high) / 2 + own * (high - low) / 6
         ranks[id] = min(high, max(low, round(draw)))
     return ranks
 
@@ -85,15 +86,16 @@ def heavy_tail(ids: Sequence[str], low: int, high: int, key: Key) -> dict[str, i
     largest b. A lone client has nothing to be scaled by, and gets a.
     """
     middle = math.log((low + high) / 4)
-    draws = {id: math.exp(-middle - _standard_normal(key, id)) for id in ids}
+    draws = {id: math.exp(-middle - own) for id, own in _standard_normals(key, ids)}
     least, most = min(draws.values()), max(draws.values())
     span = (most - least) or 1.0
     return {id: round(low + (high - low) * (x - least) / span) for id, x in draws.items()}
 
 
-def _standard_normal(key: Key, id: str) -> float:
-    return float(torch.randn((), generator=generator(_own(key, id)), dtype=torch.float64))
-
-
-def _own(key: Key, id: str) -> Key:
-    return key._replace(client=id, purpose="budget")
+def _standard_normals(key: Key, ids: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """Each client's own draw. One generator is set to the start of each stream in turn: to make one
+    for each would take longer than to draw.
+    """
+    draws, place = torch.Generator(), torch.empty((), dtype=torch.float64)
+    for id, own in zip(ids, words(key.at("budget"), ids), strict=True):
+        yield id, float(place.normal_(generator=draws.manual_seed(own >> 1)))

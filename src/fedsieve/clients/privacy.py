@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 from fedsieve.algebra.keys import Key
@@ -161,6 +162,7 @@ def unamplified(cohorts: Cohorts, noise_multiplier: float, delta: float) -> Spen
         raise FedSieveError(_INSTALL) from error
     deviation = noise_multiplier / (2 if cohorts.kind == "uniform" else 1)
 
+    @cache  # milliseconds each, and asked of every client; of how many rounds, there are few
     def spent(rounds: int) -> float:
         if rounds == 0:
             return 0.0

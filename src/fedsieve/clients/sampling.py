@@ -5,12 +5,13 @@ depends on the set of clients and on nothing else.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 
 import torch
 
 from fedsieve.algebra.budget import Client
-from fedsieve.algebra.keys import Key, generator, word
+from fedsieve.algebra.keys import Key, generator, words
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Sampling
 
@@ -45,18 +46,24 @@ def cohort(clients: Sequence[Client], sampling: Sampling, key: Key) -> list[Clie
 
     The draw depends on the key and on the set of ids alone, not on the order of `clients`.
     """
-    ordered = sorted(clients, key=lambda client: client.id)
-    there = [
-        client
-        for client in ordered
-        if _happens(_available(sampling, client), key._replace(client=client.id).at("available"))
-    ]
+    return cohort_of(in_order(clients), sampling, key)
+
+
+def in_order(clients: Iterable[Client]) -> list[Client]:
+    """The clients in order of id, as `cohort_of` has them: sorted once and not in every round."""
+    return sorted(clients, key=itemgetter(0))
+
+
+def cohort_of(ordered: Sequence[Client], sampling: Sampling, key: Key) -> list[Client]:
+    """`cohort` of clients that are in order of id already."""
     if sampling.kind == "all":
-        return there
+        return list(_there(ordered, sampling, key))
     if sampling.kind == "poisson":
-        # Of all clients, not of those who are there: nobody's chance depends on the others.
+        # Of all clients, not of those who are there: nobody's chance depends on the others. So who
+        # is drawn can be asked first, and only of those few whether they are there.
         rate = sampling.probability(len(ordered))
-        return [c for c in there if _happens(rate, key._replace(client=c.id).at("poisson"))]
+        return list(_there(_happening(ordered, rate, key.at("poisson")), sampling, key))
+    there = _there(ordered, sampling, key)
     size = min(sampling.size + sampling.extra, len(there))
     chosen = torch.randperm(len(there), generator=generator(key.at("cohort")))[:size]
     return [there[i] for i in sorted(chosen.tolist())]
@@ -71,7 +78,7 @@ def counting(
     drawn are left out; asked with rising numbers, it draws each round once.
     """
     counts: Counter[str] = Counter()
-    counted = 0
+    counted, ordered = 0, in_order(clients)
 
     def drawn(rounds: int) -> Mapping[str, int]:
         nonlocal counted
@@ -80,7 +87,7 @@ def counting(
             counted = 0
         while counted < rounds:
             counted += 1
-            counts.update(client.id for client in cohort(clients, sampling, Key(seed, counted)))
+            counts.update(client.id for client in cohort_of(ordered, sampling, Key(seed, counted)))
         return counts
 
     return drawn
@@ -103,12 +110,27 @@ def late(seconds: Mapping[str, float], size: int) -> dict[str, str]:
     }
 
 
-def _available(sampling: Sampling, client: Client) -> float:
-    if isinstance(sampling.availability, Mapping):
-        return sampling.availability.get(client.id, 1.0)
-    return sampling.availability
+def _there(clients: Sequence[Client], sampling: Sampling, key: Key) -> Sequence[Client]:
+    """Those who are there in this round: a draw for each client that may be away, and no other."""
+    key = key.at("available")
+    if not isinstance(sampling.availability, Mapping):
+        return _happening(clients, sampling.availability, key)
+    rates = sampling.availability
+    rare = [client for client in clients if client.id in rates]
+    drawn = zip(rare, words(key, (client.id for client in rare)), strict=True)
+    away = {client.id for client, own in drawn if not _happens(rates[client.id], own)}
+    return [client for client in clients if client.id not in away] if away else clients
 
 
-def _happens(probability: float, key: Key) -> bool:
+def _happening(clients: Sequence[Client], probability: float, key: Key) -> Sequence[Client]:
+    """The clients whose own draw says yes."""
+    if probability >= 1:
+        return clients
+    drawn = zip(clients, words(key, (client.id for client in clients)), strict=True)
+    limit = int(probability * 2**64)
+    return [client for client, own in drawn if own < limit]
+
+
+def _happens(probability: float, drawn: int) -> bool:
     # In whole numbers: at probability 1 it always does.
-    return probability >= 1 or word(key) < int(probability * 2**64)
+    return probability >= 1 or drawn < int(probability * 2**64)

@@ -4,10 +4,14 @@ The run is rehearsed: the engine's own rounds with the recipe's cohorts, budgets
 message really encoded, and noise in the place of training. The model's shapes come from its
 configuration. What only the rows would tell must be said: how many clients there are, how many
 classes, and, where budgets follow from deadlines, how many rows a client has.
+
+What is rehearsed is bounded whatever a recipe says: of many rounds the first, and of a large cohort
+as many clients as are soon done, who stand for the others.
 """
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -16,7 +20,7 @@ import torch
 from fedsieve.algebra.adapter import Layout
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Method, View
+from fedsieve.algebra.method import Method, State, View
 from fedsieve.costs import dry_run
 from fedsieve.costs.table import LARGEST
 from fedsieve.data.names import numbered
@@ -28,13 +32,16 @@ from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.experiment import locate
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import ListBudgets, Recipe, ResourceBudgets
+from fedsieve.settings import Sampling
 from fedsieve.tasks import catalogue
 from fedsieve.train.local import Fit
 from fedsieve.train.model import set_up, shape_of
 
 _META = torch.device("meta")
 _WORK = 300_000_000  # numbers of all messages that are rehearsed, about
+_MESSAGE = 100_000  # numbers that take as long as what a message costs beside its numbers
 _FEWEST = 6  # rounds: by then masks have begun, and whoever was away comes back
+_COHORT = 64  # clients of a round that are rehearsed, if there are so many
 _STEADY = 0.05  # by so much the rounds' bytes may differ from those before
 
 
@@ -55,6 +62,7 @@ class Bill(NamedTuple):
     parts:     by budget
     numbers:   that are trained, and that the model has in all
     rounds:    of the run; rehearsed: of them, the others are taken to be as the last ones were
+    stand_ins: clients of a round that were rehearsed in the place of all; None where all were
     asked:     clients a round, those who come too late or not at all included: the mean
     total:     of the whole run; dense: the same where every message were all of dense LoRA, float32
     steady:    whether the rounds that were rehearsed came to as much one as the other; where they
@@ -69,6 +77,7 @@ class Bill(NamedTuple):
     total: float
     dense: float
     steady: bool
+    stand_ins: int | None = None
 
 
 def of_recipe(
@@ -112,24 +121,42 @@ def of_recipe(
         else Client(id, counts[id], budgets[id], machines[id].link, machines[id].step_seconds)
         for id in sorted(ids)
     ]
-    number = _rounds_to_rehearse(recipe, resident.layout, len(ids))
-    done = _rehearsed(recipe, method, resident.layout, resident.dense, everyone, number)
-    each = [float(summary.down_bytes + summary.up_bytes) for summary, _ in done]
+    sampling = schema.sampling(recipe)
+    asked = _asked(sampling, ids)
+    work = max(_MESSAGE, resident.layout.size)
+    some = max(_COHORT, _WORK // (_FEWEST * work))
+    stand_ins, times = (None, 1.0) if asked <= some else (some, asked / some)
+    if stand_ins is not None:
+        sampling = dataclasses.replace(sampling, kind="uniform", size=some, extra=0, quorum=0)
+    number = min(recipe.rounds, max(_FEWEST, int(_WORK / (2 * max(1, min(asked, some)) * work))))
+    done, state = _rehearsed(
+        recipe, method, resident.layout, resident.dense, everyone, number, sampling
+    )
+    if stand_ins is not None and "base" in state.trees:
+        raise FedSieveError(
+            f"cohort: {asked:,.0f} clients a round are too many to rehearse, and with "
+            f"{recipe.method.name} some cannot stand for all: what a client is sent of the base "
+            f"grows with the cohort. Ask with cohort={some}, which is less than such a run sends "
+            "by a client"
+        )
+    each = [times * (summary.down_bytes + summary.up_bytes) for summary, _ in done]
     late = each[len(each) // 2 :]
     left = recipe.rounds - number
     receipts = [receipt for _, of_round in done for receipt in of_round]
-    last, late_dense = done[-1][0].dense_bytes, 0.0
+    last, late_dense = times * done[-1][0].dense_bytes, 0.0
     if left:
-        late_dense = (last - done[len(done) - len(late) - 1][0].dense_bytes) / len(late)
+        early = times * done[len(done) - len(late) - 1][0].dense_bytes
+        late_dense = (last - early) / len(late)
     return Bill(
         _parts(everyone, receipts),
         (resident.layout.size, weights),
         recipe.rounds,
         number,
-        len(receipts) / number,
+        times * len(receipts) / number,
         sum(each) + left * fmean(late),
         last + left * late_dense,
         abs(fmean(late) / max(1.0, fmean(each[1 : -len(late)] or late)) - 1) < _STEADY,
+        stand_ins,
     )
 
 
@@ -149,11 +176,15 @@ def _ids(recipe: Recipe, clients: int | None) -> list[str]:
     return numbered(number)
 
 
-def _rounds_to_rehearse(recipe: Recipe, layout: Layout, clients: int) -> int:
-    """All, or as many as are soon done."""
-    sampling = schema.sampling(recipe)
-    asked = clients if sampling.kind == "all" else min(clients, sampling.size + sampling.extra)
-    return min(recipe.rounds, max(_FEWEST, _WORK // (2 * asked * max(1, layout.size))))
+def _asked(sampling: Sampling, ids: Sequence[str]) -> float:
+    """How many clients a round asks, in the mean."""
+    if isinstance(sampling.availability, Mapping):
+        there = float(sum(sampling.availability.get(id, 1.0) for id in ids))
+    else:
+        there = sampling.availability * len(ids)
+    if sampling.kind == "uniform":
+        return min(sampling.size + sampling.extra, there)
+    return sampling.probability(len(ids)) * there
 
 
 def _rehearsed(
@@ -163,14 +194,14 @@ def _rehearsed(
     dense: Layout,
     clients: Sequence[Client],
     number: int,
-) -> list[tuple[Round, list[Receipt]]]:
-    """The first rounds of a run, with noise in the place of training."""
+    sampling: Sampling,
+) -> tuple[list[tuple[Round, list[Receipt]]], State]:
+    """The first rounds of a run, with noise in the place of training, and the state after them."""
     start, steps = dry_run.start(layout), recipe.training.steps or 1
 
     def train(view: View, client: Client, key: Key) -> Fit:
         return Fit(dry_run.moved(view, key), 1.0, steps, 0.0)
 
-    sampling = schema.sampling(recipe)
     exchange = in_process(method, train, start, {})
     federation = Federation(
         method=method,
@@ -182,7 +213,8 @@ def _rehearsed(
         spare=number,
     )
     _, progress = begin(federation, start)
-    return [(summary, receipts) for summary, receipts, _ in rounds(federation, progress, number)]
+    every = list(rounds(federation, progress, number))
+    return [(summary, receipts) for summary, receipts, _ in every], every[-1][2].state
 
 
 def _parts(clients: Sequence[Client], receipts: Sequence[Receipt]) -> list[Part]:

@@ -1,29 +1,71 @@
 """Which rows belong to which client.
 
-A partition is a dict from client id to that client's row numbers, ascending; ids are sorted, and
-every row belongs to exactly one client. The drawing is left to flwr-datasets' partitioners, so that
-a split here is the split that Flower users know; this file gives them a column of row numbers to
-divide and reads the numbers back. Natural clients need no drawing, only a grouping: numpy does it
-in milliseconds, where the library's partitioner takes one for each client and shows a bar.
+A partition gives each client's row numbers, ascending; ids are sorted, and every row belongs to
+exactly one client. It is held as one array of row numbers, client after client, and where each
+client's begin: a hundred thousand clients are three objects and not a hundred thousand arrays.
+
+The laws of the draws are those of flwr-datasets' partitioners, so that a split here is the split
+that Flower users know (the tests compare the two, number by number). The library itself makes a
+data set of each client, which takes milliseconds for each; here the draws only fill an array.
 
 A client may be left without rows: with a small alpha that is what the Dirichlet law says. It keeps
 its id and an empty index, and the engine skips and counts it.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from datasets import Dataset
 from numpy.typing import ArrayLike, NDArray
 
 from fedsieve.data.names import name_of, numbered
 from fedsieve.errors import FedSieveError
 
-if TYPE_CHECKING:
-    from flwr_datasets.partitioner import Partitioner
+Rows = NDArray[np.int64]
 
-Partition = dict[str, NDArray[np.int64]]
+
+@dataclass(frozen=True, eq=False)
+class Partition(Mapping[str, Rows]):
+    """Client id -> its row numbers, a view of `rows`.
+
+    ids:     sorted
+    rows:    (n,) int64, those of the first client, of the second, ...
+    offsets: (clients + 1,) int64: client i has rows[offsets[i]:offsets[i + 1]]
+    """
+
+    ids: Sequence[str]
+    rows: Rows
+    offsets: Rows
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {id: place for place, id in enumerate(self.ids)}
+
+    def __getitem__(self, id: str) -> Rows:
+        place = self._places[id]
+        return self.rows[self.offsets[place] : self.offsets[place + 1]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows each client has, by id."""
+        return dict(zip(self.ids, np.diff(self.offsets).tolist(), strict=True))
+
+    def beside(self, others: Iterable[str]) -> "Partition":
+        """The same with clients that have no rows; those who have some keep them."""
+        more = sorted(set(others) - self._places.keys())
+        if not more:
+            return self
+        ids = sorted([*self.ids, *more])
+        counts = self.counts
+        return Partition(ids, self.rows, _offsets(np.array([counts.get(id, 0) for id in ids])))
+
 
 # Outside of these numpy's sampler over- or underflows; either end looks the same well before.
 ALPHAS = (1e-6, 1e9)
@@ -34,12 +76,12 @@ def iid(rows: int, clients: int, seed: int) -> Partition:
 
     Raises FedSieveError when clients < 1 or clients > rows.
     """
-    from flwr_datasets.partitioner import IidPartitioner  # seconds: it imports its own plots
-
     _check_clients(clients, rows)
-    # IidPartitioner cuts the rows in the order that it finds them, so the shuffle is ours.
-    shuffled = np.random.default_rng(seed).permutation(rows)
-    return _read(IidPartitioner(clients), {"row": shuffled}, numbered(clients))
+    owner = np.empty(rows, dtype=np.int64)
+    sizes = np.full(clients, rows // clients)
+    sizes[: rows % clients] += 1
+    owner[np.random.default_rng(seed).permutation(rows)] = np.repeat(np.arange(clients), sizes)
+    return _by_owner(numbered(clients), owner)
 
 
 def dirichlet(labels: ArrayLike, clients: int, alpha: float, seed: int) -> Partition:
@@ -52,8 +94,6 @@ def dirichlet(labels: ArrayLike, clients: int, alpha: float, seed: int) -> Parti
 
     Raises FedSieveError when alpha <= 0 (or is no usable number), clients < 1 or clients > rows.
     """
-    from flwr_datasets.partitioner import DirichletPartitioner
-
     _, codes = np.unique(np.asarray(labels), return_inverse=True)
     _check_clients(clients, len(codes))
     low, high = ALPHAS
@@ -62,19 +102,15 @@ def dirichlet(labels: ArrayLike, clients: int, alpha: float, seed: int) -> Parti
             f"alpha is {alpha}: a positive number is needed, from {low:g} (a class goes to one "
             f"client) to {high:g} (all clients alike)"
         )
-    partitioner = DirichletPartitioner(
-        num_partitions=clients,
-        partition_by="label",
-        alpha=float(alpha),
-        # Above zero it draws again until every client has so many rows, and gives up after ten
-        # draws: with alpha 0.1 and hundreds of clients it never succeeds. Zero ends at once.
-        min_partition_size=0,
-        # Balancing stops filling clients of average size: that is no longer a Dirichlet split.
-        self_balancing=False,
-        shuffle=False,
-        seed=seed,
-    )
-    return _read(partitioner, {"row": np.arange(len(codes)), "label": codes}, numbered(clients))
+    # No least size of a client is asked for, and none is filled up to the average: with alpha 0.1
+    # and hundreds of clients the first never succeeds, and the second is no Dirichlet split.
+    draws, weights = np.random.default_rng(seed), np.full(clients, float(alpha))
+    owner = np.empty(len(codes), dtype=np.int64)
+    for members in np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1]):
+        ends = (np.cumsum(draws.dirichlet(weights)) * len(members)).astype(np.int64)[:-1]
+        # Whose share begins at or before a place and ends after it.
+        owner[members] = np.searchsorted(ends, np.arange(len(members)), side="right")
+    return _by_owner(numbered(clients), owner)
 
 
 def natural(values: Sequence[object]) -> Partition:
@@ -96,21 +132,20 @@ def natural(values: Sequence[object]) -> Partition:
         names.append(name)
     if not names:
         raise FedSieveError("no rows to give to clients")
-    ids, codes = np.unique(names, return_inverse=True)
+    ids = sorted(set(names))
+    places = {id: place for place, id in enumerate(ids)}
+    return _by_owner(ids, np.array([places[name] for name in names]))
+
+
+def _by_owner(ids: Sequence[str], owner: Rows) -> Partition:
+    """owner: (n,), the place in `ids` of the client that each row belongs to."""
     # A stable sort keeps the rows of each client ascending.
-    groups = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
-    return {str(name): rows for name, rows in zip(ids, groups, strict=True)}
+    rows = np.argsort(owner, kind="stable")
+    return Partition(ids, rows, _offsets(np.bincount(owner, minlength=len(ids))))
 
 
-def _read(
-    partitioner: "Partitioner", columns: dict[str, NDArray[np.int64]], ids: Sequence[str]
-) -> Partition:
-    """The row numbers that the partitioner gives to its partition 0, 1, ...; one for each id."""
-    partitioner.dataset = Dataset.from_dict(columns).with_format("numpy")
-    return {
-        name: np.sort(np.asarray(partitioner.load_partition(number)["row"][:], dtype=np.int64))
-        for number, name in enumerate(ids)
-    }
+def _offsets(counts: Rows) -> Rows:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
 
 
 def _check_clients(clients: int, rows: int) -> None:

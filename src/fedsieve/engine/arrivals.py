@@ -170,7 +170,7 @@ def _finite(state: State) -> State:
     """The state, if all its numbers are. Raises NoUsableUpdate if not."""
     for group, tree in state.trees.items():
         for name, tensor in tree.items():
-            if not tensor.isfinite().all():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise NoUsableUpdate(
                     f"after the merge, {group} {name} holds numbers that are not finite: "
                     "server.lr is too large for these updates. server.clip bounds what one can do"

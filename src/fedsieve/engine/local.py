@@ -5,15 +5,14 @@ The bytes go nowhere, but they are really encoded and decoded, and each client s
 
 from collections.abc import Collection, Iterable, Iterator
 
-import torch
-
-from fedsieve.algebra.adapter import Adapter, Tree
+from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method
 from fedsieve.clients.network import client_time
 from fedsieve.clients.sampling import late
 from fedsieve.engine.client import Reply, Train, take_part
+from fedsieve.engine.held import Held
 from fedsieve.engine.loop import Exchange
 from fedsieve.errors import FedSieveError
 
@@ -27,15 +26,18 @@ def in_process(
     memories: what each client keeps between rounds, by id
     """
     fresh: dict[str, Memory] = {}
+    held: Held | None = None
 
     def carry(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
+        nonlocal held
         fresh.clear()
+        held = held or Held(memories.values())  # now: a run that goes on has brought its own
         for client, message in messages:
             own = key._replace(client=client.id)
             memory = memories.get(client.id, {})
             reply, memory = take_part(method, train, start, client, memory, own, message)
             if memory:
-                fresh[client.id] = _held_once(memory, [*fresh.values(), *memories.values()])
+                fresh[client.id] = held.once(memory)
             yield reply
 
     def settle(merged: Collection[str]) -> None:
@@ -79,20 +81,3 @@ def punctual(exchange: Exchange, size: int) -> Exchange:
             yield reply._replace(reason=reasons.get(reply.client.id, reply.reason))
 
     return exchange._replace(carry=carry)
-
-
-def _held_once(memory: Memory, others: Iterable[Memory]) -> Memory:
-    """A memory whose groups are other clients' own where they hold the same numbers.
-
-    Clients that caught up with the same base (FLoRA) would otherwise hold a copy of it each, here
-    and in every checkpoint.
-    """
-    for other in others:
-        for group, tree in memory.items():
-            if group in other and tree is not other[group] and _equal(tree, other[group]):
-                memory = {**memory, group: other[group]}
-    return memory
-
-
-def _equal(tree: Tree, other: Tree) -> bool:
-    return tree.keys() == other.keys() and all(torch.equal(t, other[n]) for n, t in tree.items())

@@ -27,7 +27,7 @@ from fedsieve.algebra.method import Method, State
 from fedsieve.algebra.payload import Payload, digest, rounded
 from fedsieve.algebra.support import Support, everything
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.clients.sampling import cohort, counting
+from fedsieve.clients.sampling import cohort, cohort_of, counting, in_order
 from fedsieve.engine import arrivals
 from fedsieve.engine.arrivals import Waiting, waiting_room
 from fedsieve.engine.client import Reply
@@ -215,6 +215,11 @@ class Federation:
         return Key(self.seed if self.secret is None else self.secret, number)
 
     @cached_property
+    def ordered(self) -> Sequence[Client]:
+        """The clients in order of id."""
+        return in_order(self.clients)
+
+    @cached_property
     def drawn(self) -> Callable[[int], Mapping[str, int]]:
         """Rounds -> how often each client was drawn, where nobody comes and goes."""
         return counting(self.clients, self.sampling, self.own_key(0).seed)
@@ -268,9 +273,10 @@ def merged(
     spare = spare and method.private is None and not federation.sampling.quorum
     number = progress.round + 1
     own = federation.own_key(number)
-    clients = federation.clients if federation.there is None else federation.there()
-    chosen = cohort(clients, federation.sampling, own)
-    known = _known(federation, number)
+    if federation.there is None:
+        chosen = cohort_of(federation.ordered, federation.sampling, own)
+    else:
+        chosen = cohort(federation.there(), federation.sampling, own)
     with waiting_room(state.layout) as waiting:
         came = _gather(federation, state, chosen, number, waiting)
         # A private run has a clip, and how large a client's update was is the client's secret.
@@ -292,8 +298,9 @@ def merged(
             state = progress.state
             left_out = dict.fromkeys(usable, f"its round was lost: {error}") | left_out
     receipts = _without(came.receipts, left_out)
+    known = _known(federation, number, [r.client for r in receipts])
     if known is not None:
-        receipts = [r._replace(epsilon=known.get(r.client)) for r in receipts]
+        receipts = [r._replace(epsilon=known.of.get(r.client)) for r in receipts]
     taken = [r for r in receipts if r.dropped is None]
     federation.exchange.settle({r.client for r in taken})
     down = sum(r.down_bytes for r in receipts)
@@ -323,7 +330,7 @@ def merged(
         **_figures(None)._asdict(),
         **_spent(federation.privacy, number)._asdict(),
         transport_bytes=_transport(receipts),
-        epsilon_unamplified=None if known is None else max(known.values(), default=0.0),
+        epsilon_unamplified=None if known is None else known.most,
         starved=came.starved if any(r.down_b is not None for r in receipts) else None,
         **_mean_shares(receipts),
     )
@@ -472,15 +479,25 @@ def _spent(plan: PrivacyPlan | None, rounds: int) -> _Spent:
     return _Spent(plan.spent(rounds) if plan.spent else None, plan.simulated_cohort)
 
 
-def _known(federation: Federation, number: int) -> dict[str, float] | None:
-    """What each client that was drawn has spent, by id, against those who know who took part when.
-
-    None where that is not asked.
+class _Known(NamedTuple):
+    """Epsilon against those who know who took part when: of the clients that were asked for, by id,
+    and the most that any client has spent.
     """
+
+    of: dict[str, float]
+    most: float
+
+
+def _known(federation: Federation, number: int, ids: Sequence[str]) -> _Known | None:
+    """None where that is not asked."""
     plan = federation.privacy
     if plan is None or plan.known is None:
         return None
-    return {id: plan.known(count) for id, count in federation.drawn(number).items()}
+    counts = federation.drawn(number)
+    return _Known(
+        {id: plan.known(counts[id]) for id in ids if id in counts},
+        max(map(plan.known, set(counts.values())), default=0.0),
+    )
 
 
 def _named(way: Literal["down", "up"], shares: Kept | None) -> dict[str, Any]:

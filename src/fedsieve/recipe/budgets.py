@@ -58,11 +58,13 @@ def hand_out(
         }
     assert machines is not None
     chosen = partial(choose, deadline=given.deadline, knobs=method.knobs, least=given.least)
-    # A client without data takes no part, so it needs no budget that fits.
-    return {
-        id: chosen(id, machines[id], _work(recipe, layout, count)) if count else Budget()
-        for id, count in counts.items()
-    }
+    # A client without data takes no part, so it needs no budget that fits. Of many clients most are
+    # alike: what one gets follows from its machine and its examples alone.
+    found: dict[tuple[Resources, int], Budget] = {}
+    for id, count in counts.items():
+        if count and (machines[id], count) not in found:
+            found[machines[id], count] = chosen(id, machines[id], _work(recipe, layout, count))
+    return {id: found[machines[id], n] if n else Budget() for id, n in counts.items()}
 
 
 def machines_of(recipe: Recipe, counts: Mapping[str, int]) -> dict[str, Resources] | None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -27,6 +26,7 @@ from fedsieve.clients.privacy import (
 from fedsieve.clients.resources import Resources
 from fedsieve.clients.sampling import check as check_sampling
 from fedsieve.data import fetch, partition
+from fedsieve.data.partition import Partition
 from fedsieve.disk import place
 from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
@@ -100,7 +100,7 @@ def keeping(
 def assemble(
     resident: ResidentModel,
     method: Method,
-    examples: Mapping[str, Callable[[], Examples]],
+    examples: Callable[[str], Examples],
     counts: Mapping[str, int],
     budgets: Mapping[str, Budget],
     *,
@@ -123,7 +123,7 @@ def assemble(
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
-    examples: id -> a function that gives the client's examples; counts: id -> how many those are.
+    examples: from a client's id to its examples; counts: id -> how many those are.
     A client without examples is left out with a warning.
     own_tests: what of `test` is each client's own, by id, where the scores of each are asked
     rounds: how many there will be, over which `training.last_lr` is reached
@@ -173,7 +173,7 @@ def assemble(
 
     def train(view: View, client: Client, key: Key) -> Fit:
         now = in_round(training, key.round, rounds)
-        return fit(resident, view, examples[client.id](), now, key)
+        return fit(resident, view, examples(client.id), now, key)
 
     memories: dict[str, Memory] = {}
 
@@ -193,7 +193,7 @@ def assemble(
         return [
             rate(
                 own(adapter, memory),
-                personal.own_test(test, examples[id](), Key(seed, 0, id)),
+                personal.own_test(test, examples(id), Key(seed, 0, id)),
             )
             for id, memory in personal.some_of(memories, Key(seed))
         ]
@@ -302,13 +302,14 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     if recipe.partition.column is not None and data.validation is None:
         # Each has rows: those without an example have nothing to learn in any.
         nothing = f"none of its rows has anything to learn within data.max_length {data.max_length}"
-        left_out |= {id: nothing for id, index in parts.items() if not index.numel()}
+        left_out |= {id: nothing for id, rows in parts.counts.items() if not rows}
         if recipe.strict and left_out:
             raise stopped(left_out)
-    parts |= {id: torch.empty(0, dtype=torch.int64) for id in left_out}
+    parts = parts.beside(left_out)
+    counts = parts.counts
     plan = None
     if recipe.privacy is not None:
-        recipe, plan = with_privacy(recipe, sum(index.numel() > 0 for index in parts.values()))
+        recipe, plan = with_privacy(recipe, sum(rows > 0 for rows in counts.values()))
         method = build_method(recipe, partial(plan.around, key=key))
         own = prepared.test is not None and method.personal is not None
         said = _cautions(recipe, plan, "what each client keeps to itself" if own else None)
@@ -317,12 +318,11 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
             warnings.warn(caution, stacklevel=2)
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     check_rows(resident, examples, prepared.test, *prepared.more.values())
-    counts = {id: index.numel() for id, index in parts.items()}
     machines = machines_of(recipe, counts)
     return assemble(
         resident,
         method,
-        {id: _taker(examples, index) for id, index in parts.items()},
+        lambda id: take(examples, torch.as_tensor(parts[id])),
         counts,
         hand_out(recipe, method, resident.layout, counts, machines),
         training=recipe.training,
@@ -429,10 +429,6 @@ def absolute(source: str) -> str:
     return str(path.resolve()) if source not in fetch.PACKAGES and path.exists() else source
 
 
-def _taker(examples: Examples, index: Tensor) -> Callable[[], Examples]:
-    return lambda: take(examples, index)
-
-
 def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, PrivacyPlan]:
     """The recipe with its noise and the rounds that it can afford filled in, and their account.
 
@@ -517,8 +513,8 @@ def _reaching(examples: Examples, most: int) -> str | None:
     )
 
 
-def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> dict[str, Tensor]:
-    """Client id -> the numbers of its examples."""
+def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> Partition:
+    """The numbers of each client's examples."""
     chosen = recipe.partition
     count = examples.labels.shape[0]
     seed = word(Key(recipe.seed, purpose="partition")) % 2**32
@@ -527,17 +523,15 @@ def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> d
         owners = owners_of(rows, chosen.column)
         split = partition.natural([owners[row] for row in came.tolist()])
         # Whoever has rows but no example of them keeps an id, and is counted among the empty.
-        split |= dict.fromkeys(set(owners) - set(split), np.empty(0, dtype=np.int64))
-    elif chosen.kind == "iid":
+        return split.beside(owners)
+    if chosen.kind == "iid":
         assert chosen.clients is not None
-        split = partition.iid(count, chosen.clients, seed)
-    else:
-        assert chosen.clients is not None
-        assert chosen.alpha is not None
-        if examples.labels.ndim > 1 or examples.labels.is_floating_point():
-            raise FedSieveError(
-                "partition.kind: 'dirichlet' splits by label, and a "
-                f"{recipe.model.task} task has none that are classes: use 'column' or 'iid'"
-            )
-        split = partition.dirichlet(examples.labels, chosen.clients, chosen.alpha, seed)
-    return {id: torch.as_tensor(index) for id, index in split.items()}
+        return partition.iid(count, chosen.clients, seed)
+    assert chosen.clients is not None
+    assert chosen.alpha is not None
+    if examples.labels.ndim > 1 or examples.labels.is_floating_point():
+        raise FedSieveError(
+            "partition.kind: 'dirichlet' splits by label, and a "
+            f"{recipe.model.task} task has none that are classes: use 'column' or 'iid'"
+        )
+    return partition.dirichlet(examples.labels, chosen.clients, chosen.alpha, seed)

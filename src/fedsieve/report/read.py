@@ -256,10 +256,10 @@ def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Roun
 def _clients(
     path: Path, rounds: Sequence[Round], notes: list[str], until: int | None = None
 ) -> Clients:
-    seen: set[str] = set()
+    seen: dict[str, str] = {}  # a name of each client, and not of each of its rounds
     dropped: Counter[str] = Counter()
     sums: dict[str, list[int]] = {}  # label -> client-rounds, down, up
-    kept: dict[str, list[tuple[Shares, Shares]]] = {}  # label -> of each message down, and up
+    kept: dict[str, tuple[_Mean, ...]] = {}  # label -> of A, B and head, down and then up
     parts: dict[int, list[Part]] = {row.round: [] for row in rounds}
     memory: int | None = None
     untimed = 0
@@ -272,19 +272,23 @@ def _clients(
         if at > rounds[-1].round:
             continue
         reason, client = row.get("dropped"), str(row.get("client"))
+        client = seen.setdefault(client, client)
         down = _integer(row, "down_bytes", where)
         up = _optional_integer(row, "up_bytes", where) or 0
         seconds = _time(row, where)
         steps = _optional_integer(row, "steps", where) or 0
         needs = _optional_integer(row, "memory_bytes", where)
-        seen.add(client)
         untimed += seconds is None
         if needs is not None:
             memory = max(memory or 0, needs)
         if reason:
             dropped[str(reason)] += 1
         label = str(row.get("budget") or "all clients")
-        kept.setdefault(label, []).append((_shares(row, "down", where), _shares(row, "up", where)))
+        shares = (*_shares(row, "down", where), *_shares(row, "up", where))
+        if label not in kept:
+            kept[label] = _means()
+        for mean, share in zip(kept[label], shares, strict=True):
+            mean.add(share)
         total = sums.setdefault(label, [0, 0, 0])
         total[0] += 1
         total[1] += down
@@ -303,12 +307,33 @@ def _clients(
             "of the clients in clients.jsonl."
         )
     budgets = [
-        Budget(label, n, down / n, up / n, *map(mean_shares, zip(*kept[label], strict=True)))
+        Budget(label, n, down / n, up / n, _taken(kept[label][:3]), _taken(kept[label][3:]))
         for label, (n, down, up) in sums.items()
     ]
     budgets.sort(key=dearest_first)
     merged = sum(part.merged for row in parts.values() for part in row)
     return Clients(len(seen), merged, dict(dropped.most_common()), tuple(budgets), parts, memory)
+
+
+class _Mean:
+    """A mean that holds no list of what it is of."""
+
+    def __init__(self) -> None:
+        self.sum, self.count = 0.0, 0
+
+    def add(self, value: float | None) -> None:
+        if value is not None:
+            self.sum += value
+            self.count += 1
+
+
+def _means() -> tuple[_Mean, ...]:
+    return tuple(_Mean() for _ in range(6))
+
+
+def _taken(means: Sequence[_Mean]) -> Shares:
+    a, b, head = (mean.sum / mean.count if mean.count else None for mean in means)
+    return a, b, head
 
 
 def mean_shares(messages: Iterable[Shares]) -> Shares:
