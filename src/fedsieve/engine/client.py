@@ -6,7 +6,7 @@ a simulation cannot be better than the deployment.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from fedsieve.algebra.adapter import Adapter
@@ -18,6 +18,7 @@ from fedsieve.train.local import Fit
 from fedsieve.wire import decode, encode
 
 Train = Callable[[View, Client, Key], Fit]
+TrainTogether = Callable[[Sequence[tuple[View, Client, Key]]], list[Fit]]
 
 
 class Reply(NamedTuple):
@@ -44,6 +45,17 @@ class Reply(NamedTuple):
     transport: int | None = None
 
 
+class Asked(NamedTuple):
+    """What a client is asked in a round. memory: what it kept; key: of the round and the client;
+    message: the encoded payload
+    """
+
+    client: Client
+    memory: Memory
+    key: Key
+    message: bytes
+
+
 def take_part(
     method: Method,
     train: Train,
@@ -58,22 +70,63 @@ def take_part(
     start: the adapter before the first round, which the client drew from the recipe's seed
     Raises WireError if the message does not fit the layout.
     """
+    asked = Asked(client, memory, key, message)
+    began = _begin(method, start, asked)
+    before = time.perf_counter()
+    fit = train(began.view, asked.client, asked.key)
+    return _end(method, began, asked, fit, time.perf_counter() - before)
+
+
+def take_part_together(
+    method: Method, train: TrainTogether, start: Adapter, asked: Sequence[Asked]
+) -> list[tuple[Reply, Memory]]:
+    """`take_part` of several clients, who are trained at once. Of the seconds that this takes, each
+    has its share by `Fit.compute`.
+    """
+    began = [_begin(method, start, each) for each in asked]
+    before = time.perf_counter()
+    fits = train([(b.view, a.client, a.key) for b, a in zip(began, asked, strict=True)])
+    seconds = time.perf_counter() - before
+    whole = sum(fit.compute for fit in fits)
+    return [
+        _end(method, b, a, fit, seconds * (fit.compute / whole if whole else 1 / len(fits)))
+        for b, a, fit in zip(began, asked, fits, strict=True)
+    ]
+
+
+class _Began(NamedTuple):
+    """A client before it trains. seconds: until then, of them `wire` in decode"""
+
+    context: ClientContext
+    view: View
+    memory: Memory
+    seconds: float
+    wire: float
+
+
+def _begin(method: Method, start: Adapter, asked: Asked) -> _Began:
     began = time.perf_counter()
-    context = ClientContext(client, start, key)
-    payload = decode(message, start.layout)
-    decoded = time.perf_counter()
-    view, caught_up = method.view(payload, memory, context)
-    fit = train(view, client, key)
-    reason = _unusable(fit)
-    update = None
-    wire = decoded - began
+    context = ClientContext(asked.client, start, asked.key)
+    payload = decode(asked.message, start.layout)
+    wire = time.perf_counter() - began
+    view, caught_up = method.view(payload, asked.memory, context)
+    return _Began(context, view, caught_up, time.perf_counter() - began, wire)
+
+
+def _end(
+    method: Method, began: _Began, asked: Asked, fit: Fit, trained: float
+) -> tuple[Reply, Memory]:
+    """trained: seconds"""
+    start = time.perf_counter()
+    reason, update, memory, wire = _unusable(fit), None, asked.memory, began.wire
     if reason is None:
-        report, memory = method.report(view, fit.tensors, caught_up, context)
+        report, memory = method.report(began.view, fit.tensors, began.memory, began.context)
         reported = time.perf_counter()
         update = encode(report)
         wire += time.perf_counter() - reported
-    seconds = time.perf_counter() - began
+    seconds = began.seconds + trained + time.perf_counter() - start
     held = fit.memory + sum(t.nbytes for group in memory.values() for t in group.values())
+    client = asked.client
     reply = Reply(client, update, reason, fit.loss, fit.steps, seconds, fit.compute, wire, held)
     return reply, memory
 

@@ -3,7 +3,7 @@
 The bytes go nowhere, but they are really encoded and decoded, and each client sees only them.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
@@ -11,10 +11,12 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method
 from fedsieve.clients.network import client_time
 from fedsieve.clients.sampling import late
-from fedsieve.engine.client import Reply, Train, take_part
+from fedsieve.engine.client import Asked, Reply, Train, take_part
 from fedsieve.engine.held import Held
 from fedsieve.engine.loop import Exchange
 from fedsieve.errors import FedSieveError
+
+Take = Callable[[Iterator[Asked]], Iterator[tuple[Reply, Memory]]]
 
 
 def in_process(
@@ -25,6 +27,17 @@ def in_process(
     start: the adapter before the first round
     memories: what each client keeps between rounds, by id
     """
+    return remembering(
+        lambda asked: (take_part(method, train, start, *each) for each in asked), memories
+    )
+
+
+def remembering(take: Take, memories: dict[str, Memory]) -> Exchange:
+    """An exchange whose clients take part here, and keep between rounds what `memories` holds, by
+    id.
+
+    take: what clients are asked -> in the same order their replies, and what they keep then
+    """
     fresh: dict[str, Memory] = {}
     held: Held | None = None
 
@@ -32,12 +45,13 @@ def in_process(
         nonlocal held
         fresh.clear()
         held = held or Held(memories.values())  # now: a run that goes on has brought its own
-        for client, message in messages:
-            own = key._replace(client=client.id)
-            memory = memories.get(client.id, {})
-            reply, memory = take_part(method, train, start, client, memory, own, message)
+        asked = (
+            Asked(client, memories.get(client.id, {}), key._replace(client=client.id), message)
+            for client, message in messages
+        )
+        for reply, memory in take(asked):
             if memory:
-                fresh[client.id] = held.once(memory)
+                fresh[reply.client.id] = held.once(memory)
             yield reply
 
     def settle(merged: Collection[str]) -> None:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from datasets import Dataset
@@ -31,6 +32,7 @@ from fedsieve.disk import place
 from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Federation
+from fedsieve.engine.together import together
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
@@ -54,6 +56,7 @@ from fedsieve.tasks.images import Images
 from fedsieve.tasks.tally import Details, Score, Tally, beside, score, scores, total
 from fedsieve.tasks.task import Reader
 from fedsieve.train.changes import check_changes, refuse_quantised
+from fedsieve.train.cohort import Work, check_together, fit_together
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, check_packing, fit, runs_in_bf16, tally
@@ -120,6 +123,7 @@ def assemble(
     resources: Mapping[str, Resources] | None = None,
     left_out: Mapping[str, str] | None = None,
     norm_bound: float = math.inf,
+    at_once: int | Literal["auto"] = 1,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
@@ -133,6 +137,7 @@ def assemble(
     resources: what clients have, by id, where it is known
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
     norm_bound: as in `Federation`
+    at_once: how many clients are trained in one pass (`engine.together`)
     Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve, and
     for clients drawn in a way that the method's privacy cannot be accounted for.
     """
@@ -175,6 +180,11 @@ def assemble(
         now = in_round(training, key.round, rounds)
         return fit(resident, view, examples(client.id), now, key)
 
+    def train_together(asked: Sequence[tuple[View, Client, Key]]) -> list[Fit]:
+        now = in_round(training, asked[0][2].round, rounds)
+        works = [Work(view, examples(client.id), key) for view, client, key in asked]
+        return fit_together(resident, works, now)
+
     memories: dict[str, Memory] = {}
 
     def counts_of(
@@ -213,6 +223,16 @@ def assemble(
     withheld = method.personal is not None and method.private == "system"
     evaluated = rated if method.private == "system" else keeping(rated, details)
     exchange = in_process(method, train, resident.adapter(), memories)
+    if at_once != 1 and _trains_together(resident, at_once):
+        exchange = together(
+            method,
+            train,
+            train_together,
+            resident.adapter(),
+            memories,
+            at_once,
+            lambda said: warnings.warn(said, stacklevel=2),
+        )
     federation = Federation(
         method=method,
         clients=clients,
@@ -229,6 +249,20 @@ def assemble(
     return Experiment(
         recipe, federation, resident, resident.adapter(), memories, tuple(notes), ending, details
     )
+
+
+def _trains_together(resident: ResidentModel, at_once: int | Literal["auto"]) -> bool:
+    """Whether the model can. Raises FedSieveError where it cannot, and was not asked whether it is
+    worth it.
+    """
+    try:
+        check_together(resident)
+    except FedSieveError as error:
+        if at_once != "auto":
+            raise
+        warnings.warn(str(error), stacklevel=3)
+        return False
+    return True
 
 
 def reasons(left_out: Mapping[str, str]) -> str:
@@ -341,6 +375,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         resources=machines,
         left_out=left_out,
         norm_bound=norm_bound(recipe),
+        at_once=recipe.engine.together,
     )
 
 

@@ -432,14 +432,16 @@ class Checkpoint(Table):
 
 
 class Engine(Table):
-    """Where a round's clients run. It says nothing of what comes out: that is the same to the bit
-    with as many threads, so any engine may go on with a run.
+    """Where a round's clients run, and how many at once. What comes out is the same to the bit with
+    as many threads, but for `together`: so any engine may go on with a run.
 
     kind: in this process one after another, in worker processes of this machine, or on a cluster
     workers: how many; "auto" is one a device, or on CPUs as many as cores and threads allow
     threads: torch's threads a worker; None shares this process's own out
     devices: of the workers, in turn; None is the recipe's `device`. On a cluster one kind of device
     address: of the cluster, as Ray has it; None is what Ray finds by itself
+    together: so many clients of a cohort are trained in one pass: the same but for rounding, and
+        other masks where there is dropout; "auto" measures whether that is faster
     """
 
     kind: Literal["process", "processes", "ray"] = "process"
@@ -447,9 +449,15 @@ class Engine(Table):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     devices: Annotated[tuple[str, ...], Field(min_length=1, max_length=1024)] | None = None
     address: str | None = None
+    together: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 1
 
     @model_validator(mode="after")
     def _of_this_kind(self) -> "Engine":
+        if self.kind != "process" and self.together != 1:
+            raise ValueError(
+                f"together: workers of an engine of kind {self.kind!r} train one client at a time: "
+                "leave it out, or take kind 'process'"
+            )
         if self.kind == "process":
             for key in ("workers", "threads", "devices"):
                 if getattr(self, key) not in ("auto", None):

@@ -138,11 +138,11 @@ def _side_by_side(resident: ResidentModel, views: list[View], training: Training
     adapters = [view.adapter for view in views]
     values = stack_of(adapters, resident.device)
     still = {}
-    for name in views[0].moves.masks:
+    for name in sorted({name for view in views for name in view.moves.masks}):
         moves = torch.zeros_like(values[name], dtype=torch.bool)  # what fills up stays, too
         for own, view in zip(moves, views, strict=True):
-            mask = view.moves.masks[name]
-            own[tuple(slice(n) for n in mask.shape)] = mask.to(resident.device)
+            mask = view.moves.masks.get(name, torch.tensor(True))
+            own[tuple(slice(n) for n in view.adapter.layout.shapes[name])] = mask.to(own.device)
         still[name] = moves, values[name].clone()
     scales = torch.tensor([adapter.layout.scale for adapter in adapters], device=resident.device)
     return _stack(values, views[0].moves.names, still, scales, training)
