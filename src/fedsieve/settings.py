@@ -205,6 +205,8 @@ class Training:
     micro_batch: rows that are run at a time; the gradients of a batch's pieces add up to its own
     checkpointing: whether layers keep their inputs alone, and are run again in the backward pass
     packing: of a language model: texts of a client joined into rows as long as its longest
+    by_length: rows that are about as long share a batch, so that little of it is padding; which
+            rows, and the order of the batches, are drawn anew in each pass
     precision: "bf16" runs the model under autocast; "auto" does so where the device is fast at it
     """
 
@@ -222,6 +224,7 @@ class Training:
     precision: Precision = "auto"
     augment: Literal["none", "flip", "crop-flip"] = "none"
     packing: bool = False
+    by_length: bool = False
 
 
 def in_round(training: Training, number: int, rounds: int) -> Training:

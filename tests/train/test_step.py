@@ -265,3 +265,31 @@ def test_no_list_is_made_of_the_batches_to_come(tiny: Tiny) -> None:
         batches = [next(order).tolist() for _ in range(4)]
         assert [len(batch) for batch in batches] == [7, 4, 7, 4]
         assert sorted(batches[0] + batches[1]) == sorted(batches[2] + batches[3]) == list(range(11))
+
+
+@quietly
+def test_rows_of_like_length_share_a_batch(tiny: Tiny) -> None:
+    """Each row once a pass, whoever it meets; and less padding."""
+    draws = torch.Generator().manual_seed(2)
+    lengths = torch.randint(1, 60, (200,), generator=draws)
+    mask = (torch.arange(60) < lengths[:, None]).long()
+    numbers = torch.arange(200)
+    examples = Texts(mask * (numbers[:, None] + 1), mask, numbers)
+    training = replace(PLAIN, batch=8, epochs=2)
+    padded = []
+    for asked in (training, replace(training, by_length=True)):
+        batches = list(local.batches_of(examples, asked, KEY))
+        assert len(batches) == local.steps_of(200, asked) == 50
+        for half in (batches[:25], batches[25:]):
+            assert sorted(torch.cat([b.labels for b in half]).tolist()) == list(range(200))
+        again = local.batches_of(examples, asked, KEY)
+        assert all(torch.equal(a.labels, b.labels) for a, b in zip(again, batches, strict=True))
+        first, second = ({tuple(b.labels.tolist()) for b in half} for half in
+                         (batches[:25], batches[25:]))  # fmt: skip
+        assert not first & second
+        widths = [b.attention_mask.shape[1] for b in batches if isinstance(b, Texts)]
+        assert widths != sorted(widths)
+        padded.append(sum(b.attention_mask.numel() for b in batches if isinstance(b, Texts)))
+    assert padded[1] < 0.75 * padded[0]
+    resident, own = prepared(tiny, KINDS[0])
+    fit(resident, own, replace(PLAIN, by_length=True))

@@ -35,6 +35,7 @@ from fedsieve.train.speaker import speaker
 from fedsieve.train.step import backward, checkpointed
 
 _TOGETHER = 64  # counts of batches that are held before they are added up
+_AMONG = 16  # batches among whose rows those of like length are found
 _LOOK = 16  # steps after which losses are looked at: a GPU has to be through with all of them
 
 
@@ -241,7 +242,10 @@ def learned(examples: Examples, training: Training) -> Examples:
 def batches_of(examples: Examples, training: Training, key: Key) -> Iterator[Examples]:
     """The batches of a client's training, in the order and with the changes that its key draws."""
     moves = generator(key.at("augment"))
-    for index in _order(count(examples), training, generator(key.at("order"))):
+    lengths = None
+    if training.by_length and isinstance(examples, Texts):
+        lengths = examples.attention_mask.sum(1)
+    for index in _order(count(examples), training, generator(key.at("order")), lengths):
         some = take(examples, index)
         if isinstance(some, Images) and training.augment != "none":
             crop = training.augment == "crop-flip"
@@ -254,13 +258,30 @@ def steps_of(rows: int, training: Training) -> int:
     return training.steps or training.epochs * -(-rows // training.batch)
 
 
-def _order(rows: int, training: Training, draws: torch.Generator) -> Iterator[Tensor]:
-    """The rows of each batch: passes over fresh shuffles; the last batch of a pass may be small."""
+def _order(
+    rows: int, training: Training, draws: torch.Generator, lengths: Tensor | None = None
+) -> Iterator[Tensor]:
+    """The rows of each batch: passes over fresh shuffles; one batch of a pass may be small.
+
+    lengths: (rows,), where rows that are as long are to share batches
+    """
     once = -(-rows // training.batch)
     passes = training.epochs if training.steps is None else -(-training.steps // once)
     batches = (
         batch
         for _ in range(passes)
-        for batch in torch.randperm(rows, generator=draws).split(training.batch)
+        for batch in _pass(torch.randperm(rows, generator=draws), training.batch, draws, lengths)
     )
     return islice(batches, training.steps)
+
+
+def _pass(
+    shuffled: Tensor, batch: int, draws: torch.Generator, lengths: Tensor | None
+) -> list[Tensor]:
+    """The batches of one pass over the rows."""
+    if lengths is None:
+        return list(shuffled.split(batch))
+    # Sorted among some batches' rows only: who meets whom changes from pass to pass.
+    some = shuffled.split(batch * _AMONG)
+    batches = [b for part in some for b in part[lengths[part].argsort(stable=True)].split(batch)]
+    return [batches[n] for n in torch.randperm(len(batches), generator=draws).tolist()]
