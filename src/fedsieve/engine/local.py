@@ -35,7 +35,7 @@ def in_process(
             memory = memories.get(client.id, {})
             reply, memory = take_part(method, train, start, client, memory, own, message)
             if memory:
-                fresh[client.id] = _held_once(memory, [*fresh.values(), *memories.values()])
+                fresh[client.id] = held_once(memory, [*fresh.values(), *memories.values()])
             yield reply
 
     def settle(merged: Collection[str]) -> None:
@@ -81,7 +81,7 @@ def punctual(exchange: Exchange, size: int) -> Exchange:
     return exchange._replace(carry=carry)
 
 
-def _held_once(memory: Memory, others: Iterable[Memory]) -> Memory:
+def held_once(memory: Memory, others: Iterable[Memory]) -> Memory:
     """A memory whose groups are other clients' own where they hold the same numbers.
 
     Clients that caught up with the same base (FLoRA) would otherwise hold a copy of it each, here

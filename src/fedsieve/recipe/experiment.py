@@ -30,10 +30,10 @@ from fedsieve.data import fetch, partition
 from fedsieve.disk import place
 from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
-from fedsieve.engine.loop import Federation
+from fedsieve.engine.loop import Exchange, Federation
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe import schema
+from fedsieve.recipe import schema, workers
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import (
     Prepared,
@@ -120,6 +120,7 @@ def assemble(
     resources: Mapping[str, Resources] | None = None,
     left_out: Mapping[str, str] | None = None,
     norm_bound: float = math.inf,
+    engine: Callable[[dict[str, Memory]], Exchange] | None = None,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
@@ -133,6 +134,7 @@ def assemble(
     resources: what clients have, by id, where it is known
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
     norm_bound: as in `Federation`
+    engine: who trains the clients, given what they keep; None does it here
     Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve, and
     for clients drawn in a way that the method's privacy cannot be accounted for.
     """
@@ -212,7 +214,10 @@ def assemble(
     # A client's own part of the model is no part of what the noise covers.
     withheld = method.personal is not None and method.private == "system"
     evaluated = rated if method.private == "system" else keeping(rated, details)
-    exchange = in_process(method, train, resident.adapter(), memories)
+    if engine is None:
+        exchange = in_process(method, train, resident.adapter(), memories)
+    else:
+        exchange = engine(memories)
     federation = Federation(
         method=method,
         clients=clients,
@@ -264,6 +269,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     method = build_method(recipe)
     key = Key(recipe.seed)
     device = pick_device(recipe.device)
+    workers.check(recipe)
     recipe = _settled(recipe, device)
     source = locate(recipe.model.source)
     task = recipe.model.task
@@ -341,6 +347,9 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         resources=machines,
         left_out=left_out,
         norm_bound=norm_bound(recipe),
+        engine=workers.engine(
+            recipe, resident, examples, parts, trust_remote_code=trust_remote_code
+        ),
     )
 
 
