@@ -182,5 +182,6 @@ def test_who_is_late_does_not_depend_on_the_engine(tiny: Tiny, tmp_path: Path) -
     runs.start(tiny, tmp_path / "many", engine=workers(2), **LATE)
     runs.assert_same(tmp_path / "many", tmp_path / "one")
     assert any(
-        "late" in (line.get("dropped") or "") for line in runs.lines(tmp_path / "one", rundir.CLIENTS)
+        "late" in (line.get("dropped") or "")
+        for line in runs.lines(tmp_path / "one", rundir.CLIENTS)
     )

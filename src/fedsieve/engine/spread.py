@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
 
 from fedsieve.algebra.budget import Client
@@ -74,7 +74,6 @@ class _Event(NamedTuple):
 class Spread:
     """An exchange over workers.
 
-    hire:     as above; workers: how many
     rows:     of each client, by id
     memories: what each client keeps between rounds, by id
     work:     how much a client has to do, in any unit
@@ -82,13 +81,10 @@ class Spread:
 
     def __init__(
         self,
-        hire: Hire,
-        workers: int,
         rows: Mapping[str, Rows],
         memories: dict[str, Memory],
         work: Callable[[Client], tuple[float, ...]],
     ) -> None:
-        self._hire, self._count = hire, workers
         self._rows, self._memories, self._work = rows, memories, work
         self._fresh: dict[str, Memory] = {}
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
@@ -96,12 +92,12 @@ class Spread:
         self._busy: dict[int, Worker] = {}
         self._starting: dict[int, Worker] = {}
         self._hired = 0
-        self._open = False
+        self._hire: Hire | None = None  # while the workers are there
+        self._count = 0
 
-    @property
-    def exchange(self) -> Exchange:
-        """What the round loop needs of the workers."""
-        return Exchange(self.carry, self.settle, self.order, self.at_work)
+    def exchange(self, at_work: Callable[[], AbstractContextManager[object]]) -> Exchange:
+        """What the round loop needs of the workers. at_work: opens this one's `at_work`"""
+        return Exchange(self.carry, self.settle, self.order, at_work)
 
     def order(self, chosen: Sequence[Client]) -> Sequence[Client]:
         """Longest first; among equals as they were drawn."""
@@ -112,14 +108,14 @@ class Spread:
         self._memories.update({id: own for id, own in self._fresh.items() if id in merged})
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Start the workers, which goes on beside whatever is done first, and end them."""
-        self._open = True
+    def at_work(self, hire: Hire, workers: int) -> Iterator[None]:
+        """Start so many, which goes on beside whatever is done first, and end them."""
+        self._hire, self._count = hire, workers
         try:
-            self._start(self._count)
+            self._start(workers)
             yield
         finally:
-            self._open = False
+            self._hire = None
             for worker in [*self._idle, *self._busy.values(), *self._starting.values()]:
                 worker.end()
             self._idle.clear()
@@ -131,7 +127,7 @@ class Spread:
 
         Raises FedSieveError where too many workers end, and as `reply_of` does.
         """
-        if not self._open:
+        if self._hire is None:
             raise RuntimeError("nobody is at work: `with exchange.at_work():` first")
         self._fresh.clear()
         jobs = (
@@ -194,6 +190,7 @@ class Spread:
         self._events.put(_Event(worker, job, outcome))
 
     def _start(self, count: int) -> None:
+        assert self._hire is not None
         for _ in range(count):
             worker = self._hire(self._hired)
             self._hired += 1

@@ -348,7 +348,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         left_out=left_out,
         norm_bound=norm_bound(recipe),
         engine=workers.engine(
-            recipe, resident, examples, parts, trust_remote_code=trust_remote_code
+            recipe, resident, examples, parts, source, trust_remote_code=trust_remote_code
         ),
     )
 

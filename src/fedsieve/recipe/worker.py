@@ -36,16 +36,31 @@ from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
 
 
-def ready(asked: Frame) -> tuple[Callable[[bytes], bytes], Frame]:
+def ready_in(asked: bytes, folder: Path) -> tuple[Callable[[bytes], bytes] | None, bytes]:
+    """`ready` for bytes; no function where the answer says why not. folder: as in `ready`"""
+    try:
+        answer, said = ready(unpack(asked), folder)
+    except FedSieveError as error:
+        return None, pack(refusal(str(error)))
+    except Exception:
+        return None, pack(refusal(traceback.format_exc()[-20_000:]))
+    return answer, pack(said)
+
+
+def ready(asked: Frame, folder: Path) -> tuple[Callable[[bytes], bytes], Frame]:
     """A function that answers requests, from the first of them; and the answer to that one.
 
+    folder: in which relative paths are
     Raises FedSieveError where device or model cannot be had.
     """
     head = asked.header
     warnings.simplefilter("ignore")  # whoever asks was told
     torch.set_num_threads(head["threads"])
     recipe = recipes.parse_text(asked.body.decode(), "the recipe")
-    recipe = recipe.model_copy(update={"device": head["device"]})
+    model = recipe.model
+    if head["model"] is not None:
+        model = model.model_copy(update={"source": str(folder / head["model"])})
+    recipe = recipe.model_copy(update={"device": head["device"], "model": model})
     trust_remote_code = bool(head["trust_remote_code"])
     source, task = locate(recipe.model.source), recipe.model.task
     tokenizer, _ = load_reader(source, task, trust_remote_code=trust_remote_code)
@@ -53,9 +68,9 @@ def ready(asked: Frame) -> tuple[Callable[[bytes], bytes], Frame]:
         recipe, tokenizer, pick_device(head["device"]), trust_remote_code=trust_remote_code
     )
     if head["weights"] is not None:
-        mapped.use(resident, Path(head["weights"]))
+        mapped.use(resident, folder / head["weights"])
     method, start = build_method(recipe), resident.adapter()
-    examples, numbers = stored(Path(head["examples"]))
+    examples, numbers = stored(folder / head["examples"])
 
     def fitting(view: View, client: Client, key: Key, rows: Rows) -> Fit:
         own = take(examples, numbers[slice(*rows)])
@@ -84,13 +99,8 @@ def main() -> None:
         nonlocal answer
         if answer is not None:
             return answer(request)
-        try:
-            answer, said = ready(unpack(request))
-        except FedSieveError as error:
-            said = refusal(str(error))
-        except Exception:
-            said = refusal(traceback.format_exc()[-20_000:])
-        return pack(said)
+        answer, said = ready_in(request, Path.cwd())
+        return said
 
     pool.serve(int(sys.argv[1]), first_then_rest)
 

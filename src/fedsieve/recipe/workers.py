@@ -4,7 +4,10 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +15,10 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.method import Memory
-from fedsieve.engine import pool
+from fedsieve.engine import on_ray, pool
 from fedsieve.engine.loop import Exchange
 from fedsieve.engine.request import Rows
-from fedsieve.engine.spread import Hire, Spread, Worker
+from fedsieve.engine.spread import Spread, Worker
 from fedsieve.errors import FedSieveError
 from fedsieve.frame import Frame, pack
 from fedsieve.recipe import read as recipes
@@ -38,6 +41,8 @@ def check(recipe: Recipe) -> None:
                 pick_device(device)
             except FedSieveError as error:
                 raise FedSieveError(f"engine.devices: {error}") from None
+    if recipe.engine.kind == "ray":
+        on_ray.check(recipe.engine.address)
 
 
 def counts(engine: schema.Engine, device: str, cohort: int) -> tuple[int, int]:
@@ -70,43 +75,120 @@ def engine(
     resident: ResidentModel,
     examples: Examples,
     parts: Mapping[str, Tensor],
+    source: str,
     *,
     trust_remote_code: bool = False,
 ) -> Callable[[dict[str, Memory]], Exchange] | None:
     """What makes an exchange of the clients' memories, by the recipe's [engine]; None trains here.
 
     recipe: settled; examples: of all clients; parts: by id, which of them are a client's
+    source: where the model is: a folder, or a name of the hub
     """
-    asked = recipe.engine
-    if asked.kind == "process":
+    if recipe.engine.kind == "process":
         return None
-    workers, threads = counts(asked, str(resident.device), recipe.cohort)
     rows, numbers = _laid_out(parts)
-    chosen = asked.devices or (str(resident.device),)
     alike = mark(resident, resident.adapter())
+    told = _Told(recipe, resident, examples, numbers, source, trust_remote_code, alike)
+    staff = _processes if recipe.engine.kind == "processes" else _actors
 
     def make(memories: dict[str, Memory]) -> Exchange:
-        hire: Hire | None = None
-
-        def hired(number: int) -> Worker:
-            assert hire is not None
-            return hire(number)
-
-        spread = Spread(hired, workers, rows, memories, work(recipe.training))
-
-        @contextmanager
-        def at_work() -> Iterator[None]:
-            nonlocal hire
-            with _files(resident, examples, numbers) as files:
-                setup = _setup(recipe, resident, chosen, threads, files, trust_remote_code)
-                given = [each for each in files.values() if each is not None]
-                hire = pool.processes(WORKER, threads, setup, given, alike)
-                with spread.at_work():
-                    yield
-
-        return spread.exchange._replace(at_work=at_work)
+        spread = Spread(rows, memories, work(recipe.training))
+        return spread.exchange(partial(staff, told, spread))
 
     return make
+
+
+class _Told(NamedTuple):
+    """What workers are to have; see `engine`.
+
+    numbers: of the clients' rows, one after another
+    mark:    of the model with its first adapter
+    """
+
+    recipe: Recipe
+    resident: ResidentModel
+    examples: Examples
+    numbers: Tensor
+    source: str
+    trust_remote_code: bool
+    mark: str
+
+    def request(self, device: str, threads: int, **files: Any) -> bytes:
+        """The first request to a worker. files: where `examples`, `weights` and `model` are there,
+        for whichever is not None
+        """
+        head = {"do": "setup", "device": device, "threads": threads, **files}
+        head["trust_remote_code"] = self.trust_remote_code
+        return pack(Frame(head, recipes.dump(self.recipe, {}).encode()))
+
+
+@contextmanager
+def _processes(told: _Told, spread: Spread) -> Iterator[None]:
+    asked, own = told.recipe.engine, str(told.resident.device)
+    workers, threads = counts(asked, own, told.recipe.cohort)
+    devices = asked.devices or (own,)
+    with _files(told.resident, told.examples, told.numbers) as files:
+        paths = {n: None if d is None else str(pool.path_of(d)) for n, d in files.items()}
+
+        def setup(number: int) -> bytes:
+            device = devices[number % len(devices)]
+            on_cpu = torch.device(device).type == "cpu"
+            weights = paths["weights"] if on_cpu else None
+            return told.request(
+                device, threads, examples=paths["examples"], weights=weights, model=None
+            )
+
+        given = [each for each in files.values() if each is not None]
+        hire = pool.processes(WORKER, threads, setup, given, told.mark)
+        with spread.at_work(hire, workers):
+            yield
+
+
+@contextmanager
+def _actors(told: _Told, spread: Spread) -> Iterator[None]:
+    asked, folder = told.recipe.engine, Path(told.source)
+    with on_ray.connected(asked.address) as ray, TemporaryDirectory(prefix="fedsieve-") as own:
+        device = (asked.devices or (told.recipe.device,))[0]
+        gpu = torch.device(device).type == "cuda" if device != "auto" else on_ray.has_gpu(ray)
+        threads = asked.threads or 1
+        workers = min(told.recipe.cohort, on_ray.room(ray, gpu=gpu, threads=threads))
+        if asked.workers != "auto":
+            workers = asked.workers
+        if not workers:
+            raise FedSieveError(
+                f"engine: the Ray cluster has no {'GPU' if gpu else 'CPU'} for a worker"
+            )
+        store(told.examples, told.numbers, Path(own) / "examples")
+        files = {"examples": on_ray.stored(ray, Path(own) / "examples")}
+        sizes = _sizes(folder) if folder.is_dir() else None
+        for name in sizes or ():
+            files[f"model/{name}"] = on_ray.stored(ray, folder / name)
+        request = partial(
+            told.request, "cuda" if gpu else "cpu", threads, examples="examples", weights=None
+        )
+        there = request(model=None if sizes is None else str(folder.resolve()))
+        setups, own_mark = (there, request(model="model")), told.mark
+        model = None if sizes is None else (str(folder.resolve()), sizes)
+
+        def hire(number: int) -> Worker:
+            return on_ray.OnRay(
+                ray, number, WORKER, setups, own_mark, files, model, gpu=gpu, threads=threads
+            )
+
+        with spread.at_work(hire, workers):
+            yield
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The files of a model's folder, less those that no model of ours is read from, in bytes."""
+    return {
+        path.name: path.stat().st_size
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix not in _UNREAD
+    }
+
+
+_UNREAD = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ckpt"}
 
 
 def _laid_out(parts: Mapping[str, Tensor]) -> tuple[dict[str, Rows], Tensor]:
@@ -135,33 +217,6 @@ def _files(
         for descriptor in files.values():
             if descriptor is not None:
                 os.close(descriptor)
-
-
-def _setup(
-    recipe: Recipe,
-    resident: ResidentModel,
-    devices: tuple[str, ...],
-    threads: int,
-    files: Mapping[str, int | None],
-    trust_remote_code: bool,
-) -> Callable[[int], bytes]:
-    def of(number: int) -> bytes:
-        device = devices[number % len(devices)]
-        paths = {n: None if d is None else str(pool.path_of(d)) for n, d in files.items()}
-        if torch.device(device).type != "cpu":
-            paths["weights"] = None
-        return pack(_request(recipe, device, threads, paths, trust_remote_code))
-
-    return of
-
-
-def _request(
-    recipe: Recipe, device: str, threads: int, files: Mapping[str, Any], trust_remote_code: bool
-) -> Frame:
-    """The first request to a worker. files: where `examples` and `weights` (or None) are there."""
-    head = {"do": "setup", "device": device, "threads": threads, **files}
-    head["trust_remote_code"] = trust_remote_code
-    return Frame(head, recipes.dump(recipe, {}).encode())
 
 
 def mark(resident: ResidentModel, start: Adapter) -> str:
