@@ -14,7 +14,7 @@ import io
 import math
 import statistics
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, NamedTuple
 
@@ -46,7 +46,7 @@ class Arrival(NamedTuple):
 
 
 class Waiting:
-    """The updates of one round, in the order in which they came."""
+    """The updates of one round."""
 
     def __init__(self, layout: Layout, file: IO[bytes]) -> None:
         self._layout, self._file = layout, file
@@ -68,12 +68,12 @@ class Waiting:
         """Of each client's update, by id."""
         return {id: arrival.norm for id, arrival in self._arrivals.items()}
 
-    def updates(self, ids: Collection[str]) -> Iterator[tuple[Client, Payload]]:
-        """The updates of these clients, in the order in which they came."""
-        for id, (client, known, _, start, size) in self._arrivals.items():
-            if id in ids:
-                self._file.seek(start)
-                yield client, decode(self._file.read(size), self._layout, known)
+    def updates(self, ids: Iterable[str]) -> Iterator[tuple[Client, Payload]]:
+        """The updates of these clients, in the order of `ids`."""
+        for id in ids:
+            client, known, _, start, size = self._arrivals[id]
+            self._file.seek(start)
+            yield client, decode(self._file.read(size), self._layout, known)
 
 
 @contextmanager
@@ -120,7 +120,8 @@ def outliers(norms: Mapping[str, float], bound: float) -> dict[str, str]:
 def merge(
     method: Method, state: State, waiting: Waiting, ids: Collection[str], key: Key
 ) -> tuple[State, dict[str, str]]:
-    """The state after the updates of these clients, and why some of them are left out after all.
+    """The state after the updates of these clients, in this order, and why some of them are left
+    out after all.
 
     Where the method fails over them, those go over which it fails alone, and the others are merged;
     if it fails over none alone, the largest goes.

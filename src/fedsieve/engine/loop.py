@@ -1,7 +1,8 @@
 """The round loop, the same for every engine.
 
-An engine is an `Exchange`: it carries messages to clients and brings their replies, in the order of
-the messages (a sum of floats depends on its order), and is told whose updates were merged.
+An engine is an `Exchange`: it carries messages to clients and brings their replies, in any order,
+and is told whose updates were merged. What came is sorted here as the cohort was drawn before any
+of it is added up: a sum of floats depends on its order.
 Everything else of a round is here: the cohort, publishing, decoding, merging, counting, evaluating.
 Messages are made as the engine asks for them; what becomes of the updates that come back is in
 arrivals.py.
@@ -14,6 +15,7 @@ again, whoever keeps runs makes it durable in between (`rounds`, hold).
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -40,17 +42,26 @@ from fedsieve.wire import decode, encode
 SHARES = tuple(f"{way}_{part}" for way in ("down", "up") for part in Kept._fields)
 
 
+def as_drawn(chosen: Sequence[Client]) -> Sequence[Client]:
+    """One order is as good as another."""
+    return chosen
+
+
 class Exchange(NamedTuple):
     """Who carries the bytes of a round.
 
-    carry:  (messages to clients, the round's key) -> their replies, in the same order
+    carry:  (messages to clients, the round's key) -> their replies, in any order
     settle: told, once a round is through, the ids of the clients whose updates were merged. Only
             their memories move on: a round that was broken off leaves no trace, and a client that
             was late or refused holds what the server believes it to hold.
+    order:  a cohort -> the order in which its messages are best made
+    at_work: while this context is open, whoever does the work is there
     """
 
     carry: Callable[[Iterable[tuple[Client, bytes]], Key], Iterator[Reply]]
     settle: Callable[[Collection[str]], None]
+    order: Callable[[Sequence[Client]], Sequence[Client]] = as_drawn
+    at_work: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 class Progress(NamedTuple):
@@ -282,7 +293,8 @@ def merged(
         # A private run has a clip, and how large a client's update was is the client's secret.
         bound = math.inf if method.private is not None else federation.norm_bound
         left_out = arrivals.outliers(waiting.norms, bound)
-        usable = [id for id in waiting.norms if id not in left_out]
+        came_in = waiting.norms.keys() - left_out.keys()
+        usable = [client.id for client in chosen if client.id in came_in]
         # A Poisson draw may be empty. Only a private server moves then: whether it was is a secret.
         drawn_empty = federation.sampling.kind == "poisson" and not chosen
         try:
@@ -373,7 +385,7 @@ def _gather(
 
     def messages() -> Iterator[tuple[Client, bytes]]:
         nonlocal wire
-        for client in chosen:
+        for client in federation.exchange.order(chosen):
             payload = method.publish(plan, client, own._replace(client=client.id))
             began = time.perf_counter()
             message = encode(payload)
@@ -401,7 +413,8 @@ def _gather(
         receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
         size = size if told else None
         receipts.append(receipt._replace(norm=size, digest=said, **shares))
-    return _Came(receipts, wire, starved)
+    place = {client.id: number for number, client in enumerate(chosen)}
+    return _Came(sorted(receipts, key=lambda r: place[r.client]), wire, starved)
 
 
 def _without(receipts: Sequence[Receipt], left_out: Mapping[str, str]) -> list[Receipt]:

@@ -31,11 +31,11 @@ from fedsieve.data.partition import Partition
 from fedsieve.disk import place
 from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
-from fedsieve.engine.loop import Federation
+from fedsieve.engine.loop import Exchange, Federation
 from fedsieve.engine.together import together
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe import schema
+from fedsieve.recipe import schema, workers
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import (
     Prepared,
@@ -124,6 +124,7 @@ def assemble(
     left_out: Mapping[str, str] | None = None,
     norm_bound: float = math.inf,
     at_once: int | Literal["auto"] = 1,
+    engine: Callable[[dict[str, Memory]], Exchange] | None = None,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
 
@@ -138,6 +139,7 @@ def assemble(
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
     norm_bound: as in `Federation`
     at_once: how many clients are trained in one pass (`engine.together`)
+    engine: who trains the clients, given what they keep; None does it here
     Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve, and
     for clients drawn in a way that the method's privacy cannot be accounted for.
     """
@@ -223,7 +225,9 @@ def assemble(
     withheld = method.personal is not None and method.private == "system"
     evaluated = rated if method.private == "system" else keeping(rated, details)
     exchange = in_process(method, train, resident.adapter(), memories)
-    if at_once != 1 and _trains_together(resident, at_once):
+    if engine is not None:
+        exchange = engine(memories)
+    elif at_once != 1 and _trains_together(resident, at_once):
         exchange = together(
             method,
             train,
@@ -298,6 +302,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     method = build_method(recipe)
     key = Key(recipe.seed)
     device = pick_device(recipe.device)
+    workers.check(recipe)
     recipe = _settled(recipe, device)
     source = locate(recipe.model.source)
     task = recipe.model.task
@@ -376,6 +381,9 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         left_out=left_out,
         norm_bound=norm_bound(recipe),
         at_once=recipe.engine.together,
+        engine=workers.engine(
+            recipe, resident, examples, parts, source, trust_remote_code=trust_remote_code
+        ),
     )
 
 

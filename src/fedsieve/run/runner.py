@@ -190,7 +190,7 @@ def _go_on(
     """Train the rounds that are left, from a snapshot that is on the disk, or from none."""
     checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
     text = recipes.dump(recipe, {})
-    with sigterm_as_ctrl_c():
+    with sigterm_as_ctrl_c(), experiment.federation.exchange.at_work():
         if snapshot is None:
             first, progress = loop.begin(experiment.federation, experiment.start)
             rundir.append(folder, rundir.METRICS, [first])
