@@ -6,6 +6,7 @@ one client of each form, with noise in the place of training and every message r
 they make must have the form of what they make without a memory. Nothing of it is kept.
 """
 
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from fedsieve.algebra.adapter import Adapter, Tree, base_layout
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.method import Memory, Method, State
 from fedsieve.costs import dry_run
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, WireError
 from fedsieve.recipe.experiment import Experiment
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.train.model import ResidentModel
 
 Forms = dict[str, tuple[torch.dtype, torch.Size]]
 _ADAPTER = "the client's adapter"
+_NOBODY = "\0"  # no client's name
 _ODD = (AttributeError, ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
@@ -95,13 +97,25 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
             experiment.resident.put(part.view.adapter)
             return part
 
-        update = rehearsed(anyone, {}).update
-        _refuse_unknown_groups(state, method.merge(state, [(anyone, update)], key))
+        def beginning(client: Client) -> dry_run.Part:
+            try:
+                return rehearsed(client, {})
+            except WireError:  # the server counts on what it keeps: one that is new, then
+                return rehearsed(client._replace(id=_NOBODY), {})
+
+        update = beginning(anyone).update
+        # What the least update makes is there for the others, if they make it.
+        least = min(clients.values(), key=lambda client: client.budget.ratio)
+        made = {
+            g for each in dry_run.rounds(method, start.layout, [least]) for g in each.state.trees
+        }
+        after = method.merge(state, [(anyone, update)], key)
+        _refuse_unknown_groups(state, after, {_unnumbered(group) for group in made})
         rehearsal = dry_run.rounds(method, start.layout, [anyone])
         _refuse_other_names(state, method.init(start).trees, rehearsal, clients)
         for id, memory in _one_of_each(snapshot, clients):
             what = f"memory of client {id[:80]!r}"
-            anew, found = (_made(rehearsed(clients[id], each)) for each in ({}, memory))
+            anew, found = _made(beginning(clients[id])), _made(rehearsed(clients[id], memory))
             kept = {group: _forms(tree) for group, tree in memory.items()}
             if found != found | anew or found != found | kept or found.keys() - kept != {_ADAPTER}:
                 raise ValueError("the client's adapter or memory has another form")
@@ -130,10 +144,15 @@ def _one_of_each(snapshot: Snapshot, clients: dict[str, Client]) -> Iterator[tup
                 yield id, memory
 
 
-def _refuse_unknown_groups(state: State, after: State) -> None:
-    """Raises ValueError for a group of the state that the method would not keep, or not so."""
+def _refuse_unknown_groups(state: State, after: State, made: Collection[str]) -> None:
+    """Raises ValueError for a group of the state that the method would not keep, or not so.
+
+    made: groups that it makes, without numbers: one of a round may be dropped again (catchup.py)
+    """
     for group, tree in state.trees.items():
         kept = after.trees.get(group)
+        if kept is None and group != _unnumbered(group) and _unnumbered(group) in made:
+            continue
         if kept is None or (tree and not _forms(tree).items() <= _forms(kept).items()):
             raise ValueError(f"the state has {group!r}, which the method does not keep so")
 
@@ -153,11 +172,30 @@ def _refuse_other_names(
         for group, tree in each.state.trees.items():
             if group in begun:
                 continue
+            if group != _unnumbered(group):
+                _refuse_another_round(state, group, tree)
+                continue
             kept, wanted = _forms(state.trees.get(group, tree)), _forms(tree)
             # Who has not taken part yet is not in a group by client.
             wanted = {name: form for name, form in wanted.items() if name not in clients}
             if kept | wanted != kept or set(kept) - set(wanted) - set(clients):
                 raise ValueError(f"the state's {group!r} has other tensors")
+
+
+def _refuse_another_round(state: State, group: str, tree: Tree) -> None:
+    """Raises ValueError for what is kept of some round and is not of the kind of this one. How long
+    it is along an axis follows from who took part; whether it fits, the next round finds out.
+    """
+    wanted = {name: (tensor.dtype, tensor.ndim) for name, tensor in tree.items()}
+    for other, found in state.trees.items():
+        if _unnumbered(other) != _unnumbered(group):
+            continue
+        if {name: (tensor.dtype, tensor.ndim) for name, tensor in found.items()} != wanted:
+            raise ValueError(f"the state's {other!r} has other tensors")
+
+
+def _unnumbered(group: str) -> str:
+    return re.sub(r"\d+$", "#", group)
 
 
 def _forms(tree: Tree) -> Forms:

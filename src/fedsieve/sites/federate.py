@@ -117,11 +117,13 @@ class History(NamedTuple):
     """What the log tells of the rounds up to the newest whole checkpoint.
 
     merged: site -> the last round in which its update was merged
-    given:  (site, digest of what an update said) -> its round
+    given: (site, digest of what an update said) -> its round
+    last:   the newest of them
     """
 
     merged: dict[str, int]
     given: dict[tuple[str, str], int]
+    last: int = 0
 
 
 class ServerAddress(NamedTuple):
@@ -344,6 +346,7 @@ def on_network(
         say,
         merged=history.merged,
         given=history.given,
+        number=history.last,
         keys=known,
         pin=pin,
         most=longest(resident.layout),
@@ -658,4 +661,5 @@ def _history(folder: Path) -> History:
     receipts = [r for r in logged if r["round"] <= last] + unlogged
     merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
     said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
-    return History(merged, {(site, digest): number for site, digest, number in reversed(said)})
+    given = {(site, digest): number for site, digest, number in reversed(said)}
+    return History(merged, given, last)

@@ -64,6 +64,7 @@ from fedsieve.wire.format import VERSION
 RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
 MOST = "most_bytes"  # of a request's body, beside it
+BASE = "base"  # the digest of the base over which it was told, beside it
 _RUN = re.compile(r"[0-9a-f]{64}")
 _UNTOLD = "this recipe was not told here: tell it first"
 RECIPE_BYTES = 1 << 20  # the longest that is taken
@@ -296,11 +297,15 @@ class Train(_Asked):
 
 
 class EvaluateRequest(_Asked):
-    """Evaluate the adapter in the body, which is that after `round`, or write it to the disk."""
+    """Evaluate the adapter in the body, which is that after `round`, or write it to the disk.
+
+    after: as in `Train`: what the site has of its own in the adapter is that of this round
+    """
 
     do: Literal["evaluate", "keep"]
     recipe: Digest
     round: NonNegativeInt
+    after: NonNegativeInt | None = None
 
 
 def _unknown(why: str) -> Frame:
@@ -351,7 +356,13 @@ def _tell(resident: Resident, request: Frame) -> Frame:
         _change_assignment(resident, run, request.body)
     folder = _folder(resident, run)
     folders = (folder.parent, folder, folder / "rounds")
-    for place in (*folders, folder / RECIPE, folder / MOST, resident.site.folder / TOLD):
+    for place in (
+        *folders,
+        folder / RECIPE,
+        folder / MOST,
+        folder / BASE,
+        resident.site.folder / TOLD,
+    ):
         _clear(place, folder=place in folders)
     if not folder.exists():
         limits.check_room(resident.site, len(request.body))
@@ -359,6 +370,7 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     assert resident.assignment is not None
     most = longest(resident.assignment.start.layout, base=True)
     write_whole(folder / MOST, str(most).encode("ascii"))
+    write_whole(folder / BASE, resident.assignment.digest.encode("ascii"))
     write_whole(folder / RECIPE, request.body)
     _forget_old_runs(resident.site.folder, run)
     return Frame(_facts(resident))
@@ -396,16 +408,20 @@ def _train(resident: Resident, request: Frame) -> Frame:
     return Frame(done.facts, done.answer)
 
 
+def _lost(after: int) -> _Lost:
+    return _Lost(
+        f"this site has lost what it kept after round {after}: its own update of that round counts "
+        "on it"
+    )
+
+
 def _from(after: int, memories: Iterator[tuple[int, Memory]]) -> Iterator[tuple[int, Memory]]:
     """The memories again, of which the newest is that after this round. Raises _Lost else."""
     newest = next(memories, None)
     if newest is None:
         return iter(())  # forgotten in good order: `_round` says so
     if newest[0] != after:
-        raise _Lost(
-            f"this site has lost what it kept after round {after}: its own update of that round "
-            "counts on it"
-        )
+        raise _lost(after)
     return chain([newest], memories)
 
 
@@ -457,9 +473,7 @@ def _evaluate(resident: Resident, request: Frame) -> Frame:
     _refuse_round(assignment, asked.round)
     if assignment.test is None:
         raise FedSieveError("this site has no test rows")
-    adapter = _own(
-        resident, assignment, _adapter(request.body, assignment.start.layout), asked.round
-    )
+    adapter = _own(resident, assignment, _adapter(request.body, assignment.start.layout), asked)
     precision, batch = assignment.recipe.training.precision, assignment.recipe.evaluation.batch
     counts = tally(assignment.resident, adapter, assignment.test, batch=batch, precision=precision)
     return Frame(
@@ -477,9 +491,7 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     asked = _checked(EvaluateRequest, request)
     assignment = _assignment(resident, asked.recipe)
     _refuse_round(assignment, asked.round)
-    adapter = _own(
-        resident, assignment, _adapter(request.body, assignment.start.layout), asked.round
-    )
+    adapter = _own(resident, assignment, _adapter(request.body, assignment.start.layout), asked)
     place = resident.site.folder / "adapters" / assignment.run[:16]
     for there in (place.parent, place):
         _clear(there, folder=True)
@@ -528,13 +540,27 @@ def _refuse_round(assignment: Assignment, number: int) -> None:
         )
 
 
-def _own(resident: Resident, assignment: Assignment, adapter: Adapter, number: int) -> Adapter:
-    """The site's own model where a method leaves a part of it here; else the server's."""
-    if assignment.method.personal is None:
+def _own(
+    resident: Resident, assignment: Assignment, adapter: Adapter, asked: EvaluateRequest
+) -> Adapter:
+    """The site's own model where a method leaves a part of it here; else the server's.
+
+    Raises _Lost where what is left here is that of another round than the server counts on: the
+    newest may be void, and one before it is not what the site has learned.
+    """
+    personal = assignment.method.personal
+    if personal is None:
         return adapter
-    kept = journal.memories(_folder(resident, assignment.run) / "rounds", number + 1)
-    _, memory = next(kept, (0, {}))
-    return assignment.method.personal(adapter, memory)
+    place = _folder(resident, assignment.run) / "rounds"
+    if asked.after is None:
+        _, memory = next(journal.memories(place, asked.round + 1), (0, {}))
+        return personal(adapter, memory)
+    if asked.after == 0:
+        return personal(adapter, {})
+    entry = journal.find(place, asked.after)
+    if entry is None:
+        raise _lost(asked.after)
+    return personal(adapter, entry.memory)
 
 
 def _budget(site: Site, offer: BudgetOffer | None) -> Budget:
@@ -588,8 +614,27 @@ def _assignment(resident: Resident, run: str) -> Assignment:
         if hashlib.sha256(text).hexdigest() != run:
             raise _Unknown("the recipe that was stored here is damaged: tell it again")
         _change_assignment(resident, run, text)
+        _refuse_another_base(resident, run)
     assert resident.assignment is not None
     return resident.assignment
+
+
+def _refuse_another_base(resident: Resident, run: str) -> None:
+    """What the server believes of this site, and what is kept here, is over the base it told of.
+
+    Raises _Unknown where the site's model has become another since: who tells the recipe again is
+    told which.
+    """
+    assert resident.assignment is not None
+    try:
+        before = bytes_of(_folder(resident, run) / BASE).decode("ascii", errors="replace")
+    except (FileNotFoundError, NotADirectoryError, NotAFile):
+        before = ""
+    if before != resident.assignment.digest:
+        resident.assignment = None
+        raise _Unknown(
+            "this site's base model is another than when the recipe was told: tell it again"
+        )
 
 
 def _change_assignment(resident: Resident, run: str, text: bytes) -> None:

@@ -167,6 +167,7 @@ class Sites:
         keys: Mapping[str, str] = MappingProxyType({}),
         pin: Callable[[Mapping[str, str]], None] = lambda keys: None,
         given: Mapping[tuple[str, str], int] = MappingProxyType({}),
+        number: int = 0,
         most: int = worker.BODY,
     ) -> None:
         """
@@ -179,6 +180,7 @@ class Sites:
         pin: told all keys whenever one is added
         most: the longest update, in bytes, that the adapter's layout can fill (wire.longest)
         given: (site, digest of what an update said) -> its round, of the updates that came before
+        number: the last round before this
         """
         self._transport, self._recipe, self._digest = transport, recipe, digest
         self._welcome, self._policy = welcome, policy
@@ -193,7 +195,7 @@ class Sites:
         self._aside = 0  # transport of all that is not a round's
         self._begun = False
         self._looked = -math.inf  # when it was seen last who is connected
-        self._number = 0
+        self._number = number
         self._merged = dict(merged)
         self._lost: set[str] = set()  # sites without their memory: they go on from what they have
         self._keys, self._pin = dict(keys), pin
@@ -260,9 +262,7 @@ class Sites:
         for client, message in messages:
             asked.append(client)
             stray = self._stray.pop(client.id, 0)
-            own: dict[str, Any] = {**head, "site": client.id}
-            if client.id not in self._lost:
-                own["after"] = self._merged.get(client.id, 0)
+            own = {**head, "site": client.id, **self._after(client)}
             request, dispatch = self._go(
                 client, "train", Frame(own, message), policy.deadline, stray
             )
@@ -308,11 +308,12 @@ class Sites:
         do: "evaluate" or "keep"; body: the adapter after the last round that was exchanged
         """
         kind = "evaluate" if do == "evaluate" else "query"
-        frame = Frame({"do": do, "recipe": self._digest, "round": self._number}, body)
+        head = {"do": do, "recipe": self._digest, "round": self._number}
         waiting: dict[str, Dispatch] = {}
         answers: dict[str, Frame] = {}
         until = self._clock() + seconds
         for client in self._free():
+            frame = Frame({**head, **self._after(client)}, body)
             request, dispatch = self._go(client, kind, frame, seconds, 0)
             if request is None:
                 self._aside += dispatch.transport
@@ -329,6 +330,12 @@ class Sites:
             self._aside += dispatch.transport
             self._say(f"{dispatch.client.id}: {do}: no answer in {seconds:g} s")
         return dict(sorted(answers.items()))
+
+    def _after(self, client: Client) -> dict[str, Any]:
+        """What a site is told of its own last round; nothing where it has lost what it kept."""
+        if client.id in self._lost:
+            return {}
+        return {"after": self._merged.get(client.id, 0)}
 
     def _go(
         self, client: Client, kind: str, frame: Frame, seconds: float, transport: int

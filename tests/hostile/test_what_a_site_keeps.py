@@ -1,0 +1,188 @@
+"""What a site keeps of its own, and over which base: the server counts on one round of it, and what
+is another is refused by name, also where nothing is trained any more.
+
+The real ends of both sides in one process, without a network between them.
+"""
+
+import math
+import shutil
+import tomllib
+import warnings
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+import torch
+from safetensors.torch import load_file, save_file
+
+from fedsieve.frame import Frame, pack, unpack
+from fedsieve.run import rundir
+from fedsieve.sites import federate, journal
+from fedsieve.sites.server import Incoming, Node, PendingRequest, Transport
+from tests import runs
+from tests.conftest import Tiny
+from tests.sites.sites import asking
+from tests.sites.worlds import PATIENCE, World, world
+
+pytestmark = pytest.mark.usefixtures("no_report")
+NAMES = ("north", "south")
+Change = Callable[[str, Frame, Frame], Frame]
+
+
+class Wire:
+    """Requests to the sites' workers, and their answers, which may be changed on the way."""
+
+    def __init__(self, given: World, change: Change) -> None:
+        self.sites, self.change = given.sites, change
+        self.workers = {name: asking(path) for name, path in given.sites.items()}
+        self.came: dict[str, bytes] = {}
+        self.asked: list[dict[str, Any]] = []
+
+    def send(self, node: int, kind: str, data: bytes, seconds: float) -> PendingRequest:
+        name, request = NAMES[node], unpack(data)
+        self.asked.append(dict(request.header))
+        answer = self.change(name, request, self.workers[name](request))
+        self.came[str(len(self.asked))] = pack(answer)
+        return PendingRequest(str(len(self.asked)), len(data))
+
+    def collect(self, requests: Collection[str]) -> list[Incoming]:
+        there = [name for name in requests if name in self.came]
+        return [Incoming(name, self.came.pop(name), "", 1) for name in there]
+
+
+def federation(tiny: Tiny, folder: Path, method: str, **changes: Any) -> World:
+    made = world(
+        tiny, folder, NAMES, tls=False, budgets={name: {} for name in NAMES},
+        method={"name": method}, rounds=3, data__test=None, **changes,
+    )  # fmt: skip
+    for path in made.sites.values():
+        told = tomllib.loads(path.read_text())
+        told["data"]["test"] = told["data"]["train"]
+        path.write_text(tomli_w.dumps(told))
+        (path.parent / "worker").mkdir(mode=0o700)
+    federate.prepare(made.recipe, made.run, PATIENCE, made.listen)
+    return made
+
+
+def serve(given: World, wire: Wire) -> list[str]:
+    said: list[str] = []
+    transport = Transport(lambda: [Node(0), Node(1)], wire.send, wire.collect)
+    patience = PATIENCE._replace(deadline=5.0, setup=20.0, wait=20.0, poll=0.02)
+    federate.serve(given.run, transport, patience, said.append)
+    return said
+
+
+def nothing(name: str, request: Frame, answer: Frame) -> Frame:
+    return answer
+
+
+def at_north(given: World) -> float | None:
+    """The norm of B in the adapter that the site was told to keep, if it kept one."""
+    found = [*(given.sites["north"].parent / "worker" / "adapters").glob("[!.]*")]
+    if not found:
+        return None
+    tensors = load_file(found[0] / "adapter_model.safetensors")
+    return norm(t for name, t in tensors.items() if "lora_B" in name)
+
+
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(t.square().sum()) for t in tensors))
+
+
+def third(name: str, request: Frame) -> bool:
+    """Whether this is what north is asked to train in the last round."""
+    return name == "north" and (request.header["do"], request.header.get("round")) == ("train", 3)
+
+
+def rounds_of(given: World) -> Path:
+    (run,) = (given.sites["north"].parent / "worker" / "runs").iterdir()
+    return run / "rounds"
+
+
+def test_a_server_that_starts_anew_leaves_good_adapters_as_they_are(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    given = federation(tiny, tmp_path, "fedsa_lora")
+    serve(given, Wire(given, nothing))
+    whole = at_north(given)
+    wire = Wire(given, nothing)
+    assert "2 sites have the final adapter: north, south" in serve(given, wire)
+    assert [asked["round"] for asked in wire.asked if asked["do"] == "keep"] == [3, 3]
+    assert whole
+    assert at_north(given) == whole
+
+
+@pytest.mark.parametrize("how", ["lost", "damaged"])
+def test_a_memory_that_is_gone_is_told_and_nothing_is_put_in_its_place(
+    tiny: Tiny, tmp_path: Path, how: str
+) -> None:
+    given = federation(tiny, tmp_path, "fedsa_lora")
+
+    def change(name: str, request: Frame, answer: Frame) -> Frame:
+        if third(name, request):
+            if how == "lost":
+                shutil.rmtree(rounds_of(given))
+            else:
+                file = rounds_of(given) / "round-000000003"
+                file.write_bytes(file.read_bytes()[:-1] + b"!")
+        return answer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the worker's own, of the damaged file
+        said = serve(given, Wire(given, change))
+    last = runs.lines(given.run)[-1]
+    assert last["eval_examples"] == runs.lines(given.run)[1]["eval_examples"] / 2
+    for do in ("evaluate", "keep"):
+        assert any(
+            f"north: {do}" in line and "lost what it kept after round 3" in line for line in said
+        )
+    assert at_north(given) is None
+    assert "1 sites have the final adapter: south" in said
+
+
+def test_what_a_round_left_that_did_not_count_is_not_used(tiny: Tiny, tmp_path: Path) -> None:
+    """Round 3 of north comes to nothing at the server: its own part stays that of round 2."""
+
+    def spoil(name: str, request: Frame, answer: Frame) -> Frame:
+        return Frame({**answer.header, "steps": 7}, answer.body) if third(name, request) else answer
+
+    given = federation(tiny, tmp_path, "fedsa_lora")
+    wire = Wire(given, spoil)
+    serve(given, wire)
+    kept = [asked["after"] for asked in wire.asked if asked["do"] == "keep"]
+    assert kept == [2, 3]
+    entry = journal.find(rounds_of(given), 2)
+    assert entry is not None
+    own = [t for tree in entry.memory.values() for name, t in tree.items() if "lora_B" in name]
+    assert at_north(given) == pytest.approx(norm(own))
+
+
+@pytest.mark.parametrize("method", ["fedit", "flora"])
+def test_a_base_that_became_another_is_refused_by_name(
+    tiny: Tiny, tmp_path: Path, method: str
+) -> None:
+    given = federation(tiny, tmp_path, method)
+    path = given.sites["north"]
+    own = path.parent / "model"
+    shutil.copytree(tiny.bert, own)
+    path.write_text(tomli_w.dumps({**tomllib.loads(path.read_text()), "model": str(own)}))
+    wire = Wire(given, nothing)
+
+    def swap(name: str, request: Frame, answer: Frame) -> Frame:
+        if name == "south" and request.header.get("round") == 2:
+            tensors = load_file(own / "model.safetensors")
+            torch.manual_seed(9)
+            noisy = {n: t + 0.5 * torch.randn_like(t.float()) for n, t in tensors.items()}
+            save_file(noisy, own / "model.safetensors", {"format": "pt"})
+            wire.workers["north"] = asking(path)  # started again, behind the same node
+        return answer
+
+    wire.change = swap
+    said = serve(given, wire)
+    receipts = runs.lines(given.run, rundir.CLIENTS)
+    late = [r for r in receipts if r["client"] == "north" and r["round"] == 3]
+    assert all("base model is another" in r["dropped"] for r in late)
+    assert any("base" in line and "north" in line for line in said)
+    assert [r["client"] for r in receipts if r["round"] == 3 and not r.get("dropped")] == ["south"]
