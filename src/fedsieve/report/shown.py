@@ -59,7 +59,8 @@ def load(folder: Path) -> Shown | None:
 
 def _can_be(each: OfClass) -> bool:
     """Whether rows can give a class these figures."""
-    shares = all(0 <= share <= 1 for share in (each.precision, each.recall, each.f1))  # NaN is not
+    rounded = 1 + 1e-9
+    shares = all(0 <= share <= rounded for share in (each.precision, each.recall, each.f1))
     counts = all(count >= 0 for count in each.taken_for)
     whole = not each.taken_for or sum(each.taken_for) == each.rows
     return shares and counts and whole and 0 <= each.rows <= MOST
