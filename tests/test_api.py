@@ -1,5 +1,8 @@
 """`fedsieve.finetune`, as a notebook uses it."""
 
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -442,3 +445,19 @@ def test_ids_of_clients_are_names(tiny: Tiny) -> None:
             finetune(tiny, clients)
     with pytest.raises(FedSieveError, match="text: this task needs it: say which column that is"):
         finetune(tiny, [rows(9, 1)], text=None)
+
+
+def test_what_docstrings_call_is_there(tmp_path: Any) -> None:
+    """In a process that has imported no more than a user's: here the tests' own imports help."""
+    told = [
+        call
+        for name in fedsieve.__all__
+        for call in re.findall(r"`(fedsieve\.[^`]*\))`", getattr(fedsieve, name).__doc__ or "")
+    ]
+    assert any("flasc" in call for call in told)
+    lines = ["import fedsieve", *(f"print({call} is not None)" for call in told)]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True"] * len(told)

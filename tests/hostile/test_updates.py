@@ -23,6 +23,7 @@ from fedsieve.algebra.optim import sgd
 from fedsieve.algebra.payload import Base, Form, Payload, exact, rounded
 from fedsieve.algebra.sieve import Passed, dense
 from fedsieve.algebra.support import Support, everything, gather
+from fedsieve.engine.arrivals import outliers
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Exchange, Federation, Receipt, begin, rounds
 from fedsieve.errors import FedSieveError
@@ -345,6 +346,25 @@ def test_the_bound_is_relative_to_the_cohort() -> None:
         why = next(str(r.dropped) for r in receipts if r.client == BAD)
         assert re.search("norm.*median.*norm_bound", why)
         assert all(r.norm is not None for r in receipts)
+
+
+@pytest.mark.parametrize(
+    ("norms", "out", "of_two"),
+    [
+        ({"a": 1.0, "b": 1000.0}, {"b"}, True),
+        ({"a": 1.0, "b": 1000.0, "c": 0.0}, {"b"}, True),
+        ({"a": 1.0, "b": 1000.0, "c": 900.0}, set(), False),
+        ({"a": 1.0, "b": 1000.0, "c": 1.0}, {"b"}, False),
+        ({"a": 1.0, "b": 99.0}, set(), True),
+        ({"a": 1000.0}, set(), False),
+    ],
+)
+def test_of_two_updates_none_is_called_usual(
+    norms: dict[str, float], out: set[str], of_two: bool
+) -> None:
+    found = outliers(norms, 100.0)
+    assert set(found) == out
+    assert all(("Of two updates the larger" in why) is of_two for why in found.values())
 
 
 BOUNDS: list[tuple[dict[str, object], float | str]] = [

@@ -1,6 +1,7 @@
 """The report, made from run directories that the tests write: it shows the files' numbers."""
 
 import json
+import math
 import re
 import time
 from html.parser import HTMLParser
@@ -642,7 +643,14 @@ def test_many_classes_are_folded_and_have_no_matrix(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     count = 40
     classes = [
-        {"name": f"c{n}", "rows": 1, "precision": 1, "recall": 1, "f1": 1, "taken_for": [1] * count}
+        {
+            "name": f"c{n}",
+            "rows": count,
+            "precision": 1,
+            "recall": 1,
+            "f1": 1,
+            "taken_for": [1] * count,
+        }
         for n in range(count)
     ]
     (path / "details.json").write_text(
@@ -651,3 +659,37 @@ def test_many_classes_are_folded_and_have_no_matrix(tmp_path: Path) -> None:
     page = report(path)
     assert "By class: 40 classes" in page.text
     assert not [row for row in page.rows if row[:1] == ["c1"] and len(row) > 6]
+
+
+CLASS = {"name": "a", "rows": 3, "precision": 1, "recall": 0.5, "f1": 0.5, "taken_for": [2, 1]}
+OTHER = {"name": "b", "rows": 0, "precision": 0, "recall": 0, "f1": 0, "taken_for": [0, 0]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": math.nan},
+        {"precision": 1e308},
+        {"recall": -0.1},
+        {"f1": math.inf},
+        {"f1": 1.5},
+        {"rows": -1},
+        {"rows": 0},
+        {"rows": 4},
+        {"rows": 2**62},
+        {"rows": 1, "taken_for": [2, -1]},
+        {"round": -1},
+        {"round": 2**62},
+    ],
+)
+def test_details_that_no_run_writes_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    first = CLASS | {key: value for key, value in change.items() if key != "round"}
+    table = {"round": change.get("round", 2), "classes": [first, OTHER], "answers": []}
+    (path / "details.json").write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(FedSieveError, match=r"details\.json tells .* Remove it") as caught:
+        report(path)
+    assert "\n" not in str(caught.value)
+    table |= {"round": 0, "classes": [CLASS, OTHER]}
+    (path / "details.json").write_text(json.dumps(table), encoding="utf-8")
+    assert report(path).row("a") == ["3", "1.000", "0.500", "0.500"]

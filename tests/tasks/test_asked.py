@@ -4,15 +4,18 @@ What a model says is held to a loop of plain forward passes, one row at a time; 
 library's.
 """
 
+import datetime
+import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import sacrebleu
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 from torch.nn.functional import log_softmax
 from torchmetrics.functional import text as other
 from transformers import (
@@ -291,6 +294,16 @@ def hub(**columns: Any) -> Dataset:
     return Dataset.from_dict(columns)
 
 
+def marked(marks: Any, label: Any, feature: Any) -> Dataset:
+    """Three options x, y and z with marks of a type."""
+    options = {"text": List(Value("string")), "label": List(feature)}
+    told = Value("string" if isinstance(label, str) else "float64" if isinstance(label, float)
+                 else "int64")  # fmt: skip
+    features = Features({"q": Value("string"), "of": options, "label": told})
+    rows = {"q": ["a"], "of": [{"text": ["x", "y", "z"], "label": marks}], "label": [label]}
+    return Dataset.from_dict(rows, features=features)
+
+
 ARC = {"text": ["ice", "steam"], "label": ["A", "B"]}
 NUMBERED = Features({"q": Value("string"), "a": Value("string"), "b": Value("string"),
                      "label": ClassLabel(names=["0", "1"])})  # fmt: skip
@@ -380,6 +393,56 @@ HUB: dict[str, tuple[Dataset, Fields, tuple[str, ...], int]] = {
         (" 1", " 2"),
         0,
     ),
+    **{
+        f"marks that are {kind}": (
+            marked(marks, label, feature),
+            Fields(text="q", options="of", label="label"),
+            (" x", " y", " z"),
+            right,
+        )
+        for kind, marks, feature, label, right in (
+            ("integers", [2, 1, 0], Value("int64"), 0, 2),
+            ("whole floats", [2.0, 1.0, 0.0], Value("float64"), 0, 2),
+            ("whole floats, the label too", [2.0, 1.0, 0.0], Value("float32"), 0.0, 2),
+            ("digits, the label a float", ["2", "1", "0"], Value("string"), 0.0, 2),
+            (
+                "dates",
+                [datetime.date(2024, 5, n) for n in (1, 2, 3)],
+                Value("date32"),
+                "2024-05-02",
+                1,
+            ),
+            ("decimals", [Decimal(n) for n in (2, 1, 0)], Value("decimal128(3, 0)"), "0", 2),
+            ("numbers of classes", [2, 1, 0], ClassLabel(names=["u", "v", "w"]), "u", 2),
+            (
+                "numbers of classes that are digits",
+                [0, 1, 2],
+                ClassLabel(names=["2", "1", "0"]),
+                0,
+                2,
+            ),
+            ("in another form", ["e\u0301", " b ", "c"], Value("string"), "\xe9", 0),
+            ("none", None, Value("string"), 1, 1),
+        )
+    },
+    "Booleans as marks": (
+        hub(q=["a"], of=[{"text": ["x", "y"], "label": [False, True]}], label=[True]),
+        Fields(text="q", options="of", label="label"),
+        (" x", " y"),
+        1,
+    ),
+    "a whole float is no text": (
+        hub(q=["1 + 1"], of=[["1", "2", "3"]], label=[1.0]),
+        Fields(text="q", options="of", label="label"),
+        (" 1", " 2", " 3"),
+        1,
+    ),
+    "marks of another kind than numbers": (
+        hub(q=["Hot?"], of=[ARC], label=[1]),
+        Fields(text="q", options="of", label="label"),
+        (" ice", " steam"),
+        1,
+    ),
     "case tells options apart": (
         hub(q=["a"], of=[["TT", "Tt", "tt"]], label=["Tt"]),
         Fields(text="q", options="of", label="label"),
@@ -396,6 +459,26 @@ NO_QUESTIONS: list[tuple[dict[str, Any], str]] = [
     ({"of": {"text": ["x", "y"], "label": ["A", None]}, "label": "A"}, "an option without a label"),
     ({"q": "  "}, "column 'q' holds no question"),
     ({"q": ""}, "column 'q' holds no question"),
+    *(
+        ({"of": {"text": ["x", "y"], "label": marks}, "label": label}, f"column 'of'{said}")
+        for marks, label, said in (
+            ("10", "0", " holds a text as the labels of its options"),
+            (5, "0", " holds a number as the labels of its options"),
+            (True, "0", " holds true or false as the labels of its options"),
+            ({"a": 1, "b": 0}, "0", " holds an object as the labels of its options"),
+            ([["1"], ["0"]], "0", ", label 1, holds a list"),
+            ([{"a": "1"}, {"a": "0"}], "0", ", label 1, holds an object"),
+            ([1.5, 0.0], "0", ", label 1, holds 1.5"),
+            (["a\nb", "c"], "0", ", label 1, holds"),
+            ([1.0, math.nan], "1", " has an option without a label"),
+            (["A", " "], "A", " has an option without a label"),
+            ([], "0", " has 2 options and 0 labels"),
+            ([1.0, 1.0], "1", " has the label '1' twice"),
+        )
+    ),
+    # What could be a mark of the row's own, and is none, is no option's number either.
+    ({"of": {"text": ["x", "y"], "label": ["1", "2"]}, "label": "0"}, "none of its 2 options"),
+    ({"of": {"text": ["x", "y"], "label": ["B", "C"]}, "label": "A"}, "none of its 2 options"),
 ]
 
 

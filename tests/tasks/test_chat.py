@@ -168,6 +168,17 @@ BAD: list[tuple[Any, str, str]] = [
     ),
     ([USER, {"role": "assistant", "content": "x" * 4_000_000}], CHATML, "holds 4,000,002 letters"),
     ([USER] * 2001, CHATML, "holds 2,001 messages: at most 2,000"),
+    *(
+        ([USER, {"role": "assistant", "content": "ho"}], template, "by the chat template: at most")
+        for template in (
+            CHATML + "{{ 'w0 ' * 2000000 }}",
+            "{% for n in range(2001) %}" + "x" * 2000 + "{% endfor %}" + CHATML,
+            MARKED.replace("m['content']", "m['content'] * 3000000"),
+            CHATML.replace(
+                "m['content']", "m['content'] * (3000000 if m['content'] != 'ho' else 1)"
+            ),
+        )
+    ),
     ([USER], "{{ nothing.at.all }}", "is refused by the chat template"),
 ]
 

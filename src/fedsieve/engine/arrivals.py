@@ -103,15 +103,18 @@ def outliers(norms: Mapping[str, float], bound: float) -> dict[str, str]:
     """The updates whose norm is more than `bound` times the cohort's median, and why they are left
     out. Of an even number the lower median counts: half of a cohort can be wrong.
 
-    Updates that change nothing tell no median, and one update alone has none but its own.
+    Updates that change nothing tell no median, and one update alone has none but its own. Of two,
+    nothing tells which is wrong. The larger goes: a small one that is wrong costs a round, which is
+    told, and a large one the adapter.
     """
     moving = [norm for norm in norms.values() if norm > 0]
     if not moving or bound == math.inf:
         return {}
     median = statistics.median_low(moving)
+    of_two = ". Of two updates the larger is left out, whichever is wrong: see who sends so little"
     return {
         id: f"its update was refused: its norm, {norm:.3g}, is {norm / median:.3g} times the "
-        f"cohort's median; server.norm_bound allows {bound:g}"
+        f"cohort's median; server.norm_bound allows {bound:g}{of_two if len(moving) == 2 else ''}"
         for id, norm in norms.items()
         if norm > bound * median
     }

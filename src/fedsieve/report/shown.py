@@ -16,6 +16,7 @@ from fedsieve.tasks.tally import MATRIX, Answer, OfClass
 
 FILE = "details.json"
 LARGEST = 1 << 25  # bytes of the file
+MOST = 1 << 53  # rounds and rows: what a float counts
 SHOWN = 20  # classes that are not folded away
 LONGEST = 2000  # characters of a cell
 
@@ -49,7 +50,20 @@ def load(folder: Path) -> Shown | None:
         raise FedSieveError(f"{path} cannot be read: {why}. Remove it to do without") from None
     if {len(each.taken_for) for each in found.classes} - {0, len(found.classes)}:
         raise FedSieveError(f"{path} has classes that do not fit together. Remove it to do without")
+    odd = next((each for each in found.classes if not _can_be(each)), None)
+    if odd is not None or not 0 <= found.round <= MOST:
+        where = f"round {found.round}" if odd is None else f"of class {odd.name[:40]!r} figures"
+        raise FedSieveError(f"{path} tells {where} that no run has. Remove it to do without")
     return found
+
+
+def _can_be(each: OfClass) -> bool:
+    """Whether rows can give a class these figures."""
+    rounded = 1 + 1e-9
+    shares = all(0 <= share <= rounded for share in (each.precision, each.recall, each.f1))
+    counts = all(count >= 0 for count in each.taken_for)
+    whole = not each.taken_for or sum(each.taken_for) == each.rows
+    return shares and counts and whole and 0 <= each.rows <= MOST
 
 
 def section(shown: Shown) -> str:

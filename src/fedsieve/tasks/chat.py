@@ -213,8 +213,17 @@ def _span(
 
 
 def _rendered(tokenizer: Any, messages: Sequence[Message], **how: Any) -> Any:
+    """What the template makes of the messages: a text, of which a tokenizer takes hundreds of bytes
+    a letter, whatever the messages are.
+    """
     try:
-        return tokenizer.apply_chat_template(list(messages), **how)
+        made = tokenizer.apply_chat_template(list(messages), **how)
     except Exception as error:  # whatever a template may raise
         why = " ".join(str(error).split())[:200]
         raise FedSieveError(f"is refused by the chat template: {why}") from error
+    if len(made) > LETTERS:
+        raise FedSieveError(
+            f"becomes a text of {len(made):,} letters by the chat template: at most {LETTERS:,} "
+            "are read"
+        )
+    return made

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 
 from fedsieve.data.files import Columns
-from fedsieve.data.names import clean, in_order, name_among
+from fedsieve.data.names import clean, in_order, name_among, name_of
 from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks import confusion
@@ -54,7 +54,7 @@ def _sets(rows: Dataset, fields: Fields) -> list[set[str] | FedSieveError]:
     found: list[set[str] | FedSieveError] = [set() for _ in range(len(rows))]
     for name in fields.label or ():
         for row, value in enumerate(cells(rows, name)):
-            told = _HOLDS.get(str(value).strip().casefold().removesuffix(".0"))
+            told = _holds(value)
             known = found[row]
             if told is None and isinstance(known, set):
                 found[row] = FedSieveError(
@@ -64,6 +64,15 @@ def _sets(rows: Dataset, fields: Fields) -> list[set[str] | FedSieveError]:
             elif told and isinstance(known, set):
                 known.add(clean(name))
     return found
+
+
+def _holds(value: Any) -> bool | None:
+    """What a cell says of a class; None where it says neither."""
+    try:
+        name = name_of(value) or ""
+    except FedSieveError:
+        return None
+    return _HOLDS.get(name.casefold().removesuffix(".0"))  # 1.0 is what pandas writes of 1
 
 
 def _of_lists(rows: Dataset, name: str) -> list[set[str] | FedSieveError]:

@@ -16,7 +16,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from fedsieve.data.files import Columns
-from fedsieve.data.names import clean
+from fedsieve.data.names import clean, kind_of, name_among
 from fedsieve.data.sources import column, names_in
 from fedsieve.data.templates import LETTERS
 from fedsieve.errors import FedSieveError
@@ -71,9 +71,11 @@ def _questions(rows: Dataset, fields: Fields) -> Iterator[_Question | FedSieveEr
     (label,) = columns.names
     names = _option_columns(fields)
     texts, labels = column(rows, columns.texts[0]), names_in(rows, label)
-    counted = "int" in str(getattr(rows.features[label], "dtype", ""))
+    # A float is a name where it is whole, and then it is that integer (names.py).
+    counted = str(getattr(rows.features[label], "dtype", "")).startswith(("int", "uint", "float"))
     # Of options that are the same in all rows, a label is the name of one, as of a class.
     counted = counted and bool(names) and not isinstance(rows.features[label], ClassLabel)
+    classes = _named_marks(rows.features.get(names[0])) if len(names) == 1 else None
     odd = bad_texts(texts, columns.texts[0])
     of_rows: Iterator[Any] = (
         zip(*(column(rows, name) for name in names), strict=True)
@@ -87,7 +89,7 @@ def _questions(rows: Dataset, fields: Fields) -> Iterator[_Question | FedSieveEr
             if isinstance(told, FedSieveError):
                 raise told
             where = f"row {row} of column {', '.join(map(repr, names))}"
-            options, marks = _options(cells, fields, where)
+            options, marks = _options(cells, fields, where, classes)
             if told is None:
                 raise FedSieveError(f"row {row} of column {label!r} does not say which is right")
             if not text.strip():
@@ -102,11 +104,21 @@ def _questions(rows: Dataset, fields: Fields) -> Iterator[_Question | FedSieveEr
             yield error
 
 
+def _named_marks(feature: Any) -> list[str] | None:
+    """The classes of which the labels of options are numbers, where they are."""
+    marks = feature.get("label") if isinstance(feature, Mapping) else None
+    kind = getattr(marks, "feature", None)
+    return [*map(clean, kind.names)] if isinstance(kind, ClassLabel) else None
+
+
 def _options(
-    cells: Sequence[Any], fields: Fields, where: str
+    cells: Sequence[Any], fields: Fields, where: str, classes: list[str] | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """A row's options, and what they are called where the data says so (ARC: A, B, C, D)."""
-    marks: Sequence[Any] = ()
+    """A row's options, and what they are called where the data says so (ARC: A, B, C, D).
+
+    classes: those of which the data's own labels of options are numbers
+    """
+    marks: Any = None
     if not cells:
         options: Any = fields.classes
     elif len(cells) > 1:
@@ -114,7 +126,7 @@ def _options(
     else:
         options = cells[0]
         if isinstance(options, Mapping) and {"text", "label"} <= options.keys():
-            options, marks = options["text"], options["label"] or ()
+            options, marks = options["text"], options["label"]
         if not isinstance(options, list):
             raise FedSieveError(f"{where} holds no list of options")
     if len(options) > MOST_OPTIONS:
@@ -127,16 +139,30 @@ def _options(
     if (letters := sum(map(len, options))) > LETTERS:
         raise FedSieveError(f"{where} {too_long(letters)}")
     found = tuple(option.strip() for option in options)
-    if marks and len(marks) != len(options):
-        raise FedSieveError(f"{where} has {len(options)} options and {len(marks)} labels for them")
-    if any(mark is None for mark in marks):
-        raise FedSieveError(f"{where} has an option without a label")
-    called = tuple(clean(str(mark)) for mark in marks)
+    called = () if marks is None else tuple(_marks(marks, len(options), where, classes))
     for kind, names in (("option", found), ("label", called)):
         name, times = Counter(names).most_common(1)[0] if names else ("", 0)
         if times > 1:
             raise FedSieveError(f"{where} has the {kind} {name[:40]!r} twice")
     return found, called
+
+
+def _marks(marks: Any, count: int, where: str, classes: list[str] | None) -> Iterator[str]:
+    """The names that a row gives its options. Raises FedSieveError for what is no list of names."""
+    if not isinstance(marks, list):
+        raise FedSieveError(
+            f"{where} holds {kind_of(marks)} as the labels of its options, and a list is needed"
+        )
+    if len(marks) != count:
+        raise FedSieveError(f"{where} has {count} options and {len(marks)} labels for them")
+    for number, mark in enumerate(marks):
+        try:
+            name = name_among(mark, classes)
+        except FedSieveError as error:
+            raise FedSieveError(f"{where}, label {number + 1}, {error}") from None
+        if name is None:
+            raise FedSieveError(f"{where} has an option without a label")
+        yield name
 
 
 def _right(
@@ -148,10 +174,14 @@ def _right(
     Raises ValueError, with the end of a sentence that begins with the label's place, where it means
     none, or two.
     """
-    number = int(told) - first if re.fullmatch(r"[0-9]{1,6}", told) else None
-    if number is None and len(told) == 1 and told.upper() in _LETTERS:
+    looks, number = _looks(told), None
+    if looks == "a number":
+        number = int(told) - first
+    elif looks == "a letter":
         number = _LETTERS.index(told.upper())
     by_number = {number} if number is not None and 0 <= number < len(options) else set()
+    if looks in map(_looks, marks):
+        by_number = set()  # with marks of its kind it means one of those, or none
     by_mark = _called(told, marks)
     by_text = set() if counted else _called(told, [clean(each) for each in options])
     two = told.isdecimal() and by_text and by_number and by_text != by_number
@@ -169,6 +199,13 @@ def _right(
         f"holds {told[:40]!r}, which is none of its {len(options)} options, nor a number from "
         f"{first} on (data.first_option says what the first one's is)"
     )
+
+
+def _looks(name: str) -> str:
+    """What a name could be taken for beside itself: a number, or a letter."""
+    if re.fullmatch(r"[0-9]{1,6}", name):
+        return "a number"
+    return "a letter" if len(name) == 1 and name.upper() in _LETTERS else name
 
 
 def _called(told: str, names: Sequence[str]) -> set[int]:
