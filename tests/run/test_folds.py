@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fedsieve.errors import FedSieveError
-from fedsieve.recipe import read as recipe
-from fedsieve.recipe.experiment import from_recipe
-from fedsieve.run import checkpoint, rundir, runner
+from fedsieve.algebra.adapter import Layout
+from fedsieve.algebra.method import State
+from fedsieve.run import runner, state
 from tests import runs
 from tests.conftest import Tiny
 
@@ -46,16 +45,11 @@ def test_a_run_goes_on_also_where_a_round_is_dropped_again(
         assert all(torch.equal(t, resumed.base[name]) for name, t in whole.base.items())
 
 
-def test_a_round_of_another_method_is_refused_as_ever(tiny: Tiny, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    given = asked("fedit", 2, 1.0)
-    with pytest.raises(runner.Stopped):
-        runs.start(tiny, folder, runs.stop_at(2), **given)
-    layout = from_recipe(recipe.check(tiny.table(**given))).resident.layout
-    place = rundir.place(folder, rundir.CHECKPOINTS)
-    snapshot = checkpoint.load(place, layout)
-    state = snapshot.progress.state
-    odd = state._replace(trees={**state.trees, "fold 1": {"x": torch.zeros(3)}})
-    checkpoint.save(place, snapshot._replace(progress=snapshot.progress._replace(state=odd)))
-    with pytest.raises(FedSieveError, match="not what the recipe's method and server keep"):
-        runner.resume(folder, runs.quiet)
+def test_what_is_kept_of_a_round_has_its_tensors_of_any_length() -> None:
+    rehearsed = {"a": torch.zeros(1, 8), "b": torch.zeros(8, 1)}
+    layout = Layout({}, (), 0, 1.0)
+    longer = State(layout, {"fold 7": {"a": torch.ones(5, 8), "b": torch.ones(8, 5)}, "other": {}})
+    state._refuse_another_round(longer, "fold 1", rehearsed)
+    for odd in ({"a": torch.ones(5, 8)}, {**rehearsed, "b": torch.ones(8)}, {}):
+        with pytest.raises(ValueError, match="'fold 7' has other tensors"):
+            state._refuse_another_round(State(layout, {"fold 7": odd}), "fold 1", rehearsed)

@@ -62,14 +62,14 @@ def check(budgets: Mapping[str, Budget], rank: int) -> None:
     """
     seen: set[Budget] = set()  # of many clients most are alike
     for id, budget in sorted(budgets.items()):
-        if budget in seen:
-            continue
         for knob, value in budget._asdict().items():
             if not is_number(value):
                 raise FedSieveError(
                     f"client {id!r}: its budget has {knob} {value!r}; it must be a number above 0, "
                     "at most 1"
                 )
+        if budget in seen:  # not before: True is equal to 1
+            continue
         if math.isfinite(budget.ratio) and budget.ratio > 1:
             refuse_rank(id, round(exact(budget.ratio) * rank), rank)
         for knob, value in budget._asdict().items():
