@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fedsieve.frame import Frame, pack, unpack
 from fedsieve.run import rundir
-from fedsieve.sites import federate, journal
+from fedsieve.sites import federate, journal, worker
 from fedsieve.sites.server import Incoming, Node, PendingRequest, Transport
 from tests import runs
 from tests.conftest import Tiny
@@ -186,3 +186,39 @@ def test_a_base_that_became_another_is_refused_by_name(
     assert all("base model is another" in r["dropped"] for r in late)
     assert any("base" in line and "north" in line for line in said)
     assert [r["client"] for r in receipts if r["round"] == 3 and not r.get("dropped")] == ["south"]
+
+
+def test_a_folder_where_a_round_is_kept_costs_no_round(tiny: Tiny, tmp_path: Path) -> None:
+    given = federation(tiny, tmp_path, "fedsa_lora")
+
+    def change(name: str, request: Frame, answer: Frame) -> Frame:
+        if name == "north" and request.header["do"] == "train":
+            (rounds_of(given) / f"round-{request.header['round'] + 1:09d}" / "x").mkdir(
+                parents=True
+            )
+        return answer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        serve(given, Wire(given, change))
+    assert not any(r.get("dropped") for r in runs.lines(given.run, rundir.CLIENTS))
+
+
+@pytest.mark.parametrize(("head", "body"), [({"counted": 0}, b"{}"), ({"loss_sum": None}, None)])
+def test_a_loss_of_nothing_is_left_out_and_none_is_told(
+    tiny: Tiny, tmp_path: Path, head: dict[str, Any], body: bytes | None
+) -> None:
+    given = federation(tiny, tmp_path, "fedit")
+
+    def change(name: str, request: Frame, answer: Frame) -> Frame:
+        if name == "north" and request.header["do"] == "evaluate":
+            return worker.seal(
+                worker.digest(request),
+                Frame({**answer.header, **head}, answer.body if body is None else body),
+            )
+        return answer
+
+    said = serve(given, Wire(given, change))
+    assert any("site north: its evaluation" in line for line in said)
+    last = runs.lines(given.run)[-1]
+    assert last.get("eval_loss") is None or head == {"counted": 0}

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.algebra.method import Memory
-from fedsieve.disk import bytes_of, write_whole
+from fedsieve.disk import bytes_of, remove, write_whole
 
 _DIGEST = 16  # bytes
 _ANSWER = "answer"
@@ -92,12 +92,12 @@ def write(
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in _files(folder):
         if path.name >= _name(entry.round):
-            path.unlink()
+            remove(path)  # a folder of that name, too
     write_whole(folder / _name(entry.round), data)
     old = [p for p in _files(folder) if p.name < _name(max(0, entry.round - keep))]
     for path in old[:-1]:
         if path.name != _name(entry.before):
-            path.unlink()
+            remove(path)
 
 
 def _name(number: int) -> str:

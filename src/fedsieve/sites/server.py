@@ -492,7 +492,10 @@ def joint_score(
     counts = []
     for site, frame in answers.items():
         try:
-            counts.append(_tally(frame, task, classes))
+            own = _tally(frame, task, classes)
+            if own.counted and math.isnan(own.loss):
+                say(f"site {site}: its evaluation has no loss that is a number, so neither has all")
+            counts.append(own)
         except WireError as error:
             say(f"site {site}: its evaluation is left out: {error}")
     try:
@@ -518,6 +521,7 @@ def _tally(frame: Frame, task: str, classes: tuple[str, ...]) -> Tally:
     found = Tally(loss, int(counted), sums)
     # The squares of those of all sites together are still numbers.
     real = all(abs(value) <= LARGEST**2 for value in sums.values())
+    real = real and (counted > 0 or found.loss == 0 or math.isnan(found.loss))
     if not (real and counted == found.counted >= 0 and catalogue.load(task).fits(found, classes)):
         raise WireError(f"such sums over {counted:g} cannot be")
     return found
