@@ -73,7 +73,8 @@ def test_a_node_that_is_killed_in_a_round_costs_no_bit(
     whole_with_memories: Path,
 ) -> None:
     """The last test of the cluster: it has one node then. Its one CPU is what is left."""
-    ask, killed = Spread._ask, []
+    ask = Spread._ask
+    killed: list[str] = []
 
     def kill(self: Spread, worker: Worker, job: Any) -> None:
         if b'"round": 2' in job.request and not killed:
