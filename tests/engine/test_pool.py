@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsieve import methods
 from fedsieve.engine.spread import Spread, Worker
@@ -171,9 +172,14 @@ def test_every_method_ends_with_the_bits_of_one_process(
     tiny: Tiny, tmp_path: Path, name: str, count: int
 ) -> None:
     given = changes(name, rounds=3)
-    runs.start(tiny, tmp_path / "one", **given)
-    runs.start(tiny, tmp_path / "many", engine=workers(count), **given)
-    runs.assert_same(tmp_path / "many", tmp_path / "one")
+    one = runs.start(tiny, tmp_path / "one", **given)
+    many = runs.start(tiny, tmp_path / "many", engine=workers(count), **given)
+    for part in ("tensors", "base"):
+        expected, got = getattr(one, part), getattr(many, part)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
+    for log in (rundir.METRICS, rundir.CLIENTS):
+        assert runs.untimed(tmp_path / "many", log) == runs.untimed(tmp_path / "one", log)
 
 
 @pytest.mark.slow
