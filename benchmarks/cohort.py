@@ -14,7 +14,6 @@ weights.
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ from fedsieve.tasks.tokens import Texts
 from fedsieve.train import local
 from fedsieve.train.cohort import Work, check_together, fit_together
 from fedsieve.train.model import ResidentModel, load_base, pick_device, set_up
+from measured import machine
 
 STEPS = 4
 TARGETS = {
@@ -138,8 +138,6 @@ def main() -> None:
     top = peak(device, dtype)
     ratios = sorted(one / other for one, other in pairs)
     fastest = [min(way) for way in zip(*pairs, strict=True)]
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     middle = ratios[len(ratios) // 2]
     print(
         f"{given.clients} clients x batch {given.batch} x {given.length} tokens, {given.model}, "
@@ -149,12 +147,12 @@ def main() -> None:
     for what, best in zip(("one after another", "at once"), fastest, strict=True):
         rate = flop / best
         print(f"{what}: {best:.3f} s, {rate / 1e12:.3f} TFLOP/s, {rate / top:.0%} of a matmul's")
-    print(machine)
+    print(machine(device))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         asked = {k: v for k, v in vars(given).items() if k != "json"}
         found = {"asked": asked, "pairs": pairs, "ratio": middle, "flop": flop, "matmul": top}
-        text = json.dumps({**found, "dtype": str(dtype), "machine": machine}, indent=2)
+        text = json.dumps({**found, "dtype": str(dtype), "machine": machine(device)}, indent=2)
         given.json.write_text(text + "\n")
 
 

@@ -1,8 +1,8 @@
-"""All that is to be known of a GPU, in one run of some minutes and one JSON file.
+"""What a step and a cohort at once cost on a GPU, in one run of some minutes and one JSON file.
 
-Runs the benchmarks of a step, of a cohort at once and of a round on a device, one after another,
-each within a limit, and gathers what each wrote. One that fails or takes too long is named and the
-rest goes on. Needs `fedsieve fetch minilm-l6 smollm2 20newsgroups`.
+Runs the benchmarks of a step and of a cohort at once on a device, one after another, each within a
+limit, and gathers what each wrote. One that fails or takes too long is named and the rest goes on.
+Needs `fedsieve fetch minilm-l6 smollm2`.
 
     python benchmarks/gpu.py [--device cuda] [--out runs/gpu.json]
 """

@@ -47,6 +47,7 @@ from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.settings import Sampling
 from fedsieve.train.local import Fit
+from measured import alive
 
 # Rank 16 on pairs of 384 x 384, as in MiniLM: 12 of them, and 268.
 ADAPTERS = {"0.15 M": (12, 384), "3.3 M": (268, 384)}
@@ -84,16 +85,6 @@ class Watch:
             return result
 
         return sgd()._replace(step=step)
-
-
-def alive() -> int:
-    """Numbers of 4 bytes in all tensors that are alive; storages that are shared count once."""
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) is torch.Tensor:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values()) // 4
 
 
 def method(server: Optimizer | None = None) -> Method:

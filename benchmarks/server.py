@@ -29,6 +29,7 @@ from fedsieve.algebra.method import ClientContext, Method, State
 from fedsieve.algebra.optim import Slots, sgd
 from fedsieve.algebra.payload import Payload
 from fedsieve.wire import decode, encode
+from measured import alive
 
 RANK, SIDE, LAYERS = 16, 384, 4
 BUDGETS = (Budget(0.25, 0.25, 1 / 16), Budget(0.5, 0.25, 1 / 4), Budget(), Budget(0.75, 1, 1 / 4))
@@ -60,16 +61,6 @@ def messages(method: Method, state: State, count: int) -> list[tuple[Client, byt
         report, _ = method.report(view, trained, memory, context)
         made.append((client, encode(report), sent))
     return made
-
-
-def alive() -> int:
-    """Numbers in all tensors that are alive, storages that are shared counted once."""
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) is torch.Tensor:
-            storage = thing.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values()) // 4
 
 
 def measure(name: str, count: int) -> dict[str, Any]:

@@ -10,7 +10,6 @@ within a turn, their median and their spread. Needs `fedsieve fetch minilm-l6 sm
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from fedsieve.settings import Lora, Training
 from fedsieve.tasks.tokens import IGNORED, Texts
 from fedsieve.train import local
 from fedsieve.train.model import ResidentModel, load_base, pick_device, set_up
+from measured import machine
 
 STEPS = 6
 SOURCES = {"minilm": "minilm-l6", "smollm2": "smollm2"}
@@ -138,13 +138,11 @@ def main() -> None:
             f"({each[0]:.2f} to {each[-1]:.2f} in {TURNS} turns)"
         )
     print(f"a step of ours: {min(turn['ours'] for turn in turns):.3f} s")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(machine)
+    print(machine(device))
     if given.json:
         given.json.parent.mkdir(parents=True, exist_ok=True)
         asked = {k: v for k, v in vars(given).items() if k != "json"}
-        found = {"asked": asked, "turns": turns, "ratios": ratios, "machine": machine}
+        found = {"asked": asked, "turns": turns, "ratios": ratios, "machine": machine(device)}
         given.json.write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -1,16 +1,14 @@
 """Laws of the parts: keys, rounding, server optimizers, the merge's memory."""
 
 import gc
-import importlib.util
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import server
 from fedsieve import methods
 from fedsieve.algebra.adapter import Adapter, layout_of
 from fedsieve.algebra.budget import Client
@@ -168,15 +166,6 @@ def test_memory_of_a_merge_does_not_grow_with_the_clients() -> None:
     method.merge(state, updates(40), Key(0, 1))
     assert max(peaks) - before <= few + size / 100
     assert few <= 3.1 * size
-
-
-_spec = importlib.util.spec_from_file_location(
-    "server", Path(__file__).parents[2] / "benchmarks" / "server.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-server: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(server)
 
 
 @pytest.mark.parametrize("name", sorted(set(methods.names()) - {*server.STACKING, "full", "head"}))

@@ -6,17 +6,16 @@ one, so that these laws are seen to fail where they must: one forgets the scale 
 mean over the clients that hold a rank instead of counting zeros.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterable
 from itertools import combinations, islice
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
 import torch
 
+import convergence
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
@@ -25,13 +24,6 @@ from fedsieve.algebra.payload import Payload
 from fedsieve.algebra.sieve import dense, sketch
 from fedsieve.errors import FedSieveError
 from fedsieve.methods.fslora import gradient_bound, step_size_bound
-
-_path = Path(__file__).parents[2] / "benchmarks" / "convergence.py"
-_spec = importlib.util.spec_from_file_location("convergence", _path)
-assert _spec is not None
-assert _spec.loader is not None
-convergence: Any = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(convergence)
 
 PROBLEM = convergence.problem()
 USUAL: dict[str, Any] = {

@@ -622,9 +622,8 @@ def test_every_byte_is_a_rounds_or_aside() -> None:
     assert all(n is not None for n in told)
     assert told[0]
     answer = len(pack(seal(bytes(32), Frame({"ok": True}))))
-    assert told[-1] == 3 * (answer + 1000) + 3 * (
-        100 + len(pack(Frame({"do": "evaluate", "recipe": "digest", "round": 2}, b"the adapter")))
-    )
+    asked = {"do": "evaluate", "recipe": "digest", "round": 2, "after": 2}
+    assert told[-1] == 3 * (answer + 1000 + 100 + len(pack(Frame(asked, b"the adapter"))))
     assert counted + sum(n or 0 for n in told) == net.carried
 
 

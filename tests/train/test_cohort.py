@@ -20,8 +20,8 @@ from fedsieve.train.model import ResidentModel
 from tests.conftest import Tiny
 from tests.tasks.test_federated import KINDS, Kind, quietly
 from tests.train import families
-from tests.train.families import FAMILIES, TASKS, Family
-from tests.train.test_step import FAST, LANGUAGE, PLAIN, of_family, penalty, prepared
+from tests.train.families import Family
+from tests.train.test_step import LANGUAGE, PLAIN, each_family, of_family, penalty, prepared
 
 SIZES = (11, 3, 7, 1)  # rows of each client: batches of 4 are 3, 1, 2, 1 a pass, and unequal
 RANKS = (4, 2, 1, 3)
@@ -162,14 +162,9 @@ CANNOT = {
     "modernbert": r"head\.norm\.weight belongs to a layer of kind LayerNorm",
     "xlnet": "its clients' gradients are others",
 }
-CASES = [(family, TASKS[task]) for family in FAMILIES for task in family.tasks]
 
 
-@pytest.mark.parametrize(
-    ("family", "task"),
-    [pytest.param(*case, marks=() if case[0].name in FAST else pytest.mark.slow) for case in CASES],
-    ids=[f"{family.name}-{task}" for family, task in CASES],
-)
+@each_family
 def test_every_family_trains_at_once_or_says_why_not(
     family: Family, task: str, tmp_path: Path
 ) -> None:

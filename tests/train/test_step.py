@@ -173,11 +173,14 @@ def of_family(folder: Path, family: Family, task: str, rate: float = 0.2) -> Res
     return set_up(model, task, lora, "lora", key=Key(0), device=CPU)
 
 
-@pytest.mark.parametrize(
+each_family = pytest.mark.parametrize(
     ("family", "task"),
     [pytest.param(*case, marks=() if case[0].name in FAST else pytest.mark.slow) for case in CASES],
     ids=[f"{family.name}-{task}" for family, task in CASES],
 )
+
+
+@each_family
 def test_layers_that_run_twice_train_as_those_that_run_once(
     family: Family, task: str, tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ empty text, null and NaN are no name.
 import datetime
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -66,6 +66,24 @@ def name_among(value: Any, told: Sequence[str] | None) -> str | None:
             f"holds {value}, and its {len(told)} classes have the numbers 0 to {len(told) - 1}"
         )
     return name_of(told[value])
+
+
+def each_among(
+    values: Sequence[Any], told: Sequence[str] | None, place: Callable[[int], str], empty: str
+) -> list[str]:
+    """`name_among` of each. Raises FedSieveError for the first that is no name, which begins with
+    its place (number -> words), or is `empty`, where there is nothing.
+    """
+    names = []
+    for number, value in enumerate(values):
+        try:
+            name = name_among(value, told)
+        except FedSieveError as error:
+            raise FedSieveError(f"{place(number)} {error}") from None
+        if name is None:
+            raise FedSieveError(empty)
+        names.append(name)
+    return names
 
 
 def kind_of(value: Any) -> str:

@@ -7,7 +7,7 @@ a simulation cannot be better than the deployment.
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
@@ -43,6 +43,19 @@ class Reply(NamedTuple):
     wire: float
     memory: int
     transport: int | None = None
+
+
+def facts(reply: Reply) -> dict[str, Any]:
+    """What a reply says beside its update, as JSON has words for it: there is none for NaN."""
+    return {
+        "reason": reply.reason,
+        "loss": reply.loss if math.isfinite(reply.loss) else None,
+        "steps": reply.steps,
+        "seconds": reply.seconds,
+        "compute": reply.compute,
+        "wire": reply.wire,
+        "memory": reply.memory,
+    }
 
 
 class Asked(NamedTuple):

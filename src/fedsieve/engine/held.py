@@ -19,15 +19,21 @@ Mark = tuple[str, str, torch.dtype, torch.Size, int]
 
 
 class Held:
-    """The tensors of memories that are alive somewhere; it keeps none of them alive itself."""
+    """The tensors of memories that are alive somewhere; it keeps none of them alive itself.
+
+    memories: those that are there; looked at when the first other comes, since a run that goes on
+        brings its own after its engine was made
+    """
 
     def __init__(self, memories: Iterable[Memory]) -> None:
         self._known: weakref.WeakValueDictionary[Mark, Tensor] = weakref.WeakValueDictionary()
-        for memory in memories:
-            self.once(memory)
+        self._unseen = memories
 
     def once(self, memory: Memory) -> Memory:
         """The memory, with another one's tensor wherever that is the same, number for number."""
+        unseen, self._unseen = self._unseen, ()
+        for other in unseen:
+            self.once(other)
         return {
             group: {name: self._one(group, name, tensor) for name, tensor in tree.items()}
             for group, tree in memory.items()

@@ -27,9 +27,12 @@ def in_process(
     start: the adapter before the first round
     memories: what each client keeps between rounds, by id
     """
-    return remembering(
-        lambda asked: (take_part(method, train, start, *each) for each in asked), memories
-    )
+    return remembering(alone(method, train, start), memories)
+
+
+def alone(method: Method, train: Train, start: Adapter) -> Take:
+    """One client after another, each when it is asked."""
+    return lambda asked: (take_part(method, train, start, *each) for each in asked)
 
 
 def remembering(take: Take, memories: dict[str, Memory]) -> Exchange:
@@ -39,12 +42,10 @@ def remembering(take: Take, memories: dict[str, Memory]) -> Exchange:
     take: what clients are asked -> in the same order their replies, and what they keep then
     """
     fresh: dict[str, Memory] = {}
-    held: Held | None = None
+    held = Held(memories.values())
 
     def carry(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
-        nonlocal held
         fresh.clear()
-        held = held or Held(memories.values())  # now: a run that goes on has brought its own
         asked = (
             Asked(client, memories.get(client.id, {}), key._replace(client=client.id), message)
             for client, message in messages

@@ -16,7 +16,7 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client, Link
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method, View
-from fedsieve.engine.client import Reply, take_part
+from fedsieve.engine.client import Reply, facts, take_part
 from fedsieve.errors import FedSieveError
 from fedsieve.frame import Frame, pack, unpack
 from fedsieve.train.local import Fit
@@ -58,13 +58,7 @@ def work(method: Method, fitting: Fitting, start: Adapter, asked: Frame) -> Fram
     update, kept = reply.update or b"", b"" if after is before else _bytes(after)
     said = {
         "ok": True,
-        "reason": reply.reason,
-        "loss": reply.loss if math.isfinite(reply.loss) else None,  # JSON has no word for NaN
-        "steps": reply.steps,
-        "seconds": reply.seconds,
-        "compute": reply.compute,
-        "wire": reply.wire,
-        "memory": reply.memory,
+        **facts(reply),
         "update": None if reply.update is None else len(update),
         "groups": None if after is before else sorted(after),
     }

@@ -87,7 +87,7 @@ class Spread:
     ) -> None:
         self._rows, self._memories, self._work = rows, memories, work
         self._fresh: dict[str, Memory] = {}
-        self._held: Held | None = None
+        self._held = Held(memories.values())
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._idle: list[Worker] = []
         self._busy: dict[int, Worker] = {}
@@ -262,7 +262,5 @@ class Spread:
         reply, memory = reply_of(client, answer)
         memory = self._kept(client) if memory is None else memory
         if memory:
-            # Not before: a run that goes on has brought its own.
-            self._held = self._held or Held(self._memories.values())
             self._fresh[client.id] = self._held.once(memory)
         return reply

@@ -16,10 +16,9 @@ from fedsieve.engine.client import (
     Reply,
     Train,
     TrainTogether,
-    take_part,
     take_part_together,
 )
-from fedsieve.engine.local import Take, remembering
+from fedsieve.engine.local import Take, alone, remembering
 from fedsieve.engine.loop import Exchange
 
 MOST = 8  # at once, where that is measured
@@ -38,15 +37,14 @@ def together(
 ) -> Exchange:
     """`in_process`, with so many clients at once. say: what was measured, where that is asked"""
 
-    def alone(asked: Iterator[Asked]) -> Iterator[tuple[Reply, Memory]]:
-        return (take_part(method, train, start, *each) for each in asked)
-
     def at_once(asked: Iterator[Asked]) -> Iterator[tuple[Reply, Memory]]:
         most = MOST if size == "auto" else size
         while some := list(islice(asked, most)):
             yield from take_part_together(method, train_together, start, some)
 
-    return remembering(_measured(alone, at_once, say) if size == "auto" else at_once, memories)
+    if size != "auto":
+        return remembering(at_once, memories)
+    return remembering(_measured(alone(method, train, start), at_once, say), memories)
 
 
 def _measured(alone: Take, at_once: Take, say: Callable[[str], None]) -> Take:

@@ -224,7 +224,6 @@ def assemble(
     # A client's own part of the model is no part of what the noise covers.
     withheld = method.personal is not None and method.private == "system"
     evaluated = rated if method.private == "system" else keeping(rated, details)
-    exchange = in_process(method, train, resident.adapter(), memories)
     if engine is not None:
         exchange = engine(memories)
     elif at_once != 1 and _trains_together(resident, at_once):
@@ -237,6 +236,8 @@ def assemble(
             at_once,
             lambda said: warnings.warn(said, stacklevel=2),
         )
+    else:
+        exchange = in_process(method, train, resident.adapter(), memories)
     federation = Federation(
         method=method,
         clients=clients,

@@ -72,7 +72,7 @@ def _refuse_edited(source: str, text: str, now: Recipe, accept_changes: bool) ->
 
 def edits(then: Recipe, now: Recipe) -> tuple[set[str], str]:
     """The keys that differ, and how, in words, for the first `MOST_TOLD` of them."""
-    before, after = (_plain(each) for each in (then, now))
+    before, after = (settings_of(each) for each in (then, now))
     changed = [k for k in sorted(before.keys() | after.keys()) if before.get(k) != after.get(k)]
     said = "; ".join(
         f"{key} was {quoted(before.get(key))} and is {quoted(after.get(key))}"
@@ -83,6 +83,6 @@ def edits(then: Recipe, now: Recipe) -> tuple[set[str], str]:
     return {*changed}, said
 
 
-def _plain(recipe: Recipe) -> Mapping[str, Any]:
+def settings_of(recipe: Recipe) -> Mapping[str, Any]:
     """A recipe's keys, less those of [engine]: where clients run changes nothing of a run."""
     return dict(flat(recipe.model_dump(mode="json", exclude={"engine"})))

@@ -84,9 +84,10 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
     for group in _odd(method, start, state):
         raise _other(folder, repr(group))
     clients = {client.id: client for client in federation.clients}
-    anyone = next(iter(clients.values()), None)
-    if anyone is None:
+    if not clients:
         return
+    # What the least update makes is there for the others, if they make it.
+    anyone = min(clients.values(), key=lambda client: client.budget.ratio)
     what = "state"
     try:
         method.export(state)
@@ -104,15 +105,9 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
                 return rehearsed(client._replace(id=_NOBODY), {})
 
         update = beginning(anyone).update
-        # What the least update makes is there for the others, if they make it.
-        least = min(clients.values(), key=lambda client: client.budget.ratio)
-        made = {
-            g for each in dry_run.rounds(method, start.layout, [least]) for g in each.state.trees
-        }
-        after = method.merge(state, [(anyone, update)], key)
-        _refuse_unknown_groups(state, after, {_unnumbered(group) for group in made})
         rehearsal = dry_run.rounds(method, start.layout, [anyone])
-        _refuse_other_names(state, method.init(start).trees, rehearsal, clients)
+        made = _refuse_other_names(state, method.init(start).trees, rehearsal, clients)
+        _refuse_unknown_groups(state, method.merge(state, [(anyone, update)], key), made)
         for id, memory in _one_of_each(snapshot, clients):
             what = f"memory of client {id[:80]!r}"
             anew, found = _made(beginning(clients[id])), _made(rehearsed(clients[id], memory))
@@ -162,14 +157,16 @@ def _refuse_other_names(
     begun: Collection[str],
     rehearsal: Iterator[dry_run.Rehearsed],
     clients: Collection[str],
-) -> None:
-    """Raises ValueError for a group of the state with other tensors than it has over random
-    numbers, but for what it keeps by client.
+) -> set[str]:
+    """The groups that the rehearsal made, without numbers. Raises ValueError for a group of the
+    state with other tensors than it has over random numbers, but for what it keeps by client.
 
     begun: the groups that are there from the beginning, which are known to be right
     """
+    made = set()
     for each in rehearsal:
         for group, tree in each.state.trees.items():
+            made.add(_unnumbered(group))
             if group in begun:
                 continue
             if group != _unnumbered(group):
@@ -180,6 +177,7 @@ def _refuse_other_names(
             wanted = {name: form for name, form in wanted.items() if name not in clients}
             if kept | wanted != kept or set(kept) - set(wanted) - set(clients):
                 raise ValueError(f"the state's {group!r} has other tensors")
+    return made
 
 
 def _refuse_another_round(state: State, group: str, tree: Tree) -> None:

@@ -44,7 +44,7 @@ from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
 from fedsieve.disk import NotAFile, bytes_of, remove, write_whole
-from fedsieve.engine.client import Reply, take_part
+from fedsieve.engine.client import facts, take_part
 from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.frame import Frame, refusal
 from fedsieve.recipe import schema
@@ -447,24 +447,11 @@ def _round(
         except WireError as error:
             unfit = unfit or error
         else:
-            return Entry(key.round, before, "", _said(reply, key), reply.update or b"", after)
+            said = {"ok": True, "round": key.round, **facts(reply)}
+            return Entry(key.round, before, "", said, reply.update or b"", after)
     raise unfit or FedSieveError(
         f"round {key.round} cannot be done again here: this site has forgotten what it kept before"
     )
-
-
-def _said(reply: Reply, key: Key) -> dict[str, Any]:
-    return {
-        "ok": True,
-        "round": key.round,
-        "reason": reply.reason,
-        "loss": reply.loss if math.isfinite(reply.loss) else None,  # JSON has no word for NaN
-        "steps": reply.steps,
-        "seconds": reply.seconds,
-        "compute": reply.compute,
-        "wire": reply.wire,
-        "memory": reply.memory,
-    }
 
 
 def _evaluate(resident: Resident, request: Frame) -> Frame:

@@ -248,7 +248,7 @@ class Sites:
         self._lost -= {*merged}
 
     def carry(self, messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
-        """The round's messages to their sites, all at once, and a reply for each, in their order.
+        """The round's messages to their sites, all at once, and a reply for each.
 
         A site that gives nothing to merge has a reply that says why.
         """
@@ -256,11 +256,9 @@ class Sites:
         self._number = key.round
         head = {"do": "train", "recipe": self._digest, "seed": key.seed, "round": key.round}
         began = self._clock()
-        asked: list[Client] = []
         replies: dict[str, Reply] = {}
         waiting: dict[str, Dispatch] = {}
         for client, message in messages:
-            asked.append(client)
             stray = self._stray.pop(client.id, 0)
             own = {**head, "site": client.id, **self._after(client)}
             request, dispatch = self._go(
@@ -293,9 +291,7 @@ class Sites:
             )
             reply = _nothing(dispatch.client, self._too_late(began, enough))
             replies[dispatch.client.id] = reply._replace(transport=dispatch.transport)
-        # In the order of the messages: a sum of floats depends on its order.
-        for client in asked:
-            yield replies.pop(client.id)
+        yield from replies.values()
 
     def aside(self) -> int:
         """Transport of all but the rounds' own messages since this was last asked, in bytes."""

@@ -29,9 +29,9 @@ from fedsieve.disk import refuse_link, write_whole
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate, quoted
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe.overrides import flat
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
+from fedsieve.run.found import settings_of
 
 ASKED = "asked.toml"
 DIVERGED = "diverged.txt"
@@ -75,8 +75,7 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
         if not asked.exists():
             raise FedSieveError(f"{job.folder} holds some other run: choose another --out")
         before, now, own = (
-            # Any engine may go on with a run.
-            dict(flat(recipe.model_dump(mode="json", exclude={"engine"})))
+            settings_of(recipe)
             for recipe in (_parsed(asked), job.recipe, _parsed(job.folder / rundir.RECIPE))
         )
         for key in sorted(before.keys() | now.keys()):

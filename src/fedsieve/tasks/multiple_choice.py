@@ -16,7 +16,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from fedsieve.data.files import Columns
-from fedsieve.data.names import clean, kind_of, name_among
+from fedsieve.data.names import clean, each_among, kind_of
 from fedsieve.data.sources import column, names_in
 from fedsieve.data.templates import LETTERS
 from fedsieve.errors import FedSieveError
@@ -139,15 +139,15 @@ def _options(
     if (letters := sum(map(len, options))) > LETTERS:
         raise FedSieveError(f"{where} {too_long(letters)}")
     found = tuple(option.strip() for option in options)
-    called = () if marks is None else tuple(_marks(marks, len(options), where, classes))
+    called = [] if marks is None else _marks(marks, len(options), where, classes)
     for kind, names in (("option", found), ("label", called)):
         name, times = Counter(names).most_common(1)[0] if names else ("", 0)
         if times > 1:
             raise FedSieveError(f"{where} has the {kind} {name[:40]!r} twice")
-    return found, called
+    return found, tuple(called)
 
 
-def _marks(marks: Any, count: int, where: str, classes: list[str] | None) -> Iterator[str]:
+def _marks(marks: Any, count: int, where: str, classes: list[str] | None) -> list[str]:
     """The names that a row gives its options. Raises FedSieveError for what is no list of names."""
     if not isinstance(marks, list):
         raise FedSieveError(
@@ -155,14 +155,8 @@ def _marks(marks: Any, count: int, where: str, classes: list[str] | None) -> Ite
         )
     if len(marks) != count:
         raise FedSieveError(f"{where} has {count} options and {len(marks)} labels for them")
-    for number, mark in enumerate(marks):
-        try:
-            name = name_among(mark, classes)
-        except FedSieveError as error:
-            raise FedSieveError(f"{where}, label {number + 1}, {error}") from None
-        if name is None:
-            raise FedSieveError(f"{where} has an option without a label")
-        yield name
+    empty = f"{where} has an option without a label"
+    return each_among(marks, classes, lambda n: f"{where}, label {n + 1},", empty)
 
 
 def _right(

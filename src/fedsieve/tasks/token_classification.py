@@ -15,7 +15,7 @@ from datasets import ClassLabel, Dataset
 from torch import Tensor
 
 from fedsieve.data.files import Columns
-from fedsieve.data.names import clean, in_order, name_among
+from fedsieve.data.names import clean, each_among, in_order
 from fedsieve.data.sources import column
 from fedsieve.data.templates import LETTERS
 from fedsieve.errors import FedSieveError
@@ -79,16 +79,7 @@ def _tags(tags: Any, told: list[str] | None, name: str, words: list[str]) -> lis
         raise FedSieveError(f"{name!r} holds no list of tags{IN_FILES}")
     if len(tags) != len(words):
         raise FedSieveError(f"{name!r} holds {len(tags)} tags for {len(words)} words")
-    names = []
-    for tag in tags:
-        try:
-            given = name_among(tag, told)
-        except FedSieveError as error:
-            raise FedSieveError(f"{name!r} {error}") from None
-        if given is None:
-            raise FedSieveError(f"{name!r} has an empty tag")
-        names.append(given)
-    return names
+    return each_among(tags, told, lambda _: repr(name), f"{name!r} has an empty tag")
 
 
 def _classes(parts: Sequence[Dataset], fields: Fields) -> tuple[str, ...]:

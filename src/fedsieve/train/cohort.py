@@ -103,28 +103,30 @@ def _fit(resident: ResidentModel, works: list[Work], training: Training) -> list
     steps = [steps_of(count(each.examples), training) for each in works]
     batches = [batches_of(each.examples, training, each.key) for each in works]
     stack = _side_by_side(resident, views, training)
+    head = _head(resident)
     devices = [resident.device] if resident.device.type == "cuda" else []
     losses: list[Tensor] = []
     trained: dict[int, Tree] = {}
     memory: list[int] = []
-    began = time.perf_counter()
+    done, began = 0, time.perf_counter()
     with (
         torch.random.fork_rng(devices=devices),
         checkpointed(resident.model, training.checkpointing),
     ):
         torch.manual_seed(word(works[0].key.at("dropout")))
-        for number in range(1, max(steps) + 1):
-            there = sum(each >= number for each in steps)
-            losses.append(
-                _step(resident, stack, [next(b) for b in batches[:there]], views, training)
-            )
-            memory = memory or _memory(stack, views)
-            staying = sum(each > number for each in steps)
-            for client in range(staying, there):
+        for last in sorted(set(steps)):
+            there = sum(each >= last for each in steps)
+            if done:
+                stack = _first(stack, there, training)
+            with stacked(resident, stack.tensors, stack.scales):
+                for _ in range(done, last):
+                    now = [next(own) for own in batches[:there]]
+                    losses.append(_step(resident, stack, now, views, head, training))
+                    memory = memory or _memory(stack, views)
+            for client in range(steps.index(last), there):
                 own = unstacked(stack.tensors, client, views[client].adapter)
                 trained[client] = {name: t.detach().clone().cpu() for name, t in own.items()}
-            if 0 < staying < there:
-                stack = _first(stack, staying, training)
+            done = last
         told = [each.tolist() for each in losses]  # waits for the device
     share = (time.perf_counter() - began) / sum(steps)
     means = [sum(row[client] for row in told[:own]) / own for client, own in enumerate(steps)]
@@ -179,22 +181,23 @@ def _step(
     stack: _Stack,
     batches: list[Examples],
     views: list[View],
+    head: nn.Module | None,
     training: Training,
 ) -> Tensor:
-    """A step of each client on its own batch. Returns their losses, (c,), on the device."""
+    """A step of each client on its own batch, by a model with the stack in it. Returns their
+    losses, (c,), on the device.
+    """
     counts = [catalogue.load(resident.task).counts(batch.labels) for batch in batches]
     most = max(count(batch) for batch in batches)
     rows = min(most, training.micro_batch or most)
     total = torch.zeros(len(batches), device=resident.device)
     for first in range(0, most, rows):
-        # The backward pass runs layers again where they are checkpointed: with the stack in them.
-        with stacked(resident, stack.tensors, stack.scales):
-            with precision_of(resident, training.precision):
-                losses = losses_of(resident, batches, counts, range(first, first + rows))
-            if first == 0:
-                losses = losses + _penalties(stack, views[: len(batches)])
-            total += losses.detach()
-            losses.sum().backward()
+        with precision_of(resident, training.precision):
+            losses = _losses(resident, batches, counts, range(first, first + rows), head)
+        if first == 0:
+            losses = losses + _penalties(stack, views[: len(batches)])
+        total += losses.detach()
+        losses.sum().backward()
     for name, (moves, _) in stack.still.items():
         gradient = stack.tensors[name].grad
         if gradient is not None:
@@ -208,19 +211,22 @@ def _step(
     return total
 
 
-def losses_of(
-    resident: ResidentModel, batches: Sequence[Examples], counts: Sequence[int], rows: range
+def _losses(
+    resident: ResidentModel,
+    batches: Sequence[Examples],
+    counts: Sequence[int],
+    rows: range,
+    head: nn.Module | None,
 ) -> Tensor:
     """The share of these rows of each client's batch in its loss, (c,), on the device.
 
     counts: over what each batch's mean is. One over nothing is no number, and nobody else's matter
+    head:   as in `outputs`
     """
     task = catalogue.load(resident.task)
     given = [len(range(count(batch))[rows.start : rows.stop]) for batch in batches]
     parts = [_rows(batch, rows, max(given)) for batch in batches]
-    whole = beside(parts)
-    # The head of a language model would be given another number of places of each client.
-    head = None if resident.head is None or _trained(resident, resident.head) else resident.head
+    whole = _beside(parts)
     each = task.losses(*outputs(resident.model, resident.task, whole, resident.device, head=head))
     if task.picked is not None:
         sums = [own.sum() for own in each.split([task.counts(part.labels) for part in parts])]
@@ -242,7 +248,7 @@ def _rows(batch: Examples, rows: range, most: int) -> Examples:
     return part
 
 
-def beside(parts: Sequence[Examples]) -> Examples:
+def _beside(parts: Sequence[Examples]) -> Examples:
     """All of these, one after another; of texts, as wide as the widest."""
     first = parts[0]
     labels = [part.labels for part in parts]
@@ -264,10 +270,13 @@ def beside(parts: Sequence[Examples]) -> Examples:
     )
 
 
-def _trained(resident: ResidentModel, module: nn.Module) -> bool:
-    """Whether anything in a module is trained."""
-    inside = {id(each) for each in module.modules()}
-    return any(id(each) in inside for each, _ in resident.slots.values())
+def _head(resident: ResidentModel) -> nn.Module | None:
+    """A language model's head, unless something in it is trained: it would be given another number
+    of places of each client.
+    """
+    inside = set() if resident.head is None else {id(each) for each in resident.head.modules()}
+    trained = {id(module) for module, _ in resident.slots.values()}
+    return None if inside & trained else resident.head
 
 
 def _penalties(stack: _Stack, views: Sequence[View]) -> Tensor:
@@ -332,12 +341,12 @@ def _agrees(resident: ResidentModel) -> bool:
     layout = resident.layout
     draws = torch.Generator().manual_seed(0)
     before = resident.adapter()
-    adapters = [
-        Adapter(
-            layout, {n: t + 0.02 * torch.randn(t.shape, generator=draws) for n, t in tree.items()}
-        )
-        for tree in (before.tensors, before.tensors)
-    ]
+
+    def near() -> Adapter:
+        noise = {n: torch.randn(t.shape, generator=draws) for n, t in before.tensors.items()}
+        return Adapter(layout, {n: t + 0.02 * noise[n] for n, t in before.tensors.items()})
+
+    adapters = [near(), near()]
     rows = made_up(resident.model, resident.task)
     batches = [rows, take(rows, torch.tensor([1]))]
     counts = [catalogue.load(resident.task).counts(batch.labels) for batch in batches]
@@ -346,7 +355,7 @@ def _agrees(resident: ResidentModel) -> bool:
     resident.put(before)
     resident.model.eval()
     with stacked(resident, stack, scales), precision_of(resident, "fp32"):
-        losses_of(resident, batches, counts, range(2)).sum().backward()
+        _losses(resident, batches, counts, range(2), _head(resident)).sum().backward()
     agree = True
     for client, (adapter, batch) in enumerate(zip(adapters, batches, strict=True)):
         resident.put(adapter)
