@@ -134,7 +134,7 @@ def test_no_image_is_read_by_another_program(
 
 
 def test_sizes_beyond_reason_are_refused_before_anything_is_made() -> None:
-    for settings in ({"size": {"height": 5000, "width": 5}}, {"size": {"shortest_edge": 99_999}}):
+    for settings in ({"size": {"height": 1025, "width": 5}}, {"size": {"shortest_edge": 99_999}}):
         kind = transformers.CLIPImageProcessorPil if "shortest_edge" in settings["size"] else None
         processor = (kind or ViTImageProcessorPil)(**settings)
         with pytest.raises(FedSieveError, match="pixels a side"):
@@ -151,10 +151,35 @@ def test_few_large_images_are_held_at_a_time() -> None:
     sides = [30] * 20 + [1500] * 5 + [3000] + [30] * 3
     values = [packed(Image.new("L", (side, side), side % 256)) for side in sides]
     found = made(values, watched)
-    assert sum(map(len, held[1:])) == len(sides)  # the first are those of black and white
+    assert sum(map(len, held[3:])) == len(sides)  # the first are black, white and a gray
     assert all(len(each) <= 16 for each in held)
     assert all(sum(each) <= 2**22 or len(each) == 1 for each in held)
     assert found.pixels[:, 0, 0, 0].tolist() == [side % 256 for side in sides]
+
+
+def test_how_large_images_become_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor says it, and comes with a model's folder: small files, large tensors."""
+    held = []
+    processor = ViTImageProcessorPil(size={"height": 1024, "width": 1024})
+
+    def watched(images: list[Image.Image], **how: Any) -> Any:
+        held.append(len(images))
+        return processor(images, **how)
+
+    values = [packed(noise(n)) for n in range(9)]
+    assert made(values, watched).pixels.shape == (9, 3, 1024, 1024)
+    assert held == [1, 1, 1, 4, 4, 1]
+    monkeypatch.setattr(images, "_memory", lambda: 9 * 3 * 1024**2 * 2 - 1)
+    with pytest.raises(FedSieveError, match=r"9 rows take 0.0283 GB .*1024 x 1024.*fewer rows"):
+        made(values, watched)
+
+
+def test_a_processor_that_keeps_each_images_form_is_refused() -> None:
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
+    alike = [packed(noise(n, 30, 41)) for n in range(20)]
+    assert made(alike, processor).pixels.shape == (20, 3, 32, 43)
+    with pytest.raises(FedSieveError, match=r"several sizes \(32 x 43 and 32 x 32\)"):
+        made([*alike[:16], *[packed(noise(1, 30, 30))] * 16], processor)
 
 
 def gray16(largest: int = 65535) -> Image.Image:

@@ -4,10 +4,13 @@ Pillow decodes; the model's own image processor makes what the model reads of it
 scale, shift and normalise in many ways, and all come to one: a value is linear in a pixel's level
 of 0 to 255. So the levels are kept, as bytes, and a batch is made values when it is used
 (batch.py): four times the memory otherwise. What black and white become says which line it is.
-No image is trusted: one that does not decode, or that is too large, is a bad row.
+No image is trusted: one that does not decode, or that is too large, is a bad row. Nor is the
+processor, which says how large images become: what does not fit is refused before it is made.
 """
 
 import io
+import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +30,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 # Pillow's names. It reads others, and some (EPS) by another program: a stranger's, run here.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MOST_PIXELS = 50_000_000  # of one image: a small file can say that it is as large as a city
-MOST_SIDE = 4096  # pixels, of what a model reads
+MOST_SIDE = 1024  # pixels, of what a model reads
 MOST_SIDES = 64  # times the shorter one: made as wide as a model sees it, a line is a city too
 _AT_ONCE = 16  # images that the processor is given in one call
 _HELD = 1 << 22  # and pixels of them, where there are several
@@ -52,9 +55,20 @@ def images(dataset: Dataset, processor: Any, name: str) -> Images:
 
     Raises FedSieveError, naming row and column, for an image that cannot be used.
     """
-    low, high = _ends(processor)
-    made = [_levels(_values(processor, some), low, high) for some in _batches(dataset, name)]
-    pixels = torch.cat(made)
+    low, high, size = _ends(processor)
+    pixels, done = _room(len(dataset), size), 0
+    for some in _batches(dataset, name, max(1, _HELD // math.prod(size))):
+        levels = _levels(_values(processor, some), low, high)
+        if not done:
+            pixels = _room(len(dataset), levels.shape[2:])
+        if levels.shape[1:] != pixels.shape[1:]:
+            sizes = " and ".join("{} x {}".format(*each.shape[2:]) for each in (pixels, levels))
+            raise FedSieveError(
+                f"the model's image processor makes images of several sizes ({sizes}): a model "
+                "that takes one size is needed"
+            )
+        pixels[done : done + len(some)] = levels
+        done += len(some)
     labels = torch.zeros(len(pixels), dtype=torch.int64)
     return Images(pixels, labels, tuple(low.tolist()), tuple(high.tolist()))
 
@@ -85,15 +99,34 @@ def crops_and_flips(pixels: Tensor, draws: torch.Generator, *, crop: bool) -> Te
     return pixels[number, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def _batches(dataset: Dataset, name: str) -> Iterator[list[Image.Image]]:
-    """The images in order, a few at a time. Raises the error of a row that has none."""
+def _room(rows: int, size: Sequence[int]) -> Tensor:
+    """Where all pixels will be. Raises FedSieveError where they are more than can be held."""
+    high, wide = size
+    if (taken := rows * 3 * high * wide) > _memory() / 2:
+        raise FedSieveError(
+            f"the images of {rows:,} rows take {taken / 1e9:.3g} GB as the model reads them "
+            f"({high} x {wide} pixels), which is more than half of this machine's memory: take "
+            "fewer rows, or a model that reads smaller images"
+        )
+    return torch.empty(rows, 3, high, wide, dtype=torch.uint8)
+
+
+def _memory() -> int:
+    """Of this machine, in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _batches(dataset: Dataset, name: str, most: int) -> Iterator[list[Image.Image]]:
+    """The images in order, a few at a time, `most` of them at most. Raises the error of a row that
+    has none.
+    """
     batch: list[Image.Image] = []
     held = 0
     for image in _decoded(dataset, name):
         if isinstance(image, FedSieveError):
             raise image
         held += image.width * image.height
-        if batch and (len(batch) == _AT_ONCE or held > _HELD):
+        if batch and (len(batch) == min(most, _AT_ONCE) or held > _HELD):
             yield batch
             batch, held = [], image.width * image.height
         batch.append(image)
@@ -187,8 +220,8 @@ def _values(processor: Any, batch: Sequence[Image.Image]) -> Array:
     return values
 
 
-def _ends(processor: Any) -> tuple[Array, Array]:
-    """What black and white become, of each channel: (3,) and (3,).
+def _ends(processor: Any) -> tuple[Array, Array, tuple[int, int]]:
+    """What black and white become, of each channel, (3,) and (3,), and height and width of both.
 
     Raises FedSieveError where what lies between them is not on a line.
     """
@@ -201,16 +234,19 @@ def _ends(processor: Any) -> tuple[Array, Array]:
                 f"the model's image processor makes images of {max(sides)} pixels a side ({name}): "
                 f"at most {MOST_SIDE} are made"
             )
-    grays = [Image.new("RGB", (64, 64), (level,) * 3) for level in (0, 51, 255)]
-    values = _values(processor, grays)
-    low, some, high = values[:, :, values.shape[2] // 2, values.shape[3] // 2]
+    grays = []
+    for level in (0, 51, 255):  # one at a time, for they may become large
+        (values,) = _values(processor, [Image.new("RGB", (64, 64), (level,) * 3)])
+        size = values.shape[1:]
+        grays.append(values[:, size[0] // 2, size[1] // 2].copy())
+    low, some, high = grays
     expected = low + (high - low) / 5  # 51 is a fifth of 255
     if not (np.abs(high - low) > 0).all() or not np.allclose(some, expected, rtol=0, atol=1e-3):
         raise FedSieveError(
             "the model's image processor does more than to scale pixels and shift them: models "
             "whose processor does no more are needed"
         )
-    return low, high
+    return low, high, size
 
 
 def _levels(values: Array, low: Array, high: Array) -> Tensor:
