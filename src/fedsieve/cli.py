@@ -166,6 +166,9 @@ def resume(
         int | None,
         typer.Option(min=0, help="Go back to the checkpoint of this round; what is later is kept."),
     ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Let the run have so many rounds in all.")
+    ] = None,
     accept_changes: AcceptChanges = False,
     allow_code: AllowCode = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -183,6 +186,8 @@ def resume(
     planned = recipes.parse(recipes.read(source), source)
     if not allow_code:
         recipes.refuse_code(planned.method.name, source)
+    if rounds is not None:
+        planned = planned.model_copy(update={"rounds": rounds})
     _announce(planned, folder)
     from fedsieve.recipe.experiment import from_recipe
     from fedsieve.run import back, runner
@@ -191,11 +196,22 @@ def resume(
         left = back.fall_back(folder, at_round)
         say(f"what came after round {at_round} is kept in {left}" if left else "nothing is later")
     if rundir.last_round(folder) == planned.rounds:
-        say(f"this run is finished: all of its {count(planned.rounds, 'round')} are done")
+        say(
+            f"this run is finished: all of its {count(planned.rounds, 'round')} are done; "
+            "`--rounds` lets it have more"
+        )
     build = partial(from_recipe, trust_remote_code=trust_remote_code)
-    given = {"allow_code": allow_code, "accept_changes": accept_changes}
     with _Live(planned.rounds) as live:
-        _guarded(lambda: runner.resume(folder, live.show, build, **given))
+        _guarded(
+            lambda: runner.resume(
+                folder,
+                live.show,
+                build,
+                rounds=rounds,
+                allow_code=allow_code,
+                accept_changes=accept_changes,
+            )
+        )
     _summary(folder)
 
 

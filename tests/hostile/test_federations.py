@@ -201,7 +201,7 @@ def test_an_edited_recipe_of_a_federation_is_not_offered_what_it_has_not(
     run = prepared(tiny, tmp_path / "run")
     source = run / rundir.RECIPE
     now = recipe.load(str(source))
-    then = source.read_text().replace("\nlr = ", "\nlr = 1")
+    then = recipe.parse_text(source.read_text().replace("\nlr = ", "\nlr = 1"), "then")
     with pytest.raises(
         FedSieveError, match=r"training\.lr was .*: put it back, or start a new fed"
     ):

@@ -1,5 +1,6 @@
 """A run that is stopped, anywhere and in any way, ends as one that never was: byte for byte."""
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -79,6 +80,45 @@ def test_a_run_that_is_finished_is_said_to_be(
     assert "this run is finished: all of its 4 rounds are done" in ran.out
     interrupted(tiny, tmp_path / "half", 2)
     assert "this run is finished" not in command("resume", tmp_path / "half").out
+
+
+# --- more rounds than were asked for
+
+
+@pytest.mark.parametrize(("first", "stop"), [(2, 2), (6, 2), (3, 1)])
+def test_a_run_with_another_number_of_rounds_ends_as_one_that_had_it(
+    tiny: Tiny, whole: Path, tmp_path: Path, first: int, stop: int
+) -> None:
+    """Finished or stopped before; stopped again afterwards, it goes on by its new recipe."""
+    folder = tmp_path / "run"
+    with contextlib.suppress(Stopped):
+        runs.start(tiny, folder, runs.stop_at(stop), rounds=first)
+    with pytest.raises(Stopped, match="stopped after round 3 of 4"):
+        runner.resume(folder, runs.stop_at(3), rounds=4)
+    runner.resume(folder, runs.quiet)
+    runs.assert_same(folder, whole)
+    assert rundir.environment("cpu")["torch"] in (folder / rundir.RECIPE).read_text()
+
+
+def test_what_cannot_have_other_rounds_is_left_as_it_is(
+    tiny: Tiny, whole: Path, tmp_path: Path, command: Command
+) -> None:
+    private = tmp_path / "private"
+    privacy = {"clip": 0.1, "delta": 1e-3, "noise_multiplier": 1.0, "noise_from": "seed"}
+    runs.start(tiny, private, rounds=1, privacy=privacy, sampling={"kind": "poisson"})
+    shutil.copytree(whole, tmp_path / "run")
+    for folder, rounds, said in (
+        (tmp_path / "run", 3, "--rounds 3: 4 are done already"),
+        (private, 2, "--rounds: its epsilon is that of 1 round,"),
+    ):
+        before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        ran = command("resume", folder, "--rounds", str(rounds))
+        assert ran.code == 2
+        assert said in " ".join(ran.err.split())
+        assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    ran = command("resume", tmp_path / "run", "--rounds", "5")
+    assert ran.code == 0
+    assert rundir.last_round(tmp_path / "run") == 5
 
 
 @pytest.mark.parametrize("every", [1, 3])

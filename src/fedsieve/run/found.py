@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsieve import report
-from fedsieve.errors import MOST_TOLD, FedSieveError, quoted
+from fedsieve.errors import MOST_TOLD, FedSieveError, count, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat
 from fedsieve.recipe.schema import Recipe, deployed
@@ -21,20 +21,27 @@ from fedsieve.run import checkpoint, rundir
 PLACES = ("name", "device", "model.source", "data.train", "data.test")
 
 
-def in_order(folder: Path, *, allow_code: bool, accept_changes: bool) -> Recipe:
+def in_order(
+    folder: Path, *, rounds: int | None = None, allow_code: bool, accept_changes: bool
+) -> Recipe:
     """A run's recipe, after all that can be read without its model was read.
 
-    allow_code, accept_changes: see `runner.resume`
+    rounds, allow_code, accept_changes: see `runner.resume`
     Raises FedSieveError, naming file and line or key, for what is not as a run leaves it. Warns of
     changes of the recipe that are accepted.
     """
     source = str(folder / rundir.RECIPE)
     recipe = recipes.load(source, allow_code=allow_code)
+    if rounds is not None:
+        recipe = _of_rounds(folder, recipe, rounds)
     if rundir.untouched(folder):
         return recipe
     for note in checkpoint.notes(rundir.place(folder, rundir.CHECKPOINTS))[:1]:
         if note.recipe is not None:
-            _refuse_edited(source, note.recipe, recipe, accept_changes)
+            then = recipes.parse_text(note.recipe, f"the recipe in a checkpoint of {source}")
+            if rounds is not None:
+                then = then.model_copy(update={"rounds": rounds})
+            _refuse_edited(source, then, recipe, accept_changes)
         last = note.round if note.evaluated else note.round - 1
         metrics, clients = (rundir.place(folder, name) for name in rundir.LOGS)
         report.check_logs(metrics, clients, note.marks, last)
@@ -42,12 +49,32 @@ def in_order(folder: Path, *, allow_code: bool, accept_changes: bool) -> Recipe:
     return recipe
 
 
-def _refuse_edited(source: str, text: str, now: Recipe, accept_changes: bool) -> None:
+def _of_rounds(folder: Path, recipe: Recipe, rounds: int) -> Recipe:
+    """The recipe with another number of rounds. Raises FedSieveError where a run cannot have it."""
+    if recipe.privacy is not None:
+        raise FedSieveError(
+            f"{folder}: --rounds: its epsilon is that of {count(recipe.rounds, 'round')}, for "
+            "which its noise was settled: start a new run of so many"
+        )
+    done = rundir.last_round(folder)
+    if rounds < done:
+        raise FedSieveError(
+            f"{folder}: --rounds {rounds}: {done} are done already; `--at-round` goes back"
+        )
+    if recipe.training.last_lr is not None and rounds != recipe.rounds:
+        warnings.warn(
+            f"training.last_lr: the learning rate falls over {rounds} rounds from here on; so far "
+            f"it fell over {recipe.rounds}",
+            stacklevel=4,
+        )
+    return recipe.model_copy(update={"rounds": rounds})
+
+
+def _refuse_edited(source: str, then: Recipe, now: Recipe, accept_changes: bool) -> None:
     """Raises FedSieveError, naming what, where a recipe is not the one that rounds were trained by.
 
-    text: that recipe, as TOML
+    then: that recipe
     """
-    then = recipes.parse_text(text, f"the recipe in a checkpoint of {source}")
     changed, said = edits(then, now)
     if not changed:
         return

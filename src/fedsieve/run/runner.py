@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
-from fedsieve.disk import objects, remove_link
+from fedsieve.disk import objects, remove_link, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError, NoUsableUpdate
@@ -87,11 +87,14 @@ def resume(
     show: Show,
     build: Build = from_recipe,
     *,
+    rounds: int | None = None,
     allow_code: bool = False,
     accept_changes: bool = False,
 ) -> Adapter:
     """Go on with a run from its newest whole checkpoint; a finished run is left as it is.
 
+    rounds: as many as the run is to have, in place of its recipe's; it then ends as one that was
+        started with so many, but where a learning rate falls over the rounds
     allow_code: see `recipes.check`
     accept_changes: go on though the recipe was edited since the rounds so far were trained
     Raises FedSieveError if the folder holds no run that can be resumed, if anything in it is not as
@@ -99,7 +102,9 @@ def resume(
     """
     rundir.check(folder)
     with rundir.lock(folder):
-        recipe = in_order(folder, allow_code=allow_code, accept_changes=accept_changes)
+        recipe = in_order(
+            folder, rounds=rounds, allow_code=allow_code, accept_changes=accept_changes
+        )
         if deployed(recipe):
             rundir.secret_seed(folder)  # refused before the model and the data are loaded
         experiment = _with_secret(build(recipe), recipe, folder)
@@ -117,7 +122,19 @@ def resume(
             rundir.cut_back(folder, snapshot.marks if snapshot else {rundir.METRICS: 0})
             if snapshot:
                 checkpoint.forget_after(checkpoints, snapshot.progress.round)
+            if rounds is not None:
+                _rewrite(folder, recipe)
+                if snapshot:
+                    snapshot = snapshot._replace(recipe=recipes.dump(recipe, {}))
+                    checkpoint.save(checkpoints, snapshot)
             return _go_on(experiment, recipe, snapshot, folder, show)
+
+
+def _rewrite(folder: Path, recipe: Recipe) -> None:
+    """Let a run's folder hold this recipe, and what it says of its environment."""
+    path = folder / rundir.RECIPE
+    facts = recipes.toml(recipes.text_of(path), str(path)).get("environment", {})
+    write_whole(path, recipes.dump(recipe, facts).encode())
 
 
 def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:
