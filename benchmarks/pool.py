@@ -81,6 +81,7 @@ def main() -> None:
         for kind, engine in kinds.items():
             rounds = seconds(engine, given.rounds, given.workers)
             taken[kind].append(statistics.median(rounds))
+            print(f"{kind}: {taken[kind][-1]:.2f} s a round", flush=True)
     result: dict[str, Any] = {"seconds a round": taken, "machine": platform.machine()}
     for kind, over in (("processes", "one process"), ("ray", "processes")):
         if kind in taken:
