@@ -1,5 +1,7 @@
 """`fedsieve.finetune`, as a notebook uses it."""
 
+import copy
+import pickle
 import re
 import subprocess
 import sys
@@ -105,6 +107,35 @@ def test_a_run_that_is_looked_at_in_between_is_the_same(tiny: Tiny) -> None:
     assert same(parts.adapter, whole.adapter)
     assert [m.loss for m in parts.metrics] == [m.loss for m in whole.metrics]
     assert not same(finetune(tiny, clients, seed=1).finish().adapter, whole.adapter)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_run_is_not_copied(tiny: Tiny, copied: Callable[[Any], Any]) -> None:
+    """Its copy had the same model and memories, and moved them under the run's feet."""
+    run = finetune(tiny, [rows(16, 1)], fedsieve.flasc(feedback=True))
+    with pytest.raises(FedSieveError, match="cannot be copied or pickled"):
+        copied(run)
+
+
+def test_a_warning_that_is_raised_loses_no_round(tiny: Tiny) -> None:
+    method = fedsieve.flasc(server=fedsieve.adam(1e-4))
+    run = finetune(tiny, [rows(16, 1)], method, budgets=Budget(down=0.2), rounds=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with pytest.raises(UserWarning, match="round 2: the masks let nothing of B"):
+            run.finish()
+        run.finish()
+    assert [each.round for each in run.metrics] == [0, 1, 2, 3, 4]
+    assert [each.round for each in run.receipts] == [1, 2, 3, 4]
+
+
+def test_a_transform_that_would_not_be_called_is_refused(tiny: Tiny) -> None:
+    changed = rows(16, 1).with_transform(lambda some: {**some, "text": ["wine"] * 16})
+    said = r"transform .*part of them with `map`"
+    with pytest.raises(FedSieveError, match=said):
+        finetune(tiny, [changed])
+    with pytest.warns(UserWarning, match=f"1 of 2 clients .*: client '0001': .*{said}"):
+        finetune(tiny, [rows(16, 2), changed])
 
 
 @pytest.mark.parametrize("noise_from", ["seed", "system"])

@@ -95,12 +95,19 @@ class Run:
             half = self._half
             summary = loop.evaluated(federation, half)
             self._half = None
-            problem = starving(summary)
-            if problem and not any(map(starving, self.metrics)):
-                warnings.warn(problem, stacklevel=2)
+            problem, known = starving(summary), any(map(starving, self.metrics))
             self.metrics.append(summary)
             self.receipts.extend(half.receipts)
+            if problem and not known:  # last, for a warning may be raised
+                warnings.warn(problem, stacklevel=2)
             yield summary
+
+    def __reduce__(self) -> str:
+        """Raises FedSieveError: a copy would share model and memories with the run."""
+        raise FedSieveError(
+            "a Run cannot be copied or pickled: save its adapter (`save`), or start it again, "
+            "which gives the same rounds"
+        )
 
     def finish(self) -> "Run":
         """Train the rounds that are left."""
@@ -362,6 +369,11 @@ def _each(
 
 def _rows(given: object, columns: Columns) -> Dataset:
     """A client's data set, in memory."""
+    if isinstance(given, Dataset) and given.format["type"] == "custom":
+        raise FedSieveError(
+            "it has a transform (with_transform, set_transform), and rows are read before they are "
+            "trained on: make it part of them with `map`"
+        )
     if isinstance(given, Dataset):
         return given
     if isinstance(given, IterableDataset):

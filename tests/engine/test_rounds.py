@@ -16,6 +16,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate
+from fedsieve.methods import catalogue
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.run import rundir, runner
@@ -114,6 +115,20 @@ def test_the_last_round_is_evaluated_and_the_others_when_due(tiny: Tiny) -> None
     assert [s.round for s in summaries if s.accuracy is not None] == [0, 2, 4, 5]
     _, summaries, _ = train(experiment_of(tiny, data__test=None), 1)
     assert all(s.accuracy is None and s.eval_loss is None for s in summaries)
+
+
+# --- nothing to leave out
+
+
+@pytest.mark.parametrize("name", [n for n in catalogue.names() if catalogue.known(n).knobs])
+def test_a_method_that_finds_no_budgets_says_so(tiny: Tiny, name: str) -> None:
+    said = "no client has a budget below 1"
+    knob = catalogue.known(name).knobs[0]
+    some: list[dict[str, float]] = [{"share": 0.5}, {"share": 0.5, knob: 0.5}]
+    for budgets in ([{}], some):
+        given = {"method": {"name": name}, "server": {"optimizer": "sgd"}, "budgets": budgets}
+        notes = experiment_of(tiny, **given).notes
+        assert any(note.startswith(said) for note in notes) == (len(budgets) == 1)
 
 
 # --- clients without data

@@ -11,7 +11,7 @@ import pytest
 
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.errors import FedSieveError
-from fedsieve.methods import fedit, fslora_flasc
+from fedsieve.methods import fedit, flasc, fslora_flasc
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe import schema
 from fedsieve.sites import federate
@@ -220,6 +220,17 @@ def test_budget_that_the_method_does_not_use() -> None:
     client = welcome(GOOD, method=fedit.method(), say=said.append)
     assert client.budget == Budget()
     assert said == ["site 'north': the method makes no use of its budget's ratio, down"]
+
+
+def test_a_site_without_a_budget_is_named_where_the_method_has_use_for_one() -> None:
+    said: list[str] = []
+    none = {**GOOD, "budget": {"ratio": 0.5, "down": 1.0, "up": 1.0}}
+    for method in (flasc.method(), fedit.method(), fslora_flasc.method()):
+        welcome(none, method=method, say=said.append)
+    unused = "site 'north': the method makes no use of its budget's ratio"
+    assert [said[0], said[2]] == [unused, unused]
+    assert said[1].startswith("site 'north' tells no budget below 1 (down, up): all")
+    assert len(said) == 3
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,12 @@ def assemble(
     full = len(counts) - len(empty) - len(left_out)
     if sampling.kind == "uniform" and full < sampling.size:
         said.append(f"cohort is {sampling.size}, and {full} clients have data: a round has no more")
+    used = sorted(method.knobs)
+    if used and all(getattr(budgets[id], knob) == 1 for id in counts for knob in used):
+        said.append(
+            f"no client has a budget below 1 ({', '.join(used)}), by which this method leaves "
+            "something out of a message: all of the adapter travels; budgets say what each affords"
+        )
     for note in said:
         warnings.warn(note, stacklevel=3)
     if method.private != "system":  # what tells of single clients is not handed on with such a run

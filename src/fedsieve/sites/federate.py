@@ -447,6 +447,9 @@ def _welcome(
     unused = [knob for knob, value in shares.items() if value < 1 and knob not in method.knobs]
     if unused:
         say(f"site {name!r}: the method makes no use of its budget's {', '.join(unused)}")
+    if method.knobs and all(shares[knob] == 1 for knob in method.knobs):
+        used = ", ".join(sorted(method.knobs))
+        say(f"site {name!r} tells no budget below 1 ({used}): all of the adapter travels for it")
     return Client(name, 1, Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
 
 
