@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -127,6 +128,20 @@ def test_a_warning_that_is_raised_loses_no_round(tiny: Tiny) -> None:
         run.finish()
     assert [each.round for each in run.metrics] == [0, 1, 2, 3, 4]
     assert [each.round for each in run.receipts] == [1, 2, 3, 4]
+
+
+def test_runs_in_several_threads_are_those_of_one(tiny: Tiny) -> None:
+    """Dropout and fresh heads are drawn from torch's own generator, which threads share."""
+
+    dropping = Lora(rank=4, targets=("query", "value"), dropout=0.5)
+
+    def one(_: int) -> Any:
+        run = finetune(tiny, [rows(16, 1), rows(16, 2)], rounds=2, lora=dropping)
+        return run.finish().adapter
+
+    with ThreadPoolExecutor(3) as pool:
+        alone, *beside = one(0), *pool.map(one, range(3))
+    assert all(same(each, alone) for each in beside)
 
 
 def test_a_transform_that_would_not_be_called_is_refused(tiny: Tiny) -> None:

@@ -183,6 +183,7 @@ def test_space_around_and_composition_do_not_make_another_name() -> None:
     [
         (0.5, r"holds 0\.5, and float values are names only where they are whole"),
         (float("inf"), "holds inf"),
+        (float(2**53 + 2), "holds .*, and float values beyond 2.53 stand for several"),
         (["a"], "holds a list, and a name is one text"),
         ({"a": 1}, "holds an object"),
         (b"a", "holds bytes"),

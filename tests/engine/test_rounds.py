@@ -124,8 +124,8 @@ def test_the_last_round_is_evaluated_and_the_others_when_due(tiny: Tiny) -> None
 def test_a_method_that_finds_no_budgets_says_so(tiny: Tiny, name: str) -> None:
     said = "no client has a budget below 1"
     knob = catalogue.known(name).knobs[0]
-    some: list[dict[str, float]] = [{"share": 0.5}, {"share": 0.5, knob: 0.5}]
-    for budgets in ([{}], some):
+    none: list[dict[str, float]] = [{}]
+    for budgets in (none, [{"share": 0.5}, {"share": 0.5, knob: 0.5}]):
         given = {"method": {"name": name}, "server": {"optimizer": "sgd"}, "budgets": budgets}
         notes = experiment_of(tiny, **given).notes
         assert any(note.startswith(said) for note in notes) == (len(budgets) == 1)

@@ -67,6 +67,73 @@ def test_a_small_file_that_unpacks_without_end_is_refused(tmp_path: Path, name: 
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("rows", [2**62, 2**40, 2**33, 1238])
+@pytest.mark.parametrize("where", ["file", "part", "both", "all"])
+def test_a_parquet_file_that_lies_about_its_rows_is_refused(
+    tmp_path: Path, rows: int, where: str
+) -> None:
+    """In its foot, as what writes it would: zigzag numbers of seven bits a byte."""
+    count = 1237
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"text": ["a"] * count, "label": ["b"] * count}), path)
+    data = path.read_bytes()
+    length = int.from_bytes(data[-8:-4], "little")
+    body, foot = data[: -8 - length], data[-8 - length : -8]
+    parts = foot.split(_zigzag(count))
+    assert len(parts) == 9  # the first is the file's, the last its part's, two are the columns'
+    told = {"file": (0,), "part": (7,), "both": (0, 7), "all": (0, 1, 4, 7)}[where]
+    numbers = [_zigzag(rows if n in told else count) for n in range(8)]
+    foot = parts[0] + b"".join(n + part for n, part in zip(numbers, parts[1:], strict=True))
+    path.write_bytes(body + foot + len(foot).to_bytes(4, "little") + b"PAR1")
+    columns = Columns(("text",), ("label",))
+    said = f"is said to have {rows} rows"
+    with pytest.raises(
+        FedSieveError, match=f"{said}|could not be read" if where == "all" else said
+    ):
+        files.read(path, columns=columns)
+
+
+def _zigzag(number: int) -> bytes:
+    number, found = 2 * number, []
+    while number > 127:
+        found.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*found, number])
+
+
+def test_rows_of_nothing_without_end_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    nothing = pa.chunked_array([pa.nulls(10**7)] * 6)
+    pq.write_table(pa.table({"text": nothing, "label": nothing}), path)
+    assert path.stat().st_size < 3 * 10**5
+    with pytest.raises(FedSieveError, match="unpacks to more than 200 times"):
+        files.read(path, columns=Columns(("text",), ("label",)))
+
+
+STRAY = {
+    "left open": 'text,label\n"a,b\nc,d\n"e,f\n',
+    "to the end": 'text,label\na,b\n"c,d\ne,f\n',
+    "followed": 'text,label\na,b\n"c"d,e\n',
+    "escaped": 'text,label\na,b\n"c\\"d",e\n',
+}
+
+
+@pytest.mark.parametrize("kind", STRAY)
+def test_a_stray_quotation_mark_swallows_no_rows(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(STRAY[kind], encoding="utf-8")
+    with pytest.raises(FedSieveError, match=r"rows.csv, line \d+: a quotation mark is astray"):
+        files.read(path, columns=Columns(("text",), ("label",)))
+
+
+def test_quotation_marks_in_their_place_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    long = "x" * 200_000
+    path.write_text(f'text,label\r\n"a ""b"", c\nd",e\r\nf "g" h,i\r\n"{long}",j\r\n"",k\r\n')
+    found = files.read(path, columns=Columns(("text",), ("label",)))
+    assert found["text"][:] == ['a "b", c\nd', 'f "g" h', long, ""]
+
+
 @pytest.mark.parametrize("end", ["csv", "tsv", "tab"])
 def test_a_table_as_wide_as_a_picture_is_refused(tmp_path: Path, end: str) -> None:
     """pyarrow takes room for every column, read or not."""

@@ -13,7 +13,10 @@ there twice.
 """
 
 import codecs
+import csv
+import io
 import json
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -218,6 +221,8 @@ def _texts(path: Path, columns: Columns | None, reading: Any, parsing: Any) -> p
     """A table of texts that a character separates."""
     reading.block_size = 1 << 24  # bytes: a row must fit into one
     _refuse_wide(path, parsing.delimiter)
+    if parsing.quote_char:
+        _refuse_stray_marks(path, parsing.delimiter)
     with _opened(path) as file, pa_csv.open_csv(file, reading, parsing) as first:
         found = first.schema.names
     chosen = _chosen(path, found, columns)
@@ -246,6 +251,27 @@ def _refuse_wide(path: Path, separator: str) -> None:
         )
 
 
+def _refuse_stray_marks(path: Path, separator: str) -> None:
+    """Raises FedSieveError where something follows the mark that ends a cell in quotation marks,
+    or where none ends it: pyarrow goes on to some later mark, and makes one cell of many rows.
+    """
+    with _opened(path) as file:
+        if not any(b'"' in part for part in iter(lambda: file.read(1 << 24), b"")):
+            return
+    with _opened(path) as file, io.TextIOWrapper(file, "latin-1", newline="") as text:
+        before = csv.field_size_limit(1 << 62)
+        cells = csv.reader(text, delimiter=separator, strict=True)
+        try:
+            deque(cells, maxlen=0)
+        except csv.Error as error:
+            raise FedSieveError(
+                f"{path}, line {cells.line_num}: a quotation mark is astray ({error}): a cell that "
+                'begins with one ends with one, and each inside of it is doubled ("")'
+            ) from None
+        finally:
+            csv.field_size_limit(before)
+
+
 def _refuse_endless(path: Path, sizes: Iterator[int]) -> None:
     """Raises FedSieveError for a file that unpacks to far more than it has.
 
@@ -265,10 +291,23 @@ def _refuse_endless(path: Path, sizes: Iterator[int]) -> None:
 def _parquet(path: Path, columns: Columns | None) -> pa.Table:
     file = pa_parquet.ParquetFile(path)
     chosen = _chosen(path, file.schema_arrow.names, columns)
+    for number in range(file.num_row_groups):
+        part = file.metadata.row_group(number)
+        fewest = min((part.column(c).num_values for c in range(part.num_columns)), default=0)
+        if part.num_rows > fewest:
+            raise FedSieveError(
+                f"{path} is damaged: a part of it is said to have {part.num_rows} rows, and has "
+                f"{fewest} values in a column"
+            )
     # What a file says of its size leaves out how often each entry of a dictionary occurs.
     parts = file.iter_batches(batch_size=256, columns=chosen or None)
     _refuse_endless(path, map(_unpacked, parts))
     table = file.read(chosen) if chosen else file.read()
+    if table.num_rows != file.metadata.num_rows:
+        raise FedSieveError(
+            f"{path} is damaged: it is said to have {file.metadata.num_rows} rows, and has "
+            f"{table.num_rows}"
+        )
     for place, (name, values) in enumerate(zip(table.column_names, table.columns, strict=True)):
         if pa.types.is_dictionary(values.type):  # pandas' categories
             table = table.set_column(place, name, values.cast(values.type.value_type))
@@ -292,7 +331,7 @@ def _refuse_other_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
 
 def _unpacked(part: pa.RecordBatch) -> int:
     """Bytes of some rows where every entry is written out."""
-    found = int(part.nbytes)
+    found: int = part.nbytes + part.num_rows  # of a column of nulls nothing else counts
     for values in part.columns:
         if pa.types.is_dictionary(values.type) and pa.types.is_string(values.type.value_type):
             lengths = pc.take(pc.binary_length(values.dictionary), values.indices)

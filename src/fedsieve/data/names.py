@@ -3,7 +3,7 @@
 A name is a text, and never guessed to be anything else. In CSV, TSV and TAB files it is the cell as
 it stands there: 01, 1e5, 250.00, true, NA and 2024-05-01 are names like any other. A value that has
 a type has one spelling: an integer its digits, a Boolean True or False, a date is 2024-05-01,
-a decimal its digits. A float is a name only if it is whole, and then it is that integer
+a decimal its digits. A float is a name only if it is whole, and then it is that integer, up to 2^53
 (pandas makes 1.0 of 1 beside a missing value); which digits a fraction was written with, it does
 not tell. So 1 in one file and "1" in another are the same name, and 01 is not.
 
@@ -22,6 +22,7 @@ from fedsieve.errors import FedSieveError
 
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,999}")  # Python reads no number of many thousands
+_EXACT = 2**53
 _TRUTHS = ("True", "False")
 
 
@@ -47,6 +48,11 @@ def name_of(value: Any) -> str | None:
             raise FedSieveError(
                 f"holds {value:g}, and float values are names only where they are whole: write it "
                 "as a text"
+            )
+        if abs(value) > _EXACT:
+            raise FedSieveError(
+                f"holds {value:g}, and float values beyond 2^53 stand for several whole numbers: "
+                "write it as a text"
             )
         return str(int(value))
     if isinstance(value, int | Decimal | datetime.date | datetime.time):

@@ -35,6 +35,7 @@ from fedsieve.train.local import Fit, batches_of, learned, optimizer_of, precisi
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.outputs import outputs
+from fedsieve.train.seeded import seeded
 from fedsieve.train.stacked import obstacle, stack_of, stacked, unstacked
 from fedsieve.train.step import backward, checkpointed
 from fedsieve.train.trial import made_up, same
@@ -104,16 +105,14 @@ def _fit(resident: ResidentModel, works: list[Work], training: Training) -> list
     batches = [batches_of(each.examples, training, each.key) for each in works]
     stack = _side_by_side(resident, views, training)
     head = _head(resident)
-    devices = [resident.device] if resident.device.type == "cuda" else []
     losses: list[Tensor] = []
     trained: dict[int, Tree] = {}
     memory: list[int] = []
     done, began = 0, time.perf_counter()
     with (
-        torch.random.fork_rng(devices=devices),
+        seeded(word(works[0].key.at("dropout")), resident.device),
         checkpointed(resident.model, training.checkpointing),
     ):
-        torch.manual_seed(word(works[0].key.at("dropout")))
         for last in sorted(set(steps)):
             there = sum(each >= last for each in steps)
             if done:

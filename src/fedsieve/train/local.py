@@ -31,6 +31,7 @@ from fedsieve.train.batch import half_type
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.outputs import outputs
+from fedsieve.train.seeded import seeded
 from fedsieve.train.speaker import speaker
 from fedsieve.train.step import backward, checkpointed
 
@@ -86,7 +87,6 @@ def fit(
             own = view.adapter.tensors[name].to(resident.device, torch.float32)  # as it was put
             held.append((parameter, mask, own))
     optimizer = optimizer_of(parameters, training)
-    devices = [resident.device] if resident.device.type == "cuda" else []
     step = partial(
         backward,
         model,
@@ -100,10 +100,9 @@ def fit(
     losses: list[Tensor] = []
     compute, memory = 0.0, 0
     with (
-        torch.random.fork_rng(devices=devices),
+        seeded(word(key.at("dropout")), resident.device),
         checkpointed(model, training.checkpointing),
     ):
-        torch.manual_seed(word(key.at("dropout")))
         for some in batches_of(learned(examples, training), training, key):
             start = time.perf_counter()
             losses.append(step(some))

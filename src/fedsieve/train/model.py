@@ -40,6 +40,7 @@ from fedsieve.train.head import match_rows
 from fedsieve.train.origin import Origin, origin_of
 from fedsieve.train.outputs import head_of
 from fedsieve.train.parts import Place
+from fedsieve.train.seeded import seeded
 from fedsieve.train.source import refuse_odd, refuse_pickled, table_of
 from fedsieve.train.trial import run_with_pairs, settle
 
@@ -336,8 +337,7 @@ def load_base(
     if form is not None:
         told, more = _in_form(form, double_quantization, kind, name, told, given, whole, task)
         given |= more
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(word(key.at("head")))
+    with seeded(word(key.at("head"))):
         model, info = pretrained(kind, name, **told, **given)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise FedSieveError(
@@ -506,8 +506,7 @@ def attach(
     parts.refuse_tied(tied, modules, "lora.whole")
     config = targets.config_of(base, task, lora, modules)
     # Random numbers are drawn on the CPU, so that every device starts from the same adapter.
-    with torch.random.fork_rng(devices=[]), quantise.sparing(base):
-        torch.manual_seed(word(key.at("adapter")))
+    with seeded(word(key.at("adapter"))), quantise.sparing(base):
         try:
             model = get_peft_model(base, config)
         except ValueError as error:

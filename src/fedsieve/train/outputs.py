@@ -19,6 +19,7 @@ from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.tokens import IGNORED, Texts
 from fedsieve.train.batch import half_type, inputs, laid_out, moved
+from fedsieve.train.seeded import seeded
 from fedsieve.train.trial import CPU, made_up, same
 
 
@@ -77,7 +78,7 @@ def head_of(model: Any, task: Task) -> nn.Module | None:
     half = half_type(model)
     try:
         with (
-            torch.random.fork_rng(devices=[]),
+            seeded(0),
             torch.no_grad(),
             torch.autocast("cpu", half, enabled=half is not None),
         ):

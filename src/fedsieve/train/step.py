@@ -24,6 +24,7 @@ from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.mode import to_training
 from fedsieve.train.outputs import outputs
+from fedsieve.train.seeded import seeded
 from fedsieve.train.trial import made_up, same
 
 
@@ -128,10 +129,8 @@ def _tried(model: Any, task: Task, *, on: bool) -> list[Tensor]:
     half = half_type(model)
     was = model.training
     to_training(model)
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices), checkpointed(model, on):
-            torch.manual_seed(0)
+        with seeded(0, device), checkpointed(model, on):
             with torch.autocast(device.type, half, enabled=half is not None):
                 loss = model(**inputs(model, made_up(model, task), device)).loss
             found = torch.autograd.grad(loss, trained, allow_unused=True)

@@ -24,6 +24,7 @@ from fedsieve.train.batch import half_type, inputs
 from fedsieve.train.lengths import USUAL, image_size, longest, position_tables, vocabulary
 from fedsieve.train.mode import to_training
 from fedsieve.train.quantise import row_by_row
+from fedsieve.train.seeded import seeded
 
 CPU = torch.device("cpu")
 _GIVEN = {"texts": "token numbers alone", "images": "images alone"}
@@ -205,7 +206,7 @@ def _run(model: PreTrainedModel, rows: Examples) -> Any:
     # A base in half precision runs under autocast alone, as in local.py.
     half = half_type(model)
     with (
-        torch.random.fork_rng(devices=[]),
+        seeded(0),
         torch.no_grad(),
         torch.autocast("cpu", half, enabled=half is not None),
     ):
