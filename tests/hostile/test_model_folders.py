@@ -1,9 +1,12 @@
 """A model's folder of somebody else's: refused in a sentence, before anything large is made."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from fedsieve.tasks.task import Fields
 from fedsieve.train.model import load_base, pick_device
 from fedsieve.train.reader import load_reader
 from tests import runs
-from tests.conftest import LABELS, Tiny
+from tests.conftest import LABELS, Command, Tiny
 from tests.hostile.test_recipes_to_a_site import MEGA, peak
 
 # As other architectures call how many parts they have; and names of classes that are none.
@@ -235,6 +238,59 @@ def test_settings_of_a_recipe_are_compared_too(tiny: Tiny, setting: str) -> None
         )
     assert peak() - before < 200 * MEGA
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"chunk_size_feed_forward": 3}, "cannot be run over a batch .*to be chunked"),
+        ({"torchscript": True}, "cannot be run over a batch .*logits"),
+        ({"return_dict": False}, "logits|return_dict|answers"),
+    ],
+)
+def test_what_a_configuration_makes_of_a_model_ends_in_a_sentence(
+    tiny: Tiny, tmp_path: Path, command: Command, setting: dict[str, Any], said: str
+) -> None:
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | setting))
+    path = tiny.write(tmp_path / "r.toml", model__source=str(folder), rounds=1)
+    ran = command("run", path, "--out", tmp_path / "run")
+    assert ran.code == 2
+    assert re.search(said, " ".join(ran.err.split()))
+
+
+def test_nothing_beside_the_logits_is_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    """With attentions a run was trained, and then could not be saved."""
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    told = json.loads((folder / "config.json").read_text())
+    told |= {"output_attentions": True, "output_hidden_states": True}
+    (folder / "config.json").write_text(json.dumps(told))
+    ours = runs.start(tiny, tmp_path / "run", model__source=str(folder), rounds=1)
+    plain = runs.start(tiny, tmp_path / "plain", rounds=1)
+    assert all(torch.equal(ours.tensors[n], t) for n, t in plain.tensors.items())
+
+
+def test_layers_that_a_configuration_leaves_out_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    settings = {"num_hidden_layers": 1}
+    said = r"16 tensors of layers beyond .*bert\.encoder\.layer\.1\."
+    with pytest.warns(UserWarning, match=said):
+        load_base(str(tiny.bert), "classification", LABELS, key=Key(0), settings=settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_base(str(tiny.bert), "classification", LABELS, key=Key(0))
+
+
+def test_weights_stored_as_whole_numbers_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    held = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(n for n in held if n.endswith("layer.0.intermediate.dense.weight"))
+    for stored, said in ((name, "stored as whole numbers"), ("some.position_ids", None)):
+        whole = {**held, stored: torch.ones(4, 4, dtype=torch.int8) if said is None else
+                 (held[name] * 127).to(torch.int8)}  # fmt: skip
+        safetensors.torch.save_file(whole, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(FedSieveError, match=said) if said else contextlib.nullcontext():
+            load_base(str(folder), "classification", LABELS, key=Key(0))
 
 
 def test_a_device_without_numbers_is_none() -> None:

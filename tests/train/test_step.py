@@ -154,7 +154,11 @@ def test_pieces_draw_their_dropout_from_the_clients_key(tiny: Tiny) -> None:
 
 # --- layers that run twice
 
-CANNOT = {"albert", "funnel", "mpnet", "openai-gpt", "squeezebert", "xlm", "xlnet"}
+CANNOT = {
+    "albert", "convnext", "convnextv2", "ctrl", "cvt", "efficientnet", "flaubert", "funnel",
+    "levit", "markuplm", "mpnet", "openai-gpt", "poolformer", "regnet", "resnet", "squeezebert",
+    "xlm", "xlnet",
+}  # fmt: skip
 CASES = [(family, TASKS[task]) for family in FAMILIES for task in family.tasks]
 FAST = {"bert", "roberta", "distilbert", "deberta-v2", "modernbert", "gpt2", "gpt_neox", "llama",
         "qwen2", "gemma3_text", "bloom", "t5", "bart", "mixtral", "mamba", *CANNOT}  # fmt: skip

@@ -7,7 +7,7 @@ device). Of the hub's models nothing is known before they are there; folders are
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
     maker: the Auto class that would load it
     """
     folder = Path(name)
-    shapes = [shape for _, shape in _tensors(folder)] if folder.is_dir() else []
+    tensors = list(_tensors(folder)) if folder.is_dir() else []
+    shapes = [shape for _, shape, _ in tensors]
     if not shapes:
         return
     held = sum(map(math.prod, shapes))
@@ -45,11 +46,29 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
         if number > most * (len(shapes) + _LAYERS):
             raise _larger(name, f"{number} of {key}", f"{len(shapes)} tensors")
     with torch.device("meta"):
-        asked = sum(p.numel() for p in maker.from_config(config).parameters())
+        parameters = dict(maker.from_config(config).named_parameters())
+    asked = sum(p.numel() for p in parameters.values())
     if getattr(config, "quantization_config", None) is not None:
         held *= _PACKED
+    else:
+        _refuse_whole_numbers(name, parameters, [n for n, _, kind in tensors if kind[0] in "IUB"])
     if asked > _TIMES * held + _MORE:
         raise _larger(name, f"{asked} numbers", f"{held}")
+
+
+def _refuse_whole_numbers(name: str, parameters: Collection[str], whole: Sequence[str]) -> None:
+    """Raises FedSieveError where a weight is stored in whole numbers, of which nothing says what
+    they stand for: loaded as they are, they would be taken for the weights themselves.
+
+    whole: names of the tensors of such types; some models' indices and masks are
+    """
+    for held in whole:
+        if any(f".{p}".endswith(f".{held}") or f".{held}".endswith(f".{p}") for p in parameters):
+            raise FedSieveError(
+                f"model {name!r}: the weights of {held} are stored as whole numbers, and its "
+                "configuration has no quantization_config that says of what: take one that has, "
+                "or weights in floating point"
+            )
 
 
 def _counted(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
@@ -67,16 +86,17 @@ def _counted(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
 def names_held(name: str) -> set[str]:
     """The names of a folder's tensors; none of a model of the hub, or without safetensors."""
     folder = Path(name)
-    return {held for held, _ in _tensors(folder)} if folder.is_dir() else set()
+    return {held for held, *_ in _tensors(folder)} if folder.is_dir() else set()
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """Names and shapes of all in a folder's safetensors."""
+def _tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
+    """Names, shapes and types (BF16, I8) of all in a folder's safetensors."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as tensors:
                 for each in list(tensors.keys()):
-                    yield each, tensors.get_slice(each).get_shape()
+                    part = tensors.get_slice(each)
+                    yield each, part.get_shape(), part.get_dtype()
         except (OSError, SafetensorError) as error:
             raise FedSieveError(
                 f"model {str(folder)!r}: {path.name} is damaged or cut off ({error}): fetch or "

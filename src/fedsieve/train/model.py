@@ -8,6 +8,7 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 import copy
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -289,6 +290,10 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+# What a model may give beside its logits, and that nobody looks at here.
+_NOTHING_BESIDE = {"output_attentions": False, "output_hidden_states": False}
+
+
 def load_base(
     name: str,
     task: Task,
@@ -330,7 +335,7 @@ def load_base(
         if settings:
             asked_for = pretrained(AutoConfig, name, trust_remote_code=False, **settings)
         _made(name, kind, lambda: refuse_larger(name, kind, asked_for))
-    told = {**(settings or {}), **asked.config(classes)}
+    told = {**(settings or {}), **asked.config(classes), **_NOTHING_BESIDE}
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), "output_loading_info": True}
     given |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
     given |= {"trust_remote_code": trust_remote_code}
@@ -356,6 +361,12 @@ def load_base(
         raise FedSieveError(
             f"model {name!r}: the weights of {odd[0]} have another shape than its configuration "
             "says; see model.settings"
+        )
+    if unread := parts.unread_layers(model, info["unexpected_keys"]):
+        warnings.warn(
+            f"model {name!r}: its weights have {len(unread)} tensors of layers beyond those that "
+            f"its configuration asks for, and they are not used: {unread[0]}",
+            stacklevel=2,
         )
     drawn = {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])}
     parts.freeze_loaded(model, drawn)

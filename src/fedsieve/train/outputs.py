@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsieve.errors import FedSieveError
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples
@@ -34,7 +35,7 @@ def outputs(
     if picked is None or not isinstance(batch, Texts):
         given = inputs(model, batch, device)
         labels = given.pop("labels")
-        return model(**given).logits.float(), labels
+        return logits_of(model, given).float(), labels
     texts = laid_out(model, batch)
     # Found where the examples are: a device would have to be waited for.
     at, labels = picked(texts.pop("labels"))
@@ -50,16 +51,33 @@ def places(
     at: (n,) int64, numbers of tokens, row after row
     """
     if head is None:
-        logits: Tensor = model(**given).logits
-        return logits.flatten(0, 1).index_select(0, at).float()
+        return logits_of(model, given).flatten(0, 1).index_select(0, at).float()
     hook = head.register_forward_pre_hook(
         lambda _, states: (states[0].flatten(0, 1).index_select(0, at)[None], *states[1:])
     )
     try:
-        logits = model(**given).logits
-        return logits[0].float()
+        return logits_of(model, given)[0].float()
     finally:
         hook.remove()
+
+
+def logits_of(model: Any, given: dict[str, Tensor]) -> Tensor:
+    """What the model says, in its own type.
+
+    Raises FedSieveError for whatever its own code raises, lack of a device's memory apart, and
+    where it answers in another form: its configuration may ask for anything.
+    """
+    try:
+        found: Tensor = model(**given).logits
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0][:300]
+        raise FedSieveError(
+            f"the model cannot be run over a batch ({type(error).__name__}: {first}): see its "
+            "configuration, and model.settings, which changes it"
+        ) from error
+    return found
 
 
 def head_of(model: Any, task: Task) -> nn.Module | None:

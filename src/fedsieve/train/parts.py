@@ -56,6 +56,17 @@ def refuse_random_body(base: PreTrainedModel, source: str, task: Task) -> None:
             )
 
 
+def unread_layers(base: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Those tensors of a checkpoint that are one more layer of a row that the model has."""
+    like = re.compile(r"(?<=\.)[0-9]+(?=\.)")
+    known = {like.sub("0", f".{name}") for name, _ in base.named_parameters()}
+    return sorted(
+        name
+        for name in unexpected
+        if like.search(name) and any(each.endswith(like.sub("0", f".{name}")) for each in known)
+    )
+
+
 def in_layer(name: str) -> bool:
     """Whether a parameter belongs to one of a row of layers."""
     return re.search(r"\.\d+\.", name) is not None

@@ -19,6 +19,7 @@ from fedsieve.tasks.asked import Ids, Speaker, until
 from fedsieve.tasks.tokens import IGNORED, Texts, rectangle
 from fedsieve.train.batch import inputs
 from fedsieve.train.model import ResidentModel
+from fedsieve.train.outputs import logits_of
 
 
 def speaker(resident: ResidentModel, batch: int) -> Speaker:
@@ -58,7 +59,7 @@ def _alike(lengths: Sequence[int], batch: int) -> Iterator[list[int]]:
 def _likelihood(resident: ResidentModel, ids: Tensor, mask: Tensor, labels: Tensor) -> list[float]:
     given = inputs(resident.model, Texts(ids, mask, labels), resident.device)
     labels = given.pop("labels")[:, 1:]
-    logits = resident.model(**given).logits[:, :-1]
+    logits = logits_of(resident.model, given)[:, :-1]
     there = labels != IGNORED
     # Only where an option stands: a vocabulary's numbers for every token of a prompt are many.
     chances = -torch.nn.functional.cross_entropy(
