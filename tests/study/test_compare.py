@@ -205,6 +205,34 @@ def test_stopped_and_called_again(
     runs.assert_same(out / "one" / "seed-1", tmp_path / "alone")
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("changed", ["train", "test"])
+def test_a_seed_on_other_rows_is_not_put_beside_the_first(
+    tiny: Tiny, tmp_path: Path, command: Command, changed: str, jobs: str
+) -> None:
+    data = {}
+    for name, path in (("train", tiny.train), ("test", tiny.test)):
+        data[f"data__{name}"] = str(shutil.copy(path, tmp_path / f"{name}.csv"))
+    path = tiny.write(tmp_path / "tiny.toml", rounds=1, **data)
+    given = ("compare", path, "--methods", "fedit", "--out", tmp_path / "out", "--jobs", jobs)
+    assert command(*given, "--seeds", "0").code == 0
+    file = tmp_path / f"{changed}.csv"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace("cars", "CARS", 1), encoding="utf-8")
+    ran = command(*given, "--seeds", "0,1,2")
+    assert ran.code == 1
+    assert "not those of the runs that are there already" in " ".join((ran.out + ran.err).split())
+    file.write_text(text, encoding="utf-8")
+    assert command(*given, "--seeds", "0,1").code == 0
+    recipe = tmp_path / "out" / "fedit" / "seed-1" / rundir.RECIPE
+    said = recipe.read_text(encoding="utf-8").replace('train = "', 'train = "0')
+    assert said.count('train = "0') == 2  # the file's name, and its digest
+    recipe.write_text(said.replace('train = "0/', 'train = "/'), encoding="utf-8")
+    ran = command(*given, "--seeds", "0,1")
+    assert ran.code == 2
+    assert "are not those of" in " ".join(ran.err.split())
+
+
 def test_what_fails_is_told_at_the_end_and_does_not_stop_the_others(
     write: Write, tmp_path: Path, command: Command
 ) -> None:

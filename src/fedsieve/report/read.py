@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fedsieve.clients.network import Part
 from fedsieve.disk import objects, refuse_link
 from fedsieve.engine.shares import Shares
-from fedsieve.errors import FedSieveError, count
+from fedsieve.errors import FedSieveError, count, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.report import shown
 from fedsieve.report.shown import Shown
@@ -257,6 +257,7 @@ def _clients(
     path: Path, rounds: Sequence[Round], notes: list[str], until: int | None = None
 ) -> Clients:
     seen: dict[str, str] = {}  # a name of each client, and not of each of its rounds
+    last: dict[str, int] = {}  # its round so far
     dropped: Counter[str] = Counter()
     sums: dict[str, list[int]] = {}  # label -> client-rounds, down, up
     kept: dict[str, tuple[_Mean, ...]] = {}  # label -> of A, B and head, down and then up
@@ -273,6 +274,9 @@ def _clients(
             continue
         reason, client = row.get("dropped"), str(row.get("client"))
         client = seen.setdefault(client, client)
+        if last.get(client) == at:
+            raise FedSieveError(f"{where}: client {quoted(client)} is there twice in round {at}")
+        last[client] = at
         down = _integer(row, "down_bytes", where)
         up = _optional_integer(row, "up_bytes", where) or 0
         seconds = _time(row, where)

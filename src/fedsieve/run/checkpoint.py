@@ -27,6 +27,7 @@ from fedsieve.algebra.method import Memory, State
 from fedsieve.disk import LARGEST, parsed, refuse_link, sync, write_whole
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError
+from fedsieve.tasks.digest import RowsDigest
 from fedsieve.train.digest import BaseDigest
 
 # What reading a file raises that was cut, or changed by accident.
@@ -43,6 +44,7 @@ class Snapshot(NamedTuple):
     half:  the last round, where it is merged and no more: what is left of it is to be done
     base:  digest of the base model that the run began with; none in checkpoints of old
     recipe: by which its rounds were trained, as TOML; none in checkpoints of old
+    rows:  of the examples that they were trained on; none in checkpoints of old
     """
 
     progress: Progress
@@ -51,6 +53,7 @@ class Snapshot(NamedTuple):
     half: Unevaluated | None = None
     base: BaseDigest | None = None
     recipe: str | None = None
+    rows: RowsDigest | None = None
 
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -70,6 +73,7 @@ class _Facts(BaseModel):
     same: dict[str, str]
     base: dict[Literal["weights", "config"], str] | None = None
     recipe: str | None = None
+    rows: dict[Literal["train", "test"], str] | None = None
     half: "_Half | None" = None
 
 
@@ -105,6 +109,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         "same": same,
         "base": None if snapshot.base is None else snapshot.base._asdict(),
         "recipe": snapshot.recipe,
+        "rows": None if snapshot.rows is None else snapshot.rows._asdict(),
     }
     if snapshot.half is not None:
         half = snapshot.half
@@ -152,7 +157,8 @@ def load(folder: Path, layout: Layout, base: BaseDigest | None = None) -> Snapsh
         _check(path, facts, tensors)
         then = None if facts.get("base") is None else BaseDigest(**facts["base"])
         _refuse_another_base(then, base)
-        return _snapshot(path, facts, tensors, layout)._replace(base=then)
+        rows = None if facts.get("rows") is None else RowsDigest(**facts["rows"])
+        return _snapshot(path, facts, tensors, layout)._replace(base=then, rows=rows)
     what = "no checkpoint that is whole" if files else "no checkpoint"
     raise FedSieveError(f"{folder} holds {what}: the run cannot be resumed, start it again")
 

@@ -35,6 +35,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 
 if TYPE_CHECKING:
+    from fedsieve.tasks.digest import RowsDigest
     from fedsieve.tasks.tally import Details
 
 RECIPE = "recipe.toml"
@@ -178,6 +179,18 @@ def check(folder: Path) -> None:
 def _plots(folder: Path) -> list[Path]:
     """The report's pictures."""
     return sorted(folder.glob(f"{Path(REPORT).stem}-*.png"))
+
+
+def rows_of(folder: Path) -> "RowsDigest | None":
+    """What a run says of the rows that it began with; None of one that says nothing, or is none."""
+    from fedsieve.tasks.digest import RowsDigest
+
+    path = folder / RECIPE
+    if not path.is_file():
+        return None
+    told = recipes.toml(recipes.text_of(path), str(path)).get("environment", {}).get("rows", {})
+    train, test = told.get("train"), told.get("test")
+    return RowsDigest(train, test) if isinstance(train, str) and isinstance(test, str) else None
 
 
 def untouched(folder: Path) -> bool:

@@ -75,6 +75,8 @@ def start(
     experiment = build(recipe)
     assert experiment.recipe is not None
     facts = rundir.environment(str(experiment.resident.device))
+    if experiment.rows is not None and not deployed(experiment.recipe):
+        facts |= {"rows": experiment.rows._asdict()}
     text = recipes.dump(experiment.recipe, {**facts, "notes": list(experiment.notes)})
     with rundir.lock(folder), rundir.disk_errors(folder):
         recipe = experiment.recipe
@@ -96,7 +98,7 @@ def resume(
     rounds: as many as the run is to have, in place of its recipe's; it then ends as one that was
         started with so many, but where a learning rate falls over the rounds
     allow_code: see `recipes.check`
-    accept_changes: go on though the recipe was edited since the rounds so far were trained
+    accept_changes: go on though recipe or rows were changed since the rounds so far were trained
     Raises FedSieveError if the folder holds no run that can be resumed, if anything in it is not as
     a run leaves it, or if the base model has changed since; Stopped as `start` does.
     """
@@ -114,6 +116,7 @@ def resume(
             resident = experiment.resident
             snapshot = checkpoint.load(checkpoints, resident.layout, resident.digest)
             _refuse_one_count(folder, recipe, snapshot)
+            _refuse_other_rows(folder, recipe, snapshot, experiment, accept_changes)
             refuse_another(folder, experiment, snapshot)
             experiment.memories.update(snapshot.memories)
         if deployed(recipe):
@@ -128,6 +131,26 @@ def resume(
                     snapshot = snapshot._replace(recipe=recipes.dump(recipe, {}))
                     checkpoint.save(checkpoints, snapshot)
             return _go_on(experiment, recipe, snapshot, folder, show)
+
+
+def _refuse_other_rows(
+    folder: Path, recipe: Recipe, snapshot: Snapshot, experiment: Experiment, accept: bool
+) -> None:
+    """Raises FedSieveError where the rows are others than those of the rounds so far: their figures
+    would be of neither. accept: warn of it, where epsilon does not count on the rows as they were
+    """
+    then, now = snapshot.rows, experiment.rows
+    if then is None or now is None or then == now:
+        return
+    what = "training rows" if then.train != now.train else "rows that are evaluated on"
+    said = f"{folder}: the {what} were changed since the run's rounds were trained"
+    if accept and not deployed(recipe):
+        warnings.warn(said, stacklevel=3)
+        return
+    raise FedSieveError(
+        f"{said}, or are read otherwise (by another tokenizer, say): put them back, or start a new "
+        "run" + ("" if deployed(recipe) else "; --accept-changes goes on with them as they are now")
+    )
 
 
 def _rewrite(folder: Path, recipe: Recipe) -> None:
@@ -289,7 +312,8 @@ def _refuse_other_noise(folder: Path, number: int) -> None:
 def _snapshot(experiment: Experiment, progress: Progress, folder: Path, recipe: str) -> Snapshot:
     """recipe: as TOML."""
     marks, base = rundir.marks(folder), experiment.resident.digest
-    return Snapshot(progress, dict(experiment.memories), marks, base=base, recipe=recipe)
+    memories, rows = dict(experiment.memories), experiment.rows
+    return Snapshot(progress, memories, marks, base=base, recipe=recipe, rows=rows)
 
 
 def _told(folder: Path, recipe: Recipe, number: int) -> Told:

@@ -29,12 +29,15 @@ from fedsieve.disk import refuse_link, write_whole
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate, quoted
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.run.found import settings_of
+from fedsieve.tasks.digest import RowsDigest
 
 ASKED = "asked.toml"
 DIVERGED = "diverged.txt"
+_LONGEST = 2000  # letters of a reason
 PATIENCE = 60  # seconds that a worker has to save its run before it is killed
 
 
@@ -113,7 +116,10 @@ def _settled(key: str, asked: Mapping[str, Any]) -> bool:
 def diverged(job: Job) -> str | None:
     """Why training broke down; running it again would end the same."""
     mark = job.folder / DIVERGED
-    return mark.read_text(encoding="utf-8", errors="replace") if mark.exists() else None
+    if not mark.exists():
+        return None
+    with mark.open(encoding="utf-8", errors="replace") as file:
+        return file.read(_LONGEST).strip() or f"{mark} does not say why"
 
 
 def finished(job: Job) -> bool:
@@ -126,6 +132,50 @@ def finished(job: Job) -> bool:
     return bool(rounds) and rounds[-1].round == runner.rounds_of(job.folder)
 
 
+def _rows_of(jobs: Sequence[Job]) -> dict[str, RowsDigest]:
+    """What the runs that are there were trained and evaluated on, by what they ask for of it.
+
+    Raises FedSieveError, naming two directories, where runs that ask for the same rows had others:
+    a file was changed in between, and a mean over both would be of neither.
+    """
+    found: dict[str, tuple[Path, RowsDigest]] = {}
+    for job in jobs:
+        rows = rundir.rows_of(job.folder)
+        if rows is not None:
+            first, known = found.setdefault(_asked_for(job), (job.folder, rows))
+            if known != rows:
+                raise FedSieveError(
+                    f"the rows of {job.folder} are not those of {first}, though both ask for the "
+                    "same: a file was changed in between. Remove the directories of one kind to "
+                    "run them again, or choose another --out"
+                )
+    return {asked: rows for asked, (_, rows) in found.items()}
+
+
+def _asked_for(job: Job) -> str:
+    """All that a recipe says of its rows and of how they are read; whose they are, if they say."""
+    column = job.recipe.partition.column
+    rated = job.recipe.evaluation
+    drawn = job.recipe.seed if rated.limit is not None or rated.on == "validation" else None
+    parts = (job.recipe.data, job.recipe.model, rated)
+    return "\n".join([*(part.model_dump_json() for part in parts), str(column), str(drawn)])
+
+
+def _on(rows: RowsDigest | None) -> Callable[[Recipe], Experiment]:
+    """Who sets a run up. It raises FedSieveError for other rows than those, where some are named"""
+
+    def build(recipe: Recipe) -> Experiment:
+        experiment = from_recipe(recipe)
+        if rows is not None and experiment.rows is not None and experiment.rows != rows:
+            raise FedSieveError(
+                "its rows are not those of the runs that are there already, which ask for the "
+                "same: a file was changed in between. Put it back, or choose another --out"
+            )
+        return experiment
+
+    return build
+
+
 def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) -> list[Outcome]:
     """Run or resume what is not finished, and say for every job, in the order given, how it ended.
 
@@ -133,6 +183,7 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
     is started then), runner.Stopped after Ctrl-C or SIGTERM, with every run's state kept.
     """
     refuse_changed(jobs)
+    known = _rows_of(jobs)
     outcomes = {
         job.folder: Outcome(job, diverged(job)) for job in jobs if diverged(job) or finished(job)
     }
@@ -146,9 +197,12 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
         try:
             if min(workers, len(left)) <= 1:
                 for job in left:
-                    ended(Outcome(job, _problem(job, show)))
+                    rows = known.get(_asked_for(job))
+                    ended(Outcome(job, _problem(job, rows, show)))
+                    known = _rows_of(jobs)
             else:
-                _side_by_side(left, min(workers, len(left)), show, ended)
+                _side_by_side(left, known, min(workers, len(left)), show, ended)
+                _rows_of(jobs)
         except (KeyboardInterrupt, runner.Stopped):
             done = sum(outcome.problem is None for outcome in outcomes.values())
             raise runner.Stopped(
@@ -157,8 +211,8 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
     return [outcomes[job.folder] for job in jobs]
 
 
-def _problem(job: Job, show: ShowRound) -> str | None:
-    """Run or resume a job in this process; what went wrong, if anything did."""
+def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
+    """Run or resume a job in this process; what went wrong, if anything did. rows: see `_on`"""
 
     def after(summary: Round, receipts: Sequence[Receipt]) -> None:
         show(job, summary)
@@ -167,17 +221,19 @@ def _problem(job: Job, show: ShowRound) -> str | None:
         if (job.folder / rundir.RECIPE).exists():
             # Of the method of this job, which the directory holds (`refuse_changed`), it was asked
             # whether it may be a program of somebody's own.
-            runner.resume(job.folder, after, allow_code=True)
+            runner.resume(job.folder, after, _on(rows), allow_code=True)
         else:
             job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_whole(job.folder / ASKED, recipes.dump(job.recipe, {}).encode())
-            runner.start(job.recipe, job.folder, after)
+            runner.start(job.recipe, job.folder, after, _on(rows))
     except FedSieveError as error:
         if isinstance(error.__cause__, NoUsableUpdate):
             write_whole(job.folder / DIVERGED, str(error).encode())
         return str(error)
     except runner.Stopped:
         raise
+    except OSError as error:
+        return f"{error.filename or job.folder}: {error.strerror or error}"
     except Exception:
         return traceback.format_exc()  # a fault of ours: all of it is needed to mend it
     return None
@@ -186,7 +242,13 @@ def _problem(job: Job, show: ShowRound) -> str | None:
 # --- workers
 
 
-def _side_by_side(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) -> None:
+def _side_by_side(
+    jobs: Sequence[Job],
+    known: Mapping[str, RowsDigest],
+    workers: int,
+    show: ShowRound,
+    end: ShowEnd,
+) -> None:
     """Give the jobs to worker processes, one thread attending each."""
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
@@ -222,7 +284,8 @@ def _side_by_side(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowE
                 break
             if process.poll() is not None:
                 process = start()
-            events.put(Outcome(job, _told(process, job, lambda j, s: events.put((j, s)))))
+            rows = known.get(_asked_for(job))
+            events.put(Outcome(job, _told(process, job, rows, lambda j, s: events.put((j, s)))))
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
@@ -252,7 +315,9 @@ def _side_by_side(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowE
                 process.kill()
 
 
-def _told(process: subprocess.Popen[str], job: Job, show: ShowRound) -> str | None:
+def _told(
+    process: subprocess.Popen[str], job: Job, rows: RowsDigest | None, show: ShowRound
+) -> str | None:
     """Have a worker do a job; what went wrong, if anything did."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -260,6 +325,7 @@ def _told(process: subprocess.Popen[str], job: Job, show: ShowRound) -> str | No
         "name": job.name,
         "recipe": job.recipe.model_dump(mode="json"),
         "folder": str(job.folder),
+        "rows": rows,
     }
     with contextlib.suppress(OSError):  # a worker that is gone shows below
         process.stdin.write(json.dumps(request) + "\n")
@@ -285,9 +351,12 @@ def _work(requests: IO[str], answers: IO[str]) -> None:
         request = json.loads(line)
         recipe = recipes.check(request["recipe"], allow_code=True)  # it was asked where we started
         job = Job(request["name"], recipe, Path(request["folder"]))
-        answer(
-            {"problem": _problem(job, lambda job, summary: answer({"round": summary._asdict()}))}
-        )
+        rows = None if request["rows"] is None else RowsDigest(*request["rows"])
+
+        def show(job: Job, summary: Round) -> None:
+            answer({"round": summary._asdict()})
+
+        answer({"problem": _problem(job, rows, show)})
 
 
 if __name__ == "__main__":

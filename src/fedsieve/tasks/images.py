@@ -57,7 +57,13 @@ def images(dataset: Dataset, processor: Any, name: str) -> Images:
     """
     low, high, size = _ends(processor)
     pixels, done = _room(len(dataset), size), 0
+    kept = not getattr(processor, "do_resize", True)
     for some in _batches(dataset, name, max(1, _HELD // math.prod(size))):
+        if kept and (large := max(max(image.size) for image in some)) > MOST_SIDE:
+            raise FedSieveError(
+                f"the model's image processor leaves images as large as they are, and one has "
+                f"{large} pixels a side: at most {MOST_SIDE} are read"
+            )
         levels = _levels(_values(processor, some), low, high)
         if not done:
             pixels = _room(len(dataset), levels.shape[2:])
