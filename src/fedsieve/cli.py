@@ -32,6 +32,7 @@ from fedsieve.tasks.words import spoken
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Receipt, Round
     from fedsieve.recipe.schema import Recipe
+    from fedsieve.sites.server import RoundPolicy
     from fedsieve.study.jobs import Job
 
 # Heavy imports (torch, transformers) wait inside the commands that need them, so that --help and
@@ -353,8 +354,12 @@ def federate(
     again: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Go on with a federation.")
     ] = None,
+    local: Annotated[
+        int | None,
+        typer.Option(min=1, help="Run all of it here: a server and so many sites, by themselves."),
+    ] = None,
 ) -> None:
-    """Prepare a federation across machines, on Flower, and say how to start it."""
+    """Prepare a federation across machines, on Flower, and say how to start it; or run one here."""
     from fedsieve.recipe import read as recipes
 
     if again is not None:
@@ -372,6 +377,10 @@ def federate(
     from fedsieve.sites.server import RoundPolicy
 
     given = recipes.check(table, recipe)
+    if local is not None:
+        policy = RoundPolicy(local, deadline, setup, wait, extra)
+        _all_here(given, out or _by_name(given.name), policy)
+        return
     policy = RoundPolicy(sites, deadline, setup, wait, extra)
     listen = federating.ServerAddress(host, port, certificates, insecure)
     folder = out or _by_name(given.name)
@@ -820,8 +829,38 @@ def _summary(folder: Path) -> None:
     say(f"report         {folder / rundir.REPORT}")
 
 
+def _all_here(recipe: "Recipe", folder: Path, policy: "RoundPolicy") -> None:
+    """A federation with a server and sites on this machine, from its beginning to its end."""
+    from fedsieve.run import rundir
+    from fedsieve.sites import federate as federating
+    from fedsieve.sites import here
+
+    federating.check_installed()
+    rundir.refuse(folder)
+    say(f"dividing {recipe.data.train} over {count(policy.sites, 'site')} ...")
+    recipe, rows, budgets = here.settle(recipe, policy.sites)
+    listen = federating.ServerAddress(port=here.free_port())
+    federating.prepare(recipe, folder, policy, listen)
+    here.write_sites(folder, recipe, rows, budgets)
+    _go_on_with(folder)
+    _summary(folder)
+
+
 def _go_on_with(folder: Path) -> None:
-    """Start a Flower run that goes on with a federation, and show what it says."""
+    """Start a Flower run that goes on with a federation, and show what it says.
+
+    One with sites on this machine has them started first.
+    """
+    from fedsieve.sites import here
+
+    if not here.is_here(folder):
+        _run_flower(folder)
+        return
+    with here.at_work(folder, here.port_of(folder), say):
+        _run_flower(folder)
+
+
+def _run_flower(folder: Path) -> None:
     import os
     import subprocess
 

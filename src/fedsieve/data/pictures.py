@@ -86,6 +86,19 @@ def located(rows: Dataset, name: str, folder: Path | None) -> Dataset:
     return rows.remove_columns(name).add_column(name, pa.array(cells, kind))
 
 
+def inlined(rows: Dataset, name: str) -> Dataset:
+    """The rows of `located` with the files' bytes in the place of their paths: to be moved."""
+    cells = []
+    for value in values_of(rows, name):
+        path = value.get("path") if isinstance(value, dict) else None
+        data = value if isinstance(value, bytes) else _bytes(value)
+        if data is None and path is not None:
+            data = Path(path).read_bytes()
+        cells.append({"bytes": data, "path": None})
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    return rows.remove_columns(name).add_column(name, pa.array(cells, kind))
+
+
 def _bytes(value: Any) -> bytes | None:
     data = value.get("bytes") if isinstance(value, dict) else None
     return data if isinstance(data, bytes) else None

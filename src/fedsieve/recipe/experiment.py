@@ -347,7 +347,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         data = data.model_copy(update={"classes": prepared.classes})
         recipe = recipe.model_copy(update={"data": data})
     recipes.check_metrics(recipe)  # once more: now its classes are known
-    parts = _parts(recipe, rows, examples, prepared.came)
+    parts = parts_of(recipe, rows, examples, prepared.came)
     if recipe.partition.column is not None and data.validation is None:
         # Each has rows: those without an example have nothing to learn in any.
         nothing = f"none of its rows has anything to learn within data.max_length {data.max_length}"
@@ -569,7 +569,7 @@ def _reaching(examples: Examples, most: int) -> str | None:
     )
 
 
-def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> Partition:
+def parts_of(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> Partition:
     """The numbers of each client's examples."""
     chosen = recipe.partition
     count = examples.labels.shape[0]

@@ -1,0 +1,237 @@
+"""A federation whose server, sites and nodes are processes of this machine, by one command.
+
+The recipe's rows are divided over the sites as its [partition] divides them over clients, each site
+has a folder with its own rows and site.toml, and Flower's own processes carry the messages over
+127.0.0.1. Nothing is left out that is there between real machines but TLS and keys, so what is
+tried here is what runs there; and what comes out is, to the bit, the run in one process.
+
+Whatever is started is ended here, with what it started itself.
+"""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+import torch
+from datasets import Dataset
+
+from fedsieve.algebra.budget import Budget
+from fedsieve.data import sources
+from fedsieve.data.pictures import inlined, located
+from fedsieve.disk import write_whole
+from fedsieve.errors import FedSieveError, count
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.budgets import hand_out, machines_of
+from fedsieve.recipe.examples import columns_of, fields_of, load_rows, prepare
+from fedsieve.recipe.experiment import locate, parts_of, set_up_resident
+from fedsieve.recipe.method import build_method
+from fedsieve.recipe.schema import Recipe
+from fedsieve.sites import federate
+from fedsieve.sites.federate import ServerAddress
+from fedsieve.sites.found import CONFIG, CONNECTION, HOME
+from fedsieve.sites.site import Rows
+from fedsieve.sites.worker import SOCKET
+from fedsieve.train.model import pick_device
+from fedsieve.train.reader import load_reader
+
+HERE = "sites"  # in the run's directory: a folder for each, and the logs of the processes
+ROWS = "rows.parquet"
+_BIN = Path(sys.executable).parent
+_STARTING = 120.0  # seconds that a process has until it listens
+_ENDING = 10.0  # and to end, before it is killed
+
+
+def of_clients(recipe: Recipe, sites: int) -> Recipe:
+    """The recipe with so many clients. Raises FedSieveError where a column says who they are."""
+    if recipe.partition.column is not None:
+        return recipe
+    return recipe.model_copy(
+        update={"partition": recipe.partition.model_copy(update={"clients": sites})}
+    )
+
+
+def settle(recipe: Recipe, sites: int) -> tuple[Recipe, dict[str, Dataset], dict[str, Budget]]:
+    """The recipe with its classes, and what each site gets: its rows, and what it affords.
+
+    Raises FedSieveError where the rows cannot be divided over so many, or cannot be used.
+    """
+    recipe = of_clients(recipe, sites)
+    data, column, task = recipe.data, recipe.partition.column, recipe.model.task
+    reader, _ = load_reader(locate(recipe.model.source), task)
+    rows = load_rows(data, data.train, data.train_split, column)
+    prepared = prepare(recipe, rows, None, reader)
+    if prepared.classes:
+        told = data.model_copy(update={"classes": prepared.classes})
+        recipe = recipe.model_copy(update={"data": told})
+    parts = parts_of(recipe, rows, prepared.train, prepared.came)
+    if len(parts) != sites:
+        raise FedSieveError(
+            f"--local {sites}: column {column!r} names {count(len(parts), 'client')}, and each is "
+            f"a site: give --local {len(parts)}, or another [partition]"
+        )
+    if empty := [id for id, own in parts.items() if not len(own)]:
+        raise FedSieveError(
+            f"--local {sites}: [partition] leaves site {empty[0]!r} without rows: raise "
+            "partition.alpha, or take fewer sites"
+        )
+    plain = sources.load(
+        data.train,
+        data.train_split,
+        config=data.config,
+        names=data.names,
+        separator=data.separator,
+        columns=columns_of(fields_of(data), column),
+    )
+    if data.image is not None:
+        plain = inlined(located(plain, data.image, sources.folder_of(data.train)), data.image)
+    own = {id: plain.select(prepared.came[torch.as_tensor(part)]) for id, part in parts.items()}
+    resident = set_up_resident(recipe, reader, pick_device("cpu"))
+    machines, method = machines_of(recipe, parts.counts), build_method(recipe)
+    return recipe, own, hand_out(recipe, method, resident.layout, parts.counts, machines)
+
+
+def write_sites(
+    folder: Path, recipe: Recipe, rows: dict[str, Dataset], budgets: dict[str, Budget]
+) -> None:
+    """A folder for each site: its rows and its site.toml."""
+    columns = recipe.data.model_dump(mode="json", include={*Rows.model_fields}, exclude_none=True)
+    of_files = ("train", "test", "train_split", "test_split", "config", "names", "separator")
+    read = {name: value for name, value in columns.items() if name not in of_files}
+    for id, own in rows.items():
+        home = folder / HERE / id
+        home.mkdir(mode=0o700, parents=True)
+        own.to_parquet(str(home / ROWS))
+        table: dict[str, Any] = {
+            "name": id,
+            "model": str(locate(recipe.model.source)),
+            "device": recipe.device,
+            "data": {"train": ROWS, **read},
+            "budget": budgets[id]._asdict(),
+        }
+        write_whole(home / "site.toml", tomli_w.dumps(table).encode())
+
+
+def is_here(folder: Path) -> bool:
+    """Whether a federation has its sites in its own directory."""
+    return (folder / HERE).is_dir()
+
+
+def port_of(folder: Path) -> int:
+    """At which `flwr` looks for the server of a federation. Raises FedSieveError where it cannot
+    be told.
+    """
+    path = folder / HOME / CONFIG
+    table = recipes.toml(recipes.text_of(path), str(path))
+    try:
+        address = table["superlink"][CONNECTION]["address"]
+        return int(str(address).rpartition(":")[2])
+    except (KeyError, TypeError, ValueError):
+        raise FedSieveError(f"{path} names no server: begin a new federation") from None
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 at which nothing listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class _Started(NamedTuple):
+    """A process, and the file with what it says."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+
+@contextmanager
+def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[None]:
+    """The server, and at each site of the folder a worker and a node, while this is open.
+
+    Raises FedSieveError, with its log's place, for a process that does not start.
+    """
+    homes = sorted(path.parent for path in (folder / HERE).glob("*/site.toml"))
+    threads = str(max(1, (os.cpu_count() or 1) // len(homes)))
+    flower = federate.environment(folder)
+    in_objects = dict([federate.OBJECTS.split("=")])
+    listen = ServerAddress(port=port)
+    with ExitStack() as stack:
+
+        def start(command: Sequence[object], log: Path, more: Mapping[str, str]) -> _Started:
+            return stack.enter_context(_running(command, log, more))
+
+        doors = {home: home / "worker" / SOCKET for home in homes}
+        workers = {}
+        for home, door in doors.items():
+            door.unlink(missing_ok=True)  # of a worker that was killed
+            command = [sys.executable, "-P", "-m", "fedsieve", "worker", home / "site.toml"]
+            own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+            workers[home] = start(command, home / "worker.log", own)
+        for home, door in doors.items():
+            _until(door.exists, workers[home])
+        words = shlex.split(federate.commands(folder, listen)[0])
+        link = [_BIN / "flower-superlink", *words[words.index("flower-superlink") + 1 :]]
+        _until(lambda: _listens(port), start(link, folder / HERE / "server.log", flower))
+        for home, door in doors.items():
+            node = [
+                _BIN / "flower-supernode", "--superlink", f"127.0.0.1:{port}", "--insecure",
+                "--port", str(free_port()), "--node-config", f'socket="{door}"',
+            ]  # fmt: skip
+            own = {**flower, **in_objects, "FLWR_HOME": str(home / "flower")}
+            start(node, home / "node.log", own)
+        say(f"{count(len(homes), 'site')} at work; what they say is in {folder / HERE}")
+        yield
+
+
+@contextmanager
+def _running(command: Sequence[object], log: Path, more: Mapping[str, str]) -> Iterator[_Started]:
+    """A process in a session of its own: Ctrl-C reaches us alone, who end it and all that it began.
+
+    more: what it finds in its environment beside ours
+    """
+    path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"  # Flower starts programs by name
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **more, "PATH": path, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
+    try:
+        yield _Started(process, log)
+    finally:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, number)  # what it began is in its session
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_ENDING)
+
+
+def _until(there: Callable[[], bool], started: _Started) -> None:
+    until = time.monotonic() + _STARTING
+    while not there():
+        if started.process.poll() is not None or time.monotonic() > until:
+            what = "has not begun" if started.process.poll() is None else "has ended"
+            said = started.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            raise FedSieveError(
+                f"a process of the federation {what}: "
+                f"{said[-1][:300] if said else 'it said nothing'} (all of it is in {started.log})"
+            )
+        time.sleep(0.1)
+
+
+def _listens(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False

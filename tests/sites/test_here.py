@@ -1,0 +1,119 @@
+"""`fedsieve federate --local`: rows divided over sites of this machine, and all their processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedsieve.algebra.keys import Key, word
+from fedsieve.data import partition
+from fedsieve.recipe import read as recipe
+from fedsieve.recipe.examples import load_rows, tensors
+from fedsieve.recipe.experiment import from_recipe
+from fedsieve.recipe.schema import Recipe
+from fedsieve.run import rundir, runner
+from fedsieve.sites import here, resident
+from fedsieve.sites import site as sites
+from fedsieve.tasks.digest import rows_digest
+from fedsieve.tasks.examples import count, take, unasked
+from fedsieve.train.reader import load_reader
+from tests import runs
+from tests.conftest import Command, Tiny
+from tests.sites.processes import descendants
+from tests.sites.sites import quiet
+from tests.tasks.test_federated import Kind, changes, each, quietly
+
+pytestmark = pytest.mark.usefixtures("no_report")
+BUDGETS = [{"share": 0.5, "ratio": 0.5}, {"share": 0.5}]
+
+
+@pytest.mark.parametrize("kind", [{"kind": "iid"}, {"kind": "dirichlet", "alpha": 1.0}])
+def test_each_site_gets_the_rows_and_the_budget_of_a_client(
+    tiny: Tiny, tmp_path: Path, kind: dict[str, object]
+) -> None:
+    asked = recipe.check(
+        tiny.table(partition={**kind, "clients": 7}, budgets=BUDGETS, method={"name": "fslora"})
+    )
+    given, rows, budgets = here.settle(asked, 3)
+    assert given.data.classes
+    here.write_sites(tmp_path, given, rows, budgets)
+    experiment = from_recipe(here.of_clients(asked, 3))
+    for client in experiment.federation.clients:
+        site = sites.load(tmp_path / here.HERE / client.id / "site.toml")
+        assert sites.budget_of(site) == client.budget
+        assert len(rows[client.id]) == client.examples
+        assert resident.start(site, quiet)
+
+
+@each
+@quietly
+def test_the_rows_of_every_task_are_the_same_examples_there(
+    tiny: Tiny, tmp_path: Path, kind: Kind
+) -> None:
+    """Read from the site's own file, by its site.toml."""
+    given = {**changes(tiny, tmp_path, kind, kind.rows), "partition": {"kind": "iid", "clients": 2}}
+    asked, rows, budgets = here.settle(recipe.check(tiny.table(**given)), 2)
+    here.write_sites(tmp_path, asked, rows, budgets)
+    reader, _ = load_reader(asked.model.source, kind.task)
+    whole, _, _ = tensors(asked, load_rows(asked.data, asked.data.train, None), reader)
+    for number, part in enumerate(partition.iid(count(whole), 2, _seed(asked)).values()):
+        site = sites.load(tmp_path / here.HERE / f"000{number}" / "site.toml")
+        data = asked.data.model_copy(update=dict(site.data))
+        own, _, _ = tensors(asked, load_rows(data, data.train, None), reader)
+        expected = unasked(take(whole, torch.as_tensor(part)))
+        assert rows_digest(unasked(own), {}, []) == rows_digest(expected, {}, [])
+
+
+def _seed(asked: Recipe) -> int:
+    return word(Key(asked.seed, purpose="partition")) % 2**32
+
+
+def test_what_cannot_be_divided_is_refused(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+    for given, said in (
+        ({"kind": "column", "column": "author"}, "--local 50: column 'author' names"),
+        ({"kind": "dirichlet", "alpha": 0.01, "clients": 3}, "without rows: raise partition.alpha"),
+    ):
+        path = tiny.write(tmp_path / "r.toml", partition=given)
+        ran = command("federate", path, "--local", "50", "--out", tmp_path / "run")
+        assert ran.code == 2
+        assert said in " ".join(ran.err.split())
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_all_of_a_federation_by_one_command_is_the_run_in_one_process(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Killed after a round and gone on with; and nothing that it began is left."""
+    pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
+    partition = {"kind": "dirichlet", "alpha": 1.0, "clients": 2}
+    path = tiny.write(tmp_path / "r.toml", partition=partition, rounds=3, cohort=2)
+    runner.start(recipe.load(str(path)), tmp_path / "alone", runs.quiet)
+    run = tmp_path / "run"
+    for words in ([str(path), "--local", "2", "--out", str(run)], ["--resume", str(run)]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedsieve", "federate", *words],
+            stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        until = time.monotonic() + 400
+        children: list[int] = []
+        try:
+            while process.poll() is None:
+                assert time.monotonic() < until
+                children = descendants(process.pid) or children
+                begun = (run / rundir.METRICS).exists() and rundir.last_round(run) > 0
+                if begun and words[0] != "--resume":
+                    process.send_signal(signal.SIGINT)
+                    process.wait(100)
+                time.sleep(0.2)
+        finally:
+            process.terminate()
+            process.wait(100)
+        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert process.returncode == 0
+    runs.assert_same_adapter(tmp_path / "alone" / rundir.ADAPTER, run / rundir.ADAPTER)
