@@ -40,6 +40,7 @@ from fedsieve.tasks.examples import Examples, count, unasked
 from fedsieve.tasks.tally import check_lead
 from fedsieve.tasks.task import Bad, Fields, Rows, refuse
 from fedsieve.tasks.task import Task as TaskRecord
+from fedsieve.train.by_function import Function
 from fedsieve.train.card import Told
 from fedsieve.train.changes import check_changes, refuse_quantised
 from fedsieve.train.digest import base_digest
@@ -152,7 +153,7 @@ def finetune(
     quantization: Quantization = "none",
     double_quantization: bool = False,
     lora: Lora | None = None,
-    training: Training | None = None,
+    training: Training | Function | None = None,
     budgets: Mapping[str, Budget] | Budget | None = None,
     evaluate_every: int = 1,
     metric: str | None = None,
@@ -177,6 +178,15 @@ def finetune(
     dtype, quantization, double_quantization: how the base is held, as a recipe's [model] says it
     data:    what else of a recipe's [data] says what rows hold, such as `text_b`, `options`,
              `option_word` (docs/recipes.md)
+    training: the local training's settings; or a function of your own in its place, called with the
+             resident model (the client's adapter in it: only what it may move requires gradients),
+             the client's rows and a seed. Its rows are a `datasets.Dataset` of tokens, without
+             padding: `input_ids`, `attention_mask`, `token_type_ids` where the model has such, and
+             `labels` (classes by number); of images `pixel_values` and `labels`. What it returns is
+             its mean loss, or nothing. What the method does not let a client move comes back to the
+             bit, whatever the function did; random states and the model's settings are put back. A
+             result that is not finite leaves the client out; an error names client and round.
+             `fedsieve.with_trainer` makes one of a `Trainer` of transformers
     budgets: what each client can afford, by id; or one budget for all
     metric:  which of the task's metrics leads (docs/tasks.md); by default its first
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
@@ -224,7 +234,8 @@ def finetune(
     rows = {id: own for id, own in rows.items() if len(own)}
     if not rows and not left_out:
         raise FedSieveError("clients: at least one data set with a row in it is needed")
-    lora, training = lora or Lora(), training or Training()
+    lora = lora or Lora()
+    training, function = arguments.training_given(training)
     key = Key(seed)
     source = locate(str(model))
     refuse_quantised(source, held.quantization, method)
@@ -302,6 +313,7 @@ def finetune(
         notes=[note] if note else [],
         left_out=left_out,
         norm_bound=_bound(norm_bound, method),
+        function=function,
     )
     if method.private == "system":
         # A seed that somebody can guess would tell who took part.

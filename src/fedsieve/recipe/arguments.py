@@ -7,7 +7,7 @@ error of one sentence that begins with the argument's name.
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -20,6 +20,8 @@ from fedsieve.recipe.schema import Data, Model
 from fedsieve.settings import Lora, Sampling, Training, whole
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
+from fedsieve.train import by_function
+from fedsieve.train.by_function import Function
 
 A_BUDGET = "a fedsieve.Budget, such as Budget(ratio=0.5),"
 _COLUMN = "a column's name"
@@ -33,7 +35,6 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "device": (str, "a name, such as 'cpu',"),
     "strict": (bool, "True or False"),
     "lora": (Lora | None, "a fedsieve.Lora, such as Lora(rank=8),"),
-    "training": (Training | None, "a fedsieve.Training, such as Training(lr=0.1),"),
     "budgets": (Budget | Mapping | None, f"{A_BUDGET} or a dict of them by client"),
 }
 _LEAST = {"rounds": 1, "max_length": 1, "evaluate_every": 1, "seed": 0}
@@ -47,6 +48,7 @@ def check(given: Mapping[str, Any]) -> None:
     _refuse_no_method(given["method"])
     for name, (kind, needed) in _KINDS.items():
         of_kind(name, given[name], kind, needed)
+    training_given(given["training"])
     for name, least in _LEAST.items():
         whole(name, given[name], least)
     if not isinstance(given["cohort"], Sampling | None):
@@ -56,6 +58,22 @@ def check(given: Mapping[str, Any]) -> None:
         catalogue.known(given["task"])
     except FedSieveError as error:
         raise FedSieveError(f"task: {error}") from None
+
+
+def training_given(given: object) -> tuple[Training, Function | None]:
+    """The settings of local training, and the function that trains in its place, if one does.
+
+    Raises FedSieveError for what is neither.
+    """
+    if given is None or isinstance(given, Training):
+        training = given or Training()
+        name = training.function
+        return training, None if name is None else by_function.load(name)
+    if not callable(given) or isinstance(given, type):
+        a_training = "a fedsieve.Training, such as Training(lr=0.1), or a function"
+        of_kind("training", given, Training, a_training)
+    by_function.check(given)
+    return Training(), cast(Function, given)
 
 
 def of_kind(name: str, value: object, kind: Any, needed: str) -> None:

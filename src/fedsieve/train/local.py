@@ -47,6 +47,8 @@ class Fit(NamedTuple):
     compute: seconds inside forward, backward and optimizer step
     memory:  bytes of what training allocates beside the base model and its activations: the
              adapter, its gradients and the optimizer's state
+    told:    whether there is a loss: a function of the user's own (by_function.py) may have none,
+             and it is NaN then
     """
 
     tensors: Tree
@@ -54,6 +56,7 @@ class Fit(NamedTuple):
     steps: int
     compute: float
     memory: int = 0
+    told: bool = True
 
 
 def check_packing(training: Training, task: Task) -> None:
@@ -112,7 +115,7 @@ def fit(
             optimizer.step()
             for parameter, mask, own in held:
                 parameter.data = torch.where(mask, parameter.data, own)
-            memory = memory or _allocated(list(everything.values()), optimizer)
+            memory = memory or allocated(list(everything.values()), optimizer)
             optimizer.zero_grad(set_to_none=True)
             diverged = len(losses) % _LOOK == 0 and not losses[-1].isfinite()
             compute += time.perf_counter() - start
@@ -226,7 +229,7 @@ def optimizer_of(parameters: list[Tensor], training: Training) -> torch.optim.Op
     )
 
 
-def _allocated(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
+def allocated(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Bytes of parameters, gradients and optimizer state, after a step."""
     tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
     for state in optimizer.state.values():
