@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
@@ -49,8 +50,12 @@ def rows_of(given: object, columns: Columns) -> Dataset:
     raise FedSieveError(f"rows are needed ({FORMS}), not {type(given).__name__}")
 
 
-def is_table(given: object) -> bool:
-    """Whether it is one table of rows, and not one for each client."""
+def is_one_table(given: object) -> bool:
+    """Whether it is one table of rows, and not the rows of each client."""
+    if isinstance(given, Mapping):
+        return bool(given) and is_columns(given) and not any(map(is_listed, given.values()))
+    if isinstance(given, list | tuple):
+        return bool(given) and is_listed(given) and not any(map(is_columns, given))
     return (
         isinstance(given, Dataset | IterableDataset | str | PathLike)
         or of_library(given, "pandas", "DataFrame")
@@ -66,7 +71,8 @@ def is_listed(given: object) -> bool:
 def is_columns(given: object) -> bool:
     """Whether it is columns by name, each a list of values."""
     return isinstance(given, Mapping) and all(
-        isinstance(name, str) and isinstance(values, list | tuple) for name, values in given.items()
+        isinstance(name, str) and isinstance(values, list | tuple | np.ndarray)
+        for name, values in given.items()
     )
 
 
@@ -104,7 +110,7 @@ def _array(series: Any) -> pa.Array:
     return array
 
 
-def _of_columns(given: Mapping[str, Sequence[Any]], columns: Columns) -> Dataset:
+def _of_columns(given: Mapping[str, Any], columns: Columns) -> Dataset:
     lengths = {name: len(values) for name, values in given.items()}
     if len({*lengths.values()}) > 1:
         (one, few), *_, (other, many) = sorted(lengths.items(), key=lambda each: each[1])
@@ -112,7 +118,10 @@ def _of_columns(given: Mapping[str, Sequence[Any]], columns: Columns) -> Dataset
             f"columns of different lengths: {one!r} has {few} values and {other!r} has {many}"
         )
     chosen = _chosen(list(given), columns)
-    table = {n: array_of(given[n], f"column {n!r}", "row {}".format) for n in chosen}
+    values = {
+        n: given[n].tolist() if isinstance(given[n], np.ndarray) else given[n] for n in chosen
+    }
+    table = {n: array_of(values[n], f"column {n!r}", "row {}".format) for n in chosen}
     return Dataset(pa.table(table))
 
 

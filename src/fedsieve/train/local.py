@@ -184,6 +184,41 @@ def tally(
     return total(counts)
 
 
+def told(
+    resident: ResidentModel,
+    adapter: Adapter,
+    examples: Examples,
+    *,
+    batch: int = 64,
+    precision: Precision = "auto",
+) -> list[str]:
+    """What the model tells of each example, in words, dropout off; labels count for nothing.
+
+    Raises FedSieveError for a task that tells nothing row by row.
+    """
+    task, classes = catalogue.load(resident.task), resident.classes
+    resident.put(adapter)
+    resident.model.eval()
+    found: list[str] = []
+    with torch.inference_mode(), precision_of(resident, precision):
+        if task.ask is not None:
+            assert not isinstance(examples, Images)
+            asked, speaks = examples.asked or (), speaker(resident, batch)
+            for first in range(0, len(asked), SHOWN):  # of so many the answers are kept
+                counted = task.ask(asked[first : first + SHOWN], speaks)
+                found += [answer.told for answer in counted.answers]
+            return found
+        if task.told is None:
+            raise FedSieveError(f"a {resident.task} task tells nothing of single rows")
+        for index in torch.arange(count(examples)).split(batch):
+            some = take(examples, index)
+            logits, labels = outputs(
+                resident.model, resident.task, some, resident.device, head=resident.head
+            )
+            found += [said for _, said in task.told(logits, labels, classes)]
+    return found
+
+
 def _said(resident: ResidentModel, examples: Examples) -> list[str]:
     """The first few rows in words, as the model has them."""
     tokenizer: Any = resident.tokenizer
