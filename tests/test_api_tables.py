@@ -445,6 +445,43 @@ def test_a_run_is_reported(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monke
         run.report(5)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("method", [fedsieve.fslora_flasc(), fedsieve.fedsa_lora()])
+def test_a_run_that_was_kept_goes_on_as_if_it_had_never_stopped(
+    tiny: Tiny, tmp_path: Path, method: Any
+) -> None:
+    clients = [rows(16, n) for n in range(4)]
+    given: dict[str, Any] = {"cohort": 2, "test": rows(20, 9)}
+    whole = finetune(tiny, clients, method, **given).finish()
+    parts = finetune(tiny, clients, method, **given)
+    for each in parts:
+        parts.keep(tmp_path / "kept")
+        if each.round == 2:
+            break
+    again = finetune(tiny, clients, method, **given).go_on(tmp_path / "kept")
+    assert [each.round for each in again.metrics] == [0, 1, 2]
+    again.finish()
+    assert same(again.adapter, whole.adapter)
+    for one, two in zip(again.metrics, whole.metrics, strict=True):
+        assert (one.loss, one.metrics, one.total_bytes) == (two.loss, two.metrics, two.total_bytes)
+    assert [r.client for r in again.receipts] == [r.client for r in whole.receipts]
+    with pytest.raises(FedSieveError, match=r"go_on: this run has begun already"):
+        again.go_on(tmp_path / "kept")
+    for changes, said in (
+        ({"seed": 1}, "seed was 0 in .* and is 1"),
+        ({"cohort": 3}, r"federation\.sampling\.size was 2"),
+        ({"training": fedsieve.Training(lr=0.5)}, r"training\.batch was 8"),
+        ({"lora": Lora(rank=2, targets=("query",))}, "another adapter"),
+        ({"clients": clients[:3]}, r"federation\.clients was 4"),
+        ({"clients": [*clients[:3], rows(16, 7)]}, r"federation\.rows was"),
+    ):
+        changed = {"clients": clients, **given, **changes}
+        other = finetune(tiny, changed.pop("clients"), method, **changed)
+        with pytest.raises(FedSieveError, match=said):
+            other.go_on(tmp_path / "kept")
+    with pytest.raises(FedSieveError, match=r"holds no checkpoint"):
+        finetune(tiny, clients, method, **given).go_on(tmp_path / "nowhere")
+
+
 def test_the_public_names_are_listed() -> None:
     assert {*fedsieve.__all__} <= {*dir(fedsieve)}
     for name in fedsieve.__all__:

@@ -1,5 +1,6 @@
 """Federated fine-tuning from a notebook: data sets in, an adapter and its metrics out."""
 
+import hashlib
 import math
 import secrets
 import warnings
@@ -11,6 +12,7 @@ from typing import Any, TypeVar
 
 from datasets import Dataset
 from peft import LoraConfig
+from torch import Tensor
 
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key, word
@@ -227,12 +229,18 @@ def finetune(
         # A seed that somebody can guess would tell who took part.
         experiment = with_secret(experiment, secrets.randbits(256))
     settings = {
-        "method": name,
+        **({} if name is None else {"method": name}),
         "rounds": rounds,
         "seed": seed,
         "model": {"source": str(model), "task": task},
         "lora": _plain(lora),
-        "training": {} if function is not None else _plain(training),
+        "training": {"by": "a function"} if function is not None else _plain(training),
+        "federation": {
+            "clients": len(examples),
+            "rows": _digest(examples, allowed),
+            "sampling": asdict(sampling),
+            "server": dict(method.server.table),
+        },
     }
     return Run(experiment, rounds, reading, settings)
 
@@ -273,6 +281,17 @@ def _sound(rows: Dataset, bad: Bad) -> Dataset:
     for row in sorted(bad):
         raise bad[row]
     return rows
+
+
+def _digest(examples: Mapping[str, Examples], budgets: Mapping[str, Budget]) -> str:
+    """Of all clients' examples and budgets."""
+    digest = hashlib.blake2b(digest_size=16)
+    for id, own in sorted(examples.items()):
+        digest.update(f"{id}|{tuple(budgets[id])}|".encode())
+        for part in own:
+            said = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
+            digest.update(said)
+    return digest.hexdigest()
 
 
 def _plain(settings: Lora | Training) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A run in a notebook: rounds to iterate over, and what can be asked of the adapter in between."""
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping
 from os import PathLike
@@ -14,15 +15,19 @@ from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.data import given, templates
 from fedsieve.data.files import Columns
-from fedsieve.disk import write_whole
+from fedsieve.disk import objects, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import arguments
+from fedsieve.recipe import read as recipes
 from fedsieve.recipe.examples import columns_of
 from fedsieve.recipe.experiment import Experiment
-from fedsieve.run import rundir
+from fedsieve.recipe.overrides import flat
+from fedsieve.run import checkpoint, rundir
+from fedsieve.run.checkpoint import Snapshot
+from fedsieve.run.state import refuse_another
 from fedsieve.settings import Precision
 from fedsieve.tasks.tally import Score
 from fedsieve.tasks.task import Bad, Fields, Reader, Rows, Task, refuse
@@ -30,7 +35,6 @@ from fedsieve.train.card import Told
 from fedsieve.train.local import evaluate, told
 
 _MARK = "# A run in a notebook: Run.report wrote this, and no command goes on with it.\n"
-_KEPT = "settings.json"
 
 
 class Reading(NamedTuple):
@@ -239,6 +243,78 @@ class Run:
             raise FedSieveError(f"report: {place} cannot be written: {error.strerror}") from error
         return report.write([place], place / rundir.REPORT)[0]
 
+    def keep(self, folder: str | Path) -> None:
+        """Write where the run stands into a folder, for `go_on`; what was kept before stays as it
+        was until the new is whole. It holds what clients keep: the folder is its owner's alone.
+
+        Raises FedSieveError if it cannot be written, for a folder that holds another run, and where
+        the method's noise is fresh (noise_from="system"): a round done again would be spent twice.
+        """
+        place = self._keeping(folder, "keep")
+        if not (place / rundir.CHECKPOINTS).is_dir():
+            rundir.refuse(place)
+        snapshot = Snapshot(
+            self._progress,
+            dict(self._experiment.memories),
+            {},
+            self._half,
+            self._experiment.resident.digest,
+            self._text(),
+        )
+        try:
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for log, rows in ((rundir.METRICS, self.metrics), (rundir.CLIENTS, self.receipts)):
+                text = "".join(json.dumps(row._asdict(), allow_nan=False) + "\n" for row in rows)
+                write_whole(place / log, text.encode())
+        except OSError as error:
+            raise FedSieveError(f"keep: {place} cannot be written: {error.strerror}") from error
+        checkpoint.save(place / rundir.CHECKPOINTS, snapshot)
+
+    def go_on(self, folder: str | Path) -> "Run":
+        """Go on where `keep` was called: this run, made with the same arguments in another process
+        and not trained yet, then ends as if it had never stopped.
+
+        Raises FedSieveError, naming what, where model, rows, settings or the server's optimizer are
+        others than then, and for a folder that holds nothing that can be gone on with. Other
+        options of the method are compared as far as they change what it keeps.
+        """
+        place = self._keeping(folder, "go_on")
+        if self._progress.round or self._half is not None:
+            raise FedSieveError("go_on: this run has begun already: make a new one with `finetune`")
+        experiment = self._experiment
+        snapshot = checkpoint.load(
+            place / rundir.CHECKPOINTS, experiment.resident.layout, experiment.resident.digest
+        )
+        _refuse_other_settings(place, snapshot.recipe or "", self._text())
+        refuse_another(place, experiment, snapshot)
+        known = snapshot.progress.round - (snapshot.half is not None)
+        logs = [
+            [row for _, row in objects(place / log) if row and row["round"] <= known]
+            for log in (rundir.METRICS, rundir.CLIENTS)
+        ]
+        try:
+            metrics, receipts = [Round(**r) for r in logs[0]], [Receipt(**r) for r in logs[1]]
+        except TypeError as error:
+            raise FedSieveError(f"go_on: the logs in {place} are not as kept: {error}") from error
+        if [each.round for each in metrics] != [*range(known + 1)]:
+            raise FedSieveError(f"go_on: {place / rundir.METRICS} lacks rounds: it was changed")
+        experiment.memories.update(snapshot.memories)
+        self._progress, self._half = snapshot.progress, snapshot.half
+        self.metrics, self.receipts = metrics, receipts
+        return self
+
+    def _keeping(self, folder: str | Path, what: str) -> Path:
+        arguments.of_kind(what, folder, str | PathLike, "a folder")
+        if self._experiment.federation.method.private == "system":
+            raise FedSieveError(
+                f'{what}: with noise_from="system" a round done again would be spent twice: run a '
+                "recipe, whose rounds are on the disk before they are told"
+            )
+        return Path(folder)
+
+    def _text(self) -> str:
+        return tomli_w.dumps(dict(self._settings))
+
     def _known(self, what: str) -> Reading:
         if self._reading is None:
             raise FedSieveError(f"{what}: this run does not know how its rows are read")
@@ -257,6 +333,17 @@ class Run:
             precision=reading.precision,
             lead=reading.lead,
         )
+
+
+def _refuse_other_settings(folder: Path, then: str, now: str) -> None:
+    """Raises FedSieveError, naming the first, for settings that differ. then, now: as TOML"""
+    before, after = (dict(flat(recipes.toml(text, str(folder)))) for text in (then, now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            raise FedSieveError(
+                f"go_on: {key} was {before.get(key)!r} in {folder} and is {after.get(key)!r}: make "
+                "the run with the same arguments"
+            )
 
 
 def _unlabelled(reading: Reading, rows: object) -> tuple[Reading, Dataset]:
