@@ -1,6 +1,7 @@
 """Local training by a function of the user's own: with a plain `Trainer` it is our own loop."""
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -366,6 +367,32 @@ def test_a_recipe_names_a_function_and_is_asked_for_it(tiny: Tiny, tmp_path: Pat
             by_function.load(name)
     run = finetune(tiny, [rows(6, 1)], training=Training(function=NAME), rounds=1).finish()
     assert [(r.steps, r.loss) for r in run.receipts] == [(3, 6.0)]
+
+
+OURS = """
+import torch
+
+def train(model, rows, seed):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for row in rows:
+        model(**{name: torch.tensor([value]) for name, value in row.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+@pytest.mark.slow
+def test_workers_train_by_the_same_function(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ours.py").write_text(OURS, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    engines: list[Any] = [{}, {"kind": "processes", "workers": 1, "threads": 1}]
+    for number, engine in enumerate(engines):
+        table = tiny.table(training={"function": "ours:train"}, rounds=1, engine=engine)
+        runs.start_from(recipes.check(table, allow_code=True), tmp_path / str(number))
+    runs.assert_same(tmp_path / "0", tmp_path / "1")
 
 
 def test_trl_trains_the_model_that_it_is_given(tiny: Tiny, tmp_path: Path) -> None:

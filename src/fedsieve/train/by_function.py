@@ -277,7 +277,7 @@ def _as_it_was(resident: ResidentModel) -> Iterator[None]:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
             parameter.grad = None
-        if any(p.device != resident.device for _, p in resident.parameters()):
+        if any(p.device.type != resident.device.type for _, p in resident.parameters()):
             model.to(resident.device)  # a trainer chose another
         model.eval()
 
