@@ -31,7 +31,10 @@ from tests import runs
 from tests.conftest import Tiny
 from tests.test_api import finetune, rows, same
 
-SGD = Training(optimizer="sgd", lr=0.2, momentum=0.0, batch=8, epochs=2, precision="fp32")
+CLIP = 0.5
+SGD = Training(
+    optimizer="sgd", lr=0.2, momentum=0.0, batch=8, epochs=2, clip=CLIP, precision="fp32"
+)
 CPU = torch.device("cpu")
 
 
@@ -75,7 +78,7 @@ def arguments(folder: Path, seed: int, **given: Any) -> TrainingArguments:
         output_dir=str(folder),
         per_device_train_batch_size=8,
         lr_scheduler_type="constant",
-        max_grad_norm=0.0,
+        max_grad_norm=CLIP,
         report_to="none",
         save_strategy="no",
         logging_strategy="no",
@@ -225,6 +228,7 @@ def test_the_model_and_what_is_random_are_as_they_were(tiny: Tiny) -> None:
         drawn.append((seed, torch.rand(1).item(), random.random(), np.random.rand()))  # noqa: NPY002
         model.config.pad_token_id = 7
         model.base_model.model.gradient_checkpointing_enable()
+        assert by_function._checkpoints(model)
         model.forward = lambda **_: None
         for parameter in model.parameters():
             parameter.requires_grad_(True)
@@ -235,7 +239,7 @@ def test_the_model_and_what_is_random_are_as_they_were(tiny: Tiny) -> None:
     assert not one.told
     assert one.steps == 0
     assert resident.model.config.to_dict() == config
-    assert not resident.model.base_model.model.is_gradient_checkpointing
+    assert not by_function._checkpoints(resident.model)
     assert "forward" not in vars(resident.model)
     assert not any(p.requires_grad or p.grad is not None for p in resident.model.parameters())
     assert torch.equal(torch.get_rng_state(), state[0])

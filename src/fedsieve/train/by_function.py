@@ -130,6 +130,8 @@ def fit(
         (name, mask.to(resident.device), view.adapter.tensors[name].to(resident.device).float())
         for name, mask in view.moves.masks.items()
     ]
+    for name, mask, _ in held:  # so that what stays counts for nothing in a gradient's norm
+        parameters[name].register_hook(lambda gradient, mask=mask: gradient * mask)
     frozen = _frozen(model, parameters)
     rows, seed = rows_of(model, examples), word(key.at("own training")) >> 33
     steps = memory = 0
@@ -245,7 +247,7 @@ def _as_it_was(resident: ResidentModel) -> Iterator[None]:
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     configs = [(each, dict(vars(each))) for each in _configs(base)]
     forwards = [(each, vars(each).get("forward")) for each in (model, base)]
-    checkpointing = bool(getattr(base, "is_gradient_checkpointing", False))
+    checkpointing = _checkpoints(base)
     # A trainer calls `train()` before each step, and batch norm is not to learn (mode.py).
     still = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
     half = half_type(model)
@@ -269,8 +271,10 @@ def _as_it_was(resident: ResidentModel) -> Iterator[None]:
             vars(module).pop("forward", None)
             if forward is not None:
                 module.forward = forward
-        if getattr(base, "is_gradient_checkpointing", False) and not checkpointing:
-            base.gradient_checkpointing_disable()
+        if _checkpoints(base) and not checkpointing:
+            # transformers is to drop the older name with 6, and has the newer only of late.
+            off = getattr(base, "activation_checkpointing_disable", None)
+            (off or base.gradient_checkpointing_disable)()
         for config, before in configs:
             vars(config).clear()
             vars(config).update(before)
@@ -280,6 +284,10 @@ def _as_it_was(resident: ResidentModel) -> Iterator[None]:
         if any(p.device.type != resident.device.type for _, p in resident.parameters()):
             model.to(resident.device)  # a trainer chose another
         model.eval()
+
+
+def _checkpoints(base: nn.Module) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
 def _configs(base: Any) -> list[Any]:
