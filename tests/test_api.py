@@ -5,9 +5,11 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -291,7 +293,29 @@ STREAMS: list[Callable[[Dataset], Any]] = [
         pd.DataFrame({**data.to_dict(), "label": pd.Categorical(data["label"][:])})
     ),
     lambda data: data.cast_column("label", Value("large_string")),
+    lambda data: data.to_list(),
+    lambda data: tuple(data.to_list()),
+    lambda data: data.to_dict(),
+    lambda data: {"text": np.array(data["text"][:], object), "label": np.array(data["label"][:])},
+    lambda data: data.to_pandas(),
+    lambda data: data.to_pandas().set_index("label", drop=False).assign(odd=[object()] * len(data)),
+    lambda data: data.to_pandas().assign(label=pd.Categorical(data["label"][:])),
+    lambda data: data.to_pandas().convert_dtypes(dtype_backend="pyarrow"),
+    lambda data: written(data, "csv"),
+    lambda data: str(written(data, "parquet")),
+    lambda data: polars().from_dicts(data.to_list()),
+    lambda data: polars().from_dicts(data.to_list()).cast({"label": polars().Categorical}),
 ]
+
+
+def polars() -> Any:
+    return pytest.importorskip("polars")
+
+
+def written(data: Dataset, kind: str) -> Path:
+    path = Path(tempfile.mkdtemp()) / f"rows.{kind}"
+    getattr(data, f"to_{kind}")(str(path))
+    return path
 
 
 @pytest.mark.parametrize("number", range(len(STREAMS)))
@@ -351,8 +375,16 @@ BAD: list[tuple[Any, str]] = [
         Dataset.from_dict({"text": ["a"], "label": [0]}),
         "label '0' in row 0 of column 'label' is none of the 3 classes: cars, space, wine",
     ),
-    (pd.DataFrame(GOOD), "a datasets.Dataset or IterableDataset is needed, not DataFrame"),
-    (GOOD, "a datasets.Dataset or IterableDataset is needed, not list"),
+    (5, "rows are needed .a datasets.Dataset .*, a list of dicts, .* not int"),
+    (iter(GOOD), "rows are needed .* not list_iterator"),
+    (pd.DataFrame(changed(2, label=7)), "row 2 has a number in column 'label', and row 0 has a t"),
+    (
+        pd.DataFrame(GOOD).rename(columns={"label": "labl"}),
+        "no column 'label' .did you mean 'labl'",
+    ),
+    (changed(2, text=5), "row 2 has a number in column 'text', and row 0 has a text"),
+    ({"text": ["a", "b"], "label": ["cars"]}, "columns of different lengths: 'label' has 1 values"),
+    ("no/such/file.csv", "there is no file no/such/file.csv"),
     (DatasetDict({"train": Dataset.from_list(GOOD)}), "a data set of splits is given: choose one"),
     (None, "not NoneType"),
 ]
@@ -483,8 +515,12 @@ def test_ids_of_clients_are_names(tiny: Tiny) -> None:
         ({1: rows(9, 1), "1": rows(9, 2)}, "clients: '1' is there twice"),
         ({None: rows(9, 1)}, "clients: None is no id"),
         ({(1, 2): rows(9, 1)}, "clients: an id holds a list"),
-        (rows(9, 1), "clients: a list, or a dict by client, is needed, not one Dataset"),
-        ("data.csv", "clients: a list, or a dict by client, is needed, not one str"),
+        (rows(9, 1), r"clients: one table is given \(Dataset\): say with `partition` which"),
+        ("data.csv", r"clients: one table is given \(str\)"),
+        (GOOD, r"clients: one table is given \(list\)"),
+        (rows(9, 1).to_dict(), r"clients: one table is given \(dict\)"),
+        (pd.DataFrame(GOOD), r"clients: one table is given \(DataFrame\)"),
+        (5, "clients: a list, or a dict by client, is needed, not one int"),
     ]
     for clients, said in wrong:
         with pytest.raises(FedSieveError, match=said):

@@ -33,14 +33,20 @@ WRONG: dict[str, list[Any]] = {
     "completion": TEXT,
     "classes": ["cars", 5, [0.5, 1], [["a"], "b"], [None, "b"], {"cars": 0}, ["a", "a"], ["a"], []],
     "lora": [{"rank": 4}, 4, "query", Lora, TRAINING],
-    "training": [{"lr": 0.1}, 0.1, "adamw", Training, LORA],
+    "start": [5, b"folder", ["folder"], "/no/such/folder"],
+    "training": [{"lr": 0.1}, 0.1, "adamw", Training, LORA, len, lambda model, rows: None],
+    "partition": ["text", 2, {"kind": "iid", "clients": 2}, object()],  # of one list for each
     "budgets": [
-        0.5,
+        0,
+        1.5,
+        NAN,
+        True,
         "half",
         Budget,
         [Budget()] * 2,
         (0.5, 1, 1),
-        {"0000": 0.5, "0001": 0.25},
+        {"0000": 0.5, "0001": -0.25},
+        {"0000": 0.5, "0001": True},
         {"0000": Budget(), "0001": None},
         {"0000": Budget(), "0001": (0.5, 1, 1)},
         Budget(ratio="half"),  # type: ignore[arg-type]
@@ -53,7 +59,6 @@ WRONG: dict[str, list[Any]] = {
     "device": [0, None, ["cpu"], "nowhere"],
 }
 METHODS: list[tuple[Any, str]] = [
-    ("fslora", r"method: 'fslora' is no method: give fedsieve\.fslora\(\)"),
     ("fslra", r"method: 'fslra' is no method: .*did you mean 'fslora'"),
     (fedsieve.fslora, r"method: it is a function: call it, as in fedsieve\.fslora\(\)"),
     (fedsieve.methods.flasc, r"method: it is a module: call it, as in fedsieve\.flasc\(\)"),
@@ -63,9 +68,10 @@ METHODS: list[tuple[Any, str]] = [
 ]
 
 
-def one_sentence(error: FedSieveError, name: str) -> None:
+def one_sentence(error: FedSieveError, name: str | tuple[str, ...]) -> None:
     said = str(error)
-    assert said.startswith((name, "client '000"))  # whose budget it is
+    names = (name,) if isinstance(name, str) else name
+    assert said.startswith((*names, "client '000"))  # whose budget it is
     assert "\n" not in said
     assert "pydantic" not in said
     assert len(said) < 300
@@ -78,7 +84,10 @@ def test_a_wrong_value_is_told_by_its_argument(tiny: Tiny, name: str, value: Any
     clients = [rows(6, 1), rows(6, 2)]
     with pytest.raises(FedSieveError) as caught:
         finetune(tiny, clients, **{name: value})
-    one_sentence(caught.value, name)
+    one_sentence(
+        caught.value,
+        {"start": ("start", "lora.start"), "partition": ("partition", "clients")}.get(name, name),
+    )
 
 
 @pytest.mark.parametrize(("method", "said"), METHODS)

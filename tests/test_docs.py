@@ -83,7 +83,8 @@ def test_the_code_of_the_page_on_finetune_runs(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With small models in the place of the hub's; the language model's adapter is made here."""
-    first, load, load_lm, moved = fenced(ROOT / "docs" / "finetune.md", "python")
+    first, *more, load, load_lm, moved = fenced(ROOT / "docs" / "finetune.md", "python")
+    assert len(more) == 3
     small = {
         "sentence-transformers/all-MiniLM-L6-v2": tiny.bert,
         "openai-community/gpt2": tiny.gpt2,
@@ -99,6 +100,9 @@ def test_the_code_of_the_page_on_finetune_runs(
 
     scope: dict[str, Any] = {}
     assert [line.split()[0] for line in run(first, scope).splitlines()] == ["1", "2"]
+    beside = dict(scope)
+    for code in more:
+        assert run(code, beside)
     said = run(load, scope)
     assert re.search(r"'label': '(01|1)'", said)
     elsewhere = tmp_path / "elsewhere"

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from fedsieve.methods.rolora import method as rolora
     from fedsieve.methods.sparse_adapter import method as sparse_adapter
     from fedsieve.settings import Lora, Sampling, Training
+    from fedsieve.train.by_function import with_trainer
+    from fedsieve.train.peft_config import from_peft, to_peft
 
 __all__ = [
     "Budget",
@@ -55,6 +57,7 @@ __all__ = [
     "flasc",
     "flexlora",
     "flora",
+    "from_peft",
     "fslora",
     "fslora_flasc",
     "full",
@@ -63,6 +66,8 @@ __all__ = [
     "rolora",
     "sgd",
     "sparse_adapter",
+    "to_peft",
+    "with_trainer",
 ]
 
 # Importing torch and transformers takes seconds, which `fedsieve --help` must not: a name is looked
@@ -73,6 +78,8 @@ _HOMES = {
     "errors": ("FedSieveError",),
     "algebra.optim": ("adam", "fading", "fedadam", "sgd"),
     "settings": ("Lora", "Sampling", "Training"),
+    "train.by_function": ("with_trainer",),
+    "train.peft_config": ("from_peft", "to_peft"),
 }
 
 
@@ -87,3 +94,7 @@ def __getattr__(name: str) -> Any:
     if name in __all__:  # the rest are methods, each named like its file
         return importlib.import_module(f"fedsieve.methods.{name}").method
     raise AttributeError(f"module 'fedsieve' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

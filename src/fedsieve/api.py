@@ -1,153 +1,60 @@
 """Federated fine-tuning from a notebook: data sets in, an adapter and its metrics out."""
 
+import hashlib
 import math
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor
 
-from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget
-from fedsieve.algebra.keys import Key
+from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Method
 from fedsieve.algebra.optim import limits
-from fedsieve.data import sources, templates
-from fedsieve.data.files import Columns
-from fedsieve.data.names import name_of, numbered
-from fedsieve.engine import loop
-from fedsieve.engine.loop import Receipt, Round, Unevaluated
-from fedsieve.engine.shares import starving
+from fedsieve.data import given as given_rows
+from fedsieve.data import sources
+from fedsieve.data.partition import dirichlet, iid, natural
 from fedsieve.errors import FedSieveError
+from fedsieve.notebook import Reading, Run, bad, read, rows_of
 from fedsieve.recipe import arguments
-from fedsieve.recipe.examples import columns_of
-from fedsieve.recipe.experiment import (
-    Experiment,
-    also,
-    assemble,
-    locate,
-    reasons,
-    stopped,
-    with_secret,
-)
+from fedsieve.recipe.examples import owners_of
+from fedsieve.recipe.experiment import also, assemble, locate, reasons, stopped, with_secret
 from fedsieve.settings import NORM_BOUND, Dtype, Lora, Quantization, Sampling, Task, Training
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, unasked
 from fedsieve.tasks.tally import check_lead
-from fedsieve.tasks.task import Bad, Fields, Rows, refuse
+from fedsieve.tasks.task import Bad, Fields
 from fedsieve.tasks.task import Task as TaskRecord
-from fedsieve.train.card import Told
+from fedsieve.train.by_function import Function
 from fedsieve.train.changes import check_changes, refuse_quantised
 from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.model import load_base, pick_device, set_up
 from fedsieve.train.reader import load_reader
+from fedsieve.train.start import begun
+
+__all__ = ["Run", "finetune"]
 
 T = TypeVar("T")
 Made = TypeVar("Made")
 
 
-class Run:
-    """A federation in this process. Iterate over it to train, a round at a time.
-
-    metrics:  one `Round` for each round so far, round 0 (before training) first
-    receipts: one `Receipt` for each client and round so far
-    adapter:  the global adapter as it stands now
-    """
-
-    def __init__(self, experiment: Experiment, rounds: int) -> None:
-        self._experiment = experiment
-        self._last = rounds
-        self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
-        first, self._progress = loop.begin(experiment.federation, experiment.start)
-        self.metrics: list[Round] = [first]
-        self.receipts: list[Receipt] = []
-
-    def __iter__(self) -> Iterator[Round]:
-        """Train the rounds that are left, giving each one's metrics as it ends.
-
-        Warns once if the downloads' masks let pass nothing of B (docs/methods.md).
-        """
-        federation, memories = self._experiment.federation, self._experiment.memories
-        while self._half is not None or self._progress.round < self._last:
-            if self._half is None:
-                before, final = dict(memories), self._progress.round + 1 == self._last
-                try:
-                    self._half = loop.merged(federation, self._progress, evaluate=final)
-                except BaseException:
-                    # The round did not happen: it can be tried again by iterating again.
-                    memories.clear()
-                    memories.update(before)
-                    raise
-                # From here on it did: merged again, it could have other noise.
-                self._progress = self._half.progress
-                for receipt in self._half.receipts:
-                    if receipt.dropped is not None:
-                        warnings.warn(
-                            f"round {receipt.round}, client {receipt.client} is left out: "
-                            f"{receipt.dropped}",
-                            stacklevel=2,
-                        )
-            half = self._half
-            summary = loop.evaluated(federation, half)
-            self._half = None
-            problem, known = starving(summary), any(map(starving, self.metrics))
-            self.metrics.append(summary)
-            self.receipts.extend(half.receipts)
-            if problem and not known:  # last, for a warning may be raised
-                warnings.warn(problem, stacklevel=2)
-            yield summary
-
-    def __reduce__(self) -> str:
-        """Raises FedSieveError: a copy would share model and memories with the run."""
-        raise FedSieveError(
-            "a Run cannot be copied or pickled: save its adapter (`save`), or start it again, "
-            "which gives the same rounds"
-        )
-
-    def finish(self) -> "Run":
-        """Train the rounds that are left."""
-        for _ in self:
-            pass
-        return self
-
-    @property
-    def adapter(self) -> Adapter:
-        return self._experiment.federation.method.export(self._progress.state)
-
-    def save(self, folder: str | Path) -> None:
-        """Write the adapter in PEFT's format, with all that loading it takes (docs/finetune.md).
-
-        Raises FedSieveError if there can be no such folder.
-        """
-        arguments.of_kind("save", folder, str | PathLike, "a folder")
-        last = self.metrics[-1]
-        privacy = self._experiment.federation.method.private
-        known = Told(
-            rounds=last.round,
-            clients=len(self._experiment.federation.clients),
-            metrics=last.metrics or {},
-            loss=last.eval_loss,
-            down_bytes=sum(each.down_bytes for each in self.metrics),
-            up_bytes=sum(each.up_bytes for each in self.metrics),
-            personal=self._experiment.federation.method.personal is not None,
-            privacy=privacy and f"noise from the {privacy}; whoever trained it knows the epsilon",
-        )
-        self._experiment.resident.save(self.adapter, Path(folder), known)
-
-
 def finetune(
     model: str | Path,
-    clients: Sequence[Dataset | IterableDataset] | Mapping[str, Dataset | IterableDataset],
-    method: Method,
+    clients: Any,
+    method: Method | str,
     *,
     rounds: int,
     cohort: int | Sampling | None = None,
-    test: Dataset | IterableDataset | None = None,
+    test: Any = None,
+    partition: Any = None,
     task: Task = "classification",
     text: str | None = "text",
     label: str | Sequence[str] = "label",
@@ -158,9 +65,10 @@ def finetune(
     dtype: Dtype = "float32",
     quantization: Quantization = "none",
     double_quantization: bool = False,
-    lora: Lora | None = None,
-    training: Training | None = None,
-    budgets: Mapping[str, Budget] | Budget | None = None,
+    lora: Lora | LoraConfig | None = None,
+    start: str | PathLike[str] | None = None,
+    training: Training | Function | None = None,
+    budgets: Mapping[Any, Budget | float] | Budget | float | None = None,
     evaluate_every: int = 1,
     metric: str | None = None,
     norm_bound: float | None = None,
@@ -172,11 +80,17 @@ def finetune(
     """Set up federated LoRA fine-tuning; nothing is trained until the run is iterated.
 
     model:   a name on the hub, a folder, or a name that `fedsieve fetch` knows
-    clients: one data set for each client, by id or in a list (ids "0000", "0001", ...); a stream
-             (IterableDataset) is read to its end. A client whose rows cannot be used is left out,
-             with a warning that names it, the row and the column
-    method:  e.g. `fedsieve.flasc(server=fedsieve.adam(1e-3))`
+    clients: the rows of each client, by id or in a list (ids "0000", "0001", ...): each a
+             `datasets.Dataset`, a pandas or polars DataFrame, a list of dicts, a dict of columns, a
+             file, or a stream (IterableDataset) that ends. Or one of these with `partition`; or a
+             partitioner of flwr-datasets with its data set, each of whose partitions is a client.
+             A client whose rows cannot be used is left out, with a warning that names it, the row
+             and the column
+    partition: how one table is divided: the column whose values are the clients, so many equal
+             parts, a table as a recipe's [partition], or a partitioner of flwr-datasets
+    method:  e.g. `fedsieve.flasc(server=fedsieve.adam(1e-3))`, or a name for its defaults
     cohort:  clients a round, or a `Sampling` that says how they are drawn; default all
+    test:    rows to evaluate on, in any of these forms
     task:    one of those of docs/tasks.md, which says what columns each reads
     text, label, prompt, completion: columns. For causal-lm give `text`, or the other two (then
              text is not used). `classes` defaults to the labels that the clients hold. Labels
@@ -184,7 +98,20 @@ def finetune(
     dtype, quantization, double_quantization: how the base is held, as a recipe's [model] says it
     data:    what else of a recipe's [data] says what rows hold, such as `text_b`, `options`,
              `option_word` (docs/recipes.md)
-    budgets: what each client can afford, by id; or one budget for all
+    lora:    settings of the pairs, or a `peft.LoraConfig`, of which what has no equivalent here is
+             refused
+    start:   a folder with an adapter in PEFT's format to begin from
+    training: the local training's settings; or a function of your own in its place, called with the
+             resident model (the client's adapter in it: only what it may move requires gradients),
+             the client's rows and a seed. Its rows are a `datasets.Dataset` of tokens, without
+             padding: `input_ids`, `attention_mask`, `token_type_ids` where the model has such, and
+             `labels` (classes by number); of images `pixel_values` and `labels`. What it returns is
+             its mean loss, or nothing. What the method does not let a client move comes back to the
+             bit, whatever the function did; random states and the model's settings are put back. A
+             result that is not finite leaves the client out; an error names client and round.
+             `fedsieve.with_trainer` makes one of a `Trainer` of transformers
+    budgets: what each client can afford, by id; or one budget for all. A number is the ratio, or
+             the density both ways, whichever the method uses
     metric:  which of the task's metrics leads (docs/tasks.md); by default its first
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
              warning; by default 100, and without a bound (math.inf) where the method's server clips
@@ -198,6 +125,10 @@ def finetune(
     )
     rounds, seed, max_length = int(rounds), int(seed), int(max_length)
     classes = None if classes is None else arguments.classes_given(classes)
+    name = method if isinstance(method, str) else None
+    method = arguments.method_given(method)
+    lora = arguments.lora_given(lora, start)
+    training, function = arguments.training_given(training)
     fields = Fields(
         text=text if prompt is None and completion is None else None,
         label=label if isinstance(label, str) else tuple(label),
@@ -210,56 +141,37 @@ def finetune(
     asked = catalogue.load(task)
     if vain := sorted({*data}.difference(asked.uses)):
         raise FedSieveError(f"{vain[0]}: a {task} task has no use for it")
-    columns, texts = asked.columns(fields), columns_of(fields).texts
+    reading = Reading(asked, fields, None, metric, training.precision)
+    asked.columns(fields)  # or it raises: a column that the task needs is not said
     _check_lead(asked, metric, fields)
     left_out: dict[str, str] = {}
-    given = _by_id(clients, "clients")
-    if isinstance(budgets, Mapping):
-        budgets = _by_id(budgets, "budgets")
-        for id, own in budgets.items():
-            arguments.of_kind(f"budgets: client {id!r}", own, Budget, arguments.A_BUDGET)
-    else:
-        budgets = dict.fromkeys(given, budgets or Budget())
-    missing = sorted(set(given) - set(budgets))
-    if missing:
-        raise FedSieveError(f"budgets: none for client {missing[0]!r}")
-
-    def rows_of(own: object) -> Dataset:
-        return templates.filled(_rows(own, columns), texts)
-
-    rows = _each(rows_of, given, left_out)
+    given = _by_client(clients, partition, reading, Key(seed))
+    allowed = arguments.budgets_given(budgets, given, method)
+    rows = _each(lambda own: rows_of(reading, own), given, left_out)
     rows = {id: own for id, own in rows.items() if len(own)}
     if not rows and not left_out:
         raise FedSieveError("clients: at least one data set with a row in it is needed")
-    lora, training = lora or Lora(), training or Training()
     key = Key(seed)
     source = locate(str(model))
     refuse_quantised(source, held.quantization, method)
     tokenizer, note = load_reader(source, task)
     if note:
         warnings.warn(note, stacklevel=2)
-
-    def bad(own: Dataset) -> Bad:
-        return asked.bad(own, tokenizer, fields) | templates.bad(own, texts)
-
-    sound = _each(lambda own: _sound(own, bad(own)), rows, left_out)
+    reading = reading._replace(tokenizer=tokenizer)
+    sound = _each(lambda own: _sound(own, bad(reading, own)), rows, left_out)
     if sound:
         # The labels of a client whose rows cannot be used make no classes.
         fields = fields._replace(classes=asked.classes(list(sound.values()), fields) or None)
         _check_lead(asked, metric, fields)
-
-    def read(own: Dataset) -> Rows:
-        refuse(templates.bad(own, texts))
-        return asked.read(own, tokenizer, fields)
-
-    made = _each(read, sound, left_out)
+    reading = reading._replace(fields=fields)
+    made = _each(lambda own: read(reading, own), sound, left_out)
     examples: dict[str, Examples] = {id: unasked(each.examples) for id, each in made.items()}
     if not examples:
         raise FedSieveError(f"no client has rows that can be used: {reasons(left_out)}")
     if strict and left_out:
         raise stopped(left_out)
     try:
-        tested = None if test is None else read(rows_of(test)).examples
+        tested = None if test is None else read(reading, rows_of(reading, test)).examples
     except FedSieveError as error:
         raise FedSieveError(f"test: {error}{also(left_out)}") from error
     pad = getattr(tokenizer, "pad_token_id", None)
@@ -286,6 +198,8 @@ def finetune(
     )
     resident = replace(resident, digest=digest)
     check_changes(resident, method)
+    if lora.start is not None:
+        resident = begun(resident, lora.start, method)
     check_rows(resident, *examples.values(), tested)
     if isinstance(cohort, Sampling):
         sampling = cohort
@@ -298,7 +212,7 @@ def finetune(
         method,
         examples.__getitem__,
         {id: count(examples[id]) if id in examples else 0 for id in given},
-        budgets,
+        allowed,
         training=training,
         rounds=rounds,
         sampling=sampling,
@@ -309,11 +223,26 @@ def finetune(
         notes=[note] if note else [],
         left_out=left_out,
         norm_bound=_bound(norm_bound, method),
+        function=function,
     )
     if method.private == "system":
         # A seed that somebody can guess would tell who took part.
         experiment = with_secret(experiment, secrets.randbits(256))
-    return Run(experiment, rounds)
+    settings = {
+        **({} if name is None else {"method": name}),
+        "rounds": rounds,
+        "seed": seed,
+        "model": {"source": str(model), "task": task},
+        "lora": _plain(lora),
+        "training": {"by": "a function"} if function is not None else _plain(training),
+        "federation": {
+            "clients": len(examples),
+            "rows": _digest(examples, allowed),
+            "sampling": asdict(sampling),
+            "server": dict(method.server.table),
+        },
+    }
+    return Run(experiment, rounds, reading, settings)
 
 
 def _check_lead(task: TaskRecord, metric: str | None, fields: Fields) -> None:
@@ -334,26 +263,6 @@ def _bound(given: float | None, method: Method) -> float:
     return given
 
 
-def _by_id(given: Sequence[T] | Mapping[Any, T], what: str) -> dict[str, T]:
-    """Values by the ids of their clients, which are names; in a list "0000", "0001", ..."""
-    if not isinstance(given, Sequence | Mapping) or isinstance(given, str):
-        raise FedSieveError(
-            f"{what}: a list, or a dict by client, is needed, not one {type(given).__name__}"
-        )
-    if not isinstance(given, Mapping):
-        return dict(zip(numbered(len(given)), given, strict=True))
-    found: dict[str, T] = {}
-    for key, value in given.items():
-        try:
-            id = name_of(key)
-        except FedSieveError as error:
-            raise FedSieveError(f"{what}: an id {error}") from None
-        if id is None or id in found:
-            raise FedSieveError(f"{what}: {key!r} is " + ("no id" if id is None else "there twice"))
-        found[id] = value
-    return found
-
-
 def _each(
     make: Callable[[T], Made], rows: Mapping[str, T], left_out: dict[str, str]
 ) -> dict[str, Made]:
@@ -367,27 +276,107 @@ def _each(
     return made
 
 
-def _rows(given: object, columns: Columns) -> Dataset:
-    """A client's data set, in memory."""
-    if isinstance(given, Dataset) and given.format["type"] == "custom":
-        raise FedSieveError(
-            "it has a transform (with_transform, set_transform), and rows are read before they are "
-            "trained on: make it part of them with `map`"
-        )
-    if isinstance(given, Dataset):
-        return given
-    if isinstance(given, IterableDataset):
-        return sources.gathered(given, columns)
-    if isinstance(given, DatasetDict | IterableDatasetDict):
-        raise FedSieveError(f"a data set of splits is given: choose one of {', '.join(given)}")
-    raise FedSieveError(
-        f"a datasets.Dataset or IterableDataset is needed, not {type(given).__name__} "
-        "(Dataset.from_list, from_dict and from_pandas make one)"
-    )
-
-
 def _sound(rows: Dataset, bad: Bad) -> Dataset:
     """The rows themselves. Raises FedSieveError for the first that is no example."""
     for row in sorted(bad):
         raise bad[row]
     return rows
+
+
+def _digest(examples: Mapping[str, Examples], budgets: Mapping[str, Budget]) -> str:
+    """Of all clients' examples and budgets."""
+    digest = hashlib.blake2b(digest_size=16)
+    for id, own in sorted(examples.items()):
+        digest.update(f"{id}|{tuple(budgets[id])}|".encode())
+        for part in own:
+            said = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
+            digest.update(said)
+    return digest.hexdigest()
+
+
+def _plain(settings: Lora | Training) -> dict[str, Any]:
+    return {key: value for key, value in asdict(settings).items() if value is not None}
+
+
+def _by_client(clients: Any, partition: Any, reading: Reading, key: Key) -> dict[str, Any]:
+    """What was given of each client, by id."""
+    parts = given_rows.of_partitioner(clients)
+    if parts is not None:
+        if partition is not None:
+            raise FedSieveError("partition: the partitioner in `clients` says it: leave it out")
+        return parts
+    if partition is None:
+        if given_rows.is_one_table(clients):
+            raise FedSieveError(
+                f"clients: one table is given ({type(clients).__name__}): say with `partition` "
+                "which rows are whose (a column's name, or how many equal parts), or give a list, "
+                "or a dict by client"
+            )
+        return arguments.by_id(clients, "clients")
+    if isinstance(clients, Mapping | list | tuple) and not given_rows.is_one_table(clients):
+        raise FedSieveError(
+            "partition: it divides one table, and `clients` has the rows of each: leave it out"
+        )
+    said = arguments.partition_given(partition)
+    column = said.column if said is not None else None
+    columns = reading.columns
+    names = columns.names if column is None else (*columns.names, column)
+    try:
+        table = given_rows.rows_of(clients, columns._replace(names=names))
+    except FedSieveError as error:
+        raise FedSieveError(f"clients: {error}") from error
+    if not len(table):
+        raise FedSieveError("clients: at least one row is needed")
+    if said is None:
+        return _by_partitioner(partition, table)
+    seed = word(key.at("partition")) % 2**32
+    if said.kind == "column":
+        assert said.column is not None
+        try:
+            split = natural(owners_of(table, said.column))
+        except FedSieveError as error:
+            raise FedSieveError(f"partition: {error}") from error
+    elif said.kind == "iid":
+        assert said.clients is not None
+        split = iid(len(table), said.clients, seed)
+    else:
+        assert said.clients is not None
+        assert said.alpha is not None
+        split = dirichlet(_classes_of(table, reading), said.clients, said.alpha, seed)
+    return {id: table.select(rows) for id, rows in split.items()}
+
+
+def _by_partitioner(partition: Any, table: Dataset) -> dict[str, Any]:
+    try:
+        partition.dataset = table
+        parts = given_rows.of_partitioner(partition)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FedSieveError(
+            f"partition: a column's name, a number of parts, a dict as a recipe's [partition], or "
+            f"a partitioner of flwr-datasets without a data set is needed: {error}"
+        ) from error
+    if parts is None:
+        raise FedSieveError(
+            "partition: a column's name, a number of parts, a dict as a recipe's [partition], or a "
+            f"partitioner of flwr-datasets is needed, not {type(partition).__name__}"
+        )
+    return parts
+
+
+def _classes_of(table: Dataset, reading: Reading) -> list[int]:
+    """The number of each row's class, in the order of the model's outputs."""
+    label = reading.fields.label
+    if not reading.task.named or not isinstance(label, str):
+        raise FedSieveError(
+            "partition.kind: 'dirichlet' splits by label, and this task has none that are classes: "
+            "use a column or a number of parts"
+        )
+    classes = reading.task.classes([table], reading.fields)
+    number = {name: n for n, name in enumerate(classes)}
+    found = []
+    for row, name in enumerate(sources.names_in(table, label)):
+        if isinstance(name, FedSieveError) or name not in number:
+            why = name if isinstance(name, FedSieveError) else f"row {row} has no label"
+            raise FedSieveError(f"partition: {why}")
+        found.append(number[name])
+    return found

@@ -6,7 +6,7 @@ Nothing here needs torch, so that a recipe can be read, and a mistake in it told
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -138,6 +138,8 @@ class Lora:
              what the list of layers is called, where names alone do not tell it
     whole:   modules trained whole beside the pairs (PEFT's modules_to_save); a classifier's head,
              and what the base's checkpoint does not hold, are always among them
+    start:   a folder with an adapter of PEFT's to begin from (train/start.py), in the place of a
+             random A and a B of zeros
     """
 
     rank: Annotated[PositiveInt, Field(le=65535)] = 16  # the most that a message can tell
@@ -148,6 +150,7 @@ class Lora:
     layers_pattern: tuple[str, ...] | str | None = None
     whole: tuple[str, ...] = ()
     rslora: bool = False
+    start: str | None = None
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -208,6 +211,8 @@ class Training:
     by_length: rows that are about as long share a batch, so that little of it is padding; which
             rows, and the order of the batches, are drawn anew in each pass
     precision: "bf16" runs the model under autocast; "auto" does so where the device is fast at it
+    function: "module:name" of a function of one's own that trains in the place of all this
+            (train/by_function.py); of the other settings only precision, of evaluations, is left
     """
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -225,6 +230,21 @@ class Training:
     augment: Literal["none", "flip", "crop-flip"] = "none"
     packing: bool = False
     by_length: bool = False
+    function: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _nothing_beside_a_function(self) -> "Training":
+        if self.function is None:
+            return self
+        for each in fields(self):
+            if each.name not in ("function", "precision") and (
+                getattr(self, each.name) != each.default
+            ):
+                raise ValueError(
+                    f"{each.name}: the function {self.function!r} trains in its own way: say it "
+                    "there, and leave it out here"
+                )
+        return self
 
 
 def in_round(training: Training, number: int, rounds: int) -> Training:

@@ -150,6 +150,21 @@ def test_no_number_of_a_recipe_exhausts_a_site(
     assert here.train(1).header["ok"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training": {"function": "os:system"}}, "training.function: a site runs no program"),
+        ({"lora__start": "/etc"}, "lora.start: sites draw the first adapter from the seed"),
+    ],
+)
+def test_a_site_has_nothing_of_what_a_server_names(
+    tiny: Tiny, here: Worker, changes: dict[str, Any], said: str
+) -> None:
+    answer = here.ask(Frame({"do": "recipe"}, recipe_text(tiny, **changes)))
+    assert not answer.header["ok"]
+    assert said in answer.header["error"]
+
+
 WORK = [
     ({"lora__rank": 65_535}, {"most_memory": 10}, "lora.rank 65535"),
     ({"lora__rank": 16, "lora__targets": "all-linear"}, {"most_memory": 0.01}, "most_memory"),

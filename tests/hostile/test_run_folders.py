@@ -467,6 +467,27 @@ def named(recipe: Path) -> None:
     recipe.write_text(text.replace('name = "flasc"', 'name = "planted.method"'), encoding="utf-8")
 
 
+def test_a_function_that_trains_is_run_if_that_was_asked_for(
+    tiny: Tiny, tmp_path: Path, command: Command, program: Path
+) -> None:
+    with (tmp_path / "modules" / "planted" / "method.py").open("a", encoding="utf-8") as file:
+        file.write("def train(model, rows, seed): return 1.0\n")
+    function = {"function": "planted.method:train"}
+    recipe = tiny.write(tmp_path / "mine.toml", training=function, rounds=1)
+    told = tmp_path / "told.toml"
+    entry = {"name": "one", "set": {"training": function}, "grid": []}
+    study = {"recipe": str(tiny.write(tmp_path / "other.toml", rounds=1)), "entry": [entry]}
+    told.write_text(tomli_w.dumps(study), encoding="utf-8")
+    out = ("--out", tmp_path / "new")
+    for words in (("run", recipe, *out), ("compare", recipe, *out), ("compare", told, *out)):
+        one_sentence(command(*words), "planted.method:train", "--allow-code")
+    one_sentence(command("federate", recipe, *out), "training.function")
+    assert not program.exists()
+    assert command("run", recipe, *out, "--allow-code").code == 0
+    assert program.exists()
+    one_sentence(command("resume", tmp_path / "new"), "planted.method:train", "--allow-code")
+
+
 @pytest.mark.parametrize("command_name", ["resume", "export", "run", "search", "compare"])
 def test_a_method_of_somebody_s_own_is_run_if_that_was_asked_for(
     command_name: str,

@@ -5,7 +5,7 @@ sets of the hub have the types that `datasets` gives them.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from fedsieve.data.templates import possible, used, values_of
 from fedsieve.disk import parsed, place
 from fedsieve.errors import FedSieveError, nearest
 
+MOST_ROWS = 10_000_000  # of a stream
 _TEXTS = frozenset({"string", "large_string", "string_view"})
 
 
@@ -71,20 +72,38 @@ def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
     """The columns of a stream that are used, as a data set: the stream is read to its end.
 
     Raises FedSieveError for a column that no row has, or that has values of several kinds, naming
-    the row; and where the stream, or a function in it, raises anything.
+    the row; where the stream, or a function in it, raises anything; and for one that does not end.
     """
-    told = stream.features or {}
+    return _gathered(stream.with_format(None), stream.features or {}, columns)
+
+
+def listed(rows: Iterable[Mapping[str, Any]], columns: Columns) -> Dataset:
+    """The columns of rows that are used, as a data set. Raises FedSieveError as `gathered` does."""
+    return _gathered(rows, {}, columns)
+
+
+def _gathered(
+    rows: Iterable[Mapping[str, Any]], told: Mapping[str, Any], columns: Columns
+) -> Dataset:
+    """told: what is known of the columns' types"""
     values: dict[str, list[Any]] = {n: [] for n in (*possible(columns.texts), *columns.names)}
     seen: dict[str, None] = dict.fromkeys(told)
     count = 0
     try:
-        for row in stream.with_format(None):
+        for row in rows:
             count += 1
+            if count > MOST_ROWS:
+                break
             seen |= dict.fromkeys(row)
             for name, of_rows in values.items():
                 of_rows.append(row.get(name))
     except Exception as error:  # values of other types than told; whatever its functions raise
         raise FedSieveError(f"the stream breaks off after {count} rows: {_named(error)}") from error
+    if count > MOST_ROWS:
+        raise FedSieveError(
+            f"the stream has more than {MOST_ROWS:,} rows, if it ever ends: give its beginning, as "
+            "in stream.take(10_000)"
+        )
     if not count:
         return Dataset.from_dict({})
     chosen = dict.fromkeys((*used(columns.texts, seen), *columns.names))
@@ -92,17 +111,17 @@ def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
         if name not in seen:
             raise FedSieveError(f"no column {name!r}{nearest(name, seen)}")
     table = {n: array_of(values[n], f"column {n!r}", "row {}".format) for n in chosen}
-    rows = Dataset(pa.table(table))
+    made = Dataset(pa.table(table))
     for name, feature in told.items():
         if name in chosen and isinstance(feature, ClassLabel):
             try:
-                rows = rows.cast_column(name, feature)
+                made = made.cast_column(name, feature)
             except (pa.ArrowException, LookupError, TypeError, ValueError) as error:
                 raise FedSieveError(
                     f"column {name!r} holds what its {len(feature.names)} classes do not name: "
                     f"{_named(error)}"
                 ) from error
-    return rows
+    return made
 
 
 def _named(error: Exception) -> str:

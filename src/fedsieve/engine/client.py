@@ -25,7 +25,7 @@ class Reply(NamedTuple):
     """What a client sends back.
 
     update:  the encoded payload, or None when there is nothing to merge; `reason` then says why
-    loss:    mean training loss
+    loss:    mean training loss; NaN where none was told
     compute: seconds in forward, backward and optimizer step; `seconds`: in all, the wire included
     wire:    seconds in decode and encode
     memory:  bytes of the adapter, its gradients and the optimizer's state, and of what the client
@@ -145,7 +145,7 @@ def _end(
 
 
 def _unusable(fit: Fit) -> str | None:
-    if not math.isfinite(fit.loss):
+    if fit.told and not math.isfinite(fit.loss):
         return (
             f"the training loss became {fit.loss} (a lower training.lr or training.clip may help)"
         )

@@ -324,8 +324,9 @@ def merged(
     progress = Progress(
         number, state, progress.total_bytes + down + up, progress.dense_bytes + dense
     )
-    steps = sum(r.steps for r in taken)
-    loss = sum((r.loss or 0.0) * r.steps for r in taken) / steps if steps else None
+    told = [(r.loss, r.steps) for r in taken if r.loss is not None]
+    steps = sum(own for _, own in told)
+    loss = sum(own * of for own, of in told) / steps if steps else None
     summary = Round(
         round=number,
         loss=None if method.private == "system" else loss,

@@ -4,22 +4,29 @@ A recipe's keys have a schema; here each argument has the kind of value that it 
 error of one sentence that begins with the argument's name.
 """
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
 from os import PathLike
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, cast
 
+from peft import LoraConfig, PeftConfig
 from pydantic import ValidationError
 
 from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method
-from fedsieve.data.names import name_of
+from fedsieve.data.names import name_of, numbered
 from fedsieve.errors import FedSieveError, nearest
-from fedsieve.recipe.schema import Data, Model
-from fedsieve.settings import Lora, Sampling, Training, whole
+from fedsieve.recipe.schema import Data, Model, Partition
+from fedsieve.settings import Lora, Sampling, Training, is_number, whole
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
+from fedsieve.train import by_function
+from fedsieve.train.by_function import Function
+from fedsieve.train.peft_config import from_peft
 
 A_BUDGET = "a fedsieve.Budget, such as Budget(ratio=0.5),"
 _COLUMN = "a column's name"
@@ -32,9 +39,7 @@ _KINDS: dict[str, tuple[Any, str]] = {
     "metric": (str | None, "a metric's name"),
     "device": (str, "a name, such as 'cpu',"),
     "strict": (bool, "True or False"),
-    "lora": (Lora | None, "a fedsieve.Lora, such as Lora(rank=8),"),
-    "training": (Training | None, "a fedsieve.Training, such as Training(lr=0.1),"),
-    "budgets": (Budget | Mapping | None, f"{A_BUDGET} or a dict of them by client"),
+    "budgets": (Budget | Mapping | Real | None, f"{A_BUDGET} or a dict of them by client"),
 }
 _LEAST = {"rounds": 1, "max_length": 1, "evaluate_every": 1, "seed": 0}
 
@@ -44,9 +49,11 @@ def check(given: Mapping[str, Any]) -> None:
 
     given: the arguments of `finetune`, by name; its data sets are checked as they are read
     """
-    _refuse_no_method(given["method"])
+    method_given(given["method"])
     for name, (kind, needed) in _KINDS.items():
         of_kind(name, given[name], kind, needed)
+    training_given(given["training"])
+    lora_given(given["lora"], given["start"])
     for name, least in _LEAST.items():
         whole(name, given[name], least)
     if not isinstance(given["cohort"], Sampling | None):
@@ -56,6 +63,131 @@ def check(given: Mapping[str, Any]) -> None:
         catalogue.known(given["task"])
     except FedSieveError as error:
         raise FedSieveError(f"task: {error}") from None
+
+
+def by_id(given: Any, what: str) -> dict[str, Any]:
+    """Values by the ids of their clients, which are names; in a list "0000", "0001", ..."""
+    if not isinstance(given, Sequence | Mapping) or isinstance(given, str):
+        raise FedSieveError(
+            f"{what}: a list, or a dict by client, is needed, not one {type(given).__name__}"
+        )
+    if not isinstance(given, Mapping):
+        return dict(zip(numbered(len(given)), given, strict=True))
+    found: dict[str, Any] = {}
+    for key, value in given.items():
+        try:
+            id = name_of(key)
+        except FedSieveError as error:
+            raise FedSieveError(f"{what}: an id {error}") from None
+        if id is None or id in found:
+            raise FedSieveError(f"{what}: {key!r} is " + ("no id" if id is None else "there twice"))
+        found[id] = value
+    return found
+
+
+def method_given(given: object) -> Method:
+    """The method that is meant: one, or the name of one with its defaults.
+
+    Raises FedSieveError for what is none, and says how it becomes one.
+    """
+    if isinstance(given, str) and given in methods.names():
+        built: Method = methods.load(given)()
+        return built
+    _refuse_no_method(given)
+    return cast(Method, given)
+
+
+def lora_given(given: Lora | LoraConfig | None, start: object) -> Lora:
+    """The settings of LoRA, with the folder to begin from.
+
+    Raises FedSieveError for what is neither Lora nor PEFT's LoraConfig, or a LoraConfig with
+    settings that have no equivalent.
+    """
+    lora = from_peft(given) if isinstance(given, PeftConfig) else given or Lora()
+    of_kind("lora", lora, Lora, "a fedsieve.Lora, such as Lora(rank=8), or a peft.LoraConfig")
+    if start is None:
+        return lora
+    of_kind("start", start, str | PathLike, "a folder with an adapter")
+    folder = os.fspath(cast(PathLike[str], start))
+    if lora.start not in (None, folder):
+        raise FedSieveError(f"start: {folder!r}, and lora says {lora.start!r}: give one of the two")
+    return replace(lora, start=folder)
+
+
+def budgets_given(given: Any, ids: Iterable[str], method: Method) -> dict[str, Budget]:
+    """Each client's budget. A number is the ratio, or the density both ways: whichever the method
+    uses.
+
+    Raises FedSieveError, naming the client, for what is no budget, and for a client that has none.
+    """
+    if isinstance(given, Mapping):
+        found = {
+            id: _budget(own, method, f"budgets: client {id!r}")
+            for id, own in by_id(given, "budgets").items()
+        }
+    else:
+        one = Budget() if given is None else _budget(given, method, "budgets")
+        found = dict.fromkeys(ids, one)
+    for id in ids:
+        if id not in found:
+            raise FedSieveError(f"budgets: none for client {id!r}")
+    return found
+
+
+def _budget(given: Any, method: Method, place: str) -> Budget:
+    if not is_number(given):
+        of_kind(place, given, Budget, A_BUDGET)
+        return cast(Budget, given)
+    share, knobs = float(given), method.knobs
+    if not 0 < share <= 1:
+        raise FedSieveError(f"{place}: {given!r} is no share: above 0 and at most 1 is needed")
+    if knobs == {"ratio"}:
+        return Budget(ratio=share)
+    if not knobs or "ratio" in knobs:
+        either = "each of ratio, down and up" if knobs else "nothing: the method uses none"
+        raise FedSieveError(
+            f"{place}: {given!r} could be {either}: give a fedsieve.Budget, such as "
+            "Budget(ratio=0.5)"
+        )
+    return Budget(down=share if "down" in knobs else 1.0, up=share if "up" in knobs else 1.0)
+
+
+def partition_given(given: object) -> Partition | None:
+    """How one table is divided, as a recipe's [partition] has it: a column's name, a number of
+    equal parts, or such a table itself. None for anything else.
+
+    Raises FedSieveError for a table that is none.
+    """
+    table = given
+    if isinstance(given, str):
+        table = {"kind": "column", "column": given}
+    elif not isinstance(given, Mapping):
+        if not isinstance(given, Integral):
+            return None
+        table = {"kind": "iid", "clients": whole("partition", given, 1)}
+    try:
+        return Partition.model_validate(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = "".join(f".{part}" for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        raise FedSieveError(f"partition{at}: {said}") from None
+
+
+def training_given(given: object) -> tuple[Training, Function | None]:
+    """The settings of local training, and the function that trains in its place, if one does.
+
+    Raises FedSieveError for what is neither.
+    """
+    if given is None or isinstance(given, Training):
+        training = given or Training()
+        name = training.function
+        return training, None if name is None else by_function.load(name)
+    if not callable(given) or isinstance(given, type):
+        a_training = "a fedsieve.Training, such as Training(lr=0.1), or a function"
+        of_kind("training", given, Training, a_training)
+    by_function.check(given)
+    return Training(), cast(Function, given)
 
 
 def of_kind(name: str, value: object, kind: Any, needed: str) -> None:
@@ -115,9 +247,8 @@ def model_given(**given: Any) -> Model:
 def _refuse_no_method(given: object) -> None:
     """Raises FedSieveError for what is no method, and says how it becomes one."""
     if isinstance(given, str):
-        ours = given in methods.names()
-        hint = f"give fedsieve.{given}()" if ours else "give a call of one, as in fedsieve.flasc()"
-        near = "" if ours else nearest(given, methods.names())
+        near = nearest(given, methods.names())
+        hint = "give the name of one, or a call of one, as in fedsieve.flasc()"
         raise FedSieveError(f"method: {given!r} is no method: {hint}{near}")
     if isinstance(given, FunctionType | ModuleType):
         is_module = isinstance(given, ModuleType)

@@ -56,6 +56,7 @@ from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tally import Details, Score, Tally, beside, score, scores, total
 from fedsieve.tasks.task import Reader
+from fedsieve.train import by_function
 from fedsieve.train.changes import check_changes, refuse_quantised
 from fedsieve.train.cohort import Work, check_together, fit_together
 from fedsieve.train.digest import base_digest
@@ -63,6 +64,7 @@ from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, check_packing, fit, runs_in_bf16, tally
 from fedsieve.train.model import ResidentModel, load_base, pick_device, set_up
 from fedsieve.train.reader import load_reader
+from fedsieve.train.start import begun
 from fedsieve.train.step import check_step
 
 
@@ -127,6 +129,7 @@ def assemble(
     left_out: Mapping[str, str] | None = None,
     norm_bound: float = math.inf,
     at_once: int | Literal["auto"] = 1,
+    function: by_function.Function | None = None,
     engine: Callable[[dict[str, Memory]], Exchange] | None = None,
 ) -> Experiment:
     """Clients, trainer and evaluation around a model that has its adapter in it.
@@ -142,6 +145,7 @@ def assemble(
     left_out: clients whose rows cannot be used, and why not; without examples, they are left out
     norm_bound: as in `Federation`
     at_once: how many clients are trained in one pass (`engine.together`)
+    function: of the user's own, that trains in the place of `training` (train/by_function.py)
     engine: who trains the clients, given what they keep; None does it here
     Raises FedSieveError, naming the client, for a budget that the adapter's rank cannot serve, and
     for clients drawn in a way that the method's privacy cannot be accounted for.
@@ -188,6 +192,8 @@ def assemble(
     check_sampling(sampling, clients)
 
     def train(view: View, client: Client, key: Key) -> Fit:
+        if function is not None:
+            return by_function.fit(resident, view, examples(client.id), function, key)
         now = in_round(training, key.round, rounds)
         return fit(resident, view, examples(client.id), now, key)
 
@@ -313,6 +319,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     key = Key(recipe.seed)
     device = pick_device(recipe.device)
     workers.check(recipe)
+    named = recipe.training.function
+    function = None if named is None else by_function.load(named)
     recipe = _settled(recipe, device)
     source = locate(recipe.model.source)
     task = recipe.model.task
@@ -392,6 +400,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         left_out=left_out,
         norm_bound=norm_bound(recipe),
         at_once=recipe.engine.together,
+        function=function,
         engine=workers.engine(
             recipe, resident, examples, parts, source, trust_remote_code=trust_remote_code
         ),
@@ -439,7 +448,9 @@ def set_up_resident(
         tokenizer=tokenizer,
     )
     check_changes(resident, method)
-    return dataclasses.replace(resident, digest=digest)
+    resident = dataclasses.replace(resident, digest=digest)
+    start = recipe.lora.start
+    return resident if start is None else begun(resident, start, method)
 
 
 def locate(source: str) -> str:
@@ -461,6 +472,9 @@ def _settled(recipe: Recipe, device: torch.device) -> Recipe:
     in_bf16 = runs_in_bf16(device, recipe.training.precision)
     training = dataclasses.replace(recipe.training, precision="bf16" if in_bf16 else "fp32")
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
+    lora = recipe.lora
+    if lora.start is not None:
+        lora = dataclasses.replace(lora, start=str(place(lora.start).resolve()))
     data = recipe.data.model_copy(
         update={
             "train": absolute(recipe.data.train),
@@ -468,7 +482,9 @@ def _settled(recipe: Recipe, device: torch.device) -> Recipe:
             "more_tests": absolute_more(recipe.data),
         }
     )
-    return recipe.model_copy(update={"training": training, "model": model, "data": data})
+    return recipe.model_copy(
+        update={"training": training, "model": model, "lora": lora, "data": data}
+    )
 
 
 def absolute_more(data: schema.Data) -> dict[str, schema.MoreTest] | None:

@@ -131,8 +131,8 @@ def check(
 
     Where it names no server optimizer, the method's own is written out.
 
-    allow_code: that a method which is no part of FedSieve is imported, and so run, was asked for by
-        who started this; a recipe cannot ask for it
+    allow_code: that a method which is no part of FedSieve, or a `training.function`, is imported,
+        and so run, was asked for by who started this; a recipe cannot ask for it
     """
     from fedsieve.recipe.method import build_method, with_server  # need torch
 
@@ -140,6 +140,7 @@ def check(
     check_metrics(recipe)
     if not allow_code:
         refuse_code(recipe.method.name, source)
+        refuse_function(recipe.training.function, source)
     recipe = with_server(recipe)
     build_method(recipe)  # its options are checked now, not after the data are loaded
     return recipe
@@ -178,6 +179,15 @@ def refuse_code(name: str, source: str) -> None:
         raise FedSieveError(
             f"{source}: method.name {name[:80]!r} is no method of FedSieve but somebody's program, "
             "which would run with your rights: give --allow-code if you trust it"
+        )
+
+
+def refuse_function(name: object, source: str) -> None:
+    """Raises FedSieveError for a `training.function`, which is somebody's own."""
+    if name is not None:
+        raise FedSieveError(
+            f"{source}: training.function {str(name)[:80]!r} is somebody's program, which would "
+            "run with your rights: give --allow-code if you trust it"
         )
 
 

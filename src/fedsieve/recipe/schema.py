@@ -518,6 +518,15 @@ class Recipe(Table):
         return self
 
     @model_validator(mode="after")
+    def _one_at_a_time_by_a_function(self) -> "Recipe":
+        if self.training.function is not None and self.engine.together != 1:
+            raise ValueError(
+                "engine.together: training.function trains one client at a time: leave one of the "
+                "two out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _ranks_that_the_server_has(self) -> "Recipe":
         rank = self.lora.rank
         if isinstance(self.budgets, ListBudgets):

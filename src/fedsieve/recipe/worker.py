@@ -30,7 +30,7 @@ from fedsieve.recipe.workers import mark
 from fedsieve.settings import in_round
 from fedsieve.tasks.examples import take
 from fedsieve.tasks.stored import stored
-from fedsieve.train import mapped
+from fedsieve.train import by_function, mapped
 from fedsieve.train.local import Fit, fit
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
@@ -71,10 +71,14 @@ def ready(asked: Frame, folder: Path) -> tuple[Callable[[bytes], bytes], Frame]:
         mapped.use(resident, folder / head["weights"])
     method, start = build_method(recipe), resident.adapter()
     examples, numbers = stored(folder / head["examples"])
+    training = recipe.training
+    function = None if training.function is None else by_function.load(training.function)
 
     def fitting(view: View, client: Client, key: Key, rows: Rows) -> Fit:
-        own = take(examples, numbers[slice(*rows)])
-        return fit(resident, view, own, in_round(recipe.training, key.round, recipe.rounds), key)
+        some = take(examples, numbers[slice(*rows)])
+        if function is not None:
+            return by_function.fit(resident, view, some, function, key)
+        return fit(resident, view, some, in_round(training, key.round, recipe.rounds), key)
 
     def answer(request: bytes) -> bytes:
         try:

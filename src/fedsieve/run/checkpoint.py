@@ -71,7 +71,7 @@ class _Facts(BaseModel):
     clients: list[str]
     marks: dict[Literal["metrics.jsonl", "clients.jsonl"], Count]
     same: dict[str, str]
-    base: dict[Literal["weights", "config"], str] | None = None
+    base: dict[Literal["weights", "config", "start"], str] | None = None
     recipe: str | None = None
     rows: dict[Literal["train", "test"], str] | None = None
     half: "_Half | None" = None
@@ -107,7 +107,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         "clients": clients,
         "marks": snapshot.marks,
         "same": same,
-        "base": None if snapshot.base is None else snapshot.base._asdict(),
+        "base": None if snapshot.base is None else _known(snapshot.base),
         "recipe": snapshot.recipe,
         "rows": None if snapshot.rows is None else snapshot.rows._asdict(),
     }
@@ -334,9 +334,18 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[Any, list[dict[str, Any]]]]:
     return [] if half is None else [(Round, [half["summary"]]), (Receipt, half["receipts"])]
 
 
+def _known(base: BaseDigest) -> dict[str, str]:
+    return {part: digest for part, digest in base._asdict().items() if digest is not None}
+
+
 def _refuse_another_base(then: BaseDigest | None, now: BaseDigest | None) -> None:
     if now is None or then is None:
         return  # checkpoints of old do not know
+    if now[:2] == then[:2] and now.start != then.start:
+        raise FedSieveError(
+            "the adapter that the run began from (lora.start) has changed since: put that back in "
+            "its place, or start a new run"
+        )
     if now != then:
         what = "weights" if now.weights != then.weights else "configuration"
         raise FedSieveError(

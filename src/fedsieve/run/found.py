@@ -18,7 +18,7 @@ from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.run import checkpoint, rundir
 
 # Keys that say where things are, and not what they are.
-PLACES = ("name", "device", "model.source", "data.train", "data.test")
+PLACES = ("name", "device", "model.source", "lora.start", "data.train", "data.test")
 
 
 def in_order(

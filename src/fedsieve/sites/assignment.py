@@ -111,6 +111,9 @@ def _recipe(text: bytes) -> Recipe:
     if name not in methods.names():
         # Any other name would be imported.
         raise FedSieveError(f"method.name {str(name)[:40]!r} is no method of FedSieve itself")
+    training = table.get("training")
+    if isinstance(training, dict) and training.get("function") is not None:
+        raise FedSieveError(_NO_FUNCTION)
     recipe = recipes.check(table)
     for key, value in recipe.model.settings.items():
         rate = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
@@ -118,6 +121,7 @@ def _recipe(text: bytes) -> Recipe:
             # What is given there goes to the function that loads the model.
             raise FedSieveError(f"model.settings.{key[:40]}: a site takes dropout rates only")
     refuse_patterns(recipe)
+    refuse_what_is_not_here(recipe)
     if catalogue.load(recipe.model.task).named and recipe.data.classes is None:
         raise FedSieveError(
             "data.classes: sites cannot see each other's labels, so the recipe must list them"
@@ -137,6 +141,22 @@ def refuse_patterns(recipe: Recipe) -> None:
         )
     if recipe.lora.layers_pattern is not None:
         raise FedSieveError("lora.layers_pattern: a site takes none: it is a regular expression")
+
+
+_NO_FUNCTION = "training.function: a site runs no program that a server names: leave it out"
+
+
+def refuse_what_is_not_here(recipe: Recipe) -> None:
+    """Raises FedSieveError for a recipe that names what a server has and no site: a function of
+    somebody's own, or the folder of an adapter to begin from.
+    """
+    if recipe.training.function is not None:
+        raise FedSieveError(_NO_FUNCTION)
+    if recipe.lora.start is not None:
+        raise FedSieveError(
+            "lora.start: sites draw the first adapter from the seed, and none has this folder: "
+            "leave it out"
+        )
 
 
 def _localised(recipe: Recipe, site: Site) -> Recipe:

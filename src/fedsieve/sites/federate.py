@@ -72,7 +72,7 @@ from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
 from fedsieve.sites import certificates, found, told
-from fedsieve.sites.assignment import refuse_patterns
+from fedsieve.sites.assignment import refuse_patterns, refuse_what_is_not_here
 from fedsieve.sites.certificates import CA, CERTIFICATE, PRIVATE
 from fedsieve.sites.found import APP as APP
 from fedsieve.sites.found import COMPONENTS, CONFIG, LINK
@@ -513,6 +513,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
         )
     recipes.check_metrics(recipe, by_row=_evaluates(recipe))
     refuse_patterns(recipe)
+    refuse_what_is_not_here(recipe)
     sampling = _sampling(recipe, policy)
     if sampling.kind == "uniform" and sampling.size > policy.sites:
         warnings.warn(

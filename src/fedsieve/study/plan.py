@@ -191,9 +191,14 @@ def recipe_of(entry: Entry, settings: Settings, seed: int) -> Recipe:
     for key, value in flat(settings):
         put(table, key, value, f"{where}: {key}")
     table["seed"] = seed
-    # Of the entry's own method it was asked when the study was read; a setting may name another.
-    asked = table["method"]["name"] == entry.method
+    # Of the entry's own programs it was asked when the study was read; a setting may name others.
+    asked = table["method"]["name"] == entry.method and _function(table) == _function(entry.table)
     return recipes.check(table, where, allow_code=asked)
+
+
+def _function(table: Mapping[str, Any]) -> object:
+    training = table.get("training")
+    return training.get("function") if isinstance(training, Mapping) else None
 
 
 def trial_job(plan: Plan, tune: TuneTable, entry: Entry, number: int, seed: int) -> Job:
@@ -253,6 +258,7 @@ def _work_out(
     table["name"] = given.name
     if not allow_code:
         recipes.refuse_code(str(table.get("method", {}).get("name")), where)
+        recipes.refuse_function(_function(table), where)
     notes = _drop_foreign(table, own, where)
     parsed = recipes.parse(table, where)
     knobs = knobs_of(parsed)

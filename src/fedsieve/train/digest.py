@@ -18,15 +18,17 @@ class BaseDigest(NamedTuple):
 
     weights: of all that was loaded; what was drawn follows from the seed
     config:  of its configuration's file
+    start:   of the adapter over it that a run began from, where that was given (start.py)
     """
 
     weights: str
     config: str
+    start: str | None = None
 
     @property
     def whole(self) -> str:
-        """Of both, in one word."""
-        return f"{self.weights}-{self.config}"
+        """Of all, in one word."""
+        return "-".join(part for part in self if part is not None)
 
 
 def base_digest(base: "PreTrainedModel", source: str) -> BaseDigest:

@@ -48,6 +48,8 @@ class Fit(NamedTuple):
     compute: seconds inside forward, backward and optimizer step
     memory:  bytes of what training allocates beside the base model and its activations: the
              adapter, its gradients and the optimizer's state
+    told:    whether there is a loss: a function of the user's own (by_function.py) may have none,
+             and it is NaN then
     """
 
     tensors: Tree
@@ -55,6 +57,7 @@ class Fit(NamedTuple):
     steps: int
     compute: float
     memory: int = 0
+    told: bool = True
 
 
 def check_packing(training: Training, task: Task) -> None:
@@ -111,7 +114,7 @@ def fit(
             optimizer.step()
             for parameter, mask, own in held:
                 parameter.data = torch.where(mask, parameter.data, own)
-            memory = memory or _allocated(list(everything.values()), optimizer)
+            memory = memory or allocated(list(everything.values()), optimizer)
             optimizer.zero_grad(set_to_none=True)
             diverged = len(losses) % _LOOK == 0 and not losses[-1].isfinite()
             compute += time.perf_counter() - start
@@ -180,6 +183,41 @@ def tally(
     return total(counts)
 
 
+def told(
+    resident: ResidentModel,
+    adapter: Adapter,
+    examples: Examples,
+    *,
+    batch: int = 64,
+    precision: Precision = "auto",
+) -> list[str]:
+    """What the model tells of each example, in words, dropout off; labels count for nothing.
+
+    Raises FedSieveError for a task that tells nothing row by row.
+    """
+    task, classes = catalogue.load(resident.task), resident.classes
+    resident.put(adapter)
+    resident.model.eval()
+    found: list[str] = []
+    with torch.inference_mode(), precision_of(resident, precision):
+        if task.ask is not None:
+            assert not isinstance(examples, Images)
+            asked, speaks = examples.asked or (), speaker(resident, batch)
+            for first in range(0, len(asked), SHOWN):  # of so many the answers are kept
+                counted = task.ask(asked[first : first + SHOWN], speaks)
+                found += [answer.told for answer in counted.answers]
+            return found
+        if task.told is None:
+            raise FedSieveError(f"a {resident.task} task tells nothing of single rows")
+        for index in torch.arange(count(examples)).split(batch):
+            some = take(examples, index)
+            logits, labels = outputs(
+                resident.model, resident.task, some, resident.device, head=resident.head
+            )
+            found += [said for _, said in task.told(logits, labels, classes)]
+    return found
+
+
 def _said(resident: ResidentModel, examples: Examples) -> list[str]:
     """The first few rows in words, as the model has them."""
     tokenizer: Any = resident.tokenizer
@@ -225,7 +263,7 @@ def optimizer_of(parameters: list[Tensor], training: Training) -> torch.optim.Op
     )
 
 
-def _allocated(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
+def allocated(parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Bytes of parameters, gradients and optimizer state, after a step."""
     tensors = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
     for state in optimizer.state.values():

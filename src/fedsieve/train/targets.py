@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.settings import Lora, Task
-from fedsieve.tasks import catalogue
+from fedsieve.train.peft_config import to_peft
 
 _VISION = (("q_proj", "v_proj"), ("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
 
@@ -88,20 +88,13 @@ def convolutions(base: nn.Module) -> str:
 
 def config_of(base: nn.Module, task: Task, lora: Lora, whole: list[str]) -> LoraConfig:
     """PEFT's configuration; whole: the modules that are trained whole."""
-    chosen = _of_images(base) if lora.targets is None else lora.targets
-    targets, layers, pattern = chosen, lora.layers_to_transform, lora.layers_pattern
-    return LoraConfig(
-        task_type=catalogue.load(task).peft,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(targets) if isinstance(targets, tuple) else targets,
-        layers_to_transform=None if layers is None else list(layers),
-        layers_pattern=list(pattern) if isinstance(pattern, tuple) else pattern,
-        modules_to_save=whole or None,
-        use_rslora=lora.rslora,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),
-    )
+    config = to_peft(lora, task)
+    if lora.targets is None:
+        own = _of_images(base)
+        config.target_modules = None if own is None else set(own)
+    config.modules_to_save = whole or None
+    config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in base.modules())
+    return config
 
 
 def check_found(lora: Lora, config: LoraConfig, found: Sequence[str]) -> None:

@@ -1,0 +1,379 @@
+"""A run in a notebook: rounds to iterate over, and what can be asked of the adapter in between."""
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import tomli_w
+from datasets import Dataset
+
+from fedsieve import report
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.data import given, templates
+from fedsieve.data.files import Columns
+from fedsieve.disk import objects, write_whole
+from fedsieve.engine import loop
+from fedsieve.engine.loop import Receipt, Round, Unevaluated
+from fedsieve.engine.shares import starving
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import arguments
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.examples import columns_of
+from fedsieve.recipe.experiment import Experiment
+from fedsieve.recipe.overrides import flat
+from fedsieve.run import checkpoint, rundir
+from fedsieve.run.checkpoint import Snapshot
+from fedsieve.run.state import refuse_another
+from fedsieve.settings import Precision
+from fedsieve.tasks.tally import Score
+from fedsieve.tasks.task import Bad, Fields, Reader, Rows, Task, refuse
+from fedsieve.train.card import Told
+from fedsieve.train.local import evaluate, told
+
+_MARK = "# A run in a notebook: Run.report wrote this, and no command goes on with it.\n"
+
+
+class Reading(NamedTuple):
+    """How rows become examples.
+
+    lead: the metric that leads; precision: of evaluations
+    """
+
+    task: Task
+    fields: Fields
+    tokenizer: Reader
+    lead: str | None = None
+    precision: Precision = "auto"
+
+    @property
+    def columns(self) -> Columns:
+        return self.task.columns(self.fields)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Those of the columns that may be templates."""
+        return columns_of(self.fields).texts
+
+
+def rows_of(reading: Reading, rows: object) -> Dataset:
+    """Rows of any form (data/given.py), in memory, with their templates filled in."""
+    return templates.filled(given.rows_of(rows, reading.columns), reading.texts)
+
+
+def bad(reading: Reading, rows: Dataset) -> Bad:
+    """The rows that are no examples, and what is wrong with each."""
+    found = reading.task.bad(rows, reading.tokenizer, reading.fields)
+    return found | templates.bad(rows, reading.texts)
+
+
+def read(reading: Reading, rows: Dataset) -> Rows:
+    """The examples. Raises FedSieveError for the first row that is none."""
+    refuse(templates.bad(rows, reading.texts))
+    return reading.task.read(rows, reading.tokenizer, reading.fields)
+
+
+class Run:
+    """A federation in this process. Iterate over it to train, a round at a time.
+
+    metrics:  one `Round` for each round so far, round 0 (before training) first
+    receipts: one `Receipt` for each client and round so far
+    adapter:  the global adapter as it stands now
+
+    `predict`, `score` and `report` may be called between rounds, and change nothing of the run.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        rounds: int,
+        reading: Reading | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._experiment = experiment
+        self._reading = reading
+        self._settings = settings or {}
+        self._last = rounds
+        self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
+        first, self._progress = loop.begin(experiment.federation, experiment.start)
+        self.metrics: list[Round] = [first]
+        self.receipts: list[Receipt] = []
+
+    def __iter__(self) -> Iterator[Round]:
+        """Train the rounds that are left, giving each one's metrics as it ends.
+
+        Warns once if the downloads' masks let pass nothing of B (docs/methods.md).
+        """
+        federation, memories = self._experiment.federation, self._experiment.memories
+        while self._half is not None or self._progress.round < self._last:
+            if self._half is None:
+                before, final = dict(memories), self._progress.round + 1 == self._last
+                try:
+                    self._half = loop.merged(federation, self._progress, evaluate=final)
+                except BaseException:
+                    # The round did not happen: it can be tried again by iterating again.
+                    memories.clear()
+                    memories.update(before)
+                    raise
+                # From here on it did: merged again, it could have other noise.
+                self._progress = self._half.progress
+                for receipt in self._half.receipts:
+                    if receipt.dropped is not None:
+                        warnings.warn(
+                            f"round {receipt.round}, client {receipt.client} is left out: "
+                            f"{receipt.dropped}",
+                            stacklevel=2,
+                        )
+            half = self._half
+            summary = loop.evaluated(federation, half)
+            self._half = None
+            problem, known = starving(summary), any(map(starving, self.metrics))
+            self.metrics.append(summary)
+            self.receipts.extend(half.receipts)
+            if problem and not known:  # last, for a warning may be raised
+                warnings.warn(problem, stacklevel=2)
+            yield summary
+
+    def __reduce__(self) -> str:
+        """Raises FedSieveError: a copy would share model and memories with the run."""
+        raise FedSieveError(
+            "a Run cannot be copied or pickled: `keep` writes it into a folder, and another run goes "
+            "on from there"
+        )
+
+    def finish(self) -> "Run":
+        """Train the rounds that are left."""
+        for _ in self:
+            pass
+        return self
+
+    @property
+    def adapter(self) -> Adapter:
+        return self._experiment.federation.method.export(self._progress.state)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter in PEFT's format, with all that loading it takes (docs/finetune.md).
+
+        Raises FedSieveError if there can be no such folder.
+        """
+        arguments.of_kind("save", folder, str | PathLike, "a folder")
+        last = self.metrics[-1]
+        privacy = self._experiment.federation.method.private
+        known = Told(
+            rounds=last.round,
+            clients=len(self._experiment.federation.clients),
+            metrics=last.metrics or {},
+            loss=last.eval_loss,
+            down_bytes=sum(each.down_bytes for each in self.metrics),
+            up_bytes=sum(each.up_bytes for each in self.metrics),
+            personal=self._experiment.federation.method.personal is not None,
+            privacy=privacy and f"noise from the {privacy}; whoever trained it knows the epsilon",
+        )
+        self._experiment.resident.save(self.adapter, Path(folder), known)
+
+    def predict(self, rows: object) -> list[str]:
+        """What the model as it stands now tells of each row, in words: the name of a class, the
+        names that hold (", " between them), the tags of words, a number, the text it writes.
+
+        rows: in any form that `finetune` takes. Their label's column counts for nothing, and need
+              not be there for classes and numbers
+        Raises FedSieveError, naming the row, for rows that are no examples, and for tasks that
+        tell nothing of single rows (causal-lm).
+        """
+        reading = self._known("predict")
+        try:
+            read_as, table = _unlabelled(reading, rows)
+            if not len(table):
+                return []
+            examples, came, _ = read(read_as, table)
+        except FedSieveError as error:
+            raise FedSieveError(f"predict: {error}") from error
+        if len(came) < len(table):
+            missing = min({*range(len(table))}.difference(came.tolist()))
+            raise FedSieveError(f"predict: row {missing} has nothing to tell within max_length")
+        resident = self._experiment.resident
+        return told(resident, self.adapter, examples, precision=reading.precision)
+
+    def score(self, rows: object) -> Score:
+        """How well the adapter does on rows as it stands now: `loss`, `metrics` by name (the
+        leading one first), how many rows or tokens were `counted`, and `details.classes`.
+
+        rows: in any form that `finetune` takes
+        Raises FedSieveError, naming the row, for rows that are no examples.
+        """
+        return self._scored(rows, self.adapter, "score")
+
+    def score_by_client(self, clients: Mapping[Any, object]) -> dict[str, Score]:
+        """`score` of each client's rows, by id. Where a method leaves a part of the model with its
+        client (FedSA-LoRA), a client that took part is scored with its own.
+        """
+        experiment, found = self._experiment, {}
+        own = experiment.federation.method.personal
+        for id, rows in arguments.by_id(clients, "score_by_client").items():
+            memory = experiment.memories.get(id)
+            adapter = self.adapter if own is None or not memory else own(self.adapter, memory)
+            found[id] = self._scored(rows, adapter, f"score_by_client: client {id!r}")
+        return found
+
+    def report(self, folder: str | Path, name: str = "notebook") -> Path:
+        """Write the report of the rounds so far into a folder, and give the page's path: one file
+        that opens offline, its plots beside it, and the logs that `fedsieve report` reads.
+
+        Raises FedSieveError before the first round, for a folder that holds another run, and if
+        there can be no such folder. What tells of single clients is left out where the method's
+        noise protects them (noise_from="system").
+        """
+        arguments.of_kind("report", folder, str | PathLike, "a folder")
+        place = Path(folder)
+        if len(self.metrics) < 2:
+            raise FedSieveError("report: no round has ended yet: iterate over the run first")
+        written = place / rundir.RECIPE
+        if not (written.is_file() and written.read_bytes().startswith(_MARK.encode())):
+            rundir.refuse(place)
+        method = self._settings.get("method") or "a notebook's"
+        table = {**self._settings, "name": name, "method": {"name": method}}
+        notes = {"environment": {"notes": list(self._experiment.notes)}}
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            write_whole(written, (_MARK + tomli_w.dumps({**table, **notes})).encode())
+            logs: dict[str, list[Any]] = {rundir.METRICS: self.metrics}
+            if self._experiment.federation.method.private != "system":
+                logs[rundir.CLIENTS] = self.receipts
+            for log, rows in logs.items():
+                write_whole(place / log, b"")
+                rundir.append(place, log, rows)
+            rundir.keep_details(place, self.metrics[-1].round, self._experiment.details)
+        except OSError as error:
+            raise FedSieveError(f"report: {place} cannot be written: {error.strerror}") from error
+        return report.write([place], place / rundir.REPORT)[0]
+
+    def keep(self, folder: str | Path) -> None:
+        """Write where the run stands into a folder, for `go_on`; what was kept before stays as it
+        was until the new is whole. It holds what clients keep: the folder is its owner's alone.
+
+        Raises FedSieveError if it cannot be written, for a folder that holds another run, and where
+        the method's noise is fresh (noise_from="system"): a round done again would be spent twice.
+        """
+        place = self._keeping(folder, "keep")
+        if not (place / rundir.CHECKPOINTS).is_dir():
+            rundir.refuse(place)
+        snapshot = Snapshot(
+            self._progress,
+            dict(self._experiment.memories),
+            {},
+            self._half,
+            self._experiment.resident.digest,
+            self._text(),
+        )
+        try:
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for log, rows in ((rundir.METRICS, self.metrics), (rundir.CLIENTS, self.receipts)):
+                text = "".join(json.dumps(row._asdict(), allow_nan=False) + "\n" for row in rows)
+                write_whole(place / log, text.encode())
+        except OSError as error:
+            raise FedSieveError(f"keep: {place} cannot be written: {error.strerror}") from error
+        checkpoint.save(place / rundir.CHECKPOINTS, snapshot)
+
+    def go_on(self, folder: str | Path) -> "Run":
+        """Go on where `keep` was called: this run, made with the same arguments in another process
+        and not trained yet, then ends as if it had never stopped.
+
+        Raises FedSieveError, naming what, where model, rows, settings or the server's optimizer are
+        others than then, and for a folder that holds nothing that can be gone on with. Other
+        options of the method are compared as far as they change what it keeps.
+        """
+        place = self._keeping(folder, "go_on")
+        if self._progress.round or self._half is not None:
+            raise FedSieveError("go_on: this run has begun already: make a new one with `finetune`")
+        experiment = self._experiment
+        snapshot = checkpoint.load(
+            place / rundir.CHECKPOINTS, experiment.resident.layout, experiment.resident.digest
+        )
+        _refuse_other_settings(place, snapshot.recipe or "", self._text())
+        refuse_another(place, experiment, snapshot)
+        known = snapshot.progress.round - (snapshot.half is not None)
+        logs = [
+            [row for _, row in objects(place / log) if row and row["round"] <= known]
+            for log in (rundir.METRICS, rundir.CLIENTS)
+        ]
+        try:
+            metrics, receipts = [Round(**r) for r in logs[0]], [Receipt(**r) for r in logs[1]]
+        except TypeError as error:
+            raise FedSieveError(f"go_on: the logs in {place} are not as kept: {error}") from error
+        if [each.round for each in metrics] != [*range(known + 1)]:
+            raise FedSieveError(f"go_on: {place / rundir.METRICS} lacks rounds: it was changed")
+        experiment.memories.update(snapshot.memories)
+        self._progress, self._half = snapshot.progress, snapshot.half
+        self.metrics, self.receipts = metrics, receipts
+        return self
+
+    def _keeping(self, folder: str | Path, what: str) -> Path:
+        arguments.of_kind(what, folder, str | PathLike, "a folder")
+        if self._experiment.federation.method.private == "system":
+            raise FedSieveError(
+                f'{what}: with noise_from="system" a round done again would be spent twice: run a '
+                "recipe, whose rounds are on the disk before they are told"
+            )
+        return Path(folder)
+
+    def _text(self) -> str:
+        return tomli_w.dumps(dict(self._settings))
+
+    def _known(self, what: str) -> Reading:
+        if self._reading is None:
+            raise FedSieveError(f"{what}: this run does not know how its rows are read")
+        return self._reading
+
+    def _scored(self, rows: object, adapter: Adapter, what: str) -> Score:
+        reading = self._known("score")
+        try:
+            examples = read(reading, rows_of(reading, rows)).examples
+        except FedSieveError as error:
+            raise FedSieveError(f"{what}: {error}") from error
+        return evaluate(
+            self._experiment.resident,
+            adapter,
+            examples,
+            precision=reading.precision,
+            lead=reading.lead,
+        )
+
+
+def _refuse_other_settings(folder: Path, then: str, now: str) -> None:
+    """Raises FedSieveError, naming the first, for settings that differ. then, now: as TOML"""
+    before, after = (dict(flat(recipes.toml(text, str(folder)))) for text in (then, now))
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) != after.get(key):
+            raise FedSieveError(
+                f"go_on: {key} was {before.get(key)!r} in {folder} and is {after.get(key)!r}: make "
+                "the run with the same arguments"
+            )
+
+
+def _unlabelled(reading: Reading, rows: object) -> tuple[Reading, Dataset]:
+    """Rows to be told of, with labels that count for nothing where a task's labels are simple."""
+    task, fields = reading.task, reading.fields
+    classes = fields.classes or ()
+    kind = task.config(classes).get("problem_type")
+    label: tuple[Any, ...] = ()
+    if kind == "single_label_classification":
+        label = classes[:1]
+    elif kind == "regression":
+        label = (0.0,)
+    elif kind == "multi_label_classification":
+        label = ([],) if isinstance(fields.label, str) else (False,)
+    if not label:
+        return reading, rows_of(reading, rows)
+    names = (fields.label,) if isinstance(fields.label, str) else tuple(fields.label or ())
+    texts = Columns(tuple(name for name in reading.columns.texts if name not in names))
+    table = templates.filled(given.rows_of(rows, texts), reading.texts)
+    table = table.select_columns([n for n in table.column_names if n not in names])
+    if table._indices is not None:
+        table = table.flatten_indices(keep_in_memory=True)  # or it would be done on the disk
+    made = pa.array(list(label) * len(table), pa.list_(pa.string()) if label == ([],) else None)
+    for name in names:
+        table = table.add_column(name, made)
+    return reading, table

@@ -1,0 +1,158 @@
+"""Beginning from an adapter that is there already, in the place of a random A and a B of zeros.
+
+The folder is one that PEFT wrote, FedSieve or anybody: what `lora.start` names. Its product s B A
+is what the run begins with: at another scale B is multiplied, and at a larger rank the ranks beyond
+its own are as fresh as ever, with a product of zero. Its tensors are the run's start, so they enter
+the digest by which checkpoints and workers know that they are of one run.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedsieve.algebra.adapter import Adapter, Tree
+from fedsieve.algebra.method import Method
+from fedsieve.disk import bytes_of, place
+from fedsieve.errors import FedSieveError, nearest
+from fedsieve.train.model import LABELS, ResidentModel
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_LARGEST = 1 << 23  # bytes of either file of JSON
+# Ways to begin that change the base too: such an adapter is nothing without what they left of it.
+_OTHER_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
+
+
+def begun(resident: ResidentModel, folder: str, method: Method) -> ResidentModel:
+    """The resident with a folder's adapter in it, and a digest that knows.
+
+    Raises FedSieveError, naming tensor and shapes, for an adapter that does not fit; for a folder
+    that holds none; and for a method that would not begin with it.
+    """
+    where = f"lora.start: the adapter in {folder}"
+    if method.trains != "lora":
+        raise FedSieveError(
+            "lora.start: this method trains no adapter to begin from: leave it out, or merge the "
+            "adapter into the base"
+        )
+    config, given = _read(folder, where)
+    _refuse_other_classes(resident, place(folder) / LABELS, where)
+    adapter = _fitted(resident, config, given, where)
+    tree = method.init(adapter).trees["adapter"]
+    if any(not torch.equal(tree[name], tensor) for name, tensor in adapter.tensors.items()):
+        raise FedSieveError(
+            "lora.start: this method begins with an adapter of its own (FLoRA's clients draw "
+            "theirs), and would lose this one: merge it into the base, or choose another method"
+        )
+    resident.put(adapter)
+    if resident.digest is None:
+        return resident
+    return replace(resident, digest=resident.digest._replace(start=_digest(adapter.tensors)))
+
+
+def _read(folder: str, where: str) -> tuple[Mapping[str, Any], Tree]:
+    """What a folder says of its adapter, and the tensors."""
+    at = place(folder)
+    for name in (_CONFIG, _WEIGHTS):
+        if not (at / name).is_file():
+            raise FedSieveError(
+                f"lora.start: {folder} holds no adapter: there is no file {name} in it (give the "
+                "folder that PEFT's save_pretrained, Run.save or `fedsieve export` wrote)"
+            )
+    try:
+        config = json.loads(bytes_of(at / _CONFIG, _LARGEST))
+        tensors = safetensors.torch.load(bytes_of(at / _WEIGHTS))
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise FedSieveError(f"{where} cannot be read: {said}") from error
+    if not isinstance(config, dict):
+        raise FedSieveError(f"{where} cannot be read: {_CONFIG} holds no table")
+    return config, {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _fitted(resident: ResidentModel, config: Mapping[str, Any], given: Tree, where: str) -> Adapter:
+    """The tensors at the run's rank and scale."""
+    layout, fresh = resident.layout, resident.adapter().tensors
+    times = _scale(config, where) / layout.scale
+    tensors: Tree = {}
+    for name in layout.names:
+        if name not in given:
+            raise FedSieveError(
+                f"{where} has no {name}, which this run trains{nearest(name, given)}: choose the "
+                "lora.targets and lora.whole that it was trained with"
+            )
+        if not given[name].isfinite().all():
+            raise FedSieveError(f"{where}: {name} holds numbers that are not finite")
+        _, axis = layout.rank_axis.get(name, (0, None))
+        shape, own = tuple(given[name].shape), tuple(layout.shapes[name])
+        if axis is not None and len(shape) == len(own) and shape[axis] > own[axis]:
+            raise FedSieveError(
+                f"{where} has rank {shape[axis]} ({name}), and lora.rank is {own[axis]}: raise it"
+            )
+        fits = [n for n, (a, b) in enumerate(zip(shape, own, strict=False)) if a != b]
+        if len(shape) != len(own) or fits not in ([], [axis]):
+            raise FedSieveError(
+                f"{where}: {name} has the shape {shape}, and this run's has {own}: it is of "
+                "another model, or of other classes"
+            )
+        value = given[name] * times if axis == 1 and times != 1 else given[name]
+        tensors[name] = value if axis is None else _filled(fresh[name], value, axis)
+    if surplus := sorted(set(given) - set(layout.names)):
+        raise FedSieveError(
+            f"{where} holds {surplus[0]}, which this run does not train: choose the lora.targets "
+            "and lora.whole that it was trained with"
+        )
+    return Adapter(layout, tensors)
+
+
+def _filled(fresh: Tensor, value: Tensor, axis: int) -> Tensor:
+    """The first ranks are those that are given."""
+    whole = fresh.clone()
+    whole.narrow(axis, 0, value.shape[axis]).copy_(value)
+    return whole
+
+
+def _scale(config: Mapping[str, Any], where: str) -> float:
+    """s of its s B A. Raises FedSieveError where it is not one, or is not all that there is."""
+    if config.get("peft_type") != "LORA":
+        raise FedSieveError(f"{where} is of type {config.get('peft_type')!r}, and LORA is needed")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key):
+            raise FedSieveError(f"{where} has a {key}, and one rank and scale is needed everywhere")
+    began = str(config.get("init_lora_weights")).lower()
+    if config.get("use_dora") or began.startswith(_OTHER_BASES):
+        what = "use_dora" if config.get("use_dora") else f"init_lora_weights {began!r}"
+        raise FedSieveError(f"{where} was trained with {what}, so it is more than its pairs")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+        raise FedSieveError(f"{where}: {_CONFIG} says neither r nor lora_alpha as numbers")
+    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def _refuse_other_classes(resident: ResidentModel, path: Path, where: str) -> None:
+    """Raises FedSieveError where the rows of its head are known to be of other classes."""
+    try:
+        named = json.loads(bytes_of(path, _LARGEST))["id2label"]
+        theirs = tuple(str(named[key]) for key in sorted(named, key=int))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return  # only what FedSieve wrote says it
+    if resident.classes and theirs != resident.classes:
+        raise FedSieveError(
+            f"{where} tells the classes {', '.join(theirs)[:80]}, in this order, and this run "
+            f"{', '.join(resident.classes)[:80]}: give `classes` as the adapter has them"
+        )
+
+
+def _digest(tensors: Tree) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,488 @@
+"""One table for all clients, adapters that are there already, and what a run can be asked."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from flwr_datasets import FederatedDataset
+from flwr_datasets.partitioner import IidPartitioner, NaturalIdPartitioner, PathologicalPartitioner
+from hypothesis import given as given_that
+from hypothesis import settings as budgeted
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import fedsieve
+from fedsieve import Budget, FedSieveError, Lora
+from fedsieve.algebra.adapter import Adapter
+from fedsieve.data import sources
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.experiment import from_recipe
+from fedsieve.run import rundir, runner
+from tests import runs
+from tests.conftest import LABELS, Tiny
+from tests.test_api import LORA, TRAINING, finetune, rows, same
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pytest-of")
+
+
+def owned(count: int = 24) -> Dataset:
+    """Rows of three wards, in turn."""
+    wards = [("north", "south", "east")[n % 3] for n in range(count)]
+    return rows(count, 5).add_column("ward", wards)
+
+
+def clients_of(run: fedsieve.Run) -> dict[str, int]:
+    return {client.id: client.examples for client in run._experiment.federation.clients}
+
+
+# --- one table
+
+
+TABLES: list[Callable[[Dataset], Any]] = [
+    lambda table: table,
+    lambda table: table.to_pandas(),
+    lambda table: table.to_list(),
+    lambda table: table.to_dict(),
+    lambda table: table.to_iterable_dataset(),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TABLES)))
+def test_a_column_says_whose_each_row_is(tiny: Tiny, number: int) -> None:
+    table = owned()
+    each = {w: table.filter(lambda row, w=w: row["ward"] == w) for w in ("north", "south", "east")}
+    expected = finetune(tiny, each, rounds=1).finish()
+    run = finetune(tiny, TABLES[number](table), partition="ward", rounds=1).finish()
+    assert clients_of(run) == {"north": 8, "south": 8, "east": 8}
+    assert same(run.adapter, expected.adapter)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"kind": "dirichlet", "clients": 6, "alpha": 0.5},
+        {"kind": "iid", "clients": 7},
+    ],
+)
+def test_a_partition_is_that_of_a_recipe(tiny: Tiny, table: dict[str, Any]) -> None:
+    recipe = recipes.check(tiny.table(partition=table, seed=3, budgets=None, method__name="fedit"))
+    named = from_recipe(recipe)
+    there = {client.id: client.examples for client in named.federation.clients}
+    partition = table if table["kind"] == "dirichlet" else np.int64(table["clients"])
+    run = finetune(tiny, str(tiny.train), partition=partition, seed=3, max_length=16)
+    assert clients_of(run) == there
+    assert len(there) > 3
+
+
+def partitioned(partitioner: Any, table: Dataset) -> Any:
+    partitioner.dataset = table
+    return partitioner
+
+
+def test_partitioners_of_flower_are_taken_as_they_are(tiny: Tiny, tmp_path: Path) -> None:
+    table = owned()
+    natural = partitioned(NaturalIdPartitioner(partition_by="ward"), table)
+    run = finetune(tiny, natural, rounds=1)
+    assert clients_of(run) == {"north": 8, "south": 8, "east": 8}
+    even = partitioned(IidPartitioner(num_partitions=5), table)
+    run = finetune(tiny, even, rounds=1)
+    assert clients_of(run) == {f"000{n}": 5 if n < 4 else 4 for n in range(5)}
+    pathological = PathologicalPartitioner(
+        num_partitions=3, partition_by="label", num_classes_per_partition=1
+    )
+    run = finetune(tiny, table, partition=pathological, rounds=1)
+    assert sum(clients_of(run).values()) == 24
+    folder = tmp_path / "wards"
+    folder.mkdir()
+    table.to_csv(str(folder / "train.csv"))
+    hub = FederatedDataset(dataset=str(folder), partitioners={"train": 4})
+    assert clients_of(finetune(tiny, hub, rounds=1)) == {f"000{n}": 6 for n in range(4)}
+    for clients, partition, said in (
+        (IidPartitioner(num_partitions=5), None, "the partitioner fails: .*needs its `dataset`"),
+        (even, "ward", "partition: the partitioner in `clients` says it"),
+        (table, even, "partition: .*should be assigned only once"),
+        (table, object(), "partition: a column's name, .* is needed"),
+        (table, "wrad", "partition: no column 'wrad' .did you mean 'ward'"),
+        (table, 0, "partition is 0"),
+        (table, {"kind": "iid"}, "partition: .*needs 'clients'"),
+        (table, {"kind": "iid", "clients": 99}, "99"),
+        (table.select([]), "ward", "clients: at least one row"),
+    ):
+        with pytest.raises(FedSieveError, match=said) as caught:
+            finetune(tiny, clients, partition=partition)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_stream_without_an_end_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "MOST_ROWS", 50)
+    endless = rows(6, 1).to_iterable_dataset().repeat(None)
+    with pytest.raises(FedSieveError, match=r"more than 50 rows, if it ever ends: .*take"):
+        finetune(tiny, [endless])
+    assert clients_of(finetune(tiny, [endless.take(50)])) == {"0000": 50}
+
+
+# --- what is meant
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "budget"),
+    [
+        ("fslora", 0.5, Budget(ratio=0.5)),
+        ("flasc", 0.25, Budget(down=0.25, up=0.25)),
+        ("adapter_lth", 1, None),
+        ("fslora_flasc", 0.5, None),
+        ("fedit", np.float32(0.5), None),
+    ],
+)
+def test_a_number_is_the_budget_that_the_method_uses(
+    tiny: Tiny, method: str, given: Any, budget: Budget | None
+) -> None:
+    if budget is None:
+        with pytest.raises(FedSieveError, match=r"budgets: .* could be (each of ratio|nothing)"):
+            finetune(tiny, [rows(6, 1)], method, budgets=given)
+        return
+    for each in (given, {"0000": given}):
+        run = finetune(tiny, [rows(6, 1)], method, budgets=each)
+        assert [client.budget for client in run._experiment.federation.clients] == [budget]
+
+
+# --- PEFT, both ways
+
+NAMES = st.lists(st.sampled_from(["query", "value", "key", "dense"]), min_size=1, unique=True)
+SETTINGS = st.builds(
+    Lora,
+    rank=st.integers(1, 64),
+    alpha=st.floats(0.5, 64),
+    dropout=st.floats(0, 0.5),
+    targets=st.one_of(
+        st.none(), st.just("all-linear"), NAMES.map(lambda names: tuple(sorted(names)))
+    ),
+    whole=st.lists(st.sampled_from(["pooler", "norm"]), unique=True).map(tuple),
+    rslora=st.booleans(),
+)
+
+
+@budgeted(max_examples=50, deadline=None)
+@given_that(SETTINGS)
+def test_settings_go_to_peft_and_back(lora: Lora) -> None:
+    config = fedsieve.to_peft(lora, "classification")
+    assert fedsieve.from_peft(config) == lora
+    assert config.task_type == "SEQ_CLS"
+    again = fedsieve.to_peft(fedsieve.from_peft(config))
+    assert {**again.to_dict(), "task_type": "SEQ_CLS"} == config.to_dict()
+
+
+def test_layers_go_to_peft_and_back() -> None:
+    for pattern in (None, "layer", ("layer", "h")):
+        lora = Lora(targets=("query",), layers_to_transform=(0, 1), layers_pattern=pattern)
+        assert fedsieve.from_peft(fedsieve.to_peft(lora)) == lora
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LoraConfig(use_dora=True), "lora: PEFT's use_dora = 'True' has no equivalent"),
+        (LoraConfig(rank_pattern={"query": 2}), "lora: PEFT's rank_pattern"),
+        (LoraConfig(bias="all"), "lora: PEFT's bias = 'all'"),
+        (LoraConfig(init_lora_weights="gaussian"), "lora: PEFT's init_lora_weights"),
+        (LoraConfig(exclude_modules=["key"]), "lora: PEFT's exclude_modules"),
+        (peft.IA3Config(), "lora: a peft.LoraConfig is needed, not IA3Config"),
+    ],
+)
+def test_what_has_no_equivalent_is_refused_by_name(tiny: Tiny, config: Any, said: str) -> None:
+    with pytest.raises(FedSieveError, match=said):
+        finetune(tiny, [rows(6, 1)], lora=config)
+
+
+def test_a_config_is_taken_as_its_settings(tiny: Tiny) -> None:
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["value", "query"], task_type="SEQ_CLS")
+    expected = finetune(tiny, [rows(9, 1)], lora=LORA, rounds=1).finish()
+    run = finetune(tiny, [rows(9, 1)], lora=config, rounds=1).finish()
+    assert same(run.adapter, expected.adapter)
+
+
+# --- an adapter to begin from
+
+
+@pytest.fixture(scope="module")
+def first(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[fedsieve.Run, Path]:
+    """A run of two rounds at rank 4, and where its adapter is saved."""
+    folder = tmp_path_factory.mktemp("first") / "adapter"
+    run = finetune(tiny, [rows(30, 1)], fedsieve.fedit(), rounds=2, test=rows(30, 9)).finish()
+    run.save(folder)
+    return run, folder
+
+
+def products(adapter: Adapter) -> dict[str, Any]:
+    layout, tensors = adapter.layout, adapter.tensors
+    return {p.module: layout.scale * tensors[p.b] @ tensors[p.a] for p in layout.pairs}
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LORA,
+        Lora(rank=4, targets=("query", "value"), alpha=3.0, dropout=0.0),
+        Lora(rank=8, targets=("query", "value"), alpha=16.0, dropout=0.0, rslora=True),
+    ],
+    ids=["alike", "another scale", "more ranks"],
+)
+def test_a_run_begins_where_an_adapter_ended(
+    tiny: Tiny, first: tuple[fedsieve.Run, Path], lora: Lora
+) -> None:
+    before, folder = first
+    run = finetune(tiny, [rows(30, 1)], fedsieve.flasc(), lora=lora, start=folder, test=rows(30, 9))
+    started = run._experiment.start
+    if lora is LORA:
+        assert same(started, before.adapter)
+    then, now = products(before.adapter), products(started)
+    for module, product in then.items():
+        torch.testing.assert_close(now[module], product, rtol=1e-5, atol=1e-6)
+    assert run.metrics[0].eval_loss == pytest.approx(before.metrics[-1].eval_loss, rel=1e-4)
+    assert run.finish().metrics[-1].eval_loss != run.metrics[0].eval_loss
+
+
+def test_an_adapter_of_peft_s_own_is_a_start(tiny: Tiny, tmp_path: Path) -> None:
+    base = AutoModelForSequenceClassification.from_pretrained(tiny.bert)
+    config = fedsieve.to_peft(Lora(rank=4, targets=("query",)), "classification")
+    config.init_lora_weights = "gaussian"
+    model = peft.get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    model.save_pretrained(tmp_path)
+    lora = Lora(rank=4, targets=("query",))
+    text = rows(5, 1)
+    run = finetune(tiny, [text], lora=lora, start=tmp_path, classes=LABELS, test=text)
+    batch = AutoTokenizer.from_pretrained(tiny.bert)(
+        text["text"][:], return_tensors="pt", padding=True
+    )
+    labels = torch.tensor([LABELS.index(label) for label in text["label"]])
+    loss = torch.nn.functional.cross_entropy(model.eval()(**batch).logits, labels).item()
+    assert run.metrics[0].eval_loss == pytest.approx(loss, rel=2e-2)  # bfloat16, maybe
+
+
+def edited(folder: Path, to: Path, **changes: Any) -> Path:
+    """A copy of an adapter whose configuration says something else."""
+    to.mkdir()
+    for path in folder.glob("*.*"):
+        if path.is_file():
+            (to / path.name).write_bytes(path.read_bytes())
+    config = json.loads((to / "adapter_config.json").read_text(encoding="utf-8"))
+    (to / "adapter_config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+    return to
+
+
+def test_an_adapter_that_does_not_fit_is_refused(
+    tiny: Tiny, first: tuple[fedsieve.Run, Path], tmp_path: Path
+) -> None:
+    _, folder = first
+    (tmp_path / "empty").mkdir()
+    damaged = edited(folder, tmp_path / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"no tensors")
+    other = edited(folder, tmp_path / "other")
+    labels = {"id2label": {"0": "wine", "1": "space", "2": "cars"}}
+    (other / "labels.json").write_text(json.dumps(labels), encoding="utf-8")
+    rank2 = Lora(rank=2, targets=("query", "value"))
+    key = Lora(rank=4, targets=("query", "key"))
+    less = Lora(rank=4, targets=("query",))
+    two = [rows(30, 1).filter(lambda row: row["label"] != "wine")]
+    cases: list[tuple[Path, dict[str, Any], str]] = [
+        (folder, {"lora": rank2}, r"has rank 4 \(base.*lora_A.weight\), and lora.rank is 2"),
+        (folder, {"lora": key}, r"has no base_model.*key.lora_A.weight, which this run trains"),
+        (folder, {"lora": less}, r"holds base_model.*value.lora_A.weight, which this run does not"),
+        (tmp_path / "empty", {}, "holds no adapter: there is no file adapter_config.json"),
+        (damaged, {}, "cannot be read"),
+        (other, {}, "tells the classes wine, space, cars, in this order"),
+        (folder, {"clients": two}, "tells the classes cars, space, wine"),
+        (folder, {"method": fedsieve.head()}, "this method trains no adapter"),
+        (folder, {"method": fedsieve.flora()}, "begins with an adapter of its own"),
+        (edited(folder, tmp_path / "a", alpha_pattern={"query": 2}), {}, "has a alpha_pattern"),
+        (edited(folder, tmp_path / "b", use_dora=True), {}, "trained with use_dora"),
+        (edited(folder, tmp_path / "c", peft_type="IA3"), {}, "is of type 'IA3'"),
+        (edited(folder, tmp_path / "d", r="many"), {}, "says neither r nor lora_alpha"),
+    ]
+    for start, given, said in cases:
+        given = {"clients": [rows(30, 1)], **given}
+        with pytest.raises(FedSieveError, match=said) as caught:
+            finetune(tiny, given.pop("clients"), given.pop("method", None), start=start, **given)
+        assert str(caught.value).startswith("lora.start: ")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FedSieveError, match=r"start: .*give one of the two"):
+        finetune(tiny, [rows(6, 1)], lora=Lora(start="a"), start="b")
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_run_that_began_from_an_adapter_is_resumed_with_that_alone(
+    tiny: Tiny, first: tuple[fedsieve.Run, Path], tmp_path: Path
+) -> None:
+    start = edited(first[1], tmp_path / "start")
+    changes: dict[str, Any] = {"lora__start": str(start), "lora__alpha": 16.0, "rounds": 2}
+    runs.start(tiny, tmp_path / "whole", **changes)
+    with pytest.raises(runner.Stopped):
+        runs.start(tiny, tmp_path / "run", runs.stop_at(1), **changes)
+    weights = start / "adapter_model.safetensors"
+    kept = weights.read_bytes()
+    weights.write_bytes(kept[:-4] + b"\0\0\0\0")
+    with pytest.raises(FedSieveError, match=r"the adapter that the run began from .* has changed"):
+        runner.resume(tmp_path / "run", runs.quiet)
+    weights.write_bytes(kept)
+    runner.resume(tmp_path / "run", runs.quiet)
+    runs.assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+# --- what a run can be asked
+
+
+def test_predictions_are_those_of_the_saved_adapter(
+    tiny: Tiny, first: tuple[fedsieve.Run, Path]
+) -> None:
+    run, folder = first
+    texts = rows(20, 4)["text"][:]
+    base = AutoModelForSequenceClassification.from_pretrained(tiny.bert)
+    model = PeftModel.from_pretrained(base, folder)
+    names = pipeline("text-classification", model=model, tokenizer=str(folder))(texts)
+    found = run.predict([{"text": text} for text in texts])
+    assert found == [LABELS[int(each["label"].rpartition("_")[2])] for each in names]
+    assert run.predict(pd.DataFrame({"text": texts, "label": "odd"})) == found
+    assert run.predict(rows(20, 4).select(range(5, 9))) == found[5:9]
+    assert run.predict([]) == []
+    assert len({*found}) > 1
+    with pytest.raises(FedSieveError, match=r"^predict: .*row 1 of column 'text'"):
+        run.predict([{"text": "a"}, {"text": None}])
+    with pytest.raises(FedSieveError, match=r"^predict: no column 'text'"):
+        run.predict([{"txt": "a"}])
+
+
+def test_scores_are_those_of_the_rounds(tiny: Tiny) -> None:
+    test = {"north": rows(20, 8), "south": rows(30, 9)}
+    table = Dataset.from_list([*test["north"], *test["south"]])
+    run = finetune(tiny, [rows(30, 1)], rounds=1, test=table, metric="macro_f1").finish()
+    score = run.score(table)
+    assert score.metrics == run.metrics[-1].metrics
+    assert score.loss == run.metrics[-1].eval_loss
+    assert next(iter(score.metrics)) == "macro_f1"
+    each = run.score_by_client(test)
+    assert {id: own.counted for id, own in each.items()} == {"north": 20, "south": 30}
+    mean = (20 * each["north"].loss + 30 * each["south"].loss) / 50
+    assert score.loss == pytest.approx(mean, rel=1e-6)
+    right = sum(n * each[id].metrics["accuracy"] for id, n in (("north", 20), ("south", 30)))
+    assert score.metrics["accuracy"] == pytest.approx(right / 50)
+    hits = sum(a == b for a, b in zip(run.predict(table), table["label"], strict=True))
+    assert score.metrics["accuracy"] == pytest.approx(hits / 50)
+    with pytest.raises(FedSieveError, match=r"^score_by_client: client 'north': no column 'text'"):
+        run.score_by_client({"north": [{"txt": "a"}]})
+    with pytest.raises(FedSieveError, match=r"^score: label 'beer' in row 0"):
+        run.score([{"text": "a", "label": "beer"}])
+
+
+def test_a_client_is_scored_with_what_is_its_own(tiny: Tiny) -> None:
+    clients = {"north": rows(30, 1), "south": rows(30, 2)}
+    run = finetune(tiny, clients, fedsieve.fedsa_lora(), rounds=2).finish()
+    each = run.score_by_client(clients)
+    assert each["north"].loss != run.score(clients["north"]).loss
+    assert run.score_by_client({"stranger": clients["north"]})["stranger"].loss == (
+        run.score(clients["north"]).loss
+    )
+
+
+@pytest.mark.parametrize("task", ["regression", "multi-label", "causal-lm"])
+def test_other_tasks_tell_or_say_that_they_do_not(tiny: Tiny, task: str) -> None:
+    texts = rows(6, 1)["text"][:]
+    labels: dict[str, Any] = {
+        "regression": [float(n) for n in range(6)],
+        "multi-label": [["a"], [], ["a", "b"], ["b"], [], ["a"]],
+    }
+    model = tiny.gpt2 if task == "causal-lm" else tiny.bert
+    table = {"text": texts, **({"label": labels[task]} if task in labels else {})}
+    run = fedsieve.finetune(
+        model, [table], "fedit", rounds=1, task=task, device="cpu", training=TRAINING,
+        lora=Lora(rank=2, targets=("c_attn",) if task == "causal-lm" else ("query",)),
+    )  # fmt: skip
+    if task == "causal-lm":
+        with pytest.raises(FedSieveError, match=r"tells nothing of single rows"):
+            run.predict({"text": texts})
+        return
+    found = run.predict({"text": texts})
+    assert len(found) == 6
+    for each in found:
+        assert {*each.split(", ")} <= {"a", "b", ""} if task == "multi-label" else float(each) < 99
+
+
+def test_a_run_is_reported(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = [rows(16, n) for n in range(3)]
+    run = finetune(tiny, clients, "fslora", budgets=0.5, test=rows(20, 9))
+    with pytest.raises(FedSieveError, match=r"report: no round has ended"):
+        run.report(tmp_path / "page")
+    next(iter(run))
+    with monkeypatch.context() as quick:
+        quick.setattr("fedsieve.report.write", lambda *_: [tmp_path])
+        assert run.report(tmp_path / "page") == tmp_path
+    assert len(runs.lines(tmp_path / "page", rundir.CLIENTS)) == 3
+    page = run.finish().report(tmp_path / "page", name="wards")
+    text = page.read_text(encoding="utf-8")
+    assert page == tmp_path / "page" / "report.html"
+    assert "wards" in text
+    assert "fslora" in text
+    assert runs.lines(tmp_path / "page", rundir.METRICS)[-1]["round"] == 3
+    assert len(runs.lines(tmp_path / "page", rundir.CLIENTS)) == 9
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.toml").write_text("mine", encoding="utf-8")
+    with pytest.raises(FedSieveError, match=r"holds a run already"):
+        run.report(tmp_path / "mine")
+    with pytest.raises(FedSieveError, match=r"cannot be written"):
+        run.report(tmp_path / "mine" / "recipe.toml" / "below")
+    with pytest.raises(FedSieveError, match=r"report: a folder is needed"):
+        run.report(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("method", [fedsieve.fslora_flasc(), fedsieve.fedsa_lora()])
+def test_a_run_that_was_kept_goes_on_as_if_it_had_never_stopped(
+    tiny: Tiny, tmp_path: Path, method: Any
+) -> None:
+    clients = [rows(16, n) for n in range(4)]
+    given: dict[str, Any] = {"cohort": 2, "test": rows(20, 9)}
+    whole = finetune(tiny, clients, method, **given).finish()
+    parts = finetune(tiny, clients, method, **given)
+    for each in parts:
+        parts.keep(tmp_path / "kept")
+        if each.round == 2:
+            break
+    again = finetune(tiny, clients, method, **given).go_on(tmp_path / "kept")
+    assert [each.round for each in again.metrics] == [0, 1, 2]
+    again.finish()
+    assert same(again.adapter, whole.adapter)
+    for one, two in zip(again.metrics, whole.metrics, strict=True):
+        assert (one.loss, one.metrics, one.total_bytes) == (two.loss, two.metrics, two.total_bytes)
+    assert [r.client for r in again.receipts] == [r.client for r in whole.receipts]
+    with pytest.raises(FedSieveError, match=r"go_on: this run has begun already"):
+        again.go_on(tmp_path / "kept")
+    for changes, said in (
+        ({"seed": 1}, "seed was 0 in .* and is 1"),
+        ({"cohort": 3}, r"federation\.sampling\.size was 2"),
+        ({"training": fedsieve.Training(lr=0.5)}, r"training\.batch was 8"),
+        ({"lora": Lora(rank=2, targets=("query",))}, "another adapter"),
+        ({"clients": clients[:3]}, r"federation\.clients was 4"),
+        ({"clients": [*clients[:3], rows(16, 7)]}, r"federation\.rows was"),
+    ):
+        changed = {"clients": clients, **given, **changes}
+        other = finetune(tiny, changed.pop("clients"), method, **changed)
+        with pytest.raises(FedSieveError, match=said):
+            other.go_on(tmp_path / "kept")
+    with pytest.raises(FedSieveError, match=r"holds no checkpoint"):
+        finetune(tiny, clients, method, **given).go_on(tmp_path / "nowhere")
+
+
+def test_the_public_names_are_listed() -> None:
+    assert {*fedsieve.__all__} <= {*dir(fedsieve)}
+    for name in fedsieve.__all__:
+        assert getattr(fedsieve, name).__doc__ or name in ("Budget",)
