@@ -3,7 +3,7 @@
 import math
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -20,6 +20,7 @@ from fedsieve.data import sources, templates
 from fedsieve.data.files import Columns
 from fedsieve.data.names import name_of, numbered
 from fedsieve.engine import loop
+from fedsieve.engine.callbacks import CallbackFailed, OnRound, as_list, tell
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
@@ -59,9 +60,13 @@ class Run:
     adapter:  the global adapter as it stands now
     """
 
-    def __init__(self, experiment: Experiment, rounds: int) -> None:
+    def __init__(
+        self, experiment: Experiment, rounds: int, on_round: Sequence[OnRound] = ()
+    ) -> None:
         self._experiment = experiment
         self._last = rounds
+        self._on_round = on_round
+        self._told = 0  # of the metrics, to the callbacks
         self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
         first, self._progress = loop.begin(experiment.federation, experiment.start)
         self.metrics: list[Round] = [first]
@@ -70,8 +75,11 @@ class Run:
     def __iter__(self) -> Iterator[Round]:
         """Train the rounds that are left, giving each one's metrics as it ends.
 
-        Warns once if the downloads' masks let pass nothing of B (docs/methods.md).
+        Warns once if the downloads' masks let pass nothing of B (docs/methods.md). Raises
+        FedSieveError, naming it, for a callback that failed, when its round is kept: iterated
+        again, the run goes on with the next.
         """
+        self._tell()
         federation, memories = self._experiment.federation, self._experiment.memories
         while self._half is not None or self._progress.round < self._last:
             if self._half is None:
@@ -100,7 +108,18 @@ class Run:
                 warnings.warn(problem, stacklevel=2)
             self.metrics.append(summary)
             self.receipts.extend(half.receipts)
+            self._tell()
             yield summary
+
+    def _tell(self) -> None:
+        for summary in self.metrics[self._told :]:
+            self._told += 1
+            try:
+                tell(self._on_round, summary)
+            except CallbackFailed as error:
+                raise FedSieveError(
+                    f"{error}. The round is kept: iterate again to go on with the next"
+                ) from error.__cause__
 
     def finish(self) -> "Run":
         """Train the rounds that are left."""
@@ -158,6 +177,7 @@ def finetune(
     metric: str | None = None,
     norm_bound: float | None = None,
     strict: bool = False,
+    on_round: OnRound | Iterable[OnRound] | None = None,
     seed: int = 0,
     device: str = "auto",
     **data: Any,
@@ -182,6 +202,8 @@ def finetune(
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
              warning; by default 100, and without a bound (math.inf) where the method's server clips
     strict:  a client whose rows cannot be used is an error, not left out
+    on_round: a function, or a list of such, that is called with each round's metrics as it ends,
+             and with round 0 when the run is first iterated
     Raises FedSieveError for bad input, naming the argument, and if no client has rows that can be
     used.
     """
@@ -189,6 +211,7 @@ def finetune(
     held = arguments.model_given(
         dtype=dtype, quantization=quantization, double_quantization=double_quantization
     )
+    callbacks = as_list(on_round)
     rounds, seed, max_length = int(rounds), int(seed), int(max_length)
     classes = None if classes is None else arguments.classes_given(classes)
     fields = Fields(
@@ -306,7 +329,7 @@ def finetune(
     if method.private == "system":
         # A seed that somebody can guess would tell who took part.
         experiment = with_secret(experiment, secrets.randbits(256))
-    return Run(experiment, rounds)
+    return Run(experiment, rounds, callbacks)
 
 
 def _check_lead(task: TaskRecord, metric: str | None, fields: Fields) -> None:

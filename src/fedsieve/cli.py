@@ -30,6 +30,7 @@ from fedsieve.run.progress import MB, line_of, lines_of_plan
 from fedsieve.tasks.words import spoken
 
 if TYPE_CHECKING:
+    from fedsieve.engine.callbacks import Heard
     from fedsieve.engine.loop import Receipt, Round
     from fedsieve.recipe.schema import Recipe
     from fedsieve.study.jobs import Job
@@ -139,12 +140,13 @@ def run(
     from functools import partial
 
     from fedsieve.recipe import read as recipes
-    from fedsieve.run import rundir
+    from fedsieve.run import rundir, tracking
 
     table = recipes.read(recipe, overrides or [])
     planned = recipes.parse(table, recipe)
     if not allow_code:
         recipes.refuse_code(planned.method.name, recipe)
+    tracking.check(planned.tracking)
     folder = out or _by_name(planned.name)
     if not overwrite:
         rundir.refuse(folder)
@@ -155,7 +157,11 @@ def run(
     given = recipes.check(table, recipe, allow_code=allow_code)
     build = partial(from_recipe, trust_remote_code=trust_remote_code)
     with _Live(given.rounds) as live:
-        _guarded(lambda: runner.start(given, folder, live.show, build, overwrite=overwrite))
+        _guarded(
+            lambda: runner.start(
+                given, folder, live.show, build, overwrite=overwrite, on_client=live.client
+            )
+        )
     _summary(folder)
 
 
@@ -174,7 +180,7 @@ def resume(
     from functools import partial
 
     from fedsieve.recipe import read as recipes
-    from fedsieve.run import rundir
+    from fedsieve.run import rundir, tracking
 
     if rundir.federated(folder):
         raise FedSieveError(f"{folder} holds a federation: go on with `{rundir.again(folder)}`")
@@ -183,6 +189,7 @@ def resume(
     planned = recipes.parse(recipes.read(source), source)
     if not allow_code:
         recipes.refuse_code(planned.method.name, source)
+    tracking.check(planned.tracking)
     _announce(planned, folder)
     from fedsieve.recipe.experiment import from_recipe
     from fedsieve.run import back, runner
@@ -193,9 +200,17 @@ def resume(
     if rundir.last_round(folder) == planned.rounds:
         say(f"this run is finished: all of its {count(planned.rounds, 'round')} are done")
     build = partial(from_recipe, trust_remote_code=trust_remote_code)
-    given = {"allow_code": allow_code, "accept_changes": accept_changes}
     with _Live(planned.rounds) as live:
-        _guarded(lambda: runner.resume(folder, live.show, build, **given))
+        _guarded(
+            lambda: runner.resume(
+                folder,
+                live.show,
+                build,
+                allow_code=allow_code,
+                accept_changes=accept_changes,
+                on_client=live.client,
+            )
+        )
     _summary(folder)
 
 
@@ -340,6 +355,7 @@ def federate(
 ) -> None:
     """Prepare a federation across machines, on Flower, and say how to start it."""
     from fedsieve.recipe import read as recipes
+    from fedsieve.run import tracking
 
     if again is not None:
         if recipe is not None:
@@ -350,7 +366,9 @@ def federate(
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
     table = recipes.read(recipe, overrides or [])
     # A mistake is told before anything heavy is loaded; no site takes a program from a server.
-    recipes.refuse_code(recipes.parse(table, recipe).method.name, recipe)
+    planned = recipes.parse(table, recipe)
+    recipes.refuse_code(planned.method.name, recipe)
+    tracking.check(planned.tracking)
     quiet()
     from fedsieve.sites import federate as federating
     from fedsieve.sites.server import RoundPolicy
@@ -367,6 +385,8 @@ def federate(
     )
     for title, command in zip(titles, commands, strict=True):
         say(f"{title}\n  {command}\n")
+    if given.tracking is not None:
+        say(f"tracked by {tracking.where(given.tracking, folder)}")
     for caution in federating.cautions(listen):
         warn(caution)
 
@@ -730,6 +750,7 @@ class _Live:
         self._started = 0.0
         self._warned = False  # that clients get nothing of B
         self._begun: int | None = None
+        self._line = ""  # of the last round
         self._bar = Progress(
             BarColumn(bar_width=20),
             TextColumn("{task.description}"),
@@ -745,6 +766,12 @@ class _Live:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def client(self, heard: "Heard") -> None:
+        """How far the round is, beside what was said of the last one."""
+        left = "" if heard.left is None else f", {_clock(heard.left)} left in it"
+        done = f"round {heard.round}: client {heard.clients}/{heard.of}{left}"
+        self._bar.update(self._task, description=f"{done}  {self._line}".rstrip())
 
     def show(self, summary: "Round", receipts: Sequence["Receipt"]) -> None:
         now = time.monotonic()
@@ -762,6 +789,7 @@ class _Live:
         line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
         if summary.metrics or not console.is_terminal:
             console.print(line)
+        self._line = line
         self._bar.update(self._task, completed=summary.round, description=line)
 
 

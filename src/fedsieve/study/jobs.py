@@ -74,10 +74,13 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
         asked = job.folder / ASKED
         if not asked.exists():
             raise FedSieveError(f"{job.folder} holds some other run: choose another --out")
-        before, now, own = (
-            settings_of(recipe)
-            for recipe in (_parsed(asked), job.recipe, _parsed(job.folder / rundir.RECIPE))
-        )
+        held = _parsed(job.folder / rundir.RECIPE)
+        if held.tracking not in (None, job.recipe.tracking):
+            raise FedSieveError(
+                f"{job.folder / rundir.RECIPE} asks for another [tracking] than this study: its "
+                "figures would go elsewhere: take the table out there"
+            )
+        before, now, own = (settings_of(recipe) for recipe in (_parsed(asked), job.recipe, held))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise FedSieveError(
