@@ -411,6 +411,51 @@ def worker(
 
 
 @app.command()
+def watch(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Of a run, a federation's server or a study.")
+    ],
+    once: Annotated[
+        bool, typer.Option("--once", help="Show it as it is now, and end; also without a terminal.")
+    ] = False,
+) -> None:
+    """Follow a run, a federation or a study that another process works on, until it has ended."""
+    from rich.live import Live
+    from rich.text import Text
+
+    place(folder)
+    from fedsieve.run import rundir
+    from fedsieve.run.watch import Picture, of_run
+    from fedsieve.study import parts
+
+    def look() -> Picture:
+        if (folder / rundir.RECIPE).is_file():
+            return of_run(folder)
+        if parts.holds_one(folder):
+            return parts.of_study(folder)
+        if once or not console.is_terminal or (folder.exists() and not folder.is_dir()):
+            raise FedSieveError(f"{folder} holds neither a run nor a study")
+        return Picture([f"{printable(str(folder))} holds no run yet: waiting for one"], False)
+
+    picture = look()
+    if once or not console.is_terminal:
+        for line in picture.lines:
+            say(line)
+        return
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                text = Text("\n".join(picture.lines), no_wrap=True, overflow="ellipsis")
+                live.update(text, refresh=True)
+                if picture.ended:
+                    return
+                time.sleep(1)
+                picture = look()
+    except KeyboardInterrupt:  # the run that was looked at goes on
+        raise typer.Exit(130) from None
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Runs to overlay.")],
     out: Annotated[
@@ -769,7 +814,7 @@ class _Live:
 
     def client(self, heard: "Heard") -> None:
         """How far the round is, beside what was said of the last one."""
-        left = "" if heard.left is None else f", {_clock(heard.left)} left in it"
+        left = f", {_clock(heard.left)} left in it" if heard.left else ""
         done = f"round {heard.round}: client {heard.clients}/{heard.of}{left}"
         self._bar.update(self._task, description=f"{done}  {self._line}".rstrip())
 

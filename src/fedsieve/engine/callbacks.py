@@ -17,13 +17,13 @@ OnRound = Callable[[Round], object]  # called once a round, round 0 (before trai
 class Heard(NamedTuple):
     """How far a round is: so many of its clients have answered, or are through.
 
-    left: seconds until the last of them will have, as those before took so long; None before any
+    left: seconds until the last of them will have, if they take as long as those before
     """
 
     round: int
     clients: int
     of: int
-    left: float | None
+    left: float
 
 
 OnClient = Callable[[Heard], object]

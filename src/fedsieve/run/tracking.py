@@ -124,7 +124,8 @@ def tracked(recipe: Recipe, folder: Path, done: int) -> "Iterator[Callable[[Roun
         log, finish = TRACKERS[asked.kind](facts, folder)
     except Exception as error:  # of whatever the tracker and its network raise
         raise FedSieveError(
-            f"tracking: {where(asked, folder)} could not begin: {_said(error)}"
+            f"tracking: {where(asked, folder)} could not begin ({_said(error)}): mend it, or take "
+            f"[tracking] out of {folder / rundir.RECIPE}, then `{rundir.again(folder)}`"
         ) from error
     alive = True
 

@@ -32,9 +32,8 @@ from fedsieve.recipe import read as recipes
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.run.found import settings_of
+from fedsieve.study.parts import ASKED, DIVERGED, FAILED
 
-ASKED = "asked.toml"
-DIVERGED = "diverged.txt"
 PATIENCE = 60  # seconds that a worker has to save its run before it is killed
 
 
@@ -66,7 +65,7 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
     for job in jobs:
         for place in (job.folder.parent, job.folder):
             refuse_link(place, folder=True)
-        for name in (ASKED, DIVERGED):
+        for name in (ASKED, DIVERGED, FAILED):
             refuse_link(job.folder / name)
         if not (job.folder / rundir.RECIPE).exists():
             continue
@@ -140,9 +139,16 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
         job.folder: Outcome(job, diverged(job)) for job in jobs if diverged(job) or finished(job)
     }
     left = [job for job in jobs if job.folder not in outcomes]
+    for job in left:
+        (job.folder / FAILED).unlink(missing_ok=True)
+        if not (job.folder / rundir.RECIPE).exists():
+            job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_whole(job.folder / ASKED, recipes.dump(job.recipe, {}).encode())
 
     def ended(outcome: Outcome) -> None:
         outcomes[outcome.job.folder] = outcome
+        if outcome.problem is not None and diverged(outcome.job) is None:
+            write_whole(outcome.job.folder / FAILED, outcome.problem.encode())
         end(outcome)
 
     with runner.sigterm_as_ctrl_c():
@@ -172,8 +178,6 @@ def _problem(job: Job, show: ShowRound) -> str | None:
             # whether it may be a program of somebody's own.
             runner.resume(job.folder, after, allow_code=True)
         else:
-            job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_whole(job.folder / ASKED, recipes.dump(job.recipe, {}).encode())
             runner.start(job.recipe, job.folder, after)
     except FedSieveError as error:
         if isinstance(error.__cause__, NoUsableUpdate):
