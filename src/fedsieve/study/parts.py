@@ -90,7 +90,10 @@ def _said(part: Part) -> str:
         return said
     if (quiet := news(run)) is not None:
         return f"{said}  {quiet}"
-    return said if run.left is None else f"{said}  about {duration(run.left)} left"
+    if run.left is None:
+        return said
+    left = f"about {duration(run.left)} left" if run.number < run.recipe.rounds else "ending"
+    return f"{said}  {left}"
 
 
 def _ended(folder: Path, asked: list[Path]) -> bool:
