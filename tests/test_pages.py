@@ -206,7 +206,7 @@ TABLES: dict[str, list[Any]] = {
         schema.Limits, schema.ListBudgets, schema.TierBudgets, schema.RatioBudgets, schema.RankLaw,
         schema.Machine, schema.ResourceBudgets, schema.SamplingTable, schema.MethodTable,
         schema.ServerTable, schema.Privacy, schema.Training, schema.Evaluation, schema.Checkpoint,
-        schema.Engine,
+        schema.Engine, schema.Tracking,
     ],
     "deploy.md": [site.Site, site.Rows, site.Link, site.Limits],
     "compare.md": [plan.Study, plan.EntryTable, plan.TuneTable],

@@ -4,7 +4,7 @@ import hashlib
 import math
 import secrets
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from os import PathLike
 from pathlib import Path
@@ -21,6 +21,7 @@ from fedsieve.algebra.optim import limits
 from fedsieve.data import given as given_rows
 from fedsieve.data import sources
 from fedsieve.data.partition import dirichlet, iid, natural
+from fedsieve.engine.callbacks import OnRound, as_list
 from fedsieve.errors import FedSieveError
 from fedsieve.notebook import Reading, Run, bad, read, rows_of
 from fedsieve.recipe import arguments
@@ -73,6 +74,7 @@ def finetune(
     metric: str | None = None,
     norm_bound: float | None = None,
     strict: bool = False,
+    on_round: OnRound | Iterable[OnRound] | None = None,
     seed: int = 0,
     device: str = "auto",
     **data: Any,
@@ -116,6 +118,8 @@ def finetune(
     norm_bound: an update whose norm is so many times the median of its round's is left out, with a
              warning; by default 100, and without a bound (math.inf) where the method's server clips
     strict:  a client whose rows cannot be used is an error, not left out
+    on_round: a function, or a list of such, that is called with each round's metrics as it ends,
+             and with round 0 when the run is first iterated
     Raises FedSieveError for bad input, naming the argument, and if no client has rows that can be
     used.
     """
@@ -123,6 +127,7 @@ def finetune(
     held = arguments.model_given(
         dtype=dtype, quantization=quantization, double_quantization=double_quantization
     )
+    callbacks = as_list(on_round)
     rounds, seed, max_length = int(rounds), int(seed), int(max_length)
     classes = None if classes is None else arguments.classes_given(classes)
     name = method if isinstance(method, str) else None
@@ -242,7 +247,7 @@ def finetune(
             "server": dict(method.server.table),
         },
     }
-    return Run(experiment, rounds, reading, settings)
+    return Run(experiment, rounds, reading, settings, callbacks)
 
 
 def _check_lead(task: TaskRecord, metric: str | None, fields: Fields) -> None:

@@ -30,6 +30,7 @@ from fedsieve.run.progress import MB, line_of, lines_of_plan
 from fedsieve.tasks.words import spoken
 
 if TYPE_CHECKING:
+    from fedsieve.engine.callbacks import Heard
     from fedsieve.engine.loop import Receipt, Round
     from fedsieve.recipe.schema import Recipe
     from fedsieve.sites.server import RoundPolicy
@@ -140,12 +141,13 @@ def run(
     from functools import partial
 
     from fedsieve.recipe import read as recipes
-    from fedsieve.run import rundir
+    from fedsieve.run import rundir, tracking
 
     table = recipes.read(recipe, overrides or [])
     planned = recipes.parse(table, recipe)
     if not allow_code:
         recipes.refuse_code(planned.method.name, recipe)
+    tracking.check(planned.tracking)
     folder = out or _by_name(planned.name)
     if not overwrite:
         rundir.refuse(folder)
@@ -156,7 +158,11 @@ def run(
     given = recipes.check(table, recipe, allow_code=allow_code)
     build = partial(from_recipe, trust_remote_code=trust_remote_code)
     with _Live(given.rounds) as live:
-        _guarded(lambda: runner.start(given, folder, live.show, build, overwrite=overwrite))
+        _guarded(
+            lambda: runner.start(
+                given, folder, live.show, build, overwrite=overwrite, on_client=live.client
+            )
+        )
     _summary(folder)
 
 
@@ -178,7 +184,7 @@ def resume(
     from functools import partial
 
     from fedsieve.recipe import read as recipes
-    from fedsieve.run import rundir
+    from fedsieve.run import rundir, tracking
 
     if rundir.federated(folder):
         raise FedSieveError(f"{folder} holds a federation: go on with `{rundir.again(folder)}`")
@@ -189,6 +195,7 @@ def resume(
         recipes.refuse_code(planned.method.name, source)
     if rounds is not None:
         planned = planned.model_copy(update={"rounds": rounds})
+    tracking.check(planned.tracking)
     _announce(planned, folder)
     from fedsieve.recipe.experiment import from_recipe
     from fedsieve.run import back, runner
@@ -211,6 +218,7 @@ def resume(
                 rounds=rounds,
                 allow_code=allow_code,
                 accept_changes=accept_changes,
+                on_client=live.client,
             )
         )
     _summary(folder)
@@ -361,6 +369,7 @@ def federate(
 ) -> None:
     """Prepare a federation across machines, on Flower, and say how to start it; or run one here."""
     from fedsieve.recipe import read as recipes
+    from fedsieve.run import tracking
 
     if again is not None:
         if recipe is not None:
@@ -371,7 +380,9 @@ def federate(
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
     table = recipes.read(recipe, overrides or [])
     # A mistake is told before anything heavy is loaded; no site takes a program from a server.
-    recipes.refuse_code(recipes.parse(table, recipe).method.name, recipe)
+    planned = recipes.parse(table, recipe)
+    recipes.refuse_code(planned.method.name, recipe)
+    tracking.check(planned.tracking)
     quiet()
     from fedsieve.sites import federate as federating
     from fedsieve.sites.server import RoundPolicy
@@ -392,6 +403,8 @@ def federate(
     )
     for title, command in zip(titles, commands, strict=True):
         say(f"{title}\n  {command}\n")
+    if given.tracking is not None:
+        say(f"tracked by {tracking.where(given.tracking, folder)}")
     for caution in federating.cautions(listen):
         warn(caution)
 
@@ -413,6 +426,51 @@ def worker(
             resident.run(site, typer.echo)
     except KeyboardInterrupt:
         typer.echo("stopped: what was kept of finished rounds is on the disk")
+
+
+@app.command()
+def watch(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Of a run, a federation's server or a study.")
+    ],
+    once: Annotated[
+        bool, typer.Option("--once", help="Show it as it is now, and end; also without a terminal.")
+    ] = False,
+) -> None:
+    """Follow a run, a federation or a study that another process works on, until it has ended."""
+    from rich.live import Live
+    from rich.text import Text
+
+    place(folder)
+    from fedsieve.run import rundir
+    from fedsieve.run.watch import Picture, of_run
+    from fedsieve.study import parts
+
+    def look() -> Picture:
+        if (folder / rundir.RECIPE).is_file():
+            return of_run(folder)
+        if parts.holds_one(folder):
+            return parts.of_study(folder)
+        if once or not console.is_terminal or (folder.exists() and not folder.is_dir()):
+            raise FedSieveError(f"{folder} holds neither a run nor a study")
+        return Picture([f"{printable(str(folder))} holds no run yet: waiting for one"], False)
+
+    picture = look()
+    if once or not console.is_terminal:
+        for line in picture.lines:
+            say(line)
+        return
+    try:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                text = Text("\n".join(picture.lines), no_wrap=True, overflow="ellipsis")
+                live.update(text, refresh=True)
+                if picture.ended:
+                    return
+                time.sleep(1)
+                picture = look()
+    except KeyboardInterrupt:  # the run that was looked at goes on
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -755,6 +813,7 @@ class _Live:
         self._started = 0.0
         self._warned = False  # that clients get nothing of B
         self._begun: int | None = None
+        self._line = ""  # of the last round
         self._bar = Progress(
             BarColumn(bar_width=20),
             TextColumn("{task.description}"),
@@ -770,6 +829,12 @@ class _Live:
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
+
+    def client(self, heard: "Heard") -> None:
+        """How far the round is, beside what was said of the last one."""
+        left = f", {_clock(heard.left)} left in it" if heard.left else ""
+        done = f"round {heard.round}: client {heard.clients}/{heard.of}{left}"
+        self._bar.update(self._task, description=f"{done}  {self._line}".rstrip())
 
     def show(self, summary: "Round", receipts: Sequence["Receipt"]) -> None:
         now = time.monotonic()
@@ -787,6 +852,7 @@ class _Live:
         line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
         if summary.metrics or not console.is_terminal:
             console.print(line)
+        self._line = line
         self._bar.update(self._task, completed=summary.round, description=line)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from fedsieve.data import given, templates
 from fedsieve.data.files import Columns
 from fedsieve.disk import objects, write_whole
 from fedsieve.engine import loop
+from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
@@ -92,11 +93,14 @@ class Run:
         rounds: int,
         reading: Reading | None = None,
         settings: Mapping[str, Any] | None = None,
+        on_round: Sequence[OnRound] = (),
     ) -> None:
         self._experiment = experiment
         self._reading = reading
         self._settings = settings or {}
         self._last = rounds
+        self._on_round = on_round
+        self._told = 0  # of the metrics, to the callbacks
         self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
         first, self._progress = loop.begin(experiment.federation, experiment.start)
         self.metrics: list[Round] = [first]
@@ -105,8 +109,11 @@ class Run:
     def __iter__(self) -> Iterator[Round]:
         """Train the rounds that are left, giving each one's metrics as it ends.
 
-        Warns once if the downloads' masks let pass nothing of B (docs/methods.md).
+        Warns once if the downloads' masks let pass nothing of B (docs/methods.md). Raises
+        FedSieveError, naming it, for a callback that failed, when its round is kept: iterated
+        again, the run goes on with the next.
         """
+        self._tell()
         federation, memories = self._experiment.federation, self._experiment.memories
         while self._half is not None or self._progress.round < self._last:
             if self._half is None:
@@ -135,13 +142,24 @@ class Run:
             self.receipts.extend(half.receipts)
             if problem and not known:  # last, for a warning may be raised
                 warnings.warn(problem, stacklevel=2)
+            self._tell()
             yield summary
+
+    def _tell(self) -> None:
+        for summary in self.metrics[self._told :]:
+            self._told += 1
+            try:
+                tell(self._on_round, summary)
+            except CallbackFailed as error:
+                raise FedSieveError(
+                    f"{error}. The round is kept: iterate again to go on with the next"
+                ) from error.__cause__
 
     def __reduce__(self) -> str:
         """Raises FedSieveError: a copy would share model and memories with the run."""
         raise FedSieveError(
-            "a Run cannot be copied or pickled: `keep` writes it into a folder, and another run goes "
-            "on from there"
+            "a Run cannot be copied or pickled: `keep` writes it into a folder, from where another "
+            "goes on"
         )
 
     def finish(self) -> "Run":
@@ -307,7 +325,7 @@ class Run:
             raise FedSieveError(f"go_on: {place / rundir.METRICS} lacks rounds: it was changed")
         experiment.memories.update(snapshot.memories)
         self._progress, self._half = snapshot.progress, snapshot.half
-        self.metrics, self.receipts = metrics, receipts
+        self.metrics, self.receipts, self._told = metrics, receipts, len(metrics)
         return self
 
     def _keeping(self, folder: str | Path, what: str) -> Path:

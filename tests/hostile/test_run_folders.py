@@ -23,7 +23,7 @@ from transformers import BertForSequenceClassification
 
 from fedsieve.disk import remove
 from fedsieve.run import checkpoint, rundir
-from fedsieve.study.jobs import ASKED, DIVERGED
+from fedsieve.study.parts import ASKED, DIVERGED
 from tests import runs
 from tests.conftest import Command, Ran, Tiny
 from tests.runs import FLASC

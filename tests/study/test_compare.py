@@ -26,7 +26,8 @@ from fedsieve.recipe.method import limits_said
 from fedsieve.run import rundir
 from fedsieve.run.runner import Stopped
 from fedsieve.study import plan as study
-from fedsieve.study.jobs import DIVERGED, Job, diverged, finished
+from fedsieve.study.jobs import Job, diverged, finished
+from fedsieve.study.parts import DIVERGED
 from tests import runs
 from tests.conftest import Command, Tiny
 

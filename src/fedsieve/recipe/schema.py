@@ -475,6 +475,20 @@ class Engine(Table):
         return self
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+class Tracking(Table):
+    """By what a run's rounds are tracked (run/tracking.py). Where that is no recipe says: the
+    user's own settings of the tracker do.
+
+    project: what the run is among there; TensorBoard has none
+    """
+
+    kind: Tracker
+    project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,99}$")] = "fedsieve"
+
+
 def _shown(name: str) -> str:
     """A recipe's name is told before a run begins, and the recipe may be somebody else's."""
     if not name.isprintable():
@@ -507,6 +521,7 @@ class Recipe(Table):
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
     engine: Engine = Engine()
+    tracking: Tracking | None = None
 
     @model_validator(mode="after")
     def _has_validation_rows(self) -> "Recipe":

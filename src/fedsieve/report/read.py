@@ -43,6 +43,8 @@ class Round(NamedTuple):
     down_kept: Shares = UNTOLD
     up_kept: Shares = UNTOLD
     starved: int = 0  # clients that got nothing of B
+    clients: int = 0  # that were asked
+    epsilon: float | None = None  # spent so far, in private runs
 
 
 class Budget(NamedTuple):
@@ -243,6 +245,8 @@ def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Roun
             down_kept=_shares(row, "down", where),
             up_kept=_shares(row, "up", where),
             starved=_optional_integer(row, "starved", where) or 0,
+            clients=_optional_integer(row, "clients", where) or 0,
+            epsilon=_real(row, "epsilon", where),
         )
         if rounds and new.round <= rounds[-1].round:
             raise FedSieveError(

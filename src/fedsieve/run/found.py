@@ -111,5 +111,7 @@ def edits(then: Recipe, now: Recipe) -> tuple[set[str], str]:
 
 
 def settings_of(recipe: Recipe) -> Mapping[str, Any]:
-    """A recipe's keys, less those of [engine]: where clients run changes nothing of a run."""
-    return dict(flat(recipe.model_dump(mode="json", exclude={"engine"})))
+    """A recipe's keys, less those of [engine] and [tracking]: where clients run, and where a run is
+    looked at, changes nothing of it.
+    """
+    return dict(flat(recipe.model_dump(mode="json", exclude={"engine", "tracking"})))

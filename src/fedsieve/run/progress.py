@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from fedsieve.engine.shares import Shares, in_words
 from fedsieve.errors import count
+from fedsieve.run.tracking import where
 from fedsieve.tasks import words
 
 if TYPE_CHECKING:
@@ -16,11 +17,14 @@ MB = 1e6
 
 def lines_of_plan(recipe: "Recipe", folder: Path) -> list[str]:
     """What a recipe asks for, from its own words alone."""
-    return [
+    lines = [
         f"{recipe.name}: {recipe.method.name} on {recipe.model.source} ({recipe.model.task})",
         f"{count(recipe.rounds, 'round')}, {_who(recipe)} a round, rank {recipe.lora.rank}, "
         f"seed {recipe.seed}, device {recipe.device}, into {folder}",
     ]
+    if recipe.tracking is not None:
+        lines.append(f"tracked by {where(recipe.tracking, folder)}")
+    return lines
 
 
 def _who(recipe: "Recipe") -> str:

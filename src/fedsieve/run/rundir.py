@@ -45,10 +45,19 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 REPORT = "report.html"
 EVALUATION = "details.json"
+TRACKING = "tracking"  # a folder: the tracker's name for the run, and TensorBoard's files
 LOCK = ".lock"
 LOGS = (METRICS, CLIENTS)
-_OURS = (RECIPE, *LOGS, CHECKPOINTS, ADAPTER, EVALUATION, REPORT)  # in the order of removal
-_FOLDERS = (CHECKPOINTS, ADAPTER)
+_OURS = (
+    RECIPE,
+    *LOGS,
+    CHECKPOINTS,
+    ADAPTER,
+    EVALUATION,
+    REPORT,
+    TRACKING,
+)  # in the order of removal
+_FOLDERS = (CHECKPOINTS, ADAPTER, TRACKING)
 SEED = "seed"
 _TELLING = (CLIENTS, CHECKPOINTS)  # of who took part
 

@@ -20,6 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -29,6 +30,7 @@ from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.disk import objects, remove_link, write_whole
 from fedsieve.engine import loop
+from fedsieve.engine.callbacks import CallbackFailed, OnClient, OnRound, counted, tell
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.recipe import read as recipes
@@ -42,7 +44,7 @@ from fedsieve.recipe.experiment import (
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe, deployed
 from fedsieve.recipe.told import told
-from fedsieve.run import checkpoint, rundir
+from fedsieve.run import checkpoint, rundir, tracking
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.run.found import in_order
 from fedsieve.run.state import exported, refuse_another
@@ -65,13 +67,18 @@ def start(
     build: Build = from_recipe,
     *,
     overwrite: bool = False,
+    on_round: Sequence[OnRound] = (),
+    on_client: OnClient | None = None,
 ) -> Adapter:
     """Run a recipe from its beginning, in a directory of its own.
 
+    on_round: called with each round once it is logged; one that fails stops the run, its round kept
+    on_client: called with each reply of a round as it comes
     Raises FedSieveError for bad input, Stopped after Ctrl-C or SIGTERM.
     """
     if not overwrite:
         rundir.refuse(folder)  # before the model and the data are loaded
+    tracking.check(recipe.tracking)
     experiment = build(recipe)
     assert experiment.recipe is not None
     facts = rundir.environment(str(experiment.resident.device))
@@ -81,7 +88,8 @@ def start(
     with rundir.lock(folder), rundir.disk_errors(folder):
         recipe = experiment.recipe
         rundir.create(folder, text, overwrite=overwrite, secret=deployed(recipe))
-        return _go_on(_with_secret(experiment, recipe, folder), recipe, None, folder, show)
+        experiment = _with_secret(experiment, recipe, folder)
+        return _go_on(experiment, recipe, None, folder, show, on_round, on_client)
 
 
 def resume(
@@ -92,6 +100,8 @@ def resume(
     rounds: int | None = None,
     allow_code: bool = False,
     accept_changes: bool = False,
+    on_round: Sequence[OnRound] = (),
+    on_client: OnClient | None = None,
 ) -> Adapter:
     """Go on with a run from its newest whole checkpoint; a finished run is left as it is.
 
@@ -99,6 +109,7 @@ def resume(
         started with so many, but where a learning rate falls over the rounds
     allow_code: see `recipes.check`
     accept_changes: go on though recipe or rows were changed since the rounds so far were trained
+    on_round, on_client: as in `start`, of the rounds that are left
     Raises FedSieveError if the folder holds no run that can be resumed, if anything in it is not as
     a run leaves it, or if the base model has changed since; Stopped as `start` does.
     """
@@ -109,6 +120,7 @@ def resume(
         )
         if deployed(recipe):
             rundir.secret_seed(folder)  # refused before the model and the data are loaded
+        tracking.check(recipe.tracking)
         experiment = _with_secret(build(recipe), recipe, folder)
         checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
         snapshot = None
@@ -130,7 +142,7 @@ def resume(
                 if snapshot:
                     snapshot = snapshot._replace(recipe=recipes.dump(recipe, {}))
                     checkpoint.save(checkpoints, snapshot)
-            return _go_on(experiment, recipe, snapshot, folder, show)
+            return _go_on(experiment, recipe, snapshot, folder, show, on_round, on_client)
 
 
 def _refuse_other_rows(
@@ -225,18 +237,33 @@ def rounds_of(folder: Path) -> int:
 
 
 def _go_on(
-    experiment: Experiment, recipe: Recipe, snapshot: Snapshot | None, folder: Path, show: Show
+    experiment: Experiment,
+    recipe: Recipe,
+    snapshot: Snapshot | None,
+    folder: Path,
+    show: Show,
+    on_round: Sequence[OnRound],
+    on_client: OnClient | None,
 ) -> Adapter:
     """Train the rounds that are left, from a snapshot that is on the disk, or from none."""
     checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
     text = recipes.dump(recipe, {})
-    with sigterm_as_ctrl_c(), experiment.federation.exchange.at_work():
+    if on_client is not None:
+        experiment = replace(experiment, federation=counted(experiment.federation, on_client))
+    done = -1 if snapshot is None else snapshot.progress.round - (snapshot.half is not None)
+    with (
+        sigterm_as_ctrl_c(),
+        experiment.federation.exchange.at_work(),
+        tracking.tracked(recipe, folder, done) as track,
+    ):
         if snapshot is None:
             first, progress = loop.begin(experiment.federation, experiment.start)
             rundir.append(folder, rundir.METRICS, [first])
             rundir.keep_details(folder, 0, experiment.details)
             snapshot = _snapshot(experiment, progress, folder, text)
             checkpoint.save(checkpoints, snapshot)
+            track(first)
+            _tell(on_round, first, folder)
             show(first, [])
         saved = snapshot
         fresh = experiment.federation.method.private == "system"
@@ -267,6 +294,8 @@ def _go_on(
                 if progress.round % recipe.checkpoint.every == 0 or progress.round == recipe.rounds:
                     checkpoint.save(checkpoints, snapshot)
                     saved = snapshot
+                track(summary)
+                _tell(on_round, summary, folder)
                 show(summary, receipts)
             adapter = experiment.federation.method.export(snapshot.progress.state)
             known = _told(folder, recipe, snapshot.progress.round)
@@ -281,6 +310,10 @@ def _go_on(
                 f"round {snapshot.progress.round + 1}: {error}. The state after round "
                 f"{snapshot.progress.round} is kept in {folder}"
             ) from error
+        except CallbackFailed:
+            if snapshot is not saved:
+                checkpoint.save(checkpoints, snapshot)
+            raise
         except KeyboardInterrupt:
             if snapshot is not saved:
                 checkpoint.save(checkpoints, snapshot)
@@ -289,6 +322,15 @@ def _go_on(
                 f"`{rundir.again(folder)}`"
             ) from None
     return adapter
+
+
+def _tell(on_round: Sequence[OnRound], summary: Round, folder: Path) -> None:
+    try:
+        tell(on_round, summary)
+    except CallbackFailed as error:
+        raise CallbackFailed(
+            f"{error}. The state after the round is kept: go on with `{rundir.again(folder)}`"
+        ) from error.__cause__
 
 
 def _with_secret(experiment: Experiment, recipe: Recipe, folder: Path) -> Experiment:

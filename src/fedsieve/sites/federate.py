@@ -68,7 +68,7 @@ from fedsieve.recipe.experiment import (
 )
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe, deployed
-from fedsieve.run import checkpoint, rundir, runner
+from fedsieve.run import checkpoint, rundir, runner, tracking
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
 from fedsieve.sites import certificates, found, told
@@ -272,6 +272,11 @@ def serve(
     Raises FedSieveError if it cannot go on, runner.Stopped if it was stopped.
     """
     rounds = runner.rounds_of(folder)
+    source = str(folder / rundir.RECIPE)
+    asked = recipes.parse(recipes.read(source), source).tracking
+    if asked is not None:
+        tracking.check(asked)
+        say(f"tracked by {tracking.where(asked, folder)}")
     board: list[Sites] = []
     warned: list[str] = []
 

@@ -72,13 +72,13 @@ def _dumped(recipe: Recipe, name: str) -> str:
 
 def for_sites(recipe: Recipe) -> Recipe:
     """The recipe without what is the server's own: paths, files, columns, device, versions; and
-    without its engine, which no site has.
+    without its engine and its tracker, which no site has.
     """
     own = "the site's own"
     data = schema.Data(train=own, **{n: getattr(recipe.data, n) for n in schema.READ_AS})
     source = recipe.model.source if recipe.model.source in PACKAGES else own
     model = recipe.model.model_copy(update={"source": source})
-    where = {"device": "auto", "engine": schema.Engine()}
+    where = {"device": "auto", "engine": schema.Engine(), "tracking": None}
     return recipe.model_copy(update={"data": data, "model": model, **where})
 
 

@@ -7,6 +7,7 @@ run, jobs.py runs it, report/ knows the table's numbers.
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe.overrides import flat
 from fedsieve.report import words
 from fedsieve.report.words import duration
-from fedsieve.run import rundir
+from fedsieve.run import rundir, tracking
 from fedsieve.study.jobs import Job, Outcome, ShowRound, diverged, finished, run_all
 from fedsieve.study.plan import LAST, Plan, Settings, final_jobs, trial_job, trial_jobs
 from fedsieve.tasks.words import spoken
@@ -124,6 +125,10 @@ def counting(
     """Say how many jobs there are, and give a function that says so when one ends."""
     before = done = sum(finished(job) or diverged(job) is not None for job in jobs)
     say(f"{len(jobs)} {what}s" + (f", {done} of them done already" if done else ""))
+    whole = Path(os.path.commonpath([job.folder.parent for job in jobs])) if jobs else Path()
+    for asked in dict.fromkeys(job.recipe.tracking for job in jobs):
+        if asked is not None:
+            say(f"tracked by {tracking.where(asked, whole)}")
     started = time.monotonic()
 
     def end(outcome: Outcome) -> None:

@@ -33,10 +33,9 @@ from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.run.found import settings_of
+from fedsieve.study.parts import ASKED, DIVERGED, FAILED
 from fedsieve.tasks.digest import RowsDigest
 
-ASKED = "asked.toml"
-DIVERGED = "diverged.txt"
 _LONGEST = 2000  # letters of a reason
 PATIENCE = 60  # seconds that a worker has to save its run before it is killed
 
@@ -69,7 +68,7 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
     for job in jobs:
         for place in (job.folder.parent, job.folder):
             refuse_link(place, folder=True)
-        for name in (ASKED, DIVERGED):
+        for name in (ASKED, DIVERGED, FAILED):
             refuse_link(job.folder / name)
         if not (job.folder / rundir.RECIPE).exists():
             continue
@@ -77,10 +76,13 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
         asked = job.folder / ASKED
         if not asked.exists():
             raise FedSieveError(f"{job.folder} holds some other run: choose another --out")
-        before, now, own = (
-            settings_of(recipe)
-            for recipe in (_parsed(asked), job.recipe, _parsed(job.folder / rundir.RECIPE))
-        )
+        held = _parsed(job.folder / rundir.RECIPE)
+        if held.tracking not in (None, job.recipe.tracking):
+            raise FedSieveError(
+                f"{job.folder / rundir.RECIPE} asks for another [tracking] than this study: its "
+                "figures would go elsewhere: take the table out there"
+            )
+        before, now, own = (settings_of(recipe) for recipe in (_parsed(asked), job.recipe, held))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise FedSieveError(
@@ -188,9 +190,16 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
         job.folder: Outcome(job, diverged(job)) for job in jobs if diverged(job) or finished(job)
     }
     left = [job for job in jobs if job.folder not in outcomes]
+    for job in left:
+        (job.folder / FAILED).unlink(missing_ok=True)
+        if not (job.folder / rundir.RECIPE).exists():
+            job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_whole(job.folder / ASKED, recipes.dump(job.recipe, {}).encode())
 
     def ended(outcome: Outcome) -> None:
         outcomes[outcome.job.folder] = outcome
+        if outcome.problem is not None and diverged(outcome.job) is None:
+            write_whole(outcome.job.folder / FAILED, outcome.problem.encode())
         end(outcome)
 
     with runner.sigterm_as_ctrl_c():
@@ -223,8 +232,6 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
             # whether it may be a program of somebody's own.
             runner.resume(job.folder, after, _on(rows), allow_code=True)
         else:
-            job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_whole(job.folder / ASKED, recipes.dump(job.recipe, {}).encode())
             runner.start(job.recipe, job.folder, after, _on(rows))
     except FedSieveError as error:
         if isinstance(error.__cause__, NoUsableUpdate):

@@ -1,0 +1,92 @@
+"""What is told of a run while it goes on: each round to callbacks, each reply to whoever counts."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from fedsieve.algebra.budget import Client
+from fedsieve.algebra.keys import Key
+from fedsieve.engine.client import Reply
+from fedsieve.engine.loop import Federation, Round
+from fedsieve.errors import FedSieveError, quoted
+
+OnRound = Callable[[Round], object]  # called once a round, round 0 (before training) first
+
+
+class Heard(NamedTuple):
+    """How far a round is: so many of its clients have answered, or are through.
+
+    left: seconds until the last of them will have, if they take as long as those before
+    """
+
+    round: int
+    clients: int
+    of: int
+    left: float
+
+
+OnClient = Callable[[Heard], object]
+
+
+class CallbackFailed(FedSieveError):
+    """A callback of the user's raised an exception, which is this one's cause."""
+
+
+def as_list(on_round: OnRound | Iterable[OnRound] | None) -> list[OnRound]:
+    """One callback, several, or none. Raises FedSieveError for what cannot be called."""
+    if on_round is None:
+        return []
+    each = list(on_round) if isinstance(on_round, Iterable) else [on_round]
+    for callback in each:
+        if not callable(callback):
+            raise FedSieveError(
+                "on_round: a function of a round, or a list of such, is needed, and "
+                f"{quoted(callback)} cannot be called"
+            )
+    return each
+
+
+def tell(callbacks: Sequence[OnRound], summary: Round) -> None:
+    """Call them all in their order, also after one that fails.
+
+    Raises CallbackFailed, from what the first of those raised, once all were called.
+    """
+    first: tuple[OnRound, Exception] | None = None
+    for callback in callbacks:
+        try:
+            callback(summary)
+        except Exception as raised:
+            first = first or (callback, raised)
+    if first is not None:
+        callback, error = first
+        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise CallbackFailed(
+            f"the callback {_name(callback)} failed after round {summary.round}: {said}"
+        ) from error
+
+
+def _name(callback: OnRound) -> str:
+    """What a user knows a callback by: a partial by its function, an object by its class."""
+    found = getattr(callback, "func", callback)
+    return str(getattr(found, "__qualname__", type(found).__qualname__))
+
+
+def counted(federation: Federation, told: OnClient) -> Federation:
+    """The same federation, which tells of each reply as it comes."""
+    exchange = federation.exchange
+    asked = 0
+
+    def order(chosen: Sequence[Client]) -> Sequence[Client]:
+        nonlocal asked
+        asked = len(chosen)
+        return exchange.order(chosen)
+
+    def carry(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
+        began = time.monotonic()
+        for done, reply in enumerate(exchange.carry(messages, key), 1):
+            left = (time.monotonic() - began) / done * (asked - done)
+            told(Heard(key.round, done, asked, left))
+            yield reply
+
+    return replace(federation, exchange=exchange._replace(order=order, carry=carry))

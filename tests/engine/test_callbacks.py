@@ -1,0 +1,96 @@
+"""Callbacks of the user's: told every round once, and a round is never lost over one."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsieve.engine.callbacks import Heard
+from fedsieve.engine.loop import Round
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from fedsieve.run import runner
+from tests import runs
+from tests.conftest import Tiny
+from tests.test_api import finetune, rows
+
+pytestmark = pytest.mark.usefixtures("no_report")
+
+
+def clients() -> list[Any]:
+    return [rows(20, seed=number) for number in range(3)]
+
+
+def broken(summary: Round) -> None:
+    if summary.round == 2:
+        raise KeyError("no such chart")
+
+
+def test_each_round_is_told_once_to_all_of_a_list(tiny: Tiny) -> None:
+    one: list[Round] = []
+    two: list[int] = []
+    run = finetune(
+        tiny,
+        clients(),
+        test=rows(12, 9),
+        on_round=[one.append, lambda each: two.append(each.round)],
+    )
+    assert two == []
+    next(iter(run))
+    assert two == [0, 1]
+    run.finish()
+    assert two == [0, 1, 2, 3]
+    assert one == run.metrics
+
+
+@pytest.mark.parametrize(
+    ("callback", "name"),
+    [(broken, "broken"), (partial(broken), "broken")],
+)
+def test_a_callback_that_fails_stops_a_run_by_name_and_its_round_is_kept(
+    tiny: Tiny, callback: Any, name: str
+) -> None:
+    seen: list[int] = []
+    plain = finetune(tiny, clients()).finish()
+    run = finetune(tiny, clients(), on_round=[callback, lambda each: seen.append(each.round)])
+    with pytest.raises(FedSieveError, match=f"{name} failed after round 2: KeyError") as error:
+        run.finish()
+    assert isinstance(error.value.__cause__, KeyError)
+    assert [each.round for each in run.metrics] == [0, 1, 2]
+    run.finish()
+    assert seen == [0, 1, 2, 3]
+    assert [each.total_bytes for each in run.metrics] == [e.total_bytes for e in plain.metrics]
+
+
+@pytest.mark.parametrize("given", ["print", 3, [print, 3]])
+def test_what_cannot_be_called_is_refused(tiny: Tiny, given: Any) -> None:
+    with pytest.raises(FedSieveError, match=r"on_round: .* cannot be called"):
+        finetune(tiny, clients(), on_round=given)
+
+
+def test_a_run_on_disk_goes_on_after_a_callback_that_failed_as_if_nothing_had_happened(
+    tiny: Tiny, tmp_path: Path, whole: Path
+) -> None:
+    """Between two checkpoints, where the round would be lost else."""
+    given = recipes.check(tiny.table(checkpoint={"every": 3}))
+    folder = tmp_path / "run"
+    with pytest.raises(FedSieveError, match=r"broken failed after round 2.*fedsieve resume"):
+        runner.start(given, folder, runs.quiet, on_round=[broken])
+    assert [line["round"] for line in runs.lines(folder)] == [0, 1, 2]
+    seen: list[int] = []
+    runner.resume(folder, runs.quiet, on_round=[lambda each: seen.append(each.round)])
+    assert seen == [3, 4]
+    runs.assert_same(folder, whole)
+
+
+def test_replies_are_counted_as_they_come(tiny: Tiny, tmp_path: Path, whole: Path) -> None:
+    heard: list[Heard] = []
+    given = recipes.check(tiny.table())
+    runner.start(given, tmp_path / "run", runs.quiet, on_client=heard.append)
+    assert [each[:3] for each in heard] == [
+        (number, client, 3) for number in (1, 2, 3, 4) for client in (1, 2, 3)
+    ]
+    assert all(each.left == 0 for each in heard if each.clients == each.of)
+    assert all(each.left > 0 for each in heard if each.clients < each.of)
+    runs.assert_same(tmp_path / "run", whole)
