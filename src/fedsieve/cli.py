@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 done, 2 bad input (one clear message), 130 stopped."""
 
+import shlex
 import sys
 import time
 import warnings
@@ -157,6 +158,38 @@ def run(
     with _Live(given.rounds) as live:
         _guarded(lambda: runner.start(given, folder, live.show, build, overwrite=overwrite))
     _summary(folder)
+
+
+@app.command()
+def check(
+    recipe: Source,
+    overrides: Overrides = None,
+    allow_code: AllowCode = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Load all that a run would, train nothing, and say what it will take: rows, bytes, time."""
+    from fedsieve.recipe import read as recipes
+
+    table = recipes.read(recipe, overrides or [])
+    planned = recipes.parse(table, recipe)
+    if not allow_code:
+        recipes.refuse_code(planned.method.name, recipe)
+    _announce(planned)
+    from fedsieve.start import check as checking
+    from fedsieve.start import told
+
+    given = recipes.check(table, recipe, allow_code=allow_code)
+    found = checking.check(given, trust_remote_code=trust_remote_code)
+    console.print()
+    for line in told.lines(found):
+        say(line)
+    _table(told.table(found))
+    for line in told.totals(found):
+        say(line)
+    for each in found.idle:
+        warn(each)
+    words = " ".join(shlex.quote(each) for each in (recipe, *(overrides or [])))
+    say(f"next       fedsieve run {words}")
 
 
 @app.command()
@@ -765,7 +798,7 @@ class _Live:
         self._bar.update(self._task, completed=summary.round, description=line)
 
 
-def _announce(recipe: "Recipe", folder: Path) -> None:
+def _announce(recipe: "Recipe", folder: Path | None = None) -> None:
     """Say what is about to be done, and only then import what it takes."""
     for line in lines_of_plan(recipe, folder):
         say(printable(line))

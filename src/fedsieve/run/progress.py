@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 MB = 1e6
 
 
-def lines_of_plan(recipe: "Recipe", folder: Path) -> list[str]:
-    """What a recipe asks for, from its own words alone."""
+def lines_of_plan(recipe: "Recipe", folder: Path | None) -> list[str]:
+    """What a recipe asks for, from its own words alone; folder: of the run, if there will be one."""
+    into = "" if folder is None else f", into {folder}"
     return [
         f"{recipe.name}: {recipe.method.name} on {recipe.model.source} ({recipe.model.task})",
         f"{count(recipe.rounds, 'round')}, {_who(recipe)} a round, rank {recipe.lora.rank}, "
-        f"seed {recipe.seed}, device {recipe.device}, into {folder}",
+        f"seed {recipe.seed}, device {recipe.device}{into}",
     ]
 
 
