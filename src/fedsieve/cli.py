@@ -161,6 +161,52 @@ def run(
 
 
 @app.command()
+def init(
+    source: Annotated[
+        str,
+        typer.Argument(help="A file, a folder (of files or images), or a data set of the hub."),
+    ],
+    task: Annotated[str | None, typer.Option(help="What is learned; see docs/tasks.md.")] = None,
+    text: Annotated[str | None, typer.Option(help="The column of texts, or a template.")] = None,
+    label: Annotated[str | None, typer.Option(help="The column to tell; several: a,b,c.")] = None,
+    clients: Annotated[
+        str | None, typer.Option(help="The column that names the clients, or how many to draw.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A folder, a fetched or a hub name.")] = None,
+    config: Annotated[str | None, typer.Option(help="Of a data set of the hub.")] = None,
+    out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.toml"),
+    overwrite: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Take all guesses, on a terminal too.")
+    ] = False,
+) -> None:
+    """Look at rows, guess what they are for, and write a commented recipe that runs as it is."""
+    if out.exists() and not overwrite:
+        raise FedSieveError(f"{out} is there already: give --overwrite, or another --out")
+    if out.suffix != ".toml":
+        raise FedSieveError(f"--out {out}: the name of a recipe ends in .toml")
+    console.print("loading ...")
+    quiet()
+    from fedsieve.start import begin
+    from fedsieve.start.guess import Said
+
+    said = Said(task, text, label, clients, model)
+    ask = None if yes or not sys.stdin.isatty() else _ask
+    written = begin.begin(source, config, said, out, say, ask)
+    for caution in written.cautions:
+        warn(caution)
+    console.print()
+    say(f"{out}: {written.first}")
+    say(f"next       fedsieve check {shlex.quote(str(out))}")
+    say(f"           fedsieve run {shlex.quote(str(out))}")
+
+
+def _ask(what: str, guess: str) -> str:
+    """On a terminal; nothing typed takes the guess."""
+    return str(typer.prompt(what, default=guess))
+
+
+@app.command()
 def check(
     recipe: Source,
     overrides: Overrides = None,

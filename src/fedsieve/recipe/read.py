@@ -87,8 +87,8 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def toml(text: str, source: str) -> dict[str, Any]:
     """The table that a TOML file holds; source: what the file is called.
 
-    Raises FedSieveError where it is not TOML, with the line, and for nesting, keys or whole numbers beyond what
-    anybody writes.
+    Raises FedSieveError where it is not TOML, with the line, and for nesting, keys or whole numbers
+    beyond what anybody writes.
     """
     try:
         for token in _TOKENS.finditer(text):

@@ -15,7 +15,7 @@ MB = 1e6
 
 
 def lines_of_plan(recipe: "Recipe", folder: Path | None) -> list[str]:
-    """What a recipe asks for, from its own words alone; folder: of the run, if there will be one."""
+    """What a recipe asks for, from its own words alone; folder: of the run, if there is one."""
     into = "" if folder is None else f", into {folder}"
     return [
         f"{recipe.name}: {recipe.method.name} on {recipe.model.source} ({recipe.model.task})",
