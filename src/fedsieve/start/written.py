@@ -12,7 +12,7 @@ from fedsieve.start.guess import Guess
 from fedsieve.start.look import Looked
 
 HELD = 0.2  # of the rows, to evaluate on where there are no test rows
-FEWEST = 10  # clients, of which a part takes part in a round
+FEWEST = 20  # clients: of fewer, five take part in a round, else ten
 _LENGTHS = (32, 64, 128, 256, 512)
 _FRAME = 80  # tokens that a chat's template may write around what is said
 _LANGUAGE = ("causal-lm", "generation", "multiple-choice")
@@ -22,7 +22,7 @@ _PROMPT = "Columns stand in braces; the loss is on the completion alone."
 WHY: Mapping[str, str] = {
     "name": "the run goes into runs/<name>",
     "seed": "every random choice follows from it",
-    "rounds": "how often clients train and the server merges",
+    "rounds": "how often clients train and the server merges: few, for a first look",
     "cohort": "clients a round",
     "model.source": "a folder, a name of the hub, or one that `fedsieve fetch` knows",
     "model.task": "what is learned: docs/tasks.md",
@@ -87,15 +87,15 @@ def table_of(looked: Looked, guess: Guess, name: str) -> dict[str, Any]:
     training: dict[str, Any] = {
         "optimizer": "adamw",
         "lr": 1e-3 if language else 3e-3,
-        "steps": 10,
+        "steps": 5,
         "batch": 8 if language else 16,
         "augment": "crop-flip" if images else None,
     }
     table = {
         "name": name,
         "seed": 0,
-        "rounds": 10 if language else 20,
-        "cohort": number if number < FEWEST else max(5, min(10, number // 2)),
+        "rounds": 5 if language else 10,
+        "cohort": min(number, 5 if language or number < FEWEST else 10),
         "model": {"source": guess.model, "task": guess.task},
         "lora": {"rank": 16, "alpha": 16},
         "data": data,
@@ -109,7 +109,7 @@ def table_of(looked: Looked, guess: Guess, name: str) -> dict[str, Any]:
         "training": training,
         "evaluation": {
             "on": None if tested else "validation",
-            "every": 5,
+            "every": 1 if language else 2,
             "limit": 200 if language else 1000,
         },
     }
