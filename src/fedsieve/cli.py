@@ -27,7 +27,7 @@ from fedsieve.console import (
 from fedsieve.disk import place
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError, count, printable
-from fedsieve.run.progress import MB, line_of, lines_of_plan
+from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
 from fedsieve.tasks.words import spoken
 
 if TYPE_CHECKING:
@@ -755,10 +755,10 @@ def costs_of(
             f"{bill.stand_ins:,} clients of a round were rehearsed; the others are taken to send "
             "and get the same"
         )
-    say(f"the run: {_mb(bill.total)}; of dense LoRA: {_mb(bill.dense)}")
+    say(f"the run: {mb(bill.total)}; of dense LoRA: {mb(bill.dense)}")
     if most is not None:
         left = most * MB - bill.total
-        fits = f"{_mb(left)} are left" if left >= 0 else f"{_mb(-left)} too many"
+        fits = f"{mb(left)} are left" if left >= 0 else f"{mb(-left)} too many"
         say(f"of {most:,g} MB: {bill.total / MB / most:.1%}, {fits}")
         if left < 0:
             raise typer.Exit(1)
@@ -781,10 +781,6 @@ def _by_name(name: str) -> Path:
             f"name {name[:80]!r} is no name of a directory: give --out, or change it"
         )
     return place(Path("runs") / name)
-
-
-def _mb(count: float) -> str:
-    return f"{count / MB:,.1f} MB" if count >= 10 * MB else f"{count / MB:.3g} MB"
 
 
 def _targets(given: str | None) -> "tuple[str, ...] | str | None":

@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -126,14 +126,13 @@ def _width(head: str, mark: str) -> int:
 
     One column is no sign of a separator: 0.
     """
-    quoting = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
+    lines = io.StringIO(head)
+    # In TSV a quotation mark is part of the text.
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
     try:
-        widths = [
-            len(row) for row in csv.reader(io.StringIO(head), delimiter=mark, quoting=quoting)
-        ]
+        widths = [len(row) for row in csv.reader(lines, delimiter=mark, quoting=quoting) if row]
     except csv.Error:
         return 0
-    widths = [width for width in widths if width]  # blank lines have none
     alike = bool(widths) and widths.count(widths[0]) >= 0.9 * len(widths)
     return widths[0] if alike and widths[0] > 1 else 0
 

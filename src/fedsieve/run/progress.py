@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 MB = 1e6
 
 
+def mb(number: float) -> str:
+    """So many bytes."""
+    return f"{number / MB:,.1f} MB" if number >= 10 * MB else f"{number / MB:.3g} MB"
+
+
 def lines_of_plan(recipe: "Recipe", folder: Path | None) -> list[str]:
     """What a recipe asks for, from its own words alone; folder: of the run, if there is one."""
     into = "" if folder is None else f", into {folder}"

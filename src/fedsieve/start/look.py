@@ -3,6 +3,7 @@
 Nothing is decided here; guess.py takes it from there.
 """
 
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -91,7 +92,9 @@ def look(source: str, config: str | None = None) -> Looked:
             f"{source} has {len(rows.column_names):,} columns, too many to guess from: write the "
             "recipe from one that ships (`fedsieve recipes own-csv`)"
         )
-    some = rows.select(range(0, len(rows), -(-len(rows) // MOST)))
+    # Drawn, and not each of so many: rows may come in turns.
+    drawn = random.Random(0).sample(range(len(rows)), min(MOST, len(rows)))
+    some = rows.select(sorted(drawn))
     return Looked(
         source=source,
         config=config,

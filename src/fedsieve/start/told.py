@@ -1,9 +1,8 @@
 """What `fedsieve check` found, in words and a table."""
 
 from fedsieve.errors import count
+from fedsieve.run.progress import MB, mb
 from fedsieve.start.check import Checked, Spread
-
-MB = 1e6
 
 
 def lines(found: Checked) -> list[str]:
@@ -76,10 +75,6 @@ def totals(found: Checked) -> list[str]:
         f"{found.steps:,.3g} steps a client: {seconds(found.round_seconds)} a round{judged}",
         f"           about {seconds(found.seconds)} for the run{engine}",
     ]
-
-
-def mb(number: float) -> str:
-    return f"{number / MB:,.1f} MB" if number >= 10 * MB else f"{number / MB:.3g} MB"
 
 
 def seconds(number: float) -> str:
