@@ -185,6 +185,8 @@ def init(
         raise FedSieveError(f"{out} is there already: give --overwrite, or another --out")
     if out.suffix != ".toml":
         raise FedSieveError(f"--out {out}: the name of a recipe ends in .toml")
+    if not out.parent.is_dir():
+        raise FedSieveError(f"--out {out}: there is no folder {out.parent}")
     console.print("loading ...")
     quiet()
     from fedsieve.start import begin

@@ -163,6 +163,9 @@ def test_what_rows_are_for(tmp_path: Path, name: str) -> None:
         (Said(clients="sight"), "--clients: no column 'sight'"),
         (Said(task="clasification"), "no task 'clasification'"),
         (Said(task="image-classification"), "no column looks like the image"),
+        (Said(task="regression"), "no column looks like the label of a regression"),
+        (Said(task="generation"), "no column looks like the prompt"),
+        (Said(task="multiple-choice"), "no column looks like the options"),
     ],
 )
 def test_what_cannot_be_is_said(tmp_path: Path, told: Said, message: str) -> None:
@@ -238,6 +241,13 @@ def test_examples_steer_no_terminal_and_are_short(tmp_path: Path, command: Comma
     assert ran.code == 0
     assert "\x1b[31m" not in ran.out
     assert max(map(len, ran.out.splitlines())) < 250
+
+
+def test_a_first_line_that_is_a_row_is_told(tmp_path: Path, command: Command) -> None:
+    path = write_rows(tmp_path / "rows.csv", 30, seed=0)
+    assert "first line" not in command("init", path, "--out", tmp_path / "a.toml").err
+    path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[1:]), "utf-8")
+    assert "the first line of" in command("init", path, "--out", tmp_path / "b.toml").err
 
 
 def test_nothing_is_overwritten_unasked(tmp_path: Path, command: Command) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedsieve.data import fetch
-from fedsieve.disk import write_whole
+from fedsieve.data.files import extension_of
+from fedsieve.disk import place, write_whole
 from fedsieve.recipe import read as recipes
 from fedsieve.start import written
 from fedsieve.start.guess import MODELS, Guess, Said, guess
@@ -13,6 +14,7 @@ from fedsieve.start.look import Looked, look
 
 Ask = Callable[[str, str], str]  # what is asked, and the guess -> the answer
 FEW = 5  # rows of a client
+ROW_LIKE = 4  # words of a column's name, from which on it may be a row
 
 
 class Written(NamedTuple):
@@ -86,6 +88,12 @@ def guessed(looked: Looked, found: Guess) -> list[str]:
 def cautions(looked: Looked, found: Guess) -> list[str]:
     """What a user should know before running it."""
     said = []
+    odd = [column.name for column in looked.columns if len(column.name.split()) >= ROW_LIKE]
+    if odd and extension_of(place(looked.source)) in (".csv", ".tsv"):
+        said.append(
+            f"the first line of {looked.source} names a column {odd[0][:60]!r}: if it is a row "
+            'like the others, give the columns names, data.names = ["text", "label"]'
+        )
     if isinstance(found.clients, str):
         column = looked.column(found.clients)
         if column.filled < 1:

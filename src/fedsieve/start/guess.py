@@ -287,26 +287,30 @@ def _for_task(
 
     Raises FedSieveError where one that it needs is not found.
     """
+    found: Found | None = (task, data)
     if task in ("causal-lm", "generation"):
-        if "prompt" in data or (task == "causal-lm" and set(data) == {"text"}):
-            return data
-        asked = _conversations(columns, looked, said) or _prompts(columns, looked, said)
-        asked = asked or (_texts(columns, looked, said._replace(label=None)))
-        needs: tuple[str, ...] = ()
-        data = asked[1] if asked else {}
+        needs: tuple[str, ...] = ("prompt", "completion") if task == "generation" else ("text",)
+        if "prompt" not in data:
+            bare = said._replace(label=None)
+            found = _conversations(columns, looked, bare) or _prompts(columns, looked, bare)
+            if task == "causal-lm":
+                found = found or _texts(columns, looked, bare)
+        needs = () if found else needs
     else:
-        needs = ("image", "label") if task.startswith("image") else ("text", "label")
-        if task == "multiple-choice":
-            needs = ("text", "label", "options")
+        needs = ("image" if task.startswith("image") else "text", "label")
+        needs = (*needs, "options") if task == "multiple-choice" else needs
         if not set(needs) <= set(data):
             found = _labelled(columns, looked, said)
-            data = found[1] if found else data
+    data = found[1] if found else {}
     missing = [need for need in needs if need not in data]
-    if missing or not data:
+    if task == "regression" and not missing:
+        label = _said_of(columns, str(data["label"]))
+        missing = [] if label and label.kind in ("number", "whole number") else ["label"]
+    if missing:
+        names = ", ".join(each.name for each in looked.columns[:12])
         raise FedSieveError(
-            f"{looked.source}: no column looks like the {missing[0] if missing else 'text'} of a "
-            f"{task} task (columns: {', '.join(each.name for each in looked.columns[:12])}): give "
-            "--text and --label, or write the recipe by hand (docs/tasks.md)"
+            f"{looked.source}: no column looks like the {missing[0]} of a {task} task (columns: "
+            f"{names}): give --text and --label, or write the recipe by hand (docs/tasks.md)"
         )
     return data
 

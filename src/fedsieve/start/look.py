@@ -126,7 +126,7 @@ def _column(rows: Dataset, name: str) -> Column:
         names = [clean(each) for each in feature.names]
         there = [names[v] if 0 <= v < len(names) else str(v) for v in there]
     kind = "image" if isinstance(feature, Image) else _kind(there)
-    said = [_said(value) for value in there]
+    said = [_end(v) if kind == "image" and isinstance(v, str) else _said(v) for v in there]
     counts = sorted(len(text.split()) for text in said)
     lists = kind in ("words", "numbers", "options")
     return Column(
@@ -207,8 +207,13 @@ def _said(value: Any) -> str:
             data = value if isinstance(value, bytes) else value["bytes"]
             return f"{len(data):,} bytes"
         case {"path": str(path)}:
-            return path
+            return _end(path)
     return str(value)
+
+
+def _end(path: str) -> str:
+    """An image's name, with its folder's."""
+    return "/".join(Path(path).parts[-2:])
 
 
 def _some(said: Sequence[str]) -> list[str]:
