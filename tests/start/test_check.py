@@ -138,6 +138,22 @@ def test_the_command_writes_nothing_and_ends_well(
     assert (ran.code, "cannot train" in ran.err) == (2, True)
 
 
+@pytest.mark.filterwarnings("ignore:.*no data", "ignore:[Pp]rivacy", "ignore:.*epsilon")
+def test_private_runs_and_other_engines_are_checked_too(tiny: Tiny) -> None:
+    pytest.importorskip("dp_accounting")
+    found = checked(
+        tiny,
+        method={"name": "fedit"},
+        budgets=None,
+        server={"optimizer": "fedadam"},
+        sampling={"kind": "poisson"},
+        privacy={"clip": 1.0, "epsilon": 8.0, "delta": 1e-3},
+        engine={"kind": "processes", "workers": 2},
+    )
+    assert any("epsilon" in note for note in found.notes)
+    assert found.bill.total > 0
+
+
 def test_a_language_model_without_labels(tiny: Tiny) -> None:
     changes: dict[str, Any] = {"model": {"source": str(tiny.gpt2), "task": "causal-lm"}}
     with pytest.warns(UserWarning, match="no padding token"):
