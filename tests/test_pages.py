@@ -134,10 +134,9 @@ def test_the_command_line_knows_every_command_line(page: Path) -> None:
         problem = trouble(line.words)
         if problem is not None and (line.whole or not isinstance(problem, UNFINISHED)):
             pytest.fail(f"{page.name}: {line.words}: {problem.format_message()}")
-        for word in line.words:
-            key, equals, _ = word.partition("=")
-            if equals and not key.startswith("-") and key != "key":
-                recipes.parse(recipes.read("demo", [word]))
+        own = next((word for word in line.words if word in recipes.shipped()), "demo")
+        given = [w for w in line.words if "=" in w and w[0] != "-" and not w.startswith("key=")]
+        recipes.parse(recipes.read(own, given))
 
 
 @pytest.mark.parametrize(

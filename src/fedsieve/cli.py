@@ -1,5 +1,6 @@
 """The command line. Exit codes: 0 done, 2 bad input (one clear message), 130 stopped."""
 
+import shlex
 import sys
 import time
 import warnings
@@ -26,7 +27,7 @@ from fedsieve.console import (
 from fedsieve.disk import place
 from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError, count, printable
-from fedsieve.run.progress import MB, line_of, lines_of_plan
+from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
 from fedsieve.tasks.words import spoken
 
 if TYPE_CHECKING:
@@ -164,6 +165,86 @@ def run(
             )
         )
     _summary(folder)
+
+
+@app.command()
+def init(
+    source: Annotated[
+        str,
+        typer.Argument(help="A file, a folder (of files or images), or a data set of the hub."),
+    ],
+    task: Annotated[str | None, typer.Option(help="What is learned; see docs/tasks.md.")] = None,
+    text: Annotated[str | None, typer.Option(help="The column of texts, or a template.")] = None,
+    label: Annotated[str | None, typer.Option(help="The column to tell; several: a,b,c.")] = None,
+    clients: Annotated[
+        str | None, typer.Option(help="The column that names the clients, or how many to draw.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A folder, a fetched or a hub name.")] = None,
+    config: Annotated[str | None, typer.Option(help="Of a data set of the hub.")] = None,
+    out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.toml"),
+    overwrite: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Take all guesses, on a terminal too.")
+    ] = False,
+) -> None:
+    """Look at rows, guess what they are for, and write a commented recipe that runs as it is."""
+    if out.exists() and not overwrite:
+        raise FedSieveError(f"{out} is there already: give --overwrite, or another --out")
+    if out.suffix != ".toml":
+        raise FedSieveError(f"--out {out}: the name of a recipe ends in .toml")
+    if not out.parent.is_dir():
+        raise FedSieveError(f"--out {out}: there is no folder {out.parent}")
+    console.print("loading ...")
+    quiet()
+    from fedsieve.start import begin
+    from fedsieve.start.guess import Said
+
+    said = Said(task, text, label, clients, model)
+    ask = None if yes or not sys.stdin.isatty() else _ask
+    written = begin.begin(source, config, said, out, say, ask)
+    for caution in written.cautions:
+        warn(caution)
+    console.print()
+    say(f"{out}: {written.first}")
+    say(f"next       fedsieve check {shlex.quote(str(out))}")
+    say(f"           fedsieve run {shlex.quote(str(out))}")
+
+
+def _ask(what: str, guess: str) -> str:
+    """On a terminal; nothing typed takes the guess."""
+    return str(typer.prompt(what, default=guess))
+
+
+@app.command()
+def check(
+    recipe: Source,
+    overrides: Overrides = None,
+    allow_code: AllowCode = False,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Load all that a run would, train nothing, and say what it will take: rows, bytes, time."""
+    from fedsieve.recipe import read as recipes
+
+    table = recipes.read(recipe, overrides or [])
+    planned = recipes.parse(table, recipe)
+    if not allow_code:
+        recipes.refuse_code(planned.method.name, recipe)
+    _announce(planned)
+    from fedsieve.start import check as checking
+    from fedsieve.start import told
+
+    given = recipes.check(table, recipe, allow_code=allow_code)
+    found = checking.check(given, trust_remote_code=trust_remote_code)
+    console.print()
+    for line in told.lines(found):
+        say(line)
+    _table(told.table(found))
+    for line in told.totals(found):
+        say(line)
+    for each in found.idle:
+        warn(each)
+    words = " ".join(shlex.quote(each) for each in (recipe, *(overrides or [])))
+    say(f"next       fedsieve run {words}")
 
 
 @app.command()
@@ -759,10 +840,10 @@ def costs_of(
             f"{bill.stand_ins:,} clients of a round were rehearsed; the others are taken to send "
             "and get the same"
         )
-    say(f"the run: {_mb(bill.total)}; of dense LoRA: {_mb(bill.dense)}")
+    say(f"the run: {mb(bill.total)}; of dense LoRA: {mb(bill.dense)}")
     if most is not None:
         left = most * MB - bill.total
-        fits = f"{_mb(left)} are left" if left >= 0 else f"{_mb(-left)} too many"
+        fits = f"{mb(left)} are left" if left >= 0 else f"{mb(-left)} too many"
         say(f"of {most:,g} MB: {bill.total / MB / most:.1%}, {fits}")
         if left < 0:
             raise typer.Exit(1)
@@ -785,10 +866,6 @@ def _by_name(name: str) -> Path:
             f"name {name[:80]!r} is no name of a directory: give --out, or change it"
         )
     return place(Path("runs") / name)
-
-
-def _mb(count: float) -> str:
-    return f"{count / MB:,.1f} MB" if count >= 10 * MB else f"{count / MB:.3g} MB"
 
 
 def _targets(given: str | None) -> "tuple[str, ...] | str | None":
@@ -856,7 +933,7 @@ class _Live:
         self._bar.update(self._task, completed=summary.round, description=line)
 
 
-def _announce(recipe: "Recipe", folder: Path) -> None:
+def _announce(recipe: "Recipe", folder: Path | None = None) -> None:
     """Say what is about to be done, and only then import what it takes."""
     for line in lines_of_plan(recipe, folder):
         say(printable(line))

@@ -82,6 +82,21 @@ def test_rounds_that_are_not_rehearsed_are_as_the_last(
     assert not of_recipe(recipe.check(tiny.table(**falls)), classes=3).steady
 
 
+def test_a_private_round_in_which_nobody_is_drawn_costs_nothing(tiny: Tiny) -> None:
+    changes: dict[str, Any] = {
+        "method": {"name": "fedit"},
+        "budgets": None,
+        "server": {"optimizer": "fedadam"},
+        "sampling": {"kind": "poisson"},
+        "privacy": {"clip": 1.0, "epsilon": 8.0, "delta": 1e-3},
+        "cohort": 1,
+    }
+    found = [of_recipe(recipe.check(tiny.table(**changes, seed=s)), 3) for s in range(4)]
+    # With this cohort a third of the rounds are empty; all of them sent what is sent is dense.
+    assert any(bill.asked < 1 for bill in found)
+    assert all(bill.total == bill.dense for bill in found)
+
+
 def test_a_hundred_thousand_clients_are_soon_counted(tiny: Tiny) -> None:
     table = {"rounds": 2, "cohort": 4, "partition": {"kind": "iid", "clients": 100_000}}
     began = time.monotonic()

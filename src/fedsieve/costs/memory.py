@@ -24,11 +24,15 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from fedsieve import methods
-from fedsieve.algebra.budget import Budget
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key
+from fedsieve.costs import dry_run
 from fedsieve.costs.dry_run import Part
 from fedsieve.costs.table import moments, rehearsals
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.recipe.experiment import locate
+from fedsieve.recipe.method import build_method
+from fedsieve.recipe.schema import Recipe
 from fedsieve.settings import Training
 from fedsieve.tasks import catalogue
 from fedsieve.train.batch import half_type
@@ -37,11 +41,12 @@ from fedsieve.train.dropout import speed_up
 from fedsieve.train.lengths import longest
 from fedsieve.train.local import runs_in_bf16
 from fedsieve.train.mode import to_training
-from fedsieve.train.model import ResidentModel
+from fedsieve.train.model import ResidentModel, set_up, shape_of
 from fedsieve.train.outputs import places
 from fedsieve.train.quantise import form_in
 from fedsieve.train.step import checkpointed
 
+_META = torch.device("meta")
 Quantised = Literal["none", "int8", "nf4"]
 PATCH = 16 * 16  # pixels of an image that make a token
 DTYPES = ("float32", "bfloat16", "float16")
@@ -133,6 +138,23 @@ def of_model(
         found.append(
             (name, got if isinstance(got, str) else of_client(*got, training, length, held))
         )
+    return found
+
+
+def of_recipe(recipe: Recipe, budgets: Iterable[Budget], length: int) -> dict[Budget, Needs]:
+    """What clients of each budget need by a recipe, whose `data.classes` must be filled in.
+
+    length: tokens of a row; of an image, its pixels by `PATCH`
+    """
+    model, method = recipe.model, build_method(recipe)
+    classes = len(recipe.data.classes or ())
+    base = shape_of(locate(model.source), model.task, classes, model.settings)
+    resident = set_up(base, model.task, recipe.lora, method.trains, key=Key(0), device=_META)
+    held = Base(getattr(torch, model.dtype), model.quantization, model.double_quantization)
+    found = {}
+    for budget in budgets:
+        *_, last = dry_run.rounds(method, resident.layout, [Client("0", 1, budget)])
+        found[budget] = of_client(resident, last.parts[0], recipe.training, length, held)
     return found
 
 

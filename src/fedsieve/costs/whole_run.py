@@ -110,8 +110,6 @@ def of_recipe(
     base = shape_of(locate(recipe.model.source), recipe.model.task, found, recipe.model.settings)
     weights = sum(parameter.numel() for parameter in base.parameters())
     resident = set_up(base, recipe.model.task, recipe.lora, method.trains, key=Key(0), device=_META)
-    if resident.layout.size > LARGEST:
-        raise FedSieveError(f"{resident.layout.size:,} trained numbers: too many to rehearse here")
     counts = dict.fromkeys(ids, rows or 1)
     machines = machines_of(recipe, counts)
     budgets = hand_out(recipe, method, resident.layout, counts, machines)
@@ -121,17 +119,32 @@ def of_recipe(
         else Client(id, counts[id], budgets[id], machines[id].link, machines[id].step_seconds)
         for id in sorted(ids)
     ]
+    return of_clients(recipe, method, resident.layout, resident.dense, everyone, weights)
+
+
+def of_clients(
+    recipe: Recipe,
+    method: Method,
+    layout: Layout,
+    dense: Layout,
+    everyone: Sequence[Client],
+    weights: int,
+) -> Bill:
+    """The same where the clients are known.
+
+    layout: of what is trained; dense: of dense LoRA; weights: numbers of the model in all
+    """
+    if layout.size > LARGEST:
+        raise FedSieveError(f"{layout.size:,} trained numbers: too many to rehearse here")
     sampling = schema.sampling(recipe)
-    asked = _asked(sampling, ids)
-    work = max(_MESSAGE, resident.layout.size)
+    asked = _asked(sampling, [client.id for client in everyone])
+    work = max(_MESSAGE, layout.size)
     some = max(_COHORT, _WORK // (_FEWEST * work))
     stand_ins, times = (None, 1.0) if asked <= some else (some, asked / some)
     if stand_ins is not None:
         sampling = dataclasses.replace(sampling, kind="uniform", size=some, extra=0, quorum=0)
     number = min(recipe.rounds, max(_FEWEST, int(_WORK / (2 * max(1, min(asked, some)) * work))))
-    done, state = _rehearsed(
-        recipe, method, resident.layout, resident.dense, everyone, number, sampling
-    )
+    done, state = _rehearsed(recipe, method, layout, dense, everyone, number, sampling)
     if stand_ins is not None and "base" in state.trees:
         raise FedSieveError(
             f"cohort: {asked:,.0f} clients a round are too many to rehearse, and with "
@@ -149,7 +162,7 @@ def of_recipe(
         late_dense = (last - early) / len(late)
     return Bill(
         _parts(everyone, receipts),
-        (resident.layout.size, weights),
+        (layout.size, weights),
         recipe.rounds,
         number,
         times * len(receipts) / number,
@@ -204,7 +217,7 @@ def _rehearsed(
 
     exchange = in_process(method, train, start, {})
     federation = Federation(
-        method=method,
+        method=method._replace(private=None),  # no noise here, so an empty draw moves nothing
         clients=clients,
         sampling=sampling,
         seed=recipe.seed,

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -37,6 +37,7 @@ EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 _TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
 _WIDEST = 10_000  # columns of a table of texts
 _DELIMITED = {".csv": ",", ".tsv": "\t"}
+_SEPARATORS, _HEAD = (",", ";", "\t", "|"), 1 << 16  # that are looked for, in so many bytes
 # Orange's names for a column's type; "a b c" (the values themselves) is allowed there as well.
 _ORANGE_TYPES = frozenset({"d", "discrete", "s", "string", "c", "continuous", "t", "time", ""})
 
@@ -103,6 +104,38 @@ def extension_of(path: Path) -> str:
     """`.csv` of `a.CSV.gz`."""
     name = path.name.lower()
     return Path(name.removesuffix(".gz")).suffix
+
+
+def separator_of(path: Path) -> str | None:
+    """The separator of a CSV or TSV file, by its first lines, where it is not the usual one of such
+    files; else None.
+    """
+    usual = _DELIMITED.get(extension_of(path))
+    if usual is None:
+        return None
+    with _opened(path) as file:
+        head = file.read(_HEAD).decode("utf-8-sig", errors="replace")
+    if len(head) >= _HEAD // 4:  # the last line may be part of one
+        head = head.rpartition("\n")[0] or head
+    widths = {mark: _width(head, mark) for mark in dict.fromkeys((usual, *_SEPARATORS))}
+    best = max(widths, key=lambda mark: widths[mark])
+    return None if best == usual else best
+
+
+def _width(head: str, mark: str) -> int:
+    """How many columns these lines have with a separator, if nearly all have as many as the first.
+
+    One column is no sign of a separator: 0.
+    """
+    lines = io.StringIO(head)
+    # In TSV a quotation mark is part of the text.
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if mark == "\t" else csv.QUOTE_MINIMAL
+    try:
+        widths = [len(row) for row in csv.reader(lines, delimiter=mark, quoting=quoting) if row]
+    except csv.Error:
+        return 0
+    alike = bool(widths) and widths.count(widths[0]) >= 0.9 * len(widths)
+    return widths[0] if alike and widths[0] > 1 else 0
 
 
 def array_of(values: Sequence[Any], what: str, place: Callable[[int], str]) -> pa.Array:

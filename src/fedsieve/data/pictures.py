@@ -24,18 +24,14 @@ def by_class(folder: Path, split: str | None) -> Dataset | None:
     Raises FedSieveError for splits of which none is named, and for a split that is not there.
     """
     folder = folder.resolve()
-    inner = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    splits = [path for path in inner if path.name.lower() in SPLITS]
-    if splits and len(splits) == len(inner):
-        if split is None and len(splits) > 1:
-            listed = ", ".join(path.name for path in splits)
-            raise FedSieveError(f"{folder} holds several splits: say which of {listed}")
-        chosen = [p for p in splits if split is None or p.name.lower() == split.lower()]
+    inner = _folders(folder)
+    if names := splits(folder):
+        if split is None and len(names) > 1:
+            raise FedSieveError(f"{folder} holds several splits: say which of {', '.join(names)}")
+        chosen = [n for n in names if split is None or n.lower() == split.lower()]
         if not chosen:
-            raise FedSieveError(
-                f"no split {split!r} in {folder}{nearest(split or '', [p.name for p in splits])}"
-            )
-        inner = sorted(p for p in chosen[0].iterdir() if p.is_dir() and p.name[:1] != ".")
+            raise FedSieveError(f"no split {split!r} in {folder}{nearest(split or '', names)}")
+        inner = _folders(folder / chosen[0])
     elif split is not None:
         return None
     found = [
@@ -54,6 +50,16 @@ def by_class(folder: Path, split: str | None) -> Dataset | None:
             }
         )
     )
+
+
+def splits(folder: Path) -> tuple[str, ...]:
+    """The folders in it, where all of them are called as splits are."""
+    names = tuple(path.name for path in _folders(folder))
+    return names if all(name.lower() in SPLITS for name in names) else ()
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def located(rows: Dataset, name: str, folder: Path | None) -> Dataset:

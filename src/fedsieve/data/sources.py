@@ -68,6 +68,30 @@ def load(
     return _only(_hub(source, config, split), columns, source)
 
 
+def splits_of(source: str, config: str | None = None) -> tuple[str, ...]:
+    """The splits that `load` knows of a source by their names; none where it has no splits.
+
+    In a folder of files these are the words for splits in their names. Raises FedSieveError as
+    `load` does where a data set of the hub cannot be found.
+    """
+    folder = fetch.cached(source) if source in fetch.PACKAGES else place(source)
+    if not folder.is_dir():
+        return () if folder.is_file() or is_path(source) else _hub_splits(source, config)
+    if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        saved = _saved(folder)
+        return tuple(saved) if isinstance(saved, DatasetDict) else ()
+    words = [word for path in _data_files(folder) for word in _words(path)]
+    return tuple(dict.fromkeys(w for w in words if w in pictures.SPLITS)) or pictures.splits(folder)
+
+
+def _hub_splits(name: str, config: str | None) -> tuple[str, ...]:
+    try:
+        with _no_progress_bars(), hub.asked(name):
+            return tuple(datasets.get_dataset_split_names(name, config))
+    except Exception as error:  # as in `_hub`
+        raise FedSieveError(_not_found(name, error)) from error
+
+
 def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
     """The columns of a stream that are used, as a data set: the stream is read to its end.
 
@@ -186,11 +210,7 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
     split = how.split
     if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
         return _only(_pick(_saved(folder), split, str(folder)), how.columns, str(folder))
-    paths = [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file() and extension_of(path) in EXTENSIONS and not path.name.startswith(".")
-    ]
+    paths = _data_files(folder)
     if not paths:
         images = pictures.by_class(folder, split)
         if images is not None:
@@ -199,7 +219,7 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
             f"no data file in {folder} (looked for {', '.join(EXTENSIONS)}, and for folders of "
             "images, one a class)"
         )
-    words = {path: set(re.split(r"[\W_]+", path.name.lower())) for path in paths}
+    words = {path: set(_words(path)) for path in paths}
     if split is None:
         found = sorted(
             pictures.SPLITS.intersection(word for each in words.values() for word in each)
@@ -215,6 +235,19 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
                 f"no file in {folder} has {split!r} as a word of its name: it holds {listed}"
             )
     return _files(chosen, how._replace(split=None))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and extension_of(path) in EXTENSIONS and not path.name.startswith(".")
+    ]
+
+
+def _words(path: Path) -> list[str]:
+    """Those that a file's name is made of."""
+    return re.split(r"[\W_]+", path.name.lower())
 
 
 def _saved(folder: Path) -> Dataset | DatasetDict:
@@ -252,11 +285,15 @@ def _hub(name: str, config: str | None, split: str | None) -> Dataset:
             loaded = datasets.load_dataset(name, config, split=split)
     # Whatever goes wrong in there (network, scripts, parsers), the user has to see it.
     except Exception as error:
-        raise FedSieveError(
-            f"{name!r} is no file, folder or fetched name here{nearest(name, fetch.PACKAGES)}, "
-            f"and {_why(error)}"
-        ) from error
+        raise FedSieveError(_not_found(name, error)) from error
     return _pick(loaded, split if isinstance(loaded, DatasetDict) else None, name)
+
+
+def _not_found(name: str, error: Exception) -> str:
+    return (
+        f"{name!r} is no file, folder or fetched name here{nearest(name, fetch.PACKAGES)}, "
+        f"and {_why(error)}"
+    )
 
 
 def _why(error: Exception) -> str:

@@ -79,6 +79,7 @@ class Experiment:
     ending:   why there are no more rounds, to be said at the end; or None
     details:  of the last evaluation, one or none; a run whose noise is fresh has none
     rows:     of the examples that the recipe's rows became; None in a notebook, and in a federation
+    examples: those of a client that trains here, by its id; test: those that are evaluated on here
     """
 
     recipe: Recipe | None
@@ -89,6 +90,8 @@ class Experiment:
     notes: tuple[str, ...]
     ending: str | None = None
     details: list[Details] = dataclasses.field(default_factory=list)
+    examples: Callable[[str], Examples] | None = None
+    test: Examples | None = None
     rows: RowsDigest | None = None
 
 
@@ -267,7 +270,16 @@ def assemble(
     )
     ending = None if privacy is None else privacy.ending
     return Experiment(
-        recipe, federation, resident, resident.adapter(), memories, tuple(notes), ending, details
+        recipe,
+        federation,
+        resident,
+        resident.adapter(),
+        memories,
+        tuple(notes),
+        ending,
+        details,
+        examples,
+        test,
     )
 
 
@@ -346,7 +358,11 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     except FedSieveError as error:
         raise FedSieveError(f"{error}{also(left_out)}") from error
     examples = prepared.train
-    if recipe.privacy is None and (cut := _reaching(examples, data.max_length)):
+    if recipe.privacy is None and (full := reaching(examples, data.max_length)):
+        cut = (
+            f"{full:,} of {count(examples):,} training texts reach data.max_length "
+            f"({data.max_length} tokens): what is beyond it is cut"
+        )
         notes.append(cut)
         warnings.warn(cut, stacklevel=2)
     if on_validation and prepared.test is None:
@@ -572,17 +588,11 @@ def _by_owner(prepared: Prepared) -> dict[str, Examples] | None:
     return {id: take(prepared.test, torch.as_tensor(rows)) for id, rows in index.items()}
 
 
-def _reaching(examples: Examples, most: int) -> str | None:
+def reaching(examples: Examples, most: int) -> int:
     """How many texts are as long as they may be, and so were cut; but for those just as long."""
     if isinstance(examples, Images):
-        return None
-    full = int((examples.attention_mask.sum(1) >= most).sum())
-    if not full:
-        return None
-    return (
-        f"{full:,} of {count(examples):,} training texts reach data.max_length ({most} "
-        "tokens): what is beyond it is cut"
-    )
+        return 0
+    return int((examples.attention_mask.sum(1) >= most).sum())
 
 
 def parts_of(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> Partition:

@@ -19,7 +19,7 @@ from fedsieve.disk import LARGEST, bytes_of
 from fedsieve.errors import FedSieveError, explain_all, nearest, printable
 from fedsieve.methods import catalogue
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
-from fedsieve.recipe import sets
+from fedsieve.recipe import lines, sets
 from fedsieve.recipe.overrides import put
 from fedsieve.recipe.schema import SERVERS, Recipe, keys_of, path_of
 from fedsieve.tasks import catalogue as tasks
@@ -28,6 +28,7 @@ MOST = 1 << 24  # bytes of a recipe, with the names of many classes
 DEEPEST = 32  # tables and lists in one another; no recipe has more than a few
 # Characters of a key and of those above it: places are told, and noted for each value.
 LONGEST = 1000
+_KEY = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*")  # with which the words of an error begin
 
 # Python's reader takes the cube of a key's parts to read it: minutes and gigabytes for kilobytes.
 # So long keys are looked for before, among the tokens of TOML, since no key stands in a string.
@@ -86,8 +87,8 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def toml(text: str, source: str) -> dict[str, Any]:
     """The table that a TOML file holds; source: what the file is called.
 
-    Raises FedSieveError where it is not TOML, and for nesting, keys or whole numbers beyond what
-    anybody writes.
+    Raises FedSieveError where it is not TOML, with the line, and for nesting, keys or whole numbers
+    beyond what anybody writes.
     """
     try:
         for token in _TOKENS.finditer(text):
@@ -96,7 +97,8 @@ def toml(text: str, source: str) -> dict[str, Any]:
                 raise ValueError(f"a key of more than {DEEPEST} parts (at line {number})")
         table = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        raise FedSieveError(f"{source} is not valid TOML: {error}") from error
+        said = lines.quoted(str(error), text)
+        raise FedSieveError(f"{source} is not valid TOML: {said}") from error
     _refuse_beyond(table, source)
     return table
 
@@ -137,12 +139,15 @@ def check(
     from fedsieve.recipe.method import build_method, with_server  # need torch
 
     recipe = parse(table, source)
-    check_metrics(recipe)
     if not allow_code:
         refuse_code(recipe.method.name, source)
         refuse_function(recipe.training.function, source)
-    recipe = with_server(recipe)
-    build_method(recipe)  # its options are checked now, not after the data are loaded
+    try:
+        check_metrics(recipe)
+        recipe = with_server(recipe)
+        build_method(recipe)  # its options are checked now, not after the data are loaded
+    except FedSieveError as error:
+        raise _at_its_line(error, table, source) from error
     return recipe
 
 
@@ -167,10 +172,49 @@ def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """`check`, less the values of the options of method and server, and whether budgets fit."""
     try:
         recipe = Recipe.model_validate(sets.filled(table))
+        _refuse_unknown_options(recipe)
     except ValidationError as error:
-        raise FedSieveError(explain_all(error, source, keys_of, path_of)) from error
-    _refuse_unknown_options(recipe)
+        head, *said = explain_all(error, source, keys_of, path_of).split("\n")
+        told = [f"  {_placed(_at_home(each.strip()), table, source)}" for each in said]
+        raise FedSieveError("\n".join([head, *told])) from error
+    except FedSieveError as error:
+        raise _at_its_line(error, table, source) from error
     return recipe
+
+
+def _at_home(said: str) -> str:
+    """The words of an error about an unknown key, with the one table that does have it."""
+    place, unknown, _ = said.partition(": unknown key")
+    key, top = place.rpartition(".")[2], keys_of(())
+    if not unknown or key in top:
+        return f"{place}{unknown} here: it stands above all tables" if unknown else said
+    tables = [table for table in top if (own := keys_of((table,))) != top and key in own]
+    return f"{place}{unknown} here: [{tables[0]}] has it" if len(tables) == 1 else said
+
+
+def _at_its_line(error: FedSieveError, table: Mapping[str, Any], source: str) -> FedSieveError:
+    said = _placed(str(error), table, source)
+    return error if said == str(error) else FedSieveError(f"{source}, {said}")
+
+
+def _placed(said: str, table: Mapping[str, Any], source: str) -> str:
+    """An error's words after the line of the file that they are about, where they begin with one of
+    its keys, and the command line has not changed it.
+
+    table: what was checked
+    """
+    key = _KEY.match(said)
+    path = Path(source)
+    if key is None or not path.is_file() or path.stat().st_size > lines.MOST:
+        return said
+    try:
+        text = text_of(path)
+        written = tomllib.loads(text)
+    except (OSError, ValueError, RecursionError):  # it has changed since
+        return said
+    there = lines.as_written(key[0].split("."), written, table)
+    line = lines.line_at(lines.lines_of(text), there)
+    return said if line is None else f"line {line}: {said}"
 
 
 def refuse_code(name: str, source: str) -> None:

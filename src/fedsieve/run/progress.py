@@ -15,14 +15,20 @@ if TYPE_CHECKING:
 MB = 1e6
 
 
-def lines_of_plan(recipe: "Recipe", folder: Path) -> list[str]:
-    """What a recipe asks for, from its own words alone."""
+def mb(number: float) -> str:
+    """So many bytes."""
+    return f"{number / MB:,.1f} MB" if number >= 10 * MB else f"{number / MB:.3g} MB"
+
+
+def lines_of_plan(recipe: "Recipe", folder: Path | None) -> list[str]:
+    """What a recipe asks for, from its own words alone; folder: of the run, if there is one."""
+    into = "" if folder is None else f", into {folder}"
     lines = [
         f"{recipe.name}: {recipe.method.name} on {recipe.model.source} ({recipe.model.task})",
         f"{count(recipe.rounds, 'round')}, {_who(recipe)} a round, rank {recipe.lora.rank}, "
-        f"seed {recipe.seed}, device {recipe.device}, into {folder}",
+        f"seed {recipe.seed}, device {recipe.device}{into}",
     ]
-    if recipe.tracking is not None:
+    if recipe.tracking is not None and folder is not None:
         lines.append(f"tracked by {where(recipe.tracking, folder)}")
     return lines
 

