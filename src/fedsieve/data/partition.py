@@ -5,13 +5,15 @@ exactly one client. It is held as one array of row numbers, client after client,
 client's begin: a hundred thousand clients are three objects and not a hundred thousand arrays.
 
 The laws of `iid`, `dirichlet` and `natural` are those of flwr-datasets' partitioners, so that a
-split here is the split that Flower users know. The library itself makes a data set of each client,
-which takes milliseconds for each; here the draws only fill an array.
+split here is the split that Flower users know (the tests compare natural clients, number by
+number). The library itself makes a data set of each client, which takes milliseconds for each; here
+the draws only fill an array.
 
 Two laws share Dirichlet's name in the literature. `dirichlet` divides each class over the clients,
 so that clients differ in size as well as in labels; `dirichlet_by_client` draws a mixture of labels
-for each client, and all have as many rows. A client of the first may be left without rows: with a small alpha that is what the law says. It
-keeps its id and an empty index, and the engine skips and counts it.
+for each client, and all are of one size. A client of the first may be left without rows: with a
+small alpha that is what the law says. It keeps its id and an empty index, and the engine skips and
+counts it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
