@@ -129,9 +129,9 @@ def _against(check: CheckTable, left: float, right: float) -> str:
     if check.least is not None or check.most is not None:
         if right and math.isfinite(left) and math.isfinite(right):
             said += f", {left / right:.3g} times"
-        bounds = [f"at least {check.least:g}"] * (check.least is not None)
-        bounds += [f"at most {check.most:g}"] * (check.most is not None)
-        return f"{said} ({' and '.join(bounds)})"
+        bounds = {"at least": check.least, "at most": check.most}
+        claimed = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        return f"{said} ({' and '.join(claimed)})"
     return f"{said}, {left - right:+.3g} (at least {check.above:+g})"
 
 

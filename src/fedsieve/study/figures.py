@@ -57,7 +57,7 @@ class PlaceTable(Table):
 class PanelTable(Table):
     """What the entries are run on: a recipe (of papers/settings, shipped, or a file), changed.
 
-    seeds, tune: in the place of the figure's
+    seeds, tune: in the place of the figure's; a tune whose grid is [] leaves all entries untuned
     target: the score to which costs are counted; without one they are those of the whole run
     entries, places: only these
     needs: what it takes beyond what its recipe names, in words
@@ -219,6 +219,8 @@ def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ())
         entries = tuple(
             entry for entry in figure.entry if panel.entries is None or entry.name in panel.entries
         )
+        if panel.tune is not None and not panel.tune.grid:
+            entries = tuple(entry.model_copy(update={"grid": []}) for entry in entries)
         groups: list[list[PlaceTable]] = []
         for place in figure.place:
             if panel.places is not None and place.name not in panel.places:
@@ -250,7 +252,7 @@ def ready(part: Part, source: str, data: Path | None) -> tuple[dict[str, Any], S
     source: the figure's name or file, beside which a recipe's file may lie
     Raises FedSieveError, saying what to do, where a file that either names is not there.
     """
-    for path in sorted({text for text in _texts(_whole(part, source)) if text.startswith(DATA)}):
+    for path in _of_data(_whole(part, source)):
         name = path.removeprefix(DATA)
         if data is None:
             raise FedSieveError(
@@ -276,13 +278,11 @@ def needs(part: Part, source: str) -> Needs:
     """What has to be there before a part runs."""
     table = _whole(part, source)
     full: Any = recipes.parse({**table, "method": {"name": "fedit"}}, source)
-    tests = [more.test for more in (full.data.more_tests or {}).values()]
-    named = [full.model.source, full.data.train, full.data.test, *tests]
-    names = dict.fromkeys(name for name in named if name is not None)
+    named = (full.model.source, full.data.train, full.data.test)
+    names = dict.fromkeys(name for name in named if name and not name.startswith(DATA))
     fetched = tuple(name for name in names if name in fetch.PACKAGES)
-    files = tuple(name.removeprefix(DATA) for name in names if name.startswith(DATA))
-    rest = [name for name in names if name not in fetch.PACKAGES and not name.startswith(DATA)]
-    hub = tuple(name for name in rest if not Path(name).exists())
+    hub = tuple(name for name in names if name not in fetched and not Path(name).exists())
+    files = tuple(name.removeprefix(DATA) for name in _of_data(table))
     return Needs(fetched, files, hub, part.panel.needs)
 
 
@@ -353,6 +353,11 @@ def _whole(part: Part, source: str) -> dict[str, Any]:
     for key, value in flat(part.study.set):
         put(table, key, value, f"{source}: set.{key}")
     return table
+
+
+def _of_data(table: Mapping[str, Any]) -> list[str]:
+    """The paths in a recipe that lie in the folder of --data."""
+    return sorted({text for text in _texts(table) if text.startswith(DATA)})
 
 
 def _texts(value: Any) -> Iterator[str]:

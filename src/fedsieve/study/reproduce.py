@@ -87,7 +87,7 @@ def run(
     measured: dict[str, _Measured] = {}
     for part in parts:
         of = _measured(figure, part, measured)
-        where = f"{part.panel.name}, {part.places[0].name}" if part.study.set else part.panel.name
+        where = part.panel.name + (f", {part.places[0].name}" if part.places[0].set else "")
         try:
             base, study = figuring.ready(part, source, data)
             plan = worked_out(study, base, source, part.folder, allow_code=allow_code)
