@@ -358,6 +358,8 @@ def reproduce(
         _table(rows)
     for path in done.written:
         say(str(path))
+    for finding in done.findings:
+        say(reproducing.said(finding))
     say(done.line)
     _report_problems(done.problems)
 

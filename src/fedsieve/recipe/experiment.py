@@ -576,7 +576,7 @@ def _parts(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> P
     assert chosen.alpha is not None
     law = partition.dirichlet if chosen.kind == "dirichlet" else partition.dirichlet_by_client
     if chosen.by is not None:
-        values = owners_of(rows, chosen.by)
+        values = owners_of(rows, chosen.by, chosen.by)
         return law([values[row] for row in came.tolist()], chosen.clients, chosen.alpha, seed)
     if examples.labels.ndim > 1 or examples.labels.is_floating_point():
         raise FedSieveError(

@@ -25,14 +25,15 @@ from fedsieve.report.series import Curve, Series, curve, gather, shown_measure, 
 from fedsieve.run.found import settings_of
 from fedsieve.study import claims, compare
 from fedsieve.study import figures as figuring
-from fedsieve.study.claims import Finding, number
+from fedsieve.study.claims import Finding, Verdict, number
 from fedsieve.study.compare import markdown
-from fedsieve.study.figures import MEAN, Figure, Measure, Part, PlaceTable, Scale
+from fedsieve.study.figures import MEAN, CheckTable, Figure, Measure, Part, PlaceTable, Scale
 from fedsieve.study.jobs import ASKED, Job, ShowRound, finished
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
 from fedsieve.tasks.words import spoken
 
 RESULT = "figure"  # .json, .md and .png
+_TOLD = 3  # claims in the last line, those that fare worst first
 _UNITS = {
     "megabytes": "traffic, MB",
     "megabytes down": "sent down, MB",
@@ -104,7 +105,8 @@ def run(
         for place in part.places:
             of.runs[place.name] = loaded
     panels = {name: _numbers(figure, of) for name, of in measured.items()}
-    findings = [claims.judged(check, figure, panels) for check in figure.check]
+    asked = [check for check in figure.check if any(_asks(check, of) for of in measured.values())]
+    findings = [claims.judged(check, figure, panels) for check in asked]
     return _written(source, scale, figure, folder, measured, panels, findings, problems)
 
 
@@ -116,6 +118,17 @@ def _measured(figure: Figure, part: Part, known: dict[str, _Measured]) -> _Measu
     of.places.extend(part.places)
     of.places.sort(key=figure.place.index)
     return of
+
+
+def _asks(check: CheckTable, of: _Measured) -> bool:
+    """Whether a claim is of what this panel is to run; a small one may leave entries out."""
+    sides = {check.left, check.right or check.left}
+    at = {check.at, check.left_at, check.right_at} - {None, MEAN}
+    return (
+        check.panel in (None, of.name)
+        and sides <= {*of.entries}
+        and at <= {place.name for place in of.places}
+    )
 
 
 def _bring(plan: Plan, folder: Path) -> None:
@@ -324,10 +337,14 @@ def _line(
         for of_place in places.values()
         for seed in of_place
     }
+    order: tuple[Verdict, ...] = ("does not hold", "not clear", "not measured", "holds")
+    left_out = len(figure.check) - len(findings)
+    worst = sorted(findings, key=lambda each: order.index(each.verdict))[:_TOLD]
     return (
         f"{source} ({scale}, {count(len(seeds), 'seed')}): {claims.of_all(findings)}. "
         f"The paper: {figure.claim} Here {holding} of {count(len(findings), 'claim')} hold: "
-        + "; ".join(f"[{n}] {said(each)}" for n, each in enumerate(findings, 1))
+        + "; ".join(said(each) for each in worst)
+        + (f". {left_out} more are of what this form leaves out" if left_out else "")
     )
 
 
