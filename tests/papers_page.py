@@ -73,7 +73,7 @@ def what(name: str, figure: Figure, scale: Scale) -> str:
     for part in figures.parts(figure, scale, Path()):
         need = figures.needs(part, name)
         needed = [f"`{each}`" for each in (*need.fetched, *need.hub)]
-        needed += [f"`{each}` in `--data`" for each in need.files]
+        needed += [f"{each} in `--data`" for each in figures.by_folder(need.files)]
         needed += [need.words] if need.words else []
         said[f"{part.panel.name} ({', '.join(needed)})"] = None
     return "; ".join(said)

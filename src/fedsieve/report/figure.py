@@ -31,10 +31,12 @@ def png(
     x_label: str,
     y_label: str,
     log: bool,
+    from_zero: bool,
 ) -> bytes:
     """The figure on white.
 
     places: names of the places 0, 1, 2, ... of every curve's x; empty where x is a number
+    log: whether the horizontal axis is logarithmic; from_zero: whether the vertical begins at 0
     """
     with style():
         figure = new_figure(0.8 + 2.9 * len(panels))
@@ -56,6 +58,8 @@ def png(
             elif log:
                 log_scale(ax, "x")
             ax.set_ylabel(y_label)
+            if from_zero:
+                ax.set_ylim(bottom=0)
         column[-1].set_xlabel(x_label)
         legend(figure, entries)
         buffer = io.BytesIO()

@@ -22,7 +22,7 @@ from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from fedsieve.data import fetch
 from fedsieve.disk import bytes_of
-from fedsieve.errors import FedSieveError, explain_all, nearest
+from fedsieve.errors import FedSieveError, count, explain_all, nearest
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.settings import Share, Table
@@ -43,7 +43,7 @@ class PlaceTable(Table):
 
     x: where it stands; without one, places stand side by side
     set: of all entries there; an entry's own settings come later, and win
-    metric: which is told there; None is the leading one
+    metric: which is told there; None is the panel's
     uplink: of `seconds`: the uplink's rate, as a share of the downlink's
     """
 
@@ -59,6 +59,7 @@ class PanelTable(Table):
 
     seeds, tune: in the place of the figure's; a tune whose grid is [] leaves all entries untuned
     target: the score to which costs are counted; without one they are those of the whole run
+    metrics: whose mean is told at places that name none; by default the leading one
     entries, places: only these
     needs: what it takes beyond what its recipe names, in words
     """
@@ -69,6 +70,7 @@ class PanelTable(Table):
     seeds: Seeds | None = None
     target: Share | None = None
     tune: TuneTable | None = None
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     entries: tuple[str, ...] | None = None
     places: tuple[str, ...] | None = None
     needs: str = ""
@@ -294,7 +296,7 @@ def missing(found: Needs, data: Path | None) -> list[str]:
         said.append(f"`fedsieve fetch {' '.join(gone)}`")
     files = [name for name in found.files if data is None or not (data / name).exists()]
     if files:
-        said += [f"{name} in --data" for name in files]
+        said += [f"{name} in --data" for name in by_folder(files)]
     if found.hub:
         said += [f"{name} of the hub" for name in found.hub]
     if found.words:
@@ -327,6 +329,17 @@ def scale_of(name: str) -> Scale:
 def folder_of(source: str, scale: Scale) -> Path:
     """Where a figure goes by default."""
     return Path("runs") / "papers" / f"{slug(source.removesuffix('.toml'))}-{scale}"
+
+
+def by_folder(files: Sequence[str]) -> list[str]:
+    """Files of --data in words, those of one folder together."""
+    found: dict[str, list[str]] = {}
+    for name in files:
+        found.setdefault(name.partition("/")[0], []).append(name)
+    return [
+        names[0] if len(names) == 1 else f"{top}/ ({count(len(names), 'file')})"
+        for top, names in found.items()
+    ]
 
 
 def slug(name: str) -> str:

@@ -27,7 +27,16 @@ from fedsieve.study import claims, compare
 from fedsieve.study import figures as figuring
 from fedsieve.study.claims import Finding, Verdict, number
 from fedsieve.study.compare import markdown
-from fedsieve.study.figures import MEAN, CheckTable, Figure, Measure, Part, PlaceTable, Scale
+from fedsieve.study.figures import (
+    MEAN,
+    CheckTable,
+    Figure,
+    Measure,
+    PanelTable,
+    Part,
+    PlaceTable,
+    Scale,
+)
 from fedsieve.study.jobs import ASKED, Job, ShowRound, finished
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
 from fedsieve.tasks.words import spoken
@@ -58,7 +67,7 @@ class _Measured(NamedTuple):
     """A panel: its runs by place and entry, and what its parts said of themselves."""
 
     name: str
-    target: float | None
+    panel: PanelTable
     places: list[PlaceTable]
     runs: dict[str, dict[str, Series]]  # place -> entry -> its runs
     entries: list[str]
@@ -113,7 +122,7 @@ def run(
 def _measured(figure: Figure, part: Part, known: dict[str, _Measured]) -> _Measured:
     name = part.panel.name
     entries = [entry.name for entry in part.study.entry]
-    fresh = _Measured(name, part.panel.target, [], {}, entries, [])
+    fresh = _Measured(name, part.panel, [], {}, entries, [])
     of = known.setdefault(name, fresh)
     of.places.extend(part.places)
     of.places.sort(key=figure.place.index)
@@ -173,7 +182,7 @@ def _values(figure: Figure, of: _Measured, measure: Measure) -> dict[str, Any]:
         for place in of.places:
             one = of.runs.get(place.name, {}).get(entry)
             runs = one.runs if one else ()
-            told = {int(r.recipe["seed"]): _value(r, measure, place, of.target) for r in runs}
+            told = {int(r.recipe["seed"]): _value(r, measure, place, of.panel) for r in runs}
             found[entry][place.name] = dict(sorted(told.items()))
     if figure.relative_to is None or measure != figure.y:
         return found
@@ -195,18 +204,17 @@ def _ratio(value: float, one: float) -> float:
     return math.nan if math.isinf(one) or not one else value / one
 
 
-def _value(run: Run, measure: Measure, place: PlaceTable, target: float | None) -> float:
+def _value(run: Run, measure: Measure, place: PlaceTable, panel: PanelTable) -> float:
     """One number of one run. Costs are to the target, and infinite where it was not reached."""
-    leading = shown_measure([Series("", (run,))])
-    scores = evaluations(run, place.metric or leading) if leading else []
+    scores, target = _scores(place, panel)(run), panel.target
     if measure == "score":
-        return scores[-1].value if scores else math.nan
+        return scores[max(scores)] if scores else math.nan
     if measure == "memory megabytes":
         memory = run.clients.memory_bytes if run.clients else None
         return math.nan if memory is None else memory / 1e6
     last: int | None = run.rounds[-1].round
     if target is not None:
-        last = first_round(target, {each.round: each.value for each in scores})
+        last = first_round(target, scores)
     if last is None:
         return math.inf
     if measure == "seconds":
@@ -281,7 +289,7 @@ def _settings(of: _Measured) -> dict[str, Any]:
         "partition": recipe["partition"],
         "rounds": recipe["rounds"],
         "cohort": recipe["cohort"],
-        "target": of.target,
+        "target": of.panel.target,
     }
 
 
@@ -365,9 +373,8 @@ def _drawn(figure: Figure, of: _Measured, values: claims.Values) -> drawing.Pane
     for place in of.places:
         for entry, one in of.runs.get(place.name, {}).items():
             label = entry if len(figure.place) == 1 else f"{entry}, {place.name}"
-            measure = place.metric or shown_measure([one])
-            if measure is not None:
-                curves[label] = curve(one, _scores(measure), _passed(figure.x))
+            if all(_scores(place, of.panel)(run) for run in one.runs):
+                curves[label] = curve(one, _scores(place, of.panel), _passed(figure.x))
     return drawing.Panel(of.name, curves)
 
 
@@ -380,8 +387,17 @@ def _named(figure: Figure) -> bool:
     return any(place.x is None for place in figure.place)
 
 
-def _scores(measure: str) -> Callable[[Run], dict[int, float]]:
-    return lambda run: {each.round: each.value for each in evaluations(run, measure)}
+def _scores(place: PlaceTable, panel: PanelTable) -> Callable[[Run], dict[int, float]]:
+    """What is told of a run by round: a metric, or the mean of the panel's."""
+
+    def told(run: Run) -> dict[int, float]:
+        leading = shown_measure([Series("", (run,))])
+        names = (place.metric,) if place.metric else panel.metrics or (leading,)
+        of = [{e.round: e.value for e in evaluations(run, name)} for name in names if name]
+        rounds = set.intersection(*map(set, of)) if of else set()
+        return {number: statistics.fmean(e[number] for e in of) for number in sorted(rounds)}
+
+    return told
 
 
 def _passed(x: str) -> Callable[[Run], dict[int, float]] | None:
@@ -419,4 +435,5 @@ def _picture(
         entries = list(dict.fromkeys(label for panel in drawn for label in panel.curves))
     places = [p.name for p in figure.place] if figure.x == "place" and _named(figure) else []
     x_label = figure.x_label or _X.get(figure.x, "")
-    return drawing.png(drawn, entries, places, x_label, y, figure.log)
+    cost = figure.x == "place" and figure.y != "score"
+    return drawing.png(drawn, entries, places, x_label, y, figure.log, cost)
