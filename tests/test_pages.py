@@ -19,8 +19,8 @@ from fedsieve.methods import catalogue
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.sites import site
-from fedsieve.study import plan
-from tests import commands_page, defaults_page, models_page, pages
+from fedsieve.study import figures, tables
+from tests import commands_page, defaults_page, models_page, pages, papers_page
 from tests.pages import DOCS, PAGES, ROOT
 
 SOURCE = Path(fedsieve.__file__).parent
@@ -182,6 +182,14 @@ def test_the_tables_of_families_are_those_of_the_sweep() -> None:
     assert models_page.table() in written, models_page.__doc__
 
 
+def test_the_page_of_papers_is_what_the_figures_and_their_results_say() -> None:
+    written = pages.read(papers_page.PAGE)
+    assert papers_page.page(written) == written, papers_page.__doc__
+    # A result is of a figure that is there.
+    found = {path.stem for path in papers_page.RESULTS.glob("*.json")}
+    assert found <= {figures.slug(name) for name in figures.shipped()}
+
+
 def test_every_method_is_on_the_pages_and_no_other() -> None:
     """All are in the table of docs/methods.md; the README's choice of them exists."""
     names = set(catalogue.names())
@@ -208,7 +216,8 @@ TABLES: dict[str, list[Any]] = {
         schema.Engine, schema.Tracking,
     ],
     "deploy.md": [site.Site, site.Rows, site.Link, site.Limits],
-    "compare.md": [plan.Study, plan.EntryTable, plan.TuneTable],
+    "compare.md": [tables.Study, tables.EntryTable, tables.TuneTable],
+    "papers.md": [figures.Figure, figures.PlaceTable, figures.PanelTable, figures.CheckTable],
 }  # fmt: skip
 
 
@@ -240,11 +249,11 @@ def test_the_page_of_recipes_names_no_key_that_is_not_there() -> None:
     method_options = {option for entry in METHODS for option in entry.options} | {"name"}
     page = pages.read(ROOT / "docs" / "recipes.md")
     for section in re.split(r"(?m)^## ", page)[1:]:
-        tables = re.findall(r"`\[+(\w+)\]+`", section.splitlines()[0])
+        named = re.findall(r"`\[+(\w+)\]+`", section.splitlines()[0])
         if section.startswith("Top level"):
             known = set(schema.keys_of(()))
-        elif tables:
-            known = {key for table in tables for key in _keys_of(table, method_options)}
+        elif named:
+            known = {key for table in named for key in _keys_of(table, method_options)}
         else:
             continue
         for row in re.findall(r"(?m)^\| ([^|]*) \| [^|]* \| ", section):
@@ -266,10 +275,10 @@ def _keys_of(table: str, method_options: set[str]) -> set[str]:
 
 @today
 def test_keys_with_a_dot_lead_to_a_key(page: Path) -> None:
-    tables = set(schema.keys_of(()))
+    known = set(schema.keys_of(()))
     for code in pages.inline(page):
         said = re.fullmatch(r"([a-z]+)\.(\w+)( = .*)?", code)
-        if said and said[1] in tables - {"method", "server", "budgets"} and said[2] != "py":
+        if said and said[1] in known - {"method", "server", "budgets"} and said[2] != "py":
             inner = schema.keys_of((said[1],))
             assert said[2] in inner, f"{page.name}: {code}"
 
@@ -284,13 +293,21 @@ def test_tables_in_code_hold_known_keys_alone(page: Path) -> None:
             continue
         if not table or "environment" in table:
             continue
-        problems = {kind: _unknown(kind, table) for kind in ("recipe", "site", "study")}
+        problems = {kind: _unknown(kind, table) for kind in FILES}
         assert not all(problems.values()), f"{page.name}:\n{code}\n{problems}"
+
+
+FILES: dict[str, Any] = {
+    "recipe": schema.Recipe,
+    "site": site.Site,
+    "study": tables.Study,
+    "figure": figures.Figure,
+}
 
 
 def _unknown(kind: str, table: dict[str, Any]) -> list[str]:
     """The keys of a table that a file of this kind does not have."""
-    file: Any = {"recipe": schema.Recipe, "site": site.Site, "study": plan.Study}[kind]
+    file = FILES[kind]
     try:
         recipe = file.model_validate(table)
     except ValidationError as error:

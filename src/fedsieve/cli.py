@@ -54,6 +54,13 @@ def _recipes(beginning: str) -> list[str]:
     return [name for name in recipes.shipped() if name.startswith(beginning)]
 
 
+def _figures(beginning: str) -> list[str]:
+    """For the shell's completion."""
+    from fedsieve.study import figures as figuring
+
+    return [name for name in figuring.shipped() if name.startswith(beginning)]
+
+
 def _methods(beginning: str) -> list[str]:
     """For the shell's completion: the last of several names with commas."""
     from fedsieve.methods import catalogue
@@ -404,6 +411,74 @@ def search(
     say(f"ended because {found.reason}")
     for path in found.written:
         say(str(path))
+
+
+@app.command()
+def reproduce(
+    figure: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NAME]",
+            help="A figure or table, or a TOML file; without one, they are listed.",
+            autocompletion=_figures,
+        ),
+    ] = None,
+    scale: Annotated[
+        str, typer.Option(help="small: a stand-in for one machine; paper: the paper's own sizes.")
+    ] = "small",
+    seeds: Annotated[str, typer.Option(help="Seeds to run each with; default the figure's.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Default runs/papers/<name>-<scale>.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The folder of files that figures name.")
+    ] = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Run a figure or table of the papers, draw it, and say whether its claim holds; resumable."""
+    from fedsieve.study import figures as figuring
+
+    chosen = figuring.scale_of(scale)
+    if figure is None:
+        _list_figures(data)
+        return
+    figuring.load(figure)  # a mistake in the file is told before anything heavy is loaded
+    folder = out or figuring.folder_of(figure, chosen)
+    quiet()
+    from fedsieve.study import reproduce as reproducing
+
+    done = _guarded(
+        lambda: reproducing.run(
+            figure,
+            chosen,
+            folder,
+            jobs,
+            _show_of_many(),
+            say,
+            seeds=_numbers(seeds),
+            data=data,
+            allow_code=allow_code,
+        )
+    )
+    for name, rows in done.rows.items():
+        say(name)
+        _table(rows)
+    for path in done.written:
+        say(str(path))
+    for finding in done.findings:
+        say(reproducing.said(finding))
+    say(done.line)
+    _report_problems(done.problems)
+
+
+def _list_figures(data: Path | None) -> None:
+    """Every figure and table: what it shows, and at both scales what it needs or what came out."""
+    from fedsieve.study import figures as figuring
+
+    for name in figuring.shipped():
+        figure = figuring.load(name)
+        console.print(f"[bold]{name}[/]  {plain(figure.title)}")
+        for scale in figuring.SCALES:
+            say(f"    {scale}: {figuring.state(name, figure, scale, data)}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsieve.data import names
-from fedsieve.data.partition import Partition, dirichlet, iid, natural
+from fedsieve.data.partition import Partition, dirichlet, dirichlet_by_client, iid, natural
 from fedsieve.errors import FedSieveError
 
 
@@ -39,6 +39,11 @@ def test_every_row_goes_to_exactly_one_client(data: st.DataObject) -> None:
     assert is_partition(split, len(labels))
     assert len(split) == clients
     assert same(split, dirichlet(labels, clients, alpha, seed))
+    own = dirichlet_by_client(labels, clients, alpha, seed)
+    assert is_partition(own, len(labels))
+    assert len(own) == clients
+    assert np.ptp([*own.counts.values()]) <= 1
+    assert same(own, dirichlet_by_client(labels, clients, alpha, seed))
     even = iid(len(labels), clients, seed)
     assert is_partition(even, len(labels))
     assert {len(part) for part in even.values()} <= {
@@ -77,6 +82,32 @@ def test_many_clients_and_a_small_alpha_end_with_unequal_clients() -> None:
     assert sizes.max() > 1.7 * sizes.mean()
 
 
+@pytest.mark.parametrize("alpha", [0.1, 1.0, 10.0])
+def test_a_clients_own_mixture_is_as_uneven_as_its_law_says(alpha: float) -> None:
+    """Of n draws by p ~ Dirichlet(alpha) over C classes, two are of one class with the chance
+    E sum p^2 = (alpha + 1) / (C alpha + 1): of the first clients, before classes run out.
+    """
+    classes, clients, size = 5, 400, 50
+    labels = np.repeat(np.arange(classes), 40_000)  # far more than these clients can take
+    split = dirichlet_by_client(labels, classes * 40_000 // size, alpha, 3)
+    alike = []
+    for part in [*split.values()][::10][:clients]:
+        held = np.bincount(labels[part], minlength=classes)
+        alike.append((held * (held - 1)).sum() / (size * (size - 1)))
+    assert np.mean(alike) == pytest.approx((alpha + 1) / (classes * alpha + 1), abs=0.04)
+
+
+def test_who_comes_last_gets_what_is_left() -> None:
+    """With nearly one class a client, only some clients can have more: those who found theirs
+    empty. And no class is lost, though nobody's mixture has any of it.
+    """
+    labels = np.repeat(np.arange(4), 100)
+    split = dirichlet_by_client(labels, 40, 1e-6, 0)
+    held = [len(np.unique(labels[part])) for part in split.values()]
+    assert np.mean(np.array(held) == 1) > 0.8
+    assert is_partition(split, 400)
+
+
 def test_clients_without_rows_keep_their_id() -> None:
     split = dirichlet([0] * 50 + [1] * 50, 30, 1e-3, 0)
     empty = [part for part in split.values() if len(part) == 0]
@@ -91,6 +122,9 @@ def test_seeds_differ_and_label_names_do_not_matter() -> None:
     split = dirichlet(labels, 7, 0.3, 5)
     assert same(split, dirichlet(names, 7, 0.3, 5))
     assert not same(split, dirichlet(labels, 7, 0.3, 6))
+    own = dirichlet_by_client(labels, 7, 0.3, 5)
+    assert same(own, dirichlet_by_client(names, 7, 0.3, 5))
+    assert not same(own, dirichlet_by_client(labels, 7, 0.3, 6))
     assert not same(iid(200, 7, 5), iid(200, 7, 6))
     assert (np.diff(iid(200, 7, 5)["0000"]) > 1).any()  # really shuffled
 
@@ -123,6 +157,8 @@ def test_natural_clients_are_those_of_flwr_datasets() -> None:
         (lambda: dirichlet([0, 1], 2, -1.0, 0), "alpha is -1"),
         (lambda: dirichlet([0, 1], 2, float("nan"), 0), "alpha is nan"),
         (lambda: dirichlet([0, 1], 2, float("inf"), 0), "alpha is inf"),
+        (lambda: dirichlet_by_client([0, 1], 3, 0.1, 0), "only 2 rows"),
+        (lambda: dirichlet_by_client([0, 1], 2, 0.0, 0), "alpha is 0"),
         (lambda: natural([]), "no rows"),
         (lambda: natural(["a", None]), "row 1 has no client"),
         (lambda: natural(["", "a"]), "row 0 has no client"),

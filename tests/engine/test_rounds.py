@@ -54,6 +54,23 @@ def same(one: Tree, two: Tree) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_clients_of_equal_size_by_label_or_by_another_column(tiny: Tiny) -> None:
+    law = {"kind": "dirichlet-by-client", "clients": 7, "alpha": 0.5}
+    counts = [client.examples for client in experiment_of(tiny, partition=law).federation.clients]
+    assert sorted(counts) == [34] * 5 + [35] * 2  # 240 rows
+
+    by_author = experiment_of(tiny, partition={**law, "by": "author"}).federation.clients
+    assert sorted(client.examples for client in by_author) == sorted(counts)
+    with pytest.raises(FedSieveError, match="no column 'task'"):
+        experiment_of(tiny, partition={**law, "by": "task"})
+    # A task without labels can be divided by another column alone.
+    lm: dict[str, Any] = {"model__source": str(tiny.gpt2), "model__task": "causal-lm"}
+    lm |= {"data__label": None, "lora__targets": ["c_attn"]}
+    with pytest.raises(FedSieveError, match=r"name a column with partition\.by"):
+        experiment_of(tiny, partition=law, **lm)
+    assert len(experiment_of(tiny, partition={**law, "by": "author"}, **lm).federation.clients) == 7
+
+
 @pytest.mark.parametrize("changes", [{}, FLASC, FEDIT], ids=["both", "flasc", "fedit"])
 def test_the_same_seed_gives_the_same_adapter_in_any_order(
     tiny: Tiny, changes: dict[str, Any]
@@ -122,7 +139,7 @@ def test_the_last_round_is_evaluated_and_the_others_when_due(tiny: Tiny) -> None
 
 @pytest.mark.parametrize("name", [n for n in catalogue.names() if catalogue.known(n).knobs])
 def test_a_method_that_finds_no_budgets_says_so(tiny: Tiny, name: str) -> None:
-    said = "no client has a budget below 1"
+    said = "the method runs dense: no client has a budget below 1"
     knob = catalogue.known(name).knobs[0]
     none: list[dict[str, float]] = [{}]
     for budgets in (none, [{"share": 0.5}, {"share": 0.5, knob: 0.5}]):

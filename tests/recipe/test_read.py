@@ -157,6 +157,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"partition": {"kind": "dirichlet", "clients": 5}}, "'dirichlet' needs 'alpha'"),
     ({"partition": {"kind": "column"}}, "'column' needs 'column'"),
     ({"partition": {"kind": "iid", "clients": 3, "alpha": 1}}, "'iid' does not use 'alpha'"),
+    ({"partition": {"kind": "iid", "clients": 3, "by": "task"}}, "'iid' does not use 'by'"),
+    ({"partition": {"kind": "dirichlet-by-client", "clients": 3}}, "by-client' needs 'alpha'"),
     ({"partition": {"kind": "other"}}, "partition.kind: Input should be 'dirichlet'"),
     ({"method": {"name": "fedit"}}, "budgets.ratio: the method 'fedit' makes no use of it"),
     ({"method": {"name": "flasc"}}, "budgets.ratio: the method 'flasc' makes no use of it"),

@@ -13,7 +13,7 @@ from fedsieve.recipe import read as recipe
 from fedsieve.recipe import schema
 from fedsieve.sites import federate
 from fedsieve.sites.server import RoundPolicy
-from fedsieve.study import compare, plan
+from fedsieve.study import compare, plan, tables
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import check_lead, score, scores, total
 from tests import runs
@@ -149,7 +149,7 @@ def test_a_trial_whose_scores_are_below_zero_may_win(
     """As correlations may be; None is a trial that diverged."""
     settings: list[dict[str, Any]] = [{"training.lr": n} for n in range(len(given))]
     entry = plan.Entry("one", "fedit", {}, (0,), settings, (), ())
-    made = plan.Plan(Path("x"), None, (entry,), plan.TuneTable(grid=settings), ())
+    made = plan.Plan(Path("x"), None, (entry,), tables.TuneTable(grid=settings), ())
     jobs = [SimpleNamespace(folder=n) for n in range(len(given))]
     monkeypatch.setattr(compare, "trial_job", lambda plan, tune, entry, number, seed: jobs[number])
     monkeypatch.setattr(compare, "diverged", lambda job: given[job.folder] is None)

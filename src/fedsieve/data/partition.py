@@ -4,12 +4,16 @@ A partition gives each client's row numbers, ascending; ids are sorted, and ever
 exactly one client. It is held as one array of row numbers, client after client, and where each
 client's begin: a hundred thousand clients are three objects and not a hundred thousand arrays.
 
-The laws of the draws are those of flwr-datasets' partitioners, so that a split here is the split
-that Flower users know (the tests compare the two, number by number). The library itself makes a
-data set of each client, which takes milliseconds for each; here the draws only fill an array.
+The laws of `iid`, `dirichlet` and `natural` are those of flwr-datasets' partitioners, so that a
+split here is the split that Flower users know (the tests compare natural clients, number by
+number). The library itself makes a data set of each client, which takes milliseconds for each; here
+the draws only fill an array.
 
-A client may be left without rows: with a small alpha that is what the Dirichlet law says. It keeps
-its id and an empty index, and the engine skips and counts it.
+Two laws share Dirichlet's name in the literature. `dirichlet` divides each class over the clients,
+so that clients differ in size as well as in labels; `dirichlet_by_client` draws a mixture of labels
+for each client, and all are of one size. A client of the first may be left without rows: with a
+small alpha that is what the law says. It keeps its id and an empty index, and the engine skips and
+counts it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -96,12 +100,7 @@ def dirichlet(labels: ArrayLike, clients: int, alpha: float, seed: int) -> Parti
     """
     _, codes = np.unique(np.asarray(labels), return_inverse=True)
     _check_clients(clients, len(codes))
-    low, high = ALPHAS
-    if not low <= alpha <= high:
-        raise FedSieveError(
-            f"alpha is {alpha}: a positive number is needed, from {low:g} (a class goes to one "
-            f"client) to {high:g} (all clients alike)"
-        )
+    _check_alpha(alpha)
     # No least size of a client is asked for, and none is filled up to the average: with alpha 0.1
     # and hundreds of clients the first never succeeds, and the second is no Dirichlet split.
     draws, weights = np.random.default_rng(seed), np.full(clients, float(alpha))
@@ -111,6 +110,60 @@ def dirichlet(labels: ArrayLike, clients: int, alpha: float, seed: int) -> Parti
         # Whose share begins at or before a place and ends after it.
         owner[members] = np.searchsorted(ends, np.arange(len(members)), side="right")
     return _by_owner(numbered(clients), owner)
+
+
+def dirichlet_by_client(labels: ArrayLike, clients: int, alpha: float, seed: int) -> Partition:
+    """Clients whose sizes differ by at most one, each with labels drawn by a mixture of its own.
+
+    labels: (rows,) of any type that can be sorted. A client's mixture is drawn from a Dirichlet of
+    `alpha` for each class; its rows' labels are drawn by it, one by one and without replacement,
+    and where a class has run out, by what is left of the mixture (Hsu et al. 2019,
+    arXiv:1909.06335). So the last clients get the rows that the others left: with a small alpha
+    they have more classes than the first. Who is last is drawn.
+
+    Raises FedSieveError when alpha <= 0 (or is no usable number), clients < 1 or clients > rows.
+    """
+    _, codes = np.unique(np.asarray(labels), return_inverse=True)
+    _check_clients(clients, len(codes))
+    _check_alpha(alpha)
+    draws = np.random.default_rng(seed)
+    order = draws.permutation(len(codes))
+    order = order[np.argsort(codes[order], kind="stable")]  # class after class, each shuffled
+    left = np.bincount(codes)  # of each class, rows that are nobody's yet: the last ones
+    ends = np.cumsum(left)
+    owner = np.empty(len(codes), dtype=np.int64)
+    for place in draws.permutation(clients):
+        size = len(codes) // clients + int(place < len(codes) % clients)
+        taken = _of_each_class(_log_mixture(len(left), alpha, draws), left, size, draws)
+        for begin, number in zip((ends - left)[taken > 0], taken[taken > 0], strict=True):
+            owner[order[begin : begin + number]] = place
+        left = left - taken
+    return _by_owner(numbered(clients), owner)
+
+
+def _log_mixture(classes: int, alpha: float, draws: np.random.Generator) -> NDArray[np.float64]:
+    """The logarithms of a draw from Dirichlet(alpha), but for a constant.
+
+    A Dirichlet's shares are independent gammas, scaled; what is left of them when classes run out
+    is a Dirichlet still. In logarithms, since with a small alpha all but one share would be 0.
+    """
+    gammas = np.log(draws.gamma(alpha + 1, size=classes))
+    return np.asarray(gammas + np.log1p(-draws.random(classes)) / alpha)
+
+
+def _of_each_class(
+    mixture: NDArray[np.float64], left: Rows, size: int, draws: np.random.Generator
+) -> Rows:
+    """How many rows of each class a client of this mixture draws, where `left` are there."""
+    taken = np.zeros_like(left)
+    # What falls on a class that has run out is drawn again among the others: one more pass for
+    # each class that does, as if rows were drawn one by one.
+    while missing := size - int(taken.sum()):
+        shares = np.where(taken < left, mixture, -np.inf)
+        shares = np.exp(shares - shares.max())
+        more = draws.multinomial(missing, shares / shares.sum())
+        taken = np.minimum(taken + more, left)
+    return taken
 
 
 def natural(values: Sequence[object]) -> Partition:
@@ -146,6 +199,15 @@ def _by_owner(ids: Sequence[str], owner: Rows) -> Partition:
 
 def _offsets(counts: Rows) -> Rows:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
+
+
+def _check_alpha(alpha: float) -> None:
+    low, high = ALPHAS
+    if not low <= alpha <= high:
+        raise FedSieveError(
+            f"alpha is {alpha}: a positive number is needed, from {low:g} (a class goes to one "
+            f"client) to {high:g} (all clients alike)"
+        )
 
 
 def _check_clients(clients: int, rows: int) -> None:

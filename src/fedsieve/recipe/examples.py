@@ -181,14 +181,16 @@ def more_tensors(
     return found
 
 
-def owners_of(rows: Dataset, column: str) -> list[str]:
-    """The client that each row belongs to. Raises FedSieveError, naming a row that has none."""
+def owners_of(rows: Dataset, column: str, what: str = "client") -> list[str]:
+    """The client (or `what` else a column names) of each row. Raises FedSieveError, naming a row
+    that has none.
+    """
     owners: list[str] = []
     for row, name in enumerate(sources.names_in(rows, column)):
         if isinstance(name, FedSieveError):
             raise name
         if name is None:
-            raise FedSieveError(f"row {row} has no client: column {column!r} is empty there")
+            raise FedSieveError(f"row {row} has no {what}: column {column!r} is empty there")
         owners.append(name)
     return owners
 

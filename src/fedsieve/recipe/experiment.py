@@ -174,8 +174,8 @@ def assemble(
     used = sorted(method.knobs)
     if used and all(getattr(budgets[id], knob) == 1 for id in counts for knob in used):
         said.append(
-            f"no client has a budget below 1 ({', '.join(used)}), by which this method leaves "
-            "something out of a message: all of the adapter travels; budgets say what each affords"
+            f"the method runs dense: no client has a budget below 1 ({', '.join(used)}), by which "
+            "it leaves something out; give [[budgets]], or take 'fedit'"
         )
     for note in said:
         warnings.warn(note, stacklevel=3)
@@ -341,7 +341,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     for note in notes:
         warnings.warn(note, stacklevel=2)
     data = recipe.data
-    rows = load_rows(data, data.train, data.train_split, recipe.partition.column)
+    divided = recipe.partition.column or recipe.partition.by
+    rows = load_rows(data, data.train, data.train_split, divided)
     rows, left_out = _without_bad_clients(recipe, rows, tokenizer)
     clients = recipe.partition.column if recipe.evaluation.by_client else None
     if recipe.evaluation.by_client and clients is None:
@@ -611,9 +612,13 @@ def parts_of(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) ->
         return partition.iid(count, chosen.clients, seed)
     assert chosen.clients is not None
     assert chosen.alpha is not None
+    law = partition.dirichlet if chosen.kind == "dirichlet" else partition.dirichlet_by_client
+    if chosen.by is not None:
+        values = owners_of(rows, chosen.by, chosen.by)
+        return law([values[row] for row in came.tolist()], chosen.clients, chosen.alpha, seed)
     if examples.labels.ndim > 1 or examples.labels.is_floating_point():
         raise FedSieveError(
-            "partition.kind: 'dirichlet' splits by label, and a "
-            f"{recipe.model.task} task has none that are classes: use 'column' or 'iid'"
+            f"partition.kind: {chosen.kind!r} splits by label, and a {recipe.model.task} task has "
+            "none that are classes: name a column with partition.by, or use 'column' or 'iid'"
         )
-    return partition.dirichlet(examples.labels, chosen.clients, chosen.alpha, seed)
+    return law(examples.labels, chosen.clients, chosen.alpha, seed)

@@ -182,23 +182,29 @@ class Data(Table):
 class Partition(Table):
     """Which rows go to which client.
 
-    dirichlet: `clients` clients whose label shares are drawn with concentration `alpha`
+    dirichlet: each label's rows are divided over `clients` clients with concentration `alpha`
+    dirichlet-by-client: `clients` clients of equal size, each with its own mixture of labels, drawn
+        with concentration `alpha`
     iid: `clients` equal parts at random; column: one client for each value of `column`
+    by: of the two dirichlets: a column whose values take the place of the labels
     """
 
-    kind: Literal["dirichlet", "iid", "column"]
+    kind: Literal["dirichlet", "dirichlet-by-client", "iid", "column"]
     clients: PositiveInt | None = None
     alpha: PositiveFloat | None = None
     column: str | None = None
+    by: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> "Partition":
-        needs = {"dirichlet": ("clients", "alpha"), "iid": ("clients",), "column": ("column",)}
+        needs = {"iid": ("clients",), "column": ("column",)}.get(self.kind, ("clients", "alpha"))
         for key in ("clients", "alpha", "column"):
             given = getattr(self, key) is not None
-            if given != (key in needs[self.kind]):
+            if given != (key in needs):
                 verb = "does not use" if given else "needs"
                 raise ValueError(f"a partition of kind {self.kind!r} {verb} {key!r}")
+        if self.by is not None and self.alpha is None:
+            raise ValueError(f"a partition of kind {self.kind!r} does not use 'by'")
         return self
 
 

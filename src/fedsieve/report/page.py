@@ -15,8 +15,9 @@ from fedsieve.engine.shares import Shares, in_words
 from fedsieve.errors import count
 from fedsieve.recipe.overrides import flat
 from fedsieve.report import shown
+from fedsieve.report.canvas import COLOURS
 from fedsieve.report.html import table, text
-from fedsieve.report.plots import COLOURS, Plot, reached, to_reach
+from fedsieve.report.plots import Plot, reached, to_reach
 from fedsieve.report.read import LOSS, Budget, Run, best, evaluations
 from fedsieve.report.series import (
     Row,

@@ -1,32 +1,40 @@
 """The plots: one colour and one marker a series, the same in every plot.
 
-Figures are made as objects, without pyplot and its global state, so that a notebook's own plots
-are left alone. Each figure is drawn twice: as PNG on white, and as SVG whose text is text and
+Each figure is drawn twice: as PNG on white, and as SVG whose text is text and
 whose colours are CSS variables, so that in the page it takes the reader's font and dark mode.
-Colours are Okabe and Ito's (2008), which colour-blind readers tell apart; markers tell series apart
-in print. A series of several runs has a band from their lowest to their highest around their mean.
+A series of several runs has a band from their lowest to their highest around their mean.
 """
 
 import io
 import math
 import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedsieve.clients.network import Conditions, clock
 from fedsieve.errors import count
+from fedsieve.report.canvas import (
+    COLOURS,
+    GRID,
+    INK,
+    Look,
+    band,
+    legend,
+    log_scale,
+    look,
+    new_figure,
+    one_axes,
+    points,
+    short,
+    style,
+)
 from fedsieve.report.read import Run, evaluations
 from fedsieve.report.series import (
-    Curve,
     Row,
     Series,
     Spread,
@@ -39,9 +47,6 @@ from fedsieve.report.series import (
 from fedsieve.report.words import megabytes, score, significant
 from fedsieve.tasks.words import spoken, titled
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")  # 8 and 7 share no factor: 56 pairs
-INK, GRID = "#24292f", "#d8dde3"
 CSS_VARIABLES = {INK: "--ink", GRID: "--grid"} | {c: f"--run-{i}" for i, c in enumerate(COLOURS)}
 SHOWN_BUDGETS = 12  # bars per series; clients with a budget each would make an endless plot
 SHOWN_NAMES = 6  # series named in one caption; the summary has them all
@@ -54,22 +59,11 @@ class Plot(NamedTuple):
     figure: Figure
 
 
-class Look(NamedTuple):
-    """How a series looks in every plot."""
-
-    colour: str
-    marker: str
-
-
-def look(index: int) -> Look:
-    return Look(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)])
-
-
 def draw(
     series: Sequence[Series], rows: Sequence[Row], conditions: Sequence[Conditions]
 ) -> list[Plot]:
     """All plots for which the runs have numbers. `rows`: the table of these series."""
-    with _style():
+    with style():
         plots = []
         measure = shown_measure(series)
         if measure:
@@ -88,7 +82,7 @@ def draw(
 def to_png(plot: Plot) -> bytes:
     """The plot on white at twice the screen's resolution."""
     buffer = io.BytesIO()
-    with _style():
+    with style():
         plot.figure.savefig(buffer, format="png", dpi=192, facecolor="white")
     return buffer.getvalue()
 
@@ -96,7 +90,7 @@ def to_png(plot: Plot) -> bytes:
 def to_svg(plot: Plot) -> str:
     """The plot as an SVG element to stand in HTML: its ids are its own, nothing is linked."""
     buffer = io.StringIO()
-    with _style():
+    with style():
         plot.figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -114,14 +108,14 @@ def _use_variables(style: re.Match[str]) -> str:
 
 
 def _score_by_bytes(series: Sequence[Series], rows: Sequence[Row], measure: str) -> Plot:
-    figure, ax = _one_axes(titled(measure), "Total traffic, down and up (MB)")
+    figure, ax = one_axes(titled(measure), "Total traffic, down and up (MB)")
     for i, one in enumerate(series):
-        _points(ax, curve(one, _scores(measure), _sent), look(i))
+        points(ax, curve(one, _scores(measure), _sent), look(i))
     ends = [run.rounds[-1].total_bytes for run in every_run(series)]
     if min(ends) > 0 and max(ends) >= 4 * min(ends):
-        _log_scale(ax, "x")
+        log_scale(ax, "x")
     _mark_target(ax, rows)
-    _legend(figure, series)
+    legend(figure, [one.label for one in series])
     return Plot(
         f"{_dashes(measure)}-bytes",
         f"{titled(measure)} against traffic",
@@ -200,7 +194,7 @@ def _score_by_time(
     conditions: Sequence[Conditions],
     measure: str,
 ) -> Plot:
-    figure = _figure(0.7 + 2.2 * len(conditions))
+    figure = new_figure(0.7 + 2.2 * len(conditions))
     column = figure.subplots(len(conditions), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     curves = [
         (ax, i, curve(one, _scores(measure), _passed(world)))
@@ -211,15 +205,15 @@ def _score_by_time(
     ends = [found.x[-1] for _, _, found in curves if found.x]
     unit, seconds = _time_unit(max(ends, default=0.0))
     for ax, i, found in curves:
-        _points(ax, found._replace(x=[x / seconds for x in found.x]), look(i))
+        points(ax, found._replace(x=[x / seconds for x in found.x]), look(i))
     for ax, world in zip(column, conditions, strict=True):
         ax.set_title(_uplink(world), loc="left", fontsize=10)
         _mark_target(ax, rows)
     if ends and min(ends) > 0 and max(ends) >= 4 * min(ends):
-        _log_scale(column[0], "x")
+        log_scale(column[0], "x")
     column[-1].set_xlabel(f"Simulated time ({unit})")
     figure.supylabel(titled(measure), fontsize=10.5)
-    _legend(figure, series)
+    legend(figure, [one.label for one in series])
     return Plot(
         f"{_dashes(measure)}-time",
         f"{titled(measure)} against simulated time",
@@ -267,15 +261,15 @@ def _world(conditions: Sequence[Conditions]) -> str:
 
 
 def _score_by_rounds(series: Sequence[Series], measure: str) -> Plot:
-    figure, ax = _one_axes(titled(measure), "Round")
+    figure, ax = one_axes(titled(measure), "Round")
     ax.xaxis.set_major_locator(_whole_numbers())
     ends = []
     for i, one in enumerate(series):
         found = curve(one, _scores(measure))
-        _points(ax, found, look(i))
+        points(ax, found, look(i))
         if found.x:
             ends.append(f"{_named(one, series)}{score(found.mean[-1])} in round {found.x[-1]:.0f}")
-    _legend(figure, series)
+    legend(figure, [one.label for one in series])
     return Plot(
         f"{_dashes(measure)}-rounds",
         f"{titled(measure)} against rounds",
@@ -285,14 +279,14 @@ def _score_by_rounds(series: Sequence[Series], measure: str) -> Plot:
 
 
 def _train_loss(series: Sequence[Series]) -> Plot:
-    figure, ax = _one_axes("Training loss", "Round")
+    figure, ax = one_axes("Training loss", "Round")
     ax.xaxis.set_major_locator(_whole_numbers())
     falls = []
     for i, one in enumerate(series):
         _trend(ax, one, _losses, look(i))
         loss = curve(one, _losses).mean
         falls.append(f"{_named(one, series)}from {score(loss[0])} to {score(loss[-1])}")
-    _legend(figure, series)
+    legend(figure, [one.label for one in series])
     return Plot(
         "train-loss",
         "Training loss against rounds",
@@ -314,7 +308,7 @@ def _ups(run: Run) -> dict[int, float]:
 
 
 def _bytes_by_round(series: Sequence[Series]) -> Plot:
-    figure = _figure(3.9)
+    figure = new_figure(3.9)
     down, up = figure.subplots(2, 1, sharex=True)
     means: list[list[float]] = []
     for ax, way in ((down, _downs), (up, _ups)):
@@ -322,7 +316,7 @@ def _bytes_by_round(series: Sequence[Series]) -> Plot:
             _trend(ax, one, way, look(i))
         means.append([_mean([n for run in one.runs for n in way(run).values()]) for one in series])
         if min(means[-1]) > 0 and max(means[-1]) >= 10 * min(means[-1]):
-            _log_scale(ax, "y")
+            log_scale(ax, "y")
         else:
             ax.set_ylim(bottom=0)
             ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
@@ -330,7 +324,7 @@ def _bytes_by_round(series: Sequence[Series]) -> Plot:
     up.set_ylabel("Up (MB)")
     up.set_xlabel("Round")
     up.xaxis.set_major_locator(_whole_numbers())
-    _legend(figure, series)
+    legend(figure, [one.label for one in series])
     said = [
         f"{_named(one, series)}{megabytes(1e6 * sent)} down and {megabytes(1e6 * back)} up"
         for one, sent, back in zip(series, *means, strict=True)
@@ -348,7 +342,7 @@ def _bytes_by_budget(series: Sequence[Series]) -> Plot:
     every = [(i, one, budgets(one)) for i, one in enumerate(series)]
     shown = [(i, one, found[:SHOWN_BUDGETS]) for i, one, found in every if found]
     rows = sum(len(found) for _, _, found in shown)
-    figure = _figure(1.2 + 0.52 * rows + 0.35 * len(shown))
+    figure = new_figure(1.2 + 0.52 * rows + 0.35 * len(shown))
     heights = [len(found) for _, _, found in shown]
     column = figure.subplots(len(shown), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     longest = max(max(b.down_bytes, b.up_bytes) for _, _, found in shown for b in found) / 1e6
@@ -357,7 +351,7 @@ def _bytes_by_budget(series: Sequence[Series]) -> Plot:
         for y, budget in enumerate(found):
             _bar(ax, y - 0.2, budget.down_bytes / 1e6, colour, 1.0)
             _bar(ax, y + 0.2, budget.up_bytes / 1e6, colour, 0.5)
-        labels = [_short(budget.label, 34) for budget in found]
+        labels = [short(budget.label, 34) for budget in found]
         ax.set_yticks(range(len(found)), labels, parse_math=False)
         ax.set_ylim(len(found) - 0.4, -0.6)
         ax.grid(False)
@@ -365,7 +359,7 @@ def _bytes_by_budget(series: Sequence[Series]) -> Plot:
         if len(series) > 1:
             title = ax.set_title("", loc="left", fontsize=10, color=colour, fontweight="bold")
             title.set_parse_math(False)
-            title.set_text(_short(one.label, 40))
+            title.set_text(short(one.label, 40))
     column[-1].set_xlim(0, 1.16 * longest or 1)
     column[-1].set_xlabel("Mean traffic of one client in one round (MB)")
     bars = [Patch(color=INK, label="Down"), Patch(color=INK, alpha=0.5, linewidth=0, label="Up")]
@@ -392,65 +386,8 @@ def _bar(ax: Axes, y: float, sent: float, colour: str, alpha: float) -> None:
     )
 
 
-@contextmanager
-def _style() -> Iterator[None]:
-    settings: dict[str, Any] = {
-        "font.family": "DejaVu Sans",
-        "font.size": 10.5,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.edgecolor": GRID,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": GRID,
-        "grid.linewidth": 0.7,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "xtick.labelsize": 9.5,
-        "ytick.labelsize": 9.5,
-        "legend.frameon": False,
-        "legend.fontsize": 9.5,
-        "lines.linewidth": 1.8,
-        "svg.fonttype": "none",  # text stays text
-        "svg.hashsalt": "fedsieve",  # the same run gives the same bytes
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():  # type: ignore[arg-type]
-        # A run may be named in any script: the page then shows it in the reader's font.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        yield
-
-
-def _figure(height: float) -> Figure:
-    """5.4 inches wide: on a phone the page shrinks it to two thirds, and its text stays legible."""
-    return Figure(figsize=(5.4, height), layout="constrained")
-
-
-def _one_axes(y_label: str, x_label: str) -> tuple[Figure, Axes]:
-    figure = _figure(3.9)
-    ax = figure.subplots()
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
-    return figure, ax
-
-
 def _whole_numbers() -> MaxNLocator:
     return MaxNLocator(integer=True, steps=[1, 2, 5, 10])
-
-
-def _points(ax: Axes, found: Curve, style: Look) -> None:
-    """Few values that are all worth seeing: a line through markers, and its band."""
-    size = 5 if len(found.x) <= 40 else 0
-    _band(ax, found, style)
-    ax.plot(
-        found.x,
-        found.mean,
-        color=style.colour,
-        marker=style.marker,
-        markersize=size,
-        markeredgewidth=0,
-    )
 
 
 def _trend(
@@ -471,7 +408,7 @@ def _trend(
         raw = curve(series, values)
         ax.plot(raw.x, raw.mean, color=style.colour, alpha=0.3, linewidth=0.9)
     found = curve(series, smooth)
-    _band(ax, found, style)
+    band(ax, found, style)
     last = [len(found.x) - 1] if found.x else []
     ax.plot(
         found.x,
@@ -481,11 +418,6 @@ def _trend(
         markevery=last,
         markersize=5,
     )
-
-
-def _band(ax: Axes, found: Curve, style: Look) -> None:
-    if found.low != found.high:  # NaN included: those leave a gap
-        ax.fill_between(found.x, found.low, found.high, color=style.colour, alpha=0.22, linewidth=0)
 
 
 def _reach(rounds: int) -> int:
@@ -515,23 +447,9 @@ def _bands(series: Sequence[Series]) -> str:
     return f"Lines with a band: the mean of {runs}, and their lowest to highest."
 
 
-def _log_scale(ax: Axes, which: str) -> None:
-    axis = ax.xaxis if which == "x" else ax.yaxis
-    (ax.set_xscale if which == "x" else ax.set_yscale)("log", nonpositive="mask")
-    low, high = axis.get_view_interval()
-    steps = (1.0,) if high > 2000 * low else (1.0, 3.0) if high > 50 * low else (1.0, 2.0, 5.0)
-    axis.set_major_locator(LogLocator(subs=steps))
-    axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.10g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
 def _named(one: Series, series: Sequence[Series]) -> str:
     """A caption names its series only where there are several."""
     return f"{one.label} " if len(series) > 1 else ""
-
-
-def _short(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2) :]}"
 
 
 def _said(parts: Sequence[str]) -> str:
@@ -539,25 +457,3 @@ def _said(parts: Sequence[str]) -> str:
     if len(parts) <= SHOWN_NAMES:
         return ", ".join(parts)
     return f"{', '.join(parts[:SHOWN_NAMES])} and {len(parts) - SHOWN_NAMES} more"
-
-
-def _legend(figure: Figure, series: Sequence[Series]) -> None:
-    """Name the series below the plot, and grow the figure so that the plot keeps its height."""
-    if len(series) == 1:
-        return
-    names = [_short(one.label, 40) for one in series]
-    lines = [
-        Line2D([], [], color=look(i).colour, marker=look(i).marker, markersize=5)
-        for i in range(len(series))
-    ]
-    columns = max(1, min(len(series), 4, 70 // (max(map(len, names)) + 8)))
-    rows = math.ceil(len(series) / columns)
-    columns = math.ceil(len(series) / rows)
-    legend = figure.legend(
-        lines, ["series"] * len(series), loc="outside lower center", ncols=columns
-    )
-    figure.set_figheight(figure.get_figheight() + 0.21 * (rows - 1))
-    # A name is set late so that one with $ or a leading underscore is taken as it stands.
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set_parse_math(False)
-        text.set_text(name)

@@ -175,12 +175,6 @@ def idle(recipe: Recipe, experiment: Experiment) -> list[str]:
     found = []
     method, clients = experiment.federation.method, experiment.federation.clients
     name, knobs, training = recipe.method.name, method.knobs, recipe.training
-    if knobs and all(getattr(c.budget, knob) == 1 for c in clients for knob in knobs):
-        said = " and ".join(f"`{knob}`" for knob in sorted(knobs))
-        found.append(
-            f"method {name!r} runs dense: no client has less than all of {said}. Give them in "
-            "[[budgets]], or take 'fedit'"
-        )
     if not knobs and isinstance(recipe.budgets, ResourceBudgets):
         found.append(
             f"[budgets] choose nothing: method {name!r} has no budgets, and what clients have is "

@@ -23,7 +23,8 @@ from fedsieve.report import words
 from fedsieve.report.words import duration
 from fedsieve.run import rundir, tracking
 from fedsieve.study.jobs import Job, Outcome, ShowRound, diverged, finished, run_all
-from fedsieve.study.plan import LAST, Plan, Settings, final_jobs, trial_job, trial_jobs
+from fedsieve.study.plan import LAST, Plan, final_jobs, trial_job, trial_jobs
+from fedsieve.study.tables import Settings
 from fedsieve.tasks.words import spoken
 
 TABLE = "table"  # .json and .md
@@ -48,12 +49,14 @@ class Result(NamedTuple):
     """What a comparison found. rows: of the table, a cell by its head; written: report and tables.
 
     problems: a line for every run that failed, and every entry that could not be run
+    groups: entry -> the directories of its runs that are done
     """
 
     rows: list[dict[str, str]]
     notes: list[str]
     problems: list[str]
     written: list[Path]
+    groups: dict[str, list[Path]]
 
 
 def run(plan: Plan, workers: int, show: ShowRound, say: Callable[[str], None]) -> Result:
@@ -178,7 +181,7 @@ def _result(
     for job in done:
         groups.setdefault(job.folder.parent.name, []).append(job.folder)
     if not groups:
-        return Result([], [*plan.notes, *_notes(plan, tuned)], problems, [])
+        return Result([], [*plan.notes, *_notes(plan, tuned)], problems, [], {})
     found = report.table(groups, plan.target)
     notes = [_legend(found[0].target), *plan.notes, *_notes(plan, tuned)]
     rows = [_cells(row) for row in found]
@@ -194,7 +197,7 @@ def _result(
     write_whole(written[1], text.encode())
     write_whole(written[2], (json.dumps(plain, indent=2) + "\n").encode())
     report.write([], page, target=plan.target, groups=groups)
-    return Result(rows, notes, problems, written)
+    return Result(rows, notes, problems, written, groups)
 
 
 def _legend(target: report.Target | None) -> str:

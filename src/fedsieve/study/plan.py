@@ -14,9 +14,9 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import ValidationError
 
 from fedsieve import methods as known_methods
 from fedsieve.algebra import optim
@@ -27,46 +27,14 @@ from fedsieve.recipe.method import alone, limits_said, options_of
 from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.recipe.schema import MethodTable, Recipe, ServerTable
-from fedsieve.settings import Share, Table, is_number
+from fedsieve.settings import is_number
 from fedsieve.study.jobs import Job, refuse_changed
+from fedsieve.study.tables import EntryTable, Grid, Settings, Study, TuneTable, keys_of
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
 LAST = 3  # a trial's score is the mean of so many last evaluations, to damp their swing
 _MOST_TRIALS = 10_000  # of an entry
 _NAME = re.compile(r"[\w(][\w .,+=()-]*")
-
-Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-Settings = dict[str, Any]
-Grid = dict[str, list[Any]] | list[Settings]
-
-
-class EntryTable(Table):
-    """A method and its own settings; `grid` replaces that of [tune], and [] leaves it untuned."""
-
-    name: str
-    method: str | None = None
-    set: Settings = Field(default_factory=dict)
-    seeds: Seeds | None = None
-    grid: Grid | None = None
-
-
-class TuneTable(Table):
-    """Settings to try: lists by dotted key (every combination), or a list of sets of settings."""
-
-    grid: Grid
-    seeds: Seeds = (100,)
-    set: Settings = Field(default_factory=dict)
-
-
-class Study(Table):
-    """A whole comparison."""
-
-    recipe: str
-    seeds: Seeds = (0,)
-    target: Share | None = None
-    set: Settings = Field(default_factory=dict)
-    entry: tuple[EntryTable, ...] = Field(min_length=1)
-    tune: TuneTable | None = None
 
 
 class Entry(NamedTuple):
@@ -117,8 +85,24 @@ def plan(
     study = _read(source, methods)
     changes = {"seeds": tuple(seeds) or study.seeds, "target": target or study.target}
     study = study.model_copy(update=changes)
-    _refuse_own(study, source)
     base = recipes.read(_beside(source, study.recipe))
+    return worked_out(study, base, source, folder, overrides=overrides, allow_code=allow_code)
+
+
+def worked_out(
+    study: Study,
+    base: dict[str, Any],
+    source: str,
+    folder: Path,
+    *,
+    overrides: Sequence[str] = (),
+    allow_code: bool = False,
+) -> Plan:
+    """What a study runs, whose recipe is `base`, as it was read; changed in place.
+
+    source: what errors call the study. Raises FedSieveError as `plan` does.
+    """
+    _refuse_own(study, source)
     for key, value in flat(study.set):
         put(base, key, value, f"{source}: set.{key}")
     for override in overrides:
@@ -229,12 +213,7 @@ def _read(source: str, methods: Sequence[str]) -> Study:
     try:
         return Study.model_validate(table)
     except ValidationError as error:
-        raise FedSieveError(explain_all(error, source, _keys)) from error
-
-
-def _keys(path: Sequence[str | int]) -> list[str]:
-    tables: dict[str | int, type[Table]] = {"entry": EntryTable, "tune": TuneTable}
-    return list((tables.get(path[0], Study) if path else Study).model_fields)
+        raise FedSieveError(explain_all(error, source, keys_of)) from error
 
 
 def _beside(source: str, recipe: str) -> str:

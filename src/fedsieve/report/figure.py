@@ -1,0 +1,78 @@
+"""A figure in a paper's form: panels below each other, a line or a mark for each entry.
+
+Where the places along the axis are numbers, entries are lines over them, with a band from the
+lowest seed to the highest; where they are names, marks side by side, with a bar for the same.
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+
+from fedsieve.report.canvas import legend, log_scale, look, new_figure, points, style
+from fedsieve.report.series import Curve
+
+_WIDTH = 0.7  # of a place's width, over which its marks are spread
+
+
+class Panel(NamedTuple):
+    """curves: entry -> its line; one that has none is left out, and keeps its colour elsewhere."""
+
+    title: str
+    curves: dict[str, Curve]
+
+
+def png(
+    panels: Sequence[Panel],
+    entries: Sequence[str],
+    places: Sequence[str],
+    x_label: str,
+    y_label: str,
+    log: bool,
+    from_zero: bool,
+) -> bytes:
+    """The figure on white.
+
+    places: names of the places 0, 1, 2, ... of every curve's x; empty where x is a number
+    log: whether the horizontal axis is logarithmic; from_zero: whether the vertical begins at 0
+    """
+    with style():
+        figure = new_figure(0.8 + 2.9 * len(panels))
+        column = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+        for ax, panel in zip(column, panels, strict=True):
+            if len(panels) > 1:
+                ax.set_title(panel.title, loc="left", fontsize=10, parse_math=False)
+            for i, entry in enumerate(entries):
+                if entry not in panel.curves:
+                    continue
+                if places:
+                    _marks(ax, panel.curves[entry], i, len(entries))
+                else:
+                    points(ax, panel.curves[entry], look(i))
+            if places:
+                turned = sum(map(len, places)) > 50
+                ax.set_xticks(range(len(places)), places, rotation=30 if turned else 0)
+                ax.grid(False, axis="x")
+            elif log:
+                log_scale(ax, "x")
+            ax.set_ylabel(y_label)
+            if from_zero:
+                ax.set_ylim(bottom=0)
+        column[-1].set_xlabel(x_label)
+        legend(figure, entries)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=160, facecolor="white")
+        return buffer.getvalue()
+
+
+def _marks(ax: Axes, found: Curve, number: int, of: int) -> None:
+    """An entry's marks beside those of the others, each from its lowest to its highest."""
+    shift = _WIDTH * ((number + 0.5) / of - 0.5)
+    own = look(number)
+    for x, mean, low, high in zip(found.x, found.mean, found.low, found.high, strict=True):
+        if math.isfinite(low) and math.isfinite(high):
+            ax.plot([x + shift] * 2, [low, high], color=own.colour, linewidth=1.4, alpha=0.6)
+        if math.isfinite(mean):
+            ax.plot([x + shift], [mean], color=own.colour, marker=own.marker, markersize=6)

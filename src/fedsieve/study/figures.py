@@ -1,0 +1,406 @@
+"""Figures and tables of papers, each one TOML file: what it claims, what it runs, what it shows.
+
+A figure is a study (tables.py) over two more axes. Its *places* stand along the horizontal axis: a
+rank, a density, a task; its *panels* stand below each other: a data set with its model, each with
+a recipe of its own. `[[small]]` and `[[paper]]` are two lists of panels, and all that differs
+between a figure that runs here and one of the paper's sizes. What runs is a *part*: the entries at
+one panel, and at those of its places whose settings are one, as one ordinary study.
+
+`[[check]]` is what the paper claims as a comparison of numbers. docs/papers.md describes the keys.
+Nothing here needs torch.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from pydantic import Field, PositiveFloat, ValidationError, model_validator
+
+from fedsieve.data import fetch
+from fedsieve.disk import bytes_of
+from fedsieve.errors import FedSieveError, count, explain_all, nearest
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.overrides import flat, put
+from fedsieve.settings import Share, Table
+from fedsieve.study.tables import EntryTable, Seeds, Settings, Study, TuneTable
+
+Scale = Literal["small", "paper"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+Measure = Literal[
+    "score", "megabytes", "megabytes down", "megabytes up", "seconds", "memory megabytes"
+]
+MEAN = "mean"  # the place of a check that is of the mean over all places
+DATA = "{data}/"  # how a recipe's path begins that lies in the folder of --data
+SETTINGS = "settings"  # beside the figures of the papers: the recipes of their panels
+
+
+class PlaceTable(Table):
+    """A place along the axis.
+
+    x: where it stands; without one, places stand side by side
+    set: of all entries there; an entry's own settings come later, and win
+    metric: which is told there; None is the panel's
+    uplink: of `seconds`: the uplink's rate, as a share of the downlink's
+    """
+
+    name: str
+    x: float | None = None
+    set: Settings = Field(default_factory=dict)
+    metric: str | None = None
+    uplink: PositiveFloat = 1.0
+
+
+class PanelTable(Table):
+    """What the entries are run on: a recipe (of papers/settings, shipped, or a file), changed.
+
+    seeds, tune: in the place of the figure's; a tune whose grid is [] leaves all entries untuned
+    target: the score to which costs are counted; without one they are those of the whole run
+    metrics: whose mean is told at places that name none; by default the leading one
+    entries, places: only these
+    needs: what it takes beyond what its recipe names, in words
+    """
+
+    name: str
+    recipe: str
+    set: Settings = Field(default_factory=dict)
+    seeds: Seeds | None = None
+    target: Share | None = None
+    tune: TuneTable | None = None
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    entries: tuple[str, ...] | None = None
+    places: tuple[str, ...] | None = None
+    needs: str = ""
+
+
+class CheckTable(Table):
+    """A claim: a number of `left` against one of `right`, at one place or at every one.
+
+    right: another entry, or None: the same at another place
+    at: of both; or left_at and right_at. "mean" is the mean over all places
+    measure: None is the figure's
+    panel: None is all
+    least, most: bounds of left / right; above: how much more left is, at the least
+    """
+
+    says: str
+    left: str
+    right: str | None = None
+    at: str | None = None
+    left_at: str | None = None
+    right_at: str | None = None
+    measure: Measure | None = None
+    panel: str | None = None
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "CheckTable":
+        if (self.least, self.most, self.above) == (None, None, None):
+            raise ValueError("give least, most or above: the bound that is claimed")
+        if (self.left_at is None) != (self.right_at is None) or (self.at and self.left_at):
+            raise ValueError("give at, of both sides, or left_at and right_at")
+        if self.right is None and self.left_at is None:
+            raise ValueError("give right, or left_at and right_at: a number is not its own rival")
+        return self
+
+
+class Figure(Table):
+    """A figure or table of a paper.
+
+    x: what the horizontal axis is: the places, or how far a run has come
+    y: what is told of a run; of `x` other than places the leading score
+    relative_to: the entry whose y at the same place is 1
+    numbers: the paper's own: panel -> entry -> place -> number, in the unit of y (scores as shares)
+    remarks: what is other than in the paper at any scale
+    """
+
+    title: str
+    claim: str
+    x: Literal["place", "round", "megabytes", "megabytes up"] = "place"
+    x_label: str = ""
+    log: bool = False
+    y: Measure = "score"
+    relative_to: str | None = None
+    remarks: tuple[str, ...] = ()
+    seeds: Seeds = (0, 1, 2)
+    set: Settings = Field(default_factory=dict)
+    tune: TuneTable | None = None
+    entry: Annotated[tuple[EntryTable, ...], Field(min_length=1)]
+    place: Annotated[tuple[PlaceTable, ...], Field(min_length=1)] = (PlaceTable(name="all"),)
+    small: tuple[PanelTable, ...] = ()
+    paper: Annotated[tuple[PanelTable, ...], Field(min_length=1)]
+    check: tuple[CheckTable, ...] = ()
+    numbers: dict[str, dict[str, dict[str, float]]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _names_that_are_there(self) -> "Figure":
+        entries = [entry.name for entry in self.entry]
+        places = [place.name for place in self.place]
+        panels = [panel.name for panel in (*self.small, *self.paper)]
+        for check in self.check:
+            at = (check.at, check.left_at, check.right_at)
+            _refuse_unknown("check", (check.left, check.right), entries)
+            _refuse_unknown("check", at, [*places, MEAN])
+            _refuse_unknown("check", (check.panel,), panels)
+        for panel in (*self.small, *self.paper):
+            _refuse_unknown(panel.name, panel.entries or (), entries)
+            _refuse_unknown(panel.name, panel.places or (), places)
+        _refuse_unknown("numbers", self.numbers, [panel.name for panel in self.paper])
+        for rows in self.numbers.values():
+            _refuse_unknown("numbers", rows, entries)
+            for row in rows.values():
+                _refuse_unknown("numbers", row, places)
+        _refuse_unknown("relative_to", (self.relative_to,), entries)
+        return self
+
+
+class Part(NamedTuple):
+    """One study of a figure: a panel, and the places whose runs it holds."""
+
+    panel: PanelTable
+    places: tuple[PlaceTable, ...]
+    study: Study
+    folder: Path
+
+
+def _refuse_unknown(
+    where: str, given: Sequence[str | None] | Mapping[str, Any], known: Any
+) -> None:
+    for name in given:
+        if name is not None and name not in known:
+            raise ValueError(f"{where}: {name!r} is not there{nearest(name, known)}")
+
+
+def shipped() -> dict[str, str]:
+    """The figures that ship with FedSieve, by name ("flasc/fig5"), as text."""
+    found = {}
+    for paper in sorted(_papers().iterdir(), key=lambda entry: entry.name):
+        if paper.is_dir() and paper.name != SETTINGS:
+            for entry in sorted(paper.iterdir(), key=lambda entry: entry.name):
+                if entry.name.endswith(".toml"):
+                    name = f"{paper.name}/{entry.name.removesuffix('.toml')}"
+                    found[name] = entry.read_text(encoding="utf-8")
+    return found
+
+
+def load(source: str) -> Figure:
+    """A figure by its name, or a file. Raises FedSieveError, naming the key, for what is wrong."""
+    if source.endswith(".toml"):
+        try:
+            text = recipes.text_of(Path(source))
+        except (OSError, ValueError) as error:
+            raise FedSieveError(f"the figure {source} cannot be read: {error}") from error
+    else:
+        known = shipped()
+        if source not in known:
+            raise FedSieveError(f"no figure is called {source!r}{nearest(source, known)}")
+        text = known[source]
+    try:
+        return Figure.model_validate(recipes.toml(text, f"the figure {source}"))
+    except ValidationError as error:
+        raise FedSieveError(explain_all(error, source, _keys)) from error
+
+
+def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ()) -> list[Part]:
+    """What a figure runs at a scale; folder: where all of it goes; seeds: in the place of its own.
+
+    Raises FedSieveError where it has no panel of that scale.
+    """
+    panels = figure.small if scale == "small" else figure.paper
+    if not panels:
+        raise FedSieveError(
+            "this figure has no small form: give --scale paper, which needs what the list says"
+        )
+    found = []
+    for panel in panels:
+        entries = tuple(
+            entry for entry in figure.entry if panel.entries is None or entry.name in panel.entries
+        )
+        if panel.tune is not None and not panel.tune.grid:
+            entries = tuple(entry.model_copy(update={"grid": []}) for entry in entries)
+        groups: list[list[PlaceTable]] = []
+        for place in figure.place:
+            if panel.places is not None and place.name not in panel.places:
+                continue
+            alike = (group for group in groups if group[0].set == place.set)
+            if (group := next(alike, None)) is None:
+                groups.append([place])
+            else:
+                group.append(place)
+        for group in groups:
+            study = Study(
+                recipe=panel.recipe,
+                seeds=tuple(seeds) or panel.seeds or figure.seeds,
+                target=panel.target,
+                set={**figure.set, **panel.set, **group[0].set},
+                entry=entries,
+                tune=panel.tune or figure.tune,
+            )
+            below = folder / slug(panel.name)
+            if group[0].set:
+                below = below / slug(group[0].name)
+            found.append(Part(panel, tuple(group), study, below))
+    return found
+
+
+def ready(part: Part, source: str, data: Path | None) -> tuple[dict[str, Any], Study]:
+    """The recipe of a part's panel, as it is written, and its study; the paths of --data in both.
+
+    source: the figure's name or file, beside which a recipe's file may lie
+    Raises FedSieveError, saying what to do, where a file that either names is not there.
+    """
+    for path in _of_data(_whole(part, source)):
+        name = path.removeprefix(DATA)
+        if data is None:
+            raise FedSieveError(
+                f"it needs {name}, which is no part of FedSieve: give --data and the folder that "
+                "holds it"
+            )
+        if not (data / name).exists():
+            raise FedSieveError(f"there is no {name} in the folder {data}")
+    study = part.study.model_copy(update={"set": _filled(part.study.set, data)})
+    return dict(_filled(_recipe(part.panel.recipe, source), data)), study
+
+
+class Needs(NamedTuple):
+    """What a part's recipe names, by where it comes from; and what its panel says beside."""
+
+    fetched: tuple[str, ...]
+    files: tuple[str, ...]
+    hub: tuple[str, ...]
+    words: str
+
+
+def needs(part: Part, source: str) -> Needs:
+    """What has to be there before a part runs."""
+    table = _whole(part, source)
+    full: Any = recipes.parse({**table, "method": {"name": "fedit"}}, source)
+    named = (full.model.source, full.data.train, full.data.test)
+    names = dict.fromkeys(name for name in named if name and not name.startswith(DATA))
+    fetched = tuple(name for name in names if name in fetch.PACKAGES)
+    hub = tuple(name for name in names if name not in fetched and not Path(name).exists())
+    files = tuple(name.removeprefix(DATA) for name in _of_data(table))
+    return Needs(fetched, files, hub, part.panel.needs)
+
+
+def missing(found: Needs, data: Path | None) -> list[str]:
+    """What of it is not on this machine, in words. The hub is not asked."""
+    said = []
+    gone = [name for name in found.fetched if not (fetch.cache_folder() / name).is_dir()]
+    if gone:
+        said.append(f"`fedsieve fetch {' '.join(gone)}`")
+    files = [name for name in found.files if data is None or not (data / name).exists()]
+    if files:
+        said += [f"{name} in --data" for name in by_folder(files)]
+    if found.hub:
+        said += [f"{name} of the hub" for name in found.hub]
+    if found.words:
+        said.append(found.words)
+    return said
+
+
+def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
+    """What came out of a figure here, or what it needs that is not here, in words."""
+    told = folder_of(source, scale) / "figure.json"
+    if told.is_file():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return f"run here: {json.loads(bytes_of(told))['verdict']} ({told.parent})"
+    if scale == "small" and not figure.small:
+        return "none"
+    gone: dict[str, None] = {}
+    for part in parts(figure, scale, Path()):
+        gone |= dict.fromkeys(missing(needs(part, source), data))
+    return f"ready; needs {'; '.join(gone)}" if gone else "ready"
+
+
+def scale_of(name: str) -> Scale:
+    """Raises FedSieveError for a name that is none."""
+    for scale in SCALES:
+        if scale == name:
+            return scale
+    raise FedSieveError(f"--scale {name[:80]!r}: there are {' and '.join(SCALES)}")
+
+
+def folder_of(source: str, scale: Scale) -> Path:
+    """Where a figure goes by default."""
+    return Path("runs") / "papers" / f"{slug(source.removesuffix('.toml'))}-{scale}"
+
+
+def by_folder(files: Sequence[str]) -> list[str]:
+    """Files of --data in words, those of one folder together."""
+    found: dict[str, list[str]] = {}
+    for name in files:
+        found.setdefault(name.partition("/")[0], []).append(name)
+    return [
+        names[0] if len(names) == 1 else f"{top}/ ({count(len(names), 'file')})"
+        for top, names in found.items()
+    ]
+
+
+def slug(name: str) -> str:
+    """A name as a folder's."""
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-")
+
+
+def _papers() -> Any:
+    return resources.files("fedsieve") / "recipes" / "papers"
+
+
+def _recipe(name: str, source: str) -> dict[str, Any]:
+    """A panel's recipe: of the papers' settings, a file beside the figure, or a shipped one."""
+    own = _papers() / SETTINGS / f"{name}.toml"
+    if own.is_file():
+        return recipes.toml(own.read_text(encoding="utf-8"), name)
+    beside = Path(source).parent / name
+    return recipes.read(str(beside) if beside.is_file() else name)
+
+
+def _whole(part: Part, source: str) -> dict[str, Any]:
+    """The recipe of a part, less what its entries change."""
+    table = _recipe(part.panel.recipe, source)
+    for key, value in flat(part.study.set):
+        put(table, key, value, f"{source}: set.{key}")
+    return table
+
+
+def _of_data(table: Mapping[str, Any]) -> list[str]:
+    """The paths in a recipe that lie in the folder of --data."""
+    return sorted({text for text in _texts(table) if text.startswith(DATA)})
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(each)
+
+
+def _filled(value: Any, data: Path | None) -> Any:
+    """The same with `data` in the place of {data} at the beginning of a text."""
+    if isinstance(value, str) and data is not None and value.startswith(DATA):
+        return str(data / value.removeprefix(DATA))
+    if isinstance(value, Mapping):
+        return {key: _filled(each, data) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_filled(each, data) for each in value]
+    return value
+
+
+_TABLES: dict[str, type[Table]] = {
+    "entry": EntryTable,
+    "tune": TuneTable,
+    "place": PlaceTable,
+    "small": PanelTable,
+    "paper": PanelTable,
+    "check": CheckTable,
+}
+
+
+def _keys(path: Sequence[str | int]) -> list[str]:
+    return list((_TABLES.get(str(path[0]), Figure) if path else Figure).model_fields)

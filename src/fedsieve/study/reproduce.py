@@ -1,0 +1,440 @@
+"""A paper's figure, from its file to its picture: run what it needs, measure, draw, judge.
+
+Its parts are ordinary comparisons (compare.py), one after another, so all of it goes on where it
+was stopped. A run that a neighbouring figure has done already, with the very same recipe, is copied
+and not done again. A part that fails is named, and the others go on.
+"""
+
+import contextlib
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedsieve.algebra.budget import Link
+from fedsieve.clients.network import DOWNLINK, Conditions, clock, first_round
+from fedsieve.disk import refuse_link, write_whole
+from fedsieve.errors import FedSieveError, count
+from fedsieve.recipe import read as recipes
+from fedsieve.report import figure as drawing
+from fedsieve.report.read import Run, evaluations
+from fedsieve.report.series import Curve, Series, curve, gather, shown_measure, spread
+from fedsieve.run.found import settings_of
+from fedsieve.study import claims, compare
+from fedsieve.study import figures as figuring
+from fedsieve.study.claims import Finding, Verdict, number
+from fedsieve.study.compare import markdown
+from fedsieve.study.figures import (
+    MEAN,
+    CheckTable,
+    Figure,
+    Measure,
+    PanelTable,
+    Part,
+    PlaceTable,
+    Scale,
+)
+from fedsieve.study.jobs import Job, ShowRound, finished
+from fedsieve.study.parts import ASKED
+from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
+from fedsieve.tasks.words import spoken
+
+RESULT = "figure"  # .json, .md and .png
+_TOLD = 3  # claims in the last line, those that fare worst first
+_UNITS = {
+    "megabytes": "traffic, MB",
+    "megabytes down": "sent down, MB",
+    "megabytes up": "sent up, MB",
+    "seconds": "time on the wire, s",
+    "memory megabytes": "memory of a client, MB",
+}
+_X = {"round": "Round", "megabytes": "Traffic, MB", "megabytes up": "Sent up, MB"}
+
+
+class Outcome(NamedTuple):
+    """What came of a figure. rows: panel -> its table; line: the verdict, in one line."""
+
+    rows: dict[str, list[dict[str, str]]]
+    findings: list[Finding]
+    line: str
+    problems: list[str]
+    written: list[Path]
+
+
+class _Measured(NamedTuple):
+    """A panel: its runs by place and entry, and what its parts said of themselves."""
+
+    name: str
+    panel: PanelTable
+    places: list[PlaceTable]
+    runs: dict[str, dict[str, Series]]  # place -> entry -> its runs
+    entries: list[str]
+    notes: list[str]
+
+
+def run(
+    source: str,
+    scale: Scale,
+    folder: Path,
+    workers: int,
+    show: ShowRound,
+    say: Callable[[str], None],
+    *,
+    seeds: Sequence[int] = (),
+    data: Path | None = None,
+    allow_code: bool = False,
+) -> Outcome:
+    """Run a figure, and leave its picture, table and verdict in `folder`.
+
+    source: the figure's name, or its file; data: the folder of the files that its recipes name
+    Raises FedSieveError where the figure's file is not right, runner.Stopped if the user stops it.
+    """
+    figure = figuring.load(source)
+    parts = figuring.parts(figure, scale, folder, seeds)
+    problems: list[str] = []
+    measured: dict[str, _Measured] = {}
+    for part in parts:
+        of = _measured(figure, part, measured)
+        where = part.panel.name + (f", {part.places[0].name}" if part.places[0].set else "")
+        try:
+            base, study = figuring.ready(part, source, data)
+            plan = worked_out(study, base, source, part.folder, allow_code=allow_code)
+            _bring(plan, folder)
+            say(f"{where}: {len(plan.entries)} entries, into {part.folder}")
+            result = compare.run(plan, workers, show, say)
+        except FedSieveError as error:
+            problems.append(f"{where}: {error}")
+            say(f"{where}: left out: {error}")
+            continue
+        problems += [f"{where}: {each}" for each in result.problems]
+        of.notes.extend(note for note in result.notes if note not in of.notes)
+        loaded = {one.label: one for one in gather([], result.groups)} if result.groups else {}
+        for place in part.places:
+            of.runs[place.name] = loaded
+    panels = {name: _numbers(figure, of) for name, of in measured.items()}
+    asked = [check for check in figure.check if any(_asks(check, of) for of in measured.values())]
+    findings = [claims.judged(check, figure, panels) for check in asked]
+    return _written(source, scale, figure, folder, measured, panels, findings, problems)
+
+
+def _measured(figure: Figure, part: Part, known: dict[str, _Measured]) -> _Measured:
+    name = part.panel.name
+    entries = [entry.name for entry in part.study.entry]
+    fresh = _Measured(name, part.panel, [], {}, entries, [])
+    of = known.setdefault(name, fresh)
+    of.places.extend(part.places)
+    of.places.sort(key=figure.place.index)
+    return of
+
+
+def _asks(check: CheckTable, of: _Measured) -> bool:
+    """Whether a claim is of what this panel is to run; a small one may leave entries out."""
+    sides = {check.left, check.right or check.left}
+    at = {check.at, check.left_at, check.right_at} - {None, MEAN}
+    return (
+        check.panel in (None, of.name)
+        and sides <= {*of.entries}
+        and at <= {place.name for place in of.places}
+    )
+
+
+def _bring(plan: Plan, folder: Path) -> None:
+    """Copy what a figure beside this one has run with the very recipe that is asked for here."""
+    _copied(trial_jobs(plan), folder)
+    chosen = {}
+    if plan.tune is not None:
+        tuned = compare.judge(plan)
+        chosen = {n: t.trials[t.best].settings for n, t in tuned.items() if t.best is not None}
+    _copied(final_jobs(plan, chosen), folder)
+
+
+def _copied(jobs: Sequence[Job], folder: Path) -> None:
+    for job in jobs:
+        if job.folder.exists():
+            continue
+        last = f"{job.folder.parent.name}/{job.folder.name}/{ASKED}"
+        there = [*folder.parent.glob(f"*/*/{last}"), *folder.parent.glob(f"*/*/*/{last}")]
+        for asked in sorted(there):
+            with contextlib.suppress(FedSieveError):  # whatever it is, it is not what is asked for
+                refuse_link(asked)
+                refuse_link(asked.parent, folder=True)
+                own = recipes.parse(recipes.read(str(asked)), str(asked))
+                if settings_of(own) == settings_of(job.recipe) and finished(
+                    job._replace(folder=asked.parent)
+                ):
+                    job.folder.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copytree(asked.parent, job.folder, symlinks=True)
+                    break
+
+
+def _numbers(figure: Figure, of: _Measured) -> claims.Numbers:
+    """All that the figure tells of a panel: every measure that it draws or that a claim is of."""
+    asked = dict.fromkeys([figure.y, *(check.measure or figure.y for check in figure.check)])
+    return {measure: _values(figure, of, measure) for measure in asked}
+
+
+def _values(figure: Figure, of: _Measured, measure: Measure) -> dict[str, Any]:
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for entry in of.entries:
+        found[entry] = {}
+        for place in of.places:
+            one = of.runs.get(place.name, {}).get(entry)
+            runs = one.runs if one else ()
+            told = {int(r.recipe["seed"]): _value(r, measure, place, of.panel) for r in runs}
+            found[entry][place.name] = dict(sorted(told.items()))
+    if figure.relative_to is None or measure != figure.y:
+        return found
+    one_of = found.get(figure.relative_to, {})
+    return {
+        entry: {
+            place: {
+                seed: _ratio(value, one_of[place][seed])
+                for seed, value in of_place.items()
+                if seed in one_of.get(place, {})
+            }
+            for place, of_place in places.items()
+        }
+        for entry, places in found.items()
+    }
+
+
+def _ratio(value: float, one: float) -> float:
+    return math.nan if math.isinf(one) or not one else value / one
+
+
+def _value(run: Run, measure: Measure, place: PlaceTable, panel: PanelTable) -> float:
+    """One number of one run. Costs are to the target, and infinite where it was not reached."""
+    scores, target = _scores(place, panel)(run), panel.target
+    if measure == "score":
+        return scores[max(scores)] if scores else math.nan
+    if measure == "memory megabytes":
+        memory = run.clients.memory_bytes if run.clients else None
+        return math.nan if memory is None else memory / 1e6
+    last: int | None = run.rounds[-1].round
+    if target is not None:
+        last = first_round(target, scores)
+    if last is None:
+        return math.inf
+    if measure == "seconds":
+        line = Conditions(Link(DOWNLINK, DOWNLINK * place.uplink), seconds_per_step=0.0)
+        return clock(run.clients.parts, line)[last] if run.clients else math.nan
+    rounds = [each for each in run.rounds if each.round <= last]
+    down = sum(each.down_bytes for each in rounds) if measure != "megabytes up" else 0
+    up = sum(each.up_bytes for each in rounds) if measure != "megabytes down" else 0
+    return (down + up) / 1e6
+
+
+def _written(
+    source: str,
+    scale: Scale,
+    figure: Figure,
+    folder: Path,
+    measured: Mapping[str, _Measured],
+    panels: Mapping[str, claims.Numbers],
+    findings: list[Finding],
+    problems: list[str],
+) -> Outcome:
+    rows = {name: _table(figure, name, of, panels[name][figure.y]) for name, of in measured.items()}
+    line = _line(source, scale, figure, findings, panels)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / f"{RESULT}.{kind}" for kind in ("png", "md", "json")]
+    for path in written:
+        refuse_link(path)
+    drawn = [_drawn(figure, of, panels[name][figure.y]) for name, of in measured.items()]
+    if any(panel.curves for panel in drawn):
+        write_whole(written[0], _picture(figure, drawn, measured))
+    else:
+        written = written[1:]
+    text = [f"# {source}: {figure.title}\n", f"{figure.claim}\n"]
+    for name, table in rows.items():
+        text += [f"## {name}\n", markdown(table), *(f"- {n}" for n in measured[name].notes), ""]
+    text += [*(f"- {said(each)}" for each in findings), "", line, ""]
+    write_whole(folder / f"{RESULT}.md", "\n".join(text).encode())
+    told = {
+        "figure": source,
+        "scale": scale,
+        "rows": rows,
+        "settings": {name: _settings(of) for name, of in measured.items()},
+        "notes": {name: of.notes for name, of in measured.items()},
+        "values": {
+            name: {m: _plain(values) for m, values in of.items()} for name, of in panels.items()
+        },
+        "checks": [each._asdict() for each in findings],
+        "verdict": claims.of_all(findings),
+        "line": line,
+        "problems": problems,
+    }
+    write_whole(folder / f"{RESULT}.json", (json.dumps(told, indent=1) + "\n").encode())
+    return Outcome(rows, findings, line, problems, written)
+
+
+def _plain(values: Any) -> Any:
+    """JSON has neither infinity nor NaN."""
+    if isinstance(values, Mapping):
+        return {str(key): _plain(each) for key, each in values.items()}
+    return values if math.isfinite(values) else number(values)
+
+
+def _settings(of: _Measured) -> dict[str, Any]:
+    """The sizes of a panel's runs, as the first one had them."""
+    runs = [run for place in of.runs.values() for one in place.values() for run in one.runs]
+    if not runs:
+        return {}
+    recipe = runs[0].recipe
+    return {
+        "model": recipe["model"]["source"],
+        "data": recipe["data"]["train"],
+        "partition": recipe["partition"],
+        "rounds": recipe["rounds"],
+        "cohort": recipe["cohort"],
+        "target": of.panel.target,
+    }
+
+
+def _table(
+    figure: Figure, panel: str, of: _Measured, values: claims.Values
+) -> list[dict[str, str]]:
+    """A row an entry, a column a place: mean and deviation over seeds, and the paper's number."""
+    printed = figure.numbers.get(panel, {})
+    names = [place.name for place in of.places]
+    rows = []
+    for entry in of.entries:
+        cells = {"": entry}
+        for name in names:
+            cells[name] = _cell(values[entry].get(name, {}), printed.get(entry, {}).get(name))
+        if len(names) > 1 and figure.y == "score":
+            theirs = [printed.get(entry, {}).get(name) for name in names]
+            known = [each for each in theirs if each is not None]
+            mean = statistics.fmean(known) if len(known) == len(names) else None
+            cells[MEAN] = _cell(claims.over_places(values[entry], names), mean)
+        rows.append(cells)
+    return rows
+
+
+def _cell(seeds: Mapping[int, float], printed: float | None) -> str:
+    paper = "" if printed is None else f" (paper {printed:g})"
+    found = spread([*seeds.values()])
+    if found is None:
+        return f"-{paper}"
+    deviation = "" if found.deviation is None else f" ± {number(found.deviation)}"
+    return f"{number(found.mean)}{deviation if math.isfinite(found.mean) else ''}{paper}"
+
+
+def said(finding: Finding) -> str:
+    """A claim and what became of it, in one line."""
+    holding, of = finding.seeds
+    seeds = f", in {holding} of {count(of, 'seed')}" if of else ""
+    measured = f": {finding.measured}" if finding.measured else ""
+    return f"{finding.verdict}{seeds}: {finding.says}{measured}"
+
+
+def _line(
+    source: str,
+    scale: Scale,
+    figure: Figure,
+    findings: list[Finding],
+    panels: Mapping[str, claims.Numbers],
+) -> str:
+    holding = sum(each.verdict == "holds" for each in findings)
+    seeds = {
+        seed
+        for numbers in panels.values()
+        for places in numbers[figure.y].values()
+        for of_place in places.values()
+        for seed in of_place
+    }
+    order: tuple[Verdict, ...] = ("does not hold", "not clear", "not measured", "holds")
+    left_out = len(figure.check) - len(findings)
+    worst = sorted(findings, key=lambda each: order.index(each.verdict))[:_TOLD]
+    return (
+        f"{source} ({scale}, {count(len(seeds), 'seed')}): {claims.of_all(findings)}. "
+        f"The paper: {figure.claim} Here {holding} of {count(len(findings), 'claim')} hold: "
+        + "; ".join(said(each) for each in worst)
+        + (f". {left_out} more are of what this form leaves out" if left_out else "")
+    )
+
+
+def _drawn(figure: Figure, of: _Measured, values: claims.Values) -> drawing.Panel:
+    curves: dict[str, Curve] = {}
+    if figure.x == "place":
+        for entry in of.entries:
+            found = [
+                (_x(figure, place), spread([*values[entry][place.name].values()]))
+                for place in of.places
+            ]
+            told = [(x, each) for x, each in found if each is not None]
+            told = [(x, each) for x, each in told if math.isfinite(each.mean)]
+            if told:
+                columns = ([each.mean for _, each in told], [each.low for _, each in told])
+                curves[entry] = Curve([x for x, _ in told], *columns, [e.high for _, e in told])
+        return drawing.Panel(of.name, curves)
+    for place in of.places:
+        for entry, one in of.runs.get(place.name, {}).items():
+            label = entry if len(figure.place) == 1 else f"{entry}, {place.name}"
+            if all(_scores(place, of.panel)(run) for run in one.runs):
+                curves[label] = curve(one, _scores(place, of.panel), _passed(figure.x))
+    return drawing.Panel(of.name, curves)
+
+
+def _x(figure: Figure, place: PlaceTable) -> float:
+    return float(figure.place.index(place)) if _named(figure) else float(place.x or 0.0)
+
+
+def _named(figure: Figure) -> bool:
+    """Whether the places along the axis are names, and not numbers."""
+    return any(place.x is None for place in figure.place)
+
+
+def _scores(place: PlaceTable, panel: PanelTable) -> Callable[[Run], dict[int, float]]:
+    """What is told of a run by round: a metric, or the mean of the panel's."""
+
+    def told(run: Run) -> dict[int, float]:
+        leading = shown_measure([Series("", (run,))])
+        names = (place.metric,) if place.metric else panel.metrics or (leading,)
+        of = [{e.round: e.value for e in evaluations(run, name)} for name in names if name]
+        rounds = set.intersection(*map(set, of)) if of else set()
+        return {number: statistics.fmean(e[number] for e in of) for number in sorted(rounds)}
+
+    return told
+
+
+def _passed(x: str) -> Callable[[Run], dict[int, float]] | None:
+    """How far a run had come by each round."""
+    if x == "round":
+        return None
+
+    def sent(run: Run) -> dict[int, float]:
+        passed, told = 0.0, {0: 0.0}
+        for each in run.rounds:
+            passed += each.up_bytes + (each.down_bytes if x == "megabytes" else 0)
+            told[each.round] = passed / 1e6
+        return told
+
+    return sent
+
+
+def _picture(
+    figure: Figure, drawn: Sequence[drawing.Panel], measured: Mapping[str, _Measured]
+) -> bytes:
+    leading = [
+        shown_measure([one])
+        for of in measured.values()
+        for place in of.runs.values()
+        for one in place.values()
+    ]
+    score = spoken(leading[0]) if leading and leading[0] else "score"
+    y = score if figure.y == "score" or figure.x != "place" else _UNITS[figure.y]
+    if figure.relative_to and figure.x == "place":
+        y = f"{y.partition(',')[0]}, {figure.relative_to} = 1"
+    if figure.x == "place":
+        entries = [entry.name for entry in figure.entry]
+        entries = [name for name in entries if any(name in panel.curves for panel in drawn)]
+    else:
+        entries = list(dict.fromkeys(label for panel in drawn for label in panel.curves))
+    places = [p.name for p in figure.place] if figure.x == "place" and _named(figure) else []
+    x_label = figure.x_label or _X.get(figure.x, "")
+    cost = figure.x == "place" and figure.y != "score"
+    return drawing.png(drawn, entries, places, x_label, y, figure.log, cost)

@@ -1,0 +1,47 @@
+"""The keys of a study's file, by themselves: nothing here needs torch. plan.py works them out."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt
+
+from fedsieve.settings import Share, Table
+
+Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+Settings = dict[str, Any]
+Grid = dict[str, list[Any]] | list[Settings]
+
+
+class EntryTable(Table):
+    """A method and its own settings; `grid` replaces that of [tune], and [] leaves it untuned."""
+
+    name: str
+    method: str | None = None
+    set: Settings = Field(default_factory=dict)
+    seeds: Seeds | None = None
+    grid: Grid | None = None
+
+
+class TuneTable(Table):
+    """Settings to try: lists by dotted key (every combination), or a list of sets of settings."""
+
+    grid: Grid
+    seeds: Seeds = (100,)
+    set: Settings = Field(default_factory=dict)
+
+
+class Study(Table):
+    """A whole comparison."""
+
+    recipe: str
+    seeds: Seeds = (0,)
+    target: Share | None = None
+    set: Settings = Field(default_factory=dict)
+    entry: tuple[EntryTable, ...] = Field(min_length=1)
+    tune: TuneTable | None = None
+
+
+def keys_of(path: Sequence[str | int]) -> list[str]:
+    """The keys of the table at a place of a study."""
+    tables: dict[str | int, type[Table]] = {"entry": EntryTable, "tune": TuneTable}
+    return list((tables.get(path[0], Study) if path else Study).model_fields)

@@ -1,0 +1,310 @@
+"""`fedsieve reproduce`: figures as data, run, resumed, drawn and judged."""
+
+import json
+import math
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from fedsieve.errors import FedSieveError
+from fedsieve.run import rundir
+from fedsieve.study import claims, figures
+from fedsieve.study.plan import worked_out
+from fedsieve.study.tables import Grid, Study
+from tests import runs
+from tests.conftest import Command, Tiny
+
+EVERY = sorted(figures.shipped())
+Write = Callable[..., Path]
+
+
+def everything_there(folder: Path, part: figures.Part, source: str) -> Path:
+    """A folder of --data that holds, empty, what a part names."""
+    for name in figures.needs(part, source).files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+def trials_of(grid: Grid) -> int:
+    """How many trials a grid makes."""
+    return len(grid) if isinstance(grid, list) else math.prod(map(len, grid.values()))
+
+
+def first_of_each(study: Study) -> Study:
+    """The study with one trial an entry: the paper's grids would take a minute to be checked."""
+
+    def first(grid: Grid | None) -> Grid | None:
+        if isinstance(grid, dict):
+            return {key: values[:1] for key, values in grid.items()}
+        return grid and grid[:1]
+
+    entries = tuple(e.model_copy(update={"grid": first(e.grid)}) for e in study.entry)
+    tune = study.tune and study.tune.model_copy(update={"grid": first(study.tune.grid)})
+    return study.model_copy(update={"entry": entries, "tune": tune})
+
+
+@pytest.mark.parametrize("scale", figures.SCALES)
+@pytest.mark.parametrize("name", EVERY)
+def test_every_figure_is_in_order_at_both_scales(
+    name: str, scale: figures.Scale, tmp_path: Path
+) -> None:
+    """Every recipe that it would run passes the schema and its method, without data or hub."""
+    figure = figures.load(name)
+    if scale == "small" and not figure.small:
+        return
+    for part in figures.parts(figure, scale, tmp_path / "out"):
+        base, study = figures.ready(part, name, everything_there(tmp_path, part, name))
+        usual = study.tune.grid if study.tune else []
+        grids = [usual if entry.grid is None else entry.grid for entry in study.entry]
+        trials = {trials_of(grid) for grid in grids}
+        assert len(trials) == 1, "each is tuned alike"
+        plan = worked_out(first_of_each(study), base, name, part.folder)
+        assert [entry.name for entry in plan.entries] == [entry.name for entry in study.entry]
+    # What is claimed is of entries that are run at the paper's scale, and is a number there.
+    if scale == "paper":
+        panels = {panel.name: panel for panel in figure.paper}
+        for check in figure.check:
+            asked = [p for n, p in panels.items() if check.panel in (None, n)]
+            sides = {check.left, check.right or check.left}
+            of_small = check.panel is not None and not asked
+            there = any(p.entries is None or sides <= {*p.entries} for p in asked)
+            assert there or of_small, check.says
+
+
+def test_all_figures_and_tables_of_both_papers_are_there() -> None:
+    flasc = {f"flasc/fig{number}" for number in range(2, 9)}
+    tables = {"table5.1-glue", "table5.1-commonsense", "table-c1", "table-c2", "table-c3"}
+    tables |= {"table-d1", "tables-a1-a3"}
+    fslora = {f"fslora/{name}" for name in tables}
+    fslora |= {f"fslora/fig{name}" for name in ("2-3a-5", "3b-6", "3c", "4", "7")}
+    assert {*EVERY} == flasc | fslora
+
+
+@pytest.fixture
+def write(tiny: Tiny, tmp_path: Path) -> Write:
+    """Write a figure beside the recipe of its small panel, which takes a second."""
+
+    def make(**changes: Any) -> Path:
+        tiny.write(tmp_path / "tiny.toml", rounds=2, evaluation__every=1)
+        panel = {"name": "tiny", "recipe": "tiny.toml"}
+        table: dict[str, Any] = {
+            "title": "Tiny",
+            "claim": "Whatever it is.",
+            "seeds": [0, 1],
+            "entry": [{"name": "dense", "method": "fedit"}, {"name": "FSLoRA", "method": "fslora"}],
+            "small": [panel],
+            "paper": [panel],
+            **changes,
+        }
+        path = tmp_path / "figure.toml"
+        path.write_text(tomli_w.dumps(table), encoding="utf-8")
+        return path
+
+    return make
+
+
+@pytest.fixture
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts' own reports take longer than the runs."""
+    monkeypatch.setattr("fedsieve.report.write", lambda _, out, **given: [out])
+
+
+def logs(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*.jsonl")}
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_figure_from_end_to_end(write: Write, tmp_path: Path, command: Command) -> None:
+    checks = [
+        # A sketched client uploads a part of a dense one's bytes; and not the other way round.
+        {"says": "sends less", "left": "FSLoRA", "right": "dense", "most": 0.9},
+        {"says": "sends more", "left": "FSLoRA", "right": "dense", "least": 1.1},
+        {"says": "more rank, more bytes", "left": "dense", "left_at": "4", "right_at": "2"}
+        | {"above": 0.001},
+    ]
+    places = [{"name": str(r), "x": r, "set": {"lora.rank": r}} for r in (2, 4)]
+    path = write(
+        y="megabytes up", place=places, check=checks, numbers={"tiny": {"dense": {"4": 12.5}}}
+    )
+    out = tmp_path / "papers" / "one"
+    ran = command("reproduce", path, "--out", out)
+    assert (ran.code, ran.err) == (0, "")
+    told = json.loads((out / "figure.json").read_text())
+    assert [check["verdict"] for check in told["checks"]] == ["holds", "does not hold", "holds"]
+    assert [check["seeds"] for check in told["checks"]] == [[2, 2], [0, 2], [2, 2]]
+    assert told["verdict"] == "does not hold"
+    sent = told["values"]["tiny"]["megabytes up"]["dense"]["4"]["1"]
+    lines = runs.lines(out / "tiny" / "4" / "dense" / "seed-1")
+    assert sent == pytest.approx(sum(line["up_bytes"] for line in lines) / 1e6)
+    assert told["rows"]["tiny"][0]["4"].endswith("(paper 12.5)")
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    last = " ".join(ran.out.split())
+    assert f"{path} (small, 2 seeds): does not hold. The paper: Whatever it is." in last
+    assert "Here 2 of 3 claims hold: does not hold, in 0 of 2 seeds: sends more: " in last
+
+    # What is finished never runs again, in this figure or in one beside it.
+    before = logs(out)
+    assert command("reproduce", path, "--out", out).code == 0
+    assert logs(out) == before
+    ran = command("reproduce", path, "--out", tmp_path / "papers" / "two")
+    assert ran.out.count("4 runs, 4 of them done already") == 2
+    # Stopped in the middle: the run that is not there is done, and the others are not.
+    gone = out / "tiny" / "4" / "dense" / "seed-1"
+    (gone / rundir.ADAPTER / "adapter_config.json").unlink()
+    ran = command("reproduce", path, "--out", out)
+    assert "4 runs, 3 of them done already" in ran.out
+    assert logs(out) == before
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_part_that_fails_is_named_and_the_others_go_on(
+    write: Write, tmp_path: Path, command: Command
+) -> None:
+    there = {"name": "there", "recipe": "tiny.toml", "entries": ["dense", "FSLoRA"]}
+    panels = [there | {"name": "gone", "set": {"data.train": "{data}/rows.csv"}}, there]
+    check = {"says": "as good", "left": "FSLoRA", "right": "dense", "least": 0.0}
+    # What this form is without is not asked of it.
+    more = {"says": "n", "left": "other", "right": "dense", "least": 0.0}
+    entries = [{"name": n, "method": m} for n, m in (("dense", "fedit"), ("FSLoRA", "fslora"))]
+    entries.append({"name": "other", "method": "flasc"})
+    path = write(small=panels, seeds=[0], check=[check, more], entry=entries)
+    out = tmp_path / "out"
+    ran = command("reproduce", path, "--out", out)
+    assert ran.code == 1
+    assert "failed: gone: it needs rows.csv, which is no part of FedSieve: give --data" in " ".join(
+        ran.err.split()
+    )
+    told = json.loads((out / "figure.json").read_text())
+    # A claim of both panels is not measured by one of them.
+    assert told["checks"][0]["verdict"] == told["verdict"] == "not measured"
+    assert "missing: gone" in told["checks"][0]["measured"]
+    assert set(told["values"]["there"]["score"]["dense"]["all"]) == {"0"}
+    ran = command("reproduce", path, "--out", out, "--data", tmp_path)
+    assert "there is no rows.csv in the folder" in " ".join(ran.err.split())
+    # With the file in its place, the part is run, and the claim is.
+    (tmp_path / "rows.csv").write_bytes(Path(train_of(tmp_path)).read_bytes())
+    ran = command("reproduce", path, "--out", out, "--data", tmp_path)
+    assert (ran.code, ran.err) == (0, "")
+    assert json.loads((out / "figure.json").read_text())["verdict"] == "holds"
+    assert "1 more are of what this form leaves out" in " ".join(ran.out.split())
+
+
+def train_of(folder: Path) -> str:
+    train: str = tomllib.loads((folder / "tiny.toml").read_text())["data"]["train"]
+    return train
+
+
+def test_the_list_says_what_each_needs(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDSIEVE_CACHE", str(tmp_path))
+    ran = command("reproduce")
+    assert ran.code == 0
+    for name in EVERY:
+        assert f"{name}  " in ran.out
+    told = ran.out[ran.out.index("flasc/fig2") :].splitlines()
+    assert told[1].strip().startswith("small: ready; needs `fedsieve fetch minilm-l6 20newsgroups`")
+    done = tmp_path / "runs" / "papers" / "flasc-fig2-small"
+    done.mkdir(parents=True)
+    (done / "figure.json").write_text('{"verdict": "not clear"}')
+    ran = command("reproduce")
+    assert "small: run here: not clear (runs/papers/flasc-fig2-small)" in ran.out
+
+
+# --- claims
+
+FIGURE: dict[str, Any] = {
+    "title": "t",
+    "claim": "c",
+    "entry": [{"name": "a"}, {"name": "b"}],
+    "place": [{"name": "x"}, {"name": "y"}],
+    "paper": [{"name": "p", "recipe": "demo"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("check", "a", "b", "verdict", "seeds"),
+    [
+        ({"least": 0.99}, {0: 0.50, 1: 0.60}, {0: 0.50, 1: 0.60}, "holds", (2, 2)),
+        ({"least": 0.99}, {0: 0.40, 1: 0.60}, {0: 0.50, 1: 0.60}, "does not hold", (1, 2)),
+        ({"least": 0.99}, {0: 0.45, 1: 0.70}, {0: 0.50, 1: 0.60}, "not clear", (1, 2)),
+        ({"most": 0.5}, {0: 2.0}, {0: 4.0}, "holds", (1, 1)),
+        ({"most": 0.5}, {0: 2.1}, {0: 4.0}, "does not hold", (0, 1)),
+        ({"least": 0.9, "most": 1.1}, {0: 1.2}, {0: 1.0}, "does not hold", (0, 1)),
+        ({"above": 0.03}, {0: 0.54}, {0: 0.50}, "holds", (1, 1)),
+        ({"above": 0.03}, {0: 0.52}, {0: 0.50}, "does not hold", (0, 1)),
+        # Of seeds that one side alone has, nothing can be said.
+        ({"least": 1.0}, {0: 2.0, 1: 0.1}, {0: 1.0, 2: 9.0}, "holds", (1, 1)),
+        ({"least": 1.0}, {0: 2.0}, {1: 1.0}, "not measured", (0, 0)),
+        # One that never came to its target costs more than any that did; two such show nothing.
+        ({"least": 3.0}, {0: math.inf}, {0: 1.0}, "holds", (1, 1)),
+        ({"least": 3.0}, {0: 1.0}, {0: math.inf}, "does not hold", (0, 1)),
+        ({"least": 1.0}, {0: math.inf}, {0: math.inf}, "does not hold", (0, 1)),
+        ({"most": 1.0}, {0: math.inf}, {0: math.inf}, "does not hold", (0, 1)),
+        ({"most": 1.0}, {0: math.nan}, {0: 1.0}, "does not hold", (0, 1)),
+    ],
+)
+def test_claims_are_judged_by_mean_and_seed(
+    check: dict[str, float],
+    a: dict[int, float],
+    b: dict[int, float],
+    verdict: str,
+    seeds: tuple[int, int],
+) -> None:
+    given = {"says": "s", "left": "a", "right": "b", "at": "x", **check}
+    figure = figures.Figure.model_validate(FIGURE | {"check": [given]})
+    numbers: dict[str, claims.Numbers] = {"p": {"score": {"a": {"x": a}, "b": {"x": b}}}}
+    found = claims.judged(figure.check[0], figure, numbers)
+    assert (found.verdict, found.seeds) == (verdict, seeds)
+
+
+@pytest.mark.parametrize(
+    ("check", "verdict"),
+    [
+        ({"right": "b", "least": 1.0}, "does not hold"),  # at y it is not
+        ({"right": "b", "least": 1.0, "at": "x"}, "holds"),
+        ({"right": "b", "least": 1.0, "at": "mean"}, "holds"),
+        ({"left_at": "x", "right_at": "y", "above": 0.2}, "holds"),
+        ({"left_at": "y", "right_at": "x", "above": 0.0}, "does not hold"),
+        ({"right": "b", "least": 1.0, "measure": "seconds"}, "not measured"),
+    ],
+)
+def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
+    figure = figures.Figure.model_validate(
+        FIGURE | {"check": [{"says": "s", "left": "a", **check}]}
+    )
+    values = {"a": {"x": {0: 0.8}, "y": {0: 0.5}}, "b": {"x": {0: 0.6}, "y": {0: 0.6}}}
+    found = claims.judged(figure.check[0], figure, {"p": {"score": values}})
+    assert found.verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"check": [{"says": "s", "left": "c", "right": "b", "least": 1}]}, "'c' is not there"),
+        ({"check": [{"says": "s", "left": "a", "right": "b"}]}, "give least, most or above"),
+        ({"check": [{"says": "s", "left": "a", "least": 1}]}, "not its own rival"),
+        ({"check": [{"says": "s", "left": "a", "right": "b", "at": "z", "least": 1}]}, "'z'"),
+        ({"paper": [{"name": "p", "recipe": "demo", "places": ["z"]}]}, "'z' is not there"),
+        ({"numbers": {"q": {}}}, "'q' is not there"),
+        ({"y": "hours"}, "y"),
+        ({"plcae": []}, "plcae"),
+    ],
+)
+def test_a_figure_that_is_not_right(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "figure.toml"
+    path.write_text(tomli_w.dumps(FIGURE | changes))
+    with pytest.raises(FedSieveError, match=message):
+        figures.load(str(path))
+
+
+def test_names_that_are_none(command: Command) -> None:
+    assert "no figure is called 'flasc/fig' (did you mean" in command("reproduce", "flasc/fig").err
+    assert "--scale 'huge'" in command("reproduce", "flasc/fig2", "--scale", "huge").err
