@@ -83,8 +83,6 @@ def test_memory_is_that_of_the_table_of_methods(tiny: Tiny) -> None:
 
 # (what the recipe says, what is told)
 IDLE: list[tuple[dict[str, Any], str]] = [
-    ({"method": {"name": "flasc"}, "budgets": [{"share": 2}]}, "runs dense: no client"),
-    ({"method": {"name": "fslora"}, "budgets": None}, "runs dense"),
     ({"data__test": None}, "nothing is evaluated"),
     ({"evaluation__every": 9}, "before the first and after the last alone"),
     ({"data__validation": 0.1}, "nothing reads them"),

@@ -173,8 +173,8 @@ def steps_of(training: Training, client: Client) -> int:
 def idle(recipe: Recipe, experiment: Experiment) -> list[str]:
     """What of a recipe would silently do nothing, or have nothing done, a sentence each."""
     found = []
-    method, clients = experiment.federation.method, experiment.federation.clients
-    name, knobs, training = recipe.method.name, method.knobs, recipe.training
+    name, training = recipe.method.name, recipe.training
+    knobs = experiment.federation.method.knobs
     if not knobs and isinstance(recipe.budgets, ResourceBudgets):
         found.append(
             f"[budgets] choose nothing: method {name!r} has no budgets, and what clients have is "
