@@ -25,7 +25,7 @@ REACH = 1.1
 SAME = (
     'partition={ kind = "iid", clients = 40 }',
     "cohort=10",
-    "training.steps=12",
+    "training.steps=4",
     'method={ name = "fedit" }',
     "budgets=",
     "data.test_split=",
