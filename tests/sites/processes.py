@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedsieve.sites import federate
+from fedsieve.sites.here import descendants
 
 BIN = Path(sys.executable).parent
 
@@ -66,21 +67,6 @@ def end(process: "subprocess.Popen[bytes]", number: int = signal.SIGTERM) -> Non
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
     process.wait(timeout=30)
-
-
-def descendants(pid: int) -> list[int]:
-    """All processes that descend from one, as /proc knows them."""
-    parents: dict[int, list[int]] = {}
-    for place in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            fields = place.read_text().rpartition(")")[2].split()
-            parents.setdefault(int(fields[1]), []).append(int(place.parent.name))
-    found, todo = [], [pid]
-    while todo:
-        own = parents.get(todo.pop(), [])
-        found += own
-        todo += own
-    return found
 
 
 def wait_for_port(port: int, process: "subprocess.Popen[bytes]", seconds: float = 60.0) -> None:

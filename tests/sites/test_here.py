@@ -24,7 +24,6 @@ from fedsieve.tasks.examples import count, take, unasked
 from fedsieve.train.reader import load_reader
 from tests import runs
 from tests.conftest import Command, Tiny
-from tests.sites.processes import descendants
 from tests.sites.sites import quiet
 from tests.tasks.test_federated import Kind, changes, each, quietly
 
@@ -85,11 +84,19 @@ def test_what_cannot_be_divided_is_refused(tiny: Tiny, tmp_path: Path, command: 
         assert not (tmp_path / "run").exists()
 
 
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_all_of_a_federation_by_one_command_is_the_run_in_one_process(
-    tiny: Tiny, tmp_path: Path
+    tiny: Tiny, tmp_path: Path, how: signal.Signals
 ) -> None:
-    """Killed after a round and gone on with; and nothing that it began is left."""
+    """Stopped after a round and gone on with; and nothing that it began is left."""
     pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
     partition = {"kind": "dirichlet", "alpha": 1.0, "clients": 2}
     path = tiny.write(tmp_path / "r.toml", partition=partition, rounds=3, cohort=2)
@@ -105,15 +112,19 @@ def test_all_of_a_federation_by_one_command_is_the_run_in_one_process(
         try:
             while process.poll() is None:
                 assert time.monotonic() < until
-                children = descendants(process.pid) or children
+                children = here.descendants(process.pid) or children
                 begun = (run / rundir.METRICS).exists() and rundir.last_round(run) > 0
                 if begun and words[0] != "--resume":
-                    process.send_signal(signal.SIGINT)
+                    process.send_signal(how)
                     process.wait(100)
                 time.sleep(0.2)
         finally:
             process.terminate()
             process.wait(100)
-        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        until = time.monotonic() + 60
+        while any(map(_runs, children)):
+            assert time.monotonic() < until
+            time.sleep(0.2)
     assert process.returncode == 0
     runs.assert_same_adapter(tmp_path / "alone" / rundir.ADAPTER, run / rundir.ADAPTER)
+    assert not [line for line in runs.lines(run, rundir.CLIENTS) if line.get("dropped")]

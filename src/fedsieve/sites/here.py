@@ -8,6 +8,7 @@ tried here is what runs there; and what comes out is, to the bit, the run in one
 Whatever is started is ended here, with what it started itself.
 """
 
+import ctypes
 import os
 import shlex
 import signal
@@ -35,6 +36,7 @@ from fedsieve.recipe.examples import columns_of, fields_of, load_rows, prepare
 from fedsieve.recipe.experiment import locate, parts_of, set_up_resident
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
+from fedsieve.run import runner
 from fedsieve.sites import federate
 from fedsieve.sites.federate import ServerAddress
 from fedsieve.sites.found import CONFIG, CONNECTION, HOME
@@ -46,6 +48,7 @@ from fedsieve.train.reader import load_reader
 HERE = "sites"  # in the run's directory: a folder for each, and the logs of the processes
 ROWS = "rows.parquet"
 _BIN = Path(sys.executable).parent
+_PDEATHSIG = 1  # of <linux/prctl.h>
 _STARTING = 120.0  # seconds that a process has until it listens
 _ENDING = 10.0  # and to end, before it is killed
 
@@ -164,7 +167,7 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
     flower = federate.environment(folder)
     in_objects = dict([federate.OBJECTS.split("=")])
     listen = ServerAddress(port=port)
-    with ExitStack() as stack:
+    with runner.sigterm_as_ctrl_c(), ExitStack() as stack:
 
         def start(command: Sequence[object], log: Path, more: Mapping[str, str]) -> _Started:
             return stack.enter_context(_running(command, log, more))
@@ -178,9 +181,6 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
             workers[home] = start(command, home / "worker.log", own)
         for home, door in doors.items():
             _until(door.exists, workers[home])
-        words = shlex.split(federate.commands(folder, listen)[0])
-        link = [_BIN / "flower-superlink", *words[words.index("flower-superlink") + 1 :]]
-        _until(lambda: _listens(port), start(link, folder / HERE / "server.log", flower))
         for home, door in doors.items():
             node = [
                 _BIN / "flower-supernode", "--superlink", f"127.0.0.1:{port}", "--insecure",
@@ -188,6 +188,10 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
             ]  # fmt: skip
             own = {**flower, **in_objects, "FLWR_HOME": str(home / "flower")}
             start(node, home / "node.log", own)
+        # Last, so that it is ended first: to a server whose sites go, they are lost in its round.
+        words = shlex.split(federate.commands(folder, listen)[0])
+        link = [_BIN / "flower-superlink", *words[words.index("flower-superlink") + 1 :]]
+        _until(lambda: _listens(port), start(link, folder / HERE / "server.log", flower))
         say(f"{count(len(homes), 'site')} at work; what they say is in {folder / HERE}")
         yield
 
@@ -207,15 +211,39 @@ def _running(command: Sequence[object], log: Path, more: Mapping[str, str]) -> I
             stderr=subprocess.STDOUT,
             env={**os.environ, **more, "PATH": path, "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
+            preexec_fn=_ends_with_us,
         )
     try:
         yield _Started(process, log)
     finally:
+        everyone = [process.pid, *descendants(process.pid)]  # some have sessions of their own
         for number in (signal.SIGTERM, signal.SIGKILL):
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, number)  # what it began is in its session
+            for pid in everyone:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_ENDING)
+
+
+def _ends_with_us() -> None:
+    """In a process that begins: end when its parent does, also where that is killed (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes that descend from one, as /proc knows them; none where there is no /proc."""
+    parents: dict[int, list[int]] = {}
+    for place in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = place.read_text().rpartition(")")[2].split()
+            parents.setdefault(int(fields[1]), []).append(int(place.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        own = parents.get(todo.pop(), [])
+        found += own
+        todo += own
+    return found
 
 
 def _until(there: Callable[[], bool], started: _Started) -> None:
