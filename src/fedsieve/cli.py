@@ -25,7 +25,7 @@ from fedsieve.console import (
     warn,
 )
 from fedsieve.disk import place
-from fedsieve.engine.shares import starving
+from fedsieve.engine.cautions import Caution, cautioning
 from fedsieve.errors import FedSieveError, count, printable
 from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
 from fedsieve.tasks.words import spoken
@@ -963,7 +963,7 @@ class _Live:
     def __init__(self, rounds: int) -> None:
         self._rounds = rounds
         self._started = 0.0
-        self._warned = False  # that clients get nothing of B
+        self._cautions = cautioning()  # that clients get nothing of B
         self._begun: int | None = None
         self._line = ""  # of the last round
         self._bar = Progress(
@@ -998,9 +998,8 @@ class _Live:
         for receipt in receipts:
             if receipt.dropped is not None:
                 warn(f"round {summary.round}, client {receipt.client} dropped: {receipt.dropped}")
-        if not self._warned and (problem := starving(summary)):
-            warn(problem)
-            self._warned = True
+        for caution in self._cautions(summary):
+            warn(caution)
         line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
         if summary.metrics or not console.is_terminal:
             console.print(line)
@@ -1069,22 +1068,24 @@ def _go_on_with(folder: Path) -> None:
 
     One with sites on this machine has them started first.
     """
+    from fedsieve.sites import federate as federating
     from fedsieve.sites import here
 
+    command = federating.begin_again(folder)  # nothing is started of a folder that is not in order
     if not here.is_here(folder):
-        _run_flower(folder)
+        _run_flower(folder, command)
         return
+    here.check(folder)
     with here.at_work(folder, here.port_of(folder), say):
-        _run_flower(folder)
+        _run_flower(folder, command)
 
 
-def _run_flower(folder: Path) -> None:
+def _run_flower(folder: Path, command: Sequence[str]) -> None:
     import os
     import subprocess
 
     from fedsieve.sites import federate as federating
 
-    command = federating.begin_again(folder)
     done = subprocess.run(
         command, env={**os.environ, **federating.environment(folder)}, check=False
     )
@@ -1098,12 +1099,11 @@ def _run_flower(folder: Path) -> None:
 
 def _show_of_many() -> Callable[["Job", "Round"], None]:
     """A line for every evaluated round of one run among several, and what it warns of, once."""
-    warned: set[str] = set()
+    of_each: dict[str, Caution] = {}
 
     def show(job: "Job", summary: "Round") -> None:
-        if job.name not in warned and (problem := starving(summary)):
-            warned.add(job.name)
-            warn(f"{job.name}, {problem}")
+        for caution in of_each.setdefault(job.name, cautioning())(summary):
+            warn(f"{job.name}, {caution}")
         if summary.metrics:
             say(f"{job.name}  {line_of(summary, job.recipe.rounds)}")
 

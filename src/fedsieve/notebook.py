@@ -18,8 +18,8 @@ from fedsieve.data.files import Columns
 from fedsieve.disk import objects, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
+from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
-from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import arguments
 from fedsieve.recipe import read as recipes
@@ -101,6 +101,7 @@ class Run:
         self._last = rounds
         self._on_round = on_round
         self._told = 0  # of the metrics, to the callbacks
+        self._cautions = cautioning()
         self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
         first, self._progress = loop.begin(experiment.federation, experiment.start)
         self.metrics: list[Round] = [first]
@@ -109,9 +110,9 @@ class Run:
     def __iter__(self) -> Iterator[Round]:
         """Train the rounds that are left, giving each one's metrics as it ends.
 
-        Warns once if the downloads' masks let pass nothing of B (docs/methods.md). Raises
-        FedSieveError, naming it, for a callback that failed, when its round is kept: iterated
-        again, the run goes on with the next.
+        Warns once if the downloads' masks let pass nothing of B (docs/methods.md), and once if the
+        loss has not fallen in the first rounds. Raises FedSieveError, naming it, for a callback
+        that failed, when its round is kept: iterated again, the run goes on with the next.
         """
         self._tell()
         federation, memories = self._experiment.federation, self._experiment.memories
@@ -137,11 +138,10 @@ class Run:
             half = self._half
             summary = loop.evaluated(federation, half)
             self._half = None
-            problem, known = starving(summary), any(map(starving, self.metrics))
             self.metrics.append(summary)
             self.receipts.extend(half.receipts)
-            if problem and not known:  # last, for a warning may be raised
-                warnings.warn(problem, stacklevel=2)
+            for caution in self._cautions(summary):  # last, for a warning may be raised
+                warnings.warn(caution, stacklevel=2)
             self._tell()
             yield summary
 

@@ -1,10 +1,12 @@
 """`fedsieve federate --local`: rows divided over sites of this machine, and all their processes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from fedsieve.recipe.examples import load_rows, tensors
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
-from fedsieve.sites import here, resident
+from fedsieve.sites import federate, here, resident
 from fedsieve.sites import site as sites
+from fedsieve.sites.server import RoundPolicy
 from fedsieve.tasks.digest import rows_digest
 from fedsieve.tasks.examples import count, take, unasked
 from fedsieve.train.reader import load_reader
@@ -82,6 +85,61 @@ def test_what_cannot_be_divided_is_refused(tiny: Tiny, tmp_path: Path, command: 
         assert ran.code == 2
         assert said in " ".join(ran.err.split())
         assert not (tmp_path / "run").exists()
+
+
+def prepared(tiny: Tiny, folder: Path) -> Path:
+    pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
+    given, rows, budgets = here.settle(recipe.check(tiny.table()), 2)
+    listen = federate.ServerAddress(port=here.free_port())
+    federate.prepare(given, folder, RoundPolicy(2, 9.0, 9.0, 9.0), listen)
+    here.write_sites(folder, given, rows, budgets)
+    return folder
+
+
+# What somebody does to the folder -> what is said of it.
+FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "other rows": (
+        lambda run: edit(run / "sites/0000/site.toml", here.ROWS, "/etc/passwd"),
+        "is not what .* wrote",
+    ),
+    "another model": (
+        lambda run: edit(run / "sites/0001/site.toml", "bert", "other"), "is not what .* wrote",
+    ),
+    "one key more": (
+        lambda run: edit(run / "sites/0001/site.toml", "name = ", 'folder = "/tmp/x"\nname = '),
+        "is not what .* wrote",
+    ),
+    "a site's folder that is elsewhere": (lambda run: moved(run / "sites/0001"), "link"),
+    "another server": (
+        lambda run: edit(run / "flower/config.toml", "127.0.0.1", "192.0.2.1"), "no server of this",
+    ),
+    "an app of somebody's": (
+        lambda run: (run / "app/fedsieve.py").write_text("raise SystemExit(7)"), "would be run",
+    ),
+}  # fmt: skip
+
+
+def moved(path: Path) -> None:
+    path.symlink_to(path.rename(path.parents[2] / "elsewhere"))
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_nothing_is_started_of_a_folder_that_is_not_as_it_was_left(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    run = prepared(tiny, tmp_path / "run")
+    act, said = FOREIGN[kind]
+    act(run)
+    monkeypatch.setattr(here, "at_work", lambda *_: pytest.fail("it was started"))
+    ran = command("federate", "--resume", run)
+    assert ran.code == 2
+    assert re.search(said, " ".join(ran.err.split()))
 
 
 def _runs(pid: int) -> bool:

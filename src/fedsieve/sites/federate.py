@@ -43,8 +43,8 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.disk import objects, parsed, refuse_link, write_whole
+from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Federation, Receipt, Round
-from fedsieve.engine.shares import starving
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
@@ -278,7 +278,7 @@ def serve(
         tracking.check(asked)
         say(f"tracked by {tracking.where(asked, folder)}")
     board: list[Sites] = []
-    warned: list[str] = []
+    new = cautioning()
 
     def build(recipe: Recipe) -> Experiment:
         text = told.text_for_sites(folder, recipe)
@@ -292,9 +292,8 @@ def serve(
         for receipt in receipts:
             if receipt.dropped is not None:
                 say(f"round {summary.round}, site {receipt.client}: {receipt.dropped}")
-        if not warned and (problem := starving(summary)):
-            warned.append(problem)
-            say(f"warning: {problem}")
+        for caution in new(summary):
+            say(f"warning: {caution}")
         say(line_of(summary, rounds))
 
     adapter = runner.resume(folder, show, build)

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -28,7 +29,7 @@ from datasets import Dataset
 from fedsieve.algebra.budget import Budget
 from fedsieve.data import sources
 from fedsieve.data.pictures import inlined, located
-from fedsieve.disk import write_whole
+from fedsieve.disk import refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.budgets import hand_out, machines_of
@@ -36,10 +37,10 @@ from fedsieve.recipe.examples import columns_of, fields_of, load_rows, prepare
 from fedsieve.recipe.experiment import locate, parts_of, set_up_resident
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
-from fedsieve.run import runner
+from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from fedsieve.sites.federate import ServerAddress
-from fedsieve.sites.found import CONFIG, CONNECTION, HOME
+from fedsieve.sites.found import CONFIG, CONNECTION, HOME, LINK
 from fedsieve.sites.site import Rows
 from fedsieve.sites.worker import SOCKET
 from fedsieve.train.model import pick_device
@@ -47,6 +48,8 @@ from fedsieve.train.reader import load_reader
 
 HERE = "sites"  # in the run's directory: a folder for each, and the logs of the processes
 ROWS = "rows.parquet"
+SITE = "site.toml"
+_LOGS = ("worker.log", "node.log")
 _BIN = Path(sys.executable).parent
 _PDEATHSIG = 1  # of <linux/prctl.h>
 _STARTING = 120.0  # seconds that a process has until it listens
@@ -106,21 +109,52 @@ def write_sites(
     folder: Path, recipe: Recipe, rows: dict[str, Dataset], budgets: dict[str, Budget]
 ) -> None:
     """A folder for each site: its rows and its site.toml."""
-    columns = recipe.data.model_dump(mode="json", include={*Rows.model_fields}, exclude_none=True)
-    of_files = ("train", "test", "train_split", "test_split", "config", "names", "separator")
-    read = {name: value for name, value in columns.items() if name not in of_files}
     for id, own in rows.items():
         home = folder / HERE / id
         home.mkdir(mode=0o700, parents=True)
         own.to_parquet(str(home / ROWS))
-        table: dict[str, Any] = {
-            "name": id,
-            "model": str(locate(recipe.model.source)),
-            "device": recipe.device,
-            "data": {"train": ROWS, **read},
-            "budget": budgets[id]._asdict(),
-        }
-        write_whole(home / "site.toml", tomli_w.dumps(table).encode())
+        table = {**_site_of(recipe, id), "budget": budgets[id]._asdict()}
+        write_whole(home / SITE, tomli_w.dumps(table).encode())
+
+
+def _site_of(recipe: Recipe, id: str) -> dict[str, Any]:
+    """What a site's file says, less its budget."""
+    columns = recipe.data.model_dump(mode="json", include={*Rows.model_fields}, exclude_none=True)
+    of_files = ("train", "test", "train_split", "test_split", "config", "names", "separator")
+    read = {name: value for name, value in columns.items() if name not in of_files}
+    return {
+        "name": id,
+        "model": str(locate(recipe.model.source)),
+        "device": recipe.device,
+        "data": {"train": ROWS, **read},
+    }
+
+
+def check(folder: Path) -> None:
+    """Raises FedSieveError for a site's folder that is not as `write_sites` leaves it: it may come
+    from somebody else, and its file says what is read, and by which model.
+    """
+    source = folder / rundir.RECIPE
+    recipe = recipes.parse(recipes.read(str(source)), str(source))
+    refuse_link(folder / HERE, folder=True)
+    for home in _homes(folder):
+        path = home / SITE
+        for name in (home, home / "worker"):
+            refuse_link(name, folder=True)
+        for name in (path, home / ROWS, *(home / log for log in _LOGS)):
+            refuse_link(name)
+        table = recipes.toml(recipes.text_of(path), str(path))
+        table.pop("budget", None)
+        if table != _site_of(recipe, home.name):
+            raise FedSieveError(
+                f"{path} is not what `fedsieve federate --local` wrote: put it back, or begin anew"
+            )
+    port_of(folder)
+
+
+def _homes(folder: Path) -> list[Path]:
+    """The sites' folders."""
+    return sorted(path.parent for path in (folder / HERE).glob(f"*/{SITE}"))
 
 
 def is_here(folder: Path) -> bool:
@@ -135,10 +169,12 @@ def port_of(folder: Path) -> int:
     path = folder / HOME / CONFIG
     table = recipes.toml(recipes.text_of(path), str(path))
     try:
-        address = table["superlink"][CONNECTION]["address"]
-        return int(str(address).rpartition(":")[2])
+        host, _, port = str(table["superlink"][CONNECTION]["address"]).rpartition(":")
+        if host == ServerAddress().host:
+            return int(port)
     except (KeyError, TypeError, ValueError):
-        raise FedSieveError(f"{path} names no server: begin a new federation") from None
+        pass
+    raise FedSieveError(f"{path} names no server of this machine: begin a new federation")
 
 
 def free_port() -> int:
@@ -162,12 +198,15 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
 
     Raises FedSieveError, with its log's place, for a process that does not start.
     """
-    homes = sorted(path.parent for path in (folder / HERE).glob("*/site.toml"))
+    homes = _homes(folder)
     threads = str(max(1, (os.cpu_count() or 1) // len(homes)))
     flower = federate.environment(folder)
     in_objects = dict([federate.OBJECTS.split("=")])
     listen = ServerAddress(port=port)
-    with runner.sigterm_as_ctrl_c(), ExitStack() as stack:
+    # What Flower finds in a node's FLWR_HOME, and waiting in its database, it runs: so there is
+    # nothing, each time.
+    empty = tempfile.TemporaryDirectory(prefix="fedsieve-")
+    with runner.sigterm_as_ctrl_c(), empty as nodes, ExitStack() as stack:
 
         def start(command: Sequence[object], log: Path, more: Mapping[str, str]) -> _Started:
             return stack.enter_context(_running(command, log, more))
@@ -176,7 +215,7 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
         workers = {}
         for home, door in doors.items():
             door.unlink(missing_ok=True)  # of a worker that was killed
-            command = [sys.executable, "-P", "-m", "fedsieve", "worker", home / "site.toml"]
+            command = [sys.executable, "-P", "-m", "fedsieve", "worker", home / SITE]
             own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
             workers[home] = start(command, home / "worker.log", own)
         for home, door in doors.items():
@@ -186,10 +225,11 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
                 _BIN / "flower-supernode", "--superlink", f"127.0.0.1:{port}", "--insecure",
                 "--port", str(free_port()), "--node-config", f'socket="{door}"',
             ]  # fmt: skip
-            own = {**flower, **in_objects, "FLWR_HOME": str(home / "flower")}
+            own = {**flower, **in_objects, "FLWR_HOME": str(Path(nodes) / home.name)}
             start(node, home / "node.log", own)
         # Last, so that it is ended first: to a server whose sites go, they are lost in its round.
         words = shlex.split(federate.commands(folder, listen)[0])
+        words[words.index("--database") + 1] = str(Path(nodes) / LINK)
         link = [_BIN / "flower-superlink", *words[words.index("flower-superlink") + 1 :]]
         _until(lambda: _listens(port), start(link, folder / HERE / "server.log", flower))
         say(f"{count(len(homes), 'site')} at work; what they say is in {folder / HERE}")

@@ -1,0 +1,41 @@
+"""What to say, once in a run, of how its rounds go. Needs no torch: whoever shows a run can."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fedsieve.engine.shares import starving
+
+if TYPE_CHECKING:
+    from fedsieve.engine.loop import Round
+
+STILL = 5  # rounds in which a training loss falls, if rates are near what they should be
+_NOTHING = 1e-3  # of a loss, from where none has to fall
+_FALLEN = 0.01  # of what it was in the first: less is no fall
+
+Caution = Callable[["Round"], list[str]]
+
+
+def cautioning() -> Caution:
+    """A function that is told of each round of a run, in order, and says what is new to say."""
+    said: set[str] = set()
+    losses: list[float] = []
+
+    def of(summary: "Round") -> list[str]:
+        if summary.round and summary.loss is not None:
+            losses.append(summary.loss)
+        found = {"starving": starving(summary), "still": _still(summary, losses)}
+        new = {name: text for name, text in found.items() if text and name not in said}
+        said.update(new)
+        return list(new.values())
+
+    return of
+
+
+def _still(summary: "Round", losses: list[float]) -> str | None:
+    if len(losses) != STILL or losses[0] < _NOTHING or min(losses[1:]) < losses[0] * (1 - _FALLEN):
+        return None
+    return (
+        f"round {summary.round}: the training loss has not fallen in {STILL} rounds "
+        f"({losses[0]:.3f} in the first, {losses[-1]:.3f} now): what helps first is another "
+        "training.lr or server.lr (docs/recipes.md, Rates that worked)"
+    )
