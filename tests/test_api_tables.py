@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import peft
 import pytest
+import safetensors.torch
 import torch
 from datasets import Dataset
 from flwr_datasets import FederatedDataset
@@ -282,6 +283,15 @@ def edited(folder: Path, to: Path, **changes: Any) -> Path:
     return to
 
 
+def reshaped(folder: Path, to: Path, change: Callable[[Any], Any]) -> Path:
+    """A copy of an adapter whose A is something else."""
+    path = edited(folder, to) / "adapter_model.safetensors"
+    held = safetensors.torch.load_file(path)
+    changed = {n: change(t).contiguous() if "lora_A" in n else t for n, t in held.items()}
+    safetensors.torch.save_file(changed, path)
+    return to
+
+
 def test_an_adapter_that_does_not_fit_is_refused(
     tiny: Tiny, first: tuple[fedsieve.Run, Path], tmp_path: Path
 ) -> None:
@@ -309,7 +319,18 @@ def test_an_adapter_that_does_not_fit_is_refused(
         (edited(folder, tmp_path / "a", alpha_pattern={"query": 2}), {}, "has a alpha_pattern"),
         (edited(folder, tmp_path / "b", use_dora=True), {}, "trained with use_dora"),
         (edited(folder, tmp_path / "c", peft_type="IA3"), {}, "is of type 'IA3'"),
-        (edited(folder, tmp_path / "d", r="many"), {}, "says neither r nor lora_alpha"),
+        (edited(folder, tmp_path / "d", r="many"), {}, "says no r that is a number"),
+        (edited(folder, tmp_path / "e", r=True), {}, "says no r that is a number"),
+        (
+            edited(folder, tmp_path / "f", r=8),
+            {},
+            r"has rank 4, and .* says r = 8",
+        ),
+        (edited(folder, tmp_path / "g", lora_alpha=10**400), {}, "says no lora_alpha"),
+        (edited(folder, tmp_path / "h", lora_alpha=float("nan")), {}, "says no lora_alpha"),
+        (reshaped(folder, tmp_path / "i", lambda t: t[:2]), {}, "lora_A.weight has rank 2"),
+        (reshaped(folder, tmp_path / "j", lambda t: t.to(torch.int64)), {}, "no floating-point"),
+        (reshaped(folder, tmp_path / "k", lambda t: t.repeat(1, 10**5)), {}, "more than .* bytes"),
     ]
     for start, given, said in cases:
         given = {"clients": [rows(30, 1)], **given}
@@ -480,6 +501,37 @@ def test_a_run_that_was_kept_goes_on_as_if_it_had_never_stopped(
             other.go_on(tmp_path / "kept")
     with pytest.raises(FedSieveError, match=r"holds no checkpoint"):
         finetune(tiny, clients, method, **given).go_on(tmp_path / "nowhere")
+    for key, value, said in (
+        ("norm_bound", 7.0, r"federation\.norm_bound was"),
+        ("evaluate_every", 2, r"evaluation\.every was 1"),
+    ):
+        other = finetune(tiny, clients, method, **{**given, key: value})
+        with pytest.raises(FedSieveError, match=said):
+            other.go_on(tmp_path / "kept")
+
+
+def test_what_is_kept_is_never_replaced_by_another_run(tiny: Tiny, tmp_path: Path) -> None:
+    clients = [rows(16, n) for n in range(2)]
+    run = finetune(tiny, clients, rounds=2).finish()
+    run.keep(tmp_path / "kept")
+    runs.start(tiny, tmp_path / "run", rounds=1)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "links" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    for folder, other, said in (
+        (
+            "kept",
+            finetune(tiny, clients, rounds=2),
+            "holds round 2 of this run",
+        ),
+        ("kept", finetune(tiny, clients, rounds=2, seed=1), "holds another run"),
+        ("run", run, "holds another run"),
+        ("links", run, "link"),
+    ):
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        with pytest.raises(FedSieveError, match=said):
+            other.keep(tmp_path / folder)
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_the_public_names_are_listed() -> None:

@@ -239,12 +239,17 @@ def finetune(
         "seed": seed,
         "model": {"source": str(model), "task": task},
         "lora": _plain(lora),
-        "training": {"by": "a function"} if function is not None else _plain(training),
+        "training": _plain(training) if function is None else {"by": _called(function)},
+        "evaluation": {
+            "every": int(evaluate_every),
+            **({} if metric is None else {"metric": metric}),
+        },
         "federation": {
             "clients": len(examples),
             "rows": _digest(examples, allowed),
             "sampling": asdict(sampling),
             "server": dict(method.server.table),
+            "norm_bound": _bound(norm_bound, method),
         },
     }
     return Run(experiment, rounds, reading, settings, callbacks)
@@ -297,6 +302,10 @@ def _digest(examples: Mapping[str, Examples], budgets: Mapping[str, Budget]) -> 
             said = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
             digest.update(said)
     return digest.hexdigest()
+
+
+def _called(function: Function) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
 
 
 def _plain(settings: Lora | Training) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.data import given, templates
 from fedsieve.data.files import Columns
-from fedsieve.disk import objects, write_whole
+from fedsieve.disk import objects, refuse_link, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.cautions import cautioning
@@ -276,8 +276,7 @@ class Run:
         the method's noise is fresh (noise_from="system"): a round done again would be spent twice.
         """
         place = self._keeping(folder, "keep")
-        if not (place / rundir.CHECKPOINTS).is_dir():
-            rundir.refuse(place)
+        _refuse_another_run(place, self._text(), self._progress.round)
         snapshot = Snapshot(
             self._progress,
             dict(self._experiment.memories),
@@ -313,13 +312,13 @@ class Run:
         _refuse_other_settings(place, snapshot.recipe or "", self._text())
         refuse_another(place, experiment, snapshot)
         known = snapshot.progress.round - (snapshot.half is not None)
-        logs = [
-            [row for _, row in objects(place / log) if row and row["round"] <= known]
-            for log in (rundir.METRICS, rundir.CLIENTS)
-        ]
         try:
+            logs = [
+                [row for _, row in objects(place / log) if row and row["round"] <= known]
+                for log in (rundir.METRICS, rundir.CLIENTS)
+            ]
             metrics, receipts = [Round(**r) for r in logs[0]], [Receipt(**r) for r in logs[1]]
-        except TypeError as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise FedSieveError(f"go_on: the logs in {place} are not as kept: {error}") from error
         if [each.round for each in metrics] != [*range(known + 1)]:
             raise FedSieveError(f"go_on: {place / rundir.METRICS} lacks rounds: it was changed")
@@ -358,6 +357,25 @@ class Run:
             precision=reading.precision,
             lead=reading.lead,
         )
+
+
+def _refuse_another_run(folder: Path, settings: str, number: int) -> None:
+    """Raises FedSieveError where a folder holds another run than of these settings, as TOML, or a
+    later round of it: neither could be gone on with afterwards.
+    """
+    for name in (*rundir.LOGS, rundir.CHECKPOINTS):
+        refuse_link(folder / name, folder=name == rundir.CHECKPOINTS)
+    found = checkpoint.notes(folder / rundir.CHECKPOINTS)
+    if not found:
+        rundir.refuse(folder)
+    for note in found[:1]:
+        if note.recipe != settings:
+            raise FedSieveError(f"keep: {folder} holds another run: choose another folder")
+        if note.round > number:
+            raise FedSieveError(
+                f"keep: {folder} holds round {note.round} of this run, and it stands at {number}: "
+                "`go_on` from there, or choose another folder"
+            )
 
 
 def _refuse_other_settings(folder: Path, then: str, now: str) -> None:

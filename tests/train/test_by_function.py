@@ -220,6 +220,7 @@ def test_the_model_and_what_is_random_are_as_they_were(tiny: Tiny) -> None:
     resident, key = resident_of(tiny), Key(0, 1, "north")
     config = resident.model.config.to_dict()
     state = torch.get_rng_state(), random.getstate(), of_numpy()
+    scales = {s for layer in resident.loras for s in layer.scaling.values()}
     drawn = []
 
     def messy(model: Any, rows: Dataset, seed: int) -> None:
@@ -230,6 +231,12 @@ def test_the_model_and_what_is_random_are_as_they_were(tiny: Tiny) -> None:
         model.base_model.model.gradient_checkpointing_enable()
         assert by_function._checkpoints(model)
         model.forward = lambda **_: None
+        layer = model.base_model.model.bert.encoder.layer[0]
+        layer.forward = lambda *_: None
+        layer.register_forward_hook(lambda *_: None)
+        scaling = layer.attention.self.query.scaling
+        scaling.update(dict.fromkeys(scaling, 9.0))
+        torch.set_default_dtype(torch.float64)
         for parameter in model.parameters():
             parameter.requires_grad_(True)
 
@@ -240,7 +247,10 @@ def test_the_model_and_what_is_random_are_as_they_were(tiny: Tiny) -> None:
     assert one.steps == 0
     assert resident.model.config.to_dict() == config
     assert not by_function._checkpoints(resident.model)
-    assert "forward" not in vars(resident.model)
+    assert not any("forward" in vars(module) for module in resident.model.modules())
+    assert not any(module._forward_hooks for module in resident.model.modules())
+    assert {s for layer in resident.loras for s in layer.scaling.values()} == scales
+    assert torch.get_default_dtype() is torch.float32
     assert not any(p.requires_grad or p.grad is not None for p in resident.model.parameters())
     assert torch.equal(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1]
@@ -259,6 +269,35 @@ def wrecking(model: Any, rows: Dataset, seed: int) -> None:
         model.base_model.model.bert.embeddings.word_embeddings.weight.add_(1)
 
 
+def by_data(model: Any, rows: Dataset, seed: int) -> None:
+    """What torch does not count."""
+    model.base_model.model.bert.embeddings.word_embeddings.weight.data.add_(1)
+
+
+def by_numpy(model: Any, rows: Dataset, seed: int) -> None:
+    model.base_model.model.bert.embeddings.word_embeddings.weight.detach().numpy()[:] += 1
+
+
+def replacing(model: Any, rows: Dataset, seed: int) -> None:
+    layer = model.base_model.model.bert.embeddings.word_embeddings
+    layer.weight = torch.nn.Parameter(layer.weight.detach() + 1)
+
+
+def another_layer(model: Any, rows: Dataset, seed: int) -> None:
+    model.base_model.model.bert.embeddings.word_embeddings = torch.nn.Embedding(9, 16)
+
+
+def merging(model: Any, rows: Dataset, seed: int) -> None:
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.add_(1)
+    model.merge_adapter()
+
+
+def halving(model: Any, rows: Dataset, seed: int) -> None:
+    model.to(torch.bfloat16)
+
+
 def raising(model: Any, rows: Dataset, seed: int) -> None:
     raise KeyError("col\numn")
 
@@ -274,6 +313,13 @@ def resizing(model: Any, rows: Dataset, seed: int) -> None:
     [
         (raising, r"failed: KeyError: 'col\\numn'"),
         (wrecking, "changed .*word_embeddings.*all clients share"),
+        (by_data, "changed .*word_embeddings.*all clients share"),
+        (by_numpy, "changed .*word_embeddings.*all clients share"),
+        (replacing, "changed .*word_embeddings.*all clients share"),
+        (another_layer, "changed .*word_embeddings.*all clients share"),
+        (merging, "changed .*base_layer.*not merge the adapter"),
+        (halving, "changed .*all clients share"),
+        (lambda model, rows, seed: 10**400, "returned a int"),
         (resizing, r"left .*lora_B.* in the shape \(2, 4\), and it was \(16, 4\)"),
         (lambda model, rows, seed: "well", "returned a str"),
         (fedsieve.with_trainer(lambda model, rows, seed: None), "a trainer is needed, .* NoneType"),

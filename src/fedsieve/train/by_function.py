@@ -9,6 +9,7 @@ One model serves all clients, so what such libraries leave in a model does not s
 the configuration, wrapped forward passes, gradients and checkpointing are put back as they were.
 """
 
+import copy
 import importlib
 import inspect
 import math
@@ -158,14 +159,18 @@ def fit(
             if isinstance(error, FedSieveError):
                 said = str(error)
             raise FedSieveError(f"{where}: the function that trains failed: {said}") from error
-    if odd := [n for n, tensor, version in frozen if tensor._version != version]:
+    after = _frozen(model, parameters)
+    if odd := [name for name in frozen | after if frozen.get(name) != after.get(name)]:
         raise FedSieveError(
             f"{where}: the function that trains changed {odd[0]}, which all clients share: it may "
-            "move what requires gradients alone; begin the run again"
+            "move what requires gradients alone (and not merge the adapter into the base); begin "
+            "the run again"
         )
     trained = dict(resident.parameters())
     tensors = {}
     for name, own in view.adapter.tensors.items():
+        if name not in trained or not trained[name].is_floating_point():
+            raise FedSieveError(f"{where}: the function that trains left no numbers in {name}")
         value = trained[name].detach().cpu().float()
         if value.shape != own.shape:
             raise FedSieveError(
@@ -218,7 +223,7 @@ def _loss(told: object, where: str) -> float | None:
         return None
     try:
         return float(told)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise FedSieveError(
             f"{where}: the function that trains returned a {type(told).__name__}: return the mean "
             "loss, or nothing"
@@ -226,16 +231,29 @@ def _loss(told: object, where: str) -> float | None:
 
 
 class _Frozen(NamedTuple):
-    name: str
-    tensor: Tensor
+    """A tensor that nobody may change: which, torch's count of the changes to it, and a sum of its
+    bits, for those that torch does not count (`.data`, NumPy, one in another's place).
+    """
+
+    id: int
+    dtype: torch.dtype
     version: int
+    bits: int
 
 
-def _frozen(model: nn.Module, parameters: dict[str, Tensor]) -> list[_Frozen]:
-    """What nobody may change, with torch's count of the changes to it."""
+def _frozen(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, _Frozen]:
+    """By name, also of the modules: whoever puts another in a place changes it too."""
     own = {id(p) for p in parameters.values()}
     named = [*model.named_parameters(), *model.named_buffers()]
-    return [_Frozen(n, t, t._version) for n, t in named if id(t) not in own]
+    found = {n: _Frozen(id(t), t.dtype, t._version, _bits(t)) for n, t in named if id(t) not in own}
+    modules = {f"the module {n}": id(module) for n, module in model.named_modules()}
+    return found | {n: _Frozen(i, torch.float32, 0, 0) for n, i in modules.items()}
+
+
+def _bits(tensor: Tensor) -> int:
+    flat = tensor.detach().contiguous().flatten()
+    wide = {8: torch.int64, 4: torch.int32, 2: torch.int16}.get(flat.element_size(), torch.uint8)
+    return int(flat.view(wide).sum(dtype=torch.int64)) if flat.numel() else 0
 
 
 @contextmanager
@@ -245,7 +263,8 @@ def _as_it_was(resident: ResidentModel) -> Iterator[None]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     configs = [(each, dict(vars(each))) for each in _configs(base)]
-    forwards = [(each, vars(each).get("forward")) for each in (model, base)]
+    modules = [(each, _settings(each)) for each in model.modules()]
+    dtype = torch.get_default_dtype()
     checkpointing = _checkpoints(base)
     # A trainer calls `train()` before each step, and batch norm is not to learn (mode.py).
     still = [m for m in model.modules() if isinstance(getattr(m, "running_mean", None), Tensor)]
@@ -265,10 +284,10 @@ def _as_it_was(resident: ResidentModel) -> Iterator[None]:
         np.random.set_state(states[1])  # noqa: NPY002
         for module in still:
             vars(module).pop("train", None)
-        for module, forward in forwards:
+        for module, before in modules:
             vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+            vars(module).update(before)
+        torch.set_default_dtype(dtype)
         if _checkpoints(base) and not checkpointing:
             # transformers is to drop the older name with 6, and has the newer only of late.
             off = getattr(base, "activation_checkpointing_disable", None)
@@ -282,6 +301,17 @@ def _as_it_was(resident: ResidentModel) -> Iterator[None]:
         if any(p.device.type != resident.device.type for _, p in resident.parameters()):
             model.to(resident.device)  # a trainer chose another
         model.eval()
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A module's own forward pass, its hooks, and a pair's scale: what others may leave changed."""
+    found = {}
+    for name, value in vars(module).items():
+        if name.endswith("_hooks") or name == "scaling":
+            found[name] = copy.copy(value)
+        elif name == "forward":
+            found[name] = value
+    return found
 
 
 def _checkpoints(base: nn.Module) -> bool:

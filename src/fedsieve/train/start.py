@@ -8,6 +8,7 @@ the digest by which checkpoints and workers know that they are of one run.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,11 +22,14 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.method import Method
 from fedsieve.disk import bytes_of, place
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, printable
+from fedsieve.settings import is_number
 from fedsieve.train.model import LABELS, ResidentModel
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST = 1 << 23  # bytes of either file of JSON
+_HEADER = 1 << 23  # and of what stands before the weights
+_MOST_RANK, _MOST_ALPHA = 1 << 20, 1e9
 # Ways to begin that change the base too: such an adapter is nothing without what they left of it.
 _OTHER_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
@@ -42,7 +46,8 @@ def begun(resident: ResidentModel, folder: str, method: Method) -> ResidentModel
             "lora.start: this method trains no adapter to begin from: leave it out, or merge the "
             "adapter into the base"
         )
-    config, given = _read(folder, where)
+    numbers = sum(math.prod(shape) for shape in resident.layout.shapes.values())
+    config, given = _read(folder, where, 8 * numbers + _HEADER)
     _refuse_other_classes(resident, place(folder) / LABELS, where)
     adapter = _fitted(resident, config, given, where)
     tree = method.init(adapter).trees["adapter"]
@@ -57,8 +62,8 @@ def begun(resident: ResidentModel, folder: str, method: Method) -> ResidentModel
     return replace(resident, digest=resident.digest._replace(start=_digest(adapter.tensors)))
 
 
-def _read(folder: str, where: str) -> tuple[Mapping[str, Any], Tree]:
-    """What a folder says of its adapter, and the tensors."""
+def _read(folder: str, where: str, most: int) -> tuple[Mapping[str, Any], Tree]:
+    """What a folder says of its adapter, and the tensors. most: bytes that these may have"""
     at = place(folder)
     for name in (_CONFIG, _WEIGHTS):
         if not (at / name).is_file():
@@ -68,19 +73,22 @@ def _read(folder: str, where: str) -> tuple[Mapping[str, Any], Tree]:
             )
     try:
         config = json.loads(bytes_of(at / _CONFIG, _LARGEST))
-        tensors = safetensors.torch.load(bytes_of(at / _WEIGHTS))
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        tensors = safetensors.torch.load(bytes_of(at / _WEIGHTS, most))
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
         said = " ".join(str(error).split())[:200]
         raise FedSieveError(f"{where} cannot be read: {said}") from error
     if not isinstance(config, dict):
         raise FedSieveError(f"{where} cannot be read: {_CONFIG} holds no table")
+    if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise FedSieveError(f"{where}: {printable(odd[0])} holds no floating-point numbers")
     return config, {name: tensor.float() for name, tensor in tensors.items()}
 
 
 def _fitted(resident: ResidentModel, config: Mapping[str, Any], given: Tree, where: str) -> Adapter:
     """The tensors at the run's rank and scale."""
     layout, fresh = resident.layout, resident.adapter().tensors
-    times = _scale(config, where) / layout.scale
+    rank, scale = _rank_and_scale(config, where)
+    times = scale / layout.scale
     tensors: Tree = {}
     for name in layout.names:
         if name not in given:
@@ -92,6 +100,10 @@ def _fitted(resident: ResidentModel, config: Mapping[str, Any], given: Tree, whe
             raise FedSieveError(f"{where}: {name} holds numbers that are not finite")
         _, axis = layout.rank_axis.get(name, (0, None))
         shape, own = tuple(given[name].shape), tuple(layout.shapes[name])
+        if axis is not None and len(shape) == len(own) and shape[axis] != rank:
+            raise FedSieveError(
+                f"{where}: {name} has rank {shape[axis]}, and {_CONFIG} says r = {rank}"
+            )
         if axis is not None and len(shape) == len(own) and shape[axis] > own[axis]:
             raise FedSieveError(
                 f"{where} has rank {shape[axis]} ({name}), and lora.rank is {own[axis]}: raise it"
@@ -119,8 +131,10 @@ def _filled(fresh: Tensor, value: Tensor, axis: int) -> Tensor:
     return whole
 
 
-def _scale(config: Mapping[str, Any], where: str) -> float:
-    """s of its s B A. Raises FedSieveError where it is not one, or is not all that there is."""
+def _rank_and_scale(config: Mapping[str, Any], where: str) -> tuple[int, float]:
+    """r, and s of its s B A. Raises FedSieveError where they are not one of each, or not all that
+    there is.
+    """
     if config.get("peft_type") != "LORA":
         raise FedSieveError(f"{where} is of type {config.get('peft_type')!r}, and LORA is needed")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -131,9 +145,11 @@ def _scale(config: Mapping[str, Any], where: str) -> float:
         what = "use_dora" if config.get("use_dora") else f"init_lora_weights {began!r}"
         raise FedSieveError(f"{where} was trained with {what}, so it is more than its pairs")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
-        raise FedSieveError(f"{where}: {_CONFIG} says neither r nor lora_alpha as numbers")
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    if type(rank) is not int or not 0 < rank < _MOST_RANK:
+        raise FedSieveError(f"{where}: {_CONFIG} says no r that is a number of ranks")
+    if alpha is None or not is_number(alpha) or not abs(alpha) <= _MOST_ALPHA:
+        raise FedSieveError(f"{where}: {_CONFIG} says no lora_alpha that is a usable number")
+    return rank, float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
 
 
 def _refuse_other_classes(resident: ResidentModel, path: Path, where: str) -> None:
@@ -145,8 +161,8 @@ def _refuse_other_classes(resident: ResidentModel, path: Path, where: str) -> No
         return  # only what FedSieve wrote says it
     if resident.classes and theirs != resident.classes:
         raise FedSieveError(
-            f"{where} tells the classes {', '.join(theirs)[:80]}, in this order, and this run "
-            f"{', '.join(resident.classes)[:80]}: give `classes` as the adapter has them"
+            f"{where} tells the classes {printable(', '.join(theirs)[:80])}, in this order, and "
+            f"this run {', '.join(resident.classes)[:80]}: give `classes` as the adapter has them"
         )
 
 
