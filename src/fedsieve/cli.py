@@ -281,6 +281,7 @@ def resume(
     planned = recipes.parse(recipes.read(source), source)
     if not allow_code:
         recipes.refuse_code(planned.method.name, source)
+        recipes.refuse_function(planned.training.function, source)
     if rounds is not None:
         planned = planned.model_copy(update={"rounds": rounds})
     tracking.check(planned.tracking)

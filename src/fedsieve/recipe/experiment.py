@@ -27,7 +27,7 @@ from fedsieve.clients.privacy import (
 from fedsieve.clients.resources import Resources
 from fedsieve.clients.sampling import check as check_sampling
 from fedsieve.data import fetch, partition
-from fedsieve.data.partition import Partition
+from fedsieve.data.partition import Partition, Rows
 from fedsieve.disk import place
 from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
@@ -340,25 +340,8 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     notes = [*([note] if note else []), *unused(recipe)]
     for note in notes:
         warnings.warn(note, stacklevel=2)
-    data = recipe.data
-    divided = recipe.partition.column or recipe.partition.by
-    rows = load_rows(data, data.train, data.train_split, divided)
-    rows, left_out = _without_bad_clients(recipe, rows, tokenizer)
-    clients = recipe.partition.column if recipe.evaluation.by_client else None
-    if recipe.evaluation.by_client and clients is None:
-        raise FedSieveError(
-            "evaluation.by_client: it needs partition.kind = 'column', which says whose each row is"
-        )
-    test_rows = None
-    on_validation = recipe.evaluation.on == "validation"
-    if not on_validation and (data.test is not None or data.test_split is not None):
-        test_rows = load_rows(data, data.test or data.train, data.test_split, clients)
-    more_rows = load_more(data) if test_rows is not None else {}
-    try:
-        prepared = prepare(recipe, rows, test_rows, tokenizer, clients, more_rows)
-    except FedSieveError as error:
-        raise FedSieveError(f"{error}{also(left_out)}") from error
-    examples = prepared.train
+    rows, left_out, prepared = _read(recipe, tokenizer)
+    data, examples = recipe.data, prepared.train
     if recipe.privacy is None and (full := reaching(examples, data.max_length)):
         cut = (
             f"{full:,} of {count(examples):,} training texts reach data.max_length "
@@ -366,7 +349,7 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
         )
         notes.append(cut)
         warnings.warn(cut, stacklevel=2)
-    if on_validation and prepared.test is None:
+    if recipe.evaluation.on == "validation" and prepared.test is None:
         raise FedSieveError("data.validation: none of the rows held back can be used")
     if prepared.classes:
         data = data.model_copy(update={"classes": prepared.classes})
@@ -393,7 +376,6 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     check_rows(resident, examples, prepared.test, *prepared.more.values())
     machines = machines_of(recipe, counts)
-    owned = parts if recipe.partition.kind == "column" else {}
     experiment = assemble(
         resident,
         method,
@@ -422,8 +404,46 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
             recipe, resident, examples, parts, source, trust_remote_code=trust_remote_code
         ),
     )
+    return dataclasses.replace(experiment, rows=_digest(recipe, rows, prepared))
+
+
+def digest_of_rows(recipe: Recipe, *, trust_remote_code: bool = False) -> RowsDigest:
+    """What `from_recipe` says of its rows, without the model. Raises FedSieveError as it does."""
+    source, task = locate(recipe.model.source), recipe.model.task
+    reader, _ = load_reader(source, task, trust_remote_code=trust_remote_code)
+    rows, _, prepared = _read(recipe, reader)
+    return _digest(recipe, rows, prepared)
+
+
+def _read(recipe: Recipe, reader: Reader) -> tuple[Dataset, dict[str, str], Prepared]:
+    """The rows, the clients whose cannot be used and why, and the examples that the others make."""
+    data, on_validation = recipe.data, recipe.evaluation.on == "validation"
+    divided = recipe.partition.column or recipe.partition.by
+    rows = load_rows(data, data.train, data.train_split, divided)
+    rows, left_out = _without_bad_clients(recipe, rows, reader)
+    clients = recipe.partition.column if recipe.evaluation.by_client else None
+    if recipe.evaluation.by_client and clients is None:
+        raise FedSieveError(
+            "evaluation.by_client: it needs partition.kind = 'column', which says whose each row is"
+        )
+    test_rows = None
+    if not on_validation and (data.test is not None or data.test_split is not None):
+        test_rows = load_rows(data, data.test or data.train, data.test_split, clients)
+    more_rows = load_more(data) if test_rows is not None else {}
+    try:
+        return rows, left_out, prepare(recipe, rows, test_rows, reader, clients, more_rows)
+    except FedSieveError as error:
+        raise FedSieveError(f"{error}{also(left_out)}") from error
+
+
+def _digest(recipe: Recipe, rows: Dataset, prepared: Prepared) -> RowsDigest:
+    column = recipe.partition.column or recipe.partition.by
+    owned: Mapping[str, Rows] = {}
+    if column is not None:
+        owners = owners_of(rows, column)
+        owned = partition.natural([owners[row] for row in prepared.came.tolist()])
     tests = [("test", prepared.test), *sorted(prepared.more.items())]
-    return dataclasses.replace(experiment, rows=rows_digest(examples, owned, tests))
+    return rows_digest(prepared.train, owned, tests)
 
 
 def set_up_resident(

@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import tomli_w
 import torch
 from datasets import Dataset
@@ -31,6 +33,7 @@ from fedsieve.data import sources
 from fedsieve.data.pictures import inlined, located
 from fedsieve.disk import refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
+from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import columns_of, fields_of, load_rows, prepare
@@ -42,14 +45,14 @@ from fedsieve.sites import federate
 from fedsieve.sites.federate import ServerAddress
 from fedsieve.sites.found import CONFIG, CONNECTION, HOME, LINK
 from fedsieve.sites.site import Rows
-from fedsieve.sites.worker import SOCKET
+from fedsieve.sites.worker import SOCKET, ask
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
 
 HERE = "sites"  # in the run's directory: a folder for each, and the logs of the processes
 ROWS = "rows.parquet"
 SITE = "site.toml"
-_LOGS = ("worker.log", "node.log")
+_LOGS, _SERVER_LOG, _LOCK = ("worker.log", "node.log"), "server.log", ".lock"
 _BIN = Path(sys.executable).parent
 _PDEATHSIG = 1  # of <linux/prctl.h>
 _STARTING = 120.0  # seconds that a process has until it listens
@@ -137,11 +140,18 @@ def check(folder: Path) -> None:
     source = folder / rundir.RECIPE
     recipe = recipes.parse(recipes.read(str(source)), str(source))
     refuse_link(folder / HERE, folder=True)
+    refuse_link(folder / HERE / _LOCK)
+    if not _homes(folder):
+        raise FedSieveError(f"{folder / HERE} holds no site: begin a new federation")
+    for log in (folder / HERE / _SERVER_LOG, *(h / n for h in _homes(folder) for n in _LOGS)):
+        refuse_link(log)
+        if log.exists() and not log.is_file():
+            raise FedSieveError(f"{log} is no file: remove it")
     for home in _homes(folder):
         path = home / SITE
         for name in (home, home / "worker"):
             refuse_link(name, folder=True)
-        for name in (path, home / ROWS, *(home / log for log in _LOGS)):
+        for name in (path, home / ROWS):
             refuse_link(name)
         table = recipes.toml(recipes.text_of(path), str(path))
         table.pop("budget", None)
@@ -206,20 +216,19 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
     # What Flower finds in a node's FLWR_HOME, and waiting in its database, it runs: so there is
     # nothing, each time.
     empty = tempfile.TemporaryDirectory(prefix="fedsieve-")
-    with runner.sigterm_as_ctrl_c(), empty as nodes, ExitStack() as stack:
+    with runner.sigterm_as_ctrl_c(), _alone(folder), empty as nodes, ExitStack() as stack:
 
         def start(command: Sequence[object], log: Path, more: Mapping[str, str]) -> _Started:
             return stack.enter_context(_running(command, log, more))
 
         doors = {home: home / "worker" / SOCKET for home in homes}
         workers = {}
-        for home, door in doors.items():
-            door.unlink(missing_ok=True)  # of a worker that was killed
+        for home in homes:
             command = [sys.executable, "-P", "-m", "fedsieve", "worker", home / SITE]
             own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
             workers[home] = start(command, home / "worker.log", own)
         for home, door in doors.items():
-            _until(door.exists, workers[home])
+            _until(partial(_answers, door), workers[home])
         for home, door in doors.items():
             node = [
                 _BIN / "flower-supernode", "--superlink", f"127.0.0.1:{port}", "--insecure",
@@ -231,7 +240,7 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
         words = shlex.split(federate.commands(folder, listen)[0])
         words[words.index("--database") + 1] = str(Path(nodes) / LINK)
         link = [_BIN / "flower-superlink", *words[words.index("flower-superlink") + 1 :]]
-        _until(lambda: _listens(port), start(link, folder / HERE / "server.log", flower))
+        _until(lambda: _listens(port), start(link, folder / HERE / _SERVER_LOG, flower))
         say(f"{count(len(homes), 'site')} at work; what they say is in {folder / HERE}")
         yield
 
@@ -297,6 +306,22 @@ def _until(there: Callable[[], bool], started: _Started) -> None:
                 f"{said[-1][:300] if said else 'it said nothing'} (all of it is in {started.log})"
             )
         time.sleep(0.1)
+
+
+def _alone(folder: Path) -> AbstractContextManager[object]:
+    """Raises FedSieveError where the federation is at work already."""
+    try:
+        return filelock.FileLock(folder / HERE / _LOCK).acquire(timeout=0)
+    except filelock.Timeout:
+        raise FedSieveError(f"another process is at work on the federation in {folder}") from None
+
+
+def _answers(door: Path) -> bool:
+    """Whether a worker takes requests there: the socket of one that was killed is there too."""
+    try:
+        return bool(ask(door, Frame({"do": "describe"}), 1.0).header)
+    except (FedSieveError, OSError):
+        return False
 
 
 def _listens(port: int) -> bool:

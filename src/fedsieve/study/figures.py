@@ -343,8 +343,8 @@ def by_folder(files: Sequence[str]) -> list[str]:
 
 
 def slug(name: str) -> str:
-    """A name as a folder's."""
-    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-")
+    """A name as a folder's: never "." or ".."."""
+    return re.sub(r"[^\w.]+", "-", name.lower()).strip("-.")
 
 
 def _papers() -> Any:

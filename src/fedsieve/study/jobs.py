@@ -144,7 +144,7 @@ def _rows_of(jobs: Sequence[Job]) -> dict[str, RowsDigest]:
     for job in jobs:
         rows = rundir.rows_of(job.folder)
         if rows is not None:
-            first, known = found.setdefault(_asked_for(job), (job.folder, rows))
+            first, known = found.setdefault(asked_for(job), (job.folder, rows))
             if known != rows:
                 raise FedSieveError(
                     f"the rows of {job.folder} are not those of {first}, though both ask for the "
@@ -154,7 +154,7 @@ def _rows_of(jobs: Sequence[Job]) -> dict[str, RowsDigest]:
     return {asked: rows for asked, (_, rows) in found.items()}
 
 
-def _asked_for(job: Job) -> str:
+def asked_for(job: Job) -> str:
     """All that a recipe says of its rows and of how they are read; whose they are, if they say."""
     column = job.recipe.partition.column
     rated = job.recipe.evaluation
@@ -206,7 +206,7 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
         try:
             if min(workers, len(left)) <= 1:
                 for job in left:
-                    rows = known.get(_asked_for(job))
+                    rows = known.get(asked_for(job))
                     ended(Outcome(job, _problem(job, rows, show)))
                     known = _rows_of(jobs)
             else:
@@ -291,7 +291,7 @@ def _side_by_side(
                 break
             if process.poll() is not None:
                 process = start()
-            rows = known.get(_asked_for(job))
+            rows = known.get(asked_for(job))
             events.put(Outcome(job, _told(process, job, rows, lambda j, s: events.put((j, s)))))
         if process.stdin is not None:
             with contextlib.suppress(OSError):

@@ -19,9 +19,11 @@ from fedsieve.clients.network import DOWNLINK, Conditions, clock, first_round
 from fedsieve.disk import refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe.experiment import digest_of_rows
 from fedsieve.report import figure as drawing
 from fedsieve.report.read import Run, evaluations
 from fedsieve.report.series import Curve, Series, curve, gather, shown_measure, spread
+from fedsieve.run import rundir
 from fedsieve.run.found import settings_of
 from fedsieve.study import claims, compare
 from fedsieve.study import figures as figuring
@@ -37,9 +39,10 @@ from fedsieve.study.figures import (
     PlaceTable,
     Scale,
 )
-from fedsieve.study.jobs import Job, ShowRound, finished
+from fedsieve.study.jobs import Job, ShowRound, asked_for, finished
 from fedsieve.study.parts import ASKED
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
+from fedsieve.tasks.digest import RowsDigest
 from fedsieve.tasks.words import spoken
 
 RESULT = "figure"  # .json, .md and .png
@@ -152,19 +155,25 @@ def _bring(plan: Plan, folder: Path) -> None:
 
 
 def _copied(jobs: Sequence[Job], folder: Path) -> None:
+    """A run is copied only where its rows are those that are there now."""
+    rows: dict[str, RowsDigest] = {}
     for job in jobs:
         if job.folder.exists():
             continue
         last = f"{job.folder.parent.name}/{job.folder.name}/{ASKED}"
         there = [*folder.parent.glob(f"*/*/{last}"), *folder.parent.glob(f"*/*/*/{last}")]
         for asked in sorted(there):
-            with contextlib.suppress(FedSieveError):  # whatever it is, it is not what is asked for
+            # Whatever it is then, it is not what is asked for.
+            with contextlib.suppress(FedSieveError, OSError):
                 refuse_link(asked)
                 refuse_link(asked.parent, folder=True)
                 own = recipes.parse(recipes.read(str(asked)), str(asked))
                 if settings_of(own) == settings_of(job.recipe) and finished(
                     job._replace(folder=asked.parent)
                 ):
+                    now = rows.setdefault(asked_for(job), digest_of_rows(job.recipe))
+                    if rundir.rows_of(asked.parent) != now:
+                        continue
                     job.folder.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copytree(asked.parent, job.folder, symlinks=True)
                     break
