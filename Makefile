@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format types contracts install install-test bench clean
+.PHONY: demo test test-all test-lowest lint format types contracts install install-test docs \
+	release-check bench clean
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -35,6 +36,26 @@ test: lint types contracts
 # What is slow measures time as well, and has the machine for itself.
 test-all: test
 	$(BIN)/python -m pytest -m slow
+
+# The site, into build/site: from what is here alone, and a warning is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/fedsieve schema > build/site/recipe.schema.json
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e ".[docs]"
+	touch $@
+
+# Wheel and sdist as they would be released, and a run from the wheel in an environment of its own.
+release-check: install-test
+	$(BIN)/python -m pytest -m slow tests/test_release.py
+
+# The lowest versions that pyproject.toml allows, as far as they can be had; docs/design.md says more.
+test-lowest: install-test
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python build/lowest
+	$(BIN)/uv pip install --quiet --python build/lowest --resolution lowest-direct -e . $(LOWEST)
+	OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -m "not slow" $(LOWEST_TESTS)
 
 lint: install-test
 	$(BIN)/ruff check

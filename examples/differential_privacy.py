@@ -66,6 +66,7 @@ run = fedsieve.finetune(
     test=split["test"],
     text=text,
     label=label,
+    max_length=64,
 )
 spent = ledger(cohorts, noise, delta)
 for each in run:

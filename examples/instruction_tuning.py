@@ -66,6 +66,6 @@ for each in run:
 
 # %%
 few = rows["test"].select(range(3))
-for row, answer in zip(few, run.predict(few), strict=True):
-    print(f"{row['messages'][-1]['content']!r}: {answer!r}")
+for row, said in zip(few, run.predict(few), strict=True):
+    print(f"{row['messages'][-1]['content']!r}: {said!r}")
 run.save("adapter")  # AutoPeftModelForCausalLM.from_pretrained("adapter") reads it

@@ -54,7 +54,7 @@ methods = {
     "largest": fedsieve.flasc(server=adam),
 }
 rows = sources.load(data, "train" if data == "20newsgroups" else None)
-rows = rows.shuffle(seed=0).select(range(min(len(rows), 2000)))
+rows = rows.shuffle(seed=0).select(range(min(len(rows), 1500)))
 split = rows.train_test_split(test_size=0.2, seed=0)
 for name, method in methods.items():
     run = fedsieve.finetune(
@@ -69,6 +69,7 @@ for name, method in methods.items():
         test=split["test"],
         text=text,
         label=label,
+        max_length=64,
     )
     last = run.finish().metrics[-1]
     up = sum(each.up_bytes for each in run.metrics)

@@ -19,7 +19,7 @@ from fedsieve.data import sources
 given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
 folder = Path(given.get("sites", "sites"))
 model = given.get("model", "minilm-l6")  # a fetched name, a folder, or a name of the hub
-rounds = int(given.get("rounds", "10"))
+rounds = int(given.get("rounds", "5"))
 
 # %% [markdown]
 # Rows. Each site's are read from its own file; the names of the files are those of the sites.
@@ -30,7 +30,7 @@ if not folder.is_dir():
     names = {"Text": "text", "Category": "label"}
     posts = sources.load("20newsgroups", "train").rename_columns(names).shuffle(seed=0)
     for number, name in enumerate(("north", "south", "east", "test")):
-        part = posts.select(range(600 * number, 600 * (number + 1)))
+        part = posts.select(range(400 * number, 400 * (number + 1)))
         part.select_columns(["text", "label"]).to_csv(folder / f"{name}.csv")
 sites = {path.stem: path for path in sorted(folder.glob("*.csv")) if path.stem != "test"}
 test = folder / "test.csv"
@@ -54,6 +54,7 @@ run = fedsieve.finetune(
     rounds=rounds,
     budgets=budgets,
     training=fedsieve.Training(optimizer="adamw", lr=3e-3, steps=10),
+    max_length=64,
     test=test,
 )
 for each in run:
