@@ -90,7 +90,7 @@ def _done(*words: str | Path, timeout: float = 120, **more: Any) -> str:
         [*map(str, words)], capture_output=True, text=True, check=False, timeout=timeout, **more
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return str(done.stdout)
 
 
 @pytest.mark.slow
@@ -119,11 +119,13 @@ def test_the_wheel_runs_in_an_environment_of_its_own(
     own = tmp_path / "venv" / "bin"
     (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     needs = sysconfig.get_path("purelib")
-    _done(sys.executable, "-m", "pip", "--python", own / "python", "install", "--no-deps", wheel)
+    # A PYTHONPATH that leads to the sources would be taken for an installation.
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    pip = (sys.executable, "-m", "pip", "--python", own / "python")
+    _done(*pip, "install", "--no-deps", wheel, env=clean)
     (packages / "needs.pth").write_text(needs + "\n", encoding="utf-8")
     work = tmp_path / "work"
     work.mkdir()
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def command(*words: str | Path) -> str:
         environment: Mapping[str, str] = {**clean, "HF_HUB_OFFLINE": "1"}
