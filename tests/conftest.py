@@ -36,7 +36,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-# Before 5.1 there was no processor that is for Pillow by its name.
+# Older releases of transformers 5 have none that is Pillow's by its name.
 ViTImageProcessorPil = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<end>")
 LABELS = ("cars", "space", "wine")

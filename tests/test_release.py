@@ -146,3 +146,21 @@ def test_the_wheel_runs_in_an_environment_of_its_own(
     )
     assert (work / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert (work / "out" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    """Each link and anchor leads somewhere, each public name is found, and nothing is fetched."""
+    pytest.importorskip("mkdocs")
+    site, quiet = tmp_path / "site", {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    words = (sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", site)
+    _done(*words, cwd=ROOT, env=quiet, timeout=300)
+    pages = [path.read_text("utf-8") for path in site.rglob("*.html")]
+    assert len(pages) > 25
+    for page in pages:
+        assert re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?https?://", page) == []
+    told = (site / "api.html").read_text("utf-8")
+    for name in fedsieve.__all__:
+        assert f"fedsieve.{name}" in told
+    # A docstring's words of each argument are a list.
+    assert re.search(r"<li>\s*(<p>)?<code>budgets</code>: what each client can afford", told)
