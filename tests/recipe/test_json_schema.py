@@ -60,7 +60,9 @@ def test_every_recipe_on_the_pages_fits() -> None:
                 continue
             if {"rounds", "cohort", "data", "partition"} <= set(table):
                 whole.append(page.name)
-                assert problems(table) == [], (page.name, code)
+                # The tutorial's own task is not one that ships.
+                own = ["$.model.task"] if page.name == "own-task.md" else []
+                assert problems(table) == own, (page.name, code)
     assert len(whole) >= 9
 
 
