@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint format types contracts install install-test bench clean
+.PHONY: demo test test-all test-lowest lint format types contracts install install-test docs \
+	release-check bench clean
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -35,6 +36,34 @@ test: lint types contracts
 # What is slow measures time as well, and has the machine for itself.
 test-all: test
 	$(BIN)/python -m pytest -m slow
+
+# The site, into build/site: from what is here alone, and a warning is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/fedsieve schema > build/site/recipe.schema.json
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e ".[docs]"
+	touch $@
+
+# Wheel and sdist as they would be released, and a run from the wheel in an environment of its own.
+release-check: install-test
+	$(BIN)/python -m pytest -m slow tests/test_release.py
+
+# The lowest versions that pyproject.toml allows, but for torch, whose wheels of then bring CUDA along:
+# it, and what only tests need, are those of the usual environment.
+LOW := build/lowest
+test-lowest: install-test
+	$(PIP) uv
+	mkdir -p build
+	$(BIN)/uv pip compile -q pyproject.toml --resolution lowest-direct -o $(LOW).txt
+	grep -vE '^( |#|torch=|triton=|nvidia-)' $(LOW).txt > $(LOW)-less.txt
+	$(BIN)/uv venv -q --allow-existing --python $(BIN)/python $(LOW)
+	$(BIN)/uv pip install -q --python $(LOW)/bin/python --no-deps -r $(LOW)-less.txt
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(echo $(LOW)/lib/python*/site-packages)/rest.pth
+	OMP_NUM_THREADS=1 PYTHONPATH=src $(LOW)/bin/python -m pytest -p no:xdist -m "not slow" \
+		tests/algebra tests/wire tests/recipe tests/methods tests/engine
 
 lint: install-test
 	$(BIN)/ruff check

@@ -1,6 +1,8 @@
 """What the pages say is there is there, and what is there is said: links, commands, names."""
 
+import itertools
 import re
+import runpy
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.sites import site
 from fedsieve.study import figures, tables
-from tests import commands_page, defaults_page, models_page, pages, papers_page
+from tests import api_page, commands_page, defaults_page, models_page, pages, papers_page
 from tests.pages import DOCS, PAGES, ROOT
 
 SOURCE = Path(fedsieve.__file__).parent
@@ -28,8 +30,8 @@ EVERYTHING = "\n".join(map(pages.read, [ROOT / "README.md", *DOCS]))
 METHODS = [catalogue.known(name) for name in catalogue.names()]
 # Words in backticks that are options of other programs.
 FOREIGN = {"--enable-supernode-auth", "--database", "--data", "--json", "--plot"}
-# What docs/methods.md has its reader write.
-TO_BE_WRITTEN = {"src/fedsieve/methods/random_entries.py"}
+# What docs/methods.md and the tutorial have their reader write.
+TO_BE_WRITTEN = {"src/fedsieve/methods/random_entries.py", "src/fedsieve/tasks/ordinal.py"}
 
 # A changelog names what is no more.
 today = pytest.mark.parametrize(
@@ -72,7 +74,7 @@ def test_files_and_modules_that_are_named_exist(page: Path) -> None:
         path = code.split("::")[0].split(" ")[0]
         if path in TO_BE_WRITTEN:
             continue
-        if re.fullmatch(r"(src|tests|docs|benchmarks)/[\w./-]*", path):
+        if re.fullmatch(r"(src|tests|docs|benchmarks|examples)/[\w./-]*", path):
             assert (ROOT / path).exists(), f"{page.name}: {code}"
         elif re.fullmatch(r"\w+\.py", code):
             assert list(ROOT.rglob(f"*/{code}")), f"{page.name}: {code}"
@@ -170,6 +172,37 @@ def test_the_page_of_commands_is_what_the_command_line_says() -> None:
 
 
 # --- names
+
+
+def test_the_page_of_python_holds_every_public_name() -> None:
+    assert pages.read(api_page.PAGE) == api_page.page(), api_page.__doc__
+    held = [name for names in api_page.GROUPS.values() for name in names]
+    assert sorted(held) == sorted(fedsieve.__all__)
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    """And none that is not there; the site's own build says so too, where it is installed."""
+    named = set(re.findall(r"(?m)^ +- [^:#]+: (\S+\.md)$", pages.read(ROOT / "mkdocs.yml")))
+    assert named == {page.relative_to(ROOT / "docs").as_posix() for page in DOCS}
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_a_list_has_an_empty_line_before_it(page: Path) -> None:
+    """Or the site shows it as a paragraph; prose that looks like one is broken elsewhere."""
+    prose = re.sub(r"(?ms)^```.*?^```", "", pages.read(page))
+    for before, line in itertools.pairwise(prose.splitlines()):
+        if re.match(r"(-|\d+\.) ", line):
+            assert re.match(r"((-|\d+\.) | |$)", before), (before, line)
+
+
+def test_docstrings_become_lists_on_the_site() -> None:
+    pytest.importorskip("griffe")
+    markdown = runpy.run_path(str(ROOT / "docs" / "docstrings.py"))["markdown"]
+    given = "What: it is.\n\na, b: of both,\n    and more\nc:   alone\nRaises Error: if."
+    assert markdown(given) == (
+        "\n- `What`: it is.\n\n\n- `a`, `b`: of both,\n    and more\n- `c`: alone\n\n"
+        "Raises Error: if."
+    )
 
 
 def test_the_table_of_defaults_is_what_the_methods_have() -> None:

@@ -748,6 +748,14 @@ def list_recipes(
         console.print(f"[bold]{name}[/]  {plain(first)}")
 
 
+@app.command("schema")
+def print_schema() -> None:
+    """Print the JSON Schema of recipes, by which an editor completes and checks their keys."""
+    from fedsieve.recipe import json_schema
+
+    typer.echo(json_schema.text())
+
+
 @app.command("methods")
 def list_methods(
     model: Annotated[

@@ -5,6 +5,7 @@ Listing them, and telling a misspelt one, takes no torch: their files are looked
 
 import importlib
 import re
+import sys
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 @cache
 def names() -> tuple[str, ...]:
     """The tasks by name: that of the file, with hyphens."""
-    files = Path(__file__).parent.glob("*.py")
+    folders = map(Path, sys.modules[__package__].__path__)
+    files = (path for folder in folders for path in folder.glob("*.py"))
     ours = (path for path in files if re.search(r"^TASK\b", path.read_text("utf-8"), re.MULTILINE))
     return tuple(sorted(path.stem.replace("_", "-") for path in ours))
 
