@@ -1,6 +1,7 @@
 """A headless Chromium for tests, over its DevTools protocol on two pipes: no package is needed."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-LONGEST = 60  # seconds that the browser may live without an answer
 
 
 def found() -> str | None:
@@ -101,18 +101,31 @@ class Tab:
         return base64.b64decode(made["data"])
 
 
+def _moved(descriptor: int) -> int:
+    """Out of the way of 3 and 4."""
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(descriptor)
+    return moved
+
+
 @contextmanager
 def tab(program: str, folder: Path) -> Iterator[Tab]:
     """A browser of its own, whose profile is in `folder`, for as long as the block lasts."""
     theirs, ours = os.pipe()
     back, answers = os.pipe()
-    # A browser reads its descriptor 3 and writes to 4.
-    command = ["sh", "-c", f'exec "$0" "$@" 3<&{theirs} 4>&{answers}', "timeout", "-k", "5"]
+    theirs, answers = (_moved(each) for each in (theirs, answers))
+
+    def connect() -> None:
+        """A browser reads its descriptor 3 and writes to 4."""
+        os.dup2(theirs, 3)
+        os.dup2(answers, 4)
+
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe"]
     options += [f"--user-data-dir={folder}", "--hide-scrollbars", "--no-first-run", "about:blank"]
     process = subprocess.Popen(
-        [*command, str(10 * LONGEST), program, *options],
-        pass_fds=(theirs, answers),
+        [program, *options],
+        close_fds=False,  # Python's own close by themselves
+        preexec_fn=connect,
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )

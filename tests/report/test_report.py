@@ -709,3 +709,145 @@ def test_details_that_no_run_writes_are_refused(change: dict[str, Any], tmp_path
     table |= {"round": 0, "classes": [CLASS, OTHER]}
     (path / "details.json").write_text(json.dumps(table), encoding="utf-8")
     assert report(path).row("a") == ["3", "1.000", "0.500", "0.500"]
+
+
+MODEL = """
+cohort = 2
+[model]
+source = "/home/me/models/tiny"
+task = "classification"
+[data]
+train = "news"
+classes = ["a", "b"]
+[partition]
+kind = "dirichlet"
+clients = 9
+alpha = 0.1
+[training]
+by_length = true
+lr = 1e-4
+[[budgets]]
+share = 1
+up = 0.5
+[[budgets]]
+share = 3
+"""
+
+
+def settle(run: Path, more: str = MODEL, environment: str = "") -> Path:
+    """A recipe that says more; `environment` is TOML of the table of that name."""
+    head, _ = (run / "recipe.toml").read_text().split("[model]")
+    _, method = (run / "recipe.toml").read_text().split("[method]")
+    name, _ = method.split("[environment]")
+    tail = f"[method]{name}[environment]\n{environment}"
+    first, rest = more.split("[model]")
+    (run / "recipe.toml").write_text(f"{head}{first}[model]{rest}{tail}")
+    return run
+
+
+def test_it_begins_with_what_came_of_a_run(tmp_path: Path) -> None:
+    page = report(settle(make(tmp_path / "a")))
+    text = " ".join(page.text.split())
+    assert (
+        "tiny (classification) on news over 9 clients whose labels are drawn by Dirichlet(0.1), "
+        "2 a round, by flasc" in text
+    )
+    assert "Accuracy0.5875best 0.6125, round 1" in text
+    assert "Sent, both ways2.05 MBdense float32 LoRA: 40.0 MB" in text
+    assert "Against dense LoRA20x fewer" in text
+    assert "Took1 min 06 s2 rounds, as measured" in text
+
+
+def test_settings_are_told_in_words(tmp_path: Path) -> None:
+    page = report(settle(make(tmp_path / "a")))
+    assert page.row("training") == ["by length yeslr 0.0001"]
+    assert page.row("budgets") == ["share 1, up 0.5; share 3"]
+    assert page.row("data") == ["train newsclasses a, b"]
+    assert "{'" not in page.text
+
+
+def test_where_recipes_differ_is_told_first_and_only_that(tmp_path: Path) -> None:
+    a = settle(make(tmp_path / "a", "one"))
+    b = settle(make(tmp_path / "b", "two"), MODEL.replace("up = 0.5", "up = 0.25"))
+    page = report(a, b)
+    start = next(n for n, row in enumerate(page.rows) if row[0] == "Key")
+    assert page.rows[start : start + 2] == [
+        ["Key", "one", "two"],
+        ["budgets", "share 1, up 0.5; share 3", "share 1, up 0.25; share 3"],
+    ]
+    assert page.rows[start + 2][0] != "seed"
+    assert page.text.index("Where the recipes differ") < page.text.rindex("Curves")
+    assert page.row("training") == ["by length yeslr 0.0001"]  # what they share
+
+
+def test_clients_are_told_one_by_one(tmp_path: Path) -> None:
+    """0001 is asked twice; of 0003 nothing was merged, and its last loss is not known."""
+    own = [
+        {"examples": 30, "seconds": 1.5, "loss": 2.0}, {"examples": 7, "seconds": 1.0, "loss": 2.5},
+        {"examples": 30, "seconds": 2.0, "loss": 1.0}, {"examples": 11, "seconds": 0.5},
+    ]  # fmt: skip
+    clients = [row | more for row, more in zip(CLIENTS, own, strict=True)]
+    page = report(settle(make(tmp_path / "a", clients=clients)))
+    heads = ["Client", "Budget", "Rows", "Rounds", "Merged", "Down", "Up", "Work", "Last loss"]
+    start = page.rows.index(heads)
+    assert page.rows[start + 1 : start + 4] == [
+        ["0001", "rank 8", "30", "2", "2", "1.10 MB", "0.200 MB", "3.5 s", "1.0000"],
+        ["0002", "rank 4", "7", "1", "1", "0.400 MB", "0.0500 MB", "1.0 s", "2.5000"],
+        ["0003", "rank 4", "11", "1", "0", "0.300 MB", "0 MB", "0.5 s", "–"],  # noqa: RUF001
+    ]
+    said = "3 of 9 clients took part, 1 to 2 (median 1) rounds each, with 7 to 30 (median 11) rows"
+    assert said in page.text
+
+
+def test_many_clients_are_folded_and_those_that_cost_most_are_shown(tmp_path: Path) -> None:
+    rounds, _ = timed([0.5])
+    clients = [
+        {"round": 1, "client": f"c{n}", "down_bytes": n, "up_bytes": 0, "seconds": 1.0}
+        for n in range(300)
+    ]
+    page = report(make(tmp_path / "a", rounds=rounds, clients=clients))
+    told = [row[0] for row in page.rows if re.fullmatch(r"c\d+", row[0])]
+    assert told == [f"c{n}" for n in range(299, 99, -1)]
+    assert "Below are the 200 that cost most" in page.text
+
+
+def test_sites_are_told_by_name_and_what_was_measured_beside_what_is_simulated(
+    tmp_path: Path,
+) -> None:
+    rounds, clients = timed([0.5, 0.8])
+    more = {
+        "seconds": 40.0, "compute_seconds": 1.0, "wire_seconds": 0.25, "evaluation_seconds": 3.0,
+        "transport_bytes": 1_000_000, "aside_bytes": 500_000,
+    }  # fmt: skip
+    clients = [row | {"client": "ward-7"} for row in clients]
+    run = make(tmp_path / "a", rounds=[row | more for row in rounds], clients=clients)
+    column = MODEL.replace('"dirichlet"', '"column"').replace("clients = 9", 'column = "ward"')
+    page = report(settle(run, column, 'federation = "12ab"'))
+    assert "over 1 site named by column ward" in page.text
+    assert page.row("ward-7")[2:4] == ["2", "2"]
+    assert page.row("Training time") == ["1 min 20 s"]
+    assert page.row("Of it evaluation") == ["6.0 s"]
+    assert page.row("Clients' training, summed") == ["2.0 s"]
+    # Two rounds of a tenth of a second down, one of work, and .1, .4 and 1.6 up.
+    assert page.row("Simulated time") == [
+        "2.4 s at 10 Mbit/s up3.0 s at 2.5 Mbit/s up5.4 s at 0.625 Mbit/s up"
+    ]
+    assert page.row("Carried by the network in all") == ["3.00 MB"]
+
+
+def test_warnings_are_in_one_place_and_said_once(tmp_path: Path) -> None:
+    rounds = [ROUNDS[0], dict(ROUNDS[1], loss=None), ROUNDS[2]]
+    page = report(make(tmp_path / "a", "one", rounds), make(tmp_path / "b", "two"))
+    warned = page.text[page.text.index("Warnings") : page.text.rindex("Curves")]
+    assert "one: The training loss of 1 round (first 1) is no number" in warned
+    said = "1 client update dropped: 1 times 'the loss became NaN'."
+    assert warned.count(said) == 1
+    assert f": {said}" not in warned  # it is about both runs
+
+
+@pytest.mark.parametrize("key", ["compute_seconds", "wire_seconds", "evaluation_seconds"])
+@pytest.mark.parametrize("value", [-1, 1e13, "soon"])
+def test_times_that_are_none_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    run = make(tmp_path / "a", rounds=[ROUNDS[1] | {key: value}])
+    with pytest.raises(FedSieveError, match=rf"metrics\.jsonl, line 1: '{key}'"):
+        load(run)

@@ -34,7 +34,7 @@ def subject(run: Run) -> str:
         said.append(f"over {clients}")
     cohort = run.recipe.get("cohort")
     if clients and isinstance(cohort, int):
-        said.append(f"({cohort:,} a round)")
+        said[-1] += f", {cohort:,} a round"
     return " ".join(said)
 
 
@@ -71,7 +71,8 @@ def is_federation(run: Run) -> bool:
 def differences(series: Sequence[Series]) -> str:
     """The keys in which the recipes of several series differ; the environment apart."""
     each = [_joined(one) for one in series]
-    keys = [key for key in _every(each) if len({e.get(key) for e in each}) > 1]
+    every = [key for key in _every(each) if key != "name"]
+    keys = [key for key in every if len({e.get(key) for e in each}) > 1]
     if not keys:
         return ""
     body = "".join(
@@ -80,7 +81,9 @@ def differences(series: Sequence[Series]) -> str:
         + "</tr>"
         for key in keys
     )
-    made = table(["Key", *(one.label for one in series)], body, "Where the recipes differ")
+    made = table(
+        ["Key", *(one.label for one in series)], body, "Where the recipes differ", "differ"
+    )
     return (
         '<section><h2 id="differences">Where the recipes differ</h2>'
         f'<div class="card">{made}</div></section>'

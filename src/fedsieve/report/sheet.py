@@ -104,6 +104,7 @@ figcaption { color: var(--quiet); font-size: .88rem; margin-top: .6rem; }
 figcaption .scroll { margin-top: .75rem; color: var(--ink); }
 @media (min-width: 60rem) {
   .plots { grid-template-columns: 1fr 1fr; }
+  .groups th:first-child { min-width: 10rem; }
   .wide { grid-column: 1 / -1; display: grid;
     grid-template-columns: minmax(0, 1fr) minmax(0, 1fr);
     column-gap: 2rem; align-items: start; }
@@ -120,6 +121,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { text-align: left; vertical-align: top; padding: .4rem 1.5rem .4rem 0;
   border-bottom: 1px solid var(--grid); }
 tbody tr:last-child > * { border-bottom: 0; }
+tbody td { min-width: 4.5rem; }
+.differ td { min-width: 9rem; }
 tbody th { font-weight: 400; color: var(--quiet); }
 thead th { font-weight: 600; }
 td b { font-weight: 650; }
