@@ -171,11 +171,17 @@ def test_without_a_script_the_page_is_whole(tab: browser.Tab, pages: dict[str, P
         tab.call("Emulation.setScriptExecutionDisabled", value=False)
 
 
-def test_it_can_be_printed(tab: browser.Tab, pages: dict[str, Path]) -> None:
-    opened(tab, pages["study"], scheme="dark", unfold=False)
+PAPER = 718  # CSS pixels between the margins of A4
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_it_can_be_printed(tab: browser.Tab, pages: dict[str, Path], name: str) -> None:
+    """Where nothing scrolls: tables fit the paper."""
+    opened(tab, pages[name], PAPER, scheme="dark", unfold=False)
     assert tab.paper().startswith(b"%PDF")
     features = [{"name": "prefers-color-scheme", "value": "dark"}]
     tab.call("Emulation.setEmulatedMedia", media="print", features=features)
+    assert tab.js("document.documentElement.scrollWidth") == PAPER
     assert tab.js("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.js("getComputedStyle(document.querySelector('nav')).display") == "none"
 

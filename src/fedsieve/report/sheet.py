@@ -168,8 +168,10 @@ footer { margin-top: 2.5rem; color: var(--quiet); font-size: .85rem; }
   .drawing svg { max-width: 26rem; }
   .scroll { overflow: visible; }
   nav, th button::after { display: none; }
-  .groups table, figcaption table { font-size: 8pt; }
-  .groups th, .groups td { padding-right: .5rem; }
+  table { font-size: 8pt; }
+  table th, table td { min-width: 0 !important; padding-right: .5rem; overflow-wrap: anywhere; }
+  thead th { overflow-wrap: normal; }
+  .matrix td, .matrix thead th { padding: .1rem .2rem; }
   data, .score { white-space: normal; }
   pre { white-space: pre-wrap; }
 }
