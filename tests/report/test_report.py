@@ -1,5 +1,7 @@
 """The report, made from run directories that the tests write: it shows the files' numbers."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -13,7 +15,7 @@ import pytest
 from fedsieve.algebra.budget import Link
 from fedsieve.clients.network import Conditions
 from fedsieve.errors import FedSieveError
-from fedsieve.report import load, load_all, table, write
+from fedsieve.report import load, load_all, sheet, table, write
 from fedsieve.report.words import duration, fewer, megabytes, significant
 
 VOID = {"meta", "br", "link", "img", "hr"}
@@ -86,6 +88,8 @@ class Reader(HTMLParser):
         self.data: list[str] = []
         self.text = ""
         self.drawn: list[str] = []
+        self.scripts: list[str] = []
+        self.policy = ""
         self.rows: list[list[str]] = []
         self.feed(page)
         self.close()
@@ -99,6 +103,10 @@ class Reader(HTMLParser):
             self.rows.append([])
         elif tag in ("th", "td"):
             self.rows[-1].append("")
+        if tag == "script":
+            self.scripts.append("")
+        if ("http-equiv", "Content-Security-Policy") in attrs:
+            self.policy = dict(attrs)["content"] or ""
         for key, value in attrs:
             kinds = {"id": self.ids, "aria-label": self.labels, "value": self.data}
             kinds |= dict.fromkeys(("src", "href", "xlink:href", "srcset", "action"), self.links)
@@ -113,6 +121,9 @@ class Reader(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts[-1] += data
+            return
         data = data.replace("\xa0", " ")
         self.text += data
         if self.open and self.open[-1] == "text":
@@ -201,12 +212,18 @@ def test_a_share_that_is_none_is_refused(tmp_path: Path, log: str, share: Any) -
 
 def test_the_page_needs_nothing_but_itself(tmp_path: Path) -> None:
     page = report(make(tmp_path / "a"), make(tmp_path / "b", "other", method="fedit"))
-    assert not {"script", "link", "img", "iframe", "object"} & page.tags
+    assert not {"link", "img", "iframe", "object"} & page.tags
+    (script,) = page.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    rules = dict(rule.strip().split(" ", 1) for rule in page.policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["script-src"] == f"'sha256-{digest}'"  # this one, and no other
+    assert not {"img-src", "connect-src", "frame-src", "object-src"} & set(rules)
     assert page.links, "the plots' markers are used by reference"
     assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
     assert len(page.ids) == len(set(page.ids))
     text = (tmp_path / "report.html").read_text()
-    assert "http" not in text
+    assert "://" not in text
     assert "@import" not in text
     used = re.findall(r"url\((.*?)\)", text)
     assert used
@@ -257,7 +274,7 @@ def test_any_name_is_taken_as_it_stands(tmp_path: Path, name: str) -> None:
         make(tmp_path / "a", name, clients=bad, method=name.replace('"', "'")),
         make(tmp_path / "b", "other"),
     )
-    assert "script" not in page.tags
+    assert page.scripts == [sheet.SCRIPT]
     assert page.row("Rounds") == ["2", "2"]
     (head,) = (i for i, row in enumerate(page.rows) if row[0] == "Budget")
     assert page.rows[head + 1][:2] == [name, name]
@@ -466,13 +483,11 @@ def test_a_given_target_says_how_many_runs_reach_it(tmp_path: Path) -> None:
     write([], tmp_path / "r.html", groups=groups, target=0.75)
     page = Reader((tmp_path / "r.html").read_text())
     assert "To reach accuracy 0.7500, the target asked for" in page.text
-    costs, summary = (row for row in page.rows if row[0] == "ours")
-    assert costs[1:] == [
+    assert page.row("ours")[-4:] == [
         "0.500 MB (1 of 3 runs)", "2.4 s (1 of 3 runs)", "3.0 s (1 of 3 runs)",
         "5.4 s (1 of 3 runs)",
     ]  # fmt: skip
-    assert summary[-4:] == costs[1:]
-    assert next(row[1:] for row in page.rows if row[0] == "never") == ["not reached"] * 4
+    assert page.row("never")[-4:] == ["not reached"] * 4
 
 
 @pytest.mark.parametrize("target", [0.0, 1.5, float("nan"), -0.5])
@@ -488,8 +503,9 @@ def test_time_to_the_target_stands_beside_the_bytes(tmp_path: Path) -> None:
     a = make(tmp_path / "a", "fast", *timed([0.5, 0.8]))
     b = make(tmp_path / "b", "slow", *timed([0.5, 0.6], seconds=100.0))
     page = report(a, b)
-    assert page.row("fast") == ["0.500 MB", "2.4 s", "3.0 s", "5.4 s"]
-    assert page.row("slow") == ["0.500 MB", "3 min 20 s", "3 min 21 s", "3 min 23 s"]
+    fast, slow = (next(row for row in page.rows if row[0] == name) for name in ("fast", "slow"))
+    assert fast[-4:] == ["0.500 MB", "2.4 s", "3.0 s", "5.4 s"]
+    assert slow[-4:] == ["0.500 MB", "3 min 20 s", "3 min 21 s", "3 min 23 s"]
     (label,) = (text for text in page.labels if "against simulated time" in text)
     assert "downlink of 10 Mbit/s" in label
     assert "To reach accuracy 0.6000, which all do" in label
@@ -607,7 +623,7 @@ def test_groups_are_named_as_they_stand(tmp_path: Path) -> None:
     name = "<b>$x$ & co"
     write([], tmp_path / "r.html", groups={name: seeds(tmp_path, "x", [0.5], [0.6])})
     page = Reader((tmp_path / "r.html").read_text())
-    assert [row[0] for row in page.rows].count(name) == 2
+    assert [row[0] for row in page.rows].count(name) == 1
     assert f"{name}, seed 1" in page.text
 
 
@@ -693,3 +709,145 @@ def test_details_that_no_run_writes_are_refused(change: dict[str, Any], tmp_path
     table |= {"round": 0, "classes": [CLASS, OTHER]}
     (path / "details.json").write_text(json.dumps(table), encoding="utf-8")
     assert report(path).row("a") == ["3", "1.000", "0.500", "0.500"]
+
+
+MODEL = """
+cohort = 2
+[model]
+source = "/home/me/models/tiny"
+task = "classification"
+[data]
+train = "news"
+classes = ["a", "b"]
+[partition]
+kind = "dirichlet"
+clients = 9
+alpha = 0.1
+[training]
+by_length = true
+lr = 1e-4
+[[budgets]]
+share = 1
+up = 0.5
+[[budgets]]
+share = 3
+"""
+
+
+def settle(run: Path, more: str = MODEL, environment: str = "") -> Path:
+    """A recipe that says more; `environment` is TOML of the table of that name."""
+    head, _ = (run / "recipe.toml").read_text().split("[model]")
+    _, method = (run / "recipe.toml").read_text().split("[method]")
+    name, _ = method.split("[environment]")
+    tail = f"[method]{name}[environment]\n{environment}"
+    first, rest = more.split("[model]")
+    (run / "recipe.toml").write_text(f"{head}{first}[model]{rest}{tail}")
+    return run
+
+
+def test_it_begins_with_what_came_of_a_run(tmp_path: Path) -> None:
+    page = report(settle(make(tmp_path / "a")))
+    text = " ".join(page.text.split())
+    assert (
+        "tiny (classification) on news over 9 clients whose labels are drawn by Dirichlet(0.1), "
+        "2 a round, by flasc" in text
+    )
+    assert "Accuracy0.5875best 0.6125, round 1" in text
+    assert "Sent, both ways2.05 MBdense float32 LoRA: 40.0 MB" in text
+    assert "Against dense LoRA20x fewer" in text
+    assert "Took1 min 06 s2 rounds, as measured" in text
+
+
+def test_settings_are_told_in_words(tmp_path: Path) -> None:
+    page = report(settle(make(tmp_path / "a")))
+    assert page.row("training") == ["by length yeslr 0.0001"]
+    assert page.row("budgets") == ["share 1, up 0.5; share 3"]
+    assert page.row("data") == ["train newsclasses a, b"]
+    assert "{'" not in page.text
+
+
+def test_where_recipes_differ_is_told_first_and_only_that(tmp_path: Path) -> None:
+    a = settle(make(tmp_path / "a", "one"))
+    b = settle(make(tmp_path / "b", "two"), MODEL.replace("up = 0.5", "up = 0.25"))
+    page = report(a, b)
+    start = next(n for n, row in enumerate(page.rows) if row[0] == "Key")
+    assert page.rows[start : start + 2] == [
+        ["Key", "one", "two"],
+        ["budgets", "share 1, up 0.5; share 3", "share 1, up 0.25; share 3"],
+    ]
+    assert page.rows[start + 2][0] != "seed"
+    assert page.text.index("Where the recipes differ") < page.text.rindex("Curves")
+    assert page.row("training") == ["by length yeslr 0.0001"]  # what they share
+
+
+def test_clients_are_told_one_by_one(tmp_path: Path) -> None:
+    """0001 is asked twice; of 0003 nothing was merged, and its last loss is not known."""
+    own = [
+        {"examples": 30, "seconds": 1.5, "loss": 2.0}, {"examples": 7, "seconds": 1.0, "loss": 2.5},
+        {"examples": 30, "seconds": 2.0, "loss": 1.0}, {"examples": 11, "seconds": 0.5},
+    ]  # fmt: skip
+    clients = [row | more for row, more in zip(CLIENTS, own, strict=True)]
+    page = report(settle(make(tmp_path / "a", clients=clients)))
+    heads = ["Client", "Budget", "Rows", "Rounds", "Merged", "Down", "Up", "Work", "Last loss"]
+    start = page.rows.index(heads)
+    assert page.rows[start + 1 : start + 4] == [
+        ["0001", "rank 8", "30", "2", "2", "1.10 MB", "0.200 MB", "3.5 s", "1.0000"],
+        ["0002", "rank 4", "7", "1", "1", "0.400 MB", "0.0500 MB", "1.0 s", "2.5000"],
+        ["0003", "rank 4", "11", "1", "0", "0.300 MB", "0 MB", "0.5 s", "–"],  # noqa: RUF001
+    ]
+    said = "3 of 9 clients took part, 1 to 2 (median 1) rounds each, with 7 to 30 (median 11) rows"
+    assert said in page.text
+
+
+def test_many_clients_are_folded_and_those_that_cost_most_are_shown(tmp_path: Path) -> None:
+    rounds, _ = timed([0.5])
+    clients = [
+        {"round": 1, "client": f"c{n}", "down_bytes": n, "up_bytes": 0, "seconds": 1.0}
+        for n in range(300)
+    ]
+    page = report(make(tmp_path / "a", rounds=rounds, clients=clients))
+    told = [row[0] for row in page.rows if re.fullmatch(r"c\d+", row[0])]
+    assert told == [f"c{n}" for n in range(299, 99, -1)]
+    assert "Below are the 200 that cost most" in page.text
+
+
+def test_sites_are_told_by_name_and_what_was_measured_beside_what_is_simulated(
+    tmp_path: Path,
+) -> None:
+    rounds, clients = timed([0.5, 0.8])
+    more = {
+        "seconds": 40.0, "compute_seconds": 1.0, "wire_seconds": 0.25, "evaluation_seconds": 3.0,
+        "transport_bytes": 1_000_000, "aside_bytes": 500_000,
+    }  # fmt: skip
+    clients = [row | {"client": "ward-7"} for row in clients]
+    run = make(tmp_path / "a", rounds=[row | more for row in rounds], clients=clients)
+    column = MODEL.replace('"dirichlet"', '"column"').replace("clients = 9", 'column = "ward"')
+    page = report(settle(run, column, 'federation = "12ab"'))
+    assert "over 1 site named by column ward" in page.text
+    assert page.row("ward-7")[2:4] == ["2", "2"]
+    assert page.row("Training time") == ["1 min 20 s"]
+    assert page.row("Of it evaluation") == ["6.0 s"]
+    assert page.row("Clients' training, summed") == ["2.0 s"]
+    # Two rounds of a tenth of a second down, one of work, and .1, .4 and 1.6 up.
+    assert page.row("Simulated time") == [
+        "2.4 s at 10 Mbit/s up3.0 s at 2.5 Mbit/s up5.4 s at 0.625 Mbit/s up"
+    ]
+    assert page.row("Carried by the network in all") == ["3.00 MB"]
+
+
+def test_warnings_are_in_one_place_and_said_once(tmp_path: Path) -> None:
+    rounds = [ROUNDS[0], dict(ROUNDS[1], loss=None), ROUNDS[2]]
+    page = report(make(tmp_path / "a", "one", rounds), make(tmp_path / "b", "two"))
+    warned = page.text[page.text.index("Warnings") : page.text.rindex("Curves")]
+    assert "one: The training loss of 1 round (first 1) is no number" in warned
+    said = "1 client update dropped: 1 times 'the loss became NaN'."
+    assert warned.count(said) == 1
+    assert f": {said}" not in warned  # it is about both runs
+
+
+@pytest.mark.parametrize("key", ["compute_seconds", "wire_seconds", "evaluation_seconds"])
+@pytest.mark.parametrize("value", [-1, 1e13, "soon"])
+def test_times_that_are_none_are_refused(tmp_path: Path, key: str, value: Any) -> None:
+    run = make(tmp_path / "a", rounds=[ROUNDS[1] | {key: value}])
+    with pytest.raises(FedSieveError, match=rf"metrics\.jsonl, line 1: '{key}'"):
+        load(run)

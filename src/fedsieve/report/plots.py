@@ -180,12 +180,13 @@ def _mark_target(ax: Axes, rows: Sequence[Row]) -> None:
 
 
 def _dashed(rows: Sequence[Row]) -> str:
-    """The last words of a caption that a table follows."""
+    """The last words of a caption: of one run a table follows."""
     if not rows[0].target:
         return ""
     if not _marked(rows):
         return f"{to_reach(rows[0].target, rows)}:"
-    return f"{to_reach(rows[0].target, rows)} (dashed):"
+    where = ":" if len(rows) == 1 and rows[0].runs == 1 else ": see the table of results."
+    return f"{to_reach(rows[0].target, rows)} (dashed){where}"
 
 
 def _score_by_time(

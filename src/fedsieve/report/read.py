@@ -45,6 +45,10 @@ class Round(NamedTuple):
     starved: int = 0  # clients that got nothing of B
     clients: int = 0  # that were asked
     epsilon: float | None = None  # spent so far, in private runs
+    compute_seconds: float | None = None  # of all clients together; so too in encode and decode:
+    wire_seconds: float | None = None
+    evaluation_seconds: float | None = None
+    transport_bytes: int | None = None  # of all messages of a federation, headers of Flower's too
 
 
 class Budget(NamedTuple):
@@ -58,6 +62,20 @@ class Budget(NamedTuple):
     up_kept: Shares = UNTOLD
 
 
+class OfClient(NamedTuple):
+    """One client over the rounds that asked it; budget, rows and loss as they were told last."""
+
+    name: str
+    budget: str
+    asked: int
+    merged: int
+    rows: int | None
+    down_bytes: int
+    up_bytes: int
+    seconds: float  # of its work, as measured
+    loss: float | None
+
+
 class Clients(NamedTuple):
     """clients.jsonl, summed up, and the parts that the network model needs."""
 
@@ -67,6 +85,7 @@ class Clients(NamedTuple):
     budgets: tuple[Budget, ...]  # the dearest first
     parts: dict[int, list[Part]]  # round -> its clients; every round of metrics.jsonl is there
     memory_bytes: int | None  # the most that a client needed, where the log tells
+    each: tuple[OfClient, ...] = ()  # who sent and got most first
 
 
 class Run(NamedTuple):
@@ -84,6 +103,7 @@ class Run(NamedTuple):
 
 LOSS = "eval_loss"  # the one measure that is better when it is lower
 MOST = 100  # metrics of a round
+SHOWN_REASONS = 3  # why updates were dropped, in the warning; the summary has more
 _METRIC = re.compile(r"[a-z0-9_]{1,40}")
 
 
@@ -159,7 +179,7 @@ def load(path: Path) -> Run:
         clients = _clients(path / "clients.jsonl", rounds, notes)
     else:
         notes.append("There is no clients.jsonl: nothing can be said about single clients.")
-    notes += _doubts(recipe, start, rounds)
+    notes += _doubts(recipe, rounds, clients.dropped if clients else {})
     method = recipe.get("method")
     return Run(
         path,
@@ -175,7 +195,7 @@ def load(path: Path) -> Run:
     )
 
 
-def _doubts(recipe: dict[str, Any], start: Round | None, rounds: list[Round]) -> list[str]:
+def _doubts(recipe: dict[str, Any], rounds: list[Round], reasons: Mapping[str, int]) -> list[str]:
     """What a careful reader would want to know before trusting the numbers."""
     doubts = []
     last, planned = rounds[-1], recipe.get("rounds")
@@ -196,8 +216,18 @@ def _doubts(recipe: dict[str, Any], start: Round | None, rounds: list[Round]) ->
             "these rounds with B at zero, whatever was learned of it (docs/methods.md, What a "
             "mask may hide)."
         )
+    unknown = [row.round for row in rounds if not math.isfinite(row.loss) and row.epsilon is None]
+    if unknown:
+        doubts.append(
+            f"The training loss of {count(len(unknown), 'round')} (first {unknown[0]}) is no "
+            "number: training diverged, or no client's update came."
+        )
     if dropped := sum(row.dropped for row in rounds):
-        doubts.append(f"{count(dropped, 'client update')} dropped: see the summary.")
+        why = [f"{n:,} times {quoted(reason)}" for reason, n in [*reasons.items()][:SHOWN_REASONS]]
+        if len(reasons) > SHOWN_REASONS:
+            why.append(f"{len(reasons) - SHOWN_REASONS} other reasons")
+        said = f": {', '.join(why)}" if why else ""
+        doubts.append(f"{count(dropped, 'client update')} dropped{said}.")
     return doubts
 
 
@@ -247,6 +277,10 @@ def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Roun
             starved=_optional_integer(row, "starved", where) or 0,
             clients=_optional_integer(row, "clients", where) or 0,
             epsilon=_real(row, "epsilon", where),
+            compute_seconds=_time(row, where, "compute_seconds"),
+            wire_seconds=_time(row, where, "wire_seconds"),
+            evaluation_seconds=_time(row, where, "evaluation_seconds"),
+            transport_bytes=_transport(row, where),
         )
         if rounds and new.round <= rounds[-1].round:
             raise FedSieveError(
@@ -262,6 +296,7 @@ def _clients(
 ) -> Clients:
     seen: dict[str, str] = {}  # a name of each client, and not of each of its rounds
     last: dict[str, int] = {}  # its round so far
+    each: dict[str, OfClient] = {}
     dropped: Counter[str] = Counter()
     sums: dict[str, list[int]] = {}  # label -> client-rounds, down, up
     kept: dict[str, tuple[_Mean, ...]] = {}  # label -> of A, B and head, down and then up
@@ -301,6 +336,20 @@ def _clients(
         total[0] += 1
         total[1] += down
         total[2] += up
+        before = each.get(client) or OfClient(client, "", 0, 0, None, 0, 0, 0.0, None)
+        rows = _optional_integer(row, "examples", where)
+        loss = _real(row, "loss", where)
+        each[client] = OfClient(
+            client,
+            label,
+            before.asked + 1,
+            before.merged + (not reason),
+            before.rows if rows is None else rows,
+            before.down_bytes + down,
+            before.up_bytes + up,
+            before.seconds + (seconds or 0.0),
+            before.loss if loss is None else loss,
+        )
         parts.setdefault(at, []).append(Part(client, down, up, seconds or 0.0, steps, not reason))
     if untimed:
         notes.append(
@@ -320,7 +369,16 @@ def _clients(
     ]
     budgets.sort(key=dearest_first)
     merged = sum(part.merged for row in parts.values() for part in row)
-    return Clients(len(seen), merged, dict(dropped.most_common()), tuple(budgets), parts, memory)
+    told = sorted(each.values(), key=lambda one: (-one.down_bytes - one.up_bytes, one.name))
+    return Clients(
+        len(seen),
+        merged,
+        dict(dropped.most_common()),
+        tuple(budgets),
+        parts,
+        memory,
+        tuple(told),
+    )
 
 
 class _Mean:
@@ -401,11 +459,17 @@ def _metrics(row: dict[str, Any], where: str) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in found.items()}
 
 
-def _time(row: dict[str, Any], where: str) -> float | None:
-    seconds = _real(row, "seconds", where)
+def _time(row: dict[str, Any], where: str, key: str = "seconds") -> float | None:
+    seconds = _real(row, key, where)
     if seconds is not None and not 0 <= seconds <= LONGEST_TIME:
-        raise FedSieveError(f"{where}: 'seconds' is {seconds}, not a time.")
+        raise FedSieveError(f"{where}: {key!r} is {seconds}, not a time.")
     return seconds
+
+
+def _transport(row: dict[str, Any], where: str) -> int | None:
+    """Of the round's own messages and of those between rounds."""
+    parts = [_optional_integer(row, key, where) for key in ("transport_bytes", "aside_bytes")]
+    return None if parts == [None, None] else sum(part or 0 for part in parts)
 
 
 def _real(row: dict[str, Any], key: str, where: str) -> float | None:

@@ -25,6 +25,7 @@ from fedsieve.report.read import (
     load_all,
     mean_shares,
 )
+from fedsieve.report.words import plain
 from fedsieve.tasks.words import spoken
 
 
@@ -286,5 +287,5 @@ def _of_seed(key: str) -> bool:
 
 
 def keys_of(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """A recipe's keys, dotted, and their values as text; what it ran on left out."""
-    return {key: str(value) for key, value in flat(recipe) if not key.startswith("environment.")}
+    """A recipe's keys, dotted, and their values in words; what it ran on left out."""
+    return {key: plain(value) for key, value in flat(recipe) if not key.startswith("environment.")}

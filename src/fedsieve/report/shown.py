@@ -11,7 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedsieve.disk import NotJson, parsed, refuse_link
 from fedsieve.errors import FedSieveError
-from fedsieve.report.html import table, text
+from fedsieve.report.html import cut, table
 from fedsieve.tasks.tally import MATRIX, Answer, OfClass
 
 FILE = "details.json"
@@ -81,11 +81,13 @@ def section(shown: Shown) -> str:
 
 def _classes(shown: Shown) -> str:
     body = "".join(
-        f'<tr><th scope="row">{_cut(each.name)}</th><td>{each.rows:,}</td>'
+        f'<tr><th scope="row">{cut(each.name, LONGEST)}</th><td>{each.rows:,}</td>'
         f"<td>{each.precision:.3f}</td><td>{each.recall:.3f}</td><td>{each.f1:.3f}</td></tr>"
         for each in shown.classes
     )
-    made = table(["Class", "Rows", "Precision", "Recall", "F1"], body, "Scores by class")
+    made = table(
+        ["Class", "Rows", "Precision", "Recall", "F1"], body, "Scores by class", sortable=True
+    )
     if len(shown.classes) <= SHOWN:
         return f"<h3>By class</h3>{made}"
     return f"<details><summary>By class: {len(shown.classes):,} classes</summary>{made}</details>"
@@ -100,7 +102,7 @@ def _matrix(classes: Sequence[OfClass]) -> str:
             share = round(100 * count / max(1, each.rows))
             shade = f"background:color-mix(in srgb,var(--run-0) {share * 7 // 10}%,transparent)"
             cells += f'<td style="{shade}">{count:,}</td>' if count else "<td></td>"
-        body += f'<tr><th scope="row">{number} {_cut(each.name)}</th>{cells}</tr>'
+        body += f'<tr><th scope="row">{number} {cut(each.name, LONGEST)}</th>{cells}</tr>'
     heads = ["", *(str(number) for number in range(1, len(classes) + 1))]
     made = table(heads, body, "What each class was taken for", "matrix")
     return f"<h3>What each class (row) was taken for (column)</h3>{made}"
@@ -110,14 +112,10 @@ def _answers(answers: Sequence[Answer]) -> str:
     asked = any(each.asked for each in answers)
     body = "".join(
         "<tr>"
-        + (f"<td>{_cut(each.asked)}</td>" if asked else "")
-        + f"<td>{_cut(each.expected)}</td><td>{_cut(each.told)}</td></tr>"
+        + (f"<td>{cut(each.asked, LONGEST)}</td>" if asked else "")
+        + f"<td>{cut(each.expected, LONGEST)}</td><td>{cut(each.told, LONGEST)}</td></tr>"
         for each in answers
     )
     heads = [*(["Row"] if asked else []), "Expected", "Told"]
     made = table(heads, body, "Answers", "answers")
     return f"<h3>The first {len(answers)} answers</h3>{made}"
-
-
-def _cut(words: str) -> str:
-    return text(words if len(words) <= LONGEST else f"{words[:LONGEST]} …")

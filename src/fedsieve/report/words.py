@@ -4,6 +4,9 @@ MB is 10^6 bytes everywhere, as network tariffs count, not 2^20.
 """
 
 import math
+from collections.abc import Mapping
+
+NONE = "–"  # noqa: RUF001
 
 
 def significant(x: float) -> str:
@@ -48,3 +51,22 @@ def duration(seconds: float, deviation: float | None = None) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def data(n: float) -> str:
+    """Megabytes to read, as HTML: the exact bytes for machines and for those who point at it."""
+    return f'<data value="{n:.0f}" title="{n:,.0f} bytes">{megabytes(n)}</data>'
+
+
+def plain(value: object) -> str:
+    """A setting in words: "yes", "query, value", "share 0.5, ratio 1; share 0.5, ratio 0.25"."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain(each)}" for key, each in value.items())
+    if isinstance(value, list):
+        between = "; " if any(isinstance(each, Mapping) for each in value) else ", "
+        return between.join(map(plain, value))
+    return str(value)

@@ -11,6 +11,7 @@ _MEASURES = {
     "chrf": "chrF",
     "mse": "squared error",
     "matthews": "Matthews",
+    "client_p10": "client 10th percentile",
     "pearson": "Pearson",
     "spearman": "Spearman",
 }
