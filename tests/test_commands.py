@@ -48,7 +48,7 @@ def test_help_names_every_command_and_says_what_each_argument_is(command: Comman
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("fedsieve re", {"resume", "report", "recipes"}),
+        ("fedsieve re", {"resume", "report", "recipes", "reproduce"}),
         ("fedsieve run d", {"demo", "dp-fedadam", "dp-simulated"}),
         ("fedsieve run demo --ov", {"--overwrite"}),
         ("fedsieve compare demo --methods fedit,fs", {"fedit,fslora", "fedit,fslora_flasc"}),

@@ -159,9 +159,18 @@ def test_dropout_follows_from_the_keys_and_a_base_may_be_half(tiny: Tiny) -> Non
 # Layers that are given a part of the tokens (experts), or rows in another order, cannot be split by
 # client, and what is trained whole beside linear layers is not stacked.
 CANNOT = {
+    **dict.fromkeys(("resnet", "regnet", "efficientnet"), "belongs to a layer of kind Conv2d"),
+    **dict.fromkeys(("longformer", "mobilevit", "segformer"), "its clients' gradients are others"),
+    **dict.fromkeys(("cvt", "data2vec-vision"), "belongs to a layer of kind LayerNorm"),
+    "levit": "belongs to a layer of kind BatchNorm1d",
+    "modernbert-decoder": r"head\.norm\.weight belongs to a layer of kind LayerNorm",
     "modernbert": r"head\.norm\.weight belongs to a layer of kind LayerNorm",
+    "poolformer": "belongs to a layer of kind PoolFormerGroupNorm",
+    "rwkv": "it does not run so",
+    "swiftformer": "belongs to a layer of kind BatchNorm2d",
     "xlnet": "its clients' gradients are others",
 }
+NOISY = {"phimoe"}  # its router draws while it trains, whatever its dropout
 
 
 @each_family
@@ -173,6 +182,9 @@ def test_every_family_trains_at_once_or_says_why_not(
         with pytest.raises(FedSieveError, match=CANNOT[family.name]):
             check_together(resident)
         return
-    compare(
-        resident, works(resident, families.examples(resident.model, task)), replace(SGD, steps=2)
-    )
+    clients = works(resident, families.examples(resident.model, task))
+    if family.name in NOISY:
+        one, other = (fit_together(resident, clients, SGD) for _ in range(2))
+        assert [fit.loss for fit in one] == [fit.loss for fit in other]
+        return
+    compare(resident, clients, replace(SGD, steps=2))

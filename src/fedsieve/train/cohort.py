@@ -122,6 +122,7 @@ def _fit(resident: ResidentModel, works: list[Work], training: Training) -> list
                     now = [next(own) for own in batches[:there]]
                     losses.append(_step(resident, stack, now, views, head, training))
                     memory = memory or _memory(stack, views)
+                    stack.optimizer.zero_grad(set_to_none=True)
             for client in range(steps.index(last), there):
                 own = unstacked(stack.tensors, client, views[client].adapter)
                 trained[client] = {name: t.detach().clone().cpu() for name, t in own.items()}
@@ -184,7 +185,7 @@ def _step(
     training: Training,
 ) -> Tensor:
     """A step of each client on its own batch, by a model with the stack in it. Returns their
-    losses, (c,), on the device.
+    losses, (c,), on the device, and leaves the gradients.
     """
     counts = [catalogue.load(resident.task).counts(batch.labels) for batch in batches]
     most = max(count(batch) for batch in batches)
@@ -206,7 +207,6 @@ def _step(
     stack.optimizer.step()
     for name, (moves, own) in stack.still.items():
         stack.tensors[name].data = torch.where(moves, stack.tensors[name].data, own)
-    stack.optimizer.zero_grad(set_to_none=True)
     return total
 
 
@@ -307,7 +307,7 @@ def _memory(stack: _Stack, views: Sequence[View]) -> list[int]:
             state = stack.optimizer.state.get(tensor, {}).values()
             alike = sum(isinstance(t, Tensor) and t.shape == tensor.shape for t in state)
             others = sum(t.nbytes for t in state if isinstance(t, Tensor) and t.ndim == 0)
-            copies = 1 + alike + (name in stack.moving)
+            copies = 1 + alike + (tensor.grad is not None)
             total += math.prod(shape) * tensor.element_size() * copies + others
         each.append(total)
     return each
