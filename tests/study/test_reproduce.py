@@ -195,6 +195,21 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
     assert "1 more are of what this form leaves out" in " ".join(ran.out.split())
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_a_run_on_other_rows_is_not_copied(write: Write, tmp_path: Path, command: Command) -> None:
+    panel = {"name": "p", "recipe": "tiny.toml", "set": {"data.train": "{data}/rows.csv"}}
+    path = write(small=[panel], seeds=[0], entry=[{"name": "dense", "method": "fedit"}])
+    rows = tmp_path / "rows.csv"
+    text = Path(train_of(tmp_path)).read_text(encoding="utf-8")
+    done = {}
+    for name, own in (("one", text), ("two", text), ("three", text.replace("car", "cat", 1))):
+        rows.write_text(own, encoding="utf-8")
+        ran = command("reproduce", path, "--data", tmp_path, "--out", tmp_path / "papers" / name)
+        assert ran.code == 0, ran.err
+        done[name] = "1 of them done already" in ran.out
+    assert done == {"one": False, "two": True, "three": False}
+
+
 def train_of(folder: Path) -> str:
     train: str = tomllib.loads((folder / "tiny.toml").read_text())["data"]["train"]
     return train
@@ -296,6 +311,10 @@ def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
         ({"numbers": {"q": {}}}, "'q' is not there"),
         ({"y": "hours"}, "y"),
         ({"plcae": []}, "plcae"),
+        ({"paper": [{"name": "..", "recipe": "demo"}]}, "'..' has no letter"),
+        ({"place": [{"name": "x"}, {"name": "."}]}, "'.' has no letter"),
+        ({"place": [{"name": "A b"}, {"name": "a-B"}]}, "would have one folder, 'a-b'"),
+        ({"small": [{"name": "p", "recipe": "demo"}] * 2}, "would have one folder, 'p'"),
     ],
 )
 def test_a_figure_that_is_not_right(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from fedsieve.data import fetch
 from fedsieve.disk import bytes_of
-from fedsieve.errors import FedSieveError, count, explain_all, nearest
+from fedsieve.errors import FedSieveError, count, explain_all, nearest, printable
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.settings import Share, Table
@@ -142,6 +142,12 @@ class Figure(Table):
         entries = [entry.name for entry in self.entry]
         places = [place.name for place in self.place]
         panels = [panel.name for panel in (*self.small, *self.paper)]
+        for what, names in (
+            ("place", places),
+            ("small", [panel.name for panel in self.small]),
+            ("paper", [panel.name for panel in self.paper]),
+        ):
+            _refuse_one_folder(what, names)
         for check in self.check:
             at = (check.at, check.left_at, check.right_at)
             _refuse_unknown("check", (check.left, check.right), entries)
@@ -174,6 +180,21 @@ def _refuse_unknown(
     for name in given:
         if name is not None and name not in known:
             raise ValueError(f"{where}: {name!r} is not there{nearest(name, known)}")
+
+
+def _refuse_one_folder(what: str, names: Sequence[str]) -> None:
+    """Raises ValueError for a name that makes no folder, and for two that make the same."""
+    of: dict[str, str] = {}
+    for name in names:
+        folder = slug(name)
+        if not folder:
+            raise ValueError(f"{what}: {printable(name)!r} has no letter or digit")
+        if folder in of:
+            raise ValueError(
+                f"{what}: {printable(of[folder])!r} and {printable(name)!r} would have one folder, "
+                f"{folder!r}"
+            )
+        of[folder] = name
 
 
 def shipped() -> dict[str, str]:
