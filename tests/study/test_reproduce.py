@@ -313,8 +313,11 @@ def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
         ({"plcae": []}, "plcae"),
         ({"paper": [{"name": "..", "recipe": "demo"}]}, "'..' has no letter"),
         ({"place": [{"name": "x"}, {"name": "."}]}, "'.' has no letter"),
-        ({"place": [{"name": "A b"}, {"name": "a-B"}]}, "would have one folder, 'a-b'"),
-        ({"small": [{"name": "p", "recipe": "demo"}] * 2}, "would have one folder, 'p'"),
+        (
+            {"place": [{"name": n, "set": {"seed": i}} for i, n in enumerate(("A b", "a-B"))]},
+            "two parts would have the folder 'p/a-b'",
+        ),
+        ({"small": [{"name": "p", "recipe": "demo"}] * 2}, "would have the folder 'p'"),
     ],
 )
 def test_a_figure_that_is_not_right(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

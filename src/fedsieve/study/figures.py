@@ -13,7 +13,7 @@ Nothing here needs torch.
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -142,12 +142,11 @@ class Figure(Table):
         entries = [entry.name for entry in self.entry]
         places = [place.name for place in self.place]
         panels = [panel.name for panel in (*self.small, *self.paper)]
-        for what, names in (
-            ("place", places),
-            ("small", [panel.name for panel in self.small]),
-            ("paper", [panel.name for panel in self.paper]),
-        ):
-            _refuse_one_folder(what, names)
+        for name in (*places, *panels):
+            if not slug(name):
+                raise ValueError(f"{printable(name)!r} has no letter or digit: it names a folder")
+        for name in ("small", "paper"):
+            _refuse_one_folder(name, _folders(self, getattr(self, name)))
         for check in self.check:
             at = (check.at, check.left_at, check.right_at)
             _refuse_unknown("check", (check.left, check.right), entries)
@@ -182,19 +181,41 @@ def _refuse_unknown(
             raise ValueError(f"{where}: {name!r} is not there{nearest(name, known)}")
 
 
-def _refuse_one_folder(what: str, names: Sequence[str]) -> None:
-    """Raises ValueError for a name that makes no folder, and for two that make the same."""
-    of: dict[str, str] = {}
-    for name in names:
-        folder = slug(name)
-        if not folder:
-            raise ValueError(f"{what}: {printable(name)!r} has no letter or digit")
-        if folder in of:
+def _refuse_one_folder(what: str, folders: Iterable[Path]) -> None:
+    """Raises ValueError for runs that would meet in one folder."""
+    found: set[Path] = set()
+    for folder in folders:
+        if folder in found:
             raise ValueError(
-                f"{what}: {printable(of[folder])!r} and {printable(name)!r} would have one folder, "
-                f"{folder!r}"
+                f"{what}: two parts would have the folder {str(folder)!r}: name them apart"
             )
-        of[folder] = name
+        found.add(folder)
+
+
+def _folders(figure: Figure, panels: Sequence[PanelTable]) -> Iterator[Path]:
+    """Of each part, below where the figure's go."""
+    for panel in panels:
+        for group in _groups(figure, panel):
+            yield _below(panel, group)
+
+
+def _below(panel: PanelTable, places: Sequence[PlaceTable]) -> Path:
+    own = Path(slug(panel.name))
+    return own / slug(places[0].name) if places[0].set else own
+
+
+def _groups(figure: Figure, panel: PanelTable) -> list[list[PlaceTable]]:
+    """The places of a panel; those that set the same are told of the same runs."""
+    groups: list[list[PlaceTable]] = []
+    for place in figure.place:
+        if panel.places is not None and place.name not in panel.places:
+            continue
+        alike = (group for group in groups if group[0].set == place.set)
+        if (group := next(alike, None)) is None:
+            groups.append([place])
+        else:
+            group.append(place)
+    return groups
 
 
 def shipped() -> dict[str, str]:
@@ -244,16 +265,7 @@ def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ())
         )
         if panel.tune is not None and not panel.tune.grid:
             entries = tuple(entry.model_copy(update={"grid": []}) for entry in entries)
-        groups: list[list[PlaceTable]] = []
-        for place in figure.place:
-            if panel.places is not None and place.name not in panel.places:
-                continue
-            alike = (group for group in groups if group[0].set == place.set)
-            if (group := next(alike, None)) is None:
-                groups.append([place])
-            else:
-                group.append(place)
-        for group in groups:
+        for group in _groups(figure, panel):
             study = Study(
                 recipe=panel.recipe,
                 seeds=tuple(seeds) or panel.seeds or figure.seeds,
@@ -262,10 +274,7 @@ def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ())
                 entry=entries,
                 tune=panel.tune or figure.tune,
             )
-            below = folder / slug(panel.name)
-            if group[0].set:
-                below = below / slug(group[0].name)
-            found.append(Part(panel, tuple(group), study, below))
+            found.append(Part(panel, tuple(group), study, folder / _below(panel, group)))
     return found
 
 
