@@ -81,6 +81,11 @@ CASES = {
         "causal-lm",
         {"prompt": "{instruction}\n{input}\n", "completion": "output"},
     ),
+    "names that no template can say": Case(
+        {"prompt.a": said(N), "answer": said(N)[::-1]},
+        "causal-lm",
+        {"prompt": "prompt.a", "completion": "answer"},
+    ),
     "questions with answers of two kinds": Case(
         {"question": said(N), "passage": said(N), "answer": cycle(["True", "False"], N)},
         "classification",

@@ -34,6 +34,11 @@ def columns_in(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name, _ in _parts(template) if name is not None))
 
 
+def is_plain(name: str) -> bool:
+    """Whether a template can name a column of this name."""
+    return not _MORE.search(name) and not {"{", "}"} & {*name}
+
+
 def used(names: Iterable[str], there: Collection[str]) -> list[str]:
     """The columns that are read for these, of those that are there; once each.
 

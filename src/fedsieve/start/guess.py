@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fedsieve.data import fetch
-from fedsieve.data.templates import columns_in
+from fedsieve.data.templates import columns_in, is_plain
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.start.look import Column, Looked
 from fedsieve.tasks import catalogue
@@ -243,6 +243,8 @@ def _prompts(columns: Sequence[Column], looked: Looked, said: Said) -> Found | N
     rest = [e for e in texts if e not in (prompt, completion) and not e.nulls]
     more = _named(rest, CONTEXT)
     asked = f"{{{prompt.name}}}\n" + (f"{{{more.name}}}\n" if more else "")
+    if not is_plain(prompt.name) or (more and not is_plain(more.name)):
+        asked = prompt.name  # such a column can be named alone, and in no template
     return "causal-lm", {"prompt": asked, "completion": completion.name}
 
 
