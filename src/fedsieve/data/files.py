@@ -334,13 +334,19 @@ def _parquet(path: Path, columns: Columns | None) -> pa.Table:
             )
     # What a file says of its size leaves out how often each entry of a dictionary occurs.
     parts = file.iter_batches(batch_size=256, columns=chosen or None)
-    _refuse_endless(path, map(_unpacked, parts))
-    table = file.read(chosen) if chosen else file.read()
-    if table.num_rows != file.metadata.num_rows:
+    found = 0
+
+    def counted(part: pa.RecordBatch) -> int:
+        nonlocal found
+        found += part.num_rows
+        return _unpacked(part)
+
+    _refuse_endless(path, map(counted, parts))
+    if found != file.metadata.num_rows:  # `read` would make room for as many as are said
         raise FedSieveError(
-            f"{path} is damaged: it is said to have {file.metadata.num_rows} rows, and has "
-            f"{table.num_rows}"
+            f"{path} is damaged: it is said to have {file.metadata.num_rows} rows, and has {found}"
         )
+    table = file.read(chosen) if chosen else file.read()
     for place, (name, values) in enumerate(zip(table.column_names, table.columns, strict=True)):
         if pa.types.is_dictionary(values.type):  # pandas' categories
             table = table.set_column(place, name, values.cast(values.type.value_type))
