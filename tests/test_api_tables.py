@@ -70,6 +70,8 @@ def test_a_column_says_whose_each_row_is(tiny: Tiny, number: int) -> None:
     "table",
     [
         {"kind": "dirichlet", "clients": 6, "alpha": 0.5},
+        {"kind": "dirichlet-by-client", "clients": 7, "alpha": 0.5},
+        {"kind": "dirichlet", "clients": 6, "alpha": 0.5, "by": "author"},
         {"kind": "iid", "clients": 7},
     ],
 )
@@ -77,7 +79,7 @@ def test_a_partition_is_that_of_a_recipe(tiny: Tiny, table: dict[str, Any]) -> N
     recipe = recipes.check(tiny.table(partition=table, seed=3, budgets=None, method__name="fedit"))
     named = from_recipe(recipe)
     there = {client.id: client.examples for client in named.federation.clients}
-    partition = table if table["kind"] == "dirichlet" else np.int64(table["clients"])
+    partition = table if "alpha" in table else np.int64(table["clients"])
     run = finetune(tiny, str(tiny.train), partition=partition, seed=3, max_length=16)
     assert clients_of(run) == there
     assert len(there) > 3

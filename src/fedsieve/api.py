@@ -6,6 +6,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,18 +16,25 @@ from peft import LoraConfig
 from torch import Tensor
 
 from fedsieve.algebra.budget import Budget
-from fedsieve.algebra.keys import Key, word
+from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.algebra.optim import limits
 from fedsieve.data import given as given_rows
 from fedsieve.data import sources
-from fedsieve.data.partition import dirichlet, iid, natural
 from fedsieve.engine.callbacks import OnRound, as_list
 from fedsieve.errors import FedSieveError
 from fedsieve.notebook import Reading, Run, bad, read, rows_of
 from fedsieve.recipe import arguments
 from fedsieve.recipe.examples import owners_of
-from fedsieve.recipe.experiment import also, assemble, locate, reasons, stopped, with_secret
+from fedsieve.recipe.experiment import (
+    also,
+    assemble,
+    divided,
+    locate,
+    reasons,
+    stopped,
+    with_secret,
+)
 from fedsieve.settings import NORM_BOUND, Dtype, Lora, Quantization, Sampling, Task, Training
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, unasked
@@ -332,31 +340,21 @@ def _by_client(clients: Any, partition: Any, reading: Reading, key: Key) -> dict
             "partition: it divides one table, and `clients` has the rows of each: leave it out"
         )
     said = arguments.partition_given(partition)
-    column = said.column if said is not None else None
     columns = reading.columns
-    names = columns.names if column is None else (*columns.names, column)
+    more = () if said is None else filter(None, (said.column, said.by))
     try:
-        table = given_rows.rows_of(clients, columns._replace(names=names))
+        table = given_rows.rows_of(clients, columns._replace(names=(*columns.names, *more)))
     except FedSieveError as error:
         raise FedSieveError(f"clients: {error}") from error
     if not len(table):
         raise FedSieveError("clients: at least one row is needed")
     if said is None:
         return _by_partitioner(partition, table)
-    seed = word(key.at("partition")) % 2**32
-    if said.kind == "column":
-        assert said.column is not None
-        try:
-            split = natural(owners_of(table, said.column))
-        except FedSieveError as error:
-            raise FedSieveError(f"partition: {error}") from error
-    elif said.kind == "iid":
-        assert said.clients is not None
-        split = iid(len(table), said.clients, seed)
-    else:
-        assert said.clients is not None
-        assert said.alpha is not None
-        split = dirichlet(_classes_of(table, reading), said.clients, said.alpha, seed)
+    values, classes = partial(owners_of, table), partial(_classes_of, table, reading)
+    try:
+        split = divided(said, len(table), values, classes, key)
+    except FedSieveError as error:
+        raise FedSieveError(f"partition: {error}") from error
     return {id: table.select(rows) for id, rows in split.items()}
 
 
@@ -382,8 +380,8 @@ def _classes_of(table: Dataset, reading: Reading) -> list[int]:
     label = reading.fields.label
     if not reading.task.named or not isinstance(label, str):
         raise FedSieveError(
-            "partition.kind: 'dirichlet' splits by label, and this task has none that are classes: "
-            "use a column or a number of parts"
+            "it splits by label, and this task has none that are classes: use a column or a number "
+            "of parts"
         )
     classes = reading.task.classes([table], reading.fields)
     number = {name: n for n, name in enumerate(classes)}
@@ -391,6 +389,6 @@ def _classes_of(table: Dataset, reading: Reading) -> list[int]:
     for row, name in enumerate(sources.names_in(table, label)):
         if isinstance(name, FedSieveError) or name not in number:
             why = name if isinstance(name, FedSieveError) else f"row {row} has no label"
-            raise FedSieveError(f"partition: {why}")
+            raise FedSieveError(str(why))
         found.append(number[name])
     return found

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from datasets import Dataset
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter
@@ -618,27 +619,43 @@ def reaching(examples: Examples, most: int) -> int:
 
 def parts_of(recipe: Recipe, rows: Dataset, examples: Examples, came: Tensor) -> Partition:
     """The numbers of each client's examples."""
-    chosen = recipe.partition
-    count = examples.labels.shape[0]
-    seed = word(Key(recipe.seed, purpose="partition")) % 2**32
-    if chosen.kind == "column":
-        assert chosen.column is not None
-        owners = owners_of(rows, chosen.column)
-        split = partition.natural([owners[row] for row in came.tolist()])
-        # Whoever has rows but no example of them keeps an id, and is counted among the empty.
-        return split.beside(owners)
-    if chosen.kind == "iid":
-        assert chosen.clients is not None
-        return partition.iid(count, chosen.clients, seed)
+    chosen, labels = recipe.partition, examples.labels
+
+    def values(column: str, what: str) -> list[str]:
+        own = owners_of(rows, column, what)
+        return [own[row] for row in came.tolist()]
+
+    def classes() -> Tensor:
+        if labels.ndim > 1 or labels.is_floating_point():
+            raise FedSieveError(
+                f"partition.kind: {chosen.kind!r} splits by label, and a {recipe.model.task} task "
+                "has none that are classes: name a column with partition.by, or use 'column' or "
+                "'iid'"
+            )
+        return labels
+
+    split = divided(chosen, labels.shape[0], values, classes, Key(recipe.seed))
+    # Whoever has rows but no example of them keeps an id, and is counted among the empty.
+    return split if chosen.column is None else split.beside(owners_of(rows, chosen.column))
+
+
+def divided(
+    chosen: schema.Partition,
+    count: int,
+    values: Callable[[str, str], Sequence[str]],
+    classes: Callable[[], ArrayLike],
+    key: Key,
+) -> Partition:
+    """The numbers of each client's, of so many rows or examples, as a [partition] says.
+
+    values: a column, and what its values are called -> one of each row; classes: likewise
+    """
+    if chosen.column is not None:
+        return partition.natural(values(chosen.column, "client"))
     assert chosen.clients is not None
-    assert chosen.alpha is not None
+    seed = word(key.at("partition")) % 2**32
+    if chosen.alpha is None:
+        return partition.iid(count, chosen.clients, seed)
     law = partition.dirichlet if chosen.kind == "dirichlet" else partition.dirichlet_by_client
-    if chosen.by is not None:
-        values = owners_of(rows, chosen.by, chosen.by)
-        return law([values[row] for row in came.tolist()], chosen.clients, chosen.alpha, seed)
-    if examples.labels.ndim > 1 or examples.labels.is_floating_point():
-        raise FedSieveError(
-            f"partition.kind: {chosen.kind!r} splits by label, and a {recipe.model.task} task has "
-            "none that are classes: name a column with partition.by, or use 'column' or 'iid'"
-        )
-    return law(examples.labels, chosen.clients, chosen.alpha, seed)
+    labels = classes() if chosen.by is None else values(chosen.by, chosen.by)
+    return law(labels, chosen.clients, chosen.alpha, seed)
