@@ -258,6 +258,11 @@ def in_round(training: Training, number: int, rounds: int) -> Training:
     return replace(training, lr=training.lr + gone * (training.last_lr - training.lr), last_lr=None)
 
 
+def steps_of(rows: int, training: Training) -> int:
+    """How many batches a client of so many examples trains on in a round."""
+    return training.steps or training.epochs * -(-rows // training.batch)
+
+
 def whole(name: str, value: Any, least: int) -> int:
     """A whole number of Python's or NumPy's. Raises FedSieveError, naming it, for anything else."""
     if isinstance(value, bool) or not isinstance(value, Integral):

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
-from fedsieve.settings import Lora, Training
+from fedsieve.settings import Lora, Training, steps_of
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.task import Fields
@@ -286,7 +286,7 @@ def test_rows_of_like_length_share_a_batch(tiny: Tiny) -> None:
     padded = []
     for asked in (training, replace(training, by_length=True)):
         batches = list(local.batches_of(examples, asked, KEY))
-        assert len(batches) == local.steps_of(200, asked) == 50
+        assert len(batches) == steps_of(200, asked) == 50
         for half in (batches[:25], batches[25:]):
             assert sorted(torch.cat([b.labels for b in half]).tolist()) == list(range(200))
         again = local.batches_of(examples, asked, KEY)

@@ -15,6 +15,7 @@ from fedsieve.errors import FedSieveError, nearest
 from fedsieve.recipe import schema
 from fedsieve.recipe.method import tiers_differ_in
 from fedsieve.recipe.schema import Recipe
+from fedsieve.settings import steps_of
 
 
 def hand_out(
@@ -88,13 +89,12 @@ def _work(recipe: Recipe, layout: Layout, examples: int) -> Work:
     """What a client's round is made of. A method's option that is not given has its default."""
     training, options = recipe.training, recipe.method.model_extra or {}
     paired = sum(prod(layout.shapes[name]) for name in layout.rank_axis)
-    steps = training.steps or training.epochs * -(-examples // training.batch)
     moments = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
     return Work(
         rank=max(1, layout.rank),  # a head alone, or all weights, have none
         per_rank=paired // max(1, layout.rank),
         head=layout.size - paired,
-        steps=steps,
+        steps=steps_of(examples, training),
         # What the upload left out stays with the client: one number more for each.
         moments=moments + bool(options.get("feedback", False)),
         down_values=options.get("down_values", "float32"),

@@ -30,6 +30,7 @@ from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import locate
 from fedsieve.recipe.schema import Recipe
+from fedsieve.settings import steps_of
 from fedsieve.sites.site import Site
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.asked import Asked
@@ -137,7 +138,7 @@ def check(
     """Raises FedSieveError for a recipe that is beyond one of the site's bounds."""
     training, rows, length = recipe.training, count(train), _tokens(train)
     batch = min(training.batch, rows)
-    steps = training.steps or training.epochs * -(-rows // training.batch)
+    steps = steps_of(rows, training)
     if steps > site.most_steps:
         raise FedSieveError(
             f"{steps} optimizer steps a round: this site takes at most {site.most_steps} "

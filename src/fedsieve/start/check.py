@@ -25,7 +25,7 @@ from fedsieve.recipe import workers
 from fedsieve.recipe.experiment import Experiment, from_recipe, reaching
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Engine, Recipe, ResourceBudgets
-from fedsieve.settings import Training, in_round
+from fedsieve.settings import Training, in_round, steps_of
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import by_token
@@ -85,7 +85,7 @@ class Checked(NamedTuple):
     recipe: with what the data told filled in
     rows:   to train on, all clients' together; tested: to evaluate on, or None; clients: of these
     labels, texts, values: whichever the task has
-    steps:  of a client's round, on average
+    steps:  of a client's round, on average, where texts are not packed
     idle:   what of the recipe would silently do nothing, a sentence each
     notes:  those of the run
     """
@@ -155,7 +155,7 @@ def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Checked:
         bill=bill,
         needs=memory.of_recipe(settled, budgets, length),
         speed=_speed(experiment, own),
-        steps=fmean(steps_of(settled.training, client) for client in clients),
+        steps=fmean(steps_of(client.examples, settled.training) for client in clients),
         idle=tuple(idle(recipe, experiment)),
         notes=experiment.notes,
     )
@@ -163,11 +163,6 @@ def check(recipe: Recipe, *, trust_remote_code: bool = False) -> Checked:
 
 def spread(values: Sequence[float]) -> Spread:
     return Spread(min(values), median(values), max(values))
-
-
-def steps_of(training: Training, client: Client) -> int:
-    """Steps of a client's round, where texts are not packed."""
-    return training.steps or training.epochs * -(-client.examples // training.batch)
 
 
 def idle(recipe: Recipe, experiment: Experiment) -> list[str]:

@@ -134,24 +134,32 @@ def finished(job: Job) -> bool:
     return bool(rounds) and rounds[-1].round == runner.rounds_of(job.folder)
 
 
-def _rows_of(jobs: Sequence[Job]) -> dict[str, RowsDigest]:
-    """What the runs that are there were trained and evaluated on, by what they ask for of it.
+# What runs were trained and evaluated on, and the first directory of such, by what they ask for.
+_Known = dict[str, tuple[Path, RowsDigest]]
+
+
+def _note_rows(job: Job, known: _Known) -> None:
+    """Take in what a run's directory says of its rows, if it is there.
 
     Raises FedSieveError, naming two directories, where runs that ask for the same rows had others:
     a file was changed in between, and a mean over both would be of neither.
     """
-    found: dict[str, tuple[Path, RowsDigest]] = {}
-    for job in jobs:
-        rows = rundir.rows_of(job.folder)
-        if rows is not None:
-            first, known = found.setdefault(asked_for(job), (job.folder, rows))
-            if known != rows:
-                raise FedSieveError(
-                    f"the rows of {job.folder} are not those of {first}, though both ask for the "
-                    "same: a file was changed in between. Remove the directories of one kind to "
-                    "run them again, or choose another --out"
-                )
-    return {asked: rows for asked, (_, rows) in found.items()}
+    rows = rundir.rows_of(job.folder)
+    if rows is None:
+        return
+    first, others = known.setdefault(asked_for(job), (job.folder, rows))
+    if others != rows:
+        raise FedSieveError(
+            f"the rows of {job.folder} are not those of {first}, though both ask for the same: a "
+            "file was changed in between. Remove the directories of one kind to run them again, or "
+            "choose another --out"
+        )
+
+
+def _rows_for(job: Job, known: _Known) -> RowsDigest | None:
+    """What a run must be on, where others are there that ask for the same."""
+    found = known.get(asked_for(job))
+    return None if found is None else found[1]
 
 
 def asked_for(job: Job) -> str:
@@ -185,7 +193,9 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
     is started then), runner.Stopped after Ctrl-C or SIGTERM, with every run's state kept.
     """
     refuse_changed(jobs)
-    known = _rows_of(jobs)
+    known: _Known = {}
+    for job in jobs:
+        _note_rows(job, known)
     outcomes = {
         job.folder: Outcome(job, diverged(job)) for job in jobs if diverged(job) or finished(job)
     }
@@ -206,12 +216,12 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
         try:
             if min(workers, len(left)) <= 1:
                 for job in left:
-                    rows = known.get(asked_for(job))
-                    ended(Outcome(job, _problem(job, rows, show)))
-                    known = _rows_of(jobs)
+                    ended(Outcome(job, _problem(job, _rows_for(job, known), show)))
+                    _note_rows(job, known)
             else:
                 _side_by_side(left, known, min(workers, len(left)), show, ended)
-                _rows_of(jobs)
+                for job in left:
+                    _note_rows(job, known)
         except (KeyboardInterrupt, runner.Stopped):
             done = sum(outcome.problem is None for outcome in outcomes.values())
             raise runner.Stopped(
@@ -251,7 +261,7 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
 
 def _side_by_side(
     jobs: Sequence[Job],
-    known: Mapping[str, RowsDigest],
+    known: _Known,
     workers: int,
     show: ShowRound,
     end: ShowEnd,
@@ -291,7 +301,7 @@ def _side_by_side(
                 break
             if process.poll() is not None:
                 process = start()
-            rows = known.get(asked_for(job))
+            rows = _rows_for(job, known)
             events.put(Outcome(job, _told(process, job, rows, lambda j, s: events.put((j, s)))))
         if process.stdin is not None:
             with contextlib.suppress(OSError):

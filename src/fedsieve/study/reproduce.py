@@ -171,8 +171,10 @@ def _copied(jobs: Sequence[Job], folder: Path) -> None:
                 if settings_of(own) == settings_of(job.recipe) and finished(
                     job._replace(folder=asked.parent)
                 ):
-                    now = rows.setdefault(asked_for(job), digest_of_rows(job.recipe))
-                    if rundir.rows_of(asked.parent) != now:
+                    asked_rows = asked_for(job)
+                    if asked_rows not in rows:
+                        rows[asked_rows] = digest_of_rows(job.recipe)
+                    if rundir.rows_of(asked.parent) != rows[asked_rows]:
                         continue
                     job.folder.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copytree(asked.parent, job.folder, symlinks=True)

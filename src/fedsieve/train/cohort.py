@@ -25,13 +25,13 @@ from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import View
 from fedsieve.errors import FedSieveError
-from fedsieve.settings import Training
+from fedsieve.settings import Training, steps_of
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import IGNORED, Texts, by_token
 from fedsieve.train.batch import moved
-from fedsieve.train.local import Fit, batches_of, learned, optimizer_of, precision_of, steps_of
+from fedsieve.train.local import Fit, batches_of, learned, optimizer_of, precision_of
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.outputs import outputs

@@ -161,17 +161,12 @@ def tally(
     task, classes = catalogue.load(resident.task), resident.classes
     resident.put(adapter)
     resident.model.eval()
-    rows = torch.arange(examples.labels.shape[0])
     counts: list[Tally] = []
     with torch.inference_mode(), precision_of(resident, precision):
         if task.ask is not None:
             assert not isinstance(examples, Images)
             return task.ask(examples.asked or (), speaker(resident, batch))
-        for index in rows.split(batch):
-            some = take(examples, index)
-            logits, labels = outputs(
-                resident.model, resident.task, some, resident.device, head=resident.head
-            )
+        for some, logits, labels in _outputs(resident, examples, batch):
             counted = task.judge(logits, labels, classes)
             if task.told is not None and not counts:
                 first = task.told(logits[:SHOWN], labels[:SHOWN], classes)
@@ -209,13 +204,19 @@ def told(
             return found
         if task.told is None:
             raise FedSieveError(f"a {resident.task} task tells nothing of single rows")
-        for index in torch.arange(count(examples)).split(batch):
-            some = take(examples, index)
-            logits, labels = outputs(
-                resident.model, resident.task, some, resident.device, head=resident.head
-            )
+        for _, logits, labels in _outputs(resident, examples, batch):
             found += [said for _, said in task.told(logits, labels, classes)]
     return found
+
+
+def _outputs(
+    resident: ResidentModel, examples: Examples, batch: int
+) -> Iterator[tuple[Examples, Tensor, Tensor]]:
+    """The examples a batch at a time, in their order, with what the model says and their labels."""
+    for index in torch.arange(count(examples)).split(batch):
+        some = take(examples, index)
+        given = (resident.model, resident.task, some, resident.device)
+        yield some, *outputs(*given, head=resident.head)
 
 
 def _said(resident: ResidentModel, examples: Examples) -> list[str]:
@@ -288,11 +289,6 @@ def batches_of(examples: Examples, training: Training, key: Key) -> Iterator[Exa
             crop = training.augment == "crop-flip"
             some = some._replace(pixels=crops_and_flips(some.pixels, moves, crop=crop))
         yield some
-
-
-def steps_of(rows: int, training: Training) -> int:
-    """How many batches that will be."""
-    return training.steps or training.epochs * -(-rows // training.batch)
 
 
 def _order(
