@@ -86,6 +86,11 @@ CASES = {
         "causal-lm",
         {"prompt": "prompt.a", "completion": "answer"},
     ),
+    "names with a brace alone": Case(
+        {"prompt{": said(N), "my {answer}": said(N)[::-1]},
+        "causal-lm",
+        {"prompt": "prompt{", "completion": "my {answer}"},
+    ),
     "questions with answers of two kinds": Case(
         {"question": said(N), "passage": said(N), "answer": cycle(["True", "False"], N)},
         "classification",

@@ -101,7 +101,7 @@ def guess(looked: Looked, said: Said) -> Guess:
     if said.task is not None:
         data = _for_task(said.task, data, free, looked, said)
         task = said.task
-    used = _used(data)
+    used = _used(data, [column.name for column in looked.columns])
     if owner in used and said.clients is None:
         owner = None
     return Guess(
@@ -155,12 +155,12 @@ def _labels(label: str | None, known: Sequence[str]) -> tuple[str, ...]:
     return (label,) if label in known else tuple(each.strip() for each in label.split(","))
 
 
-def _used(data: Mapping[str, str | tuple[str, ...]]) -> list[str]:
+def _used(data: Mapping[str, str | tuple[str, ...]], known: Sequence[str]) -> list[str]:
     """The columns that a recipe reads."""
     found: list[str] = []
     for each in data.values():
         for name in (each,) if isinstance(each, str) else each:
-            found += columns_in(name) or (name,)
+            found += _columns(name, known)
     return list(dict.fromkeys(found))
 
 
