@@ -1,6 +1,5 @@
 """Federated fine-tuning from a notebook: data sets in, an adapter and its metrics out."""
 
-import hashlib
 import math
 import secrets
 import warnings
@@ -13,7 +12,6 @@ from typing import Any, TypeVar
 
 from datasets import Dataset
 from peft import LoraConfig
-from torch import Tensor
 
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
@@ -37,6 +35,7 @@ from fedsieve.recipe.experiment import (
 )
 from fedsieve.settings import NORM_BOUND, Dtype, Lora, Quantization, Sampling, Task, Training
 from fedsieve.tasks import catalogue
+from fedsieve.tasks.digest import named_digest
 from fedsieve.tasks.examples import Examples, count, unasked
 from fedsieve.tasks.tally import check_lead
 from fedsieve.tasks.task import Bad, Fields
@@ -254,7 +253,7 @@ def finetune(
         },
         "federation": {
             "clients": len(examples),
-            "rows": _digest(examples, allowed),
+            "rows": named_digest((f"{id}, {allowed[id]}", examples[id]) for id in sorted(examples)),
             "sampling": asdict(sampling),
             "server": dict(method.server.table),
             "norm_bound": _bound(norm_bound, method),
@@ -299,17 +298,6 @@ def _sound(rows: Dataset, bad: Bad) -> Dataset:
     for row in sorted(bad):
         raise bad[row]
     return rows
-
-
-def _digest(examples: Mapping[str, Examples], budgets: Mapping[str, Budget]) -> str:
-    """Of all clients' examples and budgets."""
-    digest = hashlib.blake2b(digest_size=16)
-    for id, own in sorted(examples.items()):
-        digest.update(f"{id}|{tuple(budgets[id])}|".encode())
-        for part in own:
-            said = part.numpy().tobytes() if isinstance(part, Tensor) else repr(part).encode()
-            digest.update(said)
-    return digest.hexdigest()
 
 
 def _called(function: Function) -> str:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -151,10 +151,7 @@ def run(
     from fedsieve.recipe import read as recipes
     from fedsieve.run import rundir, tracking
 
-    table = recipes.read(recipe, overrides or [])
-    planned = recipes.parse(table, recipe)
-    if not allow_code:
-        recipes.refuse_code(planned.method.name, recipe)
+    table, planned = _planned(recipe, overrides, allow_code)
     tracking.check(planned.tracking)
     folder = out or _by_name(planned.name)
     if not overwrite:
@@ -232,10 +229,7 @@ def check(
     """Load all that a run would, train nothing, and say what it will take: rows, bytes, time."""
     from fedsieve.recipe import read as recipes
 
-    table = recipes.read(recipe, overrides or [])
-    planned = recipes.parse(table, recipe)
-    if not allow_code:
-        recipes.refuse_code(planned.method.name, recipe)
+    table, planned = _planned(recipe, overrides, allow_code)
     _announce(planned)
     from fedsieve.start import check as checking
     from fedsieve.start import told
@@ -271,17 +265,13 @@ def resume(
     """Go on with a run that was stopped, as if nothing had happened."""
     from functools import partial
 
-    from fedsieve.recipe import read as recipes
     from fedsieve.run import rundir, tracking
 
     if rundir.federated(folder):
         raise FedSieveError(f"{folder} holds a federation: go on with `{rundir.again(folder)}`")
     rundir.check(folder)
     source = str(folder / rundir.RECIPE)
-    planned = recipes.parse(recipes.read(source), source)
-    if not allow_code:
-        recipes.refuse_code(planned.method.name, source)
-        recipes.refuse_function(planned.training.function, source)
+    _, planned = _planned(source, (), allow_code)
     if rounds is not None:
         planned = planned.model_copy(update={"rounds": rounds})
     tracking.check(planned.tracking)
@@ -387,11 +377,8 @@ def search(
     allow_code: AllowCode = False,
 ) -> None:
     """Search rank and density together, at equal bytes, on validation rows only; resumable."""
-    from fedsieve.recipe import read as recipes
 
-    planned = recipes.parse(recipes.read(recipe, overrides or []), recipe)
-    if not allow_code:
-        recipes.refuse_code(planned.method.name, recipe)
+    _planned(recipe, overrides, allow_code)
     folder = out or Path("runs") / f"{Path(recipe).stem}-search"
     quiet()
     from fedsieve.study import search as searching
@@ -535,10 +522,8 @@ def federate(
         return
     if recipe is None:
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
-    table = recipes.read(recipe, overrides or [])
-    # A mistake is told before anything heavy is loaded; no site takes a program from a server.
-    planned = recipes.parse(table, recipe)
-    recipes.refuse_code(planned.method.name, recipe)
+    # No site takes a program from a server.
+    table, planned = _planned(recipe, overrides, allow_code=False)
     tracking.check(planned.tracking)
     quiet()
     from fedsieve.sites import federate as federating
@@ -1014,6 +999,21 @@ class _Live:
             console.print(line)
         self._line = line
         self._bar.update(self._task, completed=summary.round, description=line)
+
+
+def _planned(
+    source: str, overrides: Sequence[str] | None, allow_code: bool
+) -> tuple[dict[str, Any], "Recipe"]:
+    """A recipe as it is written, and what it says: mistakes are told before anything heavy is
+    loaded.
+    """
+    from fedsieve.recipe import read as recipes
+
+    table = recipes.read(source, overrides or [])
+    planned = recipes.parse(table, source)
+    if not allow_code:
+        recipes.refuse_programs(planned, source)
+    return table, planned
 
 
 def _announce(recipe: "Recipe", folder: Path | None = None) -> None:

@@ -22,6 +22,7 @@ from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.recipe.method import build_method
 from fedsieve.run import checkpoint, rundir, runner, state
+from fedsieve.train.digest import tensors_digest
 from tests import runs
 from tests.conftest import Tiny
 
@@ -82,7 +83,7 @@ def with_tensors(folder: Path, changed: dict[str, Tensor | None]) -> None:
     new = {n: t for n, t in {**tensors, **changed}.items() if t is not None}
     facts = {**facts, "same": {n: e for n, e in facts["same"].items() if e in new and n not in new}}
     text = json.dumps(facts)
-    told = {"facts": text, "digest": checkpoint._digest(new, text)}
+    told = {"facts": text, "digest": tensors_digest(new, text)}
     (folder / NEWEST).write_bytes(safetensors.torch.save(new, told))
 
 

@@ -24,6 +24,7 @@ from transformers import BertForSequenceClassification
 from fedsieve.disk import remove
 from fedsieve.run import checkpoint, rundir
 from fedsieve.study.parts import ASKED, DIVERGED
+from fedsieve.train.digest import tensors_digest
 from tests import runs
 from tests.conftest import Command, Ran, Tiny
 from tests.runs import FLASC
@@ -228,7 +229,7 @@ def rewritten(path: Path, change: Callable[[dict[str, Any], dict[str, torch.Tens
     text = change(facts, tensors)
     text = text if isinstance(text, str) else json.dumps(facts)
     half = any(each.dtype == torch.bfloat16 for each in tensors.values())  # NumPy has none
-    data = {"facts": text, "digest": "" if half else checkpoint._digest(tensors, text)}
+    data = {"facts": text, "digest": "" if half else tensors_digest(tensors, text)}
     path.write_bytes(safetensors.torch.save(tensors, data))
 
 

@@ -16,16 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedsieve.sites import federate
-from fedsieve.sites.here import descendants
+from fedsieve.sites.here import descendants, free_port
 
 BIN = Path(sys.executable).parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def surroundings(home: Path) -> dict[str, str]:

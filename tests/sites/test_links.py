@@ -38,6 +38,7 @@ from fedsieve.recipe import read as recipe
 from fedsieve.run import rundir
 from fedsieve.sites import federate
 from fedsieve.sites.certificates import CA
+from fedsieve.sites.here import free_port
 from fedsieve.sites.server import RoundPolicy
 from fedsieve.sites.worker import SOCKET
 from tests import runs
@@ -201,7 +202,7 @@ class Place(NamedTuple):
 def site_on_a_link(tiny: Tiny, folder: Path, make: Make, *, tls: bool = False) -> Iterator[Place]:
     site = write_site(tiny, folder, budget=BUDGET)
     safe = certificates.make(folder / "certificates") if tls else None
-    listen = federate.ServerAddress(port=processes.free_port(), certificates=safe)
+    listen = federate.ServerAddress(port=free_port(), certificates=safe)
     first = prepared(tiny, folder / "first", listen, "fedit", 1)
     with ExitStack() as stack:
         stack.enter_context(process(site))
@@ -218,7 +219,7 @@ def site_on_a_link(tiny: Tiny, folder: Path, make: Make, *, tls: bool = False) -
         node: list[str | Path] = [
             *line.enter, processes.BIN / "flower-supernode",
             "--superlink", f"{line.host}:{line.port}", *trust,
-            "--port", str(processes.free_port()), "--node-config", f'socket="{socket}"',
+            "--port", str(free_port()), "--node-config", f'socket="{socket}"',
         ]  # fmt: skip
         log = folder / "node.log"
         stack.enter_context(processes.running(node, folder / "home", log))

@@ -13,6 +13,7 @@ pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
 from fedsieve.run import runner
 from fedsieve.sites import federate
 from fedsieve.sites.certificates import CA
+from fedsieve.sites.here import free_port
 from tests import runs
 from tests.conftest import Tiny
 from tests.sites import processes, worlds
@@ -61,7 +62,7 @@ def test_nodes_get_through_and_orders_do_not(tiny: Tiny, tmp_path: Path, no_repo
     assert NGINX is not None
     runner.start(given.recipe, tmp_path / "alone", runs.quiet)
     federate.prepare(given.recipe, given.run, worlds.PATIENCE, given.listen)
-    port = processes.free_port()
+    port = free_port()
     path = configuration(tmp_path, certificates, given.listen.port, port)
     outside = given._replace(listen=given.listen._replace(port=port))
     with ExitStack() as stack:

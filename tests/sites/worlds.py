@@ -26,6 +26,7 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from fedsieve.sites.certificates import CA
+from fedsieve.sites.here import free_port
 from fedsieve.sites.server import Incoming, Node, PendingRequest, RoundPolicy, Transport
 from fedsieve.sites.worker import SOCKET, carry
 from tests import runs
@@ -95,7 +96,7 @@ def world(
         sites[name] = home / "site.toml"
         sites[name].write_text(tomli_w.dumps({**site, "budget": afforded[name]}), encoding="utf-8")
     safe = certificates.make(folder / "certificates") if tls else None
-    listen = federate.ServerAddress(port=processes.free_port(), certificates=safe)
+    listen = federate.ServerAddress(port=free_port(), certificates=safe)
     return World(folder, recipe.check(table), folder / "run", listen, sites)
 
 

@@ -140,8 +140,7 @@ def check(
 
     recipe = parse(table, source)
     if not allow_code:
-        refuse_code(recipe.method.name, source)
-        refuse_function(recipe.training.function, source)
+        refuse_programs(recipe, source)
     try:
         check_metrics(recipe)
         recipe = with_server(recipe)
@@ -215,6 +214,12 @@ def _placed(said: str, table: Mapping[str, Any], source: str) -> str:
     there = lines.as_written(key[0].split("."), written, table)
     line = lines.line_at(lines.lines_of(text), there)
     return said if line is None else f"line {line}: {said}"
+
+
+def refuse_programs(recipe: Recipe, source: str) -> None:
+    """Raises FedSieveError for a recipe that names programs of somebody's own."""
+    refuse_code(recipe.method.name, source)
+    refuse_function(recipe.training.function, source)
 
 
 def refuse_code(name: str, source: str) -> None:

@@ -9,7 +9,6 @@ so what it says is checked besides.
 What clients keep was computed from their rows: the files are for their owner alone.
 """
 
-import hashlib
 import json
 import re
 import warnings
@@ -28,7 +27,7 @@ from fedsieve.disk import LARGEST, parsed, refuse_link, sync, write_whole
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.digest import RowsDigest
-from fedsieve.train.digest import BaseDigest
+from fedsieve.train.digest import BaseDigest, tensors_digest
 
 # What reading a file raises that was cut, or changed by accident.
 _DAMAGE = (OSError, ValueError, KeyError, safetensors.SafetensorError)
@@ -116,7 +115,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         receipts = [receipt._asdict() for receipt in half.receipts]
         facts["half"] = {"summary": half.summary._asdict(), "receipts": receipts, "due": half.due}
     text = json.dumps(facts, sort_keys=True)
-    digest = _digest(tensors, text)
+    digest = tensors_digest(tensors, text)
     # By NumPy: safetensors' way from torch takes longer for each tensor, and there may be many.
     arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
     data = safetensors.numpy.save(arrays, {"facts": text, "digest": digest})
@@ -269,22 +268,13 @@ def _same(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 _TYPES = {f"torch.{name}" for name in ("float32", "float64", "int32", "int64", "bool", "uint8")}
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if odd := {str(t.dtype) for t in tensors.values()} - _TYPES:
         raise ValueError(f"it holds numbers of type {min(odd)}, and no run keeps such")
-    if _digest(tensors, metadata["facts"]) != metadata["digest"]:
+    if tensors_digest(tensors, metadata["facts"]) != metadata["digest"]:
         raise ValueError("its digest does not match")
     return parsed(metadata["facts"], f"what the checkpoint {path} says"), tensors
 

@@ -190,14 +190,18 @@ def _plots(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{Path(REPORT).stem}-*.png"))
 
 
+def environment_of(folder: Path) -> dict[str, Any]:
+    """What a run's recipe says of where it ran. Raises FedSieveError where it is no TOML."""
+    path = folder / RECIPE
+    found: dict[str, Any] = recipes.toml(recipes.text_of(path), str(path)).get("environment", {})
+    return found
+
+
 def rows_of(folder: Path) -> "RowsDigest | None":
     """What a run says of the rows that it began with; None of one that says nothing, or is none."""
     from fedsieve.tasks.digest import RowsDigest
 
-    path = folder / RECIPE
-    if not path.is_file():
-        return None
-    told = recipes.toml(recipes.text_of(path), str(path)).get("environment", {}).get("rows", {})
+    told = environment_of(folder).get("rows", {}) if (folder / RECIPE).is_file() else {}
     train, test = told.get("train"), told.get("test")
     return RowsDigest(train, test) if isinstance(train, str) and isinstance(test, str) else None
 

@@ -167,9 +167,8 @@ def _refuse_other_rows(
 
 def _rewrite(folder: Path, recipe: Recipe) -> None:
     """Let a run's folder hold this recipe, and what it says of its environment."""
-    path = folder / rundir.RECIPE
-    facts = recipes.toml(recipes.text_of(path), str(path)).get("environment", {})
-    write_whole(path, recipes.dump(recipe, facts).encode())
+    text = recipes.dump(recipe, rundir.environment_of(folder))
+    write_whole(folder / rundir.RECIPE, text.encode())
 
 
 def _refuse_one_count(folder: Path, recipe: Recipe, snapshot: Snapshot) -> None:

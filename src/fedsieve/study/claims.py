@@ -15,6 +15,7 @@ from fedsieve.report.words import significant
 from fedsieve.study.figures import MEAN, CheckTable, Figure, Measure
 
 Verdict = Literal["holds", "not clear", "does not hold", "not measured"]
+WORST_FIRST: tuple[Verdict, ...] = ("does not hold", "not measured", "not clear", "holds")
 Values = Mapping[str, Mapping[str, Mapping[int, float]]]  # entry -> place -> seed -> number
 # Of a panel: measure -> its values. A cost that never came to its target is infinite.
 Numbers = Mapping[Measure, Values]
@@ -71,8 +72,7 @@ def judged(check: CheckTable, figure: Figure, panels: Mapping[str, Numbers]) -> 
 
 def of_all(findings: list[Finding]) -> Verdict:
     """The verdict of a figure: that of its worst claim."""
-    order: tuple[Verdict, ...] = ("does not hold", "not measured", "not clear", "holds")
-    return min((each.verdict for each in findings), key=order.index, default="not measured")
+    return min((each.verdict for each in findings), key=WORST_FIRST.index, default="not measured")
 
 
 def over_places(of_entry: Mapping[str, Mapping[int, float]], places: list[str]) -> dict[int, float]:

@@ -27,7 +27,7 @@ from fedsieve.run import rundir
 from fedsieve.run.found import settings_of
 from fedsieve.study import claims, compare
 from fedsieve.study import figures as figuring
-from fedsieve.study.claims import Finding, Verdict, number
+from fedsieve.study.claims import WORST_FIRST, Finding, number
 from fedsieve.study.compare import markdown
 from fedsieve.study.figures import (
     MEAN,
@@ -357,9 +357,8 @@ def _line(
         for of_place in places.values()
         for seed in of_place
     }
-    order: tuple[Verdict, ...] = ("does not hold", "not clear", "not measured", "holds")
     left_out = len(figure.check) - len(findings)
-    worst = sorted(findings, key=lambda each: order.index(each.verdict))[:_TOLD]
+    worst = sorted(findings, key=lambda each: WORST_FIRST.index(each.verdict))[:_TOLD]
     return (
         f"{source} ({scale}, {count(len(seeds), 'seed')}): {claims.of_all(findings)}. "
         f"The paper: {figure.claim} Here {holding} of {count(len(findings), 'claim')} hold: "

@@ -30,12 +30,17 @@ def rows_digest(
     for name, numbers in owned.items():
         own.update(f"{name!r}|{len(numbers)}|".encode())
         own.update(np.asarray(numbers, dtype=np.int64).tobytes())
-    others = hashlib.blake2b(digest_size=16)
-    for name, examples in tests:
-        others.update(f"{name!r}|".encode())
+    return RowsDigest(own.hexdigest(), named_digest(tests))
+
+
+def named_digest(parts: "Iterable[tuple[str, Examples | None]]") -> str:
+    """Of several sets of examples, in their order, and of what each is called."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, examples in parts:
+        found.update(f"{name!r}|".encode())
         if examples is not None:
-            _add(others, examples)
-    return RowsDigest(own.hexdigest(), others.hexdigest())
+            _add(found, examples)
+    return found.hexdigest()
 
 
 def _add(digest: hashlib.blake2b, examples: "Examples") -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,6 +30,16 @@ class BaseDigest(NamedTuple):
     def whole(self) -> str:
         """Of all, in one word."""
         return "-".join(part for part in self if part is not None)
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor], text: str = "") -> str:
+    """Of tensors by name, and of what is said of them."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def base_digest(base: "PreTrainedModel", source: str) -> BaseDigest:

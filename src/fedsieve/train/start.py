@@ -6,7 +6,6 @@ its own are as fresh as ever, with a product of zero. Its tensors are the run's 
 the digest by which checkpoints and workers know that they are of one run.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from fedsieve.algebra.method import Method
 from fedsieve.disk import bytes_of, place
 from fedsieve.errors import FedSieveError, nearest, printable
 from fedsieve.settings import is_number
+from fedsieve.train.digest import tensors_digest
 from fedsieve.train.model import LABELS, ResidentModel
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,7 +59,7 @@ def begun(resident: ResidentModel, folder: str, method: Method) -> ResidentModel
     resident.put(adapter)
     if resident.digest is None:
         return resident
-    return replace(resident, digest=resident.digest._replace(start=_digest(adapter.tensors)))
+    return replace(resident, digest=resident.digest._replace(start=tensors_digest(adapter.tensors)))
 
 
 def _read(folder: str, where: str, most: int) -> tuple[Mapping[str, Any], Tree]:
@@ -164,11 +164,3 @@ def _refuse_other_classes(resident: ResidentModel, path: Path, where: str) -> No
             f"{where} tells the classes {printable(', '.join(theirs)[:80])}, in this order, and "
             f"this run {', '.join(resident.classes)[:80]}: give `classes` as the adapter has them"
         )
-
-
-def _digest(tensors: Tree) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
