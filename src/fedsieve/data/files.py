@@ -198,16 +198,23 @@ def _can_be(values: Sequence[Any]) -> bool:
 def _chosen(path: Path, found: Sequence[str], columns: Columns | None) -> list[str]:
     """The columns to read of those that a file has."""
     try:
-        chosen = found if columns is None else (*used(columns.texts, found), *columns.names)
+        return chosen(found, columns)
     except FedSieveError as error:
         raise FedSieveError(f"{path}: {error}") from None
-    chosen = list(dict.fromkeys(chosen))
-    for name in chosen:
+
+
+def chosen(found: Sequence[str], columns: Columns | None) -> list[str]:
+    """The columns that are used of those that are found; None takes all.
+
+    Raises FedSieveError, with the nearest, for one that is not there, and for one that is twice.
+    """
+    names = found if columns is None else (*used(columns.texts, found), *columns.names)
+    for name in (each := list(dict.fromkeys(names))):
         if name not in found:
-            raise FedSieveError(f"{path}: no column {name!r}{nearest(name, set(found))}")
+            raise FedSieveError(f"no column {name!r}{nearest(name, set(found))}")
         if found.count(name) > 1:
-            raise FedSieveError(f"{path} has the column {name!r} more than once")
-    return chosen
+            raise FedSieveError(f"it has the column {name!r} more than once")
+    return each
 
 
 def _delimited(

@@ -4,7 +4,7 @@ The columns that are used are read, and no others. Values are taken as `sources.
 those of a stream: what is mixed in one column is told with its row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from fedsieve.data import sources
-from fedsieve.data.files import Columns, array_of
+from fedsieve.data.files import Columns, array_of, chosen
 from fedsieve.data.names import name_of, numbered
-from fedsieve.data.templates import used
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError
 
 FORMS = (
     "a datasets.Dataset or IterableDataset, a pandas or polars DataFrame, a list of dicts, a dict "
@@ -90,9 +89,8 @@ def of_library(given: object, library: str, *names: str) -> bool:
 def _of_frame(frame: Any, columns: Columns) -> Dataset:
     """The columns of a pandas or polars DataFrame that are used; its index is none."""
     found = [str(name) for name in frame.columns]
-    chosen = _chosen(found, columns)
     table = {}
-    for name in chosen:
+    for name in chosen(found, columns):
         series = frame[frame.columns[found.index(name)]]
         try:
             table[name] = _array(series)
@@ -122,23 +120,12 @@ def _of_columns(given: Mapping[str, Any], columns: Columns) -> Dataset:
         raise FedSieveError(
             f"columns of different lengths: {one!r} has {few} values and {other!r} has {many}"
         )
-    chosen = _chosen(list(given), columns)
     values = {
-        n: given[n].tolist() if isinstance(given[n], np.ndarray) else given[n] for n in chosen
+        n: given[n].tolist() if isinstance(given[n], np.ndarray) else given[n]
+        for n in chosen(list(given), columns)
     }
-    table = {n: array_of(values[n], f"column {n!r}", "row {}".format) for n in chosen}
+    table = {n: array_of(own, f"column {n!r}", "row {}".format) for n, own in values.items()}
     return Dataset(pa.table(table))
-
-
-def _chosen(found: Sequence[str], columns: Columns) -> list[str]:
-    """The columns that are used. Raises FedSieveError, with the nearest, where one is not there."""
-    chosen = [*dict.fromkeys((*used(columns.texts, found), *columns.names))]
-    for name in chosen:
-        if name not in found:
-            raise FedSieveError(f"no column {name!r}{nearest(name, found)}")
-        if found.count(name) > 1:
-            raise FedSieveError(f"the column {name!r} is there more than once")
-    return chosen
 
 
 def of_partitioner(given: Any) -> dict[str, Dataset] | None:

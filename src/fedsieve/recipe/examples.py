@@ -53,16 +53,24 @@ def load_rows(data: Data, source: str, split: str | None, clients: str | None = 
     clients: the column that names the clients, if one does
     Raises FedSieveError as `sources.load` does.
     """
-    columns = columns_of(fields_of(data), clients)
-    rows = sources.load(
+    return as_read(data, stored_rows(data, source, split, clients), source)
+
+
+def stored_rows(data: Data, source: str, split: str | None, clients: str | None = None) -> Dataset:
+    """`load_rows` as they are stored: templates are not filled in, and paths are the file's own."""
+    return sources.load(
         source,
         split,
         config=data.config,
         names=data.names,
         separator=data.separator,
-        columns=columns,
+        columns=columns_of(fields_of(data), clients),
     )
-    rows = filled(rows, columns.texts)
+
+
+def as_read(data: Data, stored: Dataset, source: str) -> Dataset:
+    """What `load_rows` makes of stored rows."""
+    rows = filled(stored, columns_of(fields_of(data)).texts)
     if data.image is None:
         return rows
     return pictures.located(rows, data.image, sources.folder_of(source))

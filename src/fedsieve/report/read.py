@@ -294,7 +294,6 @@ def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Roun
 def _clients(
     path: Path, rounds: Sequence[Round], notes: list[str], until: int | None = None
 ) -> Clients:
-    seen: dict[str, str] = {}  # a name of each client, and not of each of its rounds
     last: dict[str, int] = {}  # its round so far
     each: dict[str, OfClient] = {}
     dropped: Counter[str] = Counter()
@@ -312,7 +311,8 @@ def _clients(
         if at > rounds[-1].round:
             continue
         reason, client = row.get("dropped"), str(row.get("client"))
-        client = seen.setdefault(client, client)
+        before = each.get(client) or OfClient(client, "", 0, 0, None, 0, 0, 0.0, None)
+        client = before.name  # one text of each client, and not of each of its rounds
         if last.get(client) == at:
             raise FedSieveError(f"{where}: client {quoted(client)} is there twice in round {at}")
         last[client] = at
@@ -336,7 +336,6 @@ def _clients(
         total[0] += 1
         total[1] += down
         total[2] += up
-        before = each.get(client) or OfClient(client, "", 0, 0, None, 0, 0, 0.0, None)
         rows = _optional_integer(row, "examples", where)
         loss = _real(row, "loss", where)
         each[client] = OfClient(
@@ -371,7 +370,7 @@ def _clients(
     merged = sum(part.merged for row in parts.values() for part in row)
     told = sorted(each.values(), key=lambda one: (-one.down_bytes - one.up_bytes, one.name))
     return Clients(
-        len(seen),
+        len(each),
         merged,
         dict(dropped.most_common()),
         tuple(budgets),

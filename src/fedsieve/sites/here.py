@@ -29,14 +29,13 @@ import torch
 from datasets import Dataset
 
 from fedsieve.algebra.budget import Budget
-from fedsieve.data import sources
-from fedsieve.data.pictures import inlined, located
+from fedsieve.data.pictures import inlined
 from fedsieve.disk import refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
 from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.budgets import hand_out, machines_of
-from fedsieve.recipe.examples import columns_of, fields_of, load_rows, prepare
+from fedsieve.recipe.examples import as_read, prepare, stored_rows
 from fedsieve.recipe.experiment import locate, parts_of, set_up_resident
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
@@ -76,7 +75,8 @@ def settle(recipe: Recipe, sites: int) -> tuple[Recipe, dict[str, Dataset], dict
     recipe = of_clients(recipe, sites)
     data, column, task = recipe.data, recipe.partition.column, recipe.model.task
     reader, _ = load_reader(locate(recipe.model.source), task)
-    rows = load_rows(data, data.train, data.train_split, column)
+    stored = stored_rows(data, data.train, data.train_split, column)
+    rows = as_read(data, stored, data.train)
     prepared = prepare(recipe, rows, None, reader)
     if prepared.classes:
         told = data.model_copy(update={"classes": prepared.classes})
@@ -92,17 +92,8 @@ def settle(recipe: Recipe, sites: int) -> tuple[Recipe, dict[str, Dataset], dict
             f"--local {sites}: [partition] leaves site {empty[0]!r} without rows: raise "
             "partition.alpha, or take fewer sites"
         )
-    plain = sources.load(
-        data.train,
-        data.train_split,
-        config=data.config,
-        names=data.names,
-        separator=data.separator,
-        columns=columns_of(fields_of(data), column),
-    )
-    if data.image is not None:
-        plain = inlined(located(plain, data.image, sources.folder_of(data.train)), data.image)
-    own = {id: plain.select(prepared.came[torch.as_tensor(part)]) for id, part in parts.items()}
+    moved = stored if data.image is None else inlined(rows, data.image)
+    own = {id: moved.select(prepared.came[torch.as_tensor(part)]) for id, part in parts.items()}
     resident = set_up_resident(recipe, reader, pick_device("cpu"))
     machines, method = machines_of(recipe, parts.counts), build_method(recipe)
     return recipe, own, hand_out(recipe, method, resident.layout, parts.counts, machines)

@@ -241,13 +241,14 @@ class _Frozen(NamedTuple):
     bits: int
 
 
-def _frozen(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, _Frozen]:
+def _frozen(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, _Frozen | int]:
     """By name, also of the modules: whoever puts another in a place changes it too."""
     own = {id(p) for p in parameters.values()}
     named = [*model.named_parameters(), *model.named_buffers()]
-    found = {n: _Frozen(id(t), t.dtype, t._version, _bits(t)) for n, t in named if id(t) not in own}
-    modules = {f"the module {n}": id(module) for n, module in model.named_modules()}
-    return found | {n: _Frozen(i, torch.float32, 0, 0) for n, i in modules.items()}
+    found: dict[str, _Frozen | int] = {
+        n: _Frozen(id(t), t.dtype, t._version, _bits(t)) for n, t in named if id(t) not in own
+    }
+    return found | {f"the module {n}": id(module) for n, module in model.named_modules()}
 
 
 def _bits(tensor: Tensor) -> int:
