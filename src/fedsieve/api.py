@@ -329,7 +329,7 @@ def _by_client(clients: Any, partition: Any, reading: Reading, key: Key) -> dict
         )
     said = arguments.partition_given(partition)
     columns = reading.columns
-    more = () if said is None else filter(None, (said.column, said.by))
+    more = () if said is None or said.reads is None else (said.reads,)
     try:
         table = given_rows.rows_of(clients, columns._replace(names=(*columns.names, *more)))
     except FedSieveError as error:

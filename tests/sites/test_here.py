@@ -34,7 +34,14 @@ pytestmark = pytest.mark.usefixtures("no_report")
 BUDGETS = [{"share": 0.5, "ratio": 0.5}, {"share": 0.5}]
 
 
-@pytest.mark.parametrize("kind", [{"kind": "iid"}, {"kind": "dirichlet", "alpha": 1.0}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"kind": "iid"},
+        {"kind": "dirichlet", "alpha": 1.0},
+        {"kind": "dirichlet-by-client", "alpha": 1.0, "by": "author"},
+    ],
+)
 def test_each_site_gets_the_rows_and_the_budget_of_a_client(
     tiny: Tiny, tmp_path: Path, kind: dict[str, object]
 ) -> None:

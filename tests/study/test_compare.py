@@ -21,12 +21,13 @@ from fedsieve import methods
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import overrides, schema
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe.experiment import digest_of_rows
 from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.recipe.method import limits_said
 from fedsieve.run import rundir
 from fedsieve.run.runner import Stopped
 from fedsieve.study import plan as study
-from fedsieve.study.jobs import Job, diverged, finished
+from fedsieve.study.jobs import Job, asked_for, diverged, finished
 from fedsieve.study.parts import DIVERGED
 from tests import runs
 from tests.conftest import Command, Tiny
@@ -232,6 +233,34 @@ def test_a_seed_on_other_rows_is_not_put_beside_the_first(
     ran = command(*given, "--seeds", "0,1")
     assert ran.code == 2
     assert "are not those of" in " ".join(ran.err.split())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_runs_that_ask_for_the_same_rows_have_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    """And where their rows differ, by whatever a recipe may say, they ask for others."""
+    drawn = {"kind": "dirichlet", "clients": 4, "alpha": 1.0}
+    asked, digests = [], []
+    for seed in (0, 1):
+        for changes in (
+            {"partition": drawn},
+            {"partition": drawn | {"alpha": 9.0}, "lora__rank": 2, "rounds": 9},
+            {"partition": drawn | {"by": "author"}},
+            {"partition": {"kind": "column", "column": "author"}},
+            {"data__max_length": 7},
+            {"data__test": None},
+            {"data__validation": 0.2},
+            {"data__validation": 0.2, "evaluation__on": "validation"},
+            {"evaluation__limit": 9},
+            {"evaluation__every": 3},
+        ):
+            recipe = recipes.check(tiny.table(**{**changes, "seed": seed}))
+            asked.append(asked_for(Job("", recipe, tmp_path)))
+            digests.append(digest_of_rows(recipe))
+    for one in range(len(asked)):
+        for other in range(len(asked)):
+            assert asked[one] != asked[other] or digests[one] == digests[other]
+    assert asked[0] == asked[1] == asked[10]
+    assert len({*digests}) > 7
 
 
 def test_what_fails_is_told_at_the_end_and_does_not_stop_the_others(

@@ -419,8 +419,7 @@ def digest_of_rows(recipe: Recipe, *, trust_remote_code: bool = False) -> RowsDi
 def _read(recipe: Recipe, reader: Reader) -> tuple[Dataset, dict[str, str], Prepared]:
     """The rows, the clients whose cannot be used and why, and the examples that the others make."""
     data, on_validation = recipe.data, recipe.evaluation.on == "validation"
-    divided = recipe.partition.column or recipe.partition.by
-    rows = load_rows(data, data.train, data.train_split, divided)
+    rows = load_rows(data, data.train, data.train_split, recipe.partition.reads)
     rows, left_out = _without_bad_clients(recipe, rows, reader)
     clients = recipe.partition.column if recipe.evaluation.by_client else None
     if recipe.evaluation.by_client and clients is None:
@@ -438,7 +437,7 @@ def _read(recipe: Recipe, reader: Reader) -> tuple[Dataset, dict[str, str], Prep
 
 
 def _digest(recipe: Recipe, rows: Dataset, prepared: Prepared) -> RowsDigest:
-    column = recipe.partition.column or recipe.partition.by
+    column = recipe.partition.reads
     owned: Mapping[str, Rows] = {}
     if column is not None:
         owners = owners_of(rows, column)

@@ -207,6 +207,11 @@ class Partition(Table):
             raise ValueError(f"a partition of kind {self.kind!r} does not use 'by'")
         return self
 
+    @property
+    def reads(self) -> str | None:
+        """The column of the rows that it takes into account, beside their labels."""
+        return self.column or self.by
+
 
 class Tier(Table):
     """A kind of client: its share of all clients and what it can afford (see budget.Budget)."""

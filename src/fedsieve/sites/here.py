@@ -73,9 +73,9 @@ def settle(recipe: Recipe, sites: int) -> tuple[Recipe, dict[str, Dataset], dict
     Raises FedSieveError where the rows cannot be divided over so many, or cannot be used.
     """
     recipe = of_clients(recipe, sites)
-    data, column, task = recipe.data, recipe.partition.column, recipe.model.task
+    data, split, task = recipe.data, recipe.partition, recipe.model.task
     reader, _ = load_reader(locate(recipe.model.source), task)
-    stored = stored_rows(data, data.train, data.train_split, column)
+    stored = stored_rows(data, data.train, data.train_split, split.reads)
     rows = as_read(data, stored, data.train)
     prepared = prepare(recipe, rows, None, reader)
     if prepared.classes:
@@ -84,8 +84,8 @@ def settle(recipe: Recipe, sites: int) -> tuple[Recipe, dict[str, Dataset], dict
     parts = parts_of(recipe, rows, prepared.train, prepared.came)
     if len(parts) != sites:
         raise FedSieveError(
-            f"--local {sites}: column {column!r} names {count(len(parts), 'client')}, and each is "
-            f"a site: give --local {len(parts)}, or another [partition]"
+            f"--local {sites}: column {split.column!r} names {count(len(parts), 'client')}, and "
+            f"each is a site: give --local {len(parts)}, or another [partition]"
         )
     if empty := [id for id, own in parts.items() if not len(own)]:
         raise FedSieveError(

@@ -164,7 +164,7 @@ def _rows_for(job: Job, known: _Known) -> RowsDigest | None:
 
 def asked_for(job: Job) -> str:
     """All that a recipe says of its rows and of how they are read; whose they are, if they say."""
-    column = job.recipe.partition.column
+    column = job.recipe.partition.reads
     rated = job.recipe.evaluation
     drawn = job.recipe.seed if rated.limit is not None or rated.on == "validation" else None
     parts = (job.recipe.data, job.recipe.model, rated)
