@@ -90,6 +90,9 @@ bench: install-test
 	$(BIN)/python benchmarks/server.py --json runs/bench-server.json
 	$(BIN)/python benchmarks/worker.py --json runs/bench-worker.json
 	$(BIN)/python benchmarks/startup.py --json runs/bench-startup.json
+	$(BIN)/python benchmarks/step.py --json runs/bench-step.json
+	$(BIN)/python benchmarks/cohort.py --pairs 3 --json runs/bench-cohort.json
+	$(BIN)/python benchmarks/pool.py --pairs 1 --rounds 3 --json runs/bench-pool.json
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -192,7 +192,7 @@ def test_a_chosen_budget_makes_the_deadline_in_really_encoded_bytes(build: Any, 
     for link in LINKS:
         for share in (0.2, 0.4, 0.8, 3.0):
             # `share` of the time that whole messages would take, after training and latency.
-            messages = share * 8 * whole / 1e6 * (1 / link.down + 1 / link.up)
+            messages = share * 8 * whole / 1e6 * (1 / link.downlink + 1 / link.uplink)
             deadline = 2 * link.latency + 3 * 0.2 + messages
             has = Resources(memory=1.0, link=link, step_seconds=0.2)
             if build is flasc.method:
@@ -312,7 +312,7 @@ def test_larger_resources_never_give_a_smaller_budget(
     has: Resources, factors: list[float], deadline: float, form: Form, knobs: set[str]
 ) -> None:
     memory, down, up, latency, step, time = factors
-    link = Link(has.link.down * down, has.link.up * up, has.link.latency / latency)
+    link = Link(has.link.downlink * down, has.link.uplink * up, has.link.latency / latency)
     more = Resources(has.memory * memory, link, has.step_seconds / step)
     small = chosen(has, work(form), deadline, knobs)
     large = chosen(more, work(form), deadline * time, knobs)
@@ -338,8 +338,8 @@ def test_a_slow_uplink_gets_a_sparse_upload() -> None:
 
 
 def tables() -> list[tuple[dict[str, Any], Callable[[dict[str, Budget]], bool]]]:
-    machine = {"memory": 100.0, "down": 50.0, "up": 50.0, "step_seconds": 0.0}
-    weak = {**machine, "memory": 0.006, "up": 0.05}
+    machine = {"memory": 100.0, "downlink": 50.0, "uplink": 50.0, "step_seconds": 0.0}
+    weak = {**machine, "memory": 0.006, "uplink": 0.05}
     ids = [f"{number:04d}" for number in range(12)]
     listed: dict[str, Any] = {id: {"rank": 1 + number % 4} for number, id in enumerate(ids)}
     ranks = [1 + number % 4 for number in range(12)]
@@ -479,7 +479,7 @@ def test_wrong_budgets_are_refused_before_any_data_are_read(
             {
                 "kind": "resources",
                 "deadline": 9.0,
-                "tiers": [{"memory": 1e-4, "down": 1, "up": 1, "step_seconds": 0}],
+                "tiers": [{"memory": 1e-4, "downlink": 1, "uplink": 1, "step_seconds": 0}],
             },
             "client '0000': not even the smallest budget fits: rank 1 with densities",
         ),

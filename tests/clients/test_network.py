@@ -51,8 +51,8 @@ def test_more_bytes_or_work_take_longer_and_a_faster_line_never_does(
     assert client_time(link, fetched + 10**6, sent, work) > time
     assert client_time(link, fetched, sent + 10**6, work) > time
     assert client_time(link, fetched, sent, work + 1) > time
-    assert client_time(link._replace(up=2 * up), fetched, sent, work) <= time
-    assert client_time(link._replace(down=2 * down), fetched, sent, work) <= time
+    assert client_time(link._replace(uplink=2 * up), fetched, sent, work) <= time
+    assert client_time(link._replace(downlink=2 * down), fetched, sent, work) <= time
     # A line seen from its other end, with the messages exchanged.
     assert client_time(Link(up, down, latency), sent, fetched, work) == pytest.approx(time)
 

@@ -268,7 +268,7 @@ def test_an_empty_round_goes_by() -> None:
 
 # --- recipes
 
-MACHINE = {"memory": 100.0, "down": 50.0, "up": 50.0, "step_seconds": 0.1}
+MACHINE = {"memory": 100.0, "downlink": 50.0, "uplink": 50.0, "step_seconds": 0.1}
 
 
 def test_sampling_in_a_recipe(tiny: Tiny) -> None:

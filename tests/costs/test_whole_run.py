@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "sampling": {"extra": 2},
         "budgets": {
             "kind": "resources", "deadline": 60.0,
-            "tiers": [{"memory": 100.0, "down": 0.01, "up": 0.001, "step_seconds": 6.0}],
+            "tiers": [{"memory": 100.0, "downlink": 0.01, "uplink": 0.001, "step_seconds": 6.0}],
         },
     },
     "layers": {
@@ -185,7 +185,7 @@ def test_what_is_rehearsed_is_bounded_by_no_key_of_a_recipe(
     cases: list[dict[str, Any]] = [
         {}, {"sampling": {"kind": "all"}}, {"sampling": {"extra": 40}, "budgets": {
             "kind": "resources", "deadline": 600.0,
-            "tiers": [{"memory": 100.0, "down": 1.0, "up": 1.0, "step_seconds": 1.0}],
+            "tiers": [{"memory": 100.0, "downlink": 1.0, "uplink": 1.0, "step_seconds": 1.0}],
         }},
     ]  # fmt: skip
     for changes in cases:

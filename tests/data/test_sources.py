@@ -12,7 +12,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from fedsieve.data import fetch, sources
-from fedsieve.data.files import Columns
+from fedsieve.data.files import Columns, field_of
 from fedsieve.data.sources import column, load
 from fedsieve.errors import FedSieveError
 
@@ -117,6 +117,56 @@ def test_json_rows_may_lack_keys_and_hold_line_separators(tmp_path: Path) -> Non
         {"a": "x\u2028y", "b": None},
         {"a": "z", "b": 2},
     ]
+
+
+INSIDE = {"version": "1", "data": [{"text": "x"}, {"text": "y"}], "more": {"rows": [{"text": "z"}]}}
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_rows_under_a_key_of_an_object(tmp_path: Path, indent: int | None, zipped: bool) -> None:
+    path = tmp_path / ("a.json.gz" if zipped else "a.json")
+    content = json.dumps(INSIDE, indent=indent).encode()
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    assert load(path, field="data").to_list() == [{"text": "x"}, {"text": "y"}]
+    assert load(path, field="more.rows").to_list() == [{"text": "z"}]
+    assert field_of(path) == "data"
+    with pytest.raises(FedSieveError, match=r"say data\.field = 'data' or .* 'more\.rows'"):
+        load(path, columns=Columns(texts=("text",)))
+
+
+def test_a_key_may_hold_a_dot(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"a.b": [{"t": 1}], "a": {"b": [{"t": 2}]}}')
+    assert load(tmp_path / "a.json", field="a.b").to_list() == [{"t": 1}]
+
+
+def test_an_object_that_is_the_row_is_read_as_one(tmp_path: Path) -> None:
+    """Turns of a conversation are objects in a list as well."""
+    row = {"messages": [{"role": "user", "content": "x"}]}
+    (tmp_path / "a.json").write_text(json.dumps(row))
+    assert load(tmp_path / "a.json", columns=Columns(texts=("messages",))).to_list() == [row]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field", "said"),
+    [
+        ("a.json", json.dumps(INSIDE), "date", "no field 'date' .*'data'"),
+        ("a.json", json.dumps(INSIDE), "more", "there is an object, and no list of rows"),
+        ("a.json", json.dumps(INSIDE), "version.x", "no field 'version.x'"),
+        ("a.json", '[{"text": "x"}]', "data", "is a list and has no field 'data'"),
+        ("a.json", '{"data": ["x"]}', "data", "row 0: str instead of an object"),
+        ("a.json", '{"data": []}', "data", "holds no rows"),
+        ("a.json", '{"data": ', "data", "not valid JSON"),
+        ("a.jsonl", '{"text": "x"}', "data", "for JSON files"),
+        ("a.csv", "text\nx\n", "data", "for JSON files"),
+    ],
+)
+def test_a_field_that_holds_no_rows(
+    tmp_path: Path, name: str, content: str, field: str, said: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FedSieveError, match=said):
+        load(tmp_path / name, field=field)
 
 
 def test_files_are_joined_in_the_order_given(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ LATE: dict[str, Any] = {
         "kind": "resources",
         "deadline": 100.0,
         "tiers": [
-            {"memory": 50.0, "down": 5.0, "up": 1.0, "step_seconds": 0.5},
-            {"memory": 50.0, "down": 1.0, "up": 0.5, "step_seconds": 2.0},
+            {"memory": 50.0, "downlink": 5.0, "uplink": 1.0, "step_seconds": 0.5},
+            {"memory": 50.0, "downlink": 1.0, "uplink": 0.5, "step_seconds": 2.0},
         ],
     },
     "sampling": {"extra": 2},

@@ -59,7 +59,7 @@ def tables(kind: Any, place: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
 
 
 PRIVACY = {"clip": 1.0, "delta": 1e-5, "noise_multiplier": 1.0}
-MACHINE = {"memory": 100, "down": 1, "up": 1, "step_seconds": 0.1}
+MACHINE = {"memory": 100, "downlink": 1, "uplink": 1, "step_seconds": 0.1}
 # Tables of which a recipe has one or another, with what makes the rest of them right.
 OTHERS: tuple[tuple[type[Any], Mapping[str, Any]], ...] = (
     (schema.ListBudgets, {"kind": "list", "clients": {"north": {"down": 0.5}}}),

@@ -26,7 +26,7 @@ ZERO = (  # of those that may not be negative, the ones that may be zero
     "budgets.tiers.0.latency", "budgets.tiers.0.step_seconds", "server.momentum", "server.beta1",
     "server.beta2", "method.dense_rounds", "method.penalty",
 )  # fmt: skip
-MACHINE = {"memory": 100.0, "down": 10.0, "up": 10.0, "step_seconds": 0.1, "latency": 0.1}
+MACHINE = {"memory": 100.0, "downlink": 10.0, "uplink": 10.0, "step_seconds": 0.1, "latency": 0.1}
 PRIVACY = {
     "clip": 1.0, "delta": 1e-5, "epsilon": 8.0, "noise_multiplier": 1.0, "simulated_cohort": 10,
     "simulated_population": 100, "quantile": 0.5, "clip_rate": 0.2, "count_noise": 5.0,

@@ -103,7 +103,7 @@ def test_what_cannot_be_private_is_refused_before_anything_is_loaded(
 
 
 def test_over_selection_is_refused(tiny: Tiny) -> None:
-    machine = {"memory": 1000.0, "down": 10.0, "up": 10.0, "step_seconds": 0.1}
+    machine = {"memory": 1000.0, "downlink": 10.0, "uplink": 10.0, "step_seconds": 0.1}
     links = {"kind": "resources", "deadline": 10.0, "tiers": [machine]}
     given: dict[str, Any] = {"sampling": {"extra": 1}, "budgets": links}
     recipes.check(tiny.table(**given))

@@ -91,7 +91,7 @@ def proxied(port: int, link: Link = OPEN) -> Iterator[Line]:
     with _relay(port, "127.0.0.1", None) as (at, down, up, passed):
 
         def shape(link: Link) -> None:
-            down.rate, up.rate = link.down, link.up
+            down.rate, up.rate = link.downlink, link.uplink
             down.latency = up.latency = link.latency
 
         shape(link)
@@ -122,7 +122,7 @@ def namespaced(port: int, link: Link = OPEN) -> Iterator[Line]:
 
         def shape(link: Link) -> None:
             down.latency = up.latency = link.latency
-            for enter, device, rate in (((), ours, link.down), (inside, theirs, link.up)):
+            for enter, device, rate in (((), ours, link.downlink), (inside, theirs, link.uplink)):
                 _try(*enter, "tc", "qdisc", "del", "dev", device, "root")
                 if rate < math.inf:
                     _run(

@@ -324,8 +324,9 @@ def test_rounds_take_the_time_of_the_model(
         for each in rounds[len(opened) :]:
             beyond[each] = each.seconds - median(opened)
             print(
-                f"  up {each.link.up:g} Mbit/s: payload {each.payload} transport {each.transport} "
-                f"streams {each.passed} model {each.model():.2f} s, measured {beyond[each]:.2f} s, "
+                f"  up {each.link.uplink:g} Mbit/s: payload {each.payload} "
+                f"transport {each.transport} streams {each.passed} "
+                f"model {each.model():.2f} s, measured {beyond[each]:.2f} s, "
                 f"at the link {each.down:.2f} + {each.up:.2f} s"
             )
     for each, seconds in beyond.items():
@@ -333,7 +334,7 @@ def test_rounds_take_the_time_of_the_model(
         if each.model() > 20:
             assert seconds == pytest.approx(each.model(), rel=0.2)
         for count, rate, took_there in zip(
-            each.payload, (each.link.down, each.link.up), (each.down, each.up), strict=True
+            each.payload, (each.link.downlink, each.link.uplink), (each.down, each.up), strict=True
         ):
             if count > 1_000_000:  # beside less, the node's polling is seen
                 assert took_there == pytest.approx(count * 8e-6 / rate, rel=0.25)

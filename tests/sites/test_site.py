@@ -42,7 +42,7 @@ def test_a_full_file_says_it_all(tmp_path: Path) -> None:
         "memory": 8000,
         "step_seconds": 0.25,
         "most_steps": 50,
-        "link": {"down": 100, "up": 10, "latency": 0.02},
+        "link": {"downlink": 100, "uplink": 10, "latency": 0.02},
         "budget": {"ratio": 0.5, "down": 0.25, "up": 0.125},
         "data": {"train": "rows.csv", "test": "org/rows", "text": "text", "label": "label"},
     }
@@ -69,7 +69,10 @@ def test_fetched_names_come_before_folders(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"nmae": "x"}, "nmae: unknown key (did you mean 'name'?)"),
-        ({"link": {"down": 1, "up": 1, "latencu": 1}}, "link.latencu: unknown key (did you mean"),
+        (
+            {"link": {"downlink": 1, "uplink": 1, "latencu": 1}},
+            "link.latencu: unknown key (did you mean",
+        ),
         ({"budget": {"rank": 4}}, "budget.rank: unknown key"),
         ({"name": "a/b"}, "name: "),
         ({"name": ""}, "name: "),
@@ -82,8 +85,8 @@ def test_fetched_names_come_before_folders(tmp_path: Path) -> None:
         ({"data": {"train": "x.csv", "txet": "a"}}, "data.txet: unknown key (did you mean"),
         ({"budget": {"up": 0}}, "budget.up: "),
         ({"budget": {"down": 1.5}}, "budget.down: "),
-        ({"link": {"down": 10}}, "link.up: this key is needed"),
-        ({"link": {"down": 0, "up": 1}}, "link.down: "),
+        ({"link": {"downlink": 10}}, "link.uplink: this key is needed"),
+        ({"link": {"downlink": 0, "uplink": 1}}, "link.downlink: "),
         ({"memory": -1}, "memory: "),
         ({"most_steps": 0}, "most_steps: "),
     ],

@@ -666,7 +666,7 @@ def test_what_a_site_tells_about_itself(tiny: Tiny, tmp_path: Path) -> None:
         tmp_path,
         memory=2000,
         step_seconds=0.1,
-        link={"down": 10, "up": 2.5},
+        link={"downlink": 10, "uplink": 2.5},
         budget={"ratio": 0.5, "up": 0.25},
     )
     site = asking(path)
@@ -679,7 +679,7 @@ def test_what_a_site_tells_about_itself(tiny: Tiny, tmp_path: Path) -> None:
         "recipe": None,
         "base": None,
         "budget": {"ratio": 0.5, "down": 1.0, "up": 0.25},
-        "link": {"down": 10.0, "up": 2.5, "latency": 0.0},
+        "link": {"downlink": 10.0, "uplink": 2.5, "latency": 0.0},
         "memory": 2000.0,
         "step_seconds": 0.1,
     }

@@ -95,7 +95,7 @@ IDLE: list[tuple[dict[str, Any], str]] = [
             "budgets": {
                 "kind": "resources",
                 "deadline": 1e6,
-                "tiers": [{"memory": 1e3, "down": 1, "up": 1, "step_seconds": 0}],
+                "tiers": [{"memory": 1e3, "downlink": 1, "uplink": 1, "step_seconds": 0}],
             },
         },
         "[budgets] choose nothing: method 'fedit'",

@@ -217,6 +217,14 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
         ).to_parquet(path),
         {"validation": 0.2},
     ),
+    "f.json": (
+        lambda path: path.write_text(
+            json.dumps(
+                {"n": 60, "rows": [{"text": t, "label": c} for t, c in texts(60, seed=1)]}, indent=1
+            )
+        ),
+        {"field": "rows", "validation": 0.2},
+    ),
     "pictures": (in_folders, {"train_split": "train", "test_split": "test"}),
     "saved": (saved, {"train_split": "train", "test_split": "validation"}),
 }

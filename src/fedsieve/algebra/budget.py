@@ -33,12 +33,12 @@ class Budget(NamedTuple):
 class Link(NamedTuple):
     """A client's line to the server.
 
-    down, up: Mbit/s (10**6 bits a second), to the client and from it
-    latency:  seconds that every message takes beside its bits
+    downlink, uplink: Mbit/s (10**6 bits a second), to the client and from it
+    latency: seconds that every message takes beside its bits
     """
 
-    down: float
-    up: float
+    downlink: float
+    uplink: float
     latency: float = 0.0
 
 

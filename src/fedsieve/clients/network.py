@@ -79,17 +79,17 @@ def client_time(link: Link, down_bytes: int, up_bytes: int, seconds: float) -> f
 
     Raises FedSieveError for a rate that is not above 0, and for a latency or work below 0.
     """
-    if not (link.down > 0 and link.up > 0):
+    if not (link.downlink > 0 and link.uplink > 0):
         raise FedSieveError(
-            f"a link of {link.down:g} Mbit/s down and {link.up:g} up carries nothing: both rates "
-            "must be above 0"
+            f"a link of {link.downlink:g} Mbit/s down and {link.uplink:g} up carries nothing: both "
+            "rates must be above 0"
         )
     if not (link.latency >= 0 and seconds >= 0):
         raise FedSieveError(
             f"a latency of {link.latency:g} s and {seconds:g} s of work: neither may be below 0"
         )
-    fetch = link.latency + down_bytes * _BITS / link.down
-    return fetch + seconds + link.latency + up_bytes * _BITS / link.up
+    fetch = link.latency + down_bytes * _BITS / link.downlink
+    return fetch + seconds + link.latency + up_bytes * _BITS / link.uplink
 
 
 def round_time(

@@ -155,10 +155,12 @@ def _densest(
     kept = sparsest.ranks(work.rank)
 
     def down(density: float) -> float:
-        return 8 * math.ceil(message_bytes(work, "down", kept, density)) / (has.link.down * MEGA)
+        bits = 8 * math.ceil(message_bytes(work, "down", kept, density))
+        return bits / (has.link.downlink * MEGA)
 
     def up(density: float) -> float:
-        return 8 * math.ceil(message_bytes(work, "up", kept, density)) / (has.link.up * MEGA)
+        bits = 8 * math.ceil(message_bytes(work, "up", kept, density))
+        return bits / (has.link.uplink * MEGA)
 
     free = deadline - 2 * has.link.latency - work.steps * has.step_seconds
     for_up = free - min(max(free / 2, down(down_ladder[-1])), down(down_ladder[0]))

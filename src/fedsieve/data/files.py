@@ -57,11 +57,12 @@ def read(
     *,
     names: Sequence[str] | None = None,
     separator: str | None = None,
+    field: str | None = None,
     columns: Columns | None = None,
 ) -> Dataset:
     """The rows of one file.
 
-    names, separator: for CSV and TSV, as in `sources.load`
+    names, separator: for CSV and TSV, and field: for JSON, as in `sources.load`
     columns: those that are read; by default all
     Raises FedSieveError: an unknown extension, an empty or malformed file, an option that does not
     apply, a column that is not there, twice there, or of a type that no column can have.
@@ -76,12 +77,12 @@ def read(
         raise FedSieveError(f"{path} is empty")
     if extension not in _DELIMITED and (names is not None or separator is not None):
         raise FedSieveError(f"{path}: names and separator are for CSV and TSV files")
+    if extension != ".json" and field is not None:
+        raise FedSieveError(f"{path}: field {field[:40]!r} is for JSON files (.json)")
     try:
         if extension != ".parquet":
             _refuse_utf16(path)
-            if path.name.lower().endswith(".gz"):
-                with _opened(path) as file:
-                    _refuse_endless(path, iter(lambda: len(file.read(1 << 20)), 0))
+            _refuse_endless_zip(path)
         if extension in _DELIMITED:
             mark = _DELIMITED[extension] if separator is None else separator
             table = _delimited(path, columns, names, mark, quoted=extension == ".csv")
@@ -90,7 +91,7 @@ def read(
         elif extension == ".parquet":
             table = _parquet(path, columns)
         else:
-            table = _json(path, columns)
+            table = _json(path, columns, field)
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if "Empty CSV file" in str(error):
             raise FedSieveError(f"{path} holds no rows") from error
@@ -328,6 +329,12 @@ def _refuse_endless(path: Path, sizes: Iterator[int]) -> None:
             )
 
 
+def _refuse_endless_zip(path: Path) -> None:
+    if path.name.lower().endswith(".gz"):
+        with _opened(path) as file:
+            _refuse_endless(path, iter(lambda: len(file.read(1 << 20)), 0))
+
+
 def _parquet(path: Path, columns: Columns | None) -> pa.Table:
     file = pa_parquet.ParquetFile(path)
     chosen = _chosen(path, file.schema_arrow.names, columns)
@@ -385,17 +392,20 @@ def _unpacked(part: pa.RecordBatch) -> int:
     return found
 
 
-def _json(path: Path, columns: Columns | None) -> pa.Table:
-    """A list of objects, or one object a line. A key that a row lacks is null there."""
+def _json(path: Path, columns: Columns | None, field: str | None) -> pa.Table:
+    """A list of objects, which may lie in an object, or one object a line. A key that a row lacks
+    is null there.
+    """
     content = _content(path)
     rows: list[Any] = []
     lines: list[int] = []  # of each row, where there is one a line
-    if content.lstrip().startswith("["):
-        try:
-            rows = json.loads(content, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise FedSieveError(f"{path} is not valid JSON: {error}") from None
+    if field is not None:
+        rows = _under(path, _parsed(path, content), field)
+    elif content.lstrip().startswith("["):
+        rows = _parsed(path, content)
     else:
+        if extension_of(path) == ".json":
+            _refuse_rows_inside(path, content, columns)
         # Only \n ends a line: str.splitlines would also cut at characters that JSON allows in text.
         for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
@@ -422,6 +432,83 @@ def _json(path: Path, columns: Columns | None) -> pa.Table:
         except FedSieveError as error:
             raise FedSieveError(f"{path} could not be read: {error}") from None
     return pa.table(table)
+
+
+def _parsed(path: Path, content: str) -> Any:
+    try:
+        return json.loads(content, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise FedSieveError(f"{path} is not valid JSON: {error}") from None
+
+
+def _under(path: Path, whole: Any, field: str) -> list[Any]:
+    """The rows under a key of the object that a file is, or under keys joined by dots."""
+    if not isinstance(whole, dict):
+        raise FedSieveError(f"{path} is a list and has no field {field[:40]!r}: leave it out")
+    found: Any = whole
+    for key in [field] if field in whole else field.split("."):
+        if not isinstance(found, dict) or key not in found:
+            raise FedSieveError(
+                f"{path} has no field {field[:40]!r}{nearest(field, _fields(whole))}"
+            )
+        found = found[key]
+    if not isinstance(found, list):
+        raise FedSieveError(
+            f"{path}: under {field[:40]!r} there is {kind_of(found)}, and no list of rows"
+            f"{nearest(field, _fields(whole))}"
+        )
+    return found
+
+
+def _fields(whole: Any, before: str = "", depth: int = 3) -> dict[str, int]:
+    """The keys, joined by dots, under which an object holds rows, and how many."""
+    found: dict[str, int] = {}
+    for key, value in whole.items() if isinstance(whole, dict) else ():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            found[before + key] = len(value)
+        elif isinstance(value, dict) and depth > 1:
+            found |= _fields(value, f"{before}{key}.", depth - 1)
+    return found
+
+
+def field_of(path: Path) -> str | None:
+    """The key under which a JSON file that is one object holds rows, the most of them; else None.
+
+    Keys of objects in objects are joined by dots.
+    """
+    if extension_of(path) != ".json":
+        return None
+    _refuse_endless_zip(path)
+    try:
+        found = _fields(_one(_content(path)))
+    except (OSError, UnicodeDecodeError):  # `read` says so
+        return None
+    return max(found, key=lambda field: found[field], default=None)
+
+
+def _one(content: str) -> Any:
+    """What a text is as JSON, where it is a single object; None where it is anything else."""
+    if not content.lstrip().startswith("{"):
+        return None
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _refuse_rows_inside(path: Path, content: str, columns: Columns | None) -> None:
+    """Raises FedSieveError for an object that holds rows, and is none with these columns."""
+    whole = _one(content)
+    found = _fields(whole)
+    if not found or columns is None:
+        return
+    try:
+        chosen(list(whole), columns)
+    except FedSieveError:
+        places = " or ".join(f"data.field = {field!r}" for field in list(found)[:4])
+        raise FedSieveError(
+            f"{path} is one object, whose rows lie under a key of it: say {places}"
+        ) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

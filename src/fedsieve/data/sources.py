@@ -33,6 +33,7 @@ def load(
     config: str | None = None,
     names: Sequence[str] | None = None,
     separator: str | None = None,
+    field: str | None = None,
     columns: Columns | None = None,
 ) -> Dataset:
     """Rows from a file, a list of files, a folder, a fetched name, or a data set on the hub.
@@ -44,6 +45,8 @@ def load(
     config: the hub data set's configuration (`load_dataset(source, config)`).
     names: column names of CSV or TSV files that have no header line.
     separator: one character, instead of the comma of CSV or the tab of TSV.
+    field: the key of a JSON file under which its rows lie, where it is one object; keys of objects
+        in objects are joined by dots.
     columns: those that are read; by default all. One that is used as a name and has another type in
         each of several files is read as text from all of them.
 
@@ -51,7 +54,7 @@ def load(
     unknown split, an option that does not apply, a column that is not there, is there twice, or
     cannot be one column because of its types.
     """
-    reading = _Reading(split, names, separator, columns)
+    reading = _Reading(split, names, separator, field, columns)
     if not isinstance(source, str | Path):
         if not source:
             raise FedSieveError("the list of data files is empty")
@@ -63,8 +66,10 @@ def load(
         return _folder(path, reading)
     if path.is_file() or isinstance(source, Path) or is_path(source):
         return _files([_existing(path)], reading)
-    if names is not None or separator is not None:
-        raise FedSieveError(f"{source}: names and separator are for CSV and TSV files")
+    if names is not None or separator is not None or field is not None:
+        raise FedSieveError(
+            f"{source}: names and separator are for CSV and TSV files, and field for JSON files"
+        )
     return _only(_hub(source, config, split), columns, source)
 
 
@@ -181,6 +186,7 @@ class _Reading(NamedTuple):
     split: str | None
     names: Sequence[str] | None
     separator: str | None
+    field: str | None
     columns: Columns | None
 
 
@@ -201,7 +207,13 @@ def _files(paths: Sequence[Path], how: _Reading) -> Dataset:
             f"{paths[0]} is a file and has no split {how.split!r}: leave the split out, "
             "or name the folder"
         )
-    read = partial(files.read, names=how.names, separator=how.separator, columns=how.columns)
+    read = partial(
+        files.read,
+        names=how.names,
+        separator=how.separator,
+        field=how.field,
+        columns=how.columns,
+    )
     return _joined({path: read(path) for path in paths}, how.columns)
 
 

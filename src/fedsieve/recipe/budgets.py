@@ -80,7 +80,7 @@ def machines_of(recipe: Recipe, counts: Mapping[str, int]) -> dict[str, Resource
         machines = {id: tiers[place] for id, place in places.items()}
     _refuse_other_ids("budgets.clients", machines, counts)
     return {
-        id: Resources(own.memory, Link(own.down, own.up, own.latency), own.step_seconds)
+        id: Resources(own.memory, Link(own.downlink, own.uplink, own.latency), own.step_seconds)
         for id, own in machines.items()
     }
 

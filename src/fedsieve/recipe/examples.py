@@ -64,6 +64,7 @@ def stored_rows(data: Data, source: str, split: str | None, clients: str | None 
         config=data.config,
         names=data.names,
         separator=data.separator,
+        field=data.field,
         columns=columns_of(fields_of(data), clients),
     )
 

@@ -137,6 +137,7 @@ class Data(Table):
     train, test: a hub data set, a file, a folder, or a fetched name; test defaults to train's
     more_tests: by name, other rows that are evaluated on beside them
     names, separator: for CSV and TSV files without a header line, or with another separator
+    field: for JSON files that are one object: the key under which the rows lie
     classes: the labels in the order of the model's outputs; by default those that train holds
     options, option_word, answer, first_option: of multiple choice (docs/tasks.md)
     new_tokens, stop: how long a written answer may be, and the texts that end one
@@ -152,6 +153,7 @@ class Data(Table):
     more_tests: Annotated[dict[_Prefix, MoreTest], Field(max_length=8)] | None = None
     names: tuple[str, ...] | None = None
     separator: str | None = None
+    field: str | None = None
     text: str | None = None
     text_b: str | None = None
     image: str | None = None
@@ -292,8 +294,8 @@ class Machine(Table):
 
     share: Annotated[PositiveFloat, Field(le=1e6)] = 1.0
     memory: PositiveFloat
-    down: PositiveFloat
-    up: PositiveFloat
+    downlink: PositiveFloat
+    uplink: PositiveFloat
     latency: NonNegativeFloat = 0.0
     step_seconds: NonNegativeFloat
 

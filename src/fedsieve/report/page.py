@@ -213,7 +213,7 @@ def _costs(rows: Sequence[Row], conditions: Sequence[Conditions]) -> str:
     """What the target costs: bytes, and time under each of the conditions."""
     if not rows[0].target or len(rows) > 1 or rows[0].runs > 1:
         return ""  # of several, the table of results tells it
-    heads = ["Run", "Traffic", *(f"{world.link.up:g} Mbit/s up" for world in conditions)]
+    heads = ["Run", "Traffic", *(f"{world.link.uplink:g} Mbit/s up" for world in conditions)]
     body = "".join(
         f'<tr><th scope="row">{_swatch(i)}{text(row.label)}</th>{_cost_cells(row)}</tr>'
         for i, row in enumerate(rows)
@@ -296,7 +296,7 @@ def _compared(
     if target:
         word, at = spoken(target.measure), f"to {score(target.value)}"
         heads += [f"Final {word}", f"Best {word}", f"Sent {at}"]
-        heads += [f"Time {at}, {world.link.up:g} Mbit/s up" for world in conditions]
+        heads += [f"Time {at}, {world.link.uplink:g} Mbit/s up" for world in conditions]
         note = f"{_reason(target)} {note}"
     memory = any(row.memory_bytes for row in rows)
     if memory:
@@ -414,7 +414,7 @@ def _simulated(run: Run, conditions: Sequence[Conditions]) -> str:
     if run.clients is None:
         return NONE
     ends = [(world, clock(run.clients.parts, world)[run.rounds[-1].round]) for world in conditions]
-    return "<br>".join(f"{duration(end)} at {world.link.up:g} Mbit/s up" for world, end in ends)
+    return "<br>".join(f"{duration(end)} at {world.link.uplink:g} Mbit/s up" for world, end in ends)
 
 
 def _kept(by_round: dict[int, Shares]) -> str:

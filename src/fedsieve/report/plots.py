@@ -234,7 +234,7 @@ def _time_unit(longest: float) -> tuple[str, float]:
 
 
 def _uplink(world: Conditions) -> str:
-    down, up = world.link.down, world.link.up
+    down, up = world.link.downlink, world.link.uplink
     said = f"Uplink {up:g} Mbit/s"
     if down == up:
         return f"{said}, as the downlink"
@@ -246,7 +246,7 @@ def _uplink(world: Conditions) -> str:
 def _world(conditions: Sequence[Conditions]) -> str:
     """What the clock is made of, so that nobody takes it for one that was read."""
     first = conditions[0]
-    downs = dict.fromkeys(f"{world.link.down:g}" for world in conditions)
+    downs = dict.fromkeys(f"{world.link.downlink:g}" for world in conditions)
     latencies = dict.fromkeys(f"{world.link.latency:g} s" for world in conditions)
     step = first.seconds_per_step
     work = "the seconds of work that were measured" if step is None else f"{step:g} s a step"

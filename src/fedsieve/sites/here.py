@@ -114,7 +114,8 @@ def write_sites(
 def _site_of(recipe: Recipe, id: str) -> dict[str, Any]:
     """What a site's file says, less its budget."""
     columns = recipe.data.model_dump(mode="json", include={*Rows.model_fields}, exclude_none=True)
-    of_files = ("train", "test", "train_split", "test_split", "config", "names", "separator")
+    where = ("train", "test", "train_split", "test_split", "config")
+    of_files = (*where, "names", "separator", "field")
     read = {name: value for name, value in columns.items() if name not in of_files}
     return {
         "name": id,

@@ -42,6 +42,7 @@ class Rows(Table):
     test_split: str | None = None
     names: tuple[str, ...] | None = None
     separator: str | None = None
+    field: str | None = None
     text: str | None = None
     text_b: str | None = None
     image: str | None = None
@@ -61,10 +62,10 @@ class Rows(Table):
 
 
 class Link(Table):
-    """The site's line to the server: Mbit/s down and up, seconds (budget.Link)."""
+    """The site's line to the server: Mbit/s, Mbit/s and seconds (budget.Link)."""
 
-    down: PositiveFloat
-    up: PositiveFloat
+    downlink: PositiveFloat
+    uplink: PositiveFloat
     latency: NonNegativeFloat = 0.0
 
 
@@ -129,7 +130,7 @@ def budget_of(site: Site) -> budget.Budget:
 def link_of(site: Site) -> budget.Link | None:
     """The site's line, if its file says so."""
     line = site.link
-    return None if line is None else budget.Link(line.down, line.up, line.latency)
+    return None if line is None else budget.Link(line.downlink, line.uplink, line.latency)
 
 
 def _settled(site: Site, home: Path) -> Site:

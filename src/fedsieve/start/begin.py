@@ -59,6 +59,8 @@ def shown(looked: Looked) -> list[str]:
     lines = [f"{looked.source}: {looked.rows:,} rows{some}"]
     if looked.separator is not None:
         lines[0] += f", columns separated by {looked.separator!r}"
+    if looked.field is not None:
+        lines[0] += f", under {looked.field!r}"
     wide = max((len(column.name) for column in looked.columns), default=0)
     for column in looked.columns:
         empty = "" if column.filled == 1 else f", {1 - column.filled:.0%} empty"

@@ -55,7 +55,7 @@ class Column(NamedTuple):
 class Looked(NamedTuple):
     """A source's rows.
 
-    source, config, separator, train_split: as `sources.load` takes them
+    source, config, separator, field, train_split: as `sources.load` takes them
     test, test_split: rows beside them to evaluate on, where there are any
     rows: how many there are; looked: at how many of them
     """
@@ -63,6 +63,7 @@ class Looked(NamedTuple):
     source: str
     config: str | None
     separator: str | None
+    field: str | None
     train_split: str | None
     test: str | None
     test_split: str | None
@@ -86,7 +87,8 @@ def look(source: str, config: str | None = None) -> Looked:
         train = splits[0] if len(splits) == 1 else None
     path = place(source)
     separator = files.separator_of(path) if path.is_file() else None
-    rows = sources.load(source, train, config=config, separator=separator)
+    field = files.field_of(path) if path.is_file() else None
+    rows = sources.load(source, train, config=config, separator=separator, field=field)
     if len(rows.column_names) > COLUMNS:
         raise FedSieveError(
             f"{source} has {len(rows.column_names):,} columns, too many to guess from: write the "
@@ -99,6 +101,7 @@ def look(source: str, config: str | None = None) -> Looked:
         source=source,
         config=config,
         separator=separator,
+        field=field,
         train_split=train,
         test=_beside(path),
         test_split=test,

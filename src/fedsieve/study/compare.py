@@ -188,7 +188,7 @@ def _result(
     text = markdown(rows) + "\n" + "".join(f"- {note}\n" for note in notes)
     plain = {
         "rows": [_plain(row) for row in found],
-        "uplinks": [world.link.up for world in REFERENCE],
+        "uplinks": [world.link.uplink for world in REFERENCE],
         "notes": notes,
         "problems": problems,
     }
@@ -208,7 +208,7 @@ def _legend(target: report.Target | None) -> str:
     return text + (
         f"The target is {spoken(target.measure)} {target.value:.4g}, {which}; bytes and "
         "time to it are means over the runs that reached it (2 of 3 where one did not). Time is "
-        f"simulated, for downlinks of {REFERENCE[0].link.down:g} Mbit/s."
+        f"simulated, for downlinks of {REFERENCE[0].link.downlink:g} Mbit/s."
     )
 
 
@@ -239,7 +239,7 @@ def _cells(row: report.Row) -> dict[str, str]:
         f"sent{at}": _said(row.bytes_to_target, words.megabytes) + reached,
     }
     for world, seconds in zip(REFERENCE, row.seconds_to_target, strict=True):
-        cells[f"time at {world.link.up:g} Mbit/s up"] = _said(seconds, duration) + reached
+        cells[f"time at {world.link.uplink:g} Mbit/s up"] = _said(seconds, duration) + reached
     cells["client memory"] = _said(row.memory_bytes, words.megabytes)
     return cells
 
