@@ -3,10 +3,12 @@ and a client whose rows are bad is left out by name.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -422,6 +424,18 @@ def test_each_clients_own_rows_are_scored(tiny: Tiny, tmp_path: Path, on: str, m
     assert spread == sorted(spread)
     assert last["eval_examples"] == (30 if on == "test" else 24)
     assert list(last["metrics"])[:3] == ["accuracy", "macro_f1", "matthews"]
+    kept = json.loads((tmp_path / "run" / "details.json").read_text(encoding="utf-8"))
+    scores = [each["score"] for each in kept["clients"]]
+    assert sorted(each["name"] for each in kept["clients"]) == ["s0", "s1", "s2"]
+    assert sum(each["rows"] for each in kept["clients"]) == last["eval_examples"]
+    assert scores == sorted(scores)
+    assert (scores[0], np.mean(scores)) == pytest.approx((spread[0], spread[2]))
+    trained = {each["name"]: each["rows"] for each in kept["held"]}
+    names = [each["name"] for each in kept["classes"]]
+    if on == "test":
+        for n, (id, counts) in enumerate(trained.items()):
+            own = Counter(label for _, label in made[:60][n::3])
+            assert (id, counts) == (f"s{n}", [own[name] for name in names])
     plain = {**changes, "evaluation": {"on": on, "every": 1}}
     runs.start(tiny, tmp_path / "plain", **plain)
     joint = runs.lines(tmp_path / "plain")[-1]

@@ -655,6 +655,39 @@ def test_classes_and_answers_of_the_last_evaluation_are_shown(tmp_path: Path) ->
     assert both.row("3 wine") == ["2", "", "3"]
 
 
+def test_clients_scores_and_classes_are_shown(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    clients = [{"name": "ward <3>", "rows": 7, "score": 0.25}, {"name": "b", "rows": 9, "score": 1}]
+    held = [{"name": f"client {n}", "rows": [n, 0]} for n in range(30)]
+    table = {"round": 2, "classes": [CLASS, OTHER], "answers": []}
+    table |= {"clients": clients, "held": held}
+    (path / "details.json").write_text(json.dumps(table), encoding="utf-8")
+    page = report(path)
+    assert page.row("ward <3>") == ["7", "0.250"]
+    assert page.row("client 7") == ["7", ""]
+    assert "By client, the worst first (2)" in page.text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"clients": [{"name": "a", "rows": -1, "score": 1}]},
+        {"clients": [{"name": "a", "rows": 1, "score": math.nan}]},
+        {"clients": [{"name": "a", "rows": 1, "score": 1}] * 201},
+        {"held": [{"name": "a", "rows": [1]}]},
+        {"held": [{"name": "a", "rows": [1, -1]}]},
+        {"held": [{"name": "a", "rows": [1, 2**62]}]},
+        {"held": [{"name": "a", "rows": [1, 1]}] * 201},
+    ],
+)
+def test_clients_that_no_run_writes_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    table = {"round": 2, "classes": [CLASS, OTHER], "answers": [], **change}
+    (path / "details.json").write_text(json.dumps(table), encoding="utf-8")
+    with pytest.raises(FedSieveError, match=r"details\.json .* Remove it"):
+        report(path)
+
+
 def test_many_classes_are_folded_and_have_no_matrix(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     count = 40

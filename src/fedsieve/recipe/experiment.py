@@ -55,7 +55,8 @@ from fedsieve.tasks import catalogue
 from fedsieve.tasks.digest import RowsDigest, rows_digest
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
-from fedsieve.tasks.tally import Details, Score, Tally, beside, score, scores, total
+from fedsieve.tasks.mixture import held_by
+from fedsieve.tasks.tally import Details, Held, Score, Tally, beside, score, scores, total
 from fedsieve.tasks.task import Reader
 from fedsieve.train import by_function
 from fedsieve.train.changes import check_changes, refuse_quantised
@@ -80,6 +81,7 @@ class Experiment:
     ending:   why there are no more rounds, to be said at the end; or None
     details:  of the last evaluation, one or none; a run whose noise is fresh has none
     rows:     of the examples that the recipe's rows became; None in a notebook, and in a federation
+    held:     the classes of some clients' rows, where those are here and may be told
     examples: those of a client that trains here, by its id; test: those that are evaluated on here
     """
 
@@ -94,6 +96,7 @@ class Experiment:
     examples: Callable[[str], Examples] | None = None
     test: Examples | None = None
     rows: RowsDigest | None = None
+    held: tuple[Held, ...] = ()
 
 
 def keeping(
@@ -232,7 +235,8 @@ def assemble(
     def rated(adapter: Adapter) -> Score:
         assert test is not None
         task, classes = catalogue.load(resident.task), resident.classes
-        main = scores(task, counts_of(adapter, test, own_tests), classes, lead)
+        owners = sorted(own_tests or ())
+        main = scores(task, counts_of(adapter, test, own_tests), classes, lead, owners)
         others = {
             name: score(task, total(counts_of(adapter, more, None)), classes, lead)
             for name, more in (more_tests or {}).items()
@@ -405,7 +409,13 @@ def from_recipe(recipe: Recipe, *, trust_remote_code: bool = False) -> Experimen
             recipe, resident, examples, parts, source, trust_remote_code=trust_remote_code
         ),
     )
-    return dataclasses.replace(experiment, rows=_digest(recipe, rows, prepared))
+    held = held_by(
+        examples.labels,
+        recipe.data.classes or (),
+        parts,
+        (client.id for client in experiment.federation.clients),
+    )
+    return dataclasses.replace(experiment, rows=_digest(recipe, rows, prepared), held=held)
 
 
 def digest_of_rows(recipe: Recipe, *, trust_remote_code: bool = False) -> RowsDigest:

@@ -1,7 +1,7 @@
 """Who took part: each client, or site, with its rows, its rounds and what it sent.
 
-How labels are spread over clients is in no log: which labels a client has is its own. The recipe's
-partition tells how they were drawn, where they were.
+How labels are spread over clients is in no log: which labels a client has is its own. What may be
+told of it stands beside the last evaluation (shown.py).
 """
 
 import statistics

@@ -36,7 +36,7 @@ from fedsieve.recipe import read as recipes
 
 if TYPE_CHECKING:
     from fedsieve.tasks.digest import RowsDigest
-    from fedsieve.tasks.tally import Details
+    from fedsieve.tasks.tally import Details, Held
 
 RECIPE = "recipe.toml"
 METRICS = "metrics.jsonl"
@@ -237,16 +237,21 @@ def append(folder: Path, log: str, rows: Iterable[NamedTuple]) -> None:
     disk.append(place(folder, log), "".join(lines))
 
 
-def keep_details(folder: Path, round: int, details: Iterable["Details"]) -> None:
+def keep_details(
+    folder: Path, round: int, details: Iterable["Details"], held: Iterable["Held"] = ()
+) -> None:
     """Write what the last evaluation shows beyond its scores, in the place of what was there.
 
     details: one, or none; it quotes rows, so the file is its owner's alone
+    held: the classes of clients' rows, to be shown beside it
     """
     for each in details:
         table = {
             "round": round,
             "classes": [of_class._asdict() for of_class in each.classes],
             "answers": [answer._asdict() for answer in each.answers],
+            "clients": [client._asdict() for client in each.clients],
+            "held": [client._asdict() for client in held if each.classes],
         }
         text = json.dumps(table, ensure_ascii=False, indent=1) + "\n"
         # Half of a character, which a token may be, is no text that a file can hold.

@@ -258,7 +258,7 @@ def _go_on(
         if snapshot is None:
             first, progress = loop.begin(experiment.federation, experiment.start)
             rundir.append(folder, rundir.METRICS, [first])
-            rundir.keep_details(folder, 0, experiment.details)
+            rundir.keep_details(folder, 0, experiment.details, experiment.held)
             snapshot = _snapshot(experiment, progress, folder, text)
             checkpoint.save(checkpoints, snapshot)
             track(first)
@@ -285,7 +285,8 @@ def _go_on(
             ):
                 rundir.append(folder, rundir.METRICS, [summary])
                 if summary.metrics is not None:
-                    rundir.keep_details(folder, summary.round, experiment.details)
+                    details, held = experiment.details, experiment.held
+                    rundir.keep_details(folder, summary.round, details, held)
                 rundir.append(folder, rundir.CLIENTS, receipts)
                 # Before this line a Ctrl-C finds the snapshot of the round before, with its own
                 # marks and memories: what of this round is written already will be cut off.

@@ -485,17 +485,17 @@ def joint_score(
 
     A site whose answer holds no such sums is left out, and that is said.
     """
-    counts = []
+    counts: dict[str, Tally] = {}
     for site, frame in answers.items():
         try:
             own = _tally(frame, task, classes)
             if own.counted and math.isnan(own.loss):
                 say(f"site {site}: its evaluation has no loss that is a number, so neither has all")
-            counts.append(own)
+            counts[site] = own
         except WireError as error:
             say(f"site {site}: its evaluation is left out: {error}")
     try:
-        joint = scores(catalogue.load(task), counts, classes, lead)
+        joint = scores(catalogue.load(task), [*counts.values()], classes, lead, [*counts])
     except Exception as error:  # a library's, of numbers that no rows would have given it
         say(f"the sites' evaluation is left out: no scores can be made of it ({error!r:.200})")
         return None

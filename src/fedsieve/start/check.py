@@ -28,6 +28,7 @@ from fedsieve.recipe.schema import Engine, Recipe, ResourceBudgets
 from fedsieve.settings import Training, in_round, steps_of
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
+from fedsieve.tasks.mixture import in_classes
 from fedsieve.tasks.tokens import by_token
 from fedsieve.train.local import Fit, fit, tally
 from fedsieve.wire import encode
@@ -219,7 +220,7 @@ def _labels(recipe: Recipe, own: Sequence[Examples]) -> Labels | None:
     names = recipe.data.classes
     if not names or any(by_token(each.labels) for each in own):
         return None
-    held = [_in_classes(each.labels, len(names)) for each in own]
+    held = [in_classes(each.labels, len(names)) for each in own]
     rows = torch.stack(held).sum(0)
     most = int(rows.argmax())
     return Labels(
@@ -229,13 +230,6 @@ def _labels(recipe: Recipe, own: Sequence[Examples]) -> Labels | None:
         int((rows == 0).sum()),
         spread([int((each > 0).sum()) for each in held]),
     )
-
-
-def _in_classes(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """How many rows each class holds of, (classes,)."""
-    if labels.ndim > 1:
-        return (labels > 0).sum(0)
-    return torch.bincount(labels, minlength=classes)
 
 
 def _values(own: Sequence[Examples]) -> Spread | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 MATRIX = 30  # classes: which was taken for which, of more, is a table that nobody reads
+CLIENTS = 200  # whose scores and classes an evaluation keeps
 SHOWN = 12  # answers that an evaluation keeps to be looked at
 
 
@@ -44,11 +45,30 @@ class OfClass(NamedTuple):
     taken_for: tuple[int, ...] = ()
 
 
+class OfOwner(NamedTuple):
+    """How a client's own rows were told: how many there are, and the leading metric over them."""
+
+    name: str
+    rows: int
+    score: float
+
+
+class Held(NamedTuple):
+    """How many of a client's training rows are of each class, in the classes' order."""
+
+    name: str
+    rows: tuple[int, ...]
+
+
 class Details(NamedTuple):
-    """What an evaluation shows beyond its scores."""
+    """What an evaluation shows beyond its scores.
+
+    clients: of those whose own rows were evaluated the CLIENTS that did worst, the worst first
+    """
 
     classes: tuple[OfClass, ...] = ()
     answers: tuple[Answer, ...] = ()
+    clients: tuple[OfOwner, ...] = ()
 
 
 class Tally(NamedTuple):
@@ -111,18 +131,21 @@ def check_lead(task: "Task", lead: str | None, classes: Sequence[str], by_row: b
 
 
 def scores(
-    task: "Task", parts: Sequence[Tally], classes: tuple[str, ...], lead: str | None = None
+    task: "Task",
+    parts: Sequence[Tally],
+    classes: tuple[str, ...],
+    lead: str | None = None,
+    owners: Sequence[str] = (),
 ) -> Score:
     """The scores over all clients' rows, and how the leading metric spreads over the clients.
 
-    parts: one of each client; lead: as in `score`
+    parts: one of each client; lead: as in `score`; owners: the clients, where they are to be named
     Where two and more have rows, `client_mean`, `client_p10` (the 10th percentile, between
     neighbours on a line) and `client_worst` come after the task's own metrics.
     """
     joint = score(task, total(parts), classes, lead)
-    own = [
-        next(iter(_metrics(task, part, classes, lead).values())) for part in parts if part.counted
-    ]
+    places = [place for place, part in enumerate(parts) if part.counted]
+    own = [next(iter(_metrics(task, parts[n], classes, lead).values())) for n in places]
     if len(own) < 2:
         return joint
     spread = {
@@ -130,7 +153,11 @@ def scores(
         "client_p10": float(np.percentile(own, 10)),
         "client_worst": min(own),
     }
-    return joint._replace(metrics={**joint.metrics, **spread})
+    told = zip(places, own, strict=True)
+    each = [OfOwner(owners[n], parts[n].counted, value) for n, value in told] if owners else []
+    worst = tuple(sorted(each, key=lambda one: one.score)[:CLIENTS])
+    details = joint.details._replace(clients=worst)
+    return joint._replace(metrics={**joint.metrics, **spread}, details=details)
 
 
 def beside(main: Score, more: Mapping[str, Score]) -> Score:
