@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import fedsieve
-from fedsieve import Budget, FedSieveError, Lora
+from fedsieve import Budget, FedSieveError, Lora, methods
 from fedsieve.algebra.adapter import Adapter
+from fedsieve.algebra.mark import made_of
 from fedsieve.data import sources
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import from_recipe
@@ -501,6 +503,16 @@ def test_a_run_that_was_kept_goes_on_as_if_it_had_never_stopped(
         other = finetune(tiny, changed.pop("clients"), method, **changed)
         with pytest.raises(FedSieveError, match=said):
             other.go_on(tmp_path / "kept")
+    others: list[dict[str, Any]] = [
+        {"test": rows(20, 8)},
+        {"test": None},
+        {"method": built("fedit")},
+    ]
+    for changes in others:
+        changed = {"method": method, **given, **changes}
+        other = finetune(tiny, clients, changed.pop("method"), **changed)
+        with pytest.raises(FedSieveError, match=r"go_on: federation\.(test|method) was"):
+            other.go_on(tmp_path / "kept")
     with pytest.raises(FedSieveError, match=r"holds no checkpoint"):
         finetune(tiny, clients, method, **given).go_on(tmp_path / "nowhere")
     for key, value, said in (
@@ -510,6 +522,84 @@ def test_a_run_that_was_kept_goes_on_as_if_it_had_never_stopped(
         other = finetune(tiny, clients, method, **{**given, key: value})
         with pytest.raises(FedSieveError, match=said):
             other.go_on(tmp_path / "kept")
+
+
+# What somebody does to a kept run's log -> what is said of it.
+LOGS: dict[str, tuple[str, Any, str]] = {
+    "a text for bytes": ("metrics.jsonl", lambda row: {**row, "down_bytes": "x"}, "line 2"),
+    "a list for metrics": ("metrics.jsonl", lambda row: {**row, "metrics": [1, 2]}, "line 2"),
+    "a text for a loss": ("metrics.jsonl", lambda row: {**row, "loss": "x"}, "line 2"),
+    "half a round": ("metrics.jsonl", lambda row: {**row, "round": 1.5}, "line 2"),
+    "no clients": ("clients.jsonl", lambda row: None, "clients of round 1"),
+    "a text for its bytes": ("clients.jsonl", lambda row: {**row, "down_bytes": "x"}, "line 2"),
+}
+
+
+@pytest.mark.parametrize("kind", LOGS)
+def test_a_kept_log_that_was_changed_is_refused(tiny: Tiny, tmp_path: Path, kind: str) -> None:
+    log, change, said = LOGS[kind]
+    clients = [rows(16, n) for n in range(2)]
+    run = finetune(tiny, clients, rounds=2)
+    next(iter(run))
+    run.keep(tmp_path / "kept")
+    path = tmp_path / "kept" / log
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    changed = [lines[0], *map(change, lines[1:])]
+    if changed[-1] is None:
+        changed = []
+    path.write_text("".join(json.dumps(row) + "\n" for row in changed), encoding="utf-8")
+    with pytest.raises(FedSieveError, match=said):
+        finetune(tiny, clients, rounds=2).go_on(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("what", ["keep", "save", "report", "go_on"])
+def test_a_folder_that_can_have_no_name_is_refused(tiny: Tiny, what: str) -> None:
+    run = finetune(tiny, [rows(16, 0)], rounds=1)
+    with pytest.raises(FedSieveError, match=f"{what}: .* cannot be the name of a folder"):
+        getattr(run, what)("a\0b")
+
+
+def frame_of(name: str, values: Any) -> Any:
+    frame = pd.DataFrame({"text": [f"cars{n}" for n in range(6)], "label": ["cars", "space"] * 3})
+    frame[name] = values
+    return frame
+
+
+FRAMES: dict[str, tuple[str, Any]] = {
+    "NA among numbers and texts": ("label", pd.Series([1, "a", pd.NA] * 2, dtype=object)),
+    "arrays in cells": ("text", [np.array([1, 2]) if n % 2 else "x" for n in range(6)]),
+    "months": ("label", pd.period_range("2026-01", periods=6, freq="M")),
+    "ranges": ("label", pd.interval_range(0, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", FRAMES)
+def test_a_frame_of_odd_values_is_refused_by_row_and_column(tiny: Tiny, kind: str) -> None:
+    name, values = FRAMES[kind]
+    with pytest.raises(FedSieveError, match=f"row [0-9].*{name}|{name}.*row [0-9]"):
+        finetune(tiny, [frame_of(name, values)], rounds=1)
+
+
+def test_a_column_of_one_value_is_none(tiny: Tiny) -> None:
+    with pytest.raises(FedSieveError):
+        finetune(tiny, [rows(16, 0)], rounds=1).predict({"text": np.array("a")})
+
+
+def built(name: str, **options: Any) -> Any:
+    return import_module(f"fedsieve.methods.{name}").method(**options)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_each_method_has_a_mark_of_its_own(name: str) -> None:
+    assert made_of(built(name)) == made_of(built(name))
+    others = [made_of(built(other)) for other in methods.names() if other != name]
+    assert made_of(built(name)) not in others
+
+
+def test_an_option_of_a_method_changes_its_mark() -> None:
+    options: list[dict[str, Any]] = [{}, {"up_values": "int8"}, {"head": "whole"}]
+    marks = [made_of(built("flasc", **each)) for each in options]
+    assert len(set(marks)) == 3
 
 
 def test_what_is_kept_is_never_replaced_by_another_run(tiny: Tiny, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
+from fedsieve.algebra.mark import made_of
 from fedsieve.algebra.method import Method
 from fedsieve.algebra.optim import limits
 from fedsieve.data import given as given_rows
@@ -257,6 +258,8 @@ def finetune(
             "sampling": asdict(sampling),
             "server": dict(method.server.table),
             "norm_bound": _bound(norm_bound, method),
+            "method": made_of(method),
+            **({} if tested is None else {"test": named_digest([("test", tested)])}),
         },
     }
     return Run(experiment, rounds, reading, settings, callbacks)

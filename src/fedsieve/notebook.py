@@ -2,8 +2,8 @@
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -177,7 +177,7 @@ class Run:
 
         Raises FedSieveError if there can be no such folder.
         """
-        arguments.of_kind("save", folder, str | PathLike, "a folder")
+        place = arguments.folder_given("save", folder)
         last = self.metrics[-1]
         privacy = self._experiment.federation.method.private
         known = Told(
@@ -190,7 +190,7 @@ class Run:
             personal=self._experiment.federation.method.personal is not None,
             privacy=privacy and f"noise from the {privacy}; whoever trained it knows the epsilon",
         )
-        self._experiment.resident.save(self.adapter, Path(folder), known)
+        self._experiment.resident.save(self.adapter, place, known)
 
     def predict(self, rows: object) -> list[str]:
         """What the model as it stands now tells of each row, in words: the name of a class, the
@@ -244,8 +244,7 @@ class Run:
         there can be no such folder. What tells of single clients is left out where the method's
         noise protects them (noise_from="system").
         """
-        arguments.of_kind("report", folder, str | PathLike, "a folder")
-        place = Path(folder)
+        place = arguments.folder_given("report", folder)
         if len(self.metrics) < 2:
             raise FedSieveError("report: no round has ended yet: iterate over the run first")
         written = place / rundir.RECIPE
@@ -312,6 +311,7 @@ class Run:
         _refuse_other_settings(place, snapshot.recipe or "", self._text())
         refuse_another(place, experiment, snapshot)
         known = snapshot.progress.round - (snapshot.half is not None)
+        _refuse_damaged(place)
         try:
             logs = [
                 [row for _, row in objects(place / log) if row and row["round"] <= known]
@@ -322,19 +322,26 @@ class Run:
             raise FedSieveError(f"go_on: the logs in {place} are not as kept: {error}") from error
         if [each.round for each in metrics] != [*range(known + 1)]:
             raise FedSieveError(f"go_on: {place / rundir.METRICS} lacks rounds: it was changed")
+        asked = Counter(receipt.round for receipt in receipts)
+        for each in metrics[1:]:
+            if asked[each.round] != each.clients:
+                raise FedSieveError(
+                    f"go_on: {place / rundir.CLIENTS} has {asked[each.round]} clients of round "
+                    f"{each.round}, and {each.clients} were asked: it was changed"
+                )
         experiment.memories.update(snapshot.memories)
         self._progress, self._half = snapshot.progress, snapshot.half
         self.metrics, self.receipts, self._told = metrics, receipts, len(metrics)
         return self
 
     def _keeping(self, folder: str | Path, what: str) -> Path:
-        arguments.of_kind(what, folder, str | PathLike, "a folder")
+        place = arguments.folder_given(what, folder)
         if self._experiment.federation.method.private == "system":
             raise FedSieveError(
                 f'{what}: with noise_from="system" a round done again would be spent twice: run a '
                 "recipe, whose rounds are on the disk before they are told"
             )
-        return Path(folder)
+        return place
 
     def _text(self) -> str:
         return tomli_w.dumps(dict(self._settings))
@@ -376,6 +383,17 @@ def _refuse_another_run(folder: Path, settings: str, number: int) -> None:
                 f"keep: {folder} holds round {note.round} of this run, and it stands at {number}: "
                 "`go_on` from there, or choose another folder"
             )
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raises FedSieveError, naming file and line, for logs that no run writes."""
+    metrics, clients = (folder / name for name in rundir.LOGS)
+    try:
+        lengths = {path.name: path.stat().st_size for path in (metrics, clients)}
+    except OSError as error:
+        raise FedSieveError(f"go_on: {error.filename}: {error.strerror}") from None
+    rounds = report.rounds(metrics)
+    report.check_logs(metrics, clients, lengths, rounds[-1].round if rounds else 0)
 
 
 def _refuse_other_settings(folder: Path, then: str, now: str) -> None:

@@ -16,6 +16,7 @@ from fedsieve import methods
 from fedsieve.engine.spread import Spread, Worker
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
+from fedsieve.recipe.workers import check, counts
 from fedsieve.run import rundir, runner
 from tests import runs
 from tests.conftest import Command, Tiny
@@ -151,6 +152,38 @@ def test_what_a_recipe_cannot_ask_for_is_refused(tiny: Tiny) -> None:
     ):
         with pytest.raises(FedSieveError, match=re.escape(said)):
             recipe.check(tiny.table(engine=engine))
+
+
+def test_there_are_never_more_workers_than_clients_nor_four_a_core(tiny: Tiny) -> None:
+    cores = os.cpu_count() or 1
+    asked = recipe.check(tiny.table(engine=workers(1024)))
+    assert counts(asked.engine, "cpu", asked.cohort)[0] == asked.cohort
+    many = recipe.check(tiny.table(engine=workers(1024), cohort=4 * cores + 1))
+    with pytest.raises(FedSieveError, match=f"at most {4 * cores} are started"):
+        check(many)
+    check(recipe.check(tiny.table(engine=workers(4 * cores), cohort=4 * cores + 1)))
+
+
+def test_a_cluster_that_only_a_runs_folder_names_is_not_joined(
+    tiny: Tiny, tmp_path: Path, whole_with_memories: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and model would go to it. A study goes by its own engine, whatever the folder says."""
+    folder = tmp_path / "run"
+    with pytest.raises(runner.Stopped):
+        runs.start(tiny, folder, runs.stop_at(1), **runs.FLASC)
+    path = folder / rundir.RECIPE
+    text = path.read_text(encoding="utf-8")
+    theirs = text.replace('kind = "process"', 'kind = "ray"\naddress = "192.0.2.1:6379"', 1)
+    assert theirs != text
+    path.write_text(theirs, encoding="utf-8")
+    joined: list[str | None] = []
+    monkeypatch.setattr("fedsieve.engine.on_ray.check", joined.append)
+    with pytest.raises(FedSieveError, match=r"RAY_ADDRESS=192\.0\.2\.1:6379"):
+        runner.resume(folder, runs.quiet)
+    assert joined == []
+    runner.resume(folder, runs.quiet, engine=recipe.check(tiny.table()).engine)
+    assert joined == []
+    runs.assert_same(folder, whole_with_memories)
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(

@@ -422,6 +422,21 @@ RECIPES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+def test_a_recipe_that_is_huge_is_not_read(theirs: Path, command: Command) -> None:
+    """Also to know whether it is a federation's, which every command asks first."""
+    with (theirs / rundir.RECIPE).open("r+b") as file:
+        file.truncate(1 << 36)
+    assert not rundir.federated(theirs)
+    one_sentence(command("resume", theirs, "--rounds", "9"), "no recipe has more than")
+
+
+def test_an_environment_that_is_no_table_is_named(theirs: Path, command: Command) -> None:
+    path = theirs / rundir.RECIPE
+    text = path.read_text(encoding="utf-8")
+    path.write_text("environment = [1, 2]\n" + text.split("\n[environment]")[0], encoding="utf-8")
+    one_sentence(command("resume", theirs, "--rounds", "9"), "environment is no table")
+
+
 @pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("attack", RECIPES)
 @pytest.mark.parametrize("act", [resume, resume_at, export, report], ids=lambda act: act.__name__)

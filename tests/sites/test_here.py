@@ -1,5 +1,6 @@
 """`fedsieve federate --local`: rows divided over sites of this machine, and all their processes."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ import torch
 
 from fedsieve.algebra.keys import Key, word
 from fedsieve.data import partition
+from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.examples import load_rows, tensors
 from fedsieve.recipe.experiment import from_recipe
@@ -26,7 +28,7 @@ from fedsieve.tasks.digest import rows_digest
 from fedsieve.tasks.examples import count, take, unasked
 from fedsieve.train.reader import load_reader
 from tests import runs
-from tests.conftest import Command, Tiny
+from tests.conftest import Command, Tiny, texts
 from tests.sites.sites import quiet
 from tests.tasks.test_federated import Kind, changes, each, quietly
 
@@ -101,6 +103,21 @@ def prepared(tiny: Tiny, folder: Path) -> Path:
     federate.prepare(given, folder, RoundPolicy(2, 9.0, 9.0, 9.0), listen)
     here.write_sites(folder, given, rows, budgets)
     return folder
+
+
+@pytest.mark.parametrize("name", ["/tmp/x", "../x", "..", "a/b", "St. Mary", "Köln", "x" * 65])
+def test_a_value_that_names_no_site_is_refused_before_anything_is_written(
+    tiny: Tiny, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number, (text, label) in enumerate(texts(40, seed=1)):
+            row = {"text": text, "label": label, "at": name if number % 2 else "b"}
+            file.write(json.dumps(row) + "\n")
+    partition = {"kind": "column", "column": "at"}
+    given = recipe.check(tiny.table(data__train=str(path), partition=partition))
+    with pytest.raises(FedSieveError, match="cannot name a site"):
+        here.settle(given, 2)
 
 
 # What somebody does to the folder -> what is said of it.

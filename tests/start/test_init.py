@@ -230,6 +230,37 @@ SOURCES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.parametrize("hidden", [-1, "", None])
+@pytest.mark.parametrize("beside", ["validation", None])
+def test_test_rows_without_labels_are_passed_over(
+    tmp_path: Path, command: Command, hidden: Any, beside: str | None
+) -> None:
+    folder, out = tmp_path / "rows", tmp_path / "mine.toml"
+    folder.mkdir()
+    for split in ("train", "test", beside):
+        if split is not None:
+            made = [{"text": t, "label": hidden if split == "test" else c} for t, c in texts(60, 1)]
+            lines = "".join(json.dumps(row) + "\n" for row in made)
+            (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    ran = command("init", folder, "--out", out, "--yes")
+    assert ran.code == 0, ran.err
+    assert "no labels" in ran.out + ran.err
+    written = tomllib.loads(out.read_text("utf-8"))
+    assert written["data"].get("test_split") == beside
+    assert written["data"].get("validation") == (None if beside else 0.2)
+    assert written["evaluation"].get("on") == (None if beside else "validation")
+
+
+def test_rows_without_a_label_are_told(tmp_path: Path, command: Command) -> None:
+    made = [{"text": t, "label": "" if n % 40 else c} for n, (t, c) in enumerate(texts(200, 1))]
+    made = [
+        {**row, "label": row["label"] or "cars"} if n % 9 else row for n, row in enumerate(made)
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made), "utf-8")
+    ran = command("init", tmp_path / "a.jsonl", "--out", tmp_path / "o.toml", "--label", "label")
+    assert "each needs a label" in ran.out + ran.err
+
+
 @pytest.mark.parametrize("name", SOURCES)
 def test_where_rows_come_from(tmp_path: Path, command: Command, name: str) -> None:
     make, expected = SOURCES[name]

@@ -21,14 +21,14 @@ from fedsieve import methods
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import overrides, schema
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe.experiment import digest_of_rows
+from fedsieve.recipe.experiment import digest_of_rows, with_whole_paths
 from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.recipe.method import limits_said
 from fedsieve.run import rundir
 from fedsieve.run.runner import Stopped
 from fedsieve.study import plan as study
-from fedsieve.study.jobs import Job, asked_for, diverged, finished
-from fedsieve.study.parts import DIVERGED
+from fedsieve.study.jobs import Job, asked_for, diverged, finished, refuse_changed
+from fedsieve.study.parts import ASKED, DIVERGED
 from tests import runs
 from tests.conftest import Command, Tiny
 
@@ -236,6 +236,30 @@ def test_a_seed_on_other_rows_is_not_put_beside_the_first(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("key", ["data.train", "data.test", "model.source"])
+def test_a_run_of_other_rows_or_another_model_is_not_taken_for_the_asked(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """It has not begun, so that it has no digest yet; what was asked for are relative paths."""
+    monkeypatch.chdir(tiny.train.parent)
+    table = tiny.table()
+    part, name = key.split(".")
+    for each in ("data.train", "data.test", "model.source"):
+        own, last = each.split(".")
+        table[own][last] = os.path.relpath(table[own][last])
+    asked = recipes.check(table)
+    job = Job("entry", asked, tmp_path / "study" / "entry" / "seed-0")
+    job.folder.mkdir(parents=True)
+    (job.folder / ASKED).write_text(recipes.dump(asked, {}), encoding="utf-8")
+    held = with_whole_paths(asked).model_dump(mode="json", exclude_none=True)
+    (job.folder / rundir.RECIPE).write_text(tomli_w.dumps(held), encoding="utf-8")
+    refuse_changed([job])
+    held[part][name] = str(tmp_path / "another")
+    (job.folder / rundir.RECIPE).write_text(tomli_w.dumps(held), encoding="utf-8")
+    with pytest.raises(FedSieveError, match=f"was edited: {key} was"):
+        refuse_changed([job])
+
+
 def test_runs_that_ask_for_the_same_rows_have_the_same(tiny: Tiny, tmp_path: Path) -> None:
     """And where their rows differ, by whatever a recipe may say, they ask for others."""
     drawn = {"kind": "dirichlet", "clients": 4, "alpha": 1.0}

@@ -75,7 +75,8 @@ def is_listed(given: object) -> bool:
 def is_columns(given: object) -> bool:
     """Whether it is columns by name, each a list of values."""
     return isinstance(given, Mapping) and all(
-        isinstance(name, str) and isinstance(values, list | tuple | np.ndarray)
+        isinstance(name, str)
+        and (isinstance(values, list | tuple) or (isinstance(values, np.ndarray) and values.ndim))
         for name, values in given.items()
     )
 
@@ -96,16 +97,27 @@ def _of_frame(frame: Any, columns: Columns) -> Dataset:
             table[name] = _array(series)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             values = series.to_list() if hasattr(series, "to_list") else list(series)
-            values = [None if value is None or value != value else value for value in values]
+            values = [None if _absent(value) else value for value in values]
             table[name] = array_of(values, f"column {name!r}", "row {}".format)
     return Dataset(pa.table(table)) if len(frame) else Dataset.from_dict({})
 
 
+def _absent(value: Any) -> bool:
+    """Whether it is what pandas writes where nothing is: None, NaN, NA or NaT."""
+    missing = type(value).__name__ in ("NAType", "NaTType")
+    return value is None or missing or (isinstance(value, float) and value != value)
+
+
 def _array(series: Any) -> pa.Array:
-    """A series as Arrow has it, where all its values are of one kind."""
+    """A series as Arrow has it, where all its values are of one kind.
+
+    Raises TypeError for a type of its library's own, whose values are others than are stored.
+    """
     array = series.to_arrow() if hasattr(series, "to_arrow") else pa.Array.from_pandas(series)
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
+    if isinstance(array.type, pa.BaseExtensionType):
+        raise TypeError(f"a column of {array.type}")
     if pa.types.is_dictionary(array.type):
         array = array.cast(array.type.value_type)
     if pa.types.is_large_string(array.type) or pa.types.is_string_view(array.type):

@@ -8,7 +8,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
-from os import PathLike
+from os import PathLike, fspath
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, cast
 
@@ -195,6 +196,15 @@ def of_kind(name: str, value: object, kind: Any, needed: str) -> None:
     if not isinstance(value, kind):
         what = "the class itself" if isinstance(value, type) else type(value).__name__
         raise FedSieveError(f"{name}: {needed} is needed, not {what}")
+
+
+def folder_given(name: str, given: object) -> Path:
+    """A folder's path. Raises FedSieveError, naming the argument, for what can be none."""
+    of_kind(name, given, str | PathLike, "a folder")
+    path = fspath(given)  # type: ignore[call-overload]
+    if not isinstance(path, str) or "\0" in path:
+        raise FedSieveError(f"{name}: {str(path)[:80]!r} cannot be the name of a folder")
+    return Path(path)
 
 
 def classes_given(given: Any) -> tuple[str, ...]:

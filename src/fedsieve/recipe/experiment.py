@@ -518,6 +518,11 @@ def _settled(recipe: Recipe, device: torch.device) -> Recipe:
     """
     in_bf16 = runs_in_bf16(device, recipe.training.precision)
     training = dataclasses.replace(recipe.training, precision="bf16" if in_bf16 else "fp32")
+    return with_whole_paths(recipe.model_copy(update={"training": training}))
+
+
+def with_whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with all paths whole that lead somewhere from the working directory."""
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
     lora = recipe.lora
     if lora.start is not None:
@@ -529,9 +534,7 @@ def _settled(recipe: Recipe, device: torch.device) -> Recipe:
             "more_tests": absolute_more(recipe.data),
         }
     )
-    return recipe.model_copy(
-        update={"training": training, "model": model, "lora": lora, "data": data}
-    )
+    return recipe.model_copy(update={"model": model, "lora": lora, "data": data})
 
 
 def absolute_more(data: schema.Data) -> dict[str, schema.MoreTest] | None:

@@ -32,6 +32,7 @@ from fedsieve.train import mapped
 from fedsieve.train.model import ResidentModel, pick_device
 
 WORKER = "fedsieve.recipe.worker"
+MOST_A_CORE = 4  # processes: more only wait for each other, and each holds a model
 
 
 def check(recipe: Recipe) -> None:
@@ -42,6 +43,13 @@ def check(recipe: Recipe) -> None:
                 pick_device(device)
             except FedSieveError as error:
                 raise FedSieveError(f"engine.devices: {error}") from None
+    workers, most = recipe.engine.workers, MOST_A_CORE * (os.cpu_count() or 1)
+    asked = 0 if workers == "auto" else min(workers, recipe.cohort)
+    if recipe.engine.kind == "processes" and asked > most:
+        raise FedSieveError(
+            f"engine.workers: {asked} processes, each with a model, on a machine of "
+            f"{os.cpu_count()} cores: at most {most} are started"
+        )
     if recipe.engine.kind == "ray":
         on_ray.check(recipe.engine.address)
 
@@ -51,7 +59,7 @@ def counts(engine: schema.Engine, device: str, cohort: int) -> tuple[int, int]:
     cores = torch.get_num_threads()  # what OMP_NUM_THREADS leaves to this process
     devices = engine.devices or (device,)
     if engine.workers != "auto":
-        workers = engine.workers
+        workers = min(cohort, engine.workers)
     elif all(torch.device(each).type == "cpu" for each in devices if each != "auto"):
         workers = min(cohort, cores // (engine.threads or 1))
     else:
@@ -152,9 +160,8 @@ def _actors(told: _Told, spread: Spread) -> Iterator[None]:
         device = (asked.devices or (told.recipe.device,))[0]
         gpu = torch.device(device).type == "cuda" if device != "auto" else on_ray.has_gpu(ray)
         threads = asked.threads or 1
-        workers = min(told.recipe.cohort, on_ray.room(ray, gpu=gpu, threads=threads))
-        if asked.workers != "auto":
-            workers = asked.workers
+        most = on_ray.room(ray, gpu=gpu, threads=threads)
+        workers = min(told.recipe.cohort, most if asked.workers == "auto" else asked.workers)
         if not workers:
             raise FedSieveError(
                 f"engine: the Ray cluster has no {'GPU' if gpu else 'CPU'} for a worker"

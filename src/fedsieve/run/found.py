@@ -5,6 +5,8 @@ the recipe names no program and is the one by which the rounds so far were train
 whole as far as the newest checkpoint knows of them.
 """
 
+import os
+import shlex
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from fedsieve import report
 from fedsieve.errors import MOST_TOLD, FedSieveError, count, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat
-from fedsieve.recipe.schema import Recipe, deployed
+from fedsieve.recipe.schema import Engine, Recipe, deployed
 from fedsieve.run import checkpoint, rundir
 
 # Keys that say where things are, and not what they are.
@@ -22,11 +24,16 @@ PLACES = ("name", "device", "model.source", "lora.start", "data.train", "data.te
 
 
 def in_order(
-    folder: Path, *, rounds: int | None = None, allow_code: bool, accept_changes: bool
+    folder: Path,
+    *,
+    rounds: int | None = None,
+    allow_code: bool,
+    accept_changes: bool,
+    engine: Engine | None = None,
 ) -> Recipe:
     """A run's recipe, after all that can be read without its model was read.
 
-    rounds, allow_code, accept_changes: see `runner.resume`
+    rounds, allow_code, accept_changes, engine: see `runner.resume`
     Raises FedSieveError, naming file and line or key, for what is not as a run leaves it. Warns of
     changes of the recipe that are accepted.
     """
@@ -34,6 +41,10 @@ def in_order(
     recipe = recipes.load(source, allow_code=allow_code)
     if rounds is not None:
         recipe = _of_rounds(folder, recipe, rounds)
+    if engine is not None:
+        recipe = recipe.model_copy(update={"engine": engine})
+    else:
+        _refuse_cluster(source, recipe.engine.address)
     if rundir.untouched(folder):
         return recipe
     for note in checkpoint.notes(rundir.place(folder, rundir.CHECKPOINTS))[:1]:
@@ -47,6 +58,18 @@ def in_order(
         report.check_logs(metrics, clients, note.marks, last)
         report.check_shown(folder)
     return recipe
+
+
+def _refuse_cluster(source: str, address: str | None) -> None:
+    """Raises FedSieveError for a cluster that only a folder's recipe names: it would get the rows,
+    and what it answers is unpickled by Ray.
+    """
+    if address not in (None, os.environ.get("RAY_ADDRESS")):
+        raise FedSieveError(
+            f"{source}: its engine.address is a Ray cluster at {quoted(address)}, which would get "
+            "the rows and the model: if it is yours, say so in the environment, RAY_ADDRESS="
+            f"{shlex.quote(str(address))}; else take [engine] out of the recipe"
+        )
 
 
 def _of_rounds(folder: Path, recipe: Recipe, rounds: int) -> Recipe:

@@ -78,7 +78,7 @@ def federated(folder: Path) -> bool:
     if any(os.path.lexists(folder / name) for name in ("app/pyproject.toml", "told.toml")):
         return True
     try:
-        text = disk.bytes_of(folder / RECIPE).decode("utf-8")
+        text = recipes.text_of(folder / RECIPE)
         environment = recipes.toml(text, RECIPE).get("environment")
     except (OSError, ValueError):  # who reads the recipe says what is wrong
         return False
@@ -193,7 +193,9 @@ def _plots(folder: Path) -> list[Path]:
 def environment_of(folder: Path) -> dict[str, Any]:
     """What a run's recipe says of where it ran. Raises FedSieveError where it is no TOML."""
     path = folder / RECIPE
-    found: dict[str, Any] = recipes.toml(recipes.text_of(path), str(path)).get("environment", {})
+    found = recipes.toml(recipes.text_of(path), str(path)).get("environment", {})
+    if not isinstance(found, dict):
+        raise FedSieveError(f"{path}: environment is no table: take it out")
     return found
 
 
@@ -201,8 +203,8 @@ def rows_of(folder: Path) -> "RowsDigest | None":
     """What a run says of the rows that it began with; None of one that says nothing, or is none."""
     from fedsieve.tasks.digest import RowsDigest
 
-    told = environment_of(folder).get("rows", {}) if (folder / RECIPE).is_file() else {}
-    train, test = told.get("train"), told.get("test")
+    told = environment_of(folder).get("rows") if (folder / RECIPE).is_file() else None
+    train, test = (told.get("train"), told.get("test")) if isinstance(told, dict) else (None, None)
     return RowsDigest(train, test) if isinstance(train, str) and isinstance(test, str) else None
 
 

@@ -42,7 +42,7 @@ from fedsieve.recipe.experiment import (
     with_secret,
 )
 from fedsieve.recipe.method import build_method
-from fedsieve.recipe.schema import Recipe, deployed
+from fedsieve.recipe.schema import Engine, Recipe, deployed
 from fedsieve.recipe.told import told
 from fedsieve.run import checkpoint, rundir, tracking
 from fedsieve.run.checkpoint import Snapshot
@@ -100,6 +100,7 @@ def resume(
     rounds: int | None = None,
     allow_code: bool = False,
     accept_changes: bool = False,
+    engine: Engine | None = None,
     on_round: Sequence[OnRound] = (),
     on_client: OnClient | None = None,
 ) -> Adapter:
@@ -109,6 +110,8 @@ def resume(
         started with so many, but where a learning rate falls over the rounds
     allow_code: see `recipes.check`
     accept_changes: go on though recipe or rows were changed since the rounds so far were trained
+    engine: where the clients run from here on; None as the folder's recipe says, but for a cluster
+        that the environment does not name
     on_round, on_client: as in `start`, of the rounds that are left
     Raises FedSieveError if the folder holds no run that can be resumed, if anything in it is not as
     a run leaves it, or if the base model has changed since; Stopped as `start` does.
@@ -116,7 +119,11 @@ def resume(
     rundir.check(folder)
     with rundir.lock(folder):
         recipe = in_order(
-            folder, rounds=rounds, allow_code=allow_code, accept_changes=accept_changes
+            folder,
+            rounds=rounds,
+            allow_code=allow_code,
+            accept_changes=accept_changes,
+            engine=engine,
         )
         if deployed(recipe):
             rundir.secret_seed(folder)  # refused before the model and the data are loaded

@@ -10,6 +10,7 @@ Whatever is started is ended here, with what it started itself.
 
 import ctypes
 import os
+import re
 import shlex
 import signal
 import socket
@@ -43,7 +44,7 @@ from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from fedsieve.sites.federate import ServerAddress
 from fedsieve.sites.found import CONFIG, CONNECTION, HOME, LINK
-from fedsieve.sites.site import Rows
+from fedsieve.sites.site import NAME, Rows
 from fedsieve.sites.worker import SOCKET, ask
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
@@ -86,6 +87,11 @@ def settle(recipe: Recipe, sites: int) -> tuple[Recipe, dict[str, Dataset], dict
         raise FedSieveError(
             f"--local {sites}: column {split.column!r} names {count(len(parts), 'client')}, and "
             f"each is a site: give --local {len(parts)}, or another [partition]"
+        )
+    if odd := [id for id in parts if not re.fullmatch(NAME, id)]:
+        raise FedSieveError(
+            f"--local {sites}: column {split.column!r} holds {odd[0][:80]!r}, which cannot name a "
+            "site: letters, digits, '.', '_' and '-' can, 64 at most, the first a letter or digit"
         )
     if empty := [id for id, own in parts.items() if not len(own)]:
         raise FedSieveError(

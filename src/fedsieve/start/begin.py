@@ -4,16 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from fedsieve.data import fetch
+from fedsieve.data import fetch, sources
 from fedsieve.data.files import extension_of
+from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
 from fedsieve.recipe import read as recipes
 from fedsieve.start import written
 from fedsieve.start.guess import MODELS, Guess, Said, guess
-from fedsieve.start.look import Looked, look
+from fedsieve.start.look import MOST, TESTS, Looked, look
 
 Ask = Callable[[str, str], str]  # what is asked, and the guess -> the answer
 FEW = 5  # rows of a client
+# Tasks whose rows each have one label.
+LABELLED = ("classification", "regression", "image-classification")
 ROW_LIKE = 4  # words of a column's name, from which on it may be a row
 
 
@@ -45,12 +48,14 @@ def begin(
     show("")
     for line in guessed(looked, found):
         show(line)
+    looked, passed_over = _judged(looked, found)
     table = written.table_of(looked, found, written.name_for(source))
     first = written.first_line(looked, found)
     text = written.text_of(table, first)
     recipes.parse_text(text, str(out))  # what is written can be read
     write_whole(out, text.encode("utf-8"))
-    return Written(first, tuple(cautions(looked, found)))
+    said_of_tests = () if passed_over is None else (passed_over,)
+    return Written(first, (*said_of_tests, *cautions(looked, found)))
 
 
 def shown(looked: Looked) -> list[str]:
@@ -96,6 +101,13 @@ def cautions(looked: Looked, found: Guess) -> list[str]:
             f"the first line of {looked.source} names a column {odd[0][:60]!r}: if it is a row "
             'like the others, give the columns names, data.names = ["text", "label"]'
         )
+    label = found.data.get("label")
+    for name in (label,) if isinstance(label, str) else label or ():
+        if found.task in LABELLED and (share := 1 - looked.column(name).filled):
+            said.append(
+                f"column {name!r} is empty in {share:.1%} of the rows, and each needs a label: "
+                "fill it in, or take these rows out"
+            )
     if isinstance(found.clients, str):
         column = looked.column(found.clients)
         if column.filled < 1:
@@ -117,6 +129,35 @@ def cautions(looked: Looked, found: Guess) -> list[str]:
     if found.model in fetch.PACKAGES and not (fetch.cache_folder() / found.model).is_dir():
         said.append(f"{found.model} is not on this machine yet: `fedsieve fetch {found.model}`")
     return said
+
+
+def _judged(looked: Looked, found: Guess) -> tuple[Looked, str | None]:
+    """The source with test rows that have labels, and what was passed over: contests give out test
+    rows without any.
+    """
+    label = found.data.get("label")
+    given = looked.test, looked.test_split
+    if given == (None, None) or not isinstance(label, str) or found.task not in LABELLED:
+        return looked, None
+    others = [s for s in sources.splits_of(looked.source, looked.config) if s.lower() in TESTS]
+    left = [given, *((None, s) for s in others if looked.test is None and s != given[1])]
+    for test, split in left:
+        if _labelled(looked, test or looked.source, split, label):
+            said = f"the rows of {given[1]!r} have no labels: {split!r} is taken to evaluate on"
+            now = looked._replace(test=test, test_split=split)
+            return now, said if (test, split) != given else None
+    said = f"the test rows in {given[0] or given[1]!r} have no labels and are left out"
+    return looked._replace(test=None, test_split=None), said
+
+
+def _labelled(looked: Looked, source: str, split: str | None, label: str) -> bool:
+    """Whether each of the first rows has a label."""
+    same = {"config": looked.config, "separator": looked.separator, "field": looked.field}
+    rows = sources.load(source, split, **same)  # type: ignore[arg-type]
+    if label not in rows.column_names:
+        return False
+    values = values_of(rows.select(range(min(len(rows), MOST))), label)
+    return not any(value is None or value in ("", -1, "-1") for value in values)
 
 
 def _whose(looked: Looked, found: Guess) -> str:

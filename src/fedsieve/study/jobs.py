@@ -25,14 +25,14 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from fedsieve import report
-from fedsieve.disk import refuse_link, write_whole
+from fedsieve.disk import place, refuse_link, write_whole
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import FedSieveError, NoUsableUpdate, quoted
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe.experiment import Experiment, from_recipe
+from fedsieve.recipe.experiment import Experiment, from_recipe, with_whole_paths
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
-from fedsieve.run.found import settings_of
+from fedsieve.run.found import PLACES, settings_of
 from fedsieve.study.parts import ASKED, DIVERGED, FAILED
 from fedsieve.tasks.digest import RowsDigest
 
@@ -66,8 +66,8 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
     or of the directory: what is here may have been changed, or come from somebody else.
     """
     for job in jobs:
-        for place in (job.folder.parent, job.folder):
-            refuse_link(place, folder=True)
+        for home in (job.folder.parent, job.folder):
+            refuse_link(home, folder=True)
         for name in (ASKED, DIVERGED, FAILED):
             refuse_link(job.folder / name)
         if not (job.folder / rundir.RECIPE).exists():
@@ -82,7 +82,9 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
                 f"{job.folder / rundir.RECIPE} asks for another [tracking] than this study: its "
                 "figures would go elsewhere: take the table out there"
             )
-        before, now, own = (settings_of(recipe) for recipe in (_parsed(asked), job.recipe, held))
+        told = _parsed(asked)
+        before, now, own = (settings_of(recipe) for recipe in (told, job.recipe, held))
+        settled = settings_of(with_whole_paths(told))
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
                 raise FedSieveError(
@@ -91,7 +93,8 @@ def refuse_changed(jobs: Sequence[Job]) -> None:
                     "that directory to run it again"
                 )
         for key in sorted(before.keys() | own.keys()):
-            if before.get(key) != own.get(key) and not _settled(key, before):
+            may_be = (before.get(key), settled.get(key))
+            if own.get(key) not in may_be and not _settled(key, before, own):
                 raise FedSieveError(
                     f"{job.folder / rundir.RECIPE} was edited: {key} was "
                     f"{quoted(before.get(key))} when the run was asked for and is "
@@ -104,10 +107,10 @@ def _parsed(path: Path) -> Recipe:
     return recipes.parse(recipes.read(str(path)), str(path))
 
 
-def _settled(key: str, asked: Mapping[str, Any]) -> bool:
+def _settled(key: str, asked: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
     """Whether a run fills this key in by itself, for what was asked."""
-    if key in ("model.source", "data.train", "data.test"):
-        return not Path(str(asked.get(key))).is_absolute()
+    if key in PLACES and asked.get(key) is not None:  # of a file that is gone by now
+        return str(own.get(key)) == str(place(str(asked[key])).resolve())
     if key == "training.precision":
         return asked.get(key) == "auto"
     if key == "rounds":
@@ -240,7 +243,8 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
         if (job.folder / rundir.RECIPE).exists():
             # Of the method of this job, which the directory holds (`refuse_changed`), it was asked
             # whether it may be a program of somebody's own.
-            runner.resume(job.folder, after, _on(rows), allow_code=True)
+            asked = job.recipe.engine
+            runner.resume(job.folder, after, _on(rows), allow_code=True, engine=asked)
         else:
             runner.start(job.recipe, job.folder, after, _on(rows))
     except FedSieveError as error:
