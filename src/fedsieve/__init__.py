@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.full import method as full
     from fedsieve.methods.head import method as head
     from fedsieve.methods.hetlora import method as hetlora
+    from fedsieve.methods.raflora import method as raflora
     from fedsieve.methods.rolora import method as rolora
     from fedsieve.methods.sparse_adapter import method as sparse_adapter
     from fedsieve.settings import Lora, Sampling, Training
@@ -63,6 +64,7 @@ __all__ = [
     "full",
     "head",
     "hetlora",
+    "raflora",
     "rolora",
     "sgd",
     "sparse_adapter",
