@@ -34,7 +34,7 @@ from measured import alive
 
 RANK, SIDE, LAYERS = 16, 384, 4
 BUDGETS = (Budget(0.25, 0.25, 1 / 16), Budget(0.5, 0.25, 1 / 4), Budget(), Budget(0.75, 1, 1 / 4))
-STACKING = ("raflora", "flora", "fedex_lora")
+STACKING = ("raflora", "flora", "florist", "fedex_lora")
 OPTIONS: dict[str, dict[str, Any]] = {"flexlora": {"most": RANK}}
 
 

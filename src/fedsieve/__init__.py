@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.flasc import method as flasc
     from fedsieve.methods.flexlora import method as flexlora
     from fedsieve.methods.flora import method as flora
+    from fedsieve.methods.florist import method as florist
     from fedsieve.methods.fslora import method as fslora
     from fedsieve.methods.fslora_flasc import method as fslora_flasc
     from fedsieve.methods.full import method as full
@@ -58,6 +59,7 @@ __all__ = [
     "flasc",
     "flexlora",
     "flora",
+    "florist",
     "from_peft",
     "fslora",
     "fslora_flasc",

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsieve.algebra.lowrank import RunningSum, add, best_of_rank, product_norm, stacked
+from fedsieve.algebra.lowrank import (
+    RunningSum,
+    add,
+    best_of_rank,
+    product_norm,
+    rank_that_keeps,
+    stacked,
+)
 
 CLOSE = 1e-10
 SHAPES = ((12, 9, 4), (9, 12, 4), (7, 7, 7), (6, 20, 11), (20, 6, 11), (5, 8, 30), (1, 5, 1))
@@ -64,6 +71,28 @@ def test_the_best_of_rank_is_the_truncated_svd(m: int, n: int, k: int, rank: int
     assert distance(best_a @ best_a.T, expected.diag()) < CLOSE
     assert not best_b[:, there:].any()
     assert not best_a[there:].any()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999, 1.0])
+def test_the_rank_that_keeps_a_share_is_the_smallest(m: int, n: int, k: int, share: float) -> None:
+    b, a = factors(m, n, k)
+    whole = float((b @ a).norm() ** 2)
+
+    def kept(rank: int) -> float:
+        best_b, best_a = best_of_rank(b, a, rank)
+        return float((best_b @ best_a).norm() ** 2) / whole
+
+    rank = rank_that_keeps(share, b, a)
+    assert 1 <= rank <= min(m, n, k)
+    assert kept(rank) >= share - CLOSE
+    assert kept(rank - 1) < share
+
+
+def test_the_rank_that_keeps_all_of_nothing_is_none_and_of_little_that_of_the_product() -> None:
+    b, a = factors(9, 8, 3)
+    assert rank_that_keeps(1.0, torch.zeros(9, 3), torch.ones(3, 8)) == 0
+    assert rank_that_keeps(1.0, torch.cat((b, b), 1), torch.cat((a, a), 0)) == 3
 
 
 def test_no_other_matrix_of_the_rank_is_nearer() -> None:

@@ -117,3 +117,60 @@ def test_in_raflora_the_ranks_of_few_do_not_shrink_as_in_flexlora() -> None:
 
     assert energy_left("raflora") == pytest.approx(1, abs=1e-8)
     assert energy_left("flexlora") < 0.01  # a quarter of them is left in each round
+
+
+# --- FLoRIST
+
+
+def dense_mean(trained: list[tuple[Tree, float]], pair: tuple[str, str]) -> Tensor:
+    """The mean of the clients' s_i B_i A_i."""
+    return torch.stack([scale * tree[pair[1]] @ tree[pair[0]] for tree, scale in trained]).mean(0)
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.6, 0.9, 0.99])
+def test_florist_keeps_the_fewest_ranks_that_hold_the_share(threshold: float) -> None:
+    """The same of all modules: as many as the one that needs most."""
+    method = build("florist", threshold=threshold)
+    after, trained = one_round(method, method.init(toy.start()), toy.clients([SMALL, FULL, MIDDLE]))
+    means = {pair: dense_mean(trained, pair) for pair in PAIRS}
+
+    def share_kept(rank: int) -> float:
+        shares = [float((best(mean, rank).norm() / mean.norm()) ** 2) for mean in means.values()]
+        return min(shares)
+
+    rank = next(rank for rank in range(1, 30) if share_kept(rank) >= threshold)
+    base = method.export(after).base
+    for (a, _), mean in means.items():
+        change = base[a.replace("lora_A.weight", "base")]
+        assert (change - best(mean, rank)).abs().max() < CLOSE
+    assert {t.shape[0] for n, t in after.trees["fold 1"].items() if "lora_A" in n} == {rank}
+
+
+def test_florist_without_a_cut_is_flora_and_with_one_sends_less() -> None:
+    members = toy.clients([FULL] * 4)
+
+    def of(name: str, **options: Any) -> tuple[Tree, int]:
+        method = build(name, **options)
+        _, receipts, progress = toy.after(method, members, 2)
+        assert all(receipt.dropped is None for receipt in receipts)
+        return method.export(progress.state).base, sum(r.down_bytes for r in receipts)
+
+    (whole, most), (uncut, _), (cut, least) = (
+        of("flora"), of("florist", threshold=1.0), of("florist", threshold=0.5)
+    )  # fmt: skip
+    assert toy.distance(uncut, whole) < CLOSE
+    assert toy.distance(cut, whole) > 1e-3
+    assert least < most
+
+
+def test_a_stack_of_which_nothing_was_learned_is_one_rank_of_zeros() -> None:
+    method = build("florist")
+    state = method.init(toy.start())
+    member, key = toy.clients([FULL])[0], Key(7, 1, "0000")
+    view, memory = method.view(method.publish(state, member, key), {}, toy.context(member, key))
+    report, _ = method.report(view, view.adapter.tensors, memory, toy.context(member, key))
+    after = method.merge(state, iter([(member, report)]), Key(7, 1))
+    assert all(not tensor.any() for tensor in method.export(after).base.values())
+    sent = method.publish(after, Client("0009", 6), Key(7, 2, "0009"))
+    assert sent.base is not None
+    assert sent.base.change.layout.rank == 1
