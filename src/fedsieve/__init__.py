@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.full import method as full
     from fedsieve.methods.head import method as head
     from fedsieve.methods.hetlora import method as hetlora
+    from fedsieve.methods.lora_fair import method as lora_fair
     from fedsieve.methods.raflora import method as raflora
     from fedsieve.methods.rolora import method as rolora
     from fedsieve.methods.sparse_adapter import method as sparse_adapter
@@ -66,6 +67,7 @@ __all__ = [
     "full",
     "head",
     "hetlora",
+    "lora_fair",
     "raflora",
     "rolora",
     "sgd",

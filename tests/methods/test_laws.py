@@ -131,6 +131,8 @@ ROWS = [
         members=MIXED,
     ),
     Row("fedex_lora", exact="products", optimum=Optimum()),
+    Row("lora_fair", exact="products", members=(FULL,), optimum=Optimum()),
+    Row("lora_fair", {"penalty": 0.0, "weighting": "examples"}, exact="products", members=(FULL,)),
     Row("ffa_lora", exact="products", optimum=Optimum()),
     Row("rolora", exact="products", optimum=Optimum()),
     Row("fedsa_lora", exact="alone", optimum=Optimum()),

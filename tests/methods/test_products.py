@@ -14,6 +14,7 @@ from fedsieve.algebra.adapter import Tree
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
+from fedsieve.methods.lora_fair import _corrected
 from tests import toy
 
 EXACT = {"down_values": "float64", "up_values": "float64"}
@@ -174,3 +175,78 @@ def test_a_stack_of_which_nothing_was_learned_is_one_rank_of_zeros() -> None:
     sent = method.publish(after, Client("0009", 6), Key(7, 2, "0009"))
     assert sent.base is not None
     assert sent.base.change.layout.rank == 1
+
+
+# --- LoRA-FAIR
+
+
+def mean(trained: list[tuple[Tree, float]], name: str) -> Tensor:
+    return torch.stack([tree[name] for tree, _ in trained]).mean(0)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.01, 0.5])
+def test_no_other_correction_of_b_does_better_in_lora_fair(penalty: float) -> None:
+    """The objective's slope there is zero, and it is convex; A is the clients' mean."""
+    method = build("lora_fair", penalty=penalty)
+    after, trained = one_round(method, method.init(toy.start()), toy.clients([FULL] * 4))
+    tree, scale = after.trees["adapter"], after.layout.scale
+    for a, b in PAIRS:
+        assert (tree[a] - mean(trained, a)).abs().max() < CLOSE
+        added = (tree[b] - mean(trained, b)).requires_grad_(True)
+        wanted = dense_mean(trained, (a, b)) / scale
+        size = torch.linalg.eigvalsh(tree[a] @ tree[a].T).mean()
+        missed = (wanted - (mean(trained, b) + added) @ tree[a]).square().sum()
+        (slope,) = torch.autograd.grad(missed + penalty * size * added.square().sum(), added)
+        assert slope.abs().max() < CLOSE
+        assert added.abs().max() > 1e-6  # there was something to correct
+
+
+def test_lora_fair_is_nearer_to_the_mean_of_products_than_fedit_and_a_penalty_holds_it() -> None:
+    members = toy.clients([FULL] * 4)
+
+    def missed(penalty: float) -> tuple[float, float]:
+        method = build("lora_fair", penalty=penalty)
+        after, trained = one_round(method, method.init(toy.start()), members)
+        tree = after.trees["adapter"]
+        offs = [float((product(after, p) - dense_mean(trained, p)).norm()) for p in PAIRS]
+        return sum(offs), sum(float((tree[b] - mean(trained, b)).norm()) for _, b in PAIRS)
+
+    found = [missed(penalty) for penalty in (0.0, 0.01, 0.1, 1.0, 1e9)]
+    offs, sizes = zip(*found, strict=True)
+    assert list(offs) == sorted(offs)
+    assert offs[0] < 0.95 * offs[-1]
+    assert list(sizes) == sorted(sizes, reverse=True)
+    ours, _, _ = toy.after(build("lora_fair", penalty=1e12), members, 3)
+    fedit, _, _ = toy.after(build("fedit"), members, 3)
+    assert toy.distance(ours, fedit) < 1e-8
+
+
+def test_a_correction_that_can_be_whole_is() -> None:
+    """By hand: two clients, A of one row, so that what they lack lies in its row space or not."""
+    stack = [
+        (0.5, torch.tensor([[2.0], [0.0]]), torch.tensor([[1.0, 0.0]])),
+        (0.5, torch.tensor([[0.0], [4.0]]), torch.tensor([[3.0, 0.0]])),
+    ]
+    b, a = _corrected(stack, 0.0)
+    assert torch.equal(a, torch.tensor([[2.0, 0.0]]))
+    # M = ((1, 0), (6, 0)), which is B A with B = (1/2, 3).
+    torch.testing.assert_close(b, torch.tensor([[0.5], [3.0]]))
+
+
+def test_factors_of_zeros_have_nothing_to_correct() -> None:
+    b, a = _corrected([(1.0, torch.ones(3, 2), torch.zeros(2, 4))], 0.01)
+    assert torch.equal(b, torch.ones(3, 2))
+    assert not a.any()
+
+
+def test_a_convolutions_factors_are_corrected_as_the_matrices_that_they_are() -> None:
+    draws = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draws, dtype=torch.float64)
+
+    flat = [(0.5, drawn(5, 2), drawn(2, 12)) for _ in range(2)]
+    folded = [(w, b[:, :, None, None], a.reshape(2, 3, 2, 2)) for w, b, a in flat]
+    (b, a), (wide_b, wide_a) = _corrected(flat, 0.1), _corrected(folded, 0.1)
+    assert torch.equal(wide_b.flatten(1), b)
+    assert torch.equal(wide_a.flatten(1), a)

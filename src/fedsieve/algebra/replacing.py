@@ -1,10 +1,10 @@
 """Merges that put new factors in the place of the old ones, made of all clients' products.
 
-FlexLoRA, raFLoRA, FLoRA, FLoRIST and FedEx-LoRA average products s_i B_i A_i, which no step along a
-mean of factors can do. They share how the updates come in: the clients return their trained values,
-the tensors outside the pairs take a step of the server optimizer, and the factors are collected,
-each with its weight in the mean (`collect`). Those that cut the mean to the server's rank
-(`refactored`) share what goes down as well: its first k ranks, at the client's scale
+FlexLoRA, raFLoRA, FLoRA, FLoRIST, FedEx-LoRA and LoRA-FAIR average products s_i B_i A_i, which no
+step along a mean of factors can do. They share how the updates come in: the clients return their
+trained values, the tensors outside the pairs take a step of the server optimizer, and the factors
+are collected, each with its weight in the mean (`collect`). Those that cut the mean to the server's
+rank (`refactored`) share what goes down as well: its first k ranks, at the client's scale
 (`first_ranks`).
 """
 
