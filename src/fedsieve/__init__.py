@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.fedex_lora import method as fedex_lora
     from fedsieve.methods.fedit import method as fedit
     from fedsieve.methods.fedsa_lora import method as fedsa_lora
+    from fedsieve.methods.fedsvd import method as fedsvd
     from fedsieve.methods.ffa_lora import method as ffa_lora
     from fedsieve.methods.flasc import method as flasc
     from fedsieve.methods.flexlora import method as flexlora
@@ -55,6 +56,7 @@ __all__ = [
     "fedex_lora",
     "fedit",
     "fedsa_lora",
+    "fedsvd",
     "ffa_lora",
     "finetune",
     "flasc",

@@ -22,6 +22,7 @@ from fedsieve.algebra.lowrank import (
     product_norm,
     rank_that_keeps,
     stacked,
+    turned,
 )
 
 CLOSE = 1e-10
@@ -71,6 +72,41 @@ def test_the_best_of_rank_is_the_truncated_svd(m: int, n: int, k: int, rank: int
     assert distance(best_a @ best_a.T, expected.diag()) < CLOSE
     assert not best_b[:, there:].any()
     assert not best_a[there:].any()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_turned_factors_have_the_product_and_orthonormal_rows(m: int, n: int, k: int) -> None:
+    b, a = factors(m, n, k)
+    turned_b, turned_a = turned(b, a)
+    assert (turned_b.shape, turned_a.shape) == (b.shape, a.shape)
+    assert distance(turned_b @ turned_a, b @ a) < CLOSE
+    there = min(k, n)
+    assert distance(turned_a[:there] @ turned_a[:there].T, torch.eye(there).double()) < CLOSE
+    sizes = torch.zeros(k, dtype=torch.float64)
+    sizes[: min(m, n, k)] = torch.linalg.svdvals(b @ a)[: min(m, n, k)]
+    assert distance(turned_b.T @ turned_b, sizes.square().diag()) < 1e-8
+
+
+def test_a_rank_that_the_product_does_not_need_keeps_a_row_of_what_a_spans() -> None:
+    b, a = factors(12, 9, 4)
+    for thin in (torch.zeros(12, 4), b * torch.tensor([1.0, 0.0, 0.0, 1.0])):
+        turned_b, turned_a = turned(thin.double(), a)
+        assert distance(turned_b @ turned_a, thin.double() @ a) < CLOSE
+        assert distance(turned_a @ turned_a.T, torch.eye(4).double()) < CLOSE
+        within = turned_a @ torch.linalg.pinv(a) @ a
+        assert distance(within, turned_a) < CLOSE
+    nothing = turned(torch.zeros(12, 4), torch.zeros(4, 9))
+    assert not nothing[0].any()
+    assert distance(nothing[1] @ nothing[1].T, torch.eye(4)) < 1e-6
+
+
+def test_a_convolutions_factors_are_turned_in_place() -> None:
+    b, a = factors(6, 24, 3)
+    turned_b, turned_a = turned(b[:, :, None, None], a.reshape(3, 4, 3, 2))
+    flat_b, flat_a = turned(b, a)
+    assert turned_b.shape == (6, 3, 1, 1)
+    assert torch.equal(turned_b.flatten(1), flat_b)
+    assert torch.equal(turned_a.flatten(1), flat_a)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)

@@ -134,6 +134,7 @@ ROWS = [
     Row("lora_fair", exact="products", members=(FULL,), optimum=Optimum()),
     Row("lora_fair", {"penalty": 0.0, "weighting": "examples"}, exact="products", members=(FULL,)),
     Row("ffa_lora", exact="products", optimum=Optimum()),
+    Row("fedsvd", exact="products", optimum=Optimum()),
     Row("rolora", exact="products", optimum=Optimum()),
     Row("fedsa_lora", exact="alone", optimum=Optimum()),
     Row("full", counted=True, optimum=Optimum()),

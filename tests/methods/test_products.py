@@ -14,6 +14,7 @@ from fedsieve.algebra.adapter import Tree
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
+from fedsieve.algebra.optim import adam, fading, sgd
 from fedsieve.methods.lora_fair import _corrected
 from tests import toy
 
@@ -250,3 +251,63 @@ def test_a_convolutions_factors_are_corrected_as_the_matrices_that_they_are() ->
     (b, a), (wide_b, wide_a) = _corrected(flat, 0.1), _corrected(folded, 0.1)
     assert torch.equal(wide_b.flatten(1), b)
     assert torch.equal(wide_a.flatten(1), a)
+
+
+# --- FedSVD
+
+
+def orthonormal(rows: Tensor) -> float:
+    return float((rows @ rows.T - torch.eye(len(rows)).double()).abs().max())
+
+
+def test_fedsvd_gives_back_the_singular_vectors_of_the_mean_product() -> None:
+    method = build("fedsvd")
+    state = method.init(toy.start())
+    for number in (1, 2, 3):
+        state, trained = one_round(method, state, toy.clients([FULL] * 4), number)
+        tree, scale = state.trees["adapter"], state.layout.scale
+        for a, b in PAIRS:
+            assert (product(state, (a, b)) - dense_mean(trained, (a, b))).abs().max() < CLOSE
+            assert orthonormal(tree[a]) < CLOSE
+            sizes = torch.linalg.svdvals(product(state, (a, b)))[: toy.RANK] / scale
+            assert (tree[b].T @ tree[b] - sizes.square().diag()).abs().max() < CLOSE
+
+
+def test_in_its_first_round_fedsvd_is_ffa_lora_and_then_its_a_moves() -> None:
+    members = toy.clients([FULL] * 4)
+    turned, fixed = build("fedsvd"), build("ffa_lora")
+    ours, theirs = turned.init(toy.start()), fixed.init(toy.start())
+    for number, alike in ((1, True), (2, False)):
+        ours, trained = one_round(turned, ours, members, number)
+        theirs, _ = one_round(fixed, theirs, members, number)
+        apart = max(float((product(ours, p) - product(theirs, p)).abs().max()) for p in PAIRS)
+        assert (apart < CLOSE) is alike
+        heads = torch.stack([tree[toy.HEAD] for tree, _ in trained]).mean(0)
+        assert (ours.trees["adapter"][toy.HEAD] - heads).abs().max() < CLOSE
+
+
+def test_where_b_is_zero_fedsvd_leaves_every_rank_a_row_to_learn_from() -> None:
+    method = build("fedsvd")
+    state = method.init(toy.start(zero_b=True))
+    member, key = toy.clients([FULL])[0], Key(7, 1, "0000")
+    view, memory = method.view(method.publish(state, member, key), {}, toy.context(member, key))
+    report, _ = method.report(view, view.adapter.tensors, memory, toy.context(member, key))
+    after = method.merge(state, iter([(member, report)]), Key(7, 1)).trees["adapter"]
+    for a, b in PAIRS:
+        assert not after[b].any()
+        assert orthonormal(after[a]) < CLOSE
+
+
+@pytest.mark.parametrize("server", [lambda: sgd(0.5, 0.9), adam, lambda: fading(adam(), 0.5)])
+def test_what_the_server_keeps_of_b_begins_anew_after_each_turn(server: Any) -> None:
+    """And what it keeps of the head, and of the rounds, goes on."""
+    members = toy.clients([FULL] * 3)
+    fresh = server().init(toy.start().tensors)
+    _, _, progress = toy.after(build("fedsvd", server=server()), members, 2)
+    trees = progress.state.trees
+    for group, tree in fresh.items():
+        assert trees[group].keys() == tree.keys()
+        for _, b in PAIRS:
+            if b in tree:
+                assert torch.equal(trees[group][b], tree[b])
+        assert any(not torch.equal(t, tree[n]) for n, t in trees[group].items())

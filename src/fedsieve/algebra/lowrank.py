@@ -74,6 +74,28 @@ def best_of_rank(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return best_b, best_a
 
 
+def turned(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, in factors turned such that A's rows are orthonormal: B (m, K), A (K, n).
+
+    With B A = U S V^T they are U S, the columns longest first, and V^T. Where there are fewer than
+    K singular values, columns of B are zero, and the rows of A beside them are others of the space
+    that A's rows span: no row is zero, unless K is above n. Signs as in `best_of_rank`.
+    Raises ValueError if the ranks of b and a differ.
+    """
+    left, right = _matrices(b, a)
+    q, r = torch.linalg.qr(right.T)  # A = r^T q^T
+    short = left @ r.T  # B A = short q^T
+    *_, turn = torch.linalg.svd(torch.linalg.qr(short).R, full_matrices=True)
+    columns, rows = short @ turn.T, turn @ q.T
+    signs = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)).sign()
+    signs = torch.where(signs == 0, 1.0, signs)
+    missing = left.shape[1] - len(rows)
+    columns = torch.nn.functional.pad(columns * signs, (0, missing))
+    rows = torch.nn.functional.pad(rows * signs.T, (0, 0, 0, missing))
+    shaped_b = columns.reshape(b.shape[0], *b.shape[2:], b.shape[1]).movedim(-1, 1)
+    return shaped_b.to(b.dtype).contiguous(), rows.reshape(a.shape).to(a.dtype)
+
+
 def rank_that_keeps(share: float, b: Tensor, a: Tensor) -> int:
     """The smallest rank whose best approximation has this share of |B A|^2, the Frobenius norm's.
 
