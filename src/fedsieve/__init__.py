@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.full import method as full
     from fedsieve.methods.head import method as head
     from fedsieve.methods.hetlora import method as hetlora
+    from fedsieve.methods.lora_a2 import method as lora_a2
     from fedsieve.methods.lora_fair import method as lora_fair
     from fedsieve.methods.raflora import method as raflora
     from fedsieve.methods.rolora import method as rolora
@@ -69,6 +70,7 @@ __all__ = [
     "full",
     "head",
     "hetlora",
+    "lora_a2",
     "lora_fair",
     "raflora",
     "rolora",

@@ -135,6 +135,11 @@ ROWS = [
     Row("lora_fair", {"penalty": 0.0, "weighting": "examples"}, exact="products", members=(FULL,)),
     Row("ffa_lora", exact="products", optimum=Optimum()),
     Row("fedsvd", exact="products", optimum=Optimum()),
+    Row(
+        "lora_a2",
+        exact="products",
+        optimum=Optimum(budget=Budget(up=0.5), least=1e-2),
+    ),
     Row("rolora", exact="products", optimum=Optimum()),
     Row("fedsa_lora", exact="alone", optimum=Optimum()),
     Row("full", counted=True, optimum=Optimum()),
