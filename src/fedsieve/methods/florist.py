@@ -8,12 +8,13 @@ arXiv 2506.09199).
 Clients that start alike learn much that is alike, so most of a stack's ranks hold little, and what
 goes down to each client is p ranks in the place of all clients' ranks together. A threshold of 1 is
 FLoRA, but that a stack never has more ranks than its product. M is never formed: two thin QRs and
-the SVD of a small core do it (`lowrank`). All else is as in `flora`: the cut goes into the base,
-clients start afresh, and those that were away get what they missed.
+the SVD of a small core do it (`lowrank`). All else is as in `flora`: clients start afresh, and
+those that were away get what they missed.
 
-Departures: p is that of the module that needs most ranks, so that every module keeps its share;
-the paper cuts each module at its own. And what was cut is lost, not kept for the next round, as in
-the paper.
+Departures: the paper's clients go on from the cut, padded or truncated to their own rank; here it
+goes into the base, so that no client has less of it than another. p is that of the module that
+needs most ranks, so that every module keeps its share; the paper cuts each module at its own. What
+was cut is lost.
 """
 
 from collections.abc import Iterable
