@@ -5,9 +5,10 @@
 For each method that averages: updates of unequal clients are decoded from their bytes and merged as
 they come, and all tensors that are alive are counted when one was decoded, when it was added, and
 around the server's step, beside the server's state as it was before the round. The unit is one
-adapter of full rank. FlexLoRA is there with its stack cut to the server's rank (`most`); FLoRA and
-FedEx-LoRA add the exact product of all clients to the base, so what they hold grows with the ranks
-that come in, which the table shows at a tenth of the clients.
+adapter of full rank. FlexLoRA is there with its stack cut to the server's rank (`most`); FLoRA,
+FLoRIST and FedEx-LoRA add the product of all clients to the base, and raFLoRA and LoRA-FAIR need
+all factors to weigh any, so what they hold grows with the ranks that come in: the table has them at
+a tenth of the clients.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from measured import alive
 
 RANK, SIDE, LAYERS = 16, 384, 4
 BUDGETS = (Budget(0.25, 0.25, 1 / 16), Budget(0.5, 0.25, 1 / 4), Budget(), Budget(0.75, 1, 1 / 4))
-STACKING = ("flora", "fedex_lora")
+STACKING = ("raflora", "flora", "florist", "fedex_lora", "lora_fair")
 OPTIONS: dict[str, dict[str, Any]] = {"flexlora": {"most": RANK}}
 
 

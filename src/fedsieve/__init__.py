@@ -21,15 +21,20 @@ if TYPE_CHECKING:
     from fedsieve.methods.fedex_lora import method as fedex_lora
     from fedsieve.methods.fedit import method as fedit
     from fedsieve.methods.fedsa_lora import method as fedsa_lora
+    from fedsieve.methods.fedsvd import method as fedsvd
     from fedsieve.methods.ffa_lora import method as ffa_lora
     from fedsieve.methods.flasc import method as flasc
     from fedsieve.methods.flexlora import method as flexlora
     from fedsieve.methods.flora import method as flora
+    from fedsieve.methods.florist import method as florist
     from fedsieve.methods.fslora import method as fslora
     from fedsieve.methods.fslora_flasc import method as fslora_flasc
     from fedsieve.methods.full import method as full
     from fedsieve.methods.head import method as head
     from fedsieve.methods.hetlora import method as hetlora
+    from fedsieve.methods.lora_a2 import method as lora_a2
+    from fedsieve.methods.lora_fair import method as lora_fair
+    from fedsieve.methods.raflora import method as raflora
     from fedsieve.methods.rolora import method as rolora
     from fedsieve.methods.sparse_adapter import method as sparse_adapter
     from fedsieve.settings import Lora, Sampling, Training
@@ -52,17 +57,22 @@ __all__ = [
     "fedex_lora",
     "fedit",
     "fedsa_lora",
+    "fedsvd",
     "ffa_lora",
     "finetune",
     "flasc",
     "flexlora",
     "flora",
+    "florist",
     "from_peft",
     "fslora",
     "fslora_flasc",
     "full",
     "head",
     "hetlora",
+    "lora_a2",
+    "lora_fair",
+    "raflora",
     "rolora",
     "sgd",
     "sparse_adapter",

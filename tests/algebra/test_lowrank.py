@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedsieve.algebra.lowrank import RunningSum, add, best_of_rank, product_norm, stacked
+from fedsieve.algebra.lowrank import (
+    RunningSum,
+    add,
+    best_of_rank,
+    product_norm,
+    rank_that_keeps,
+    stacked,
+    turned,
+)
 
 CLOSE = 1e-10
 SHAPES = ((12, 9, 4), (9, 12, 4), (7, 7, 7), (6, 20, 11), (20, 6, 11), (5, 8, 30), (1, 5, 1))
@@ -64,6 +72,63 @@ def test_the_best_of_rank_is_the_truncated_svd(m: int, n: int, k: int, rank: int
     assert distance(best_a @ best_a.T, expected.diag()) < CLOSE
     assert not best_b[:, there:].any()
     assert not best_a[there:].any()
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+def test_turned_factors_have_the_product_and_orthonormal_rows(m: int, n: int, k: int) -> None:
+    b, a = factors(m, n, k)
+    turned_b, turned_a = turned(b, a)
+    assert (turned_b.shape, turned_a.shape) == (b.shape, a.shape)
+    assert distance(turned_b @ turned_a, b @ a) < CLOSE
+    there = min(k, n)
+    assert distance(turned_a[:there] @ turned_a[:there].T, torch.eye(there).double()) < CLOSE
+    sizes = torch.zeros(k, dtype=torch.float64)
+    sizes[: min(m, n, k)] = torch.linalg.svdvals(b @ a)[: min(m, n, k)]
+    assert distance(turned_b.T @ turned_b, sizes.square().diag()) < 1e-8
+
+
+def test_a_rank_that_the_product_does_not_need_keeps_a_row_of_what_a_spans() -> None:
+    b, a = factors(12, 9, 4)
+    for thin in (torch.zeros(12, 4), b * torch.tensor([1.0, 0.0, 0.0, 1.0])):
+        turned_b, turned_a = turned(thin.double(), a)
+        assert distance(turned_b @ turned_a, thin.double() @ a) < CLOSE
+        assert distance(turned_a @ turned_a.T, torch.eye(4).double()) < CLOSE
+        within = turned_a @ torch.linalg.pinv(a) @ a
+        assert distance(within, turned_a) < CLOSE
+    nothing = turned(torch.zeros(12, 4), torch.zeros(4, 9))
+    assert not nothing[0].any()
+    assert distance(nothing[1] @ nothing[1].T, torch.eye(4)) < 1e-6
+
+
+def test_a_convolutions_factors_are_turned_in_place() -> None:
+    b, a = factors(6, 24, 3)
+    turned_b, turned_a = turned(b[:, :, None, None], a.reshape(3, 4, 3, 2))
+    flat_b, flat_a = turned(b, a)
+    assert turned_b.shape == (6, 3, 1, 1)
+    assert torch.equal(turned_b.flatten(1), flat_b)
+    assert torch.equal(turned_a.flatten(1), flat_a)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999, 1.0])
+def test_the_rank_that_keeps_a_share_is_the_smallest(m: int, n: int, k: int, share: float) -> None:
+    b, a = factors(m, n, k)
+    whole = float((b @ a).norm() ** 2)
+
+    def kept(rank: int) -> float:
+        best_b, best_a = best_of_rank(b, a, rank)
+        return float((best_b @ best_a).norm() ** 2) / whole
+
+    rank = rank_that_keeps(share, b, a)
+    assert 1 <= rank <= min(m, n, k)
+    assert kept(rank) >= share - CLOSE
+    assert kept(rank - 1) < share
+
+
+def test_the_rank_that_keeps_all_of_nothing_is_none_and_of_little_that_of_the_product() -> None:
+    b, a = factors(9, 8, 3)
+    assert rank_that_keeps(1.0, torch.zeros(9, 3), torch.ones(3, 8)) == 0
+    assert rank_that_keeps(1.0, torch.cat((b, b), 1), torch.cat((a, a), 0)) == 3
 
 
 def test_no_other_matrix_of_the_rank_is_nearer() -> None:

@@ -34,7 +34,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("sparse_adapter", {"density": 0.05}),
     ("adapter_lth", {"keep": 0.5}),
 ]
-MASKED = {"flasc", "fslora_flasc", "sparse_adapter", "adapter_lth", "fed_select"}
+MASKED = {"flasc", "fslora_flasc", "sparse_adapter", "adapter_lth", "fed_select", "lora_a2"}
 PARTS = ("a", "b", "head")
 
 

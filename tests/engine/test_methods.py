@@ -76,7 +76,7 @@ def test_a_stopped_run_that_ranks_the_change_ends_the_same(
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.02
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex_lora", "full", "head"])
+@pytest.mark.parametrize("name", ["flora", "florist", "fedex_lora", "full", "head"])
 def test_what_is_more_than_an_adapter_is_saved_as_a_model(
     tiny: Tiny, tmp_path: Path, name: str
 ) -> None:

@@ -236,7 +236,7 @@ def test_a_client_whose_last_ranks_shrink_drops_them_and_gets_fewer() -> None:
 # --- changes of the base
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+@pytest.mark.parametrize("name", ["flora", "florist", "fedex_lora"])
 def test_only_clients_that_were_away_pay_for_catching_up(name: str) -> None:
     method = build(name)
     members = toy.clients([Budget()] * 2)

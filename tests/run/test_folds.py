@@ -24,14 +24,14 @@ def asked(method: str, cohort: int, ratio: float) -> dict[str, Any]:
         "rounds": 4,
         "cohort": cohort,
         # FedEx-LoRA's clients have all ranks.
-        "budgets": [{"ratio": ratio}, {"ratio": 1.0}] if method == "flora" else [{}],
+        "budgets": [{"ratio": ratio}, {"ratio": 1.0}] if method != "fedex_lora" else [{}],
         "server": {"optimizer": "sgd"},
         "evaluation": {"every": 4},
     }
 
 
 @pytest.mark.parametrize(("cohort", "ratio"), CASES)
-@pytest.mark.parametrize("method", ["flora", "fedex_lora"])
+@pytest.mark.parametrize("method", ["flora", "florist", "fedex_lora"])
 def test_a_run_goes_on_also_where_a_round_is_dropped_again(
     tiny: Tiny, tmp_path: Path, method: str, cohort: int, ratio: float
 ) -> None:

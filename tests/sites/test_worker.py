@@ -299,7 +299,7 @@ def test_a_site_says_so_when_the_server_goes_back_too_far(tiny: Tiny, tmp_path: 
     assert site.train(6, scale=2.0).header["ok"]
 
 
-@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+@pytest.mark.parametrize("name", ["flora", "florist", "fedex_lora"])
 def test_a_lost_answer_does_not_shut_a_site_out(tiny: Tiny, tmp_path: Path, name: str) -> None:
     """Their servers send what a site's base lacks since the last answer that they saw."""
     text = recipe_text(tiny, method={"name": name}, budgets=None, rounds=9, lora__rank=1)

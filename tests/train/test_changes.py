@@ -11,7 +11,7 @@ from fedsieve.recipe.experiment import from_recipe
 from tests.conftest import Tiny
 from tests.test_api import TRAINING, rows
 
-CHANGE = ("flora", "fedex_lora")  # those that fold what they learn into the base
+CHANGE = ("flora", "florist", "fedex_lora")  # those that fold what they learn into the base
 EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 

@@ -20,7 +20,7 @@ from tests.methods.test_laws import ROWS, Row
 from tests.train.test_train import classified
 
 BUDGETS = (Budget(0.5, 0.5, 0.5), Budget(1.0, 0.25, 1.0))
-PARTLY = ("fed_select", "sparse_adapter", "adapter_lth", "ffa_lora", "rolora")
+PARTLY = ("fed_select", "sparse_adapter", "adapter_lth", "ffa_lora", "fedsvd", "rolora", "lora_a2")
 OPTIMIZERS: tuple[dict[str, Any], ...] = (
     {"optimizer": "sgd", "momentum": 0.9},
     {"optimizer": "sgd", "momentum": 0.0, "clip": 0.1},

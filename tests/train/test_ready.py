@@ -58,7 +58,7 @@ ALONE = (
     "import runpy, sys; sys.modules['fedsieve'] = None; "
     f"runpy.run_path({str(OUTSIDER)!r}, run_name='__main__')"
 )
-METHODS = ("full", "head", "flora", "fedex_lora")  # what they save is a whole model
+METHODS = ("full", "head", "flora", "florist", "fedex_lora")  # what they save is a whole model
 SOURCES = (*(kind.task for kind in KINDS), "chat", *METHODS, "merged")
 
 

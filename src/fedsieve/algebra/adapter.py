@@ -77,7 +77,7 @@ class Adapter(NamedTuple):
     """A layout and the numbers that fill it.
 
     base: what has been added to the frozen weights since the start, `<module>.base` -> the shape of
-          B A; only FLoRA and FedEx-LoRA change them
+          B A; only FLoRA, FLoRIST and FedEx-LoRA change them
     """
 
     layout: Layout

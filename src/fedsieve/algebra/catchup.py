@@ -1,6 +1,6 @@
 """Changes of the frozen base: what the server has folded into it, and how clients catch up.
 
-FLoRA and FedEx-LoRA add products to the frozen weights W0, so clients that were not in a round hold
+FLoRA, FLoRIST and FedEx-LoRA add products to the frozen weights W0, so clients that were away hold
 an older base than the server. The server's state remembers
 
     "base"       the whole change since the start, (m, n) a module

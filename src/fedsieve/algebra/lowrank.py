@@ -1,7 +1,7 @@
 """Products of thin factors: norms, sums and best approximations, without the product itself.
 
 What a LoRA pair does to a weight is B A, m x n numbers told by k (m + n). Methods that average the
-products of clients and not their factors (FlexLoRA, FLoRA, FedEx-LoRA) need the sum of many of
+products of clients and not their factors (FlexLoRA, FLoRA, FedEx-LoRA, ...) need the sum of many of
 them and its best part of some rank. A sum of products is a product of stacked factors, so all of
 it can be done with thin QRs and the SVD of a small core: nothing of m x n numbers is formed
 here, unless K itself reaches that size.
@@ -74,6 +74,38 @@ def best_of_rank(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return best_b, best_a
 
 
+def turned(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product, in factors turned such that A's rows are orthonormal: B (m, K), A (K, n).
+
+    With B A = U S V^T they are U S, the columns longest first, and V^T. Where there are fewer than
+    K singular values, columns of B are zero, and the rows of A beside them are others of the space
+    that A's rows span: no row is zero, unless K is above n. Signs as in `best_of_rank`.
+    Raises ValueError if the ranks of b and a differ.
+    """
+    left, right = _matrices(b, a)
+    q, r = torch.linalg.qr(right.T)  # A = r^T q^T
+    short = left @ r.T  # B A = short q^T
+    *_, turn = torch.linalg.svd(torch.linalg.qr(short).R, full_matrices=True)
+    columns, rows = short @ turn.T, turn @ q.T
+    signs = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)).sign()
+    signs = torch.where(signs == 0, 1.0, signs)
+    missing = left.shape[1] - len(rows)
+    columns = torch.nn.functional.pad(columns * signs, (0, missing))
+    rows = torch.nn.functional.pad(rows * signs.T, (0, 0, 0, missing))
+    shaped_b = columns.reshape(b.shape[0], *b.shape[2:], b.shape[1]).movedim(-1, 1)
+    return shaped_b.to(b.dtype).contiguous(), rows.reshape(a.shape).to(a.dtype)
+
+
+def rank_that_keeps(share: float, b: Tensor, a: Tensor) -> int:
+    """The smallest rank whose best approximation has this share of |B A|^2, the Frobenius norm's.
+
+    What is lost are squared singular values, so 1 asks for all that are above rounding.
+    """
+    squares = _decomposed(b, a).sizes.square()
+    lost = squares.flip(0).cumsum(0).flip(0)  # by rank, if it is the first one to go
+    return int((lost > (1 - share) * squares.sum()).sum())
+
+
 def add(total: RunningSum | None, weight: float, b: Tensor, a: Tensor, most: int) -> RunningSum:
     """total + weight B A, kept in factors of at most `most` ranks; None is an empty sum.
 
@@ -96,6 +128,33 @@ def _best(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """`best_of_rank`, and the singular values that it drops."""
     if rank < 0:
         raise ValueError(f"an approximation of rank {rank}: must be 0 or more")
+    q_left, u, sizes, v, q_right = _decomposed(b, a)
+    keep = min(rank, sizes.numel())
+    roots = sizes[:keep].sqrt()
+    columns, rows = q_left @ u[:, :keep], v[:keep] @ q_right.T
+    if keep:
+        signs = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)).sign()
+        columns, rows = columns * signs, rows * signs.T
+    best_b = columns.new_zeros(columns.shape[0], rank)
+    best_a = rows.new_zeros(rank, rows.shape[1])
+    best_b[:, :keep] = columns * roots
+    best_a[:keep] = rows * roots[:, None]
+    shaped_b = best_b.reshape(b.shape[0], *b.shape[2:], rank).movedim(-1, 1)
+    shaped_a = best_a.reshape(rank, *a.shape[1:])
+    return shaped_b.to(b.dtype).contiguous(), shaped_a.to(a.dtype), sizes[rank:]
+
+
+class _Svd(NamedTuple):
+    """B A = (q_left u) diag(sizes) (v q_right^T); the sizes fall, and all are above rounding."""
+
+    q_left: Tensor
+    u: Tensor
+    sizes: Tensor
+    v: Tensor
+    q_right: Tensor
+
+
+def _decomposed(b: Tensor, a: Tensor) -> _Svd:
     left, right = _matrices(b, a)
     # Reduced, R is (min(m, K), K): the core is never larger than K x K, nor than m x n.
     q_left, r_left = torch.linalg.qr(left)
@@ -105,20 +164,8 @@ def _best(b: Tensor, a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     # would be noise that differs from machine to machine.
     parts = (r_left.norm(dim=0) * r_right.norm(dim=0)).sum()
     noise = parts * max(left.shape[1], 1) * torch.finfo(torch.float64).eps
-    keep = min(rank, int((sizes > noise).sum()))
-
-    roots = sizes[:keep].sqrt()
-    columns, rows = q_left @ u[:, :keep], v[:keep] @ q_right.T
-    if keep:
-        signs = columns.gather(0, columns.abs().argmax(dim=0, keepdim=True)).sign()
-        columns, rows = columns * signs, rows * signs.T
-    best_b = left.new_zeros(left.shape[0], rank)
-    best_a = right.new_zeros(rank, right.shape[1])
-    best_b[:, :keep] = columns * roots
-    best_a[:keep] = rows * roots[:, None]
-    shaped_b = best_b.reshape(b.shape[0], *b.shape[2:], rank).movedim(-1, 1)
-    shaped_a = best_a.reshape(rank, *a.shape[1:])
-    return shaped_b.to(b.dtype).contiguous(), shaped_a.to(a.dtype), sizes[rank:]
+    there = int((sizes > noise).sum())
+    return _Svd(q_left, u[:, :there], sizes[:there], v[:there], q_right)
 
 
 def _matrices(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

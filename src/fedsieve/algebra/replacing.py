@@ -1,9 +1,11 @@
 """Merges that put new factors in the place of the old ones, made of all clients' products.
 
-FlexLoRA, FLoRA and FedEx-LoRA average products s_i B_i A_i, which no step along a mean of factors
-can do. They share how the updates come in: the clients return their trained values, the tensors
-outside the pairs take a step of the server optimizer, and the factors are collected, each with its
-weight in the mean.
+FlexLoRA, raFLoRA, FLoRA, FLoRIST, FedEx-LoRA and LoRA-FAIR average products s_i B_i A_i, which no
+step along a mean of factors can do. They share how the updates come in: the clients return their
+trained values, the tensors outside the pairs take a step of the server optimizer, and the factors
+are collected, each with its weight in the mean (`collect`). Those that cut the mean to the server's
+rank (`refactored`) share what goes down as well: its first k ranks, at the client's scale
+(`first_ranks`).
 """
 
 from collections.abc import Callable, Iterable
@@ -16,10 +18,10 @@ from fedsieve.algebra import lowrank
 from fedsieve.algebra.adapter import Tree
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import State, Weighting, own_layout, share_of, step
+from fedsieve.algebra.method import State, Weighting, own_layout, pack, share_of, step
 from fedsieve.algebra.optim import Optimizer
-from fedsieve.algebra.payload import Payload
-from fedsieve.algebra.sieve import no_pairs
+from fedsieve.algebra.payload import Form, Payload
+from fedsieve.algebra.sieve import leading, no_pairs
 from fedsieve.errors import NoUsableUpdate
 
 Stack = list[tuple[float, Tensor, Tensor]]  # (weight, B, A), whose weighted products are summed
@@ -83,3 +85,37 @@ def collect(
     moved = step(optimizer, state, {n: t / weight for n, t in change.items()}, heads)
     shares = {m: [(w / weight, b, a) for w, b, a in stack] for m, stack in stacks.items()}
     return Collected(moved, shares, members)
+
+
+def first_ranks(
+    rescale: Callable[[int, int], float], form: Form
+) -> Callable[[State, Client, Key], Payload]:
+    """A `publish`: the first k ranks, such that a client's s_i B A is what the server's s B A is.
+
+    The client multiplies by its own scale, so its factors are smaller by the root of that.
+    """
+
+    def publish(plan: State, client: Client, key: Key) -> Payload:
+        layout, tree = plan.layout, plan.trees["adapter"]
+        passed = leading(tree, layout, client, key)
+        own = own_layout(layout, passed.support, rescale)
+        shrink = (layout.scale / own.scale) ** 0.5
+        tree = {n: t * shrink if n in layout.rank_axis else t for n, t in tree.items()}
+        return pack(layout, tree, passed, form, key.at("round down values"))
+
+    return publish
+
+
+def refactored(state: State, stacks: dict[str, Stack]) -> State:
+    """The state with each pair the best approximation, at the server's rank, of its stack's sum.
+
+    A rank that the sum does not need has a zero column in B, and with a zero row in A it could
+    never learn again: it keeps the row that it had, which changes no product.
+    """
+    tree = dict(state.trees["adapter"])
+    for pair in state.layout.pairs:
+        stacked = lowrank.stacked(stacks[pair.module])
+        tree[pair.b], a = lowrank.best_of_rank(*stacked, state.layout.rank)
+        unused = (a.flatten(1) == 0).all(1).reshape(-1, *[1] * (a.ndim - 1))
+        tree[pair.a] = torch.where(unused, tree[pair.a], a)
+    return State(state.layout, {**state.trees, "adapter": tree})

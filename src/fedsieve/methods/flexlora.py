@@ -14,25 +14,14 @@ factors together, which an exact mean needs; `most` bounds it.
 
 from collections.abc import Iterable
 
-import torch
 from pydantic import PositiveInt
 
-from fedsieve.algebra import lowrank
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import (
-    SCALINGS,
-    Method,
-    Scaling,
-    State,
-    Weighting,
-    compose,
-    own_layout,
-    pack,
-)
+from fedsieve.algebra.method import SCALINGS, Method, Scaling, State, Weighting, compose
 from fedsieve.algebra.optim import Optimizer, sgd
 from fedsieve.algebra.payload import Form, Payload
-from fedsieve.algebra.replacing import collect
+from fedsieve.algebra.replacing import collect, first_ranks, refactored
 from fedsieve.algebra.sieve import dense, leading
 
 
@@ -66,27 +55,10 @@ def method(
         up_values=up_values,
     )
 
-    def publish(plan: State, client: Client, key: Key) -> Payload:
-        layout, tree = plan.layout, plan.trees["adapter"]
-        passed = leading(tree, layout, client, key)
-        own = own_layout(layout, passed.support, rescale)
-        # The client multiplies by its own scale, so its factors are smaller by the root of that.
-        shrink = (layout.scale / own.scale) ** 0.5
-        tree = {n: t * shrink if n in layout.rank_axis else t for n, t in tree.items()}
-        return pack(layout, tree, passed, down_values, key.at("round down values"))
-
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
         state, stacks, _ = collect(
             optimizer, state, updates, key, weighting=weighting, rescale=rescale, most=most
         )
-        tree = dict(state.trees["adapter"])
-        for pair in state.layout.pairs:
-            stacked = lowrank.stacked(stacks[pair.module])
-            tree[pair.b], a = lowrank.best_of_rank(*stacked, state.layout.rank)
-            # A rank that the mean does not need has a zero column in B, and with a zero row in A it
-            # could never learn again: it keeps the row that it had, which changes no product.
-            unused = (a.flatten(1) == 0).all(1).reshape(-1, *[1] * (a.ndim - 1))
-            tree[pair.a] = torch.where(unused, tree[pair.a], a)
-        return State(state.layout, {**state.trees, "adapter": tree})
+        return refactored(state, stacks)
 
-    return inner._replace(publish=publish, merge=merge)
+    return inner._replace(publish=first_ranks(rescale, down_values), merge=merge)
