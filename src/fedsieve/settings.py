@@ -204,6 +204,8 @@ class Training:
     last_lr: the learning rate of the last round, to which `lr` falls by half a cosine over the
             rounds; None keeps to `lr`
     clip:   largest norm of the gradient over all trained tensors; None clips nothing
+    proximal: FedProx's mu: mu / 2 |x - x_0|^2 is added to the loss, x being what a client trains,
+            and x_0 what it begins the round with
     augment: of images: "flip" from left to right, "crop-flip" moves them too; from the client's key
     micro_batch: rows that are run at a time; the gradients of a batch's pieces add up to its own
     checkpointing: whether layers keep their inputs alone, and are run again in the backward pass
@@ -226,6 +228,7 @@ class Training:
     micro_batch: PositiveInt | None = None
     checkpointing: bool = False
     clip: PositiveFloat | None = None
+    proximal: NonNegativeFloat = 0.0
     precision: Precision = "auto"
     augment: Literal["none", "flip", "crop-flip"] = "none"
     packing: bool = False

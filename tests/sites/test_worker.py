@@ -113,6 +113,7 @@ def test_a_federation_of_sites_ends_as_in_one_process_though_its_workers_restart
     """Bit by bit, with a new worker for every request: all that a client keeps is on its disk."""
     listed = {"kind": "list", "clients": budgets}
     given = {"method": method, "budgets": listed, "training__last_lr": 0.01}
+    given |= {"training__proximal": 0.5}
     whole = in_process(tiny, tmp_path / "pool", **given)
     text = recipe_text(tiny, **given)
     asks = {
