@@ -138,6 +138,10 @@ class Lora:
              what the list of layers is called, where names alone do not tell it
     whole:   modules trained whole beside the pairs (PEFT's modules_to_save); a classifier's head,
              and what the base's checkpoint does not hold, are always among them
+    rslora:  the scale is alpha / sqrt(r), as in rank-stabilised LoRA
+    clients: N, over how many clients a round's means are: the scale is alpha sqrt(N / r), which
+             makes up for what a mean of N takes from a step (SFed-LoRA, arXiv 2603.08058); None
+             leaves it as it is
     start:   a folder with an adapter of PEFT's to begin from (train/start.py), in the place of a
              random A and a B of zeros
     """
@@ -150,7 +154,15 @@ class Lora:
     layers_pattern: tuple[str, ...] | str | None = None
     whole: tuple[str, ...] = ()
     rslora: bool = False
+    clients: PositiveInt | None = None
     start: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """s, by which a product B A is multiplied."""
+        if self.clients is not None:
+            return self.alpha * math.sqrt(self.clients / self.rank)
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -184,6 +196,14 @@ class Lora:
     @classmethod
     def _one_layer(cls, given: Any) -> Any:
         return (given,) if isinstance(given, int) else given
+
+    @pydantic.model_validator(mode="after")
+    def _one_scale(self) -> "Lora":
+        if self.rslora and self.clients is not None:
+            raise ValueError(
+                "rslora: clients says the scale already, alpha sqrt(clients / rank): leave it out"
+            )
+        return self
 
     @pydantic.model_validator(mode="after")
     def _layers_of_named_targets(self) -> "Lora":

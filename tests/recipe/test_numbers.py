@@ -93,7 +93,7 @@ def whole(tiny: Tiny, form: str) -> dict[str, Any]:
         table["data"]["validation"] = 0.1
         table["server"] = {**table["server"], "norm_bound": 10.0}
         table["training"] |= {"steps": 3, "clip": 1.0, "last_lr": 0.01, "micro_batch": 2}
-        table["lora"]["layers_to_transform"] = [0]
+        table["lora"] |= {"layers_to_transform": [0], "clients": 3}
         table["evaluation"]["limit"] = 10
         table = without_none(table)
     return table
