@@ -103,6 +103,7 @@ def told(ask: Ask, text: bytes) -> Frame:
         ({"name": "flasc", "feedback": True, "up_values": "int8"}, BUDGETS),
         ({"name": "fedsa_lora"}, {"north": {}, "south": {}}),
         ({"name": "flora"}, {"north": {"ratio": 0.5}, "south": {}}),
+        ({"name": "fed_plora"}, {"north": {"ratio": 0.5}, "south": {"ratio": 0.25}}),
         ({"name": "fslora_flasc"}, {"north": {"ratio": 0.25, "up": 0.5}, "south": {"ratio": 0.5}}),
     ],
     ids=lambda value: value.get("name", ""),
