@@ -23,7 +23,16 @@ from fedsieve.recipe.method import options_of
 
 SHARES = ((0.125, 0.015625), (0.25, 0.0625), (0.5, 0.25), (0.75, 1.0))
 # These put new factors in the place of the old, so the learning is local: AdamW there.
-LOCAL = ("hetlora", "flexlora", "raflora", "flora", "florist", "fedex_lora", "lora_fair")
+LOCAL = (
+    "hetlora",
+    "flexlora",
+    "raflora",
+    "flora",
+    "florist",
+    "fedex_lora",
+    "lora_fair",
+    "fed_plora",
+)
 
 
 def table(name: str, seed: int) -> dict[str, object]:

@@ -185,6 +185,20 @@ def test_settings_go_to_peft_and_back(lora: Lora) -> None:
     assert {**again.to_dict(), "task_type": "SEQ_CLS"} == config.to_dict()
 
 
+def test_the_scale_is_that_of_peft_and_grows_with_the_root_of_the_clients() -> None:
+    """SFed-LoRA's gamma_z by hand; for one client it is rank-stabilised LoRA's."""
+    for clients, scale in ((1, 2.0), (9, 6.0), (100, 20.0)):
+        lora = Lora(rank=16, alpha=8.0, clients=clients)
+        config = fedsieve.to_peft(lora)
+        assert lora.scale == pytest.approx(scale)
+        assert config.lora_alpha / config.r**0.5 == pytest.approx(scale)
+        assert config.use_rslora
+        assert fedsieve.from_peft(config).scale == pytest.approx(scale)
+    assert Lora(rank=16, alpha=8.0, clients=1).scale == Lora(rank=16, alpha=8.0, rslora=True).scale
+    with pytest.raises(FedSieveError, match="clients says the scale already"):
+        Lora(rslora=True, clients=2)
+
+
 def test_layers_go_to_peft_and_back() -> None:
     for pattern in (None, "layer", ("layer", "h")):
         lora = Lora(targets=("query",), layers_to_transform=(0, 1), layers_pattern=pattern)

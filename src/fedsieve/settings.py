@@ -138,6 +138,10 @@ class Lora:
              what the list of layers is called, where names alone do not tell it
     whole:   modules trained whole beside the pairs (PEFT's modules_to_save); a classifier's head,
              and what the base's checkpoint does not hold, are always among them
+    rslora:  the scale is alpha / sqrt(r), as in rank-stabilised LoRA
+    clients: N, over how many clients a round's means are: the scale is alpha sqrt(N / r), which
+             makes up for what a mean of N takes from a step (SFed-LoRA, arXiv 2603.08058); None
+             leaves it as it is
     start:   a folder with an adapter of PEFT's to begin from (train/start.py), in the place of a
              random A and a B of zeros
     """
@@ -150,7 +154,15 @@ class Lora:
     layers_pattern: tuple[str, ...] | str | None = None
     whole: tuple[str, ...] = ()
     rslora: bool = False
+    clients: PositiveInt | None = None
     start: str | None = None
+
+    @property
+    def scale(self) -> float:
+        """s, by which a product B A is multiplied."""
+        if self.clients is not None:
+            return self.alpha * math.sqrt(self.clients / self.rank)
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -186,6 +198,14 @@ class Lora:
         return (given,) if isinstance(given, int) else given
 
     @pydantic.model_validator(mode="after")
+    def _one_scale(self) -> "Lora":
+        if self.rslora and self.clients is not None:
+            raise ValueError(
+                "rslora: clients says the scale already, alpha sqrt(clients / rank): leave it out"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
     def _layers_of_named_targets(self) -> "Lora":
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern says what layers_to_transform counts: give that too")
@@ -204,6 +224,8 @@ class Training:
     last_lr: the learning rate of the last round, to which `lr` falls by half a cosine over the
             rounds; None keeps to `lr`
     clip:   largest norm of the gradient over all trained tensors; None clips nothing
+    proximal: FedProx's mu: mu / 2 |x - x_0|^2 is added to the loss, x being what a client trains,
+            and x_0 what it begins the round with
     augment: of images: "flip" from left to right, "crop-flip" moves them too; from the client's key
     micro_batch: rows that are run at a time; the gradients of a batch's pieces add up to its own
     checkpointing: whether layers keep their inputs alone, and are run again in the backward pass
@@ -226,6 +248,7 @@ class Training:
     micro_batch: PositiveInt | None = None
     checkpointing: bool = False
     clip: PositiveFloat | None = None
+    proximal: NonNegativeFloat = 0.0
     precision: Precision = "auto"
     augment: Literal["none", "flip", "crop-flip"] = "none"
     packing: bool = False

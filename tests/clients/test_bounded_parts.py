@@ -144,7 +144,16 @@ def test_refused_or_one_client_moves_the_state_by_its_share(name: str) -> None:
         kept += 1
         assert_bounded(method, seen)
         assert method.private == "seed"
-    replaced = {"hetlora", "flexlora", "raflora", "flora", "florist", "fedex_lora", "lora_fair"}
+    replaced = {
+        "hetlora",
+        "flexlora",
+        "raflora",
+        "flora",
+        "florist",
+        "fedex_lora",
+        "lora_fair",
+        "fed_plora",
+    }
     assert bool(kept) == (name not in replaced)
 
 

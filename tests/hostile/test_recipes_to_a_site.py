@@ -180,6 +180,8 @@ WORK = [
     ({"lora__whole": ["word_embeddings"]}, {"most_memory": 0.02}, "most_memory"),
     ({"method": {"name": "flora"}, "budgets": None, "lora__targets": "all-linear"},
      {"most_memory": 0.07}, "the base weights that flora changes"),
+    ({"method": {"name": "fed_plora"}, "budgets": None, "lora__targets": "all-linear"},
+     {"most_memory": 0.07}, "the base weights that fed_plora changes"),
     ({"method": {"name": "fedex_lora"}, "budgets": None, "lora__targets": "all-linear"},
      {"most_disk": 0.06}, "most_disk"),
 ]  # fmt: skip

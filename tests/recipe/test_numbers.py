@@ -21,8 +21,8 @@ NAN, INF = float("nan"), float("inf")
 ABSURD = (-1, -0.5, NAN, INF, -INF, True, False)
 ZERO = (  # of those that may not be negative, the ones that may be zero
     "seed", "lora.layers_to_transform.0", "lora.dropout", "training.momentum",
-    "training.weight_decay", "data.first_option", "sampling.extra", "sampling.quorum",
-    "privacy.noise_multiplier",
+    "training.weight_decay", "training.proximal", "data.first_option", "sampling.extra",
+    "sampling.quorum", "privacy.noise_multiplier",
     "budgets.tiers.0.latency", "budgets.tiers.0.step_seconds", "server.momentum", "server.beta1",
     "server.beta2", "method.dense_rounds", "method.penalty",
 )  # fmt: skip
@@ -93,7 +93,7 @@ def whole(tiny: Tiny, form: str) -> dict[str, Any]:
         table["data"]["validation"] = 0.1
         table["server"] = {**table["server"], "norm_bound": 10.0}
         table["training"] |= {"steps": 3, "clip": 1.0, "last_lr": 0.01, "micro_batch": 2}
-        table["lora"]["layers_to_transform"] = [0]
+        table["lora"] |= {"layers_to_transform": [0], "clients": 3}
         table["evaluation"]["limit"] = 10
         table = without_none(table)
     return table

@@ -103,6 +103,7 @@ def told(ask: Ask, text: bytes) -> Frame:
         ({"name": "flasc", "feedback": True, "up_values": "int8"}, BUDGETS),
         ({"name": "fedsa_lora"}, {"north": {}, "south": {}}),
         ({"name": "flora"}, {"north": {"ratio": 0.5}, "south": {}}),
+        ({"name": "fed_plora"}, {"north": {"ratio": 0.5}, "south": {"ratio": 0.25}}),
         ({"name": "fslora_flasc"}, {"north": {"ratio": 0.25, "up": 0.5}, "south": {"ratio": 0.5}}),
     ],
     ids=lambda value: value.get("name", ""),
@@ -113,6 +114,7 @@ def test_a_federation_of_sites_ends_as_in_one_process_though_its_workers_restart
     """Bit by bit, with a new worker for every request: all that a client keeps is on its disk."""
     listed = {"kind": "list", "clients": budgets}
     given = {"method": method, "budgets": listed, "training__last_lr": 0.01}
+    given |= {"training__proximal": 0.5}
     whole = in_process(tiny, tmp_path / "pool", **given)
     text = recipe_text(tiny, **given)
     asks = {

@@ -89,6 +89,7 @@ IDLE: list[tuple[dict[str, Any], str]] = [
     ({"training__steps": 1, "training__epochs": 3}, "training.epochs is not used"),
     ({"training__momentum": 0.5}, "training.momentum is not used"),
     ({"training__micro_batch": 8}, "saves no memory"),
+    ({"training__steps": 1, "training__proximal": 0.1}, "training.proximal does nothing"),
     (
         {
             "method": {"name": "fedit"},

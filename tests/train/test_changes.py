@@ -11,7 +11,8 @@ from fedsieve.recipe.experiment import from_recipe
 from tests.conftest import Tiny
 from tests.test_api import TRAINING, rows
 
-CHANGE = ("flora", "florist", "fedex_lora")  # those that fold what they learn into the base
+FOLD = ("flora", "florist", "fedex_lora")  # those that fold what they learn into the base
+CHANGE = (*FOLD, "fed_plora")  # and one whose clients fold what they do not train
 EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
@@ -35,7 +36,7 @@ def test_embeddings_take_every_method_that_leaves_the_base(
         start(tiny, method, ("query", layer)).finish()
 
 
-@pytest.mark.parametrize("name", CHANGE)
+@pytest.mark.parametrize("name", FOLD)
 @pytest.mark.parametrize("targets", [["query", "dense"], "all-linear"])
 def test_linear_layers_are_changed(tiny: Tiny, name: str, targets: Any) -> None:
     targets = tuple(targets) if isinstance(targets, list) else targets

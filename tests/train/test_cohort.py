@@ -71,6 +71,7 @@ TRAININGS = [
     replace(SGD, weight_decay=0.1, steps=4),
     replace(SGD, optimizer="adamw", lr=0.01, weight_decay=0.1),
     replace(SGD, micro_batch=3, clip=0.05),
+    replace(SGD, micro_batch=3, epochs=3, proximal=2.0),
 ]
 MADE: list[tuple[Kind, Training]] = [
     *((kind, TRAININGS[0]) for kind in KINDS),

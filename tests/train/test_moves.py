@@ -24,7 +24,7 @@ PARTLY = ("fed_select", "sparse_adapter", "adapter_lth", "ffa_lora", "fedsvd", "
 OPTIMIZERS: tuple[dict[str, Any], ...] = (
     {"optimizer": "sgd", "momentum": 0.9},
     {"optimizer": "sgd", "momentum": 0.0, "clip": 0.1},
-    {"optimizer": "adamw"},
+    {"optimizer": "adamw", "proximal": 0.5},
 )
 
 

@@ -42,14 +42,17 @@ def check_against(folder: Path, logits: Tensor, labels: Tensor) -> None:
     assert last["eval_examples"] == len(labels)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("scaled", "alpha"), [({}, 8.0), ({"rslora": True}, 6.0), ({"clients": 4}, 12.0)]
+)
 def test_peft_loads_what_we_evaluated(
-    tiny: Tiny, whole: Path, tmp_path: Path, rslora: bool
+    tiny: Tiny, whole: Path, tmp_path: Path, scaled: dict[str, Any], alpha: float
 ) -> None:
     folder = whole
-    if rslora:
+    if scaled:
         folder = tmp_path / "run"
-        runs.start(tiny, folder, lora__rslora=True, lora__alpha=6.0)
+        given = {f"lora__{key}": value for key, value in scaled.items()}
+        runs.start(tiny, folder, lora__alpha=6.0, **given)
     base = AutoModelForSequenceClassification.from_pretrained(tiny.bert, num_labels=3)
     tokenizer = AutoTokenizer.from_pretrained(tiny.bert)
     before, _ = logits_of(base, tokenizer, tiny)
@@ -58,8 +61,8 @@ def test_peft_loads_what_we_evaluated(
     assert (logits - before).abs().max() > 0.05
     check_against(folder, logits, labels)
     config = json.loads((folder / rundir.ADAPTER / "adapter_config.json").read_text())
-    assert (config["r"], config["use_rslora"]) == (4, rslora)
-    assert config["lora_alpha"] == pytest.approx(6.0 if rslora else 8.0)
+    assert (config["r"], config["use_rslora"]) == (4, bool(scaled))
+    assert config["lora_alpha"] == pytest.approx(alpha)
     assert config["base_model_name_or_path"] == str(folder / rundir.ADAPTER / "base")
 
 

@@ -46,7 +46,7 @@ KINDS: dict[str, tuple[Task, tuple[str, ...], tuple[str, ...]]] = {
     "llama": ("causal-lm", ("q_proj", "v_proj"), ()),
     "bert": ("classification", ("query", "value"), CLASSES),
 }
-CHANGE_THE_BASE = {"flora", "florist", "fedex_lora", "full"}
+CHANGE_THE_BASE = {"flora", "florist", "fedex_lora", "fed_plora", "full"}
 
 
 @pytest.fixture(scope="session")

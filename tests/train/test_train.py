@@ -206,6 +206,8 @@ TRAININGS = [
     Training(optimizer="sgd", lr=0.2, momentum=0.9, batch=8, clip=0.1),
     Training(optimizer="adamw", lr=0.01, weight_decay=0.1, batch=8, epochs=2),
     Training(optimizer="adamw", lr=0.01, batch=8, clip=0.1),
+    Training(optimizer="sgd", lr=0.1, momentum=0.9, batch=8, epochs=2, proximal=3.0, clip=0.1),
+    Training(optimizer="adamw", lr=0.01, weight_decay=0.1, batch=8, epochs=2, proximal=3.0),
 ]
 
 
@@ -230,6 +232,7 @@ def test_local_training_is_a_plain_peft_loop(tiny: Tiny, training: Training, ran
     set_peft_model_state_dict(model, adapter.tensors)
     model.train()
     weights = [p for p in model.parameters() if p.requires_grad]
+    began = [p.detach().clone() for p in weights]
     optimizer: torch.optim.Optimizer
     if training.optimizer == "sgd":
         optimizer = torch.optim.SGD(
@@ -239,7 +242,8 @@ def test_local_training_is_a_plain_peft_loop(tiny: Tiny, training: Training, ran
         optimizer = torch.optim.AdamW(weights, training.lr, weight_decay=training.weight_decay)
     losses = []
     for batch in seen:
-        loss = model(**batch).loss
+        away = torch.cat([(p - own).flatten() for p, own in zip(weights, began, strict=True)])
+        loss = model(**batch).loss + training.proximal / 2 * away.square().sum()
         optimizer.zero_grad()
         loss.backward()
         if training.clip is not None:

@@ -86,7 +86,7 @@ class Needs(NamedTuple):
 
     base:        frozen weights, as they are held, and buffers
     trained:     of the adapter or the weights that are trained, in float32
-    gradients, optimizer: of what of it moves
+    gradients, optimizer: of what of it moves; with the latter what FedProx keeps of its start
     activations: of a step: what is kept for the backward pass, and the outputs
     own:         what the method has a client hold beside: the adapter at the start and as it came,
                  the message, and what is kept between rounds

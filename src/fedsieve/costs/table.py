@@ -116,7 +116,7 @@ def rehearsals(
 
 
 def allocated(view: View, training: Training) -> int:
-    """Bytes of a client's adapter, its gradients and the optimizer's state, in float32."""
+    """Bytes of a client's adapter, its gradients and what is kept of it, in float32."""
     tensors = view.adapter.tensors
     trained = sum(tensors[name].numel() for name in view.moves.names)
     numbers = sum(t.numel() for t in tensors.values()) + trained
@@ -124,12 +124,15 @@ def allocated(view: View, training: Training) -> int:
         numbers += 2 * trained + len(view.moves.names)  # a counter of steps for each tensor
     elif training.momentum:
         numbers += trained
+    if training.proximal:
+        numbers += trained
     return 4 * numbers
 
 
 def moments(training: Training) -> int:
-    """Numbers that the local optimizer keeps for each one that moves."""
-    return 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+    """Numbers that are kept for each one that moves: the local optimizer's, and FedProx's start."""
+    own = 2 if training.optimizer == "adamw" else int(training.momentum > 0)
+    return own + int(training.proximal > 0)
 
 
 def _size(memory: Memory) -> int:

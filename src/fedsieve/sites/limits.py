@@ -159,7 +159,7 @@ def check(
     trained = shape.layout.size
     state = _FLOAT * trained * (3 + moments(training))
     _refuse(state, site, f"lora.rank {recipe.lora.rank} and what else is trained")
-    base = _changed_base(method, shape.layout)
+    base, kept = _changed_base(method, shape.layout)
     state += _HELD * _FLOAT * base
     _refuse(state, site, f"the base weights that {recipe.method.name} changes")
     step = memory.of_step(shape, training, batch, length).peak
@@ -168,19 +168,22 @@ def check(
     if seen is not None:
         largest = memory.of_evaluation(shape, *seen)
         _refuse(state + largest, site, f"evaluation.batch {recipe.evaluation.batch}")
-    _check_disk(recipe, site, trained + base)
+    _check_disk(recipe, site, trained + kept)
 
 
-def _changed_base(method: Method, layout: Layout) -> int:
-    """How many frozen weights a method changes at its clients: those under all pairs, or none.
+def _changed_base(method: Method, layout: Layout) -> tuple[int, int]:
+    """How many frozen weights a method changes at its clients, those under all pairs or none; and
+    of how many a client keeps the change from round to round.
 
-    Found over a layer of 2 x 2: what a method sends is the same whatever the sizes.
+    Found over a layer of 2 x 2 and a client of half the ranks: what a method sends is the same
+    whatever the sizes.
     """
-    pair = {"m.lora_A.weight": torch.zeros(1, 2), "m.lora_B.weight": torch.zeros(2, 1)}
-    for each in dry_run.rounds(method, layout_of(pair, 1.0), [Client("anyone", 1, Budget())]):
-        if any(part.view.adapter.base for part in each.parts):
-            return sum(map(math.prod, base_layout(layout, 0).shapes.values()))
-    return 0
+    pair = {"m.lora_A.weight": torch.zeros(2, 2), "m.lora_B.weight": torch.zeros(2, 2)}
+    rehearsed = dry_run.rounds(method, layout_of(pair, 1.0), [Client("anyone", 1, Budget(0.5))])
+    parts = [part for each in rehearsed for part in each.parts]
+    under = sum(map(math.prod, base_layout(layout, 0).shapes.values()))
+    changed = any(part.view.adapter.base for part in parts)
+    return under * changed, under * any("base" in part.memory for part in parts)
 
 
 def _asked(recipe: Recipe, site: Site, asked: Sequence[Asked]) -> tuple[int, int]:

@@ -195,6 +195,8 @@ def idle(recipe: Recipe, experiment: Experiment) -> list[str]:
         found.append("training.epochs is not used: training.steps says how many steps there are")
     if training.optimizer == "adamw" and training.momentum not in (0, Training().momentum):
         found.append("training.momentum is not used: it is SGD's, and training.optimizer is adamw")
+    if training.proximal and training.steps == 1:
+        found.append("training.proximal does nothing: in its one step a client is where it began")
     if training.micro_batch is not None and training.micro_batch >= training.batch:
         found.append("training.micro_batch is not below training.batch: it saves no memory")
     return found

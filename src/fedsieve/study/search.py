@@ -244,11 +244,12 @@ def _density(search: Search, config: Config) -> float:
 
 
 def _table(search: Search, config: Config) -> dict[str, Any]:
-    """The recipe at a configuration. The adapter's scale, alpha / r or alpha / sqrt(r), is kept."""
+    """The recipe at a configuration. The adapter's scale is kept."""
     table = deepcopy(search.table)
     lora = table["lora"]
     more = config.rank / lora["rank"]
-    lora |= {"rank": config.rank, "alpha": lora["alpha"] * (more**0.5 if lora["rslora"] else more)}
+    rooted = lora["rslora"] or lora.get("clients") is not None
+    lora |= {"rank": config.rank, "alpha": lora["alpha"] * (more**0.5 if rooted else more)}
     for tier in table["budgets"]:
         tier |= {way: 2.0**config.doublings * tier[way] for way in ("down", "up")}
     return table

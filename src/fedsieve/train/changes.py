@@ -41,7 +41,7 @@ def refuse_quantised(
     if form is None:
         return
     # What a method sends is the same whatever the sizes: a layer of 2 x 2 shows it.
-    pair = {"m.lora_A.weight": torch.zeros(1, 2), "m.lora_B.weight": torch.zeros(2, 1)}
+    pair = {"m.lora_A.weight": torch.zeros(2, 2), "m.lora_B.weight": torch.zeros(2, 2)}
     if method.trains == "all" or _changes(method, Adapter(layout_of(pair, 1.0), pair)):
         name = "this method" if called is None else f"method {called!r}"
         raise FedSieveError(
@@ -69,12 +69,15 @@ def _changes_the_base(resident: ResidentModel, method: Method) -> bool:
 
 
 def _changes(method: Method, start: Adapter) -> bool:
-    """Whether the base is another one after a round of one client, which learned nothing in it."""
-    client = Client("0", 1, Budget())
+    """Whether the base is another one in or after a round of one client, which learned nothing in
+    it, and can afford half of the ranks.
+    """
+    client = Client("0", 1, Budget(0.5))
     key = Key(0, 1)
     context = ClientContext(client, start, key._replace(client=client.id))
     state = method.init(start)
     payload = method.publish(method.plan(state, key), client, context.key)
     view, memory = method.view(payload, {}, context)
     report, _ = method.report(view, view.adapter.tensors, memory, context)
-    return bool(method.export(method.merge(state, iter([(client, report)]), key)).base)
+    after = method.export(method.merge(state, iter([(client, report)]), key))
+    return bool(view.adapter.base or after.base)

@@ -35,6 +35,7 @@ from fedsieve.train.local import Fit, batches_of, learned, optimizer_of, precisi
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.outputs import outputs
+from fedsieve.train.proximal import hold
 from fedsieve.train.seeded import seeded
 from fedsieve.train.stacked import obstacle, stack_of, stacked, unstacked
 from fedsieve.train.step import backward, checkpointed
@@ -82,12 +83,14 @@ class _Stack(NamedTuple):
 
     moving: the names of those that are
     still:  of tensors in which single entries stay: (where entries move, what all began as)
+    began:  what those that move began as, for FedProx; empty where nothing asks for it
     scales: (c), of each client's pairs
     """
 
     tensors: dict[str, nn.Parameter]
     moving: tuple[str, ...]
     still: dict[str, tuple[Tensor, Tensor]]
+    began: tuple[Tensor, ...]
     scales: Tensor
     optimizer: torch.optim.Optimizer
 
@@ -147,26 +150,30 @@ def _side_by_side(resident: ResidentModel, views: list[View], training: Training
             own[tuple(slice(n) for n in view.adapter.layout.shapes[name])] = mask.to(own.device)
         still[name] = moves, values[name].clone()
     scales = torch.tensor([adapter.layout.scale for adapter in adapters], device=resident.device)
-    return _stack(values, views[0].moves.names, still, scales, training)
+    names = views[0].moves.names
+    began = tuple(values[name].clone() for name in names) if training.proximal else ()
+    return _stack(values, names, still, began, scales, training)
 
 
 def _stack(
     values: Mapping[str, Tensor],
     moving: Sequence[str],
     still: dict[str, tuple[Tensor, Tensor]],
+    began: tuple[Tensor, ...],
     scales: Tensor,
     training: Training,
 ) -> _Stack:
     tensors = {name: nn.Parameter(t, requires_grad=name in moving) for name, t in values.items()}
     optimizer = optimizer_of([tensors[name] for name in moving], training)
-    return _Stack(tensors, tuple(moving), still, scales, optimizer)
+    return _Stack(tensors, tuple(moving), still, began, scales, optimizer)
 
 
 def _first(stack: _Stack, there: int, training: Training) -> _Stack:
     """The first clients of a stack, with their optimizer as it stands."""
     values = {name: t.detach()[:there].clone() for name, t in stack.tensors.items()}
     still = {name: (moves[:there], own[:there]) for name, (moves, own) in stack.still.items()}
-    fewer = _stack(values, stack.moving, still, stack.scales[:there], training)
+    began = tuple(own[:there] for own in stack.began)
+    fewer = _stack(values, stack.moving, still, began, stack.scales[:there], training)
     for one, other in zip(stack.trained, fewer.trained, strict=True):
         fewer.optimizer.state[other] = {
             key: value[:there].clone() if value.shape == one.shape else value
@@ -198,6 +205,8 @@ def _step(
             losses = losses + _penalties(stack, views[: len(batches)])
         total += losses.detach()
         losses.sum().backward()
+    if stack.began:
+        total += hold(training.proximal, stack.trained, stack.began, len(batches))
     for name, (moves, _) in stack.still.items():
         gradient = stack.tensors[name].grad
         if gradient is not None:
@@ -307,7 +316,8 @@ def _memory(stack: _Stack, views: Sequence[View]) -> list[int]:
             state = stack.optimizer.state.get(tensor, {}).values()
             alike = sum(isinstance(t, Tensor) and t.shape == tensor.shape for t in state)
             others = sum(t.nbytes for t in state if isinstance(t, Tensor) and t.ndim == 0)
-            copies = 1 + alike + (tensor.grad is not None)
+            near = bool(stack.began) and name in stack.moving
+            copies = 1 + alike + (tensor.grad is not None) + near
             total += math.prod(shape) * tensor.element_size() * copies + others
         each.append(total)
     return each

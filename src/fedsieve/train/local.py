@@ -31,6 +31,7 @@ from fedsieve.train.batch import half_type
 from fedsieve.train.mode import to_training
 from fedsieve.train.model import ResidentModel
 from fedsieve.train.outputs import outputs
+from fedsieve.train.proximal import hold
 from fedsieve.train.seeded import seeded
 from fedsieve.train.speaker import speaker
 from fedsieve.train.step import backward, checkpointed
@@ -47,7 +48,7 @@ class Fit(NamedTuple):
     loss:    mean over the steps; not finite if training broke off since a loss was not
     compute: seconds inside forward, backward and optimizer step
     memory:  bytes of what training allocates beside the base model and its activations: the
-             adapter, its gradients and the optimizer's state
+             adapter, its gradients, the optimizer's state, and of FedProx what it began as
     told:    whether there is a loss: a function of the user's own (by_function.py) may have none,
              and it is NaN then
     """
@@ -90,6 +91,7 @@ def fit(
             own = view.adapter.tensors[name].to(resident.device, torch.float32)  # as it was put
             held.append((parameter, mask, own))
     optimizer = optimizer_of(parameters, training)
+    began = [p.detach().clone() for p in parameters] if training.proximal else []
     step = partial(
         backward,
         model,
@@ -109,12 +111,14 @@ def fit(
         for some in batches_of(learned(examples, training), training, key):
             start = time.perf_counter()
             losses.append(step(some))
+            if began:
+                losses[-1] += hold(training.proximal, parameters, began)[0]
             if training.clip is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, training.clip)
             optimizer.step()
             for parameter, mask, own in held:
                 parameter.data = torch.where(mask, parameter.data, own)
-            memory = memory or allocated(list(everything.values()), optimizer)
+            memory = memory or allocated([*everything.values(), *began], optimizer)
             optimizer.zero_grad(set_to_none=True)
             diverged = len(losses) % _LOOK == 0 and not losses[-1].isfinite()
             compute += time.perf_counter() - start

@@ -543,8 +543,7 @@ def attach(
         raise FedSieveError(f"PEFT would save other tensors than those trained: {odd[:4]}")
     tensors = {name: getattr(*slot) for name, slot in slots.items()}
     _in_float32(slots.values())
-    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
-    layout = layout_of(tensors, scale)
+    layout = layout_of(tensors, lora.scale)
     for pair in layout.pairs:
         side = min(tensors[pair.a].shape[1], tensors[pair.b].shape[0])
         if lora.rank > side:

@@ -1,5 +1,6 @@
 """Settings of LoRA to and from PEFT's `LoraConfig`: nothing of either is lost without a word."""
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -54,10 +55,12 @@ def to_peft(lora: Lora, task: Task | None = None) -> LoraConfig:
     """PEFT's configuration of these settings, for `get_peft_model` of a model of one's own.
 
     task: says its task_type, as `fedsieve.finetune` has tasks. `from_peft` gives the settings back,
-          but for `start`, which a configuration does not have.
+          but for `start`, which a configuration does not have, and `clients`, which is in its alpha
     """
     given = {theirs: getattr(lora, ours) for theirs, ours in _SAME.items()}
     given = {k: list(value) if isinstance(value, tuple) else value for k, value in given.items()}
     given["modules_to_save"] = given["modules_to_save"] or None
+    if lora.clients is not None:
+        given |= {"lora_alpha": lora.alpha * math.sqrt(lora.clients), "use_rslora": True}
     kind = None if task is None else catalogue.load(catalogue.known(task)).peft
     return LoraConfig(task_type=kind, **given)
