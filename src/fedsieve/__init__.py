@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedsieve.api import Run, finetune
     from fedsieve.errors import FedSieveError
     from fedsieve.methods.adapter_lth import method as adapter_lth
+    from fedsieve.methods.fed_sb import method as fed_sb
     from fedsieve.methods.fed_select import method as fed_select
     from fedsieve.methods.fedex_lora import method as fedex_lora
     from fedsieve.methods.fedit import method as fedit
@@ -47,6 +48,7 @@ __all__ = [
     "adam",
     "adapter_lth",
     "fading",
+    "fed_sb",
     "fed_select",
     "fedadam",
     "fedex_lora",

@@ -6,12 +6,14 @@ import pytest
 
 import fedsieve
 from fedsieve import FedSieveError, Lora, methods
+from fedsieve.algebra.cores import Cores
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from tests.conftest import Tiny
 from tests.test_api import TRAINING, rows
 
 CHANGE = ("flora", "fedex_lora")  # those that fold what they learn into the base
+CORED = tuple(n for n in methods.names() if isinstance(methods.load(n)().trains, Cores))
 EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
@@ -27,8 +29,9 @@ def test_embeddings_take_every_method_that_leaves_the_base(
     tiny: Tiny, name: str, layer: str
 ) -> None:
     method = methods.load(name)()
-    if name in CHANGE:
-        said = f"lora.targets takes in .*{layer}, whose weight .* cannot be changed"
+    if name in (*CHANGE, *CORED):
+        why = "an embedding, and this method" if name in CORED else "whose weight .* cannot be"
+        said = f"lora.targets takes in .*{layer}, {why}"
         with pytest.raises(FedSieveError, match=said):
             start(tiny, method, ("query", layer))
     elif layer == "word_embeddings":
