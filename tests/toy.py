@@ -1,4 +1,5 @@
-"""A small federation in float64: two linear layers with LoRA and a head, trained by plain autograd.
+"""A small federation in float64: two linear layers with LoRA, or with cores between frozen factors,
+and a head, trained by plain autograd.
 
 It knows nothing of FedSieve's trainer: it takes a client's adapter at whatever rank it has, and the
 scale beside it, and takes gradient steps on W0 + s B A. That makes it an oracle for the algebra.
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.cores import Cores, cored
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import ClientContext, Memory, Method, View
+from fedsieve.algebra.method import ClientContext, Memory, Method, Trained, View
 from fedsieve.algebra.support import everything
 from fedsieve.clients.sampling import cohort as drawn
 from fedsieve.engine.local import in_process
@@ -36,8 +38,8 @@ A2, B2 = "m.second.lora_A.weight", "m.second.lora_B.weight"
 HEAD = "m.head.weight"
 
 
-def start(seed: int = 0, *, zero_b: bool = False) -> Adapter:
-    """An adapter of rank 8 on both layers, in float64."""
+def start(seed: int = 0, *, zero_b: bool = False, trains: Trained = "lora") -> Adapter:
+    """An adapter of rank 8 on both layers, in float64, or the cores of one."""
     draws = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -50,7 +52,43 @@ def start(seed: int = 0, *, zero_b: bool = False) -> Adapter:
         B2: random(HIDDEN, RANK) * (0 if zero_b else 1),
         HEAD: random(OUTPUTS, HIDDEN),
     }
-    return Adapter(layout_of(tensors, scale=0.5), dict(sorted(tensors.items())))
+    pairs = Adapter(layout_of(tensors, scale=0.5), dict(sorted(tensors.items())))
+    if not isinstance(trains, Cores):
+        return pairs
+    layout = cored(pairs.layout, trains)
+    cores = {n: random(*shape) * (0 if zero_b else 1) for n, shape in layout.shapes.items()}
+    gains = {n: torch.ones(1, 1, dtype=torch.float64) for n in layout.names if "gain" in n}
+    return Adapter(layout, {**cores, HEAD: tensors[HEAD], **gains})
+
+
+def factors() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """B and A of the two layers, where cores are trained between them."""
+    draws = torch.Generator().manual_seed(98)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draws, dtype=torch.float64) / 3
+
+    return (
+        (random(HIDDEN, RANK), random(RANK, INPUTS)),
+        (random(HIDDEN, RANK), random(RANK, HIDDEN)),
+    )
+
+
+def products(tree: Tree) -> tuple[Tensor, Tensor]:
+    """What an adapter adds to the two layers' weights at scale 1: B A, or sum_j g_j B_j R_j A_j."""
+    if A1 in tree:
+        return tree[B1] @ tree[A1], tree[B2] @ tree[A2]
+    found = []
+    for module, (b, a) in zip(("m.first", "m.second"), factors(), strict=True):
+        cores = [n for n in sorted(tree) if n.startswith(f"{module}.lora_core.")]
+        width = RANK // len(cores)
+        parts = []
+        for number, name in enumerate(cores):
+            own = slice(number * width, (number + 1) * width)
+            gain = tree.get(f"{module}.lora_gain.{number}", torch.ones(()))
+            parts.append(gain * (b[:, own] @ tree[name] @ a[own]))
+        found.append(torch.stack(parts).sum(0))
+    return found[0], found[1]
 
 
 def frozen() -> tuple[Tensor, Tensor]:
@@ -70,9 +108,9 @@ def data(client: str) -> tuple[Tensor, Tensor]:
 
 def weights(tree: Tree, scale: float, base: Tree) -> tuple[Tensor, Tensor]:
     """What the two layers really multiply by: W0 + base + scale * B A."""
-    first, second = frozen()
-    first = first + base.get("m.first.base", 0) + scale * tree[B1] @ tree[A1]
-    return first, second + base.get("m.second.base", 0) + scale * tree[B2] @ tree[A2]
+    (first, second), (one, two) = frozen(), products(tree)
+    first = first + base.get("m.first.base", 0) + scale * one
+    return first, second + base.get("m.second.base", 0) + scale * two
 
 
 def loss(tree: Tree, scale: float, x: Tensor, y: Tensor, *, base: Tree | None = None) -> Tensor:
@@ -115,7 +153,8 @@ def federation(
     adapter: Adapter | None = None,
 ) -> Federation:
     """The clients in this process, every message really encoded and decoded."""
-    exchange = in_process(method, train, adapter or start(), {} if memories is None else memories)
+    adapter = adapter or start(trains=method.trains)
+    exchange = in_process(method, train, adapter, {} if memories is None else memories)
     sampling = Sampling(size=cohort or len(members))
     return Federation(method, members, sampling, seed, exchange)
 
@@ -131,7 +170,7 @@ def after(
     memories: dict[str, Memory] | None = None,
 ) -> tuple[Tree, list[Receipt], Progress]:
     """The adapter, all receipts and the progress after some rounds."""
-    begun = start(zero_b=zero_b)
+    begun = start(zero_b=zero_b, trains=method.trains)
     setup = federation(method, members, cohort=cohort, seed=seed, adapter=begun, memories=memories)
     _, progress = begin(setup, begun)
     receipts: list[Receipt] = []
@@ -165,9 +204,9 @@ def whole(adapter: Adapter) -> View:
     return View(adapter, adapter.layout, everything(adapter.layout), everything(adapter.layout))
 
 
-def context(client: Client, key: Key | None = None) -> ClientContext:
+def context(client: Client, key: Key | None = None, trains: Trained = "lora") -> ClientContext:
     """A client's own end."""
-    return ClientContext(client, start(), key or Key(7, 1, client.id))
+    return ClientContext(client, start(trains=trains), key or Key(7, 1, client.id))
 
 
 def distance(left: Tree, right: Tree) -> float:

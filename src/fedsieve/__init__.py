@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedsieve.errors import FedSieveError
     from fedsieve.methods.adapter_lth import method as adapter_lth
     from fedsieve.methods.fed_plora import method as fed_plora
+    from fedsieve.methods.fed_sb import method as fed_sb
     from fedsieve.methods.fed_select import method as fed_select
     from fedsieve.methods.fedex_lora import method as fedex_lora
     from fedsieve.methods.fedit import method as fedit
@@ -54,6 +55,7 @@ __all__ = [
     "adapter_lth",
     "fading",
     "fed_plora",
+    "fed_sb",
     "fed_select",
     "fedadam",
     "fedex_lora",

@@ -85,7 +85,7 @@ def sent(method: Method, state: State, memories: dict[str, Memory], number: int)
     for client in toy.clients([budget._replace(**unused) for budget in BUDGETS]):
         client = client._replace(examples=1000 * client.examples)
         key = Key(7, number, client.id)
-        context = toy.context(client, key)
+        context = toy.context(client, key, method.trains)
         payload = method.publish(method.plan(state, key), client, key)
         view, memory = method.view(payload, memories.get(client.id, {}), context)
         draws = torch.Generator().manual_seed(number + int(client.id))
@@ -99,7 +99,7 @@ def sent(method: Method, state: State, memories: dict[str, Memory], number: int)
 
 
 def assert_bounded(method: Method, seen: Gradients) -> None:
-    state, memories = method.init(toy.start()), dict[str, Memory]()
+    state, memories = method.init(toy.start(trains=method.trains)), dict[str, Memory]()
     for number in (1, 2):
         updates = list(sent(method, state, memories, number))
         there, with_all = merged(method, state, updates, number, seen)

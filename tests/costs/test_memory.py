@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedsieve.algebra.budget import Budget
+from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key
 from fedsieve.costs.memory import Base, Needs, of_evaluation, of_model, of_step, packed_bytes
 from fedsieve.settings import Lora, Training
@@ -52,6 +53,8 @@ CASES = [
     ("classification", "lora", "bfloat16", {}),
     ("classification", "all", "float32", {}),
     ("classification", "head", "float32", {}),
+    ("classification", Cores(), "float32", {}),
+    ("classification", Cores(2, gains=True), "bfloat16", {}),
     ("classification", "lora", "float32", {"micro_batch": 8}),
     ("classification", "lora", "float32", {"checkpointing": True}),
     ("causal-lm", "lora", "float32", {}),

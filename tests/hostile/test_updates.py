@@ -218,7 +218,7 @@ def run(method: Method, around: Callable[[Exchange], Exchange]) -> tuple[State, 
 
 
 def go(setup: Federation) -> tuple[State, list[Receipt]]:
-    _, progress = begin(setup, toy.start())
+    _, progress = begin(setup, toy.start(trains=setup.method.trains))
     receipts: list[Receipt] = []
     for _, more, now in rounds(setup, progress, ROUNDS):
         receipts, progress = [*receipts, *more], now
@@ -231,7 +231,7 @@ def test_what_was_not_asked_is_left_out_by_name_and_the_others_are_merged(
     row: Row, forge: Forge
 ) -> None:
     done: list[int] = []
-    found, receipts = run(row.build(), lambda e: forging(e, toy.start().layout, forge, done))
+    found, receipts = run(row.build(), lambda e: forging(e, row.start().layout, forge, done))
     may_shrink = row.options.get("pruning") and forge.__name__ in ("rank_1", "rank_3")
     if not done or may_shrink:
         pytest.skip("this method leaves no room for such an update")
@@ -403,7 +403,7 @@ def anything(draws: random.Random, update: Payload) -> Payload:
         sorted(draws.sample(layout.names, draws.choice([count, draws.randint(0, count)])))
     )
     ranks = None
-    if draws.random() < 0.7:
+    if layout.pairs and draws.random() < 0.7:
         keep = draws.randint(1, layout.rank)
         rows = [sorted(draws.sample(range(layout.rank), keep)) for _ in layout.pairs]
         ranks = torch.tensor(rows)
@@ -421,7 +421,8 @@ def anything(draws: random.Random, update: Payload) -> Payload:
     numbers = numbers * 10.0 ** draws.uniform(-most, most)
     values = rounded(numbers, form, torch.Generator())
     forged = Payload(layout, support, values, "sent", "sent")
-    return forged._replace(base=a_base(layout)) if draws.random() < 0.1 else forged
+    with_base = layout.pairs and draws.random() < 0.1
+    return forged._replace(base=a_base(layout)) if with_base else forged
 
 
 def endure(row: Row, draws: random.Random) -> None:
@@ -431,7 +432,7 @@ def endure(row: Row, draws: random.Random) -> None:
     def forge(update: Payload, sent: Support) -> Payload:
         return anything(draws, update)
 
-    found, receipts = run(row.build(), lambda e: forging(e, toy.start().layout, forge, done))
+    found, receipts = run(row.build(), lambda e: forging(e, row.start().layout, forge, done))
     assert done == list(range(1, ROUNDS + 1))
     assert all(r.dropped is None for r in receipts if r.client != BAD)
     assert all(t.isfinite().all() for tree in found.trees.values() for t in tree.values())

@@ -13,8 +13,9 @@ from torch import Tensor
 from fedsieve import methods
 from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.cores import Cores, cored
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Memory, View
+from fedsieve.algebra.method import Memory, Trained, View
 from fedsieve.algebra.optim import sgd
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, begin, rounds
@@ -34,16 +35,46 @@ def drawn(seed: int, *shape: int) -> Tensor:
 FROZEN, START_HEAD = drawn(1, ROWS, INPUTS) / 2, drawn(2, OUTPUTS, ROWS) / 2
 CHANGE = 0.6 * drawn(3, ROWS, 1) @ drawn(4, 1, INPUTS)  # of rank 1
 TEACHER_HEAD = START_HEAD + 0.3 * drawn(5, OUTPUTS, ROWS)
+FACTORS = torch.linalg.qr(drawn(7, ROWS, RANK))[0], torch.linalg.qr(drawn(8, INPUTS, RANK))[0].T
 
 
-def start() -> Adapter:
+def start(trains: Trained = "lora") -> Adapter:
     zero = torch.zeros(ROWS, RANK, dtype=torch.float64)
     tensors = {A: drawn(6, RANK, INPUTS) / 2, B: zero, HEAD: START_HEAD}
-    return Adapter(layout_of(tensors, 1.0), dict(sorted(tensors.items())))
+    layout = layout_of(tensors, 1.0)
+    if isinstance(trains, Cores):
+        layout = cored(layout, trains)
+        gains = {n: torch.ones(1, 1, dtype=torch.float64) for n in layout.names if "gain" in n}
+        zeros = {n: torch.zeros(s, dtype=torch.float64) for n, s in layout.shapes.items()}
+        tensors = {**zeros, **gains, HEAD: START_HEAD}
+    return Adapter(layout, dict(sorted(tensors.items())))
+
+
+def product(tree: Tree) -> Tensor:
+    """What is added to the weight: B A, or the sum of the g_j B_j R_j A_j."""
+    if A in tree:
+        return tree[B] @ tree[A]
+    cores = [name for name in sorted(tree) if "core" in name]
+    total, side = torch.zeros(ROWS, INPUTS, dtype=torch.float64), RANK // len(cores)
+    for number, name in enumerate(cores):
+        own = slice(number * side, (number + 1) * side)
+        gain = tree.get(name.replace("core", "gain"), torch.ones(()))
+        total = total + gain * FACTORS[0][:, own] @ tree[name] @ FACTORS[1][own]
+    return total
+
+
+def change_of(trains: Trained) -> Tensor:
+    """What the teacher has and the student lacks: something that the student can learn."""
+    if trains == "head":
+        return torch.zeros_like(CHANGE)
+    if not isinstance(trains, Cores):
+        return CHANGE
+    shapes = start(trains).layout.shapes
+    return product({n: drawn(40 + i, *s) for i, (n, s) in enumerate(shapes.items()) if "core" in n})
 
 
 def loss(tree: Tree, scale: float, base: Tree, x: Tensor, y: Tensor) -> Tensor:
-    weight = FROZEN + base.get("m.base", 0) + scale * tree[B] @ tree[A]
+    weight = FROZEN + base.get("m.base", 0) + scale * product(tree)
     return ((x @ weight.T @ tree[HEAD].T - y) ** 2).mean()
 
 
@@ -64,7 +95,10 @@ class Optimum(NamedTuple):
 
 def share_left(name: str, case: Optimum) -> float:
     """The loss after the rounds over the loss before them."""
-    change = torch.zeros_like(CHANGE) if case.only == "head" else CHANGE
+    # A plain mean: Adam's steps of one size would need a rate that is chosen for the problem.
+    exact = {"server": sgd(), "down_values": "float64", "up_values": "float64"}
+    method = methods.load(name)(**exact, **case.options)
+    change = change_of("head" if case.only == "head" else method.trains)
     data = {}
     for number in range(CLIENTS):
         x = drawn(100 + number, 20, INPUTS)
@@ -87,14 +121,11 @@ def share_left(name: str, case: Optimum) -> float:
                         tensor -= 0.1 * slope * view.moves.masks.get(name, torch.ones(()))
         return Fit({n: t.detach() for n, t in tree.items()}, float(value.detach()), 4, 0.0)
 
-    # A plain mean: Adam's steps of one size would need a rate that is chosen for the problem.
-    exact = {"server": sgd(), "down_values": "float64", "up_values": "float64"}
-    method = methods.load(name)(**exact, **case.options)
     members = [Client(id, 20, case.budget) for id in data]
     memories: dict[str, Memory] = {}
-    exchange = in_process(method, train, start(), memories)
+    exchange = in_process(method, train, start(method.trains), memories)
     federation = Federation(method, members, Sampling(size=CLIENTS), 3, exchange)
-    _, progress = begin(federation, start())
+    _, progress = begin(federation, start(method.trains))
 
     def left() -> float:
         """The mean of the clients' losses, of the global model or each client's own."""

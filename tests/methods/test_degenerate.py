@@ -70,14 +70,18 @@ def zeros(adapter: Adapter) -> Adapter:
 def zero_b(adapter: Adapter) -> Adapter:
     """As LoRA starts: every product is zero."""
     of_b = {pair.b for pair in adapter.layout.pairs}
-    tensors = {n: torch.zeros_like(t) if n in of_b else t for n, t in adapter.tensors.items()}
+    tensors = {
+        n: torch.zeros_like(t) if n in of_b or "core" in n else t
+        for n, t in adapter.tensors.items()
+    }
     return adapter._replace(tensors=tensors)
 
 
 def headless(adapter: Adapter) -> Adapter:
     """As a causal LM has it: pairs alone."""
     tensors = {n: t for n, t in adapter.tensors.items() if n != toy.HEAD}
-    return Adapter(layout_of(tensors, 0.5), tensors)
+    shapes = {n: tuple(t.shape) for n, t in tensors.items()}
+    return Adapter(replace(adapter.layout, shapes=shapes), tensors)
 
 
 def head_alone(adapter: Adapter) -> Adapter:
@@ -142,7 +146,7 @@ def federate(
     members: list[Client] | None = None,
 ) -> tuple[Adapter, Progress, list[Receipt], list[Round]]:
     """The global model after some rounds, with what is told of them."""
-    begun = toy.start()
+    begun = toy.start(trains=method.trains)
     begun = situation.start(
         begun._replace(tensors={n: t.to(dtype) for n, t in begun.tensors.items()})
     )
@@ -278,7 +282,7 @@ def test_one_product_among_zeros_is_all_that_counts_in_hetlora(alone: str) -> No
 def test_a_draw_of_nobody_leaves_the_model_as_it_is(row: Row) -> None:
     sampling, members = toy.nobody_drawn()
     setup = replace(toy.federation(row.build(), members), sampling=sampling)
-    _, progress = begin(setup, toy.start())
+    _, progress = begin(setup, row.start())
     (summary, receipts, after), *_ = rounds(setup, progress, 1)
     assert (summary.clients, receipts, after.round) == (0, [], 1)
     for group, tree in progress.state.trees.items():

@@ -14,6 +14,7 @@ import torch
 from fedsieve import methods
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.cores import Cores, head_of
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method
 from fedsieve.algebra.optim import Optimizer, adam, fedadam, sgd
@@ -50,6 +51,9 @@ class Row:
 
     def build(self, **more: Any) -> Method:
         return methods.load(self.name)(**{**EXACT, **self.options, **more})
+
+    def start(self) -> Adapter:
+        return toy.start(trains=self.build().trains)
 
     def __str__(self) -> str:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
@@ -145,6 +149,8 @@ ROWS = [
     ),
     Row("rolora", exact="products", optimum=Optimum()),
     Row("fedsa_lora", exact="alone", optimum=Optimum()),
+    Row("fed_sb", exact="products", optimum=Optimum()),
+    Row("fed_sb", {"weighting": "examples"}, exact="products"),
     Row("full", counted=True, optimum=Optimum()),
     Row("head", counted=True, optimum=Optimum(only="head")),
 ]
@@ -181,7 +187,7 @@ def the_mean_of_products_is_exact(row: Row, members: list[Client], weighting: st
     up.
     """
     method = row.build(**row.at)
-    state = method.init(toy.start())
+    state = method.init(row.start())
     memories: dict[str, Memory] = {}
     for number in (1, 2, 3):
         key = Key(7, number)
@@ -189,7 +195,7 @@ def the_mean_of_products_is_exact(row: Row, members: list[Client], weighting: st
         plan = method.plan(state, key)
         updates, models, shares = [], [], []
         for client in present:
-            context = toy.context(client, key._replace(client=client.id))
+            context = toy.context(client, key._replace(client=client.id), method.trains)
             sent = method.publish(plan, client, context.key)
             payload = decode(encode(sent), state.layout)
             view, memory = method.view(payload, memories.get(client.id, {}), context)
@@ -232,7 +238,7 @@ def the_order_of_clients_changes_nothing(row: Row) -> None:
 
 
 def the_functions_change_none_of_their_arguments(row: Row) -> None:
-    adapter = toy.start()
+    adapter = row.start()
     kept = {n: t.clone() for n, t in adapter.tensors.items()}
     toy.federation(row.build(), toy.clients(MIXED))
     setup = toy.federation(row.build(server=adam()), toy.clients(MIXED))
@@ -249,12 +255,17 @@ def the_functions_change_none_of_their_arguments(row: Row) -> None:
 def clients_hold_what_their_budget_says(row: Row) -> None:
     """A client's own tensors have its k ranks, and the numbers that travel follow its densities."""
     method = row.build()
-    state = method.init(toy.start())
+    state = method.init(row.start())
     plan = method.plan(state, Key(7, 1))
     for client in toy.clients(MIXED):
         key = Key(7, 1, client.id)
         payload = method.publish(plan, client, key)
-        view, memory = method.view(payload, {}, toy.context(client, key))
+        view, memory = method.view(payload, {}, toy.context(client, key, method.trains))
+        if isinstance(method.trains, Cores):
+            of = client.budget.ranks(method.trains.heads) if "ratio" in method.knobs else 1
+            moving = {head_of(name) for name in view.moves.names} - {None}
+            assert len(moving) == of
+            continue
         kept = client.budget.ranks(toy.RANK) if "ratio" in method.knobs else toy.RANK
         assert view.adapter.tensors[toy.A1].shape == (kept, toy.INPUTS)
         assert view.adapter.tensors[toy.B2].shape == (toy.HIDDEN, kept)
@@ -277,12 +288,13 @@ def clients_hold_what_their_budget_says(row: Row) -> None:
 def an_upload_never_repeats_what_the_server_knows(row: Row) -> None:
     """The ranks of an upload cost nothing: the server chose them."""
     method = row.build()
-    plan = method.plan(method.init(toy.start()), Key(7, 1))
+    plan = method.plan(method.init(row.start()), Key(7, 1))
     for client in toy.clients(MIXED):
         key = Key(7, 1, client.id)
+        context = toy.context(client, key, method.trains)
         payload = method.publish(plan, client, key)
-        view, memory = method.view(payload, {}, toy.context(client, key))
-        report, _ = method.report(view, view.adapter.tensors, memory, toy.context(client, key))
+        view, memory = method.view(payload, {}, context)
+        report, _ = method.report(view, view.adapter.tensors, memory, context)
         assert report.ranks_told == "known"
         assert report.support.ranks is payload.support.ranks
 

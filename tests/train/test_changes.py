@@ -6,6 +6,7 @@ import pytest
 
 import fedsieve
 from fedsieve import FedSieveError, Lora, methods
+from fedsieve.algebra.cores import Cores
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from tests.conftest import Tiny
@@ -13,6 +14,7 @@ from tests.test_api import TRAINING, rows
 
 FOLD = ("flora", "florist", "fedex_lora")  # those that fold what they learn into the base
 CHANGE = (*FOLD, "fed_plora")  # and one whose clients fold what they do not train
+CORED = tuple(n for n in methods.names() if isinstance(methods.load(n)().trains, Cores))
 EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
@@ -28,8 +30,9 @@ def test_embeddings_take_every_method_that_leaves_the_base(
     tiny: Tiny, name: str, layer: str
 ) -> None:
     method = methods.load(name)()
-    if name in CHANGE:
-        said = f"lora.targets takes in .*{layer}, whose weight .* cannot be changed"
+    if name in (*CHANGE, *CORED):
+        why = "an embedding, and this method" if name in CORED else "whose weight .* cannot be"
+        said = f"lora.targets takes in .*{layer}, {why}"
         with pytest.raises(FedSieveError, match=said):
             start(tiny, method, ("query", layer))
     elif layer == "word_embeddings":

@@ -19,6 +19,7 @@ import fedsieve
 from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
+from fedsieve.algebra.method import Trained
 from fedsieve.engine.loop import begin, rounds
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
@@ -90,7 +91,7 @@ def test_every_method_that_leaves_the_base_alone_trains_over_it(
     folders: dict[str, Path], kind: str, form: Quantization
 ) -> None:
     folder, examples = folders[kind], examples_of(kind)
-    made: dict[str, ResidentModel] = {}
+    made: dict[Trained, ResidentModel] = {}
     for name in methods.names():
         if name == "head" and kind == "llama":
             continue  # a language model has none that is trained alone

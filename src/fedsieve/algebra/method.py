@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter, Layout, Tree
 from fedsieve.algebra.budget import Client
+from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.optim import Optimizer, limits, sgd
 from fedsieve.algebra.payload import Form, Payload, rounded
@@ -27,7 +28,7 @@ from fedsieve.settings import Source
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
 Weighting = Literal["uniform", "examples"]
 Knob = Literal["ratio", "down", "up"]
-Trained = Literal["lora", "head", "all"]
+Trained = Literal["lora", "head", "all"] | Cores
 Scaling = Literal["server", "alpha/k", "alpha/sqrt(k)"]
 Ranked = Literal["values", "change"]
 
@@ -112,7 +113,8 @@ class Method(NamedTuple):
     server:   the optimizer that moves it: the one that was given, or the method's own
     personal: a client's own model, from the global one and the client's memory, for methods that
               leave a part with the client; None for all others
-    trains:   what of the model is its tree: LoRA pairs and the head, the head alone, or all weights
+    trains:   what of the model is its tree: LoRA pairs and the head, the head alone, all weights,
+              or cores between frozen factors and the head (cores.py)
     linear:   the server moves by a mean of the clients' changes, each clipped as `Optimizer.clip`
               says: what differential privacy needs
     clip:     that limit in a state, on the L2 norm of one client's decoded update

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -239,7 +240,7 @@ def base_bytes(resident: ResidentModel, held: Base) -> tuple[int, int]:
     """Bytes of all that is frozen, and of the largest weight that is unpacked to multiply."""
     model: Any = resident.model
     ours = {id(parameter) for _, parameter in resident.parameters()}
-    inside = model.base_model.model if resident.loras else model
+    inside = model.base_model.model if isinstance(model, PeftModel) else model
     embedded = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     body = {id(p) for p in inside.base_model.parameters()} - embedded  # an output may be tied
     packed = {
@@ -249,9 +250,15 @@ def base_bytes(resident: ResidentModel, held: Base) -> tuple[int, int]:
         and held.quantised != "none"
         and id(module.weight) in body
     }
+    factors = set[int]()  # which cores are trained between: in float32, as these are
+    if resident.pairs is not None:
+        factors = {id(parameter) for _, parameter in resident.pairs.parameters()}
     total, largest = 0, 0
     for parameter in model.parameters():
         if id(parameter) in ours:
+            continue
+        if id(parameter) in factors:
+            total += parameter.nbytes
             continue
         if id(parameter) in packed:
             total += packed_bytes(parameter.shape, held)
@@ -385,8 +392,12 @@ def _of_fakes(
     """A twin of the model as it is while a client trains on the CPU, and its head (outputs.py), in
     fake tensors.
     """
-    model, slots, head = copy.deepcopy((resident.model, resident.slots, resident.head))
+    between = {} if resident.pairs is None else resident.pairs.slots
+    model, slots, head, between = copy.deepcopy(
+        (resident.model, resident.slots, resident.head, between)
+    )
     names = {id(getattr(*place)): name for name, place in slots.items()}
+    factors = {id(getattr(*place)) for place in between.values()}
     speed_up(model)
     with FakeTensorMode():
         made: dict[int, nn.Parameter] = {}
@@ -394,7 +405,7 @@ def _of_fakes(
             name, shape, kind = names.get(id(parameter)), parameter.shape, parameter.dtype
             if name is not None:
                 shape, kind = (shapes or resident.layout.shapes)[name], torch.float32
-            elif parameter.is_floating_point():
+            elif parameter.is_floating_point() and id(parameter) not in factors:
                 kind = dtype
             moving = name is not None and (moves is None or name in moves)
             made[id(parameter)] = nn.Parameter(torch.empty(*shape, dtype=kind), moving)

@@ -37,11 +37,14 @@ def use(resident: ResidentModel, path: Path) -> None:
 
 
 def _frozen(resident: ResidentModel) -> dict[str, nn.Parameter]:
-    trained = {id(parameter) for _, parameter in resident.parameters()}
+    # What is drawn beside the base is small, and each process's own: where a tensor lies can change
+    # the last bit of a small product.
+    own = resident if resident.pairs is None else resident.pairs
+    drawn = {id(p) for each in (resident, own) for _, p in each.parameters()}
     return {
         name: parameter
         for name, parameter in resident.model.named_parameters()
-        if id(parameter) not in trained
+        if id(parameter) not in drawn
         and type(parameter) is nn.Parameter
         and parameter.is_floating_point()
         and parameter.device.type == "cpu"

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from fedsieve.algebra.adapter import Adapter, Layout, Tree, layout_of
+from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.data import fetch, hub
@@ -34,6 +35,7 @@ from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
 from fedsieve.train import card, parts, prepared, quantise, targets
 from fedsieve.train.card import Saved, Told
+from fedsieve.train.cores import as_pairs, with_cores
 from fedsieve.train.declared import names_held, refuse_larger
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.dropout import speed_up
@@ -46,6 +48,7 @@ from fedsieve.train.source import refuse_odd, refuse_pickled, table_of
 from fedsieve.train.trial import run_with_pairs, settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
+_FLOAT = 4  # bytes
 LABELS = "labels.json"  # beside an adapter: id2label and label2id, which PEFT has no place for
 _NOTHING = Told()
 
@@ -56,7 +59,8 @@ class ResidentModel:
 
     layout: of the full adapter, at the server's rank
     slots:  tensor name -> (module, attribute) that holds the parameter
-    loras:  PEFT's LoRA layers; none where the head alone or all weights are trained
+    loras:  PEFT's LoRA layers, whose rank and scale go with the adapter; none where no pairs are
+            trained
     frozen: `<module>.base` -> the base's own weight, kept from when it was first changed
     dense:  of dense LoRA as the settings have it, whatever is trained: what all bytes are compared
             with. It is empty where no such LoRA fits the model
@@ -65,6 +69,7 @@ class ResidentModel:
     head: what is given the places with labels alone (outputs.py), of a language model
     digest: of the base as it was loaded, where a run keeps it
     origin: where the base came from, noted as it was loaded
+    pairs: the model as one of LoRA pairs, where cores between frozen factors are trained (cores.py)
     """
 
     model: PeftModel | PreTrainedModel
@@ -80,6 +85,7 @@ class ResidentModel:
     head: nn.Module | None = None
     digest: BaseDigest | None = None
     origin: Origin | None = None
+    pairs: "ResidentModel | None" = None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -130,6 +136,8 @@ class ResidentModel:
         """Of the weights that `save` writes."""
         if adapter.base or not isinstance(self.model, PeftModel):
             return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        if self.pairs is not None:
+            return _FLOAT * self.pairs.layout.size
         return sum(t.numel() * t.element_size() for t in adapter.tensors.values())
 
     def save(
@@ -158,6 +166,10 @@ class ResidentModel:
         for_hub: it is to be uploaded: the base is named as the hub knows it, and not beside it
         Raises FedSieveError if there can be no such folder, or no such name.
         """
+        if self.pairs is not None:
+            with as_pairs(self, adapter) as (plain, own):
+                plain.save(own, folder, told, home=home, for_hub=for_hub)
+            return
         _make(folder)
         self.put(adapter)
         if not isinstance(self.model, PeftModel):
@@ -235,6 +247,10 @@ class ResidentModel:
         Of a quantised base the weights are those floats that it stands for: what was trained.
         Raises FedSieveError if there can be no such folder, or no such weights.
         """
+        if self.pairs is not None:
+            with as_pairs(self, adapter) as (plain, own):
+                plain.merge(own, folder, told)
+            return
         _make(folder)
         self.put(adapter)
         model = self.model
@@ -449,12 +465,16 @@ def set_up(
     device: torch.device,
     tokenizer: Reader | None = None,
 ) -> ResidentModel:
-    """A base model with what a method trains: a fresh LoRA adapter, the head alone, or all.
+    """A base model with what a method trains: a fresh LoRA adapter, cores between the factors of
+    one, the head alone, or all.
 
     tokenizer: to be saved beside what is trained
     """
     if trains == "lora":
         resident = attach(base, task, lora, key=key, device=device)
+    elif isinstance(trains, Cores):
+        resident = attach(base, task, lora, key=key, device=device)
+        resident = with_cores(resident, trains, key)
     else:
         dense = _dense_lora(base, task, lora)
         resident = replace(whole(base, task, lora, trains, device=device), dense=dense)
