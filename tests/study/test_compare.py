@@ -27,7 +27,7 @@ from fedsieve.recipe.method import limits_said
 from fedsieve.run import rundir
 from fedsieve.run.runner import Stopped
 from fedsieve.study import plan as study
-from fedsieve.study.jobs import Job, asked_for, diverged, finished, refuse_changed
+from fedsieve.study.jobs import Job, asked_for, diverged, finished, refuse_changed, run_all
 from fedsieve.study.parts import ASKED, DIVERGED
 from tests import runs
 from tests.conftest import Command, Tiny
@@ -236,6 +236,23 @@ def test_a_seed_on_other_rows_is_not_put_beside_the_first(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.slow
+def test_two_jobs_of_two_workers_end_with_the_bits_of_one_process(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    def jobs(where: str, **changes: Any) -> list[Job]:
+        made = [recipes.check(tiny.table(seed=seed, rounds=2, **changes)) for seed in (0, 1)]
+        return [Job(str(r.seed), r, tmp_path / where / str(r.seed)) for r in made]
+
+    engine = {"kind": "processes", "workers": 2, "threads": 1}
+    many, one = jobs("many", engine=engine), jobs("one")
+    for each, workers in ((many, 2), (one, 1)):
+        ended = run_all(each, workers, lambda *_: None, lambda _: None)
+        assert [outcome.problem for outcome in ended] == [None, None]
+    for side, alone in zip(many, one, strict=True):
+        runs.assert_same(side.folder, alone.folder)
+
+
 @pytest.mark.parametrize("key", ["data.train", "data.test", "model.source"])
 def test_a_run_of_other_rows_or_another_model_is_not_taken_for_the_asked(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
