@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.full import method as full
     from fedsieve.methods.head import method as head
     from fedsieve.methods.hetlora import method as hetlora
+    from fedsieve.methods.ravan import method as ravan
     from fedsieve.methods.rolora import method as rolora
     from fedsieve.methods.sparse_adapter import method as sparse_adapter
     from fedsieve.settings import Lora, Sampling, Training
@@ -65,6 +66,7 @@ __all__ = [
     "full",
     "head",
     "hetlora",
+    "ravan",
     "rolora",
     "sgd",
     "sparse_adapter",
