@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.lora_a2 import method as lora_a2
     from fedsieve.methods.lora_fair import method as lora_fair
     from fedsieve.methods.raflora import method as raflora
+    from fedsieve.methods.ravan import method as ravan
     from fedsieve.methods.rolora import method as rolora
     from fedsieve.methods.sparse_adapter import method as sparse_adapter
     from fedsieve.settings import Lora, Sampling, Training
@@ -77,6 +78,7 @@ __all__ = [
     "lora_a2",
     "lora_fair",
     "raflora",
+    "ravan",
     "rolora",
     "sgd",
     "sparse_adapter",

@@ -151,6 +151,13 @@ ROWS = [
     Row("fedsa_lora", exact="alone", optimum=Optimum()),
     Row("fed_sb", exact="products", optimum=Optimum()),
     Row("fed_sb", {"weighting": "examples"}, exact="products"),
+    Row(
+        "ravan",
+        exact="products",
+        members=MIXED,
+        optimum=Optimum(budget=Budget(0.5), least=1e-2),
+    ),
+    Row("ravan", {"heads": 2, "weighting": "examples"}, exact="products", members=MIXED),
     Row("full", counted=True, optimum=Optimum()),
     Row("head", counted=True, optimum=Optimum(only="head")),
 ]

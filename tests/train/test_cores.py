@@ -198,6 +198,18 @@ def test_an_embedding_is_refused(tiny: Tiny, name: str) -> None:
         fedsieve.finetune(str(tiny.bert), [rows(9, 1)], methods.load(name)(), rounds=1, lora=lora)
 
 
+@pytest.mark.parametrize(("heads", "rank"), [(3, 4), (8, 4)])
+def test_heads_that_cannot_share_the_rank_are_refused(tiny: Tiny, heads: int, rank: int) -> None:
+    lora = Lora(rank=rank, targets=("query", "value"))
+    said = (
+        rf"method\.heads: {heads} heads do not share a rank of {rank} evenly: choose a lora\.rank"
+    )
+    with pytest.raises(FedSieveError, match=said):
+        fedsieve.finetune(
+            str(tiny.bert), [rows(9, 1)], fedsieve.ravan(heads=heads), rounds=1, lora=lora
+        )
+
+
 @pytest.mark.parametrize("name", CORED)
 def test_it_begins_with_no_adapter_of_others(tiny: Tiny, tmp_path: Path, name: str) -> None:
     runs.start(tiny, tmp_path / "run", rounds=1)

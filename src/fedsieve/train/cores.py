@@ -65,6 +65,12 @@ def with_cores(resident: "ResidentModel", cores: Cores, key: Key) -> "ResidentMo
 
     Raises FedSieveError for embeddings, and for a rank that the heads cannot share.
     """
+    for pair in resident.layout.pairs:
+        if resident.slots[pair.b][1] != "weight":
+            raise FedSieveError(
+                f"lora.targets takes in {pair.module}, an embedding, and this method has cores for "
+                "linear layers and convolutions alone: leave it out, or choose another method"
+            )
     try:
         layout = cored(resident.layout, cores)
     except ValueError as error:
@@ -73,12 +79,7 @@ def with_cores(resident: "ResidentModel", cores: Cores, key: Key) -> "ResidentMo
         ) from error
     slots = {n: slot for n, slot in resident.slots.items() if n in layout.shapes}
     for pair in resident.layout.pairs:
-        (first, _), (last, attribute) = resident.slots[pair.a], resident.slots[pair.b]
-        if attribute != "weight":
-            raise FedSieveError(
-                f"lora.targets takes in {pair.module}, an embedding, and this method has cores for "
-                "linear layers and convolutions alone: leave it out, or choose another method"
-            )
+        (first, _), (last, _) = resident.slots[pair.a], resident.slots[pair.b]
         for holder, name in ((first, pair.a), (last, pair.b)):
             _draw(holder.weight, resident.layout.rank_axis[name][1], key.at(f"factor {name}"))
         made = CoredB(last, cores)
