@@ -106,7 +106,8 @@ def method(
                 pair, axis = layout.rank_axis[name]
                 by = trained[pair].reshape([-1 if a == axis else 1 for a in range(start.ndim)])
             by = by.to(start)
-            change[name] = torch.where(by > 0, start - total[name] / by, 0)
+            mean = total.pop(name).div_(by.clamp(min=torch.finfo(by.dtype).tiny))
+            change[name] = torch.where(by > 0, start - mean, 0)
         return step(optimizer, state, change, layout.names)
 
     return inner._replace(publish=publish, view=view, merge=merge)
