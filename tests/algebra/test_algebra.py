@@ -168,7 +168,13 @@ def test_memory_of_a_merge_does_not_grow_with_the_clients() -> None:
     assert few <= 3.1 * size
 
 
-@pytest.mark.parametrize("name", sorted(set(methods.names()) - {*server.STACKING, "full", "head"}))
+HELD = sorted(set(methods.names()) - {*server.STACKING, "full", "head"})
+SOME = {"fslora_flasc", "hetlora", "fed_plora", "fedsvd", "ravan"}  # each merges in another way
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in HELD]
+)
 def test_a_merge_holds_at_most_three_adapters(name: str) -> None:
     """The server's own benchmark, small: it grows with nothing (docs/benchmarks.md has 1,000)."""
     assert 0 < server.measure(name, 6)["adapters"] <= 3
