@@ -35,7 +35,9 @@ def date(folder: Path, seconds: float) -> None:
         os.utime(path, (seconds, seconds))
 
 
-@pytest.mark.parametrize("dates", DATES)
+@pytest.mark.parametrize(
+    "dates", [n if n == "set back" else pytest.param(n, marks=pytest.mark.slow) for n in DATES]
+)
 def test_whatever_the_clock_says_the_newest_runs_stay(
     tiny: Tiny, tmp_path: Path, dates: str
 ) -> None:

@@ -46,7 +46,7 @@ def test_two_sites_two_rounds(tiny: Tiny, tmp_path: Path, no_report: None) -> No
         assert (kept / ours.name).read_bytes() == ours.read_bytes()
 
 
-@pytest.mark.parametrize("ranked", ["values", "change"])
+@pytest.mark.parametrize("ranked", [pytest.param("values", marks=pytest.mark.slow), "change"])
 def test_masked_downloads_over_the_sites_sockets(
     tiny: Tiny, tmp_path: Path, no_report: None, ranked: str
 ) -> None:

@@ -102,7 +102,9 @@ def told(ask: Ask, text: bytes) -> Frame:
     [
         ({"name": "flasc", "feedback": True, "up_values": "int8"}, BUDGETS),
         ({"name": "fedsa_lora"}, {"north": {}, "south": {}}),
-        ({"name": "flora"}, {"north": {"ratio": 0.5}, "south": {}}),
+        pytest.param(
+            {"name": "flora"}, {"north": {"ratio": 0.5}, "south": {}}, marks=pytest.mark.slow
+        ),
         ({"name": "fed_plora"}, {"north": {"ratio": 0.5}, "south": {"ratio": 0.25}}),
         ({"name": "fslora_flasc"}, {"north": {"ratio": 0.25, "up": 0.5}, "south": {"ratio": 0.5}}),
     ],

@@ -207,7 +207,7 @@ def test_stopped_and_called_again(
     runs.assert_same(out / "one" / "seed-1", tmp_path / "alone")
 
 
-@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("changed", ["train", "test"])
 def test_a_seed_on_other_rows_is_not_put_beside_the_first(
     tiny: Tiny, tmp_path: Path, command: Command, changed: str, jobs: str
