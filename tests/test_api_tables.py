@@ -614,6 +614,8 @@ def test_an_option_of_a_method_changes_its_mark() -> None:
     options: list[dict[str, Any]] = [{}, {"up_values": "int8"}, {"head": "whole"}]
     marks = [made_of(built("flasc", **each)) for each in options]
     assert len(set(marks)) == 3
+    # What the server's optimizer is, is compared by its own settings.
+    assert made_of(built("flasc", server=fedsieve.sgd(lr=0.5))) == marks[0]
 
 
 def test_what_is_kept_is_never_replaced_by_another_run(tiny: Tiny, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 from types import CellType, FunctionType
 
 from fedsieve.algebra.method import Method
+from fedsieve.algebra.optim import Optimizer
 
 
 def made_of(method: Method) -> str:
@@ -14,7 +15,7 @@ def made_of(method: Method) -> str:
 
     The server's optimizer is none of it.
     """
-    told = _told(tuple(method._replace(server=None)), frozenset())  # type: ignore[arg-type]
+    told = _told(method._asdict(), frozenset())
     return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
 
@@ -23,7 +24,7 @@ def _told(value: object, around: frozenset[int]) -> str:
     if value is None or isinstance(value, str | int | float):
         return repr(value)
     inside = around | {id(value)}
-    if id(value) in around or len(around) > 30:
+    if id(value) in around or len(around) > 30 or isinstance(value, Optimizer):
         parts: list[object] = []
     elif isinstance(value, FunctionType):
         parts = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
@@ -34,13 +35,13 @@ def _told(value: object, around: frozenset[int]) -> str:
         parts = [*value]
     elif isinstance(value, Mapping):
         parts = [*value.items()]
+    elif isinstance(value, frozenset | set):
+        parts = sorted(value, key=repr)
     else:
         parts = []
     name = value if isinstance(value, FunctionType | type) else type(value)
-    said = [_told(part, inside) for part in parts]
-    if isinstance(value, frozenset | set):
-        said = sorted(map(repr, value))
-    return f"{name.__module__}.{name.__qualname__}({', '.join(said)})"
+    said = ", ".join(_told(part, inside) for part in parts)
+    return f"{name.__module__}.{name.__qualname__}({said})"
 
 
 def _filled(cell: CellType) -> bool:

@@ -87,6 +87,14 @@ def collect(
     return Collected(moved, shares, members)
 
 
+def means(stack: Stack) -> tuple[Tensor, Tensor]:
+    """The means of the factors themselves, B and A; all have one rank."""
+    return (
+        torch.stack([weight * b for weight, b, _ in stack]).sum(0),
+        torch.stack([weight * a for weight, _, a in stack]).sum(0),
+    )
+
+
 def first_ranks(
     rescale: Callable[[int, int], float], form: Form
 ) -> Callable[[State, Client, Key], Payload]:

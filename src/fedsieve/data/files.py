@@ -404,7 +404,7 @@ def _json(path: Path, columns: Columns | None, field: str | None) -> pa.Table:
     elif content.lstrip().startswith("["):
         rows = _parsed(path, content)
     else:
-        if extension_of(path) == ".json":
+        if columns is not None and extension_of(path) == ".json":
             _refuse_rows_inside(path, content, columns)
         # Only \n ends a line: str.splitlines would also cut at characters that JSON allows in text.
         for number, line in enumerate(content.split("\n"), start=1):
@@ -496,11 +496,11 @@ def _one(content: str) -> Any:
         return None
 
 
-def _refuse_rows_inside(path: Path, content: str, columns: Columns | None) -> None:
+def _refuse_rows_inside(path: Path, content: str, columns: Columns) -> None:
     """Raises FedSieveError for an object that holds rows, and is none with these columns."""
     whole = _one(content)
     found = _fields(whole)
-    if not found or columns is None:
+    if not found:
         return
     try:
         chosen(list(whole), columns)

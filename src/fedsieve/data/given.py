@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from fedsieve.data import sources
 from fedsieve.data.files import Columns, array_of, chosen
-from fedsieve.data.names import name_of, numbered
+from fedsieve.data.names import absent, name_of, numbered
 from fedsieve.errors import FedSieveError
 
 FORMS = (
@@ -97,15 +97,9 @@ def _of_frame(frame: Any, columns: Columns) -> Dataset:
             table[name] = _array(series)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             values = series.to_list() if hasattr(series, "to_list") else list(series)
-            values = [None if _absent(value) else value for value in values]
+            values = [None if absent(value) else value for value in values]
             table[name] = array_of(values, f"column {name!r}", "row {}".format)
     return Dataset(pa.table(table)) if len(frame) else Dataset.from_dict({})
-
-
-def _absent(value: Any) -> bool:
-    """Whether it is what pandas writes where nothing is: None, NaN, NA or NaT."""
-    missing = type(value).__name__ in ("NAType", "NaTType")
-    return value is None or missing or (isinstance(value, float) and value != value)
 
 
 def _array(series: Any) -> pa.Array:

@@ -33,8 +33,8 @@ def name_of(value: Any) -> str | None:
     that cannot be a name.
     """
     value = _python(value)
-    if value is None or (isinstance(value, float | datetime.date | Decimal) and value != value):
-        return None  # NaN, and pandas' NaT, differ from themselves
+    if absent(value):
+        return None
     if isinstance(value, str):
         text = unicodedata.normalize("NFC", value).strip()
         if len(text.splitlines()) > 1:
@@ -58,6 +58,14 @@ def name_of(value: Any) -> str | None:
     if isinstance(value, int | Decimal | datetime.date | datetime.time):
         return str(value)
     raise FedSieveError(f"holds {kind_of(value)}, and a name is one text or whole number")
+
+
+def absent(value: Any) -> bool:
+    """Whether it is what stands where nothing is: None, NaN, or pandas' NA and NaT."""
+    value = _python(value)
+    if isinstance(value, float | datetime.date | Decimal):
+        return bool(value != value)  # NaN and NaT differ from themselves
+    return value is None or type(value).__name__ == "NAType"
 
 
 def name_among(value: Any, told: Sequence[str] | None) -> str | None:

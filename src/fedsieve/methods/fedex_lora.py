@@ -12,8 +12,6 @@ server's rank. Pairs are replaced by their means; the server optimizer moves the
 
 from collections.abc import Iterable
 
-import torch
-
 from fedsieve.algebra import lowrank
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
@@ -31,7 +29,7 @@ from fedsieve.algebra.method import (
 )
 from fedsieve.algebra.optim import Optimizer, sgd
 from fedsieve.algebra.payload import Form, Payload
-from fedsieve.algebra.replacing import collect
+from fedsieve.algebra.replacing import collect, means
 from fedsieve.algebra.sieve import dense
 
 
@@ -70,8 +68,7 @@ def method(
         tree, factors = dict(state.trees["adapter"]), {}
         for pair in state.layout.pairs:
             stack = stacks[pair.module]
-            mean_b = torch.stack([w * b for w, b, _ in stack]).sum(0)
-            mean_a = torch.stack([w * a for w, _, a in stack]).sum(0)
+            mean_b, mean_a = means(stack)
             b, factors[pair.a] = lowrank.stacked([*stack, (-1.0, mean_b, mean_a)])
             factors[pair.b] = state.layout.scale * b
             tree[pair.b], tree[pair.a] = mean_b, mean_a

@@ -31,7 +31,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State, Weighting, compose, unscaled
 from fedsieve.algebra.optim import Optimizer, sgd
 from fedsieve.algebra.payload import Form, Payload
-from fedsieve.algebra.replacing import Stack, collect
+from fedsieve.algebra.replacing import Stack, collect, means
 from fedsieve.algebra.sieve import dense
 
 
@@ -72,8 +72,7 @@ def method(
 
 def _corrected(stack: Stack, penalty: float) -> tuple[Tensor, Tensor]:
     """B + D and A."""
-    mean_b = torch.stack([w * b for w, b, _ in stack]).sum(0)
-    mean_a = torch.stack([w * a for w, _, a in stack]).sum(0)
+    mean_b, mean_a = means(stack)
     rows = mean_a.flatten(1).double()
     gram = rows @ rows.T
     # (M - B A) A^T, a client at a time: none of the products is formed.

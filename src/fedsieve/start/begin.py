@@ -152,8 +152,13 @@ def _judged(looked: Looked, found: Guess) -> tuple[Looked, str | None]:
 
 def _labelled(looked: Looked, source: str, split: str | None, label: str) -> bool:
     """Whether each of the first rows has a label."""
-    same = {"config": looked.config, "separator": looked.separator, "field": looked.field}
-    rows = sources.load(source, split, **same)  # type: ignore[arg-type]
+    rows = sources.load(
+        source,
+        split,
+        config=looked.config,
+        separator=looked.separator,
+        field=looked.field,
+    )
     if label not in rows.column_names:
         return False
     values = values_of(rows.select(range(min(len(rows), MOST))), label)

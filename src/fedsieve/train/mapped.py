@@ -31,7 +31,7 @@ def store(resident: ResidentModel, path: Path) -> None:
         header[name] = [*_form(tensor), begin]
         end = begin + tensor.nbytes
     told = json.dumps(header).encode()
-    first = -(-(8 + len(told)) // LINE) * LINE
+    first = _first(len(told))
     with path.open("wb") as file:
         file.write(len(told).to_bytes(8, "little") + told)
         for name, tensor in own.items():
@@ -51,16 +51,22 @@ def use(resident: ResidentModel, path: Path) -> None:
         size = file.seek(0, 2)
     if header.keys() != own.keys():
         raise ValueError("the file holds other parameters")
-    first = -(-(8 + length) // LINE) * LINE
+    first = _first(length)
     mapped: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
     for name, parameter in own.items():
         *form, begin = header[name]
         if form != _form(parameter.data):
             raise ValueError(f"{name} has another shape or type in the file")
         place = (first + begin) // parameter.element_size()
-        there = torch.empty(0, dtype=parameter.dtype)
-        strides = torch.empty(parameter.shape, device="meta").stride()
-        parameter.data = there.set_(mapped, place, parameter.shape, strides)
+        there = torch.empty(0, dtype=parameter.dtype).set_(
+            mapped, place, (parameter.numel(),), (1,)
+        )
+        parameter.data = there.view(parameter.shape)
+
+
+def _first(header: int) -> int:
+    """Where the parameters begin, behind a header of so many bytes: at a line."""
+    return -(-(8 + header) // LINE) * LINE
 
 
 def _form(tensor: Tensor) -> list[Any]:
