@@ -13,16 +13,19 @@ from fedsieve.engine.loop import begin, rounds
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.settings import Training
+from tests import kinds
 from tests.conftest import Tiny
 
-METHODS = [
+METHODS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in methods.names()),
     *((name, {"ranked": "change"}) for name in ("flasc", "fslora_flasc", "fed_select")),
 ]
 TRAININGS = ({"optimizer": "adamw", "lr": 0.01}, {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1})
 
 
-@pytest.mark.parametrize(("name", "options"), METHODS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), kinds.quick_of(METHODS, lambda row: row[0] in kinds.QUICK)
+)
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda t: str(t["optimizer"]))
 def test_a_rehearsal_costs_what_a_real_round_does(
     tiny: Tiny, name: str, options: dict[str, Any], training: dict[str, Any]

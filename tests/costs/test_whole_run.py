@@ -19,7 +19,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.settings import Lora
 from fedsieve.train.model import load_base, set_up, shape_of
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import Tiny
 
 # Whose rounds differ from one another, whose clients differ, and who is not always there.
@@ -52,7 +52,10 @@ MASKED = (
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+each_kind = kinds.quick_of(KINDS, lambda kind: kind in kinds.QUICK or kind not in methods.names())
+
+
+@pytest.mark.parametrize("kind", each_kind)
 def test_a_bill_is_what_a_run_sends(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     """To the byte, but for masks: the cohorts are the run's own."""
     table = {"rounds": 8, "cohort": 4, "partition": {"kind": "iid", "clients": 12}, **KINDS[kind]}

@@ -16,7 +16,7 @@ from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import rundir, runner
 from fedsieve.tasks.tokens import Texts
 from fedsieve.train.model import ResidentModel
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import Tiny
 from tests.train.test_peft import check_against, logits_of
 
@@ -41,7 +41,7 @@ def changes(name: str, **more: Any) -> dict[str, Any]:
     return {"method": {"name": name, **options}, "budgets": budgets, "cohort": 6, **more}
 
 
-@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("name", kinds.each_method())
 def test_a_method_learns_and_a_stopped_run_ends_the_same(
     tiny: Tiny, tmp_path: Path, name: str
 ) -> None:

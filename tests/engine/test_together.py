@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from fedsieve import methods
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.engine import together
 from fedsieve.engine.client import Asked
@@ -15,7 +14,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import rundir, runner
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import Tiny
 from tests.engine.test_methods import changes
 from tests.train.test_cuda import STILL
@@ -43,7 +42,7 @@ def close(ours: Adapter, theirs: Adapter) -> None:
             assert away <= 1e-3 * float(other[key].norm()) + 1e-6, key
 
 
-@pytest.mark.parametrize("name", [n for n in methods.names() if n != "full"])
+@pytest.mark.parametrize("name", kinds.each_method(but=["full"]))
 def test_a_method_ends_where_one_client_after_another_does(
     tiny: Tiny, tmp_path: Path, name: str
 ) -> None:

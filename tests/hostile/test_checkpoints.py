@@ -25,6 +25,7 @@ from fedsieve.run import checkpoint, rundir, runner, state
 from fedsieve.train.digest import tensors_digest
 from tests import runs
 from tests.conftest import Tiny
+from tests.kinds import QUICK, quick_of
 
 KEEPS: dict[str, dict[str, Any]] = {
     "flasc": {"feedback": True},
@@ -33,7 +34,10 @@ KEEPS: dict[str, dict[str, Any]] = {
 NEWEST = f"{rundir.CHECKPOINTS}/round-000002.safetensors"
 
 
-@pytest.fixture(scope="module", params=methods.names())
+@pytest.fixture(
+    scope="module",
+    params=quick_of(methods.names(), lambda name: name in QUICK or name in KEEPS),
+)
 def stopped(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: Any) -> Path:
     """A run of each method that was stopped after two of three rounds."""
     folder: Path = tmp_path_factory.mktemp(request.param) / "run"

@@ -11,11 +11,12 @@ import torch
 from fedsieve.algebra.adapter import Layout
 from fedsieve.algebra.method import State
 from fedsieve.run import runner, state
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import Tiny
 
 pytestmark = pytest.mark.usefixtures("no_report")
 CASES = [(1, 0.25), (2, 0.25), (3, 0.25), (1, 0.5), (2, 0.5), (3, 0.5), (1, 1.0), (2, 1.0)]
+QUICK = {(1, 0.25), (2, 0.5), (3, 0.25), (1, 1.0)}
 
 
 def asked(method: str, cohort: int, ratio: float) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def asked(method: str, cohort: int, ratio: float) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("cohort", "ratio"), CASES)
+@pytest.mark.parametrize(("cohort", "ratio"), kinds.quick_of(CASES, QUICK.__contains__))
 @pytest.mark.parametrize("method", ["flora", "florist", "fedex_lora"])
 def test_a_run_goes_on_also_where_a_round_is_dropped_again(
     tiny: Tiny, tmp_path: Path, method: str, cohort: int, ratio: float

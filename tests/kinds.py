@@ -1,0 +1,52 @@
+"""The methods by kind: which of them stand for all in the quick tests of a table over every method.
+
+Most of what a table over all methods holds is one path of the code, walked again by each: a run
+that is stopped and resumed, a checkpoint that is damaged, an update that is refused. What differs
+there is what a method keeps, sends and trains. So one of each kind is tried by `make test`, the
+others by `make test-all`; a method that is added is among the others. tests/methods/test_kinds.py
+holds that whatever a method of FedSieve has, one of the quick ones has it too.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+
+from fedsieve import methods
+
+# Of each kind one, and what it stands for.
+QUICK = {
+    "fedit": "a plain mean of changes, of whole pairs, with no budget and nothing kept",
+    "fslora_flasc": "ranks that differ by client, and masks both ways; Adam's moments",
+    "sparse_adapter": "a mask that is the method's own, and stays",
+    "flexlora": "clients of other ranks whose products are merged: not a mean of changes",
+    "florist": "what is learned goes into the base, and clients have to catch up",
+    "fedsa_lora": "clients keep a part of their own, and have a model of their own",
+    "rolora": "A and B by turns",
+    "ravan": "cores between frozen factors, several heads with gains, some by a client's budget",
+    "head": "no pairs: the head alone",
+    "full": "no pairs: all weights",
+}
+
+
+def quick_of(
+    rows: Iterable[Any], stays: Callable[[Any], bool], id: Callable[[Any], str] | None = None
+) -> list[Any]:
+    """Rows as parameters of a test: those that do not stay quick are marked slow."""
+    return [
+        pytest.param(
+            *(row if isinstance(row, tuple) else (row,)),
+            marks=() if stays(row) else pytest.mark.slow,
+            id=None if id is None else id(row),
+        )
+        for row in rows
+    ]
+
+
+def each_method(*, but: Iterable[str] = ()) -> list[Any]:
+    """Every method's name as a parameter; those that are not in QUICK are marked slow.
+
+    but: those of which the test makes no sense
+    """
+    left_out = set(but)
+    return quick_of((n for n in methods.names() if n not in left_out), QUICK.__contains__)
