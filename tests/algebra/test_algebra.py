@@ -18,7 +18,7 @@ from fedsieve.algebra.payload import BLOCK, Payload, Values, exact, rounded
 from fedsieve.algebra.support import everything
 from fedsieve.errors import NoUsableUpdate
 from fedsieve.methods import fedit
-from tests import toy
+from tests import kinds, toy
 
 keys = st.builds(
     Key,
@@ -134,7 +134,7 @@ def test_weighting_by_examples() -> None:
     assert all((t - 2.0).abs().max() <= 1e-12 for t in moved.values())
 
 
-def test_memory_of_a_merge_does_not_grow_with_the_clients() -> None:
+def test_memory_of_a_merge_does_not_grow_with_the_clients(new_objects: None) -> None:
     """The peak of live tensor entries while the updates stream in, whatever their number."""
     tensors = {
         f"m.{i}.lora_{ab}.weight": torch.zeros(shape)
@@ -172,9 +172,7 @@ HELD = sorted(set(methods.names()) - {*server.STACKING, "full", "head"})
 SOME = {"fslora_flasc", "hetlora", "fed_plora", "fedsvd", "ravan"}  # each merges in another way
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in HELD]
-)
-def test_a_merge_holds_at_most_three_adapters(name: str) -> None:
+@pytest.mark.parametrize("name", kinds.quick_of(HELD, SOME.__contains__))
+def test_a_merge_holds_at_most_three_adapters(name: str, new_objects: None) -> None:
     """The server's own benchmark, small: it grows with nothing (docs/benchmarks.md has 1,000)."""
     assert 0 < server.measure(name, 6)["adapters"] <= 3

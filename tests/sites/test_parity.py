@@ -18,7 +18,7 @@ from fedsieve.sites import federate
 from tests import runs
 from tests.conftest import LABELS, Command, Tiny
 from tests.sites import processes
-from tests.sites.worlds import PATIENCE, ledger, sockets, started, working, world
+from tests.sites.worlds import PATIENCE, at_once, ledger, sockets, started, working, world
 
 
 def assert_parity(run: Path, alone: Path) -> None:
@@ -46,11 +46,15 @@ def test_two_sites_two_rounds(tiny: Tiny, tmp_path: Path, no_report: None) -> No
         assert (kept / ours.name).read_bytes() == ours.read_bytes()
 
 
-@pytest.mark.parametrize("ranked", [pytest.param("values", marks=pytest.mark.slow), "change"])
-def test_masked_downloads_over_the_sites_sockets(
-    tiny: Tiny, tmp_path: Path, no_report: None, ranked: str
+@pytest.mark.parametrize("processes", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranked", ["values", "change"])
+def test_masked_downloads(
+    tiny: Tiny, tmp_path: Path, no_report: None, ranked: str, processes: bool
 ) -> None:
-    """What masks keep is told as in one process; that B gets nothing is said once, or never."""
+    """What masks keep is told as in one process; that B gets nothing is said once, or never.
+
+    processes: the sites are workers of their own, reached over their sockets
+    """
     given = world(
         tiny,
         tmp_path,
@@ -64,8 +68,11 @@ def test_masked_downloads_over_the_sites_sockets(
     runner.start(given.recipe, tmp_path / "alone", runs.quiet)
     federate.prepare(given.recipe, given.run, PATIENCE, given.listen)
     said: list[str] = []
-    with working(given, {}):
-        federate.serve(given.run, sockets(given.sites), PATIENCE, said.append)
+    if processes:
+        with working(given, {}):
+            federate.serve(given.run, sockets(given.sites), PATIENCE, said.append)
+    else:
+        federate.serve(given.run, at_once(given.sites, []), PATIENCE, said.append)
     assert_parity(given.run, tmp_path / "alone")
     lines = runs.lines(given.run, rundir.CLIENTS)
     assert len(lines) == 6

@@ -10,7 +10,7 @@ import re
 import shutil
 import tomllib
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -24,16 +24,15 @@ from fedsieve.algebra.keys import Key, word
 from fedsieve.clients import noise
 from fedsieve.clients.sampling import cohort
 from fedsieve.errors import FedSieveError
-from fedsieve.frame import Frame, pack, unpack
+from fedsieve.frame import Frame, unpack
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
-from fedsieve.sites.server import Incoming, Node, PendingRequest, RoundPolicy, Transport
+from fedsieve.sites.server import PendingRequest, RoundPolicy, Transport
 from tests import runs
 from tests.conftest import Tiny
-from tests.sites.sites import asking
-from tests.sites.worlds import OWN, World, world
+from tests.sites.worlds import OWN, World, at_once, world
 
 pytestmark = pytest.mark.usefixtures("no_report", "flower")
 
@@ -70,20 +69,16 @@ class Told(NamedTuple):
 
 def network(given: World, told: list[Told]) -> Transport:
     """Sites in this process, which answer at once."""
-    asks = {number: (name, asking(path)) for number, (name, path) in enumerate(given.sites.items())}
-    came: dict[str, bytes] = {}
+    sent: list[tuple[str, bytes]] = []
+    inner = at_once(given.sites, sent)
 
-    def send(number: int, kind: str, data: bytes, seconds: float) -> PendingRequest:
-        name, ask = asks[number]
+    def send(number: int, kind: str, data: bytes, seconds: float) -> PendingRequest | None:
+        pending = inner.send(number, kind, data, seconds)
+        name, data = sent[-1]
         told.append(Told(name, data, unpack(data)))
-        came[str(len(told))] = pack(ask(unpack(data)))
-        return PendingRequest(str(len(told)), len(data))
+        return pending
 
-    def collect(requests: Collection[str]) -> list[Incoming]:
-        there = [(request, came.pop(request)) for request in requests if request in came]
-        return [Incoming(request, data, "", len(data)) for request, data in there]
-
-    return Transport(lambda: [Node(number) for number in asks], send, collect)
+    return inner._replace(send=send)
 
 
 def private(

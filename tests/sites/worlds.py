@@ -19,7 +19,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.errors import FedSieveError
-from fedsieve.frame import pack, refusal
+from fedsieve.frame import pack, refusal, unpack
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import Experiment, from_recipe
 from fedsieve.recipe.schema import Recipe
@@ -32,7 +32,7 @@ from fedsieve.sites.worker import SOCKET, carry
 from tests import runs
 from tests.conftest import LABELS, Tiny, write_rows
 from tests.sites import certificates, processes
-from tests.sites.sites import part, process, until_ready
+from tests.sites.sites import asking, part, process, until_ready
 
 BUDGETS = {
     "north": {"ratio": 0.5, "down": 0.5, "up": 0.25},
@@ -183,11 +183,31 @@ def sockets(sites: Mapping[str, Path]) -> Transport:
         threading.Thread(target=bring, args=(request, nodes[number], data), daemon=True).start()
         return PendingRequest(request, len(data))
 
+    return Transport(lambda: [Node(number) for number in nodes], send, collecting(came))
+
+
+def at_once(sites: Mapping[str, Path], told: list[tuple[str, bytes]]) -> Transport:
+    """A network of sites in this process, which answer at once; told: (site, frame), as sent."""
+    asks = {number: (name, asking(path)) for number, (name, path) in enumerate(sites.items())}
+    came: dict[str, bytes] = {}
+
+    def send(number: int, kind: str, data: bytes, seconds: float) -> PendingRequest:
+        name, ask = asks[number]
+        told.append((name, data))
+        came[str(len(told))] = pack(ask(unpack(data)))
+        return PendingRequest(str(len(told)), len(data))
+
+    return Transport(lambda: [Node(number) for number in asks], send, collecting(came))
+
+
+def collecting(came: dict[str, bytes]) -> Callable[[Collection[str]], list[Incoming]]:
+    """What hands over the answers that are there, once each."""
+
     def collect(requests: Collection[str]) -> list[Incoming]:
         there = [(request, came.pop(request)) for request in requests if request in came]
         return [Incoming(request, data, "", len(data)) for request, data in there]
 
-    return Transport(lambda: [Node(number) for number in nodes], send, collect)
+    return collect
 
 
 def ledger(folder: Path, log: str) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def test_workers_and_a_run_that_is_resumed_have_it_too(tiny: Tiny, tmp_path: Pat
     given: dict[str, Any] = {"training__steps": 3, "training__proximal": 2.0}
     plain = runs.start(tiny, tmp_path / "plain", training__steps=3)
     whole = runs.start(tiny, tmp_path / "whole", **given)
-    engine = {"kind": "processes", "workers": 2, "threads": 1}
+    engine = {"kind": "processes", "workers": 1, "threads": 1}
     apart = runs.start(tiny, tmp_path / "apart", engine=engine, **given)
     with pytest.raises(runner.Stopped):
         runs.start(tiny, tmp_path / "stopped", runs.stop_at(1), **given)
