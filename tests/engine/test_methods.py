@@ -61,7 +61,7 @@ def test_a_method_learns_and_a_stopped_run_ends_the_same(
         assert runs.untimed(tmp_path / "stopped", log) == runs.untimed(tmp_path / "whole", log)
 
 
-@pytest.mark.parametrize("name", ["flasc", "fslora_flasc", "fed_select"])
+@pytest.mark.parametrize("name", kinds.each_method("flasc", "fslora_flasc", "fed_select"))
 def test_a_stopped_run_that_ranks_the_change_ends_the_same(
     tiny: Tiny, tmp_path: Path, name: str
 ) -> None:
@@ -76,7 +76,9 @@ def test_a_stopped_run_that_ranks_the_change_ends_the_same(
     assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] - 0.02
 
 
-@pytest.mark.parametrize("name", ["flora", "florist", "fedex_lora", "full", "head"])
+@pytest.mark.parametrize(
+    "name", kinds.each_method("flora", "florist", "fedex_lora", "full", "head")
+)
 def test_what_is_more_than_an_adapter_is_saved_as_a_model(
     tiny: Tiny, tmp_path: Path, name: str
 ) -> None:

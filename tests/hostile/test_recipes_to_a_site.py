@@ -35,8 +35,7 @@ from tests.sites.test_worker import Worker, told
 MEGA = 1 << 20
 META = torch.device("meta")
 BEYOND: tuple[Any, ...] = (2**63, 10**400, math.inf)
-LARGE: tuple[Any, ...] = (10**9, 10**15)
-NEVER = {"rounds", "lora.rank", "training.steps", "training.epochs"}  # not even what is LARGE
+NEVER = {"rounds", "lora.rank", "training.steps", "training.epochs"}  # not even what is large
 
 
 def holds_numbers(annotation: Any) -> bool:
@@ -129,14 +128,15 @@ def test_the_table_has_the_keys_that_anybody_would_try() -> None:
     assert {*tried.split()} <= keys
 
 
+@pytest.mark.parametrize("large", [10**9, pytest.param(10**15, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize(("key", "changes"), CASES, ids=[key for key, _ in CASES])
 def test_no_number_of_a_recipe_exhausts_a_site(
-    tiny: Tiny, here: Worker, key: str, changes: dict[str, Any]
+    tiny: Tiny, here: Worker, key: str, changes: dict[str, Any], large: int
 ) -> None:
     """Taken or refused by name, it costs nothing to speak of, and the site goes on."""
     before = peak(reset=True)
     began = time.monotonic()
-    for value in (*BEYOND, *LARGE):
+    for value in (*BEYOND, large):
         answer = here.ask(Frame({"do": "recipe"}, with_number(tiny, key, changes, value)))
         if value in BEYOND or key in NEVER:
             assert not answer.header["ok"], value

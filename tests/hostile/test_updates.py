@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Literal
 
 import pytest
@@ -225,6 +226,13 @@ def go(setup: Federation) -> tuple[State, list[Receipt]]:
     return progress.state, receipts
 
 
+@cache
+def _without(row: str, numbers: tuple[int, ...]) -> State:
+    """The state where the bad client is silent in these rounds: the same for every forgery."""
+    (of,) = (each for each in ROWS if str(each) == row)
+    return run(of.build(), lambda e: silent(e, numbers))[0]
+
+
 @pytest.mark.parametrize("forge", FORGERIES, ids=lambda forge: forge.__name__)
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_what_was_not_asked_is_left_out_by_name_and_the_others_are_merged(
@@ -237,7 +245,7 @@ def test_what_was_not_asked_is_left_out_by_name_and_the_others_are_merged(
         pytest.skip("this method leaves no room for such an update")
     assert {r.client for r in receipts if r.dropped is not None} == {BAD}
     assert all("update" in (r.dropped or "update") for r in receipts)
-    expected, _ = run(row.build(), lambda e: silent(e, done))
+    expected = _without(str(row), tuple(done))
     for group, tree in expected.trees.items():
         assert tree.keys() == found.trees[group].keys()
         for name, tensor in tree.items():
