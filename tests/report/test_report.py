@@ -742,7 +742,11 @@ def test_details_that_no_run_writes_are_refused(change: dict[str, Any], tmp_path
     with pytest.raises(FedSieveError, match=r"details\.json tells .* Remove it") as caught:
         report(path)
     assert "\n" not in str(caught.value)
-    table |= {"round": 0, "classes": [CLASS, OTHER]}
+
+
+def test_details_as_a_run_writes_them_are_not_refused(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    table = {"round": 0, "classes": [CLASS, OTHER], "answers": []}
     (path / "details.json").write_text(json.dumps(table), encoding="utf-8")
     assert report(path).row("a") == ["3", "1.000", "0.500", "0.500"]
 
