@@ -19,7 +19,7 @@ QUICK = {
     "fedit": "a plain mean of changes, of whole pairs, with no budget and nothing kept",
     "fslora_flasc": "ranks that differ by client, and masks both ways; Adam's moments",
     "sparse_adapter": "a mask that is the method's own, and stays",
-    "flexlora": "clients of other ranks whose products are merged: not a mean of changes",
+    "fed_plora": "no mean of changes: each rank's is over its clients, who fold the others away",
     "florist": "what is learned goes into the base, and clients have to catch up",
     "fedsa_lora": "clients keep a part of their own, and have a model of their own",
     "rolora": "A and B by turns",
