@@ -25,7 +25,7 @@ from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, Progress, Receipt, Round, begin, rounds
 from fedsieve.settings import Sampling
 from fedsieve.train.local import Fit
-from tests import toy
+from tests import kinds, toy
 from tests.methods.test_laws import MIXED, ROWS, Row
 
 Act = Callable[[Tree, View, Client], Tree]  # what a client makes of its tensors
@@ -179,16 +179,21 @@ def assert_finite(*trees: Tree) -> None:
         assert all(tensor.isfinite().all() for tensor in tree.values())
 
 
+# Every server and every form, and of each kind one at once: a mean and moments, exact and rounded.
+CASES: dict[str, list[tuple[str, Form, torch.dtype]]] = {
+    "one of each kind": [("sgd", "float64", torch.float64), ("adam", "int8", torch.float32)],
+    "the others": [
+        ("momentum", "bfloat16", torch.float32),
+        ("fedadam", "float32", torch.float32),
+    ],
+}
+
+
+@pytest.mark.parametrize("cases", kinds.quick_of(CASES, "one of each kind".__eq__))
 @pytest.mark.parametrize("situation", SITUATIONS, ids=str)
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_no_round_stops_and_all_stays_finite(row: Row, situation: Situation) -> None:
-    cases: list[tuple[str, Form, torch.dtype]] = [
-        ("sgd", "float64", torch.float64),
-        ("momentum", "bfloat16", torch.float32),
-        ("adam", "int8", torch.float32),
-        ("fedadam", "float32", torch.float32),
-    ]
-    for server, form, dtype in cases:
+def test_no_round_stops_and_all_stays_finite(row: Row, situation: Situation, cases: str) -> None:
+    for server, form, dtype in CASES[cases]:
         method = built(row, situation, server, form)
         found, progress, receipts, told = federate(method, situation, dtype=dtype)
         assert progress.round == ROUNDS
