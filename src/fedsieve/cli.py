@@ -169,6 +169,7 @@ def run(
             )
         )
     _summary(folder)
+    _say_next(folder, given)
 
 
 @app.command()
@@ -273,8 +274,20 @@ def resume(
     source = str(folder / rundir.RECIPE)
     _, planned = _planned(source, (), allow_code)
     if rounds is not None:
+        rundir.refuse_fewer(folder, rounds)
         planned = planned.model_copy(update={"rounds": rounds})
     tracking.check(planned.tracking)
+    finished = (
+        f"this run is finished: all of its {count(planned.rounds, 'round')} are done; "
+        "`--rounds` lets it have more"
+    )
+    if at_round is None and rundir.has_ended(folder, planned.rounds):
+        from fedsieve.run.found import in_order
+
+        in_order(folder, rounds=rounds, allow_code=allow_code, accept_changes=accept_changes)
+        say(finished)
+        _summary(folder)
+        return
     _announce(planned, folder)
     from fedsieve.recipe.experiment import from_recipe
     from fedsieve.run import back, runner
@@ -283,10 +296,7 @@ def resume(
         left = back.fall_back(folder, at_round)
         say(f"what came after round {at_round} is kept in {left}" if left else "nothing is later")
     if rundir.last_round(folder) == planned.rounds:
-        say(
-            f"this run is finished: all of its {count(planned.rounds, 'round')} are done; "
-            "`--rounds` lets it have more"
-        )
+        say(finished)
     build = partial(from_recipe, trust_remote_code=trust_remote_code)
     with _Live(planned.rounds) as live:
         _guarded(
@@ -301,6 +311,7 @@ def resume(
             )
         )
     _summary(folder)
+    _say_next(folder, planned)
 
 
 @app.command()
@@ -1055,6 +1066,22 @@ def _summary(folder: Path) -> None:
     say(f"report         {folder / rundir.REPORT}")
 
 
+def _say_next(folder: Path, recipe: "Recipe") -> None:
+    """What can be done with a run that has ended."""
+    from fedsieve import report
+    from fedsieve.run import rundir
+    from fedsieve.run.progress import rising
+
+    place = shlex.quote(str(folder))
+    if rising(report.rounds(folder / rundir.METRICS)) and recipe.privacy is None:
+        say("it was still getting better when it ended: more rounds, or another training.lr (see")
+        say("docs/recipes.md, Rates that worked), may help much")
+        say(f"next       fedsieve resume {place} --rounds {2 * recipe.rounds}")
+        say(f"           fedsieve export {place} --to adapter")
+    else:
+        say(f"next       fedsieve export {place} --to adapter")
+
+
 def _all_here(recipe: "Recipe", folder: Path, policy: "RoundPolicy") -> None:
     """A federation with a server and sites on this machine, from its beginning to its end."""
     from fedsieve.run import rundir
@@ -1064,10 +1091,10 @@ def _all_here(recipe: "Recipe", folder: Path, policy: "RoundPolicy") -> None:
     federating.check_installed()
     rundir.refuse(folder)
     say(f"dividing {recipe.data.train} over {count(policy.sites, 'site')} ...")
-    recipe, rows, budgets = here.settle(recipe, policy.sites)
+    settled = here.settle(recipe, policy.sites, folder)
     listen = federating.ServerAddress(port=here.free_port())
-    federating.prepare(recipe, folder, policy, listen)
-    here.write_sites(folder, recipe, rows, budgets)
+    federating.prepare(settled.recipe, folder, policy, listen)
+    here.write_sites(folder, settled)
     _go_on_with(folder)
     _summary(folder)
 

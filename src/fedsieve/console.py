@@ -1,6 +1,7 @@
 """What the terminal shows, for whichever process shows it: ours to say, others kept quiet."""
 
 import io
+import logging
 import re
 import sys
 from typing import TextIO
@@ -63,3 +64,4 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says what it can do without

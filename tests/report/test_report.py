@@ -562,7 +562,7 @@ def test_memory_is_the_largest_of_a_run(tmp_path: Path) -> None:
     assert row.memory_bytes == pytest.approx((5e6, 2**0.5 * 1e6, 4e6, 6e6))
     write([], tmp_path / "r.html", groups={"it": paths})
     page = Reader((tmp_path / "r.html").read_text())
-    assert page.row("Largest client memory") == ["4.00 MB", "6.00 MB"]
+    assert page.row("Largest adapter memory") == ["4.00 MB", "6.00 MB"]
     summary = [row for row in page.rows if row[0] == "it"][-1]
     assert summary[-1] == "5.00 ± 1.41 MB"
 

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 
 from fedsieve.recipe import read as recipes
+from fedsieve.report.read import Round
+from fedsieve.run import progress
 from fedsieve.run.progress import lines_of_plan
 from tests.conftest import Tiny
 
@@ -33,3 +35,21 @@ COLUMN = {"kind": "column", "column": "who"}
 def test_the_plan_is_a_sentence(tiny: Tiny, changes: dict[str, Any], said: str) -> None:
     plan = lines_of_plan(recipes.parse(tiny.table(**changes)), Path("out"))
     assert plan[1].startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("scores", "rising"),
+    [
+        ((0.1, 0.2, 0.3), True),
+        ((0.1, 0.5, 0.51), False),  # by less than a twentieth of the whole rise
+        ((0.1, 0.6, 0.5), False),
+        ((0.1, 0.2), False),  # nothing is known yet
+        ((0.3, 0.3, 0.3), False),
+    ],
+)
+def test_a_score_that_rises_to_the_end_is_told(scores: tuple[float, ...], rising: bool) -> None:
+    rounds = [
+        Round(number, 0, 0, 0, None, 0.0, 0.0, {"accuracy": score}, None, None, 0)
+        for number, score in enumerate(scores)
+    ]
+    assert progress.rising(rounds) is rising

@@ -76,11 +76,32 @@ def test_a_run_that_is_finished_is_said_to_be(
     tiny: Tiny, whole: Path, tmp_path: Path, command: Command
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / rundir.REPORT).write_text("as it was left")
     ran = command("resume", tmp_path / "run")
     assert ran.code == 0
     assert "this run is finished: all of its 4 rounds are done" in ran.out
+    assert "accuracy" in ran.out
+    assert "loading" not in ran.out  # there is nothing to do
     interrupted(tiny, tmp_path / "half", 2)
     assert "this run is finished" not in command("resume", tmp_path / "half").out
+
+
+def test_a_finished_run_that_lacks_its_report_gets_it(
+    whole: Path, tmp_path: Path, command: Command
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / rundir.REPORT).unlink(missing_ok=True)
+    assert "loading" in command("resume", run).out
+
+
+def test_fewer_rounds_than_are_done_are_refused_before_anything_is_loaded(
+    whole: Path, command: Command
+) -> None:
+    ran = command("resume", whole, "--rounds", "2")
+    assert ran.code == 2
+    assert "--rounds 2: 4 are done already; `--at-round` goes back" in " ".join(ran.err.split())
+    assert "loading" not in ran.out
 
 
 # --- more rounds than were asked for

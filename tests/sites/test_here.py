@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from fedsieve.algebra.keys import Key, word
 from fedsieve.data import partition
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
-from fedsieve.recipe.examples import load_rows, tensors
+from fedsieve.recipe.examples import load_rows, prepare, sample, tensors
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate, here, resident
 from fedsieve.sites import site as sites
 from fedsieve.sites.server import RoundPolicy
+from fedsieve.sites.told import for_sites
 from fedsieve.tasks.digest import rows_digest
 from fedsieve.tasks.examples import count, take, unasked
 from fedsieve.train.reader import load_reader
@@ -50,14 +52,14 @@ def test_each_site_gets_the_rows_and_the_budget_of_a_client(
     asked = recipe.check(
         tiny.table(partition={**kind, "clients": 7}, budgets=BUDGETS, method={"name": "fslora"})
     )
-    given, rows, budgets = here.settle(asked, 3)
-    assert given.data.classes
-    here.write_sites(tmp_path, given, rows, budgets)
+    settled = here.settle(asked, 3, tmp_path)
+    assert settled.recipe.data.classes
+    here.write_sites(tmp_path, settled)
     experiment = from_recipe(here.of_clients(asked, 3))
     for client in experiment.federation.clients:
         site = sites.load(tmp_path / here.HERE / client.id / "site.toml")
         assert sites.budget_of(site) == client.budget
-        assert len(rows[client.id]) == client.examples
+        assert len(settled.rows[client.id]) == client.examples
         assert resident.start(site, quiet)
 
 
@@ -68,8 +70,9 @@ def test_the_rows_of_every_task_are_the_same_examples_there(
 ) -> None:
     """Read from the site's own file, by its site.toml."""
     given = {**changes(tiny, tmp_path, kind, kind.rows), "partition": {"kind": "iid", "clients": 2}}
-    asked, rows, budgets = here.settle(recipe.check(tiny.table(**given)), 2)
-    here.write_sites(tmp_path, asked, rows, budgets)
+    settled = here.settle(recipe.check(tiny.table(**given)), 2, tmp_path)
+    here.write_sites(tmp_path, settled)
+    asked = settled.recipe
     reader, _ = load_reader(asked.model.source, kind.task)
     whole, _, _ = tensors(asked, load_rows(asked.data, asked.data.train, None), reader)
     for number, part in enumerate(partition.iid(count(whole), 2, _seed(asked)).values()):
@@ -78,6 +81,54 @@ def test_the_rows_of_every_task_are_the_same_examples_there(
         own, _, _ = tensors(asked, load_rows(data, data.train, None), reader)
         expected = unasked(take(whole, torch.as_tensor(part)))
         assert rows_digest(unasked(own), {}, []) == rows_digest(expected, {}, [])
+
+
+HELD_BACK: dict[str, object] = {"data__validation": 0.25, "evaluation__on": "validation"}
+# What a recipe says of the rows that it is evaluated on. The rest of the rows is divided.
+RATED: dict[str, dict[str, object]] = {
+    "a share held back": HELD_BACK,
+    "some of a share held back": {**HELD_BACK, "evaluation__limit": 5},
+    "a share held back, and rows beside": {"data__validation": 0.25},
+    "a split": {"data__train_split": "train", "data__test_split": "test", "data__test": None},
+    "a share held back of a file with ;": {
+        **HELD_BACK, "data__separator": ";", "data__test": None,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RATED)
+def test_what_is_held_back_is_held_back_once_and_the_server_evaluates_on_it(
+    tiny: Tiny, tmp_path: Path, kind: str
+) -> None:
+    """The sites' rows and the server's, read from their files, are those of one process."""
+    source = tiny.train
+    if "split" in kind:
+        source = tmp_path / "both"
+        source.mkdir()
+        shutil.copy(tiny.train, source / "train.csv")
+        shutil.copy(tiny.test, source / "test.csv")
+    elif ";" in kind:
+        source = tmp_path / "rows.csv"
+        source.write_text(tiny.train.read_text(encoding="utf-8").replace(",", ";"))
+    given = {"data__train": str(source), "partition": {"kind": "iid", "clients": 3}}
+    asked = recipe.check(tiny.table(**given, **RATED[kind]))
+    alone = from_recipe(asked)
+    settled = here.settle(asked, 3, tmp_path)
+    here.write_sites(tmp_path, settled)
+    told = for_sites(settled.recipe)
+    for client in alone.federation.clients:
+        site = sites.load(tmp_path / here.HERE / client.id / "site.toml")
+        own = told.data.model_copy(update=dict(site.data))
+        rows = load_rows(own, own.train, own.train_split)
+        reader, _ = load_reader(asked.model.source, asked.model.task)
+        prepared = prepare(told.model_copy(update={"data": own}), rows, None, reader)
+        assert count(prepared.train) == client.examples
+    server = settled.recipe
+    assert server.data.test is not None
+    assert alone.test is not None
+    stored = load_rows(server.data, server.data.test, server.data.test_split)
+    tested, _, _ = tensors(server, sample(server, stored), reader)
+    assert rows_digest(tested, {}, []) == rows_digest(alone.test, {}, [])
 
 
 def _seed(asked: Recipe) -> int:
@@ -98,10 +149,10 @@ def test_what_cannot_be_divided_is_refused(tiny: Tiny, tmp_path: Path, command: 
 
 def prepared(tiny: Tiny, folder: Path) -> Path:
     pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
-    given, rows, budgets = here.settle(recipe.check(tiny.table()), 2)
+    settled = here.settle(recipe.check(tiny.table()), 2, folder)
     listen = federate.ServerAddress(port=here.free_port())
-    federate.prepare(given, folder, RoundPolicy(2, 9.0, 9.0, 9.0), listen)
-    here.write_sites(folder, given, rows, budgets)
+    federate.prepare(settled.recipe, folder, RoundPolicy(2, 9.0, 9.0, 9.0), listen)
+    here.write_sites(folder, settled)
     return folder
 
 
@@ -117,7 +168,7 @@ def test_a_value_that_names_no_site_is_refused_before_anything_is_written(
     partition = {"kind": "column", "column": "at"}
     given = recipe.check(tiny.table(data__train=str(path), partition=partition))
     with pytest.raises(FedSieveError, match="cannot name a site"):
-        here.settle(given, 2)
+        here.settle(given, 2, tmp_path / "run")
 
 
 # What somebody does to the folder -> what is said of it.
@@ -180,8 +231,8 @@ def test_all_of_a_federation_by_one_command_is_the_run_in_one_process(
 ) -> None:
     """Stopped after a round and gone on with; and nothing that it began is left."""
     pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
-    partition = {"kind": "dirichlet", "alpha": 1.0, "clients": 2}
-    path = tiny.write(tmp_path / "r.toml", partition=partition, rounds=3, cohort=2)
+    given = {"partition": {"kind": "dirichlet", "alpha": 1.0, "clients": 2}, **HELD_BACK}
+    path = tiny.write(tmp_path / "r.toml", **given, rounds=3, cohort=2)
     runner.start(recipe.load(str(path)), tmp_path / "alone", runs.quiet)
     run = tmp_path / "run"
     for words in ([str(path), "--local", "2", "--out", str(run)], ["--resume", str(run)]):
@@ -208,5 +259,13 @@ def test_all_of_a_federation_by_one_command_is_the_run_in_one_process(
             assert time.monotonic() < until
             time.sleep(0.2)
     assert process.returncode == 0
+    scores = [
+        [
+            (line["round"], line["eval_loss"], line["scores"])
+            for line in runs.lines(each, rundir.METRICS)
+        ]
+        for each in (tmp_path / "alone", run)
+    ]
+    assert scores[0] == scores[1]
     runs.assert_same_adapter(tmp_path / "alone" / rundir.ADAPTER, run / rundir.ADAPTER)
     assert not [line for line in runs.lines(run, rundir.CLIENTS) if line.get("dropped")]

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
+from transformers import AutoConfig
 
+from fedsieve.data import hub, sources
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.start import guess, look
 from fedsieve.start.guess import Said
+from fedsieve.train.model import pretrained
 from tests.conftest import Command, Tiny, texts, write_rows
 
 WORDS = ["the", "card", "was", "late", "and", "nobody", "told", "me", "why", "it", "took", "so"]
@@ -337,3 +340,46 @@ def test_from_a_file_to_a_report(tmp_path: Path, tiny: Tiny, command: Command) -
     ran = command("run", out, *short, "--out", folder)
     assert ran.code == 0, ran.err
     assert (folder / "report.html").is_file()
+
+
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [
+        (HUB, "`fedsieve fetch smollm2` has it too, as model.source = 'smollm2'"),
+        ("some/vit", "`hf download some/vit --local-dir model`"),
+        (guess.IMAGES, f"`hf download {guess.IMAGES} --local-dir model`"),
+        ("minilm-l6", None),
+        ("models/mine", None),  # a folder here
+    ],
+)
+def test_a_model_that_only_the_hub_has_is_said_to_be_with_what_to_do_without(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch,
+    model: str, remedy: str | None,
+) -> None:  # fmt: skip
+    """By `init`, and by an error where the hub cannot be reached."""
+    monkeypatch.chdir(tmp_path)
+    Path("models/mine").mkdir(parents=True)
+    ran = command("init", tiny.train, "--model", model, "--out", tmp_path / "r.toml", "--yes")
+    said = " ".join(ran.err.split())
+    assert ("Hugging Face's hub; where that cannot be reached" in said) is (remedy is not None)
+    if remedy is not None:
+        assert remedy in said
+        monkeypatch.setattr(hub, "reachable", lambda: False)
+        with pytest.raises(FedSieveError, match="was not found") as caught:
+            pretrained(AutoConfig, model)
+        assert remedy in str(caught.value)
+
+
+def test_names_of_data_are_no_names_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    with pytest.raises(FedSieveError, match="was not found") as caught:
+        pretrained(AutoConfig, "no-such-model")
+    assert "minilm-l6, smollm2" in str(caught.value)
+    assert "reuters" not in str(caught.value)
+    with pytest.raises(FedSieveError, match="no file, folder or fetched name") as caught:
+        sources.load("no-such-rows", None)
+    assert "20newsgroups, reuters" in str(caught.value)
+    assert "minilm" not in str(caught.value)

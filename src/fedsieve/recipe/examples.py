@@ -29,6 +29,7 @@ class Prepared(NamedTuple):
 
     train:   to train on; came: (n,) the row of each
     test:    to evaluate on: test rows, or the rows held back; None if there are none
+    held:    (m,) the training row of each example of `test`, where those are rows held back
     owners:  the client that each example to evaluate on is of, where that was asked
     classes: in the order of the model's outputs; empty where those are no classes
     more:    other rows to evaluate on, by name (`data.more_tests`)
@@ -38,6 +39,7 @@ class Prepared(NamedTuple):
     came: Tensor
     test: Examples | None
     classes: tuple[str, ...]
+    held: Tensor
     owners: tuple[str, ...] = ()
     more: Mapping[str, Examples] = {}
 
@@ -151,6 +153,7 @@ def prepare(
     test: Examples | None = None
     more: dict[str, Examples] = {}
     owners: list[str] = []
+    from_train = torch.empty(0, dtype=torch.int64)
     if not on_validation and test_rows is not None:
         if classes:  # those of the training rows count
             told = recipe.data.model_copy(update={"classes": classes})
@@ -168,12 +171,12 @@ def prepare(
         if on_validation and held.any():
             index = held.nonzero().flatten()
             index = index[_drawn(recipe, index.numel())]
-            test = take(train, index)
+            test, from_train = take(train, index), came[index]
             if clients is not None:
                 known = owners_of(rows, clients)
-                owners = [known[row] for row in came[index].tolist()]
+                owners = [known[row] for row in from_train.tolist()]
         train, came = take(train, (~held).nonzero().flatten()), came[~held]
-    return Prepared(unasked(train), came, test, classes, tuple(owners), more)
+    return Prepared(unasked(train), came, test, classes, from_train, tuple(owners), more)
 
 
 def more_tensors(

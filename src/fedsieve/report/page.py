@@ -284,6 +284,12 @@ def _summary(runs: Sequence[Run], conditions: Sequence[Conditions]) -> str:
     return f"<details><summary>Each of {len(runs)} runs</summary>{made}</details>"
 
 
+_MEMORY = (
+    "Adapter memory: the most that a client holds of the adapter, its gradients, the optimizer's "
+    "state and what it keeps between rounds; base and activations (`fedsieve check`) come on top."
+)
+
+
 def _compared(
     series: Sequence[Series], rows: Sequence[Row], conditions: Sequence[Conditions]
 ) -> str:
@@ -293,14 +299,16 @@ def _compared(
     heads += ["Sent in all", "Against dense LoRA"]
     note = "Mean ± standard deviation of the sample, over runs; point at a number for its range."
     note = note if grouped else ""
+    memory = any(row.memory_bytes for row in rows)
+    if memory:
+        note = f"{note} {_MEMORY}"
     if target:
         word, at = spoken(target.measure), f"to {score(target.value)}"
         heads += [f"Final {word}", f"Best {word}", f"Sent {at}"]
         heads += [f"Time {at}, {world.link.uplink:g} Mbit/s up" for world in conditions]
         note = f"{_reason(target)} {note}"
-    memory = any(row.memory_bytes for row in rows)
     if memory:
-        heads.append("Largest client memory")
+        heads.append("Largest adapter memory")
     body = ""
     for i, row in enumerate(rows):
         body += f'<tr><th scope="row">{_swatch(i)}{text(row.label)}</th>'
@@ -384,10 +392,10 @@ def _facts(run: Run, measures: Sequence[str], conditions: Sequence[Conditions]) 
     facts["Masks kept, down"] = _kept({row.round: row.down_kept for row in run.rounds})
     facts["Masks kept, up"] = _kept({row.round: row.up_kept for row in run.rounds})
     facts["Clients trained"], facts["Updates dropped"] = NONE, NONE
-    facts["Largest client memory"] = NONE
+    facts["Largest adapter memory"] = NONE
     if run.clients:
         if run.clients.memory_bytes:
-            facts["Largest client memory"] = data(run.clients.memory_bytes)
+            facts["Largest adapter memory"] = data(run.clients.memory_bytes)
         facts["Clients trained"] = (
             f"{count(run.clients.distinct, 'client')}, {count(run.clients.merged, 'update')} merged"
         )

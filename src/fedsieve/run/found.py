@@ -79,11 +79,7 @@ def _of_rounds(folder: Path, recipe: Recipe, rounds: int) -> Recipe:
             f"{folder}: --rounds: its epsilon is that of {count(recipe.rounds, 'round')}, for "
             "which its noise was settled: start a new run of so many"
         )
-    done = rundir.last_round(folder)
-    if rounds < done:
-        raise FedSieveError(
-            f"{folder}: --rounds {rounds}: {done} are done already; `--at-round` goes back"
-        )
+    rundir.refuse_fewer(folder, rounds)
     if recipe.training.last_lr is not None and rounds != recipe.rounds:
         warnings.warn(
             f"training.last_lr: the learning rate falls over {rounds} rounds from here on; so far "

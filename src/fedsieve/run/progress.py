@@ -1,5 +1,6 @@
 """A run in words: what is about to be done, and each round in one line."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,10 @@ from fedsieve.tasks import words
 if TYPE_CHECKING:
     from fedsieve.engine.loop import Round
     from fedsieve.recipe.schema import Recipe
+    from fedsieve.report.read import Round as Logged
 
 MB = 1e6
+_RISING = 0.05  # of all that a score has risen: what rises by less is taken to be where it will be
 
 
 def mb(number: float) -> str:
@@ -75,4 +78,14 @@ def line_of(summary: "Round", rounds: int) -> str:
 
 def _kept(shares: Shares) -> str:
     said = in_words(shares)
+    if said and not any(shares):
+        return " (nothing has changed yet)"
     return f" (kept {said})" if said else ""
+
+
+def rising(rounds: Sequence["Logged"]) -> bool:
+    """Whether the leading score was still rising when it was last told."""
+    told = [next(iter(each.metrics.values())) for each in rounds if each.metrics]
+    if len(told) < 3 or told[-1] < max(told):
+        return False
+    return told[-1] - told[-2] > _RISING * (told[-1] - told[0])

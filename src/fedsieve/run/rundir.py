@@ -279,6 +279,21 @@ def last_round(folder: Path) -> int:
     return last
 
 
+def refuse_fewer(folder: Path, rounds: int) -> None:
+    """Raises FedSieveError for fewer rounds than a run has already."""
+    done = last_round(folder)
+    if rounds < done:
+        raise FedSieveError(
+            f"{folder}: --rounds {rounds}: {done} are done already; `--at-round` goes back"
+        )
+
+
+def has_ended(folder: Path, rounds: int) -> bool:
+    """Whether nothing of a run of so many rounds is left to do, its adapter and report included."""
+    left = (folder / ADAPTER / "adapter_model.safetensors", folder / REPORT)
+    return last_round(folder) == rounds and all(path.is_file() for path in left)
+
+
 def cut_back(folder: Path, lengths: Mapping[str, int]) -> None:
     """Cut the logs to the lengths that a checkpoint noted.
 

@@ -3,7 +3,8 @@
 The recipe's rows are divided over the sites as its [partition] divides them over clients, each site
 has a folder with its own rows and site.toml, and Flower's own processes carry the messages over
 127.0.0.1. Nothing is left out that is there between real machines but TLS and keys, so what is
-tried here is what runs there; and what comes out is, to the bit, the run in one process.
+tried here is what runs there; and what comes out is, to the bit, the run in one process. So the
+rows that [data] tests on, or holds back from all clients, are the server's, and no site has any.
 
 Whatever is started is ended here, with what it started itself.
 """
@@ -51,6 +52,7 @@ from fedsieve.train.reader import load_reader
 
 HERE = "sites"  # in the run's directory: a folder for each, and the logs of the processes
 ROWS = "rows.parquet"
+HELD = "held-back.parquet"  # beside the sites' folders: what data.validation holds back
 SITE = "site.toml"
 _LOGS, _SERVER_LOG, _LOCK = ("worker.log", "node.log"), "server.log", ".lock"
 _BIN = Path(sys.executable).parent
@@ -68,8 +70,23 @@ def of_clients(recipe: Recipe, sites: int) -> Recipe:
     )
 
 
-def settle(recipe: Recipe, sites: int) -> tuple[Recipe, dict[str, Dataset], dict[str, Budget]]:
-    """The recipe with its classes, and what each site gets: its rows, and what it affords.
+class Settled(NamedTuple):
+    """A federation that can be written.
+
+    recipe:  with its classes; its test rows are the server's, whatever of [data] named them
+    rows:    what each site gets, by its name
+    budgets: what each site affords
+    held:    the rows to be evaluated on, in their order, where they are held back from all sites
+    """
+
+    recipe: Recipe
+    rows: dict[str, Dataset]
+    budgets: dict[str, Budget]
+    held: Dataset | None
+
+
+def settle(recipe: Recipe, sites: int, folder: Path) -> Settled:
+    """Divide a recipe's rows over sites of the federation that will be in the folder.
 
     Raises FedSieveError where the rows cannot be divided over so many, or cannot be used.
     """
@@ -102,19 +119,38 @@ def settle(recipe: Recipe, sites: int) -> tuple[Recipe, dict[str, Dataset], dict
     own = {id: moved.select(prepared.came[torch.as_tensor(part)]) for id, part in parts.items()}
     resident = set_up_resident(recipe, reader, pick_device("cpu"))
     machines, method = machines_of(recipe, parts.counts), build_method(recipe)
-    return recipe, own, hand_out(recipe, method, resident.layout, parts.counts, machines)
+    budgets = hand_out(recipe, method, resident.layout, parts.counts, machines)
+    held = moved.select(prepared.held) if recipe.evaluation.on == "validation" else None
+    return Settled(_with_own_test(recipe, folder), own, budgets, held)
 
 
-def write_sites(
-    folder: Path, recipe: Recipe, rows: dict[str, Dataset], budgets: dict[str, Budget]
-) -> None:
-    """A folder for each site: its rows and its site.toml."""
-    for id, own in rows.items():
+def _with_own_test(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the rows that it is evaluated on as the server's own."""
+    data, rating = recipe.data, recipe.evaluation
+    changed: dict[str, Any] = {"validation": None}  # held back once, of all rows
+    if rating.on == "validation":
+        # A table of ours: how the recipe's own files are read says nothing of it.
+        as_stored = ("train_split", "test_split", "config", "names", "separator", "field")
+        changed |= dict.fromkeys((*as_stored, "more_tests"))
+        changed["test"] = str((folder / HERE / HELD).absolute())
+        rating = rating.model_copy(update={"on": "test"})
+    elif data.test is None and data.test_split is not None:
+        changed["test"] = data.train
+    data = data.model_copy(update=changed)
+    return recipe.model_copy(update={"data": data, "evaluation": rating})
+
+
+def write_sites(folder: Path, settled: Settled) -> None:
+    """A folder for each site: its rows and its site.toml; and the server's rows beside them."""
+    recipe = settled.recipe
+    for id, own in settled.rows.items():
         home = folder / HERE / id
         home.mkdir(mode=0o700, parents=True)
         own.to_parquet(str(home / ROWS))
-        table = {**_site_of(recipe, id), "budget": budgets[id]._asdict()}
+        table = {**_site_of(recipe, id), "budget": settled.budgets[id]._asdict()}
         write_whole(home / SITE, tomli_w.dumps(table).encode())
+    if settled.held is not None:
+        settled.held.to_parquet(str(folder / HERE / HELD))
 
 
 def _site_of(recipe: Recipe, id: str) -> dict[str, Any]:
@@ -139,6 +175,7 @@ def check(folder: Path) -> None:
     recipe = recipes.parse(recipes.read(str(source)), str(source))
     refuse_link(folder / HERE, folder=True)
     refuse_link(folder / HERE / _LOCK)
+    refuse_link(folder / HERE / HELD)
     if not _homes(folder):
         raise FedSieveError(f"{folder / HERE} holds no site: begin a new federation")
     for log in (folder / HERE / _SERVER_LOG, *(h / n for h in _homes(folder) for n in _LOGS)):

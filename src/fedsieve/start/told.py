@@ -52,7 +52,7 @@ def table(found: Checked) -> list[dict[str, str]]:
                 "clients": f"{part.clients:,}",
                 "a round: down": down,
                 "up ": up,
-                "memory": "-"
+                "memory, base included": "-"
                 if needs is None
                 else f"{'' if needs.counted else '~'}{needs.peak / MB:,.0f} MB",
             }

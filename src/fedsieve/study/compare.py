@@ -240,7 +240,7 @@ def _cells(row: report.Row) -> dict[str, str]:
     }
     for world, seconds in zip(REFERENCE, row.seconds_to_target, strict=True):
         cells[f"time at {world.link.uplink:g} Mbit/s up"] = _said(seconds, duration) + reached
-    cells["client memory"] = _said(row.memory_bytes, words.megabytes)
+    cells["adapter memory"] = _said(row.memory_bytes, words.megabytes)
     return cells
 
 

@@ -624,11 +624,13 @@ def _made(name: str, kind: Any, make: Callable[[], Any]) -> Any:
                 "--trust-remote-code to `fedsieve run`, `resume` or `export` if you trust it"
             ) from error
         if not Path(name).exists() and isinstance(error, OSError):
-            why = f" ({first})" if hub.reachable() else ""
+            there = hub.reachable()
+            why = f" ({first})" if there else ""
+            remedy = None if there else fetch.instead_of(name)
             raise FedSieveError(
                 f"model {name!r} was not found: it is no folder here, no name that `fedsieve "
-                f"fetch` knows{nearest(name, fetch.PACKAGES)}, and was looked up "
-                f"{hub.places()}{why}"
+                f"fetch` knows{nearest(name, fetch.MODELS)}, and was looked up "
+                f"{hub.places()}{why}" + (f": {remedy}" if remedy else "")
             ) from error
         raise FedSieveError(
             f"model {name!r} cannot be loaded: {first} (give a folder that exists, a name on the "

@@ -48,8 +48,8 @@ def origin_of(config: Any) -> Origin:
     if found := _IN_CACHE.search(Path(source).as_posix()):
         return Origin(source, f"{found[1]}/{found[2]}", True, found[3], licence, stamps)
     for name, package in fetch.PACKAGES.items():
-        if package.hub and Path(source) == fetch.cache_folder() / name:
-            return Origin(source, package.hub[0], True, package.hub[1], licence, stamps)
+        if package.model and package.commit and Path(source) == fetch.cache_folder() / name:
+            return Origin(source, package.model, True, package.commit, licence, stamps)
     return Origin(source, Path(source).name, False, None, licence, stamps)
 
 
