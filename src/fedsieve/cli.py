@@ -199,8 +199,7 @@ def init(
         raise FedSieveError(f"--out {out}: the name of a recipe ends in .toml")
     if not out.parent.is_dir():
         raise FedSieveError(f"--out {out}: there is no folder {out.parent}")
-    console.print("loading ...")
-    quiet()
+    _import()
     from fedsieve.start import begin
     from fedsieve.start.guess import Said
 
@@ -343,7 +342,7 @@ def compare(
 
     recipes.read(study)  # a study is TOML too
     folder = out or Path("runs") / Path(study).stem
-    quiet()
+    _import()
     from fedsieve.study import compare as comparing
     from fedsieve.study import plan as studies
 
@@ -391,7 +390,7 @@ def search(
 
     _planned(recipe, overrides, allow_code)
     folder = out or Path("runs") / f"{Path(recipe).stem}-search"
-    quiet()
+    _import()
     from fedsieve.study import search as searching
 
     plan = searching.prepare(
@@ -442,7 +441,7 @@ def reproduce(
         return
     figuring.load(figure)  # a mistake in the file is told before anything heavy is loaded
     folder = out or figuring.folder_of(figure, chosen)
-    quiet()
+    _import()
     from fedsieve.study import reproduce as reproducing
 
     done = _guarded(
@@ -536,7 +535,7 @@ def federate(
     # No site takes a program from a server.
     table, planned = _planned(recipe, overrides, allow_code=False)
     tracking.check(planned.tracking)
-    quiet()
+    _import()
     from fedsieve.sites import federate as federating
     from fedsieve.sites.server import RoundPolicy
 
@@ -1031,9 +1030,14 @@ def _announce(recipe: "Recipe", folder: Path | None = None) -> None:
     """Say what is about to be done, and only then import what it takes."""
     for line in lines_of_plan(recipe, folder):
         say(printable(line))
+    _import()
+    say(printable(f"loading {recipe.model.source} and the rows of {recipe.data.train} ..."))
+
+
+def _import() -> None:
+    """Import what takes seconds, and say so."""
     console.print("loading torch, transformers and peft ...")
     quiet()
-    say(printable(f"loading {recipe.model.source} and the rows of {recipe.data.train} ..."))
 
 
 def _summary(folder: Path) -> None:

@@ -28,8 +28,7 @@ def section(runs: Sequence[Run]) -> str:
         inner = _of_run(runs[0], SHOWN)
     else:
         inner = folded([(run.name, _of_run(run, SHOWN_OF_SEVERAL)) for run in told])
-    heading = "Sites" if all(map(is_federation, told)) else "Clients"
-    return f'<section><h2 id="clients">{heading}</h2>{inner}</section>'
+    return f'<section><h2 id="clients">Who took part</h2>{inner}</section>'
 
 
 def _of_run(run: Run, most: int) -> str:
