@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-lowest lint format types contracts install install-test docs \
+.PHONY: demo test test-all test-lowest test-versions lint format types contracts install install-test docs \
 	release-check bench clean
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -64,6 +64,17 @@ test-lowest: install-test
 		> $$(echo $(LOW)/lib/python*/site-packages)/rest.pth
 	OMP_NUM_THREADS=1 PYTHONPATH=src $(LOW)/bin/python -m pytest -p no:xdist -m "not slow" \
 		tests/algebra tests/wire tests/recipe tests/methods tests/engine
+
+# Of Pythons that need not be here: whatever is installed has wheels for them, and the types hold.
+test-versions: install-test
+	$(PIP) uv
+	mkdir -p build
+	for version in 3.12 3.13 3.14; do \
+		$(BIN)/uv pip compile -q pyproject.toml --python-version $$version -c constraints.txt \
+			--only-binary :all: --no-binary seqeval --extra flower --extra quant \
+			-o build/versions-$$version.txt && \
+		$(BIN)/mypy --python-version $$version --cache-dir build/mypy-$$version || exit 1; \
+	done
 
 lint: install-test
 	$(BIN)/ruff check

@@ -383,3 +383,17 @@ def test_names_of_data_are_no_names_of_models(monkeypatch: pytest.MonkeyPatch) -
         sources.load("no-such-rows", None)
     assert "20newsgroups, reuters" in str(caught.value)
     assert "minilm" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("classes", "steps", "rounds", "lr"), [(20, 5, 10, 3e-3), (77, 10, 20, 1e-2)]
+)
+def test_many_classes_get_more_steps_and_larger_ones(
+    tmp_path: Path, command: Command, classes: int, steps: int, rounds: int, lr: float
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"it is about {n % classes}", "topic": f"t{n % classes}"} for n in range(400)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert command("init", path, "--label", "topic", "--out", tmp_path / "r.toml").code == 0
+    recipe = recipes.load(str(tmp_path / "r.toml"))
+    assert (recipe.training.steps, recipe.rounds, recipe.training.lr) == (steps, rounds, lr)

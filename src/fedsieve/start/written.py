@@ -12,6 +12,7 @@ from fedsieve.start.guess import Guess
 from fedsieve.start.look import Looked
 
 HELD = 0.2  # of the rows, to evaluate on where there are no test rows
+MANY = 20  # classes: for more, steps are larger, and there are more of them
 FEWEST = 20  # clients: of fewer, five take part in a round, else ten
 _LENGTHS = (32, 64, 128, 256)  # no more, for a first look: steps take as long as their tokens
 _FRAME = 80  # tokens that a chat's template may write around what is said
@@ -86,17 +87,18 @@ def table_of(looked: Looked, guess: Guess, name: str) -> dict[str, Any]:
         "max_length": None if images else length_for(guess.words, _FRAME if language else 0),
         "validation": None if tested else HELD,
     }
+    many = _classes(looked, guess) > MANY
     training: dict[str, Any] = {
         "optimizer": "adamw",
-        "lr": 1e-3 if language else 3e-3,
-        "steps": 5,
+        "lr": 1e-3 if language else 1e-2 if many else 3e-3,
+        "steps": 10 if many else 5,
         "batch": 8 if language else 16,
         "augment": "crop-flip" if images else None,
     }
     table = {
         "name": name,
         "seed": 0,
-        "rounds": 5 if language else 10,
+        "rounds": 5 if language else 20 if many else 10,
         "cohort": min(number, 5 if language or number < FEWEST else 10),
         "model": {"source": guess.model, "task": guess.task},
         "lora": {"rank": 16, "alpha": 16},
@@ -116,6 +118,14 @@ def table_of(looked: Looked, guess: Guess, name: str) -> dict[str, Any]:
         },
     }
     return {key: _given(value) for key, value in table.items()}
+
+
+def _classes(looked: Looked, guess: Guess) -> int:
+    """That texts are told apart by; 0 of another task."""
+    label = guess.data.get("label")
+    if guess.task != "classification" or not isinstance(label, str):
+        return 0
+    return looked.column(label).distinct
 
 
 def length_for(words: int, around: int) -> int:
