@@ -83,6 +83,7 @@ def test_the_rows_of_every_task_are_the_same_examples_there(
         assert rows_digest(unasked(own), {}, []) == rows_digest(expected, {}, [])
 
 
+RATED_AS = ("round", "eval_examples", "eval_loss", "metrics")
 HELD_BACK: dict[str, object] = {"data__validation": 0.25, "evaluation__on": "validation"}
 # What a recipe says of the rows that it is evaluated on. The rest of the rows is divided.
 RATED: dict[str, dict[str, object]] = {
@@ -260,12 +261,10 @@ def test_all_of_a_federation_by_one_command_is_the_run_in_one_process(
             time.sleep(0.2)
     assert process.returncode == 0
     scores = [
-        [
-            (line["round"], line["eval_loss"], line["scores"])
-            for line in runs.lines(each, rundir.METRICS)
-        ]
+        [[line.get(name) for name in RATED_AS] for line in runs.lines(each, rundir.METRICS)]
         for each in (tmp_path / "alone", run)
     ]
+    assert {line[1] for line in scores[0]} == {60, None}  # a quarter of 240, where it is rated
     assert scores[0] == scores[1]
     runs.assert_same_adapter(tmp_path / "alone" / rundir.ADAPTER, run / rundir.ADAPTER)
     assert not [line for line in runs.lines(run, rundir.CLIENTS) if line.get("dropped")]
