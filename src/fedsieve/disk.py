@@ -15,6 +15,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -222,12 +223,47 @@ def place(text: str | Path) -> Path:
     return path
 
 
+def copied(source: str, to: str) -> str:
+    """Copy a file without its holes, which take no room there and would take it here."""
+    with Path(source).open("rb") as old, Path(to).open("wb") as new:
+        size, at = os.fstat(old.fileno()).st_size, 0
+        while at < size:
+            try:
+                begin = os.lseek(old.fileno(), at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    raise
+                break  # holes to its end
+            at = os.lseek(old.fileno(), begin, os.SEEK_HOLE)
+            old.seek(begin)
+            new.seek(begin)
+            while begin < at and (part := old.read(min(at - begin, LONGEST))):
+                begin += new.write(part)
+        new.truncate(size)
+    shutil.copystat(source, to)
+    return to
+
+
 def remove(path: Path) -> None:
     """A file or a folder with all in it; a link is removed, and not what it points to."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+@contextmanager
+def tensors_read() -> Iterator[None]:
+    """Around reading a file of tensors: what safetensors and torch raise over its bytes becomes a
+    ValueError with the first line of what they say.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError):
+        raise
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(said[:200]) from error
 
 
 def parsed(text: bytes | str, where: str) -> dict[str, Any]:

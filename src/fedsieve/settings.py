@@ -248,7 +248,7 @@ class Training:
     micro_batch: PositiveInt | None = None
     checkpointing: bool = False
     clip: PositiveFloat | None = None
-    proximal: NonNegativeFloat = 0.0
+    proximal: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     precision: Precision = "auto"
     augment: Literal["none", "flip", "crop-flip"] = "none"
     packing: bool = False

@@ -111,6 +111,12 @@ def test_a_hundred_thousand_clients_are_soon_counted(tiny: Tiny) -> None:
     assert time.monotonic() - began < 20
 
 
+def test_clients_beyond_counting_are_refused(tiny: Tiny) -> None:
+    given = recipe.check(tiny.table(partition={"kind": "iid", "clients": 10**18}, budgets=[{}]))
+    with pytest.raises(FedSieveError, match="1,000,000,000,000,000,000 clients: costs"):
+        of_recipe(given, classes=3)
+
+
 def test_what_a_recipe_leaves_open_is_asked_for(tiny: Tiny) -> None:
     by_owner = {"partition": {"kind": "column", "column": "author"}}
     given = recipe.check(tiny.table(**by_owner))

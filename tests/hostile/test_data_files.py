@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +17,7 @@ from datasets import Dataset, DatasetDict
 
 from fedsieve.data import files, sources
 from fedsieve.data.files import Columns
+from fedsieve.data.given import rows_of
 from fedsieve.disk import write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
@@ -312,3 +314,85 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "table.json").mkdir()
     with pytest.raises(FedSieveError, match=r"table\.json is a folder"):
         write_whole(tmp_path / "table.json", b"x")
+
+
+# --- lists and objects without end in a cell
+
+
+def deep(levels: int, fan: int = 1) -> str:
+    """JSON of objects in objects, each with `fan` keys."""
+    others = "".join(f'"{n}": 0, ' for n in range(fan - 1))
+    return f'{{{others}"in": ' * levels + "0" + "}" * levels
+
+
+NESTED: dict[str, tuple[str, str]] = {
+    "deep": (f'{{"text": {deep(900)}}}\n' * 24, "line 1 .* column 'text' that are nested"),
+    "deep and wide": (f'{{"text": {deep(900, 4)}}}\n' * 24, "nested more than"),
+    "lists": ('{"text": ' + "[" * 400 + "]" * 400 + "}\n", "nested more than"),
+    "another key in each row": (
+        "".join(f'{{"text": {{"k{n}": 1}}}}\n' for n in range(9000)),
+        "column 'text' holds objects of 7,0.. different keys by line 70..",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_cells_without_end_are_refused_before_they_fill_the_memory(
+    tmp_path: Path, kind: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    text, said = NESTED[kind]
+    path.write_text(text)
+    with pytest.raises(FedSieveError, match=said):
+        files.read(path)
+
+
+def test_a_parquet_column_of_a_deep_type_is_refused(tmp_path: Path) -> None:
+    of = pa.int64()
+    for _ in range(40):
+        of = pa.list_(of)
+    pq.write_table(pa.table({"text": pa.array([None], of)}), tmp_path / "rows.parquet")
+    with pytest.raises(FedSieveError, match=r"column 'text' whose type is nested more than"):
+        files.read(tmp_path / "rows.parquet")
+
+
+def _loop() -> list[object]:
+    loop: list[object] = []
+    loop += [loop, loop]
+    return loop
+
+
+def _deep(levels: int) -> list[object]:
+    found: list[object] = []
+    for _ in range(levels):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize("form", ["a list of dicts", "a dict of columns", "pandas"])
+@pytest.mark.parametrize(
+    "cell", [_loop(), _deep(50_000), _deep(900)], ids=["loop", "50,000", "900"]
+)
+def test_rows_in_python_without_end_are_refused(form: str, cell: list[object]) -> None:
+    """pyarrow alone goes down until the stack ends, and the process with it."""
+    columns = Columns(("text",), ("label",))
+    given: dict[str, object] = {
+        "a list of dicts": [{"text": cell, "label": 1}],
+        "a dict of columns": {"text": [cell], "label": [1]},
+        "pandas": pd.DataFrame({"text": [cell], "label": [1]}),
+    }
+    with pytest.raises(FedSieveError, match=r"row 0 .* column 'text' that are nested more than"):
+        rows_of(given[form], columns)
+
+
+def test_conversations_as_deep_as_they_are_in_practice_are_read(tmp_path: Path) -> None:
+    """With a tool's schema in each."""
+    said = {"role": "user", "tools": [{"function": {"parameters": {"a": {"items": [{"b": 1}]}}}}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"messages": [said, said]}) + "\n" for _ in range(50)))
+    assert len(files.read(path)) == 50
+
+
+def test_keys_that_are_no_texts_are_told(tmp_path: Path) -> None:
+    with pytest.raises(FedSieveError, match="no column 'text'"):
+        rows_of([{("a", 1): 1}], Columns(("text",), ()))

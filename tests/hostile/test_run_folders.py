@@ -862,3 +862,33 @@ def test_a_damaged_evaluation_is_named_before_anything_is_done(
     assert ran.code == 2
     assert str(path) in ran.err
     assert len(ran.err.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_repository_that_names_programs_runs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bare: bool
+) -> None:
+    """Whatever git runs where it asks what has changed: filters, and who watches files."""
+    folder, ran = tmp_path / "theirs", tmp_path / "ran"
+    folder.mkdir()
+    git = ["git", "-C", str(folder), "-c", "user.name=x", "-c", "user.email=x@x"]
+    (folder / "a.txt").write_text("hello")
+    (folder / ".gitattributes").write_text("* filter=evil diff=evil")
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *words], check=True)
+    program = f"sh -c 'touch {ran}; cat'"
+    for key in ("filter.evil.clean", "filter.evil.process", "core.fsmonitor", "diff.evil.command",
+                "core.hooksPath", "core.pager", "core.sshCommand", "core.editor"):  # fmt: skip
+        subprocess.run([*git, "config", key, program], check=True)
+    os.utime(folder / "a.txt", (1, 1))
+    if bare:  # in a folder that is none of git's own, as in what was cloned from somewhere
+        for path in (folder / ".git").iterdir():
+            path.rename(folder / path.name)
+        (folder / ".git").rmdir()
+        subprocess.run(
+            ["git", "-C", str(folder), "config", "core.worktree", str(folder)], check=False
+        )
+    monkeypatch.chdir(folder)
+    found = rundir.environment("cpu")["git_commit"]
+    assert len(found) == 40 or found == "none"
+    assert not ran.exists()

@@ -192,6 +192,10 @@ WRONG += [
     ({"budgets": {"kind": "tiers", "tiers": 10**9}}, "tiers: Input should be less than or equal"),
     ({"budgets": [{"share": 1e308}, {}]}, "share: Input should be less than or equal to 1000000"),
     (
+        {"training": {"proximal": 1e308}},
+        "proximal: Input should be less than or equal to 1000000000",
+    ),
+    (
         {"privacy": {"clip": 1.0, "delta": 0.1, "noise_multiplier": 1e308}},
         "noise_multiplier: Input should be less than or equal to 1000000",
     ),

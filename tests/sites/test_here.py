@@ -186,6 +186,16 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
         "is not what .* wrote",
     ),
     "a site's folder that is elsewhere": (lambda run: moved(run / "sites/0001"), "link"),
+    "a site's runs that are elsewhere": (
+        lambda run: linked(run / "sites/0000/worker/runs"), "link",
+    ),
+    "a site's door that is elsewhere": (
+        lambda run: linked(run / "sites/0001/worker/door"), "link",
+    ),
+    "a file deep in it that is elsewhere": (
+        lambda run: linked(run / "sites/0001/worker/runs" / ("a" * 64) / "rounds"), "link",
+    ),
+    "held rows that are elsewhere": (lambda run: linked(run / "sites" / here.HELD), "link"),
     "another server": (
         lambda run: edit(run / "flower/config.toml", "127.0.0.1", "192.0.2.1"), "no server of this",
     ),
@@ -197,6 +207,11 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 def moved(path: Path) -> None:
     path.symlink_to(path.rename(path.parents[2] / "elsewhere"))
+
+
+def linked(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to("/tmp")
 
 
 def edit(path: Path, old: str, new: str) -> None:

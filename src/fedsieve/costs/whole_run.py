@@ -37,6 +37,7 @@ from fedsieve.tasks import catalogue
 from fedsieve.train.local import Fit
 from fedsieve.train.model import set_up, shape_of
 
+MOST_CLIENTS = 1_000_000
 _META = torch.device("meta")
 _WORK = 300_000_000  # numbers of all messages that are rehearsed, about
 _MESSAGE = 100_000  # numbers that take as long as what a message costs beside its numbers
@@ -185,6 +186,11 @@ def _ids(recipe: Recipe, clients: int | None) -> list[str]:
         raise FedSieveError(
             f"how many clients partition.kind {recipe.partition.kind!r} makes is known once the "
             "rows are read: say how many with --clients"
+        )
+    if number > MOST_CLIENTS:
+        raise FedSieveError(
+            f"{number:,} clients: costs are worked out for {MOST_CLIENTS:,} at most; a cohort of "
+            "those costs as much as one of more"
         )
     return numbered(number)
 

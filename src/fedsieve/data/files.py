@@ -17,11 +17,13 @@ import csv
 import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -36,6 +38,11 @@ EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
 _TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
 _WIDEST = 10_000  # columns of a table of texts
+_NESTS = (Mapping, list, tuple, np.ndarray)
+DEEPEST = 32  # lists and objects in one another
+MOST_NESTED = 1_000_000  # at one depth of one value
+MOST_CELLS = 50_000_000  # of a column: its values, times the keys that its objects have
+_KEYS = 1000  # so many any column may have
 _DELIMITED = {".csv": ",", ".tsv": "\t"}
 _SEPARATORS, _HEAD = (",", ";", "\t", "|"), 1 << 16  # that are looked for, in so many bytes
 # Orange's names for a column's type; "a b c" (the values themselves) is allowed there as well.
@@ -146,6 +153,7 @@ def array_of(values: Sequence[Any], what: str, place: Callable[[int], str]) -> p
     Raises FedSieveError naming the first value that is of another kind than those before it, or
     that a column cannot hold.
     """
+    refuse_wild(values, what, place)
     first: tuple[str, int] | None = None
     for number, value in enumerate(values):
         if value is None:
@@ -169,6 +177,49 @@ def array_of(values: Sequence[Any], what: str, place: Callable[[int], str]) -> p
         raise FedSieveError(
             f"{place(odd)} has a value in {what} that no column can hold: {why}"
         ) from None
+
+
+def refuse_wild(values: Iterable[Any], what: str, place: Callable[[int], str]) -> None:
+    """Raises FedSieveError, naming the value, for lists and objects that are nested too deep, or
+    hold too many keys for how many values there are: as a column each key takes room in each value,
+    and what makes columns goes down without looking where it ends.
+    """
+    keys: dict[tuple[int, str], int] = {}  # under a key, a key -> the number of both
+    number = -1
+    for number, value in enumerate(values):
+        if not isinstance(value, _NESTS):
+            continue
+        level: list[tuple[int, Any]] = [(0, value)]
+        for _ in range(DEEPEST):
+            inner = (one for under, each in level for one in _inside(under, each, keys))
+            level = list(islice(inner, MOST_NESTED))
+            if not level or len(level) == MOST_NESTED:
+                break
+        if level:
+            raise FedSieveError(
+                f"{place(number)} has lists or objects in {what} that are nested more than "
+                f"{DEEPEST} deep, or {MOST_NESTED:,} and more of them"
+            )
+        if len(keys) > _KEYS and len(keys) * (number + 1) > MOST_CELLS:
+            raise FedSieveError(
+                f"{what} holds objects of {len(keys):,} different keys by {place(number)}, and a "
+                "column has room for each key in each row: write such objects as texts"
+            )
+
+
+def _inside(under: int, value: Any, keys: dict[tuple[int, str], int]) -> Iterator[tuple[int, Any]]:
+    """What nests in a list or an object, each under its key."""
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            below = keys.setdefault((under, str(key)), len(keys) + 1)
+            if isinstance(inner, _NESTS):
+                yield below, inner
+        return
+    for inner in value:
+        if isinstance(inner, _NESTS):
+            yield under, inner
 
 
 def _array(values: Sequence[Any]) -> pa.Array:
@@ -522,6 +573,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _dataset(path: Path, table: pa.Table) -> Dataset:
     """The table with the features that `datasets` noted in it (names of classes), where it did."""
+    for field in table.schema:
+        level = [field.type]
+        for _ in range(DEEPEST):
+            level = [each.field(n).type for each in level for n in range(each.num_fields)]
+        if level:
+            raise FedSieveError(
+                f"{path} has a column {field.name[:80]!r} whose type is nested more than {DEEPEST} "
+                "deep"
+            )
     try:
         features = Features.from_arrow_schema(table.schema)
         return Dataset(table.replace_schema_metadata(None), info=DatasetInfo(features=features))

@@ -14,7 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 from fedsieve.data import sources
-from fedsieve.data.files import Columns, array_of, chosen
+from fedsieve.data.files import Columns, array_of, chosen, refuse_wild
 from fedsieve.data.names import absent, name_of, numbered
 from fedsieve.errors import FedSieveError
 
@@ -93,13 +93,15 @@ def _of_frame(frame: Any, columns: Columns) -> Dataset:
     table = {}
     for name in chosen(found, columns):
         series = frame[frame.columns[found.index(name)]]
+        if str(series.dtype).lower() == "object":
+            refuse_wild(series.to_list(), f"column {name!r}", "row {}".format)
         try:
             table[name] = _array(series)
         except (pa.ArrowException, TypeError, ValueError, OverflowError):
             values = series.to_list() if hasattr(series, "to_list") else list(series)
             values = [None if absent(value) else value for value in values]
             table[name] = array_of(values, f"column {name!r}", "row {}".format)
-    return Dataset(pa.table(table)) if len(frame) else Dataset.from_dict({})
+    return Dataset(pa.table(table)) if len(frame) else Dataset.from_dict({key: [] for key in table})
 
 
 def _array(series: Any) -> pa.Array:
@@ -110,7 +112,7 @@ def _array(series: Any) -> pa.Array:
     array = series.to_arrow() if hasattr(series, "to_arrow") else pa.Array.from_pandas(series)
     if isinstance(array, pa.ChunkedArray):
         array = array.combine_chunks()
-    if isinstance(array.type, pa.BaseExtensionType):
+    if isinstance(array.type, pa.BaseExtensionType) or pa.types.is_fixed_size_binary(array.type):
         raise TypeError(f"a column of {array.type}")
     if pa.types.is_dictionary(array.type):
         array = array.cast(array.type.value_type)

@@ -19,12 +19,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fedsieve.engine.request import refuse_failed
 from fedsieve.engine.spread import Gone, Hire
 from fedsieve.errors import FedSieveError, WireError
 from fedsieve.frame import pack, read, unpack
 
 OUT_OF_MEMORY = 12  # the exit code of a worker whose device had no room
-PATIENCE = 10.0  # seconds in which it is known how a worker ended
+PATIENCE = 10.0  # seconds in which it is known how a worker ended, or an answer goes on that began
+_AT_ONCE = 1 << 20  # bytes
 
 
 class Process:
@@ -65,10 +67,15 @@ class Process:
     def ask(self, request: bytes) -> bytes:
         """See `spread.Worker`."""
         try:
+            self._socket.settimeout(None)
             self._socket.sendall(request)
+            self._socket.recv(1, socket.MSG_PEEK)  # which takes as long as it trains
+            self._socket.settimeout(PATIENCE)
             return pack(read(lambda count: _exactly(self._socket, count)))
         except (OSError, EOFError) as error:
             raise Gone(self._how()) from error
+        except WireError as error:
+            raise Gone(f"answered with no frame ({error})") from error
 
     def end(self) -> None:
         """See `spread.Worker`."""
@@ -105,9 +112,11 @@ def processes(
 
 def check_ready(said: Mapping[str, Any], mark: str) -> None:
     """Raises FedSieveError where what a worker says of its setup is not that it has the model."""
-    if not said["ok"]:
-        raise FedSieveError(f"a worker cannot begin: {said['error']}")
-    if said["mark"] != mark:
+    try:
+        refuse_failed(said, "a worker")
+    except FedSieveError as error:
+        raise FedSieveError(f"a worker cannot begin: {error}") from error
+    if said.get("mark") != mark:
         raise FedSieveError(
             "a worker has another model than this process (other weights, another configuration, "
             "or other versions of the libraries): make both the same"
@@ -144,14 +153,14 @@ def path_of(descriptor: int) -> Path:
 
 
 def _exactly(connection: socket.socket, count: int) -> bytes:
-    data = bytearray(count)
-    view = memoryview(data)
-    while view:
-        got = connection.recv_into(view)
-        if not got:
+    parts: list[bytes] = []  # as they come: a length is only a promise
+    while count:
+        part = connection.recv(min(count, _AT_ONCE))
+        if not part:
             raise EOFError
-        view = view[got:]
-    return bytes(data)
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
 
 
 def _has_file(stream: object) -> bool:

@@ -6,18 +6,20 @@ needs it, and any worker can train any client.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import safetensors.torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client, Link
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method, View
+from fedsieve.disk import tensors_read
 from fedsieve.engine.client import Reply, facts, take_part
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, WireError, quoted
 from fedsieve.frame import Frame, pack, unpack
 from fedsieve.train.local import Fit
 
@@ -58,6 +60,8 @@ def work(method: Method, fitting: Fitting, start: Adapter, asked: Frame) -> Fram
     update, kept = reply.update or b"", b"" if after is before else _bytes(after)
     said = {
         "ok": True,
+        "client": client.id,
+        "round": key.round,
         **facts(reply),
         "update": None if reply.update is None else len(update),
         "groups": None if after is before else sorted(after),
@@ -65,31 +69,85 @@ def work(method: Method, fitting: Fitting, start: Adapter, asked: Frame) -> Fram
     return Frame(said, update + kept)
 
 
-def reply_of(client: Client, answer: bytes) -> tuple[Reply, Memory | None]:
-    """What a worker answered for a client, and the client's memory, or None where it stays.
+def reply_of(client: Client, number: int, answer: bytes) -> tuple[Reply, Memory | None]:
+    """What a worker answered for a client in a round, and the client's memory, or None where it
+    stays.
 
-    Raises FedSieveError for what a worker met that the user can mend, RuntimeError with the
-    worker's own traceback for anything else.
+    Raises FedSieveError for what a worker met that the user can mend, and for what no worker
+    answers; RuntimeError with the worker's own traceback for anything else.
     """
-    said, body = unpack(answer)
-    if not said["ok"]:
-        if said.get("ours"):
-            raise RuntimeError(f"client {client.id}, in a worker:\n{said['error']}")
-        raise FedSieveError(said["error"])
-    length = said["update"]
-    reply = Reply(
-        client,
-        None if length is None else body[:length],
-        said["reason"],
-        math.nan if said["loss"] is None else said["loss"],
-        said["steps"],
-        said["seconds"],
-        said["compute"],
-        said["wire"],
-        said["memory"],
-    )
-    memory = None if said["groups"] is None else _memory(body[length or 0 :], said["groups"])
-    return reply, memory
+    try:
+        header, body = unpack(answer)
+        refuse_failed(header, f"client {client.id}, in a worker")
+        said, memory = _checked(client, number, header, body)
+    except WireError as error:
+        raise FedSieveError(
+            f"a worker answers for client {client.id!r} what none does ({str(error)[:200]}): is "
+            "another version of FedSieve installed where it runs?"
+        ) from error
+    update = None if said.update is None else body[: said.update]
+    loss = math.nan if said.loss is None else said.loss
+    times = (said.seconds, said.compute, said.wire)
+    return Reply(client, update, said.reason, loss, said.steps, *times, said.memory), memory
+
+
+def _checked(
+    client: Client, number: int, header: Mapping[str, Any], body: bytes
+) -> tuple["_Said", Memory | None]:
+    """What an answer says, and the client's memory in it. Raises WireError for what no worker says
+    of this client and this round.
+    """
+    try:
+        said = _Said.model_validate({name: header.get(name) for name in _Said.model_fields})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise WireError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    if (said.client, said.round) != (client.id, number):
+        raise WireError(f"it is of {quoted(said.client)} and round {said.round}")
+    length = said.update or 0
+    if length > len(body):
+        raise WireError(f"its update is {len(body)} bytes long, and not {length}")
+    try:
+        return said, None if said.groups is None else _memory(body[length:], said.groups)
+    except ValueError as error:
+        raise WireError(str(error)) from error
+
+
+def refuse_failed(said: Mapping[str, Any], whose: str) -> None:
+    """Raises FedSieveError for a worker's answer that it could not do what was asked, RuntimeError
+    where that is a fault of ours, and WireError for one that says neither.
+    """
+    if said.get("ok") is True:
+        return
+    error = said.get("error")
+    if said.get("ok") is not False or not isinstance(error, str):
+        raise WireError("it says neither that it is done nor why it is not")
+    if said.get("ours"):
+        raise RuntimeError(f"{whose}:\n{error}")
+    raise FedSieveError(error)
+
+
+_Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
+_LOSS = 1e39  # beyond any float32
+_Count = Annotated[int, Field(ge=0, le=2**62)]
+
+
+class _Said(BaseModel):
+    """The head of an answer: whose it is, `client.facts`, and how long the update is."""
+
+    model_config = ConfigDict(strict=True)
+
+    client: str
+    round: _Count
+    update: _Count | None
+    groups: list[str] | None
+    reason: str | None
+    loss: Annotated[float, Field(ge=-_LOSS, le=_LOSS)] | None
+    steps: _Count
+    seconds: _Seconds
+    compute: _Seconds
+    wire: _Seconds
+    memory: _Count
 
 
 def _client(told: dict[str, Any]) -> Client:
@@ -112,8 +170,13 @@ def _bytes(memory: Memory) -> bytes:
 
 
 def _memory(data: bytes, groups: list[str]) -> Memory:
+    """Raises ValueError for bytes that are no memory of these groups."""
     memory: Memory = {group: {} for group in groups}
-    for full, tensor in (safetensors.torch.load(data) if data else {}).items():
-        group, name = full.split("/", 1)
+    with tensors_read():
+        kept = safetensors.torch.load(data) if data else {}
+    for full, tensor in kept.items():
+        group, _, name = full.partition("/")
+        if group not in memory:
+            raise ValueError(f"it keeps {full[:80]!r}, of no group that it names")
         memory[group][name] = tensor
     return {group: dict(sorted(tree.items())) for group, tree in memory.items()}

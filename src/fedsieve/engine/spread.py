@@ -162,7 +162,7 @@ class Spread:
                     raise event.outcome
                 self._idle.append(event.worker)
                 self._hand_out(ahead, jobs)
-                yield self._came(event.job.client, event.outcome)
+                yield self._came(event.job.client, key.round, event.outcome)
         finally:
             # Nobody waits for what they do, if the round was broken off.
             for worker in self._busy.values():
@@ -258,8 +258,8 @@ class Spread:
         reason = f"its worker ended {TRIES} times: it {how}"
         return Reply(client, None, reason, math.nan, 0, 0.0, 0.0, 0.0, 0)
 
-    def _came(self, client: Client, answer: bytes) -> Reply:
-        reply, memory = reply_of(client, answer)
+    def _came(self, client: Client, number: int, answer: bytes) -> Reply:
+        reply, memory = reply_of(client, number, answer)
         memory = self._kept(client) if memory is None else memory
         if memory:
             self._fresh[client.id] = self._held.once(memory)

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, Tree
 from fedsieve.algebra.method import Memory, State
-from fedsieve.disk import LARGEST, parsed, refuse_link, sync, write_whole
+from fedsieve.disk import LARGEST, parsed, refuse_link, sync, tensors_read, write_whole
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.digest import RowsDigest
 from fedsieve.train.digest import BaseDigest, tensors_digest
 
 # What reading a file raises that was cut, or changed by accident.
-_DAMAGE = (OSError, ValueError, KeyError, safetensors.SafetensorError)
+_DAMAGE = (OSError, ValueError, KeyError)
 KEEP = 2  # the newest, and one to fall back to
 _NAME = re.compile(r"round-(\d{6,})\.safetensors")
 
@@ -269,7 +269,7 @@ _TYPES = {f"torch.{name}" for name in ("float32", "float64", "int32", "int64", "
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    with safetensors.safe_open(path, framework="pt") as file:
+    with tensors_read(), safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if odd := {str(t.dtype) for t in tensors.values()} - _TYPES:

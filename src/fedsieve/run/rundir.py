@@ -325,9 +325,9 @@ def environment(device: str) -> dict[str, Any]:
     facts |= {"python": platform.python_version(), "platform": platform.platform()}
     facts |= {"cpus": os.cpu_count() or 0, "device": device}
     try:
-        # A repository that came from elsewhere may name a program there.
-        command = ["git", "-c", "core.fsmonitor=false", "describe", "--always", "--dirty"]
-        command += ["--abbrev=40", "--exclude=*"]
+        # No more than the commit: whether files differ from it, git asks of the programs that the
+        # repository's own configuration names (fsmonitor, filters), and it may be a stranger's.
+        command = ["git", "rev-parse", "--verify", "HEAD"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         facts["git_commit"] = done.stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -174,20 +174,14 @@ def check(folder: Path) -> None:
     source = folder / rundir.RECIPE
     recipe = recipes.parse(recipes.read(str(source)), str(source))
     refuse_link(folder / HERE, folder=True)
-    refuse_link(folder / HERE / _LOCK)
-    refuse_link(folder / HERE / HELD)
+    _refuse_links_within(folder / HERE)
     if not _homes(folder):
         raise FedSieveError(f"{folder / HERE} holds no site: begin a new federation")
     for log in (folder / HERE / _SERVER_LOG, *(h / n for h in _homes(folder) for n in _LOGS)):
-        refuse_link(log)
         if log.exists() and not log.is_file():
             raise FedSieveError(f"{log} is no file: remove it")
     for home in _homes(folder):
         path = home / SITE
-        for name in (home, home / "worker"):
-            refuse_link(name, folder=True)
-        for name in (path, home / ROWS):
-            refuse_link(name)
         table = recipes.toml(recipes.text_of(path), str(path))
         table.pop("budget", None)
         if table != _site_of(recipe, home.name):
@@ -195,6 +189,14 @@ def check(folder: Path) -> None:
                 f"{path} is not what `fedsieve federate --local` wrote: put it back, or begin anew"
             )
     port_of(folder)
+
+
+def _refuse_links_within(folder: Path) -> None:
+    """Raises FedSieveError for a link at any depth: workers write and remove below all of it."""
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if (path := Path(place, name)).is_symlink():
+                refuse_link(path)
 
 
 def _homes(folder: Path) -> list[Path]:

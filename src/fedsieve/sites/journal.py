@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.algebra.method import Memory
-from fedsieve.disk import bytes_of, remove, write_whole
+from fedsieve.disk import bytes_of, remove, tensors_read, write_whole
 
 _DIGEST = 16  # bytes
 _ANSWER = "answer"
@@ -135,10 +135,11 @@ def _read(path: Path) -> Entry | None:
             raise ValueError("its digest does not match")
         size = int.from_bytes(data[:8], "little")
         facts = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["facts"])
-        tensors = safetensors.torch.load(data)
+        with tensors_read():
+            tensors = safetensors.torch.load(data)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         warnings.warn(f"{path} is damaged ({error}): it is not used", stacklevel=3)
         return None
     answer = tensors.pop(_ANSWER).numpy().tobytes()[: facts["length"]]

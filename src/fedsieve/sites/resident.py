@@ -43,7 +43,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
-from fedsieve.disk import NotAFile, bytes_of, remove, write_whole
+from fedsieve.disk import NotAFile, bytes_of, refuse_link, remove, write_whole
 from fedsieve.engine.client import facts, take_part
 from fedsieve.errors import FedSieveError, WireError, printable
 from fedsieve.frame import Frame, refusal
@@ -130,6 +130,8 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     not there.
     """
     pick_device(site.device)
+    for name in ("runs", "adapters"):
+        refuse_link(site.folder / name, folder=True)
     for within in ("", "runs/*/", "runs/*/*/"):
         for part in site.folder.glob(f"{within}.*.part"):
             remove(part)
@@ -575,6 +577,9 @@ def _clear(place: Path, *, folder: bool) -> None:
         remove(place)
 
 
+_RUN = re.compile(r"[0-9a-f]{64}")  # what a run's folder is called: the digest of its recipe
+
+
 def _forget_old_runs(folder: Path, run: str) -> None:
     """Forget all but the newest `RUNS`, of which this one was told last.
 
@@ -583,12 +588,14 @@ def _forget_old_runs(folder: Path, run: str) -> None:
     place = folder / TOLD
     # No more than an order is lost with it.
     before = place.read_text("ascii", errors="replace").split() if place.is_file() else []
-    there = {path.name for path in (folder / "runs").iterdir() if path.is_dir()} - {run}
+    runs = folder / "runs"
+    refuse_link(runs, folder=True)
+    there = {path.name for path in runs.iterdir() if _RUN.fullmatch(path.name)} - {run}
     known = [digest for digest in before if digest in there]
     order = [*sorted(there - {*known}), *known, run]
     write_whole(place, "\n".join(order[-RUNS:]).encode("ascii"))
     for digest in order[:-RUNS]:
-        remove(folder / "runs" / digest)
+        remove(runs / digest)
 
 
 def _assignment(resident: Resident, run: str) -> Assignment:

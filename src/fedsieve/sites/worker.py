@@ -38,6 +38,7 @@ from typing import Any
 
 import filelock
 
+from fedsieve.disk import refuse_link
 from fedsieve.errors import FedSieveError, WireError
 from fedsieve.frame import BODY as BODY  # users of this module find them here
 from fedsieve.frame import HEADER as HEADER
@@ -188,6 +189,7 @@ def serve(
 @contextmanager
 def _listening(path: Path) -> Iterator[socket.socket]:
     address = _address(path)
+    refuse_link(path.parent, folder=True)
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:

@@ -11,7 +11,6 @@ Nothing here needs torch.
 """
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
@@ -21,12 +20,13 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import Field, PositiveFloat, ValidationError, model_validator
 
 from fedsieve.data import fetch
-from fedsieve.disk import bytes_of
+from fedsieve.disk import bytes_of, parsed
+from fedsieve.disk import place as path_of
 from fedsieve.errors import FedSieveError, count, explain_all, nearest, printable
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.settings import Share, Table
-from fedsieve.study.tables import EntryTable, Seeds, Settings, Study, TuneTable
+from fedsieve.study.tables import MOST, EntryTable, Seeds, Settings, Study, TuneTable
 
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -36,6 +36,9 @@ Measure = Literal[
 MEAN = "mean"  # the place of a check that is of the mean over all places
 DATA = "{data}/"  # how a recipe's path begins that lies in the folder of --data
 SETTINGS = "settings"  # beside the figures of the papers: the recipes of their panels
+
+
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # of which differences can be drawn
 
 
 class PlaceTable(Table):
@@ -48,7 +51,7 @@ class PlaceTable(Table):
     """
 
     name: str
-    x: float | None = None
+    x: Number | None = None
     set: Settings = Field(default_factory=dict)
     metric: str | None = None
     uplink: PositiveFloat = 1.0
@@ -94,9 +97,9 @@ class CheckTable(Table):
     right_at: str | None = None
     measure: Measure | None = None
     panel: str | None = None
-    least: float | None = None
-    most: float | None = None
-    above: float | None = None
+    least: Number | None = None
+    most: Number | None = None
+    above: Number | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> "CheckTable":
@@ -130,12 +133,14 @@ class Figure(Table):
     seeds: Seeds = (0, 1, 2)
     set: Settings = Field(default_factory=dict)
     tune: TuneTable | None = None
-    entry: Annotated[tuple[EntryTable, ...], Field(min_length=1)]
-    place: Annotated[tuple[PlaceTable, ...], Field(min_length=1)] = (PlaceTable(name="all"),)
+    entry: Annotated[tuple[EntryTable, ...], Field(min_length=1, max_length=MOST)]
+    place: Annotated[tuple[PlaceTable, ...], Field(min_length=1, max_length=MOST)] = (
+        PlaceTable(name="all"),
+    )
     small: tuple[PanelTable, ...] = ()
     paper: Annotated[tuple[PanelTable, ...], Field(min_length=1)]
     check: tuple[CheckTable, ...] = ()
-    numbers: dict[str, dict[str, dict[str, float]]] = Field(default_factory=dict)
+    numbers: dict[str, dict[str, dict[str, Number]]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _names_that_are_there(self) -> "Figure":
@@ -334,12 +339,16 @@ def missing(found: Needs, data: Path | None) -> list[str]:
     return said
 
 
+_LARGEST = 1 << 24  # bytes of a figure.json
+
+
 def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
     """What came out of a figure here, or what it needs that is not here, in words."""
     told = folder_of(source, scale) / "figure.json"
     if told.is_file():
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            return f"run here: {json.loads(bytes_of(told))['verdict']} ({told.parent})"
+        with contextlib.suppress(OSError, FedSieveError, KeyError):
+            verdict = parsed(bytes_of(told, _LARGEST), str(told))["verdict"]
+            return f"run here: {printable(str(verdict))[:80]} ({told.parent})"
     if scale == "small" and not figure.small:
         return "none"
     gone: dict[str, None] = {}
@@ -386,7 +395,7 @@ def _recipe(name: str, source: str) -> dict[str, Any]:
     own = _papers() / SETTINGS / f"{name}.toml"
     if own.is_file():
         return recipes.toml(own.read_text(encoding="utf-8"), name)
-    beside = Path(source).parent / name
+    beside = Path(source).parent / path_of(name)
     return recipes.read(str(beside) if beside.is_file() else name)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fedsieve.algebra.budget import Link
 from fedsieve.clients.network import DOWNLINK, Conditions, clock, first_round
-from fedsieve.disk import refuse_link, write_whole
+from fedsieve.disk import copied, refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import digest_of_rows
@@ -177,7 +177,7 @@ def _copied(jobs: Sequence[Job], folder: Path) -> None:
                     if rundir.rows_of(asked.parent) != rows[asked_rows]:
                         continue
                     job.folder.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copytree(asked.parent, job.folder, symlinks=True)
+                    shutil.copytree(asked.parent, job.folder, symlinks=True, copy_function=copied)
                     break
 
 

@@ -7,7 +7,8 @@ from pydantic import Field, NonNegativeInt
 
 from fedsieve.settings import Share, Table
 
-Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+MOST = 1000  # seeds, entries or places
+Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=MOST)]
 Settings = dict[str, Any]
 Grid = dict[str, list[Any]] | list[Settings]
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from fedsieve.disk import tensors_read
 from fedsieve.errors import FedSieveError
 
 _TIMES = 4  # as many numbers: heads are drawn, and tied tensors are stored once
@@ -93,11 +94,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
     """Names, shapes and types (BF16, I8) of all in a folder's safetensors."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(path, "pt") as tensors:
+            with tensors_read(), safe_open(path, "pt") as tensors:
                 for each in list(tensors.keys()):
                     part = tensors.get_slice(each)
                     yield each, part.get_shape(), part.get_dtype()
-        except (OSError, SafetensorError) as error:
+        except (OSError, ValueError) as error:
             raise FedSieveError(
                 f"model {str(folder)!r}: {path.name} is damaged or cut off ({error}): fetch or "
                 "copy it again"

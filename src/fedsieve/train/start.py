@@ -15,13 +15,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.method import Method
-from fedsieve.disk import bytes_of, place
-from fedsieve.errors import FedSieveError, nearest, printable
+from fedsieve.disk import bytes_of, place, tensors_read
+from fedsieve.errors import FedSieveError, nearest, printable, quoted
 from fedsieve.settings import is_number
 from fedsieve.train.digest import tensors_digest
 from fedsieve.train.model import LABELS, ResidentModel
@@ -73,8 +72,9 @@ def _read(folder: str, where: str, most: int) -> tuple[Mapping[str, Any], Tree]:
             )
     try:
         config = json.loads(bytes_of(at / _CONFIG, _LARGEST))
-        tensors = safetensors.torch.load(bytes_of(at / _WEIGHTS, most))
-    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        with tensors_read():
+            tensors = safetensors.torch.load(bytes_of(at / _WEIGHTS, most))
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         said = " ".join(str(error).split())[:200]
         raise FedSieveError(f"{where} cannot be read: {said}") from error
     if not isinstance(config, dict):
@@ -136,13 +136,14 @@ def _rank_and_scale(config: Mapping[str, Any], where: str) -> tuple[int, float]:
     there is.
     """
     if config.get("peft_type") != "LORA":
-        raise FedSieveError(f"{where} is of type {config.get('peft_type')!r}, and LORA is needed")
+        kind = quoted(config.get("peft_type"))
+        raise FedSieveError(f"{where} is of type {kind}, and LORA is needed")
     for key in ("rank_pattern", "alpha_pattern"):
         if config.get(key):
             raise FedSieveError(f"{where} has a {key}, and one rank and scale is needed everywhere")
     began = str(config.get("init_lora_weights")).lower()
     if config.get("use_dora") or began.startswith(_OTHER_BASES):
-        what = "use_dora" if config.get("use_dora") else f"init_lora_weights {began!r}"
+        what = "use_dora" if config.get("use_dora") else f"init_lora_weights {quoted(began)}"
         raise FedSieveError(f"{where} was trained with {what}, so it is more than its pairs")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 0 < rank < _MOST_RANK:
@@ -157,7 +158,7 @@ def _refuse_other_classes(resident: ResidentModel, path: Path, where: str) -> No
     try:
         named = json.loads(bytes_of(path, _LARGEST))["id2label"]
         theirs = tuple(str(named[key]) for key in sorted(named, key=int))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return  # only what FedSieve wrote says it
     if resident.classes and theirs != resident.classes:
         raise FedSieveError(
