@@ -113,6 +113,25 @@ def test_tensors_that_the_method_does_not_keep_are_named(stopped: Path, tmp_path
     assert tried >= 6
 
 
+@pytest.mark.parametrize("value", [3, 5, -1, 2**31 - 1])
+def test_rounds_that_have_not_been_are_named(stopped: Path, tmp_path: Path, value: int) -> None:
+    """Of clients, where a method keeps how far each of them is; two rounds have been."""
+    _, tensors = checkpoint._read(stopped / NEWEST)
+    clients = {f"{number:04d}" for number in range(6)}
+    of_clients = {
+        name: torch.full_like(tensor, value)
+        for name, tensor in tensors.items()
+        if not tensor.is_floating_point() and tensor.dtype != torch.bool
+        if name.rsplit("/", 1)[1] in clients or name.endswith("/seen/round")
+    }
+    if not of_clients:
+        pytest.skip("it keeps no such numbers")
+    shutil.copytree(stopped, tmp_path / "run")
+    with_tensors(tmp_path / "run", dict(of_clients))
+    with pytest.raises(FedSieveError, match=r"newest checkpoint's .* is not what"):
+        runner.resume(tmp_path / "run", runs.quiet)
+
+
 def test_nothing_is_trained_or_written_over_other_tensors(
     stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,6 +141,22 @@ def test_a_checkpoint_of_holes_fills_no_memory(whole: Path, tmp_path: Path) -> N
     assert own_memory() - before < size // 4
 
 
+def test_a_scale_that_makes_numbers_of_it_infinite_is_told(
+    tiny: Tiny, whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(whole / rundir.ADAPTER, folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"lora_alpha": 1e9}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    path = folder / "adapter_model.safetensors"
+    tensors = {
+        n: t * 1e34 if "lora_B" in n else t for n, t in safetensors.torch.load_file(path).items()
+    }
+    safetensors.torch.save_file(tensors, path)
+    with pytest.raises(FedSieveError, match=r"the adapter in .* beyond float32 at this run's"):
+        from_recipe(recipe.check(tiny.table(lora__start=str(folder))))
+
+
 def own_memory() -> int:
     """Bytes that no file lies behind, of this process at its largest so far."""
     status = Path("/proc/self/status")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from fedsieve.disk import copied
 from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
 from fedsieve.study import claims, figures
@@ -233,6 +234,55 @@ def test_the_list_says_what_each_needs(
     assert "small: run here: not clear (runs/papers/flasc-fig2-small)" in ran.out
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]", "null", "[" * 200_000, '{"verdict": 1e999}', '{"no": 1}', "\0",
+        json.dumps({"verdict": "x" * 100_000}), json.dumps({"verdict": "\x1b[31mred"}),
+        pytest.param(None, id="2 GB of holes"),
+    ],
+    ids=lambda text: repr(text)[:12],
+)  # fmt: skip
+def test_what_a_strangers_folder_says_came_out_is_shown_within_bounds(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = tmp_path / "runs" / "papers" / "flasc-fig2-small"
+    done.mkdir(parents=True)
+    if text is None:
+        with (done / "figure.json").open("wb") as file:
+            file.truncate(2 << 30)
+    else:
+        (done / "figure.json").write_text(text)
+    one = {"flasc/fig2": figures.shipped()["flasc/fig2"]}
+    monkeypatch.setattr(figures, "shipped", lambda: one)
+    ran = command("reproduce")
+    assert (ran.code, ran.err) == (0, "")
+    assert len(ran.out) < 2000
+    assert "\x1b[31m" not in ran.out
+
+
+def test_a_run_is_copied_without_its_holes(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 5000
+    with (tmp_path / "holes").open("wb") as file:
+        file.truncate(1 << 32)
+        file.write(data)
+        file.seek(1 << 31)
+        file.write(data)
+    for name, content in (("plain", data), ("empty", b"")):
+        (tmp_path / name).write_bytes(content)
+    for name in ("holes", "plain", "empty"):
+        copied(str(tmp_path / name), str(tmp_path / "to"))
+        old, new = (tmp_path / name).stat(), (tmp_path / "to").stat()
+        assert (new.st_size, new.st_mtime) == (old.st_size, old.st_mtime)
+        assert new.st_blocks <= old.st_blocks + 64
+        with (tmp_path / "to").open("rb") as file:
+            assert file.read(len(data)) == (tmp_path / name).open("rb").read(len(data))
+            if name == "holes":
+                file.seek(1 << 31)
+                assert file.read(len(data)) == data
+
+
 # --- claims
 
 FIGURE: dict[str, Any] = {
@@ -310,6 +360,11 @@ def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
         ({"paper": [{"name": "p", "recipe": "demo", "places": ["z"]}]}, "'z' is not there"),
         ({"numbers": {"q": {}}}, "'q' is not there"),
         ({"y": "hours"}, "y"),
+        ({"place": [{"name": "x", "x": 1e308}]}, "x: Input should be less than or equal to 10000"),
+        ({"numbers": {"p": {"a": {"x": -1e308}}}}, "Input should be greater than or equal"),
+        ({"seeds": [*range(1001)]}, "seeds: Tuple should have at most 1000 items"),
+        ({"place": [{"name": f"x{n}"} for n in range(1001)]}, "place: .* at most 1000 items"),
+        ({"entry": [{"name": f"x{n}"} for n in range(1001)]}, "entry: .* at most 1000 items"),
         ({"plcae": []}, "plcae"),
         ({"paper": [{"name": "..", "recipe": "demo"}]}, "'..' has no letter"),
         ({"place": [{"name": "x"}, {"name": "."}]}, "'.' has no letter"),
@@ -325,6 +380,15 @@ def test_a_figure_that_is_not_right(changes: dict[str, Any], message: str, tmp_p
     path.write_text(tomli_w.dumps(FIGURE | changes))
     with pytest.raises(FedSieveError, match=message):
         figures.load(str(path))
+
+
+def test_a_recipe_that_can_be_no_path_is_told(tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "figure.toml"
+    paper = [{"name": "p", "recipe": "r\0.toml"}]
+    path.write_text(tomli_w.dumps(FIGURE | {"paper": paper, "small": paper}))
+    ran = command("reproduce", path, "--out", tmp_path / "out")
+    assert ran.code == 1  # as for any part that cannot be run
+    assert "can be no path" in ran.out
 
 
 def test_names_that_are_none(command: Command) -> None:

@@ -115,6 +115,10 @@ def _fitted(resident: ResidentModel, config: Mapping[str, Any], given: Tree, whe
                 "another model, or of other classes"
             )
         value = given[name] * times if axis == 1 and times != 1 else given[name]
+        if not value.isfinite().all():
+            raise FedSieveError(
+                f"{where}: {name} holds numbers that are beyond float32 at this run's lora.alpha"
+            )
         tensors[name] = value if axis is None else _filled(fresh[name], value, axis)
     if surplus := sorted(set(given) - set(layout.names)):
         raise FedSieveError(
