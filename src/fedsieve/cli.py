@@ -722,7 +722,8 @@ def fetch(
             console.print(f"[bold]{name}[/]  {plain(package.what + there)}")
     for name in names or ():
         folder = fetching.fetch(name, again=again, log=console.print)
-        say(f"{name}: {folder}")
+        key = "model.source" if name in fetching.MODELS else "data.train"
+        say(f"{name}: {folder}; in a recipe {key} = {name!r}")
 
 
 @app.command("recipes")
