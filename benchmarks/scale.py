@@ -27,7 +27,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +148,15 @@ def one(federation: Federation, progress: Progress) -> tuple[Progress, list[Rece
     return half.progress, half.receipts
 
 
-def server(rounds: int) -> list[dict[str, Any]]:
+def server(
+    rounds: int, adapters: Sequence[str], counts: Sequence[int], cohorts: Sequence[int]
+) -> list[dict[str, Any]]:
     rows = []
-    for name, shape in ADAPTERS.items():
-        for count in CLIENTS:
+    for name in adapters:
+        shape = ADAPTERS[name]
+        for count in counts:
             clients = members(count)
-            for cohort in COHORTS:
+            for cohort in cohorts:
                 if cohort * shape[0] > 12_000 and count < max(CLIENTS):
                     continue  # minutes each: once
                 start = adapter(*shape)
@@ -352,7 +355,7 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts: dict[str, Callable[[argparse.Namespace], list[dict[str, Any]]]] = {
-        "server": lambda given: server(given.repeats),
+        "server": lambda given: server(given.repeats, given.adapters, given.clients, given.cohorts),
         "long": lambda given: long(given.long),
         "start": lambda given: start_times(),
         "checkpoint": lambda given: checkpoints(),
@@ -360,6 +363,9 @@ def main() -> None:
     }
     parser.add_argument("--only", nargs="+", choices=[*parts], default=[*parts])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--adapters", nargs="+", choices=[*ADAPTERS], default=[*ADAPTERS])
+    parser.add_argument("--clients", nargs="+", type=int, default=CLIENTS)
+    parser.add_argument("--cohorts", nargs="+", type=int, default=COHORTS)
     parser.add_argument("--long", type=int, default=2_000)
     parser.add_argument("--flair", type=int, default=300)
     parser.add_argument("--json", type=Path)
