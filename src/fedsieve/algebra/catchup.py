@@ -5,7 +5,7 @@ an older base than the server. The server's state remembers
 
     "base"       the whole change since the start, (m, n) a module
     "fold <t>"   the factors that round t added: B (m, K) and A (K, n), the scale inside B
-    "seen"       client -> the round after which its base is up to date
+    SEEN       client -> the round after which its base is up to date
 
 and each message carries, beside its payload, what its client lacks (`payload.Base`): the missing
 factors side by side, or the whole change, whichever holds fewer numbers. Those bytes are charged to
@@ -26,6 +26,8 @@ from fedsieve.algebra.payload import Base, Form, Payload, rounded
 from fedsieve.algebra.support import everything, gather
 from fedsieve.errors import WireError
 
+SEEN = "seen"  # the group with the round that each client is at: of the state, and of its memory
+
 
 def fold(state: State, factors: Tree, clients: Iterable[str], number: int) -> State:
     """The state after round `number` added the product of `factors` to the base.
@@ -34,10 +36,10 @@ def fold(state: State, factors: Tree, clients: Iterable[str], number: int) -> St
     clients: those that took part, and so held the base as it was before this round
     """
     base = _added(state.trees.get("base", {}), state.layout, factors)
-    seen = dict(state.trees.get("seen", {}))
+    seen = dict(state.trees.get(SEEN, {}))
     for client in clients:
         seen[client] = torch.tensor(number - 1)
-    trees = {**state.trees, "base": base, "seen": seen, _fold(number): factors}
+    trees = {**state.trees, "base": base, SEEN: seen, _fold(number): factors}
     # Factors that together hold more numbers than the whole change are never sent again.
     dense = base_layout(state.layout, 0).size
     size = 0
@@ -52,7 +54,7 @@ def missing(state: State, client: Client, number: int) -> Base | None:
     """What a client lacks of the base at the beginning of round `number`; None if nothing."""
     if "base" not in state.trees or not state.layout.pairs:
         return None
-    seen = state.trees["seen"].get(client.id)
+    seen = state.trees[SEEN].get(client.id)
     since = 0 if seen is None else int(seen)
     if since == number - 1:
         return None
@@ -74,7 +76,7 @@ def catch_up(base: Base | None, memory: Memory, layout: Layout, number: int) -> 
 
     Raises WireError if the change counts from another round than the client is at.
     """
-    at = int(memory["seen"]["round"]) if "seen" in memory else 0
+    at = int(memory[SEEN]["round"]) if SEEN in memory else 0
     if base is None:
         return memory
     tree = base.change.tree()
@@ -84,7 +86,7 @@ def catch_up(base: Base | None, memory: Memory, layout: Layout, number: int) -> 
                 f"a change of the base since round {base.since}; this client is at round {at}"
             )
         tree = _added(memory.get("base", {}), layout, tree)
-    return {**memory, "base": tree, "seen": {"round": torch.tensor(number - 1)}}
+    return {**memory, "base": tree, SEEN: {"round": torch.tensor(number - 1)}}
 
 
 def _added(base: Tree, layout: Layout, factors: Tree) -> Tree:

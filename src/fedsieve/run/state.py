@@ -11,10 +11,10 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter, Tree, base_layout
 from fedsieve.algebra.budget import Client
+from fedsieve.algebra.catchup import SEEN
 from fedsieve.algebra.method import Memory, Method, State
 from fedsieve.costs import dry_run
 from fedsieve.errors import FedSieveError, WireError
@@ -85,7 +85,7 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
     for group in _odd(method, start, state):
         raise _other(folder, repr(group))
     clients = {client.id: client for client in federation.clients}
-    _refuse_other_rounds(folder, snapshot, clients)
+    _refuse_other_rounds(folder, snapshot)
     if not clients:
         return
     # What the least update makes is there for the others, if they make it.
@@ -120,24 +120,17 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
         raise _other(folder, what) from error
 
 
-def _refuse_other_rounds(folder: Path, snapshot: Snapshot, clients: Collection[str]) -> None:
-    """Raises FedSieveError for a whole number that is kept by client, or by one, and is none of the
-    rounds so far: how far it is behind is worked out by it.
+def _refuse_other_rounds(folder: Path, snapshot: Snapshot) -> None:
+    """Raises FedSieveError where a client is at a round that has not been (catchup.py): what it
+    lacks is worked out by it.
     """
-    for group, tree in snapshot.progress.state.trees.items():
-        for name, kept in tree.items():
-            if name in clients and not _is_round(kept, snapshot):
-                raise _other(folder, f"{group!r} of client {name[:80]!r}")
-    for id, memory in snapshot.memories.items():
-        if not all(_is_round(kept, snapshot) for kept in memory.get("seen", {}).values()):
-            raise _other(folder, f"memory of client {id[:80]!r}")
-
-
-def _is_round(kept: Tensor, snapshot: Snapshot) -> bool:
-    """Also of numbers that count no rounds."""
-    if kept.is_floating_point() or kept.dtype == torch.bool or not kept.numel():
-        return True
-    return bool(0 <= int(kept.min()) <= int(kept.max()) <= snapshot.progress.round)
+    seen = {
+        f"memory of client {id[:80]!r}": memory.get(SEEN, {})
+        for id, memory in snapshot.memories.items()
+    }
+    for what, tree in {repr(SEEN): snapshot.progress.state.trees.get(SEEN, {}), **seen}.items():
+        if not all(0 <= int(at) <= snapshot.progress.round for at in tree.values() if at.numel()):
+            raise _other(folder, what)
 
 
 def _made(part: dry_run.Part) -> dict[str, Forms]:
