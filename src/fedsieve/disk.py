@@ -216,6 +216,7 @@ def place(text: str | Path) -> Path:
         path = Path(text).expanduser()
         if "\0" in str(path):
             raise ValueError("it holds a nul")
+        str(path).encode()  # what no text can hold, no recipe can name
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)

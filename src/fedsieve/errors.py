@@ -31,7 +31,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
     Where nothing known is near, the known names are listed, unless they are many.
     """
-    names = sorted(map(str, known))
+    names = sorted(str(name)[:LONGEST_TOLD] for name in known)
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     if close:
         return " (did you mean " + " or ".join(repr(name) for name in close) + "?)"

@@ -22,7 +22,7 @@ from fedsieve.disk import write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
-from tests.conftest import Tiny
+from tests.conftest import Command, Tiny
 
 
 def endless() -> dict[str, Callable[[Path], None]]:
@@ -396,3 +396,91 @@ def test_conversations_as_deep_as_they_are_in_practice_are_read(tmp_path: Path) 
 def test_keys_that_are_no_texts_are_told(tmp_path: Path) -> None:
     with pytest.raises(FedSieveError, match="no column 'text'"):
         rows_of([{("a", 1): 1}], Columns(("text",), ()))
+
+
+WIDE = ",".join(f"c{n}" for n in range(20_000))
+
+
+@pytest.mark.parametrize(
+    "head", ["\n\n{}\n", '"a\nb",{}\n', '"a""b",{}\n', "{}\r\n", '"{}\n', "\ufeff\n{}\n"]
+)
+def test_a_wide_table_is_refused_wherever_its_first_line_ends(tmp_path: Path, head: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(head.format(WIDE) + "," * 19_999 + "\n", encoding="utf-8")
+    with pytest.raises(FedSieveError, match=r"columns: at most|a quotation mark is astray"):
+        files.read(path)
+
+
+def test_rows_with_keys_of_their_own_each_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = (json.dumps({"text": "a", **{f"k{n}_{m}": 1 for m in range(20)}}) for n in range(3000))
+    path.write_text("\n".join(lines))
+    with pytest.raises(FedSieveError, match=r"has 60,001 different keys in 3,000 rows"):
+        files.read(path)
+    assert len(files.read(path, columns=Columns(("text",), ()))) == 3000  # no others are made
+
+
+@pytest.mark.parametrize("end", [".csv.gz", ".tsv.gz", ".tab.gz", ".json.gz", ".jsonl.gz"])
+@pytest.mark.parametrize("damage", ["none", "cut", "flipped"])
+def test_a_zipped_file_that_is_damaged_is_told_to_init_too(
+    tmp_path: Path, command: Command, end: str, damage: str
+) -> None:
+    text = "".join(f"text {n},label\n" for n in range(5000)) if "csv" in end else "[{}]" * 9000
+    data = bytearray(gzip.compress(text.encode()))
+    if damage == "none":
+        data = bytearray(b"no gz at all" * 100)
+    elif damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[40] ^= 0xFF
+    (tmp_path / f"rows{end}").write_bytes(data)
+    ran = command("init", tmp_path / f"rows{end}", "--out", tmp_path / "r.toml", "--yes")
+    assert ran.code == 2
+    assert "could not be read" in ran.err or "is not" in ran.err or "holds" in ran.err
+
+
+def test_names_that_no_text_can_hold_are_told(tmp_path: Path, command: Command) -> None:
+    for name in (b"caf\xe9.csv", b"caf\xe9"):
+        path = tmp_path / os.fsdecode(name)
+        if path.suffix:
+            path.write_text("text,label\na,b\n")
+        else:
+            path.mkdir()
+        ran = command("init", path, "--out", tmp_path / "r.toml", "--yes")
+        assert ran.code == 2
+        assert "can be no path" in ran.err
+
+
+def test_a_name_of_a_column_is_shown_in_part(tmp_path: Path, command: Command) -> None:
+    long = "text" + "x" * 500_000
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({long: f"word {n} word", "label": n % 2}) + "\n" for n in range(50))
+    )
+    ran = command("init", tmp_path / "rows.jsonl", "--out", tmp_path / "r.toml", "--yes")
+    assert len(ran.out) + len(ran.err) < 5000
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("how", ["holes", "a pipe"])
+def test_what_datasets_noted_is_read_within_bounds(tmp_path: Path, name: str, how: str) -> None:
+    folder = tmp_path / "saved"
+    Dataset.from_dict({"text": ["a"], "label": ["b"]}).save_to_disk(str(folder))
+    (folder / name).unlink(missing_ok=True)
+    if how == "holes":
+        with (folder / name).open("wb") as file:
+            file.truncate(6 << 30)
+    else:
+        os.mkfifo(folder / name)
+    with pytest.raises(FedSieveError, match=r"at most .* are read|is no file|is not as|not a JSON"):
+        sources.load(folder)
+
+
+def test_folders_of_images_that_lead_out_or_in_circles_are_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("cats", "dogs"):
+        (folder / name).mkdir(parents=True)
+    (folder / "cats" / "a.png").write_bytes(b"x")
+    (folder / "cats" / "loop.png").symlink_to("loop.png")
+    (folder / "dogs" / "out.png").symlink_to("/etc/passwd")
+    (folder / "all").symlink_to("/")
+    assert sources.load(folder)["label"] == ["cats"]

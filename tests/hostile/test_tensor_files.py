@@ -141,6 +141,17 @@ def test_a_checkpoint_of_holes_fills_no_memory(whole: Path, tmp_path: Path) -> N
     assert own_memory() - before < size // 4
 
 
+def test_a_checkpoint_of_nothing_but_holes_is_passed_over_at_once(
+    whole: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(whole / rundir.CHECKPOINTS, folder)
+    path = max(folder.iterdir())
+    with path.open("r+b") as file:
+        file.truncate(1 << 40)
+    assert [note.path for note in checkpoint.notes(folder)] == [min(folder.iterdir())]
+
+
 def test_a_scale_that_makes_numbers_of_it_infinite_is_told(
     tiny: Tiny, whole: Path, tmp_path: Path
 ) -> None:

@@ -121,8 +121,11 @@ def separator_of(path: Path) -> str | None:
     usual = _DELIMITED.get(extension_of(path))
     if usual is None:
         return None
-    with _opened(path) as file:
-        head = file.read(_HEAD).decode("utf-8-sig", errors="replace")
+    try:
+        with _opened(path) as file:
+            head = file.read(_HEAD).decode("utf-8-sig", errors="replace")
+    except OSError:  # `read` says so
+        return None
     if len(head) >= _HEAD // 4:  # the last line may be part of one
         head = head.rpartition("\n")[0] or head
     widths = {mark: _width(head, mark) for mark in dict.fromkeys((usual, *_SEPARATORS))}
@@ -312,7 +315,7 @@ def _orange(path: Path, columns: Columns | None) -> pa.Table:
 def _texts(path: Path, columns: Columns | None, reading: Any, parsing: Any) -> pa.Table:
     """A table of texts that a character separates."""
     reading.block_size = 1 << 24  # bytes: a row must fit into one
-    _refuse_wide(path, parsing.delimiter)
+    _refuse_wide(path, parsing.delimiter, quoted=bool(parsing.quote_char))
     if parsing.quote_char:
         _refuse_stray_marks(path, parsing.delimiter)
     with _opened(path) as file, pa_csv.open_csv(file, reading, parsing) as first:
@@ -330,13 +333,23 @@ def _texts(path: Path, columns: Columns | None, reading: Any, parsing: Any) -> p
     return table
 
 
-def _refuse_wide(path: Path, separator: str) -> None:
+def _refuse_wide(path: Path, separator: str, *, quoted: bool) -> None:
     """Raises FedSieveError for more columns than a table of rows has: each takes room of its own
     while a file is read, also those that are not used.
     """
     with _opened(path) as file:
-        line = file.read(_SMALL).split(b"\n", 1)[0]
-    if (found := 1 + line.count(separator.encode())) > _WIDEST:
+        head = io.StringIO(file.read(_SMALL).removeprefix(codecs.BOM_UTF8).decode("latin-1"))
+    # As many as the first line with anything in it has, which a cell's line break may be part of.
+    before = csv.field_size_limit(1 << 62)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+    try:
+        cells = csv.reader(head, delimiter=separator, quoting=quoting)
+        found = next((len(line) for line in cells if line), 0)
+    except csv.Error:  # a stray mark, which is told elsewhere
+        found = 0
+    finally:
+        csv.field_size_limit(before)
+    if found > _WIDEST:
         raise FedSieveError(
             f"{path} has {found:,} columns: at most {_WIDEST:,} are read. If they are one each for "
             "words or pixels, give the texts or images themselves"
@@ -477,7 +490,13 @@ def _json(path: Path, columns: Columns | None, field: str | None) -> pa.Table:
         return f"line {lines[number]}" if lines else f"row {number}"
 
     table = {}
-    for key in _chosen(path, list(dict.fromkeys(key for row in rows for key in row)), columns):
+    chosen_keys = _chosen(path, list(dict.fromkeys(key for row in rows for key in row)), columns)
+    if len(chosen_keys) > _KEYS and len(chosen_keys) * len(rows) > MOST_CELLS:
+        raise FedSieveError(
+            f"{path} has {len(chosen_keys):,} different keys in {len(rows):,} rows, and a table "
+            "has room for each key in each row: write what differs from row to row as a text"
+        )
+    for key in chosen_keys:
         try:
             table[key] = array_of([row.get(key) for row in rows], f"column {key!r}", place)
         except FedSieveError as error:
@@ -529,8 +548,8 @@ def field_of(path: Path) -> str | None:
     """
     if extension_of(path) != ".json":
         return None
-    _refuse_endless_zip(path)
     try:
+        _refuse_endless_zip(path)
         found = _fields(_one(_content(path)))
     except (OSError, UnicodeDecodeError):  # `read` says so
         return None

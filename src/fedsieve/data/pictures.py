@@ -37,8 +37,9 @@ def by_class(folder: Path, split: str | None) -> Dataset | None:
     found = [
         (str(path), kind.name)
         for kind in inner
+        if _within(kind, folder)  # else all below is outside, which may be much
         for path in sorted(kind.rglob("*"))
-        if path.suffix.lower() in EXTENSIONS and path.resolve().is_relative_to(folder)
+        if path.suffix.lower() in EXTENSIONS and _within(path, folder)
     ]
     if not found:
         return None
@@ -50,6 +51,18 @@ def by_class(folder: Path, split: str | None) -> Dataset | None:
             }
         )
     )
+
+
+def _within(path: Path, folder: Path) -> Path | None:
+    """Where a path leads, if that is in the folder; None for what leads out, in circles or nowhere.
+
+    folder: without links
+    """
+    try:
+        whole = path.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return whole if whole.is_relative_to(folder) else None
 
 
 def splits(folder: Path) -> tuple[str, ...]:
@@ -80,9 +93,8 @@ def located(rows: Dataset, name: str, folder: Path | None) -> Dataset:
         path = value.get("path") if isinstance(value, dict) else value
         data = value if isinstance(value, bytes) else _bytes(value)
         if data is None and isinstance(path, str):
-            whole = (home / path).resolve()
-            inside = whole.is_relative_to(home) and whole.is_file()
-            if not inside:
+            whole = _within(home / path, home)
+            if whole is None or not whole.is_file():
                 cells.append({"missing": path})
                 continue
             path = str(whole)

@@ -262,8 +262,19 @@ def _words(path: Path) -> list[str]:
     return re.split(r"[\W_]+", path.name.lower())
 
 
+_NOTED = 1 << 26  # bytes of what `datasets` notes of a data set: the names of a million classes
+
+
 def _saved(folder: Path) -> Dataset | DatasetDict:
     """What `datasets` saved. Raises FedSieveError where it is damaged, or names other files."""
+    for noted in ("dataset_dict.json", "state.json", "dataset_info.json"):
+        for path in (folder / noted, *sorted(folder.glob(f"*/{noted}"))):
+            if path.exists() and not path.is_file():
+                raise FedSieveError(f"{path} is no file")
+            if path.is_file() and path.stat().st_size > _NOTED:
+                raise FedSieveError(
+                    f"{path} has {path.stat().st_size:,} bytes: at most {_NOTED:,} are read"
+                )
     splits = folder / "dataset_dict.json"
     told = parsed(splits.read_bytes(), str(splits)) if splits.is_file() else {}
     named = told.get("splits", [])

@@ -14,6 +14,7 @@ import queue
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -150,6 +151,7 @@ def main(grid: Grid, context: Context) -> None:
 
     console.quiet()
     console.take_any_letter()
+    warnings.showwarning = console.show_warning
     config = context.run_config
     if config["tls"] and "--insecure" in sys.argv:
         raise FedSieveError("this federation was prepared for TLS, and the SuperLink has none")

@@ -8,6 +8,7 @@ from fedsieve.data import fetch, sources
 from fedsieve.data.files import extension_of
 from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
+from fedsieve.errors import quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.start import written
 from fedsieve.start.guess import Guess, Said, guess
@@ -79,7 +80,7 @@ def shown(looked: Looked) -> list[str]:
 
 def guessed(looked: Looked, found: Guess) -> list[str]:
     """What the recipe will say, and how to say something else."""
-    columns = ", ".join(f"{key} = {value!r}" for key, value in found.data.items())
+    columns = ", ".join(f"{key} = {quoted(value)}" for key, value in found.data.items())
     tested = looked.test or looked.test_split
     return [
         f"task       {found.task} (--task)",

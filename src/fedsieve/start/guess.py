@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fedsieve.data import fetch
 from fedsieve.data.templates import columns_in, is_plain
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, quoted
 from fedsieve.start.look import Column, Looked
 from fedsieve.tasks import catalogue
 
@@ -166,10 +166,10 @@ def _found(columns: Sequence[Column], looked: Looked, said: Said) -> Found:
     for kind in kinds:
         if (found := kind(columns, looked, said)) is not None:
             return found
+    kinds_of = [f"{quoted(each.name)}: {each.kind}" for each in looked.columns[:8]]
     raise FedSieveError(
         f"{looked.source}: none of its columns looks like texts, images or conversations "
-        f"({', '.join(f'{each.name!r}: {each.kind}' for each in looked.columns[:8])}): give --text "
-        "and --task"
+        f"({', '.join(kinds_of)}): give --text and --task"
     )
 
 
@@ -303,7 +303,7 @@ def _for_task(
         label = _said_of(columns, str(data["label"]))
         missing = [] if label and label.kind in ("number", "whole number") else ["label"]
     if missing:
-        names = ", ".join(each.name for each in looked.columns[:12])
+        names = ", ".join(each.name[:60] for each in looked.columns[:12])
         raise FedSieveError(
             f"{looked.source}: no column looks like the {missing[0]} of a {task} task (columns: "
             f"{names}): give --text and --label, or write the recipe by hand (docs/tasks.md)"

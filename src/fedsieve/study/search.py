@@ -283,7 +283,10 @@ def _sent(job: Job) -> int:
 
 
 def _last_round(job: Job) -> int:
-    last = report.rounds(job.folder / rundir.METRICS)[-1]
+    path = job.folder / rundir.METRICS
+    last = report.rounds(path)[-1]
+    if last.down_bytes + last.up_bytes == 0:
+        raise FedSieveError(f"{path}: round {last.round} sent nothing: remove {job.folder}")
     return last.down_bytes + last.up_bytes
 
 
