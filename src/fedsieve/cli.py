@@ -268,7 +268,17 @@ def resume(
     from fedsieve.run import rundir, tracking
 
     if rundir.federated(folder):
-        raise FedSieveError(f"{folder} holds a federation: go on with `{rundir.again(folder)}`")
+        more = (
+            ""
+            if rounds is None
+            else (
+                "; a federation has no more rounds than its sites were told: begin another with "
+                f"lora.start={shlex.quote(str(folder / rundir.ADAPTER))}"
+            )
+        )
+        raise FedSieveError(
+            f"{folder} holds a federation: go on with `{rundir.again(folder)}`{more}"
+        )
     rundir.check(folder)
     source = str(folder / rundir.RECIPE)
     _, planned = _planned(source, (), allow_code)
@@ -1077,14 +1087,14 @@ def _say_next(folder: Path, recipe: "Recipe") -> None:
     from fedsieve.run import rundir
     from fedsieve.run.progress import rising
 
-    place = shlex.quote(str(folder))
-    if rising(report.rounds(folder / rundir.METRICS)) and recipe.privacy is None:
+    place, steps = shlex.quote(str(folder)), []
+    if rising(report.rounds(folder / rundir.METRICS)):
         say("it was still getting better when it ended: more rounds, or another training.lr (see")
         say("docs/recipes.md, Rates that worked), may help much")
-        say(f"next       fedsieve resume {place} --rounds {2 * recipe.rounds}")
-        say(f"           fedsieve export {place} --to adapter")
-    else:
-        say(f"next       fedsieve export {place} --to adapter")
+        if recipe.privacy is None and not rundir.federated(folder):
+            steps.append(f"fedsieve resume {place} --rounds {2 * recipe.rounds}")
+    for number, step in enumerate([*steps, f"fedsieve export {place} --to adapter"]):
+        say(f"{'' if number else 'next':<11}{step}")
 
 
 def _all_here(recipe: "Recipe", folder: Path, policy: "RoundPolicy") -> None:
@@ -1101,7 +1111,6 @@ def _all_here(recipe: "Recipe", folder: Path, policy: "RoundPolicy") -> None:
     federating.prepare(settled.recipe, folder, policy, listen)
     here.write_sites(folder, settled)
     _go_on_with(folder)
-    _summary(folder)
 
 
 def _go_on_with(folder: Path) -> None:
@@ -1109,16 +1118,24 @@ def _go_on_with(folder: Path) -> None:
 
     One with sites on this machine has them started first.
     """
+    from fedsieve.recipe import read as recipes
+    from fedsieve.run import rundir
     from fedsieve.sites import federate as federating
     from fedsieve.sites import here
 
     command = federating.begin_again(folder)  # nothing is started of a folder that is not in order
-    if not here.is_here(folder):
+    source = str(folder / rundir.RECIPE)
+    recipe = recipes.parse(recipes.read(source), source)
+    if rundir.has_ended(folder, recipe.rounds):
+        say(f"this federation is finished: all of its {count(recipe.rounds, 'round')} are done")
+    elif here.is_here(folder):
+        here.check(folder)
+        with here.at_work(folder, here.port_of(folder), say):
+            _run_flower(folder, command)
+    else:
         _run_flower(folder, command)
-        return
-    here.check(folder)
-    with here.at_work(folder, here.port_of(folder), say):
-        _run_flower(folder, command)
+    _summary(folder)
+    _say_next(folder, recipe)
 
 
 def _run_flower(folder: Path, command: Sequence[str]) -> None:

@@ -307,7 +307,12 @@ def files(**contents: str | bytes) -> Callable[[Path], Path]:
         (files(a__json="{}"), {"columns": Columns(("text",))}, "no column 'text'"),
         (files(a__jsonl="\n"), {}, "holds no rows"),
         (files(a__xml="<a/>"), {}, r"unknown extension '\.xml'.*\.jsonl"),
-        (files(a__csv="a,b\n1,2\n3\n"), {}, "Expected 2 columns, got 1"),
+        (files(a__csv="a,b\n1,2\n3\n"), {}, "Expected 2 columns, got 1$"),  # and no word of the row
+        (
+            files(a__csv="text;label\na, b;1\n" * 9),
+            {},
+            r"';' seems to stand between its columns: say so, data.separator = ';'",
+        ),
         (files(a__csv="a,a\n1,2\n"), {}, "column 'a' more than once"),
         (files(a__csv=b"text\n\xff\xfe\n"), {}, "column 'text' is not UTF-8"),
         (files(a__csv=CSV), {"split": "train"}, "has no split 'train'"),

@@ -41,8 +41,9 @@ def test_the_plan_is_a_sentence(tiny: Tiny, changes: dict[str, Any], said: str) 
     ("scores", "rising"),
     [
         ((0.1, 0.2, 0.3), True),
-        ((0.1, 0.5, 0.51), False),  # by less than a twentieth of the whole rise
+        ((0.1, 0.5, 0.505), False),  # by next to nothing of the whole rise
         ((0.1, 0.6, 0.5), False),
+        ((0.1, 0.5, 0.3, 0.5), False),  # it was there before
         ((0.1, 0.2), False),  # nothing is known yet
         ((0.3, 0.3, 0.3), False),
     ],

@@ -184,7 +184,8 @@ def test_a_flower_run_that_ended_early_is_no_success(
     federate.prepare(checked(tiny, rounds=2), folder, PATIENCE, federate.ServerAddress())
     number = {"nothing at all": -1, "one round": 1}.get(left, 2)
     for each in range(number + 1):
-        line = json.dumps({"round": each}) + "\n"
+        figures = {"down_bytes": 1, "up_bytes": 1, "total_bytes": 2 * each, "loss": 0.5}
+        line = json.dumps({"round": each, "seconds": 1.0, "dropped": 0, **figures}) + "\n"
         (folder / "metrics.jsonl").open("a").write(line)
     if left == "everything":
         (folder / "adapter").mkdir()

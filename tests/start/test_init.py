@@ -352,6 +352,7 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
         ("some/vit", "`hf download some/vit --local-dir model`"),
         (guess.IMAGES, f"`hf download {guess.IMAGES} --local-dir model`"),
         ("minilm-l6", None),
+        ("./models/none", None),
         ("models/mine", None),  # a folder here
     ],
 )

@@ -139,7 +139,7 @@ def instead_of(model: str) -> str | None:
     for name, known in MODELS.items():
         if model == known:
             return f"`fedsieve fetch {name}` has it too, as model.source = {name!r}"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", model):
         return None
     return (
         f"fetch its folder on a machine that reaches the hub (`hf download {model} --local-dir "

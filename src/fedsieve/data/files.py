@@ -16,6 +16,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
@@ -82,6 +83,11 @@ def read(
         )
     if path.stat().st_size == 0:
         raise FedSieveError(f"{path} is empty")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        name = ascii(str(path))
+        raise FedSieveError(f"{name} could not be read: its name is no UTF-8: rename it") from None
     if extension not in _DELIMITED and (names is not None or separator is not None):
         raise FedSieveError(f"{path}: names and separator are for CSV and TSV files")
     if extension != ".json" and field is not None:
@@ -99,10 +105,18 @@ def read(
             table = _parquet(path, columns)
         else:
             table = _json(path, columns, field)
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+    except (pa.ArrowException, UnicodeError, OSError) as error:  # of what it holds, or is called
         if "Empty CSV file" in str(error):
             raise FedSieveError(f"{path} holds no rows") from error
-        raise FedSieveError(f"{path} could not be read: {error}") from error
+        other = separator_of(path) if separator is None else None
+        if other is not None:
+            raise FedSieveError(
+                f"{path} could not be read: {other!r} seems to stand between its columns: say so, "
+                f"data.separator = {other!r}"
+            ) from error
+        # pyarrow quotes the row after what is wrong with it.
+        why = re.sub(r"(Expected \d+ columns, got \d+): .*", r"\1", str(error), flags=re.DOTALL)
+        raise FedSieveError(f"{path} could not be read: {why[:300]}") from error
     if table.num_rows == 0:
         raise FedSieveError(f"{path} holds no rows")
     return _dataset(path, table)
@@ -402,14 +416,7 @@ def _refuse_endless_zip(path: Path) -> None:
 def _parquet(path: Path, columns: Columns | None) -> pa.Table:
     file = pa_parquet.ParquetFile(path)
     chosen = _chosen(path, file.schema_arrow.names, columns)
-    for number in range(file.num_row_groups):
-        part = file.metadata.row_group(number)
-        fewest = min((part.column(c).num_values for c in range(part.num_columns)), default=0)
-        if part.num_rows > fewest:
-            raise FedSieveError(
-                f"{path} is damaged: a part of it is said to have {part.num_rows} rows, and has "
-                f"{fewest} values in a column"
-            )
+    _refuse_lies(path, file.metadata)
     # What a file says of its size leaves out how often each entry of a dictionary occurs.
     parts = file.iter_batches(batch_size=256, columns=chosen or None)
     found = 0
@@ -430,6 +437,24 @@ def _parquet(path: Path, columns: Columns | None) -> pa.Table:
             table = table.set_column(place, name, values.cast(values.type.value_type))
         _refuse_other_bytes(path, name, table.column(name))
     return table.select(chosen)  # `read` takes a.b for the column b inside of a, too
+
+
+def _refuse_lies(path: Path, told: Any) -> None:
+    """Raises FedSieveError for numbers of rows that do not go together, or for more than such a
+    file holds: room would be made for them. What is told of single columns is not looked at:
+    pyarrow ends the process over some of what may stand there.
+    """
+    parts = [told.row_group(number).num_rows for number in range(told.num_row_groups)]
+    rows, size = max(told.num_rows, sum(parts)), path.stat().st_size
+    if rows > max(_SMALL, _TIMES * size):
+        raise FedSieveError(
+            f"{path} is said to have {rows} rows, and unpacks to more than {_TIMES} times its "
+            f"{size} bytes: it is damaged, or made to fill the memory"
+        )
+    if told.num_rows != sum(parts) or min(parts, default=0) < 0:
+        raise FedSieveError(
+            f"{path} is damaged: it is said to have {rows} rows, in parts of {sum(parts)} together"
+        )
 
 
 def _refuse_other_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:

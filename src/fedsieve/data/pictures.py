@@ -43,6 +43,11 @@ def by_class(folder: Path, split: str | None) -> Dataset | None:
     ]
     if not found:
         return None
+    for name, _ in found:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise FedSieveError(f"{name!a} has a name that is no UTF-8: rename it") from None
     return Dataset(
         pa.table(
             {

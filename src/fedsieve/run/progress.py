@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedsieve.report.read import Round as Logged
 
 MB = 1e6
-_RISING = 0.05  # of all that a score has risen: what rises by less is taken to be where it will be
+_RISING = 0.02  # of all that a score has risen: what rises by less is taken to be where it will be
 
 
 def mb(number: float) -> str:
@@ -43,8 +43,9 @@ def _who(recipe: "Recipe") -> str:
     if split.column is not None:
         drawn = "all clients" if everyone else about + count(recipe.cohort, "client")
         return f"{drawn} of column {split.column!r}"
-    drawn = "all of" if everyone else f"{about}{recipe.cohort} of"
-    return f"{drawn} {count(split.clients or 0, 'client')}"
+    clients = split.clients or 0
+    drawn = "all of" if everyone else f"{about}{min(recipe.cohort, clients)} of"
+    return f"{drawn} {count(clients, 'client')}"
 
 
 def line_of(summary: "Round", rounds: int) -> str:
@@ -86,6 +87,6 @@ def _kept(shares: Shares) -> str:
 def rising(rounds: Sequence["Logged"]) -> bool:
     """Whether the leading score was still rising when it was last told."""
     told = [next(iter(each.metrics.values())) for each in rounds if each.metrics]
-    if len(told) < 3 or told[-1] < max(told):
+    if len(told) < 3 or told[-1] <= max(told[:-1]):
         return False
     return told[-1] - told[-2] > _RISING * (told[-1] - told[0])

@@ -8,6 +8,7 @@ import datetime
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedsieve.disk import bytes_of
 from fedsieve.errors import FedSieveError
 
 # The files of a folder of certificates: openssl's names in docs/deploy.md.
@@ -45,6 +46,9 @@ def endings(folder: Path, now: datetime.datetime) -> list[str]:
     return found
 
 
+_LARGEST = 1 << 24  # bytes of a file of certificates
+
+
 def _spans(place: Path) -> Iterator[tuple[datetime.datetime, datetime.datetime]]:
     """From when to when each certificate of a file holds."""
     from cryptography import x509  # comes with Flower
@@ -52,7 +56,7 @@ def _spans(place: Path) -> Iterator[tuple[datetime.datetime, datetime.datetime]]
     try:
         if not place.is_file():
             raise OSError("it is no file")  # a pipe would be waited for
-        listed = x509.load_pem_x509_certificates(place.read_bytes())
+        listed = x509.load_pem_x509_certificates(bytes_of(place, _LARGEST))
         spans = [(each.not_valid_before_utc, each.not_valid_after_utc) for each in listed]
     except Exception as error:  # of cryptography, over whatever the file holds
         raise FedSieveError(

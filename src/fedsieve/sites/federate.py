@@ -513,7 +513,8 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
     notes = unused(recipe)
     if catalogue.load(recipe.model.task).named and not recipe.data.classes:
         raise FedSieveError(
-            "data.classes: list the labels in the recipe: no machine of a federation sees all rows"
+            "data.classes: list the labels in the recipe: no machine of a federation sees all rows "
+            "(the recipe.toml of any run over such rows has them)"
         )
     recipes.check_metrics(recipe, by_row=_evaluates(recipe))
     refuse_patterns(recipe)

@@ -243,8 +243,10 @@ class _Started(NamedTuple):
 def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[None]:
     """The server, and at each site of the folder a worker and a node, while this is open.
 
-    Raises FedSieveError, with its log's place, for a process that does not start.
+    Raises FedSieveError, with its log's place, for a process that does not start, and where another
+    process goes on working on the run.
     """
+    _wait_for_others(folder, say)
     homes = _homes(folder)
     threads = str(max(1, (os.cpu_count() or 1) // len(homes)))
     flower = federate.environment(folder)
@@ -351,6 +353,24 @@ def _alone(folder: Path) -> AbstractContextManager[object]:
         return filelock.FileLock(folder / HERE / _LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise FedSieveError(f"another process is at work on the federation in {folder}") from None
+
+
+def _wait_for_others(folder: Path, say: Callable[[str], None]) -> None:
+    """Until nobody works on the run: what a federation that was killed had begun takes some time to
+    find out. Raises FedSieveError where it does not end.
+    """
+    until, told = time.monotonic() + _STARTING, False
+    while True:
+        try:
+            with rundir.lock(folder):
+                return
+        except FedSieveError:
+            if time.monotonic() > until:
+                raise
+        if not told:
+            say("processes of this federation from before are still at work: waiting for their end")
+            told = True
+        time.sleep(1.0)
 
 
 def _answers(door: Path) -> bool:

@@ -107,7 +107,7 @@ def cautions(looked: Looked, found: Guess) -> list[str]:
         if found.task in LABELLED and (share := 1 - looked.column(name).filled):
             said.append(
                 f"column {name!r} is empty in {share:.1%} of the rows, and each needs a label: "
-                "fill it in, or take these rows out"
+                "fill it in, or take these rows out; a client with such a row is left out whole"
             )
     if isinstance(found.clients, str):
         column = looked.column(found.clients)
@@ -122,9 +122,15 @@ def cautions(looked: Looked, found: Guess) -> list[str]:
                 "rows: clients of a row or two learn little each"
             )
     here = found.model in fetch.PACKAGES or place(found.model).is_dir()
-    if not here and (remedy := fetch.instead_of(found.model)) is not None:
+    remedy = None if here else fetch.instead_of(found.model)
+    if remedy is not None:
         said.append(
             f"{found.model} comes from Hugging Face's hub; where that cannot be reached, {remedy}"
+        )
+    elif not here:
+        said.append(
+            f"{found.model[:80]} is no folder here, and no name that `fedsieve fetch` knows: it is "
+            "looked for at Hugging Face's hub"
         )
     if found.model in fetch.PACKAGES and not (fetch.cache_folder() / found.model).is_dir():
         said.append(f"{found.model} is not on this machine yet: `fedsieve fetch {found.model}`")
