@@ -703,6 +703,7 @@ def export(
     if push is None:
         assert to is not None
         say(f"{to}: {what} after round {runner.export(folder, to, **given)}")
+        say(f"how to load it is told in {to / 'README.md'}")
         return
     done = upload.push(folder, push, private=private, dry_run=dry_run, **given)
     for name, size in done.files.items():

@@ -20,7 +20,7 @@ from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe import arguments
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.examples import columns_of
@@ -154,6 +154,10 @@ class Run:
                 raise FedSieveError(
                     f"{error}. The round is kept: iterate again to go on with the next"
                 ) from error.__cause__
+
+    def __repr__(self) -> str:
+        clients = count(len(self._experiment.federation.clients), "client")
+        return f"<fedsieve.Run: {clients}, round {self._progress.round} of {self._last}>"
 
     def __reduce__(self) -> str:
         """Raises FedSieveError: a copy would share model and memories with the run."""

@@ -318,7 +318,11 @@ def files(**contents: str | bytes) -> Callable[[Path], Path]:
         (files(a__csv=CSV), {"split": "train"}, "has no split 'train'"),
         (files(a__csv=CSV), {"separator": "::"}, "one character"),
         (files(a__jsonl=JSONL), {"names": ["a"]}, "are for CSV and TSV"),
-        (files(a__jsonl='{"a": 1}\n{"a": \n'), {}, "line 2: not a JSON object"),
+        (
+            files(a__jsonl='{"a": 1}\n{"a": \n'),
+            {},
+            r"line 2: not a JSON object \(Expecting value, at character 7\)",
+        ),
         (files(a__jsonl="1\n"), {}, "row 0: int instead of an object"),
         (files(a__json='[{"a": 1},'), {}, "not valid JSON"),
         (files(a__jsonl='{"a": 1}\n{"a": "x"}\n'), {}, "could not be read"),

@@ -501,8 +501,13 @@ def _json(path: Path, columns: Columns | None, field: str | None) -> pa.Table:
                 try:
                     rows.append(json.loads(line, object_pairs_hook=_object))
                 except (ValueError, RecursionError) as error:
+                    what = str(error)
+                    if isinstance(
+                        error, json.JSONDecodeError
+                    ):  # whose own line is always the first
+                        what = f"{error.msg}, at character {error.colno}"
                     raise FedSieveError(
-                        f"{path}, line {number}: not a JSON object ({error})"
+                        f"{path}, line {number}: not a JSON object ({what})"
                     ) from None
                 lines.append(number)
     for number, row in enumerate(rows):
