@@ -129,7 +129,8 @@ def _refuse_other_rounds(folder: Path, snapshot: Snapshot) -> None:
         for id, memory in snapshot.memories.items()
     }
     for what, tree in {repr(SEEN): snapshot.progress.state.trees.get(SEEN, {}), **seen}.items():
-        if not all(0 <= int(at) <= snapshot.progress.round for at in tree.values() if at.numel()):
+        last = snapshot.progress.round
+        if not all(at.numel() == 1 and 0 <= at.item() <= last for at in tree.values()):
             raise _other(folder, what)
 
 
