@@ -270,7 +270,7 @@ def test_all_of_a_federation_by_one_command_is_the_run_in_one_process(
         finally:
             process.terminate()
             process.wait(100)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 120  # as long as `--resume` waits for them (here.py)
         while any(map(_runs, children)):
             assert time.monotonic() < until
             time.sleep(0.2)
