@@ -268,14 +268,12 @@ def resume(
     from fedsieve.run import rundir, tracking
 
     if rundir.federated(folder):
-        more = (
-            ""
-            if rounds is None
-            else (
+        more = ""
+        if rounds is not None:
+            more = (
                 "; a federation has no more rounds than its sites were told: begin another with "
                 f"lora.start={shlex.quote(str(folder / rundir.ADAPTER))}"
             )
-        )
         raise FedSieveError(
             f"{folder} holds a federation: go on with `{rundir.again(folder)}`{more}"
         )
@@ -290,7 +288,7 @@ def resume(
         f"this run is finished: all of its {count(planned.rounds, 'round')} are done; "
         "`--rounds` lets it have more"
     )
-    if at_round is None and rundir.has_ended(folder, planned.rounds):
+    if at_round is None and rundir.has_ended(folder, rundir.last_round(folder), planned.rounds):
         from fedsieve.run.found import in_order
 
         in_order(folder, rounds=rounds, allow_code=allow_code, accept_changes=accept_changes)
@@ -1127,7 +1125,7 @@ def _go_on_with(folder: Path) -> None:
     command = federating.begin_again(folder)  # nothing is started of a folder that is not in order
     source = str(folder / rundir.RECIPE)
     recipe = recipes.parse(recipes.read(source), source)
-    if rundir.has_ended(folder, recipe.rounds):
+    if rundir.has_ended(folder, rundir.last_round(folder), recipe.rounds):
         say(f"this federation is finished: all of its {count(recipe.rounds, 'round')} are done")
     elif here.is_here(folder):
         here.check(folder)

@@ -195,6 +195,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "a file deep in it that is elsewhere": (
         lambda run: linked(run / "sites/0001/worker/runs" / ("a" * 64) / "rounds"), "link",
     ),
+    "rows that are a pipe": (lambda run: piped(run / "sites/0000" / here.ROWS), "something else"),
+    "a worker's folder that is a file": (
+        lambda run: (run / "sites/0000/worker").write_text(""), "something else",
+    ),
     "held rows that are elsewhere": (lambda run: linked(run / "sites" / here.HELD), "link"),
     "another server": (
         lambda run: edit(run / "flower/config.toml", "127.0.0.1", "192.0.2.1"), "no server of this",
@@ -207,6 +211,11 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
 
 def moved(path: Path) -> None:
     path.symlink_to(path.rename(path.parents[2] / "elsewhere"))
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def linked(path: Path) -> None:

@@ -5,7 +5,7 @@ an older base than the server. The server's state remembers
 
     "base"       the whole change since the start, (m, n) a module
     "fold <t>"   the factors that round t added: B (m, K) and A (K, n), the scale inside B
-    SEEN       client -> the round after which its base is up to date
+    "seen"       client -> the round after which its base is up to date
 
 and each message carries, beside its payload, what its client lacks (`payload.Base`): the missing
 factors side by side, or the whole change, whichever holds fewer numbers. Those bytes are charged to

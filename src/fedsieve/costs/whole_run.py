@@ -189,8 +189,8 @@ def _ids(recipe: Recipe, clients: int | None) -> list[str]:
         )
     if number > MOST_CLIENTS:
         raise FedSieveError(
-            f"{number:,} clients: costs are worked out for {MOST_CLIENTS:,} at most; a cohort of "
-            "those costs as much as one of more"
+            f"{number:,} clients: costs are worked out for {MOST_CLIENTS:,} at most (--clients "
+            f"{MOST_CLIENTS}), of whom a cohort costs as much as of more"
         )
     return numbered(number)
 

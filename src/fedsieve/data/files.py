@@ -83,11 +83,7 @@ def read(
         )
     if path.stat().st_size == 0:
         raise FedSieveError(f"{path} is empty")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        name = ascii(str(path))
-        raise FedSieveError(f"{name} could not be read: its name is no UTF-8: rename it") from None
+    refuse_no_text(str(path))
     if extension not in _DELIMITED and (names is not None or separator is not None):
         raise FedSieveError(f"{path}: names and separator are for CSV and TSV files")
     if extension != ".json" and field is not None:
@@ -120,6 +116,16 @@ def read(
     if table.num_rows == 0:
         raise FedSieveError(f"{path} holds no rows")
     return _dataset(path, table)
+
+
+def refuse_no_text(name: str) -> None:
+    """Raises FedSieveError for a path that no text can hold, and so no table or recipe."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise FedSieveError(
+            f"{name!a} could not be read: its name is no UTF-8: rename it"
+        ) from None
 
 
 def extension_of(path: Path) -> str:
@@ -202,7 +208,6 @@ def refuse_wild(values: Iterable[Any], what: str, place: Callable[[int], str]) -
     and what makes columns goes down without looking where it ends.
     """
     keys: dict[tuple[int, str], int] = {}  # under a key, a key -> the number of both
-    number = -1
     for number, value in enumerate(values):
         if not isinstance(value, _NESTS):
             continue
@@ -500,14 +505,14 @@ def _json(path: Path, columns: Columns | None, field: str | None) -> pa.Table:
             if line.strip():
                 try:
                     rows.append(json.loads(line, object_pairs_hook=_object))
-                except (ValueError, RecursionError) as error:
-                    what = str(error)
-                    if isinstance(
-                        error, json.JSONDecodeError
-                    ):  # whose own line is always the first
-                        what = f"{error.msg}, at character {error.colno}"
+                except json.JSONDecodeError as error:  # which has lines of its own
                     raise FedSieveError(
-                        f"{path}, line {number}: not a JSON object ({what})"
+                        f"{path}, line {number}: not a JSON object ({error.msg}, at character "
+                        f"{error.colno})"
+                    ) from None
+                except (ValueError, RecursionError) as error:
+                    raise FedSieveError(
+                        f"{path}, line {number}: not a JSON object ({error})"
                     ) from None
                 lines.append(number)
     for number, row in enumerate(rows):

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset
 
+from fedsieve.data.files import refuse_no_text
 from fedsieve.data.templates import values_of
 from fedsieve.errors import FedSieveError, nearest
 
@@ -44,10 +45,7 @@ def by_class(folder: Path, split: str | None) -> Dataset | None:
     if not found:
         return None
     for name, _ in found:
-        try:
-            name.encode()
-        except UnicodeEncodeError:
-            raise FedSieveError(f"{name!a} has a name that is no UTF-8: rename it") from None
+        refuse_no_text(name)
     return Dataset(
         pa.table(
             {

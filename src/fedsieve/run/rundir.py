@@ -288,10 +288,12 @@ def refuse_fewer(folder: Path, rounds: int) -> None:
         )
 
 
-def has_ended(folder: Path, rounds: int) -> bool:
-    """Whether nothing of a run of so many rounds is left to do, its adapter and report included."""
-    left = (folder / ADAPTER / "adapter_model.safetensors", folder / REPORT)
-    return last_round(folder) == rounds and all(path.is_file() for path in left)
+def has_ended(folder: Path, number: int, rounds: int) -> bool:
+    """Whether nothing of a run of so many rounds is left to do after round `number`, its adapter
+    (or whole model) and report included.
+    """
+    made = any((folder / ADAPTER).glob("*.safetensors")) and (folder / REPORT).is_file()
+    return number >= rounds and made
 
 
 def cut_back(folder: Path, lengths: Mapping[str, int]) -> None:

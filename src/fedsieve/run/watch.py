@@ -95,8 +95,8 @@ def standing(folder: Path) -> Standing:
     number = rows[-1].round if rows else 0
     age = max(0.0, time.time() - (log if log.exists() else source).stat().st_mtime)
     left = None if each is None else max(0.0, each * (recipe.rounds - number) - age)
-    there = (folder / rundir.ADAPTER).is_dir() and (folder / rundir.REPORT).is_file()
-    return Standing(recipe, rows, each, left, age, number >= recipe.rounds and there)
+    ended = rundir.has_ended(folder, number, recipe.rounds)
+    return Standing(recipe, rows, each, left, age, ended)
 
 
 def curves(rows: Sequence[Round]) -> list[str]:

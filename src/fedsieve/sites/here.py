@@ -15,6 +15,7 @@ import re
 import shlex
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -182,6 +183,7 @@ def check(folder: Path) -> None:
             raise FedSieveError(f"{log} is no file: remove it")
     for home in _homes(folder):
         path = home / SITE
+        refuse_link(home / "worker", folder=True)
         table = recipes.toml(recipes.text_of(path), str(path))
         table.pop("budget", None)
         if table != _site_of(recipe, home.name):
@@ -192,10 +194,15 @@ def check(folder: Path) -> None:
 
 
 def _refuse_links_within(folder: Path) -> None:
-    """Raises FedSieveError for a link at any depth: workers write and remove below all of it."""
+    """Raises FedSieveError for a link at any depth, and for a pipe or such in a file's place:
+    workers write and remove below all of it. Their sockets may lie there.
+    """
     for place, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            if (path := Path(place, name)).is_symlink():
+        for name in folders:
+            refuse_link(Path(place, name), folder=True)
+        for name in files:
+            path = Path(place, name)
+            if not stat.S_ISSOCK(path.lstat().st_mode):
                 refuse_link(path)
 
 
