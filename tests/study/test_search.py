@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.run import rundir
 from fedsieve.study import search
@@ -243,3 +244,11 @@ def test_what_cannot_be_searched(
     assert ran.code == 2
     assert message in ran.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pilot_that_sent_nothing_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    line = {"round": 2, "loss": 0.5, "seconds": 1.0, "dropped": 0}
+    sent = {"down_bytes": 0, "up_bytes": 0, "total_bytes": 0}
+    (tmp_path / rundir.METRICS).write_text(json.dumps(line | sent) + "\n")
+    with pytest.raises(FedSieveError, match=r"metrics\.jsonl: round 2 sent nothing: remove"):
+        search._last_round(Job("pilot", recipes.check(tiny.table()), tmp_path))
