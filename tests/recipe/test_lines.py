@@ -101,12 +101,13 @@ def test_a_mistake_is_shown_with_its_line(
     assert any(int(number) in near and words.startswith(said) for number, words in told), told
 
 
-def test_what_the_command_line_has_changed_is_on_no_line(tmp_path: Path) -> None:
+def test_what_an_override_has_changed_is_on_no_line(tmp_path: Path) -> None:
+    """And the file is not blamed for it."""
     path = tmp_path / "mine.toml"
     path.write_text(FILE, encoding="utf-8")
-    with pytest.raises(FedSieveError, match=r"\n  training\.lr: Input"):
+    with pytest.raises(FedSieveError, match=r"\n  an override: training\.lr: Input"):
         recipes.load(str(path), ["training.lr=fast"])
-    with pytest.raises(FedSieveError, match=r"\n  rouns: unknown key"):
+    with pytest.raises(FedSieveError, match=r"\n  an override: rouns: unknown key"):
         recipes.load(str(path), ["rouns=1"])
 
 

@@ -235,7 +235,8 @@ def test_options_of_methods_and_servers_reach_them(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("none.toml", None, "none.toml cannot be read"),
+        ("none.toml", None, r"there is no recipe .*none.toml$"),
+        ("nome.toml", None, r"there is no recipe .*nome.toml \(did you mean 'home.toml'\?\)"),
         ("bad.toml", b"rounds = = 3", "bad.toml is not valid TOML"),
         ("bytes.toml", b"\xff\xfe", "bytes.toml cannot be read"),
         ("empty.toml", b"", "rounds: this key is needed"),
@@ -245,6 +246,8 @@ def test_files_that_are_no_recipe(
     tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     path = tmp_path / name
+    if name == "nome.toml":
+        (tmp_path / "home.toml").touch()
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(FedSieveError, match=message):

@@ -285,6 +285,41 @@ def test_a_file_of_test_rows_beside_is_found(tmp_path: Path) -> None:
     assert look.look(str(tmp_path / "news-train.csv")).test == str(tmp_path / "news-test.csv")
 
 
+@pytest.mark.parametrize("text", ["text,label\n", ""])
+def test_a_file_of_test_rows_without_any_is_passed_over(
+    tmp_path: Path, command: Command, text: str
+) -> None:
+    write_rows(tmp_path / "news-train.csv", 30, seed=0)
+    (tmp_path / "news-test.csv").write_text(text, encoding="utf-8")
+    out = tmp_path / "mine.toml"
+    ran = command("init", tmp_path / "news-train.csv", "--out", out, "--yes")
+    assert ran.code == 0, ran.err
+    assert "it is left out" in ran.err
+    written = tomllib.loads(out.read_text("utf-8"))
+    assert "test" not in written["data"]
+    assert written["evaluation"]["on"] == "validation"
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "Say what you see.", "completion": "I see a cat and a dog."}, True),
+        ({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]},
+         True),
+        ({"text": "a long text about nothing at all"}, False),
+    ],
+)  # fmt: skip
+def test_that_a_loss_shows_no_answers_is_said(
+    tmp_path: Path, command: Command, row: dict[str, Any], said: bool
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{k: f"{v} {n}" if isinstance(v, str) else v for k, v in row.items()} for n in range(20)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    ran = command("init", path, "--out", tmp_path / "r.toml", "--yes", "--task", "causal-lm")
+    assert ran.code == 0, ran.err
+    assert ("--task generation" in ran.err) is said
+
+
 def test_examples_steer_no_terminal_and_are_short(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"text": f"\x1b[31m{n} " + "word " * 500, "label": "xy"[n % 2]} for n in range(20)]

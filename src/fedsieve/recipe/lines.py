@@ -105,16 +105,16 @@ def line_at(lines: Mapping[Path, int], path: Sequence[str]) -> int | None:
     return next((lines[key] for depth in depths if (key := tuple(path[:depth])) in lines), None)
 
 
-def as_written(path: Sequence[str], written: Any, checked: Any) -> Sequence[str]:
-    """So much of a path as a file has, up to a key that lacks; nothing of one whose value in the
-    file is not the one that was checked, since the command line has changed it.
+def as_written(path: Sequence[str], written: Any, checked: Any) -> Sequence[str] | None:
+    """So much of a path as a file has, up to a key that lacks; None where the value in the file is
+    not the one that was checked, since an override has changed it.
     """
     for depth, step in enumerate(path):
         one, other = _entry(written, step), _entry(checked, step)
         if one is None or other is None:
-            return path[:depth] if one is other else ()
+            return path[:depth] if one is other else None
         written, checked = one[0], other[0]
-    return path if written == checked else ()
+    return path if written == checked else None
 
 
 def quoted(error: str, text: str) -> str:

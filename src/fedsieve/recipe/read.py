@@ -71,6 +71,11 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if path.suffix == ".toml" or path.is_file():
         try:
             text = text_of(path)
+        except FileNotFoundError as error:
+            there = (each.name for each in path.parent.glob("*.toml"))
+            raise FedSieveError(
+                f"there is no recipe {source}{nearest(path.name, there)}"
+            ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise FedSieveError(f"the recipe {source} cannot be read: {error}") from error
     elif path.is_dir() and (path / "recipe.toml").is_file() and source not in shipped():
@@ -198,7 +203,7 @@ def _at_its_line(error: FedSieveError, table: Mapping[str, Any], source: str) ->
 
 def _placed(said: str, table: Mapping[str, Any], source: str) -> str:
     """An error's words after the line of the file that they are about, where they begin with one of
-    its keys, and the command line has not changed it.
+    its keys; or after "an override" where such a one has changed it.
 
     table: what was checked
     """
@@ -212,6 +217,8 @@ def _placed(said: str, table: Mapping[str, Any], source: str) -> str:
     except (OSError, ValueError, RecursionError):  # it has changed since
         return said
     there = lines.as_written(key[0].split("."), written, table)
+    if there is None:
+        return f"an override: {said}"
     line = lines.line_at(lines.lines_of(text), there)
     return said if line is None else f"line {line}: {said}"
 

@@ -363,7 +363,8 @@ def _bytes_by_budget(series: Sequence[Series]) -> Plot:
             title.set_text(short(one.label, 40))
     column[-1].set_xlim(0, 1.16 * longest or 1)
     column[-1].set_xlabel("Mean traffic of one client in one round (MB)")
-    bars = [Patch(color=INK, label="Down"), Patch(color=INK, alpha=0.5, linewidth=0, label="Up")]
+    ink = look(0).colour if len(series) == 1 else INK
+    bars = [Patch(color=ink, label="Down"), Patch(color=ink, alpha=0.5, linewidth=0, label="Up")]
     figure.legend(handles=bars, loc="outside lower center", ncols=2)
     told = [b for _, _, found in every for b in found]
     dear = max(told, key=lambda b: b.down_bytes + b.up_bytes)

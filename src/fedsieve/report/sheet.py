@@ -52,12 +52,12 @@ _STYLE = Template("""
 :root {
   color-scheme: light dark;
   --ink: #24292f; --quiet: #57606a; --back: #f6f7f9; --card: #fff; --grid: #d8dde3;
-  --warn: #9a6700; --link: #0757a0; --warn-back: #fff8e0; $light
+  --warn: #9a6700; --link: #0757a0; --warn-back: #fff8e0; --shade: #0003; $light
 }
 @media screen and (prefers-color-scheme: dark) {
   :root {
     --ink: #e6e8eb; --quiet: #a2abb5; --back: #131518; --card: #1c1f23; --grid: #3a4047;
-    --warn: #e3b341; --link: #7cc0ff; --warn-back: #2a2415; $dark
+    --warn: #e3b341; --link: #7cc0ff; --warn-back: #2a2415; --shade: #fff3; $dark
   }
 }
 * { box-sizing: border-box; }
@@ -116,7 +116,12 @@ figcaption .scroll { margin-top: .75rem; color: var(--ink); }
   figure, .card { padding: .8rem .7rem; }
   th, td { padding-right: 1rem; }
 }
-.scroll { overflow-x: auto; overflow-wrap: break-word; }
+/* A shade on the side to which there is more: its cover scrolls with the table, off that end. */
+.scroll { overflow-x: auto; overflow-wrap: break-word; background:
+  linear-gradient(to right, var(--card) 1rem, transparent) left / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--card) 1rem, transparent) right / 2rem 100% no-repeat local,
+  linear-gradient(to right, var(--shade), transparent) left / .75rem 100% no-repeat,
+  linear-gradient(to left, var(--shade), transparent) right / .75rem 100% no-repeat; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { text-align: left; vertical-align: top; padding: .4rem 1.5rem .4rem 0;
   border-bottom: 1px solid var(--grid); }
@@ -166,7 +171,7 @@ footer { margin-top: 2.5rem; color: var(--quiet); font-size: .85rem; }
   .plots { grid-template-columns: 1fr 1fr; gap: .75rem; }
   .wide { grid-column: 1 / -1; }
   .drawing svg { max-width: 26rem; }
-  .scroll { overflow: visible; }
+  .scroll { overflow: visible; background: none; }
   nav, th button::after { display: none; }
   table { font-size: 8pt; }
   table th, table td { min-width: 0 !important; padding-right: .5rem; overflow-wrap: anywhere; }

