@@ -97,6 +97,7 @@ bench: install-test
 	$(BIN)/python benchmarks/round.py --json runs/bench-round.json
 	$(BIN)/python benchmarks/wire.py --json runs/bench-wire.json
 	$(BIN)/python benchmarks/convergence.py --json runs/bench-convergence.json
+	$(BIN)/python benchmarks/bound.py --json runs/bench-bound.json
 	$(BIN)/python benchmarks/flexlora.py --json runs/bench-flexlora.json
 	$(BIN)/python benchmarks/server.py --json runs/bench-server.json
 	$(BIN)/python benchmarks/worker.py --json runs/bench-worker.json

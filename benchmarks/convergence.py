@@ -32,7 +32,7 @@ It exits with 1 if a claim of its last lines does not hold.
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import combinations, islice
 from pathlib import Path
 from statistics import mean, stdev
@@ -199,17 +199,19 @@ def rounds(
         difference = float((gradients - centre).square().sum()) / len(ranks)
         value = objective(p, adapter, ranks)
         yield Point(adapter, value, float(centre.square().sum()), difference)
-        state = one_round(p, method, state, clients, step, local_steps, Key(seed, number))
+
+        def trained(client: Client, view: View) -> dict[str, Tensor]:
+            return train(p, view, step, local_steps)
+
+        state = one_round(method, state, clients, trained, Key(seed, number))
         number += 1
 
 
 def one_round(
-    p: Problem,
     method: Method,
     state: State,
     clients: list[Client],
-    step: float,
-    local_steps: int,
+    trained: Callable[[Client, View], dict[str, Tensor]],
     key: Key,
 ) -> State:
     """A round as the engine runs it, without the bytes."""
@@ -219,8 +221,7 @@ def one_round(
         own = key._replace(client=client.id)
         context = ClientContext(client, method.export(state), own)
         view, memory = method.view(method.publish(plan, client, own), {}, context)
-        trained = train(p, view, step, local_steps)
-        updates.append((client, method.report(view, trained, memory, context)[0]))
+        updates.append((client, method.report(view, trained(client, view), memory, context)[0]))
     return method.merge(state, updates, key)
 
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import bound
 import convergence
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Method, State, compose
+from fedsieve.algebra.method import Method, State, View, compose
 from fedsieve.algebra.payload import Payload
 from fedsieve.algebra.sieve import dense, sketch
 from fedsieve.errors import FedSieveError
@@ -183,8 +185,12 @@ def _drift(method: Method) -> float:
     state = method.init(_somewhere(3))
     here = method.export(state)
     moved = torch.zeros(len(PROBLEM.target) + 1, 8, dtype=torch.float64)
+
+    def trained(client: Client, view: View) -> dict[str, Tensor]:
+        return convergence.train(PROBLEM, view, step, 1)
+
     for number in range(draws):
-        after = convergence.one_round(PROBLEM, method, state, clients, step, 1, Key(0, number))
+        after = convergence.one_round(method, state, clients, trained, Key(0, number))
         change = {n: t - here.tensors[n] for n, t in after.trees["adapter"].items()}
         along = change[convergence.A] @ PROBLEM.x
         moved += torch.cat([change[convergence.B], along[None]]) / draws
@@ -263,3 +269,25 @@ def test_the_theory_step_descends() -> None:
         lasts.append(squares[-1] / squares[0])
     assert lasts == sorted(lasts)
     assert lasts[0] < 0.5
+
+
+@pytest.mark.parametrize("case", [bound.Case(4, 2, 4), bound.Case(1, 2, 2)], ids=str)
+def test_with_noise_and_clients_that_differ_the_promise_is_kept(case: bound.Case) -> None:
+    step = bound.allowed(PROBLEM, case)
+    found = bound.measure(PROBLEM, case, step, rounds=60, seeds=1)
+    assert found.met.rho <= bound.RHO
+    assert found.met.extent <= convergence.REGION
+    assert 0.01 * found.promised < found.measured <= found.promised
+
+
+def test_clients_differ_by_what_is_said() -> None:
+    """The mean of their gradients is that of f~, and none is further from it than sigma_h says."""
+    adapter = convergence.start(PROBLEM, 0)
+    adapter.tensors[convergence.B][:] = 0.1 * torch.randn(adapter.tensors[convergence.B].shape)
+    own = bound.differing(PROBLEM, 4)
+    gradients = torch.stack([convergence.gradient(each, adapter, 4) for each in own])
+    mean_of_all = gradients.mean(0)
+    torch.testing.assert_close(mean_of_all, convergence.gradient(PROBLEM, adapter, 4))
+    apart = float((gradients - mean_of_all).square().sum()) / 4
+    reach = max(1.0, convergence.extent(adapter, PROBLEM) / convergence.REGION)
+    assert 0 < apart <= bound.sigma_h(PROBLEM, 4) ** 2 * reach
