@@ -1,13 +1,16 @@
 """The command line. Exit codes: 0 done, 2 bad input (one clear message), 130 stopped."""
 
+import errno
+import os
 import shlex
 import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -106,14 +109,24 @@ def main() -> None:
         problems.print(f"[bold red]error:[/] {plain(str(error))}")
         sys.exit(2)
     except OSError as error:
-        if error.filename is None:  # none of a file: a connection, a pipe, a library's own trouble
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.filename is None and not full:  # a connection, a pipe, a library's own trouble
             raise
-        where = str(error.filename)[:200]
-        problems.print(f"[bold red]error:[/] {plain(f'{where}: {error.strerror or error}')}")
-        sys.exit(2)
+        where = str(error.filename or "standard output, or a file")[:200]
+        said = f"{where}: {error.strerror or error}" + ": make room, then do it again" * full
+        problems.print(f"[bold red]error:[/] {plain(said)}")
+        _end_without_output() if full else sys.exit(2)
     except KeyboardInterrupt:
         problems.print("stopped")
         sys.exit(130)
+
+
+def _end_without_output() -> NoReturn:
+    """End with 2, though what is still to be written has no room: Python would end with 120."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(2)
 
 
 def _finite(value: float | None) -> float | None:
@@ -1129,7 +1142,7 @@ def _go_on_with(folder: Path) -> None:
         say(f"this federation is finished: all of its {count(recipe.rounds, 'round')} are done")
     elif here.is_here(folder):
         here.check(folder)
-        with here.at_work(folder, here.port_of(folder), say):
+        with here.at_work(folder, here.own_port(folder, say), say):
             _run_flower(folder, command)
     else:
         _run_flower(folder, command)
@@ -1148,7 +1161,7 @@ def _run_flower(folder: Path, command: Sequence[str]) -> None:
     )
     if done.returncode:
         raise FedSieveError(
-            f"`flwr run` could not go on with {folder}: is the SuperLink running? (see "
+            f"`flwr run` could not go on with {folder}: {federating.why_not(folder)} (see "
             "docs/deploy.md)"
         )
     federating.refuse_unfinished(folder)

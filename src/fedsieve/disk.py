@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fedsieve.errors import FedSieveError
 
@@ -44,9 +44,11 @@ class NotAFile(OSError):
     """A pipe, a folder or a device where a file should be."""
 
 
-def bytes_of(path: Path, most: int | None = None) -> bytes:
-    """What a file holds. Raises OSError as reading does, also for more than `most` bytes, NotAFile
-    for all else: a pipe would be waited for.
+def bytes_of(path: Path, most: int | None) -> bytes:
+    """What a file holds. Raises OSError as reading does, also for more than `most` bytes, and for
+    one that is nearly all holes; NotAFile for all else: a pipe would be waited for.
+
+    most: None for a file whose length is its owner's affair
     """
     opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -54,10 +56,43 @@ def bytes_of(path: Path, most: int | None = None) -> bytes:
             raise NotAFile(errno.EINVAL, "it is no file", str(path))
         if most is not None and os.fstat(opened).st_size > most:
             raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+        _refuse_holes(opened, path)
         with os.fdopen(opened, "rb", closefd=False) as file:
-            return file.read()
+            return file.read() if most is None else file.read(most)
     finally:
         os.close(opened)
+
+
+_LARGE = 1 << 24  # bytes, from where a file that is nearly all holes is none of ours
+_FEW = 8  # of so many bytes one is there, or the file is holes: a copy may have left out zeros
+
+
+def refuse_holes(path: Path) -> None:
+    """Raises OSError for a large file that is nearly all holes: its bytes take no room on the disk,
+    and would take it in memory.
+    """
+    opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _refuse_holes(opened, path)
+    finally:
+        os.close(opened)
+
+
+def _refuse_holes(opened: int, path: Path) -> None:
+    size, there, at = os.fstat(opened).st_size, 0, 0
+    while size > _LARGE and at < size and there * _FEW < size:
+        try:
+            begin = os.lseek(opened, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # a file system that does not tell
+                break
+            raise OSError(errno.EFBIG, "it is nearly all holes", str(path)) from None
+        at = os.lseek(opened, begin, os.SEEK_HOLE)
+        there += at - begin
+    else:
+        if size > _LARGE and there * _FEW < size:
+            raise OSError(errno.EFBIG, "it is nearly all holes", str(path))
+    os.lseek(opened, 0, os.SEEK_SET)
 
 
 def remove_link(path: Path) -> bool:
@@ -85,7 +120,8 @@ def write_whole(path: Path, data: bytes, mode: int = 0o666) -> None:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError:
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names none
         part.unlink(missing_ok=True)
         raise
     sync(path.parent)  # the rename itself must reach the disk too
@@ -104,6 +140,11 @@ def append(path: Path, text: str) -> None:
     """Add to the end of a file, which is made if need be."""
     with os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as f:
         f.write(text)
+
+
+def appending(path: Path) -> BinaryIO:
+    """A file, which is made if need be, open at its end for a process that writes there."""
+    return os.fdopen(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
 def synced_length(path: Path) -> int:
@@ -225,8 +266,14 @@ def place(text: str | Path) -> Path:
 
 
 def copied(source: str, to: str) -> str:
-    """Copy a file without its holes, which take no room there and would take it here."""
-    with Path(source).open("rb") as old, Path(to).open("wb") as new:
+    """Copy a file without its holes, which take no room there and would take it here.
+
+    Raises OSError for what is no file: a pipe would be waited for.
+    """
+    opened = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
+    with os.fdopen(opened, "rb") as old, Path(to).open("wb") as new:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            raise NotAFile(errno.EINVAL, "it is no file", source)
         size, at = os.fstat(old.fileno()).st_size, 0
         while at < size:
             try:

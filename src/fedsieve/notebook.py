@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import tomli_w
 from datasets import Dataset
+from safetensors import SafetensorError
 
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
@@ -194,7 +195,10 @@ class Run:
             personal=self._experiment.federation.method.personal is not None,
             privacy=privacy and f"noise from the {privacy}; whoever trained it knows the epsilon",
         )
-        self._experiment.resident.save(self.adapter, place, known)
+        try:
+            self._experiment.resident.save(self.adapter, place, known)
+        except (OSError, SafetensorError) as error:
+            raise FedSieveError(f"save: {place} cannot be written: {error}") from error
 
     def predict(self, rows: object) -> list[str]:
         """What the model as it stands now tells of each row, in words: the name of a class, the

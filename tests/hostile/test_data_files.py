@@ -417,7 +417,7 @@ def test_rows_with_keys_of_their_own_each_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     lines = (json.dumps({"text": "a", **{f"k{n}_{m}": 1 for m in range(20)}}) for n in range(3000))
     path.write_text("\n".join(lines))
-    with pytest.raises(FedSieveError, match=r"has 60,001 different keys in 3,000 rows"):
+    with pytest.raises(FedSieveError, match=r"has 60,001 columns, too many to take all"):
         files.read(path)
     assert len(files.read(path, columns=Columns(("text",), ()))) == 3000  # no others are made
 
@@ -468,6 +468,37 @@ def test_a_name_of_a_column_is_shown_in_part(tmp_path: Path, command: Command) -
     )
     ran = command("init", tmp_path / "rows.jsonl", "--out", tmp_path / "r.toml", "--yes")
     assert len(ran.out) + len(ran.err) < 5000
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+def test_a_wide_table_is_not_looked_at_column_by_column(
+    tmp_path: Path, command: Command, kind: str
+) -> None:
+    """Reading all takes the square of their number; a recipe that names its columns reads those."""
+    names = ["text", "label", *(f"c{n}" for n in range(9_000))]
+    row = {name: str(n % 7) for n, name in enumerate(names)}
+    path = tmp_path / f"rows.{kind}"
+    lines = [",".join(names), *[",".join(row.values())] * 20]
+    if kind != "csv":
+        lines = [json.dumps(row)] * 20
+    path.write_text(("[" + ",".join(lines) + "]") if kind == "json" else "\n".join(lines))
+    began = time.monotonic()
+    ran = command("init", path, "--out", tmp_path / "r.toml", "--yes")
+    assert time.monotonic() - began < 10
+    assert ran.code == 2
+    assert "9,002 columns, too many to take all" in " ".join(ran.err.split())
+    assert sources.load(path, columns=Columns(("text",), ("label",))).num_rows == 20
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "tab", "json", "jsonl", "parquet", "jsonl.gz"])
+def test_rows_that_are_holes_are_not_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"rows.{kind}"
+    with path.open("wb") as file:
+        file.truncate(30 << 30)
+    began = time.monotonic()
+    with pytest.raises(FedSieveError, match="holes"):
+        sources.load(path)
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("name", ["dataset_info.json", "state.json", "dataset_dict.json"])

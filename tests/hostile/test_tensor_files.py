@@ -14,6 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from fedsieve.disk import bytes_of
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
@@ -108,6 +109,74 @@ def test_what_a_site_kept_is_passed_over(tmp_path: Path, odd: str) -> None:
     path.write_bytes(journal._digest(data) + data)
     with pytest.warns(UserWarning, match="is damaged"):
         assert journal._read(path) is None
+
+
+SOUND: dict[str, Any] = {"ok": True, "round": 2, "reason": None, "loss": 0.5, "steps": 3}
+SOUND |= {"seconds": 1.0, "compute": 1.0, "wire": 0, "memory": 9}
+# What stands beside a whole entry's tensors, less what is odd in it: each has its right digest.
+KEPT: dict[str, Any] = {
+    "facts that are a list": {"facts": [1]},
+    "no word that it went well": {"facts": {"round": 2}},
+    "a loss that is none": {"facts": {**SOUND, "loss": float("nan")}},
+    "a reason without end": {"facts": {**SOUND, "reason": "y" * (1 << 17)}},
+    "steps that are a text": {"facts": {**SOUND, "steps": "3"}},
+    "a length beyond its bytes": {"length": 10**9},
+    "a length below none": {"length": -1},
+    "a round that is a text": {"round": "2"},
+    "another round": {"round": 3},
+    "a memory of later": {"before": 2},
+    "what was asked that is no text": {"asked": [1]},
+    "another form": {"format": 2},
+}
+TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+    "no answer": lambda t: t.pop("answer"),
+    "an answer of fractions": lambda t: t.update(answer=torch.ones(3)),
+    "a name without its group": lambda t: t.update(x=torch.ones(1)),
+    "a memory that is not finite": lambda t: t.update({"residual/a": torch.tensor([torch.nan])}),
+}
+
+
+def entry(
+    folder: Path, changes: Mapping[str, Any], act: Callable[[dict[str, torch.Tensor]], object]
+) -> None:
+    """The file of round 2."""
+    facts = {"format": 1, "round": 2, "before": 1, "asked": "a", "facts": SOUND, "length": 2}
+    tensors = {"answer": torch.ones(2, dtype=torch.uint8), "residual/a": torch.ones(3)}
+    act(tensors)
+    data = safetensors.torch.save(tensors, {"facts": json.dumps({**facts, **changes})})
+    folder.mkdir(exist_ok=True)
+    (folder / journal._name(2)).write_bytes(journal._digest(data) + data)
+
+
+@pytest.mark.parametrize("odd", [*KEPT, *TENSORS])
+def test_what_a_site_never_kept_is_passed_over(tmp_path: Path, odd: str) -> None:
+    entry(tmp_path, {}, lambda tensors: None)
+    found = journal.find(tmp_path, 2)
+    assert found is not None
+    assert found.facts == SOUND
+    entry(tmp_path, KEPT.get(odd, {}), TENSORS.get(odd, lambda tensors: None))
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert journal.find(tmp_path, 2) is None
+
+
+def test_files_of_holes_are_not_read(tmp_path: Path) -> None:
+    """Whatever reads whole files: a gigabyte that takes no room on the disk."""
+    path = tmp_path / journal._name(2)
+    entry(tmp_path, {}, lambda tensors: None)
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)
+    before = own_memory()
+    with pytest.warns(UserWarning, match="is nearly all holes"):
+        assert journal.find(tmp_path, 2) is None
+    with pytest.raises(OSError, match="is nearly all holes"):
+        bytes_of(path, None)
+    assert own_memory() - before < 1 << 24
+    # What a copy may leave out, because it was zeros, is no hole of that kind.
+    with path.open("r+b") as file:
+        file.truncate(1 << 25)
+        file.seek(1 << 24)
+        file.write(b"x" * (1 << 23))
+    assert len(bytes_of(path, None)) == 1 << 25
 
 
 @pytest.mark.parametrize("odd", ODD)

@@ -17,6 +17,7 @@ import tomli_w
 import torch
 from safetensors.torch import load_file, save_file
 
+from fedsieve.errors import FedSieveError
 from fedsieve.frame import Frame, pack, unpack
 from fedsieve.run import rundir
 from fedsieve.sites import federate, journal, worker
@@ -55,7 +56,7 @@ class Wire:
 def federation(tiny: Tiny, folder: Path, method: str, **changes: Any) -> World:
     made = world(
         tiny, folder, NAMES, tls=False, budgets={name: {} for name in NAMES},
-        method={"name": method}, rounds=3, data__test=None, **changes,
+        method={"name": method}, rounds=3, **{"data__test": None, **changes},
     )  # fmt: skip
     for path in made.sites.values():
         told = tomllib.loads(path.read_text())
@@ -112,6 +113,22 @@ def test_a_server_that_starts_anew_leaves_good_adapters_as_they_are(
     assert [asked["round"] for asked in wire.asked if asked["do"] == "keep"] == [3, 3]
     assert whole
     assert at_north(given) == whole
+
+
+def test_the_servers_own_rows_that_were_changed_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """The sites' are theirs, and may grow; scores would be of neither of two sets of test rows."""
+    rows = tmp_path / "mine.csv"
+    shutil.copy(tiny.test, rows)
+    given = federation(tiny, tmp_path, "fedit", data__test=str(rows))
+    serve(given, Wire(given, nothing))
+    before = (given.run / rundir.METRICS).read_bytes()
+    rows.write_text(rows.read_text(encoding="utf-8").replace("car", "cat", 1), encoding="utf-8")
+    with pytest.raises(FedSieveError, match="rows that are evaluated on were changed") as caught:
+        serve(given, Wire(given, nothing))
+    assert "--accept-changes" not in str(caught.value)
+    assert (given.run / rundir.METRICS).read_bytes() == before
+    shutil.copy(tiny.test, rows)
+    serve(given, Wire(given, nothing))
 
 
 @pytest.mark.parametrize("how", ["lost", "damaged"])

@@ -4,6 +4,7 @@ Scripts and schedulers see nothing else of a run. Each case stops one at some pl
 reason; 2 is for what the user can mend, 130 for Ctrl-C and SIGTERM, as shells have it.
 """
 
+import errno
 import os
 import shutil
 import signal
@@ -166,3 +167,63 @@ def test_a_process_that_is_asked_to_stop_ends_with_130(tiny: Tiny, tmp_path: Pat
     finally:
         process.kill()
     assert process.returncode == 130, err
+
+
+FULL_DISKS: dict[str, BaseException] = {
+    "as Python says it": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    "as tokenizers says it": Exception("No space left on device (os error 28)"),
+}
+
+
+@pytest.mark.parametrize("how", FULL_DISKS)
+@pytest.mark.parametrize("name", ["run", "export", "merge"])
+def test_a_full_disk_is_told_and_leaves_nothing_in_the_way(
+    name: str, how: str, tiny: Tiny, stopped: Path, tmp_path: Path, command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The same command does what it was asked for once there is room."""
+    recipe, out = tiny.write(tmp_path / "r.toml", rounds=1), tmp_path / "out"
+    words: tuple[str | Path, ...] = ("export", stopped, "--to", out)
+    if name == "run":
+        words = ("run", recipe, "--out", out)
+    elif name == "merge":
+        words = (*words, "--merge")
+
+    def full(self: object, adapter: object, folder: Path, *_: object, **__: object) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text("{")
+        raise FULL_DISKS[how]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            f"fedsieve.train.model.ResidentModel.{'merge' if name == 'merge' else 'save'}", full
+        )
+        ran = command(*words)
+    assert ran.code == 2
+    assert "No space left" in ran.err
+    assert command(*(("resume", out) if name == "run" else words)).code == 0
+
+
+def test_a_recipe_that_finds_no_room_is_told(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(handle: int) -> None:
+        raise FULL_DISKS["as Python says it"]
+
+    monkeypatch.setattr("fedsieve.disk.os.fsync", full)
+    ran = command("init", tiny.train, "--out", tmp_path / "r.toml", "--yes")
+    assert ran.code == 2
+    assert "r.toml: No space left on device" in " ".join(ran.err.split())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["methods"], ["recipes"], ["recipes", "demo"]])
+def test_output_that_finds_no_room_is_told(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fedsieve", *words],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr

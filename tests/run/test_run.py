@@ -248,7 +248,10 @@ def test_data_keys_that_a_task_needs(tiny: Tiny, tmp_path: Path, command: Comman
 
 @pytest.mark.parametrize(
     ("recipe", "message"),
-    [("demmo", "no recipe is called 'demmo' (did you mean 'demo'"), ("no.toml", "cannot be read")],
+    [
+        ("demmo", "no recipe is called 'demmo' (did you mean 'demo'"),
+        ("no.toml", "there is no recipe no.toml"),
+    ],
 )
 def test_recipes_that_are_not_there(command: Command, recipe: str, message: str) -> None:
     ran = command("run", recipe)

@@ -280,6 +280,32 @@ def test_where_a_run_is_tracked_is_said_without_passwords(
     assert said["trackio"].endswith("on this machine")
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://me:secret@figures.example/x",
+        "https://figures.example/x?write_token=secret",
+        "postgresql://u:p@figures.example/x?password=secret&sslmode=require",
+        "https://figures.example/x#secret",
+    ],
+)
+def test_no_part_of_an_address_that_is_secret_is_shown(
+    tiny: Tiny, here: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    """Also where the tracker's own error quotes it, whole or in part."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.setenv("TRACKIO_SERVER_URL", address)
+    for kind in ("mlflow", "trackio"):
+        table = recipes.parse(tiny.table(**asked(kind))).tracking
+        assert table is not None
+        shown = tracking.where(table, here)
+        assert "figures.example/x" in shown
+        assert "secret" not in shown
+    error = RuntimeError(f"cannot reach {address} (token secret)")
+    assert "secret" not in tracking._said(error)
+    assert "figures.example/x" in tracking._said(error)
+
+
 def test_a_resumed_run_says_where_it_is_tracked_and_the_table_may_be_edited(
     tiny: Tiny, here: Path, command: Command
 ) -> None:

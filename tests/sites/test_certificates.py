@@ -1,5 +1,10 @@
 """What `fedsieve federate` says of certificates that have ended, end soon, or are none."""
 
+import contextlib
+import re
+import socket
+import ssl
+import threading
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,7 +13,14 @@ import pytest
 pytest.importorskip("cryptography", reason="comes with the extra fedsieve[flower]")
 
 from fedsieve.errors import FedSieveError
-from fedsieve.sites.certificates import CA, CERTIFICATE, endings
+from fedsieve.sites.certificates import (
+    CA,
+    CERTIFICATE,
+    PRIVATE,
+    endings,
+    refuse_unfit,
+    unreached,
+)
 from tests.conftest import LABELS, Command, Tiny
 from tests.sites.certificates import NOW, USUAL, make
 from tests.sites.test_federate import flower as flower
@@ -80,3 +92,61 @@ def test_a_file_that_is_no_certificate_is_named(tmp_path: Path, content: bytes) 
     (safe / CERTIFICATE).write_bytes(content)
     with pytest.raises(FedSieveError, match=r"server\.pem holds no certificate"):
         endings(safe, NOW)
+
+
+@pytest.mark.parametrize("name", [CA, CERTIFICATE, PRIVATE])
+def test_what_does_not_belong_together_is_refused(
+    tiny: Tiny, tmp_path: Path, command: Command, name: str
+) -> None:
+    """The file of another folder; and of the key one that is none."""
+    safe, other = make(tmp_path / "safe"), make(tmp_path / "other")
+    refuse_unfit(safe)
+    (safe / name).write_bytes((other / name).read_bytes())
+    path = tiny.write(tmp_path / "recipe.toml", data__classes=list(LABELS))
+    for content in ((safe / name).read_bytes(), b"no key") if name == PRIVATE else (None,):
+        if content is not None:
+            (safe / name).write_bytes(content)
+        ran = command("federate", path, "--out", tmp_path / "run", "--certificates", safe)
+        assert ran.code == 2
+        assert "do not belong together" in " ".join(ran.err.split())
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("ours", "host", "said"),
+    [
+        ("safe", "127.0.0.1", None),
+        ("other", "127.0.0.1", "does not vouch for"),
+        ("safe", "127.0.0.2", "does not vouch for"),
+        ("no TLS", "127.0.0.1", "does not speak TLS"),
+        ("nobody", "127.0.0.1", "nothing answers at .* is the SuperLink running"),
+    ],
+)
+def test_why_a_server_is_not_reached_is_found_out(
+    tmp_path: Path, ours: str, host: str, said: str | None
+) -> None:
+    safe, other = make(tmp_path / "safe"), make(tmp_path / "other")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(safe / CERTIFICATE, safe / PRIVATE)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            there, _ = listener.accept()
+            if ours == "no TLS":
+                there.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            else:
+                context.wrap_socket(there, server_side=True)
+            there.close()
+
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        if ours == "nobody":
+            listener.close()
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        found = unreached(host, port, (other if ours == "other" else safe) / CA)
+        thread.join(10)
+    assert (found is None) is (said is None)
+    assert said is None or re.search(said, found or "")

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -157,7 +158,9 @@ def prepared(tiny: Tiny, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["/tmp/x", "../x", "..", "a/b", "St. Mary", "Köln", "x" * 65])
+@pytest.mark.parametrize(
+    "name", ["/tmp/x", "../x", "..", "a/b", "St. Mary", "Köln", "x" * 65, "server.log", here.HELD]
+)
 def test_a_value_that_names_no_site_is_refused_before_anything_is_written(
     tiny: Tiny, tmp_path: Path, name: str
 ) -> None:
@@ -203,6 +206,24 @@ FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "another server": (
         lambda run: edit(run / "flower/config.toml", "127.0.0.1", "192.0.2.1"), "no server of this",
     ),
+    "a log that is another file": (lambda run: hard(run / "sites/server.log"), "is a hard link"),
+    "a worker's log that is another file": (
+        lambda run: hard(run / "sites/0001/worker.log"), "is a hard link",
+    ),
+    "more sites than were asked for": (
+        lambda run: shutil.copytree(run / "sites/0001", run / "sites/0002"), "holds 3 sites",
+    ),
+    "a site's file of holes": (
+        lambda run: os.truncate(run / "sites/0000/site.toml", 1 << 31),
+        "site.toml.* cannot be read",
+    ),
+    "a server's log of another kind": (
+        lambda run: (run / "sites/server.log").mkdir(), "is something else",
+    ),
+    "a line that no run writes": (
+        lambda run: (run / "clients.jsonl").write_text('{"x": 1}\n'), "clients.jsonl, line 1",
+    ),
+    "keys of holes": (lambda run: holes(run / "sites.json"), "sites.json .* more than"),
     "an app of somebody's": (
         lambda run: (run / "app/fedsieve.py").write_text("raise SystemExit(7)"), "would be run",
     ),
@@ -216,6 +237,16 @@ def moved(path: Path) -> None:
 def piped(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
+
+
+def hard(path: Path) -> None:
+    (path.parents[3] / "mine").write_text("mine")
+    path.hardlink_to(path.parents[3] / "mine")
+
+
+def holes(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 31)
 
 
 def linked(path: Path) -> None:
@@ -240,6 +271,34 @@ def test_nothing_is_started_of_a_folder_that_is_not_as_it_was_left(
     ran = command("federate", "--resume", run)
     assert ran.code == 2
     assert re.search(said, " ".join(ran.err.split()))
+
+
+def test_a_port_that_is_taken_is_changed_and_said(tiny: Tiny, tmp_path: Path) -> None:
+    """Somebody else's server there would get the sites' updates."""
+    run, said = prepared(tiny, tmp_path / "run"), list[str]()
+    port = here.port_of(run)
+    assert here.own_port(run, said.append) == port
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        taken = here.own_port(run, said.append)
+    assert taken != port
+    assert here.port_of(run) == taken
+    assert said == [
+        f"port {port} is taken by another program: this federation's server takes {taken}"
+    ]
+    here.check(run)
+
+
+def test_more_sites_than_memory_are_refused(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(here, "_EACH", 1 << 60)
+    path = tiny.write(tmp_path / "r.toml", partition={"kind": "iid", "clients": 5})
+    ran = command("federate", path, "--local", "5", "--out", tmp_path / "run")
+    assert ran.code == 2
+    assert "5 sites are as many workers" in " ".join(ran.err.split())
+    assert not (tmp_path / "run").exists()
 
 
 def _runs(pid: int) -> bool:

@@ -348,6 +348,32 @@ def test_a_damaged_memory_is_passed_over_with_a_warning(tiny: Tiny, tmp_path: Pa
         assert site.train(3).header["ok"]
 
 
+@pytest.mark.parametrize("odd", ["names", "shapes", "facts"])
+def test_a_memory_that_this_site_has_not_written_is_lost_and_ends_nothing(
+    tiny: Tiny, tmp_path: Path, odd: str
+) -> None:
+    """Whole, with its digest; the server then lets the site go on from what is there."""
+    site = Worker(tiny, tmp_path)
+    site.train(1)
+    entry = journal.find(site.rounds, 1)
+    assert entry is not None
+    kept = entry.memory["residual"]
+    if odd == "names":
+        entry = entry._replace(memory={"residual": {f"{n}x": t for n, t in kept.items()}})
+    elif odd == "shapes":
+        entry = entry._replace(memory={"residual": {n: torch.zeros(1, 2, 3) for n in kept}})
+    else:
+        entry = entry._replace(facts={"ok": "yes"})
+    journal.write(site.rounds, entry, keep=9)
+    if odd == "facts":
+        with pytest.warns(UserWarning, match="is damaged"):
+            assert site.train(1).header["ok"]
+        return
+    refused = site.train(2)
+    assert refused.header["lost_memory"] is True
+    assert "what this site kept after round 1 cannot be used" in refused.header["error"]
+
+
 def test_a_full_disk_is_an_answer_and_loses_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -411,6 +411,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"entry": [ENTRY], "target": 2.0}, "target: Input should be less than or equal to 1"),
     ({"entry": [ENTRY, {"name": "A"}]}, "two entries are called 'A'"),
     ({"entry": [{"name": "../a"}]}, "entry '../a': a name is letters"),
+    *(
+        ({"entry": [{"name": name}]}, f"entry '{name}': its runs go into a folder of that name")
+        for name in ("report.html", "Table.json", "table.md", "tuning.json", "x" * 101)
+    ),
     ({"entry": [{"name": "a", "method": "fedti"}]}, "unknown method 'fedti' (did you mean 'fedit'"),
     ({"entry": [ENTRY], "set": {"rouns": 3}}, "rouns: unknown key (did you mean 'rounds'"),
     ({"entry": [{**ENTRY, "set": {"method.hed": 1}}]}, "method.hed: unknown key"),

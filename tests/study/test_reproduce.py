@@ -1,7 +1,9 @@
 """`fedsieve reproduce`: figures as data, run, resumed, drawn and judged."""
 
+import errno
 import json
 import math
+import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +211,33 @@ def test_a_run_on_other_rows_is_not_copied(write: Write, tmp_path: Path, command
         assert ran.code == 0, ran.err
         done[name] = "1 of them done already" in ran.out
     assert done == {"one": False, "two": True, "three": False}
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("how", ["a pipe", "a full disk"])
+def test_a_neighbours_run_is_copied_whole_or_not_at_all(
+    write: Write, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    panel = {"name": "p", "recipe": "tiny.toml"}
+    path = write(small=[panel], seeds=[0], entry=[{"name": "dense", "method": "fedit"}])
+    ran = command("reproduce", path, "--out", tmp_path / "papers/one")
+    assert ran.code == 0, ran.err
+    (adapter,) = (tmp_path / "papers/one").rglob("adapter")
+    with monkeypatch.context() as patch:
+        if how == "a pipe":
+            os.mkfifo(adapter / "zzz")
+        else:
+
+            def full(source: str, to: str) -> str:
+                Path(to).touch()
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            patch.setattr("fedsieve.study.reproduce.copied", full)
+        ran = command("reproduce", path, "--out", tmp_path / "papers/two")
+    assert ran.code == 0, ran.err  # it was run anew
+    assert "1 of them done already" not in ran.out
+    assert not [*(tmp_path / "papers/two").rglob(".*.part")]
+    assert (tmp_path / "papers/two/figure.json").is_file()
 
 
 def train_of(folder: Path) -> str:

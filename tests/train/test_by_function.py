@@ -264,6 +264,46 @@ def test_the_model_and_what_is_random_are_as_they_were(tiny: Tiny) -> None:
     assert plain.tensors.keys() == one.tensors.keys()
 
 
+def attributes(model: Any) -> dict[str, str]:
+    """Whatever modules hold beside weights, buffers and modules."""
+    own = {"_parameters", "_buffers", "_modules", "training"}
+    return {
+        f"{name}.{key}": repr(value)
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if key not in own
+    }
+
+
+CHANGED: dict[str, Any] = {
+    "an epsilon": lambda m: setattr(m.bert.encoder.layer[0].output.LayerNorm, "eps", 100.0),
+    "a number of heads": lambda m: setattr(
+        m.bert.encoder.layer[0].attention.self, "num_attention_heads", 1
+    ),
+    "a share of dropout": lambda m: setattr(m.bert.embeddings.dropout, "p", 0.9),
+    "something new": lambda m: setattr(m.bert, "mine", [1]),
+}
+
+
+@pytest.mark.parametrize("what", [*CHANGED, "adapters that are off", "a list in place"])
+def test_what_modules_compute_by_is_put_back(tiny: Tiny, what: str) -> None:
+    """A client's function leaves nothing to the clients after it, nor to evaluations."""
+    resident = resident_of(tiny)
+    before = attributes(resident.model)
+
+    def function(model: Any, rows: Dataset, seed: int) -> None:
+        if what == "adapters that are off":
+            model.disable_adapter_layers()
+        elif what == "a list in place":
+            model.base_model.model.bert.encoder.layer[0].attention.self.query.scaling.clear()
+        else:
+            CHANGED[what](model.base_model.model)
+        assert attributes(model) != before
+
+    by_function.fit(resident, whole_view(resident), examples_of(tiny), function, Key(0, 1, "north"))
+    assert attributes(resident.model) == before
+
+
 def wrecking(model: Any, rows: Dataset, seed: int) -> None:
     with torch.no_grad():
         model.base_model.model.bert.embeddings.word_embeddings.weight.add_(1)

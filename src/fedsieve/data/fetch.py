@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import filelock
 
-from fedsieve.disk import bytes_of, parsed
+from fedsieve.disk import bytes_of, parsed, refuse_holes
 from fedsieve.errors import FedSieveError, nearest
 
 MANIFEST = ".manifest.json"
@@ -380,7 +380,11 @@ def _check(name: str, package: Package, folder: Path) -> None:
         path = folder / relative
         if not path.is_file():
             raise _damaged(name, path, "is missing")
-        if _sha256(path) != digest:
+        try:
+            found = _sha256(path)
+        except OSError:
+            found = "none: it cannot be read"
+        if found != digest:
             raise _damaged(name, path, "is damaged (its SHA-256 is not the one noted)")
     for path in folder.rglob("*"):
         inside = path.relative_to(folder)
@@ -418,6 +422,7 @@ def _damaged(name: str, path: Path, what: str) -> FedSieveError:
 
 
 def _sha256(path: Path) -> str:
+    refuse_holes(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

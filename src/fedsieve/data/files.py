@@ -33,12 +33,14 @@ from datasets import Dataset, DatasetInfo, Features
 
 from fedsieve.data.names import kind_of
 from fedsieve.data.templates import used
+from fedsieve.disk import refuse_holes
 from fedsieve.errors import FedSieveError, nearest
 
 EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
 _TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
 _WIDEST = 10_000  # columns of a table of texts
+MOST_LOOKED_AT = 1_000  # where none are named
 _NESTS = (Mapping, list, tuple, np.ndarray)
 DEEPEST = 32  # lists and objects in one another
 MOST_NESTED = 1_000_000  # at one depth of one value
@@ -89,6 +91,7 @@ def read(
     if extension != ".json" and field is not None:
         raise FedSieveError(f"{path}: field {field[:40]!r} is for JSON files (.json)")
     try:
+        refuse_holes(path)
         if extension != ".parquet":
             _refuse_utf16(path)
             _refuse_endless_zip(path)
@@ -271,6 +274,11 @@ def _can_be(values: Sequence[Any]) -> bool:
 
 def _chosen(path: Path, found: Sequence[str], columns: Columns | None) -> list[str]:
     """The columns to read of those that a file has."""
+    if columns is None and len(found) > MOST_LOOKED_AT:
+        raise FedSieveError(
+            f"{path} has {len(found):,} columns, too many to take all: a recipe names those that "
+            "are used, and no others are read"
+        )
     try:
         return chosen(found, columns)
     except FedSieveError as error:
@@ -526,11 +534,6 @@ def _json(path: Path, columns: Columns | None, field: str | None) -> pa.Table:
 
     table = {}
     chosen_keys = _chosen(path, list(dict.fromkeys(key for row in rows for key in row)), columns)
-    if len(chosen_keys) > _KEYS and len(chosen_keys) * len(rows) > MOST_CELLS:
-        raise FedSieveError(
-            f"{path} has {len(chosen_keys):,} different keys in {len(rows):,} rows, and a table "
-            "has room for each key in each row: write what differs from row to row as a text"
-        )
     for key in chosen_keys:
         try:
             table[key] = array_of([row.get(key) for row in rows], f"column {key!r}", place)

@@ -19,7 +19,7 @@ from fedsieve.data import fetch, files, hub, pictures
 from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
 from fedsieve.data.templates import possible, used, values_of
-from fedsieve.disk import parsed, place
+from fedsieve.disk import bytes_of, parsed, place
 from fedsieve.errors import FedSieveError, nearest
 
 MOST_ROWS = 10_000_000  # of a stream
@@ -276,7 +276,7 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
                     f"{path} has {path.stat().st_size:,} bytes: at most {_NOTED:,} are read"
                 )
     splits = folder / "dataset_dict.json"
-    told = parsed(splits.read_bytes(), str(splits)) if splits.is_file() else {}
+    told = parsed(bytes_of(splits, _NOTED), str(splits)) if splits.is_file() else {}
     named = told.get("splits", [])
     for name in named if isinstance(named, list) else [named]:
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
@@ -284,7 +284,7 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
     for state in (folder / "state.json", *sorted(folder.glob("*/state.json"))):
         if not state.exists():
             continue
-        told = parsed(state.read_bytes(), str(state)) if state.is_file() else {}
+        told = parsed(bytes_of(state, _NOTED), str(state)) if state.is_file() else {}
         listed = told.get("_data_files")
         for each in listed if isinstance(listed, list) else [None]:
             name = each.get("filename") if isinstance(each, dict) else None

@@ -57,9 +57,16 @@ def text_of(path: Path) -> str:
     """What a recipe's file says. Raises OSError or UnicodeDecodeError as reading does, and OSError
     for a file that is larger than any recipe.
     """
-    if path.stat().st_size > MOST:
-        raise OSError(f"it has {path.stat().st_size} bytes, and no recipe has more than {MOST}")
-    return bytes_of(path).decode("utf-8")
+    return bytes_of(path, MOST).decode("utf-8")
+
+
+def table_in(path: Path) -> dict[str, Any]:
+    """What a TOML file holds. Raises FedSieveError, naming it, where it cannot be read."""
+    try:
+        text = text_of(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise FedSieveError(f"{path} cannot be read: {error}") from error
+    return toml(text, str(path))
 
 
 def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

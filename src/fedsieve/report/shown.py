@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedsieve.disk import NotJson, parsed, refuse_link
+from fedsieve.disk import NotJson, bytes_of, parsed, refuse_link
 from fedsieve.errors import FedSieveError
 from fedsieve.report.html import cut, table
 from fedsieve.tasks.tally import CLIENTS, MATRIX, Answer, Held, OfClass, OfOwner
@@ -45,10 +45,8 @@ def load(folder: Path) -> Shown | None:
     refuse_link(path)
     if not path.is_file():
         return None
-    if path.stat().st_size > LARGEST:
-        raise FedSieveError(f"{path} is larger than any that a run writes")
     try:
-        found = _SHOWN.validate_python(parsed(path.read_bytes(), str(path)))
+        found = _SHOWN.validate_python(parsed(bytes_of(path, LARGEST), str(path)))
     except (NotJson, ValidationError, OSError) as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise FedSieveError(f"{path} cannot be read: {why}. Remove it to do without") from None

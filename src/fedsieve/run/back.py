@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsieve.disk import write_whole
+from fedsieve.disk import bytes_of, write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.schema import deployed
@@ -48,7 +48,7 @@ def fall_back(folder: Path, number: int) -> Path | None:
 
 
 def _put_aside(folder: Path, note: checkpoint.Note, later: Sequence[Path]) -> Path | None:
-    logs = {name: rundir.place(folder, name).read_bytes() for name in rundir.LOGS}
+    logs = {name: bytes_of(rundir.place(folder, name), None) for name in rundir.LOGS}
     tails = {name: text[note.marks.get(name, 0) :] for name, text in logs.items()}
     if not later and not any(tails.values()):
         return None

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, Tree
 from fedsieve.algebra.method import Memory, State
-from fedsieve.disk import LARGEST, parsed, refuse_link, sync, tensors_read, write_whole
+from fedsieve.disk import (
+    LARGEST,
+    parsed,
+    refuse_holes,
+    refuse_link,
+    sync,
+    tensors_read,
+    write_whole,
+)
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
 from fedsieve.errors import FedSieveError
 from fedsieve.tasks.digest import RowsDigest
@@ -268,13 +276,8 @@ def _same(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 _TYPES = {f"torch.{name}" for name in ("float32", "float64", "int32", "int64", "bool", "uint8")}
 
 
-_LARGE = 1 << 30  # bytes, from where a file of nearly nothing but holes is none of ours
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    found = path.stat()
-    if found.st_size > _LARGE and found.st_blocks * 512 * 100 < found.st_size:
-        raise ValueError(f"it has {found.st_size} bytes and is nearly all holes")
+    refuse_holes(path)
     with tensors_read(), safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -30,7 +30,7 @@ import filelock
 from safetensors import SafetensorError
 
 from fedsieve import disk
-from fedsieve.disk import refuse_link, remove_link, write_whole
+from fedsieve.disk import bytes_of, refuse_link, remove_link, write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 
@@ -102,7 +102,7 @@ def secret_seed(folder: Path) -> int:
             "takes part: epsilon would not hold against those who know it: start it again"
         )
     try:
-        return int(path.read_text(encoding="ascii"), 16)
+        return int(bytes_of(path, 1000).decode("ascii"), 16)
     except (OSError, ValueError) as error:
         raise FedSieveError(
             f"{path} cannot be read ({error}): it holds what only this run's server knows, and "
@@ -193,7 +193,7 @@ def _plots(folder: Path) -> list[Path]:
 def environment_of(folder: Path) -> dict[str, Any]:
     """What a run's recipe says of where it ran. Raises FedSieveError where it is no TOML."""
     path = folder / RECIPE
-    found = recipes.toml(recipes.text_of(path), str(path)).get("environment", {})
+    found = recipes.table_in(path).get("environment", {})
     if not isinstance(found, dict):
         raise FedSieveError(f"{path}: environment is no table: take it out")
     return found
@@ -312,7 +312,12 @@ def disk_errors(folder: Path) -> Iterator[None]:
     """A full disk is the user's to mend, whichever file met it."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except FedSieveError:
+        raise
+    except Exception as error:
+        # tokenizers tells of the disk by plain Exceptions.
+        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+            raise
         what, why = getattr(error, "filename", None) or folder, getattr(error, "strerror", None)
         raise FedSieveError(
             f"{what} cannot be written: {why or error}. The checkpoints are whole: make room, then "

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
-from fedsieve.disk import objects, remove_link, write_whole
+from fedsieve.disk import objects, remove, remove_link, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnClient, OnRound, counted, tell
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
@@ -161,6 +161,7 @@ def _refuse_other_rows(
     then, now = snapshot.rows, experiment.rows
     if then is None or now is None or then == now:
         return
+    told = deployed(recipe) or rundir.federated(folder)
     what = "training rows" if then.train != now.train else "rows that are evaluated on"
     said = f"{folder}: the {what} were changed since the run's rounds were trained"
     if accept and not deployed(recipe):
@@ -168,7 +169,7 @@ def _refuse_other_rows(
         return
     raise FedSieveError(
         f"{said}, or are read otherwise (by another tokenizer, say): put them back, or start a new "
-        "run" + ("" if deployed(recipe) else "; --accept-changes goes on with them as they are now")
+        "run" + ("" if told else "; --accept-changes goes on with them as they are now")
     )
 
 
@@ -230,8 +231,12 @@ def export(
             resident.merge(adapter, to, known)
         else:
             resident.save(adapter, to, known, for_hub=for_hub)
-    except (OSError, SafetensorError) as error:
-        raise FedSieveError(f"{to} cannot be written: {error}") from error
+    except BaseException as error:
+        for path in to.iterdir():  # it was empty: half an adapter is in nobody's way
+            remove(path)
+        if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
+            raise FedSieveError(f"{to} cannot be written: {error}") from error
+        raise
     return snapshot.progress.round
 
 

@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from fedsieve.disk import bytes_of, refuse_link, write_whole
 from fedsieve.errors import FedSieveError, printable
@@ -213,16 +213,37 @@ def _id(folder: Path) -> str:
 
 
 def _address(text: str) -> str:
-    """An address as it may be shown: without a password."""
+    """An address as it may be shown: without a password or a token, wherever in it they stand."""
     try:
         parts = urlsplit(text)
-        return printable(urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])))
+        host = parts.netloc.rpartition("@")[2]
+        return printable(urlunsplit(parts._replace(netloc=host, query="", fragment="")))
     except ValueError:
         return "an address that is none"
 
 
+_ADDRESSES = ("MLFLOW_TRACKING_URI", "TRACKIO_SERVER_URL", "WANDB_BASE_URL")
+
+
 def _said(error: Exception) -> str:
-    return printable(f"{type(error).__name__}: {error}".split("\n")[0])[:300]
+    """An error in words, in which its library may have quoted where it was sent."""
+    said = str(error)
+    for name in _ADDRESSES:
+        if given := os.environ.get(name):
+            said = said.replace(given, _address(given))
+            for secret in _secrets(given):
+                said = said.replace(secret, "***")
+    return printable(f"{type(error).__name__}: {said}".split("\n")[0])[:300]
+
+
+def _secrets(address: str) -> list[str]:
+    """What an address holds beside where it leads."""
+    try:
+        parts = urlsplit(address)
+        found = [parts.password, *(value for _, value in parse_qsl(parts.query)), parts.fragment]
+    except ValueError:
+        return []
+    return [each for each in found if each and len(each) > 3]  # others are parts of other words
 
 
 # --- the trackers

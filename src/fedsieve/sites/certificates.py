@@ -1,11 +1,15 @@
-"""How long a server's certificates hold, said when a federation begins.
+"""A server's certificates: how long they hold, whether they fit together, whom they vouch for.
 
-An expired certificate shows at the sites alone, as a node that cannot connect. So whoever starts
-the server reads beforehand which file ends when, and what to do.
+An expired certificate shows at the sites alone, as a node that cannot connect, and one that does
+not fit its key as a server that does not start. So whoever starts the server reads beforehand which
+file ends when, and what to do.
 """
 
 import datetime
+import socket
+import ssl
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from fedsieve.disk import bytes_of
@@ -44,6 +48,56 @@ def endings(folder: Path, now: datetime.datetime) -> list[str]:
                     f"connect. {what[0].upper()}{what[1:]}, and start the SuperLink again"
                 )
     return found
+
+
+def refuse_unfit(folder: Path) -> None:
+    """Raises FedSieveError for a key that is not the certificate's, and for a certificate that the
+    authority has not signed: found out by the two ends of a connection, in memory.
+    """
+    server, node = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    node.check_hostname = False  # how the server is called, its sites know
+    try:
+        # A key behind a password would be asked for on the terminal, and Flower takes none.
+        server.load_cert_chain(folder / CERTIFICATE, folder / PRIVATE, password=lambda: "")
+        node.load_verify_locations(folder / CA)
+        to, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+        ends = [node.wrap_bio(to, back), server.wrap_bio(back, to, server_side=True)]
+        for _ in range(10):  # messages; there are four
+            for end in list(ends):
+                with suppress(ssl.SSLWantReadError):
+                    end.do_handshake()
+                    ends.remove(end)
+    except (OSError, ValueError) as error:  # ssl's own are OSErrors
+        why = getattr(error, "verify_message", None) or getattr(error, "reason", None) or error
+        raise FedSieveError(
+            f"--certificates: {CERTIFICATE}, {PRIVATE} and {CA} of {folder} do not belong together "
+            f"({why}): docs/deploy.md makes them"
+        ) from error
+
+
+def unreached(host: str, port: int, root: Path | None) -> str | None:
+    """Why a server cannot be reached, in words; None where it can.
+
+    root: the certificate of the authority that vouches for it; None without TLS
+    """
+    where = f"{host}:{port}"
+    try:
+        with socket.create_connection((host, port), timeout=5) as plain:
+            if root is not None:
+                with ssl.create_default_context(cafile=root).wrap_socket(
+                    plain, server_hostname=host
+                ):
+                    pass
+    except ssl.SSLCertVerificationError as error:
+        return (
+            f"the server at {where} shows a certificate that {root} does not vouch for "
+            f"({error.verify_message}): it is another server, or its certificates were made anew"
+        )
+    except ssl.SSLError as error:
+        return f"the server at {where} does not speak TLS ({error.reason})"
+    except OSError as error:
+        return f"nothing answers at {where} ({error.strerror or error}): is the SuperLink running?"
+    return None
 
 
 _LARGEST = 1 << 24  # bytes of a file of certificates

@@ -42,7 +42,7 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.disk import objects, parsed, refuse_link, write_whole
+from fedsieve.disk import bytes_of, objects, parsed, refuse_link, write_whole
 from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Federation, Receipt, Round
 from fedsieve.errors import FedSieveError
@@ -91,6 +91,7 @@ from fedsieve.sites.site import NAME
 from fedsieve.sites.told import TOLD as TOLD
 from fedsieve.sites.worker import SOCKET
 from fedsieve.tasks import catalogue
+from fedsieve.tasks.digest import RowsDigest, named_digest
 from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.tally import Details, Score, beside
 from fedsieve.train.lengths import check_rows
@@ -104,6 +105,7 @@ FLOWER = (1, 41)
 # What of a RoundPolicy users choose; the rest follows from the recipe.
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
 KEYS = "sites.json"  # site -> its node's public key
+_KEYS_BYTES = 1 << 24  # at most
 SPARE = 2  # rounds in a row without an update, before the third ends the run
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # No word to anyone about what runs here.
@@ -235,6 +237,8 @@ def begin_again(folder: Path) -> list[str]:
         for ending in _endings(root.parent):
             warnings.warn(ending, stacklevel=2)
     told.text_for_sites(folder, recipes.load(str(folder / rundir.RECIPE)))
+    _logged(folder)
+    _known(folder / KEYS)
     found.set_aside(folder)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
 
@@ -256,6 +260,17 @@ def refuse_unfinished(folder: Path) -> None:
         f"the federation in {folder} stopped {where}: why is said above, and in the log of its "
         f"Flower run. Go on with `{rundir.again(folder)}`"
     )
+
+
+def why_not(folder: Path) -> str:
+    """Why Flower could not go on with a federation, as far as it can be found out."""
+    address, root = found.server_of(folder)
+    host, _, port = address.rpartition(":")
+    try:
+        number = int(port)
+    except ValueError:
+        return f"{address} is no address of a server"
+    return certificates.unreached(host.strip("[]"), number, root) or "why is said above"
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -406,7 +421,11 @@ def on_network(
     notes = () if plan is None else (plan.guarantee, *_cautions(recipe, plan))
     ending = None if plan is None else plan.ending
     start = resident.adapter()
-    return Experiment(recipe, federation, resident, start, {}, notes, ending, details), sites
+    # The server's own, which a run's figures are of; the sites' rows are theirs, and may grow.
+    rated = named_digest([("test", test), *sorted(more.items())])
+    rows = None if test is None else RowsDigest("", rated)
+    built = Experiment(recipe, federation, resident, start, {}, notes, ending, details, rows=rows)
+    return built, sites
 
 
 def _welcome(
@@ -467,8 +486,8 @@ def _known(place: Path) -> dict[str, str]:
         return {}
     where = f"{place} does not list names and keys of sites (docs/deploy.md)"
     try:
-        given = parsed(place.read_bytes(), str(place))
-    except FedSieveError as error:
+        given = parsed(bytes_of(place, _KEYS_BYTES), str(place))
+    except (FedSieveError, OSError) as error:
         raise FedSieveError(f"{where}: {error}") from error
     known = {}
     for name, key in given.items():
@@ -608,6 +627,7 @@ def _refuse_open_door(listen: ServerAddress) -> None:
                     f"--certificates: {listen.certificates} has no {name} (docs/deploy.md makes it)"
                 )
         _endings(listen.certificates)
+        certificates.refuse_unfit(listen.certificates)
     elif listen.host not in LOOPBACK and not listen.insecure:
         raise FedSieveError(
             f"--host {listen.host}: other machines reach it, so it needs TLS and the nodes' keys: "
@@ -644,6 +664,17 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
             }
         },
     }
+    path = folder / APP / "pyproject.toml"
+    refuse_link(path.parent, folder=True)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, tomli_w.dumps(app).encode())
+    write_connection(folder, listen)
+    refuse_link(folder / HOME / LINK)
+    (folder / HOME / LINK).touch(mode=0o600)  # updates of the sites pass through it
+
+
+def write_connection(folder: Path, listen: ServerAddress) -> None:
+    """Where `flwr` finds the server."""
     connection: dict[str, Any] = {
         "address": f"{'127.0.0.1' if listen.host in ('0.0.0.0', '::') else listen.host}"
         f":{listen.port}"
@@ -653,22 +684,29 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
     else:
         connection["root-certificates"] = str(listen.certificates.absolute() / CA)
     config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
-    for name, table in ((f"{APP}/pyproject.toml", app), (f"{HOME}/{CONFIG}", config)):
-        path = folder / name
-        refuse_link(path.parent, folder=True)
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, tomli_w.dumps(table).encode())
-    refuse_link(folder / HOME / LINK)
-    (folder / HOME / LINK).touch(mode=0o600)  # updates of the sites pass through it
+    path = folder / HOME / CONFIG
+    refuse_link(path.parent, folder=True)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, tomli_w.dumps(config).encode())
 
 
 def _history(folder: Path) -> History:
     """The log may hold lines of a round after the checkpoint: that round is done again."""
     last, unlogged = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
-    log = rundir.place(folder, rundir.CLIENTS)
-    logged = [row for _, row in objects(log) if row is not None]
-    receipts = [r for r in logged if r["round"] <= last] + unlogged
+    receipts = [r for r in _logged(folder) if r["round"] <= last] + unlogged
     merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
     said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
     given = {(site, digest): number for site, digest, number in reversed(said)}
     return History(merged, given, last)
+
+
+def _logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines of the log of clients. Raises FedSieveError for one that no federation writes."""
+    log, rows = rundir.place(folder, rundir.CLIENTS), []
+    for number, row in objects(log):
+        if row is None:
+            continue
+        if type(row.get("round")) is not int or not isinstance(row.get("client"), str):
+            raise FedSieveError(f"{log}, line {number}: no federation writes that: take it out")
+        rows.append(row)
+    return rows

@@ -90,6 +90,11 @@ def root_of(folder: Path) -> Path | None:
 
     Raises FedSieveError where Flower's folder does not say where the server is.
     """
+    return server_of(folder)[1]
+
+
+def server_of(folder: Path) -> tuple[str, Path | None]:
+    """Where a federation's server is, and the certificate of `root_of`. Raises as that does."""
     refuse_link(folder / HOME, folder=True)
     source = folder / HOME / CONFIG
     table = _table(source)
@@ -99,7 +104,7 @@ def root_of(folder: Path) -> Path | None:
         names = {*connection} - {"root-certificates", "insecure"}
         if names != {"address"} or not isinstance(connection["address"], str):
             raise KeyError
-        return None if root is None else place(root)
+        return connection["address"], None if root is None else place(root)
     except (KeyError, TypeError, AttributeError, FedSieveError):
         raise FedSieveError(
             f"{source} does not say where the federation's server is: begin a new one"
@@ -126,7 +131,4 @@ def set_aside(folder: Path) -> None:
 
 def _table(path: Path) -> dict[str, Any]:
     refuse_link(path)
-    try:
-        return recipes.toml(recipes.text_of(path), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise FedSieveError(f"{path} cannot be read ({error}): begin a new federation") from error
+    return recipes.table_in(path)

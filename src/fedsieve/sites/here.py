@@ -33,7 +33,7 @@ from datasets import Dataset
 
 from fedsieve.algebra.budget import Budget
 from fedsieve.data.pictures import inlined
-from fedsieve.disk import refuse_link, write_whole
+from fedsieve.disk import appending, refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
 from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
@@ -45,7 +45,7 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from fedsieve.sites.federate import ServerAddress
-from fedsieve.sites.found import CONFIG, CONNECTION, HOME, LINK
+from fedsieve.sites.found import APP, CONFIG, CONNECTION, HOME, LINK
 from fedsieve.sites.site import NAME, Rows
 from fedsieve.sites.worker import SOCKET, ask
 from fedsieve.train.model import pick_device
@@ -56,8 +56,10 @@ ROWS = "rows.parquet"
 HELD = "held-back.parquet"  # beside the sites' folders: what data.validation holds back
 SITE = "site.toml"
 _LOGS, _SERVER_LOG, _LOCK = ("worker.log", "node.log"), "server.log", ".lock"
+_TAKEN = frozenset({_SERVER_LOG, HELD})  # names of files beside the sites' folders
 _BIN = Path(sys.executable).parent
 _PDEATHSIG = 1  # of <linux/prctl.h>
+_EACH = 1 << 29  # bytes that a worker takes at least
 _STARTING = 120.0  # seconds that a process has until it listens
 _ENDING = 10.0  # and to end, before it is killed
 
@@ -86,6 +88,17 @@ class Settled(NamedTuple):
     held: Dataset | None
 
 
+def refuse_too_many(sites: int) -> None:
+    """Raises FedSieveError for more sites than this machine has memory for."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if sites > (most := max(4, memory // _EACH)):
+        raise FedSieveError(
+            f"{sites} sites are as many workers on this machine, of half a GB each at least: its "
+            f"memory is enough for {most}. Take fewer sites, or one process (`fedsieve run`), "
+            "whose result is the same"
+        )
+
+
 def settle(recipe: Recipe, sites: int, folder: Path) -> Settled:
     """Divide a recipe's rows over sites of the federation that will be in the folder.
 
@@ -106,16 +119,18 @@ def settle(recipe: Recipe, sites: int, folder: Path) -> Settled:
             f"--local {sites}: column {split.column!r} names {count(len(parts), 'client')}, and "
             f"each is a site: give --local {len(parts)}, or another [partition]"
         )
-    if odd := [id for id in parts if not re.fullmatch(NAME, id)]:
+    if odd := [id for id in parts if not re.fullmatch(NAME, id) or id.lower() in _TAKEN]:
         raise FedSieveError(
             f"--local {sites}: column {split.column!r} holds {odd[0][:80]!r}, which cannot name a "
             "site: letters, digits, '.', '_' and '-' can, 64 at most, the first a letter or digit"
+            f" (but not {' and '.join(sorted(_TAKEN))})"
         )
     if empty := [id for id, own in parts.items() if not len(own)]:
         raise FedSieveError(
             f"--local {sites}: [partition] leaves site {empty[0]!r} without rows: raise "
             "partition.alpha, or take fewer sites"
         )
+    refuse_too_many(sites)
     moved = stored if data.image is None else inlined(rows, data.image)
     own = {id: moved.select(prepared.came[torch.as_tensor(part)]) for id, part in parts.items()}
     resident = set_up_resident(recipe, reader, pick_device("cpu"))
@@ -176,15 +191,20 @@ def check(folder: Path) -> None:
     recipe = recipes.parse(recipes.read(str(source)), str(source))
     refuse_link(folder / HERE, folder=True)
     _refuse_links_within(folder / HERE)
-    if not _homes(folder):
-        raise FedSieveError(f"{folder / HERE} holds no site: begin a new federation")
+    asked = recipes.table_in(folder / APP / "pyproject.toml")["tool"]["flwr"]["app"]["config"]
+    if len(_homes(folder)) != asked["sites"]:
+        raise FedSieveError(
+            f"{folder / HERE} holds {count(len(_homes(folder)), 'site')}, and the federation has "
+            f"{asked['sites']:g}: put it back, or begin a new one"
+        )
+    refuse_too_many(len(_homes(folder)))
     for log in (folder / HERE / _SERVER_LOG, *(h / n for h in _homes(folder) for n in _LOGS)):
-        if log.exists() and not log.is_file():
-            raise FedSieveError(f"{log} is no file: remove it")
+        if os.path.lexists(log):
+            appending(log).close()  # or it raises: what is written there would go elsewhere
     for home in _homes(folder):
         path = home / SITE
         refuse_link(home / "worker", folder=True)
-        table = recipes.toml(recipes.text_of(path), str(path))
+        table = recipes.table_in(path)
         table.pop("budget", None)
         if table != _site_of(recipe, home.name):
             raise FedSieveError(
@@ -221,7 +241,7 @@ def port_of(folder: Path) -> int:
     be told.
     """
     path = folder / HOME / CONFIG
-    table = recipes.toml(recipes.text_of(path), str(path))
+    table = recipes.table_in(path)
     try:
         host, _, port = str(table["superlink"][CONNECTION]["address"]).rpartition(":")
         if host == ServerAddress().host:
@@ -229,6 +249,30 @@ def port_of(folder: Path) -> int:
     except (KeyError, TypeError, ValueError):
         pass
     raise FedSieveError(f"{path} names no server of this machine: begin a new federation")
+
+
+def own_port(folder: Path, say: Callable[[str], None]) -> int:
+    """The port of a federation's server; another one, from now on, where that is taken: the nodes
+    would find somebody else's server there.
+    """
+    port = port_of(folder)
+    if _is_free(port):
+        return port
+    other = free_port()
+    say(f"port {port} is taken by another program: this federation's server takes {other}")
+    federate.write_connection(folder, ServerAddress(port=other))
+    return other
+
+
+def _is_free(port: int) -> bool:
+    """Whether one can listen there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after a server's end
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return False
+    return True
 
 
 def free_port() -> int:
@@ -286,6 +330,8 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
         words = shlex.split(federate.commands(folder, listen)[0])
         words[words.index("--database") + 1] = str(Path(nodes) / LINK)
         link = [_BIN / "flower-superlink", *words[words.index("flower-superlink") + 1 :]]
+        if not _is_free(port):
+            raise FedSieveError(f"port {port} was taken while the sites began: do it again")
         _until(lambda: _listens(port), start(link, folder / HERE / _SERVER_LOG, flower))
         say(f"{count(len(homes), 'site')} at work; what they say is in {folder / HERE}")
         yield
@@ -298,7 +344,7 @@ def _running(command: Sequence[object], log: Path, more: Mapping[str, str]) -> I
     more: what it finds in its environment beside ours
     """
     path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"  # Flower starts programs by name
-    with log.open("ab") as out:
+    with appending(log) as out:
         process = subprocess.Popen(
             list(map(str, command)),
             stdin=subprocess.DEVNULL,
@@ -346,12 +392,19 @@ def _until(there: Callable[[], bool], started: _Started) -> None:
     while not there():
         if started.process.poll() is not None or time.monotonic() > until:
             what = "has not begun" if started.process.poll() is None else "has ended"
-            said = started.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            said = _end_of(started.log)
             raise FedSieveError(
                 f"a process of the federation {what}: "
                 f"{said[-1][:300] if said else 'it said nothing'} (all of it is in {started.log})"
             )
         time.sleep(0.1)
+
+
+def _end_of(log: Path) -> list[str]:
+    """The last lines of a file."""
+    with log.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
+        return file.read().decode("utf-8", errors="replace").strip().splitlines()
 
 
 def _alone(folder: Path) -> AbstractContextManager[object]:

@@ -23,11 +23,20 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import safetensors
 import safetensors.torch
 import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 from torch import Tensor
 
 from fedsieve.algebra.method import Memory
@@ -35,6 +44,35 @@ from fedsieve.disk import bytes_of, remove, tensors_read, write_whole
 
 _DIGEST = 16  # bytes
 _ANSWER = "answer"
+
+
+class _Answered(BaseModel):
+    """What `engine.client.facts` says of a round, and that it is one."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    ok: Literal[True]
+    round: PositiveInt
+    reason: Annotated[str, Field(max_length=10_000)] | None
+    loss: float | None
+    steps: NonNegativeInt
+    seconds: NonNegativeFloat
+    compute: NonNegativeFloat
+    wire: NonNegativeFloat
+    memory: NonNegativeInt
+
+
+class _Facts(BaseModel):
+    """What stands beside an entry's tensors."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    format: Literal[1]
+    round: PositiveInt
+    before: NonNegativeInt
+    asked: str
+    facts: _Answered
+    length: NonNegativeInt
 
 
 class Entry(NamedTuple):
@@ -129,25 +167,33 @@ def _to_bytes(entry: Entry) -> bytes:
 
 def _read(path: Path) -> Entry | None:
     try:
-        whole = bytes_of(path)
+        whole = bytes_of(path, None)
         data = whole[_DIGEST:]
         if _digest(data) != whole[:_DIGEST]:
             raise ValueError("its digest does not match")
         size = int.from_bytes(data[:8], "little")
-        facts = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["facts"])
+        facts = _Facts.model_validate_json(json.loads(data[8 : 8 + size])["__metadata__"]["facts"])
         with tensors_read():
             tensors = safetensors.torch.load(data)
+        if path.name != _name(facts.round) or facts.before >= facts.round:
+            raise ValueError("it is of another round")
+        answer = tensors.pop(_ANSWER)
+        if answer.dtype != torch.uint8 or not facts.length <= answer.numel():
+            raise ValueError("its answer is none")
+        memory: Memory = {}
+        for name, tensor in tensors.items():
+            group, rest = name.split("/", 1)
+            memory.setdefault(group, {})[rest] = tensor
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} is not finite")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, RecursionError) as error:
-        warnings.warn(f"{path} is damaged ({error}): it is not used", stacklevel=3)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        warnings.warn(f"{path} is damaged ({why}): it is not used", stacklevel=3)
         return None
-    answer = tensors.pop(_ANSWER).numpy().tobytes()[: facts["length"]]
-    memory: Memory = {}
-    for name, tensor in tensors.items():
-        group, rest = name.split("/", 1)
-        memory.setdefault(group, {})[rest] = tensor
-    return Entry(facts["round"], facts["before"], facts["asked"], facts["facts"], answer, memory)
+    answered = answer.numpy().tobytes()[: facts.length]
+    return Entry(facts.round, facts.before, facts.asked, facts.facts.model_dump(), answered, memory)
 
 
 def _digest(data: bytes) -> bytes:

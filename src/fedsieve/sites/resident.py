@@ -137,7 +137,7 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
             remove(part)
     for part in site.folder.glob("adapters/.*.part"):
         remove(part)
-    for old in site.folder.glob("adapters/.*.old"):
+    for old in site.folder.glob("adapters/.[!.]*.old"):
         place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if place.exists():
             remove(old)
@@ -177,7 +177,7 @@ def most_bytes(resident: Resident, header: Mapping[str, Any]) -> int | Frame:
     if assignment is not None and assignment.run == run:
         return longest(assignment.start.layout, base=True)
     try:
-        return int(bytes_of(_folder(resident, run) / MOST)) if _RUN.fullmatch(run) else 0
+        return int(bytes_of(_folder(resident, run) / MOST, 100)) if _RUN.fullmatch(run) else 0
     except (OSError, ValueError):
         return _unknown(_UNTOLD)
 
@@ -448,6 +448,14 @@ def _round(
             )
         except WireError as error:
             unfit = unfit or error
+        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+            # Whole, and not what this method keeps: somebody else has written it.
+            if not memory or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise _Lost(
+                f"what this site kept after round {before} cannot be used "
+                f"({type(error).__name__}): a worker of this site has not written it"
+            ) from error
         else:
             said = {"ok": True, "round": key.round, **facts(reply)}
             return Entry(key.round, before, "", said, reply.update or b"", after)
@@ -587,7 +595,9 @@ def _forget_old_runs(folder: Path, run: str) -> None:
     """
     place = folder / TOLD
     # No more than an order is lost with it.
-    before = place.read_text("ascii", errors="replace").split() if place.is_file() else []
+    before: list[str] = []
+    with suppress(OSError):
+        before = bytes_of(place, 1 << 16).decode("ascii", errors="replace").split()
     runs = folder / "runs"
     refuse_link(runs, folder=True)
     there = {path.name for path in runs.iterdir() if _RUN.fullmatch(path.name)} - {run}
@@ -602,7 +612,7 @@ def _assignment(resident: Resident, run: str) -> Assignment:
     """The assignment of a recipe that was told, by this process or by one before it."""
     if resident.assignment is None or resident.assignment.run != run:
         try:
-            text = bytes_of(_folder(resident, run) / RECIPE)
+            text = bytes_of(_folder(resident, run) / RECIPE, RECIPE_BYTES)
         except (FileNotFoundError, NotADirectoryError, NotAFile):
             raise _Unknown(_UNTOLD) from None
         if hashlib.sha256(text).hexdigest() != run:
@@ -621,7 +631,7 @@ def _refuse_another_base(resident: Resident, run: str) -> None:
     """
     assert resident.assignment is not None
     try:
-        before = bytes_of(_folder(resident, run) / BASE).decode("ascii", errors="replace")
+        before = bytes_of(_folder(resident, run) / BASE, 1000).decode("ascii", errors="replace")
     except (FileNotFoundError, NotADirectoryError, NotAFile):
         before = ""
     if before != resident.assignment.digest:

@@ -110,11 +110,7 @@ class Site(Table):
 
 def load(path: Path) -> Site:
     """Read a site's file. Raises FedSieveError for anything that is not right, naming the key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FedSieveError(f"the site's file {path} cannot be read: {error}") from error
-    table = recipes.toml(text, f"the site's file {path}")
+    table = recipes.table_in(path)
     try:
         site = Site.model_validate(table)
     except ValidationError as error:

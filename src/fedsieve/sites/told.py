@@ -84,7 +84,7 @@ def for_sites(recipe: Recipe) -> Recipe:
 
 def _name(source: Path) -> str:
     """The federation's name, from its recipe's file. Raises FedSieveError where it has none."""
-    table = recipes.toml(recipes.text_of(source), str(source))
+    table = recipes.table_in(source)
     facts = table.get("environment")
     name = facts.get(FEDERATION) if isinstance(facts, dict) else None
     if not isinstance(name, str):

@@ -35,6 +35,9 @@ VALIDATION = 0.1  # the share held back where a study tunes and its recipe says 
 LAST = 3  # a trial's score is the mean of so many last evaluations, to damp their swing
 _MOST_TRIALS = 10_000  # of an entry
 _NAME = re.compile(r"[\w(][\w .,+=()-]*")
+_LONGEST = 100
+# How the files begin that a study has beside its entries' folders.
+_TAKEN = ("report.html", "table.", "tuning.json", "search.", "figure.")
 
 
 class Entry(NamedTuple):
@@ -198,7 +201,7 @@ def _read(source: str, methods: Sequence[str]) -> Study:
     table: dict[str, Any] = {}
     if path.is_file():
         try:
-            text = path.read_text(encoding="utf-8")
+            text = recipes.text_of(path)
         except (OSError, ValueError) as error:
             raise FedSieveError(f"the study {source} cannot be read: {error}") from error
         table = recipes.toml(text, f"the study {source}")
@@ -228,6 +231,11 @@ def _work_out(
     where = f"{source}: entry {given.name!r}"
     if not _NAME.fullmatch(given.name):
         raise FedSieveError(f"{where}: a name is letters, digits and . , + = - ( ) _ or spaces")
+    if len(given.name) > _LONGEST or given.name.lower().startswith(_TAKEN):
+        raise FedSieveError(
+            f"{where}: its runs go into a folder of that name, beside {', '.join(_TAKEN)}, and of "
+            f"{_LONGEST} letters at most: give it another"
+        )
     table = deepcopy(dict(base))
     own = dict(flat(given.set))
     if given.method is not None:

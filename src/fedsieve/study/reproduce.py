@@ -176,9 +176,21 @@ def _copied(jobs: Sequence[Job], folder: Path) -> None:
                         rows[asked_rows] = digest_of_rows(job.recipe)
                     if rundir.rows_of(asked.parent) != rows[asked_rows]:
                         continue
-                    job.folder.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copytree(asked.parent, job.folder, symlinks=True, copy_function=copied)
+                    _copy_whole(asked.parent, job.folder)
                     break
+
+
+def _copy_whole(run: Path, to: Path) -> None:
+    """A folder that is there with all of the other's, or not at all."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    part = to.with_name(f".{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(run, part, symlinks=True, copy_function=copied)
+        part.rename(to)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _numbers(figure: Figure, of: _Measured) -> claims.Numbers:

@@ -6,7 +6,8 @@ transformers (`with_trainer`), TRL's, or a loop of its own. What comes before an
 round is the same as always.
 
 One model serves all clients, so what such libraries leave in a model does not stay: random states,
-the configuration, wrapped forward passes, gradients and checkpointing are put back as they were.
+the configuration, what modules compute by beside their weights, gradients and checkpointing are put
+back as they were.
 """
 
 import copy
@@ -286,8 +287,7 @@ def _as_it_was(resident: ResidentModel) -> Iterator[None]:
         for module in still:
             vars(module).pop("train", None)
         for module, before in modules:
-            vars(module).pop("forward", None)
-            vars(module).update(before)
+            _put_back(module, before)
         torch.set_default_dtype(dtype)
         if _checkpoints(base) and not checkpointing:
             # transformers is to drop the older name with 6, and has the newer only of late.
@@ -304,15 +304,38 @@ def _as_it_was(resident: ResidentModel) -> Iterator[None]:
         model.eval()
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
-    """A module's own forward pass, its hooks, and a pair's scale: what others may leave changed."""
-    found = {}
-    for name, value in vars(module).items():
-        if name.endswith("_hooks") or name == "scaling":
-            found[name] = copy.copy(value)
-        elif name == "forward":
-            found[name] = value
-    return found
+# What torch itself keeps in a module: weights are looked at by `_frozen`, the mode is set anew.
+_OF_TORCH = {"_parameters", "_buffers", "_modules", "training"}
+
+
+class _Setting(NamedTuple):
+    """An attribute of a module; of a table or a list also what it holds, for it may be shared."""
+
+    value: Any
+    held: Any
+
+
+def _settings(module: nn.Module) -> dict[str, _Setting]:
+    """All that a module computes by beside its weights: an epsilon, a number of heads, its hooks, a
+    pair's scale, its forward pass.
+    """
+    return {
+        name: _Setting(value, copy.copy(value) if isinstance(value, dict | list | set) else None)
+        for name, value in vars(module).items()
+        if name not in _OF_TORCH
+    }
+
+
+def _put_back(module: nn.Module, before: dict[str, _Setting]) -> None:
+    for name in vars(module).keys() - before.keys() - _OF_TORCH:
+        del vars(module)[name]
+    for name, (value, held) in before.items():
+        if isinstance(value, dict | set):
+            value.clear()
+            value.update(held)
+        elif isinstance(value, list):
+            value[:] = held
+        vars(module)[name] = value
 
 
 def _checkpoints(base: nn.Module) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedsieve.disk import bytes_of
 from fedsieve.errors import FedSieveError
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
@@ -102,7 +103,7 @@ def _shards(path: Path) -> Iterable[str]:
 def table_of(path: Path) -> Mapping[str, Any]:
     """What a file of a model's folder says; nothing where it is none, or holds no table."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(bytes_of(path, 1 << 26).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}  # loading the model says what is wrong
     return value if isinstance(value, Mapping) else {}
