@@ -119,6 +119,11 @@ def main() -> None:
     except KeyboardInterrupt:
         problems.print("stopped")
         sys.exit(130)
+    except SystemExit as error:
+        # Ctrl-C in a command that has no words of its own for it reaches us as typer's exit.
+        if isinstance(getattr(error.__context__, "__cause__", None), KeyboardInterrupt):
+            problems.print("stopped")
+        raise
 
 
 def _end_without_output() -> NoReturn:

@@ -227,3 +227,26 @@ def test_output_that_finds_no_room_is_told(words: list[str]) -> None:
     assert done.returncode == 2
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["report", "RUN"], "fedsieve.report.write"),
+        (["export", "RUN", "--to", "OUT"], "fedsieve.train.model.ResidentModel.save"),
+        (["check", "RECIPE"], "fedsieve.recipe.experiment.load_rows"),
+        (["run", "RECIPE", "--out", "OUT"], "fedsieve.recipe.experiment.load_rows"),
+    ],
+)
+def test_that_a_command_was_stopped_is_said_once(
+    words: list[str], place: str, tiny: Tiny, stopped: Path, tmp_path: Path, command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def stop(*_: object, **__: object) -> Any:
+        raise KeyboardInterrupt
+
+    named = {"RUN": stopped, "OUT": tmp_path / "out", "RECIPE": tiny.write(tmp_path / "r.toml")}
+    monkeypatch.setattr(place, stop)
+    ran = command(*(named.get(word, word) for word in words))
+    assert ran.code == 130
+    assert ran.err.count("stopped") == 1
