@@ -1,5 +1,6 @@
 """The part of docs/papers.md that tells of every figure, made from the figures' files and from what
-was measured (docs/papers/*.json, each a figure.json that `fedsieve reproduce` left):
+was measured (docs/papers/*.json, each a figure.json that `fedsieve reproduce` left); and what
+`fedsieve reproduce` says of them in its list:
 
 python -m tests.papers_page
 """
@@ -8,6 +9,8 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from fedsieve.study import figures
 from fedsieve.study.claims import Finding
@@ -19,6 +22,7 @@ from tests.pages import ROOT
 
 PAGE = ROOT / "docs" / "papers.md"
 RESULTS = ROOT / "docs" / "papers"
+VERDICTS = ROOT / "src" / "fedsieve" / "recipes" / "papers" / figures.PUBLISHED
 BEGIN, END = "<!-- made by python -m tests.papers_page -->\n", "<!-- until here -->\n"
 
 
@@ -106,5 +110,13 @@ def page(text: str) -> str:
     return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: made, text, flags=re.DOTALL)
 
 
+def verdicts() -> str:
+    """What is shipped of the results: each figure's verdict."""
+    found = {name: result_of(name) for name in figures.shipped()}
+    told = {name: each["verdict"] for name, each in found.items() if each is not None}
+    return tomli_w.dumps(told)
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(pages.read(PAGE)), encoding="utf-8")
+    VERDICTS.write_text(verdicts(), encoding="utf-8")

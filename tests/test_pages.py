@@ -218,6 +218,7 @@ def test_the_tables_of_families_are_those_of_the_sweep() -> None:
 def test_the_page_of_papers_is_what_the_figures_and_their_results_say() -> None:
     written = pages.read(papers_page.PAGE)
     assert papers_page.page(written) == written, papers_page.__doc__
+    assert papers_page.verdicts() == pages.read(papers_page.VERDICTS), papers_page.__doc__
     # A result is of a figure that is there.
     found = {path.stem for path in papers_page.RESULTS.glob("*.json")}
     assert found <= {figures.slug(name) for name in figures.shipped()}

@@ -255,7 +255,8 @@ def test_the_list_says_what_each_needs(
     for name in EVERY:
         assert f"{name}  " in ran.out
     told = ran.out[ran.out.index("flasc/fig2") :].splitlines()
-    assert told[1].strip().startswith("small: ready; needs `fedsieve fetch minilm-l6 20newsgroups`")
+    assert told[1].strip().startswith("small: published (docs/papers.md): ")
+    assert "; ready; needs `fedsieve fetch minilm-l6 20newsgroups`" in told[1]
     done = tmp_path / "runs" / "papers" / "flasc-fig2-small"
     done.mkdir(parents=True)
     (done / "figure.json").write_text('{"verdict": "not clear"}')

@@ -36,6 +36,7 @@ Measure = Literal[
 MEAN = "mean"  # the place of a check that is of the mean over all places
 DATA = "{data}/"  # how a recipe's path begins that lies in the folder of --data
 SETTINGS = "settings"  # beside the figures of the papers: the recipes of their panels
+PUBLISHED = "published.toml"  # what `python -m tests.papers_page` writes
 
 
 Number = Annotated[float, Field(ge=-1e30, le=1e30)]  # of which differences can be drawn
@@ -351,10 +352,18 @@ def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
             return f"run here: {printable(str(verdict))[:80]} ({told.parent})"
     if scale == "small" and not figure.small:
         return "none"
+    verdict = published().get(source) if scale == "small" else None
+    before = f"published (docs/papers.md): {verdict}; " if verdict else ""
     gone: dict[str, None] = {}
     for part in parts(figure, scale, Path()):
         gone |= dict.fromkeys(missing(needs(part, source), data))
-    return f"ready; needs {'; '.join(gone)}" if gone else "ready"
+    return before + (f"ready; needs {'; '.join(gone)}" if gone else "ready")
+
+
+def published() -> dict[str, str]:
+    """The verdicts of the figures that docs/papers.md has results of, in small: name -> verdict."""
+    told = (_papers() / PUBLISHED).read_text(encoding="utf-8")
+    return {name: str(verdict) for name, verdict in recipes.toml(told, PUBLISHED).items()}
 
 
 def scale_of(name: str) -> Scale:
