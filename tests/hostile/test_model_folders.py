@@ -60,6 +60,30 @@ CONFIG: dict[str, Any] = {
 }
 
 
+# What a library makes, or notes, as it reads a number, before anything can be compared: at any
+# depth, and of the tokenizer too. The file, and what it says more.
+ENDLESS: dict[str, tuple[str, dict[str, Any]]] = {
+    "kinds of attention": (
+        "config.json",
+        {"model_type": "gpt_neo", "num_layers": 2, "attention_types": [[["global"], 10**9]]},
+    ),
+    "labels of a text model": (
+        "config.json", {"model_type": "gemma3", "text_config": {"num_labels": 10**9}},
+    ),
+    "labels of a vision model": (
+        "config.json", {"model_type": "clip", "vision_config": {"num_labels": 10**9}},
+    ),
+    "layers with a kind each": (
+        "config.json", {"model_type": "qwen2", "num_hidden_layers": 2 * 10**8},
+    ),
+    "blocks": ("config.json", {"model_type": "funnel", "block_sizes": [10**7]}),
+    "many blocks": ("config.json", {"model_type": "funnel", "block_sizes": [100] * 1000}),
+    "extra tokens": (
+        "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 10**9},
+    ),
+}  # fmt: skip
+
+
 def turned_head(folder: Path) -> None:
     """The head's weights in another shape: it would be drawn anew, without a word."""
     held = safetensors.torch.load_file(folder / "model.safetensors")
@@ -159,6 +183,22 @@ def used(tiny: Tiny, folder: Path) -> None:
     rows = Dataset.from_dict({"text": ["one", "two"], "label": ["cars", "food"]})
     tensors(check(tiny.table(model={"source": str(folder)})), rows, reader)
     load_base(str(folder), "classification", LABELS, key=Key(0))
+
+
+@pytest.mark.parametrize("case", ENDLESS)
+def test_what_a_library_would_make_as_it_reads_is_refused_before(
+    tiny: Tiny, tmp_path: Path, case: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.bert, folder)
+    name, more = ENDLESS[case]
+    told = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**told, **more}))
+    before, began = peak(reset=True), time.monotonic()
+    with pytest.raises(FedSieveError, match=rf"its {name} has .*: at most .* are read"):
+        used(tiny, folder)
+    assert time.monotonic() - began < 5
+    assert peak() - before < 100 * MEGA
 
 
 @pytest.mark.parametrize("case", [*CONFIG, *FILES])

@@ -26,6 +26,7 @@ from tests.sites.test_federate import GOOD, PATIENCE
 from tests.sites.test_federate import flower as flower
 from tests.sites.test_flower import EXACT, RECIPE, Net, federation, run, site
 
+OURS = federate.Ours("b", "r")
 LONG = "x" * 20_000
 HOSTILE: dict[str, Any] = {
     "steers the terminal": "\x1b[2J\x1b]0;owned\x07",
@@ -82,8 +83,8 @@ def test_whatever_a_site_says_is_bounded_and_cleaned(do: str, field: str, text: 
         if client is None:
             head = {**head, "versions": head["versions"] or {"wire": 1}}
         else:
-            head = {"base": "b", "examples": 5, **head}
-        return federate._welcome(head, client, method, "b", said.append)
+            head = {"base": "b", "reads": "r", "examples": 5, **head}
+        return federate._welcome(head, client, method, OURS, said.append)
 
     sites = Sites(
         net.transport(), RECIPE, "digest", welcome, policy, said.append, lambda: net.now, net.sleep
@@ -99,7 +100,7 @@ def test_whatever_a_site_says_is_bounded_and_cleaned(do: str, field: str, text: 
 @pytest.mark.parametrize("name", ["", ".", "a b", "-x", "<b>", "é", "x" * 65, "a\n", None, 7])
 def test_a_name_that_no_site_file_could_have_is_refused(name: Any) -> None:
     with pytest.raises(FedSieveError, match="no usable name"):
-        federate._welcome({**GOOD, "name": name}, None, fedit.method(), "b", lambda text: None)
+        federate._welcome({**GOOD, "name": name}, None, fedit.method(), OURS, lambda text: None)
 
 
 @pytest.mark.parametrize("name", methods.names())
@@ -109,7 +110,7 @@ def test_the_least_budgets_that_a_site_can_tell_end_no_round(
 ) -> None:
     method = methods.load(name)(**EXACT)
     said = {"budget": dict(zip(Budget._fields, least, strict=True))}
-    poor = federate._welcome({**GOOD, **said}, None, method, "b", lambda text: None)
+    poor = federate._welcome({**GOOD, **said}, None, method, OURS, lambda text: None)
     others = toy.clients([Budget()] * 2)
     given = [poor._replace(id=others[0].id, examples=others[0].examples), others[1]]
     tensors, receipts, _ = toy.after(method, given, 2)

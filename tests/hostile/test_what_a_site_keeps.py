@@ -4,6 +4,7 @@ is another is refused by name, also where nothing is trained any more.
 The real ends of both sides in one process, without a network between them.
 """
 
+import json
 import math
 import shutil
 import tomllib
@@ -176,9 +177,33 @@ def test_what_a_round_left_that_did_not_count_is_not_used(tiny: Tiny, tmp_path: 
     assert at_north(given) == pytest.approx(norm(own))
 
 
-@pytest.mark.parametrize("method", ["fedit", "flora"])
+def swapped(model: Path) -> None:
+    """Two words of the tokenizer in each other's place; the weights are as they were."""
+    path = model / "tokenizer.json"
+    told = json.loads(path.read_text(encoding="utf-8"))
+    words = told["model"]["vocab"]
+    one, other = sorted(words, key=words.__getitem__)[-2:]
+    words[one], words[other] = words[other], words[one]
+    path.write_text(json.dumps(told), encoding="utf-8")
+
+
+def test_a_site_with_another_tokenizer_is_refused_by_name(tiny: Tiny, tmp_path: Path) -> None:
+    given = federation(tiny, tmp_path, "fedit")
+    path = given.sites["north"]
+    own = path.parent / "model"
+    shutil.copytree(tiny.bert, own)
+    path.write_text(tomli_w.dumps({**tomllib.loads(path.read_text()), "model": str(own)}))
+    swapped(own)
+    said = serve(given, Wire(given, nothing))
+    assert any("'north' reads rows otherwise" in line for line in said)
+    assert {row["client"] for row in runs.lines(given.run, rundir.CLIENTS)} == {"south"}
+
+
+@pytest.mark.parametrize(
+    ("method", "how"), [("fedit", "weights"), ("flora", "weights"), ("fedit", "tokenizer")]
+)
 def test_a_base_that_became_another_is_refused_by_name(
-    tiny: Tiny, tmp_path: Path, method: str
+    tiny: Tiny, tmp_path: Path, method: str, how: str
 ) -> None:
     given = federation(tiny, tmp_path, method)
     path = given.sites["north"]
@@ -189,6 +214,11 @@ def test_a_base_that_became_another_is_refused_by_name(
 
     def swap(name: str, request: Frame, answer: Frame) -> Frame:
         if name == "south" and request.header.get("round") == 2:
+            if how == "tokenizer":
+                if request.header["do"] == "train":
+                    swapped(own)
+                wire.workers["north"] = asking(path)
+                return answer
             tensors = load_file(own / "model.safetensors")
             torch.manual_seed(9)
             noisy = {n: t + 0.5 * torch.randn_like(t.float()) for n, t in tensors.items()}

@@ -41,7 +41,12 @@ def checked(tiny: Tiny, **changes: Any) -> schema.Recipe:
 
 
 def welcome(head: Mapping[str, Any], client: Client | None = None, **more: Any) -> Client:
-    given = {"method": fslora_flasc.method(), "base": "b", "say": lambda text: None, **more}
+    given = {
+        "method": fslora_flasc.method(),
+        "ours": federate.Ours("b", "r"),
+        "say": lambda text: None,
+        **more,
+    }
     return federate._welcome(head, client, **given)
 
 
@@ -213,7 +218,9 @@ def test_federation_does_not_go_on_in_one_process(
 def test_site_is_who_it_says() -> None:
     client = welcome(GOOD)
     assert client == Client("north", 1, Budget(0.5, 0.25, 1.0))
-    assert welcome({"base": "b", "examples": 30}, client) == client._replace(examples=30)
+    assert welcome({"base": "b", "reads": "r", "examples": 30}, client) == client._replace(
+        examples=30
+    )
 
 
 def test_budget_that_the_method_does_not_use() -> None:
@@ -256,8 +263,10 @@ def test_description_is_not_believed(change: dict[str, Any], why: str) -> None:
     ("head", "why"),
     [
         ({"base": "c", "examples": 30}, "base model of site 'north' has other weights"),
-        ({"base": "b", "examples": 0}, "site 'north' has no examples"),
-        ({"base": "b", "examples": "all"}, "examples"),
+        ({"base": "b", "reads": "s", "examples": 30}, "model of site 'north' reads rows otherwise"),
+        ({"base": "b", "examples": 30}, "model of site 'north' reads rows otherwise"),
+        ({"base": "b", "reads": "r", "examples": 0}, "site 'north' has no examples"),
+        ({"base": "b", "reads": "r", "examples": "all"}, "examples"),
     ],
 )
 def test_site_that_cannot_take_part(head: dict[str, Any], why: str) -> None:

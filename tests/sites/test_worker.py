@@ -708,6 +708,7 @@ def test_what_a_site_tells_about_itself(tiny: Tiny, tmp_path: Path) -> None:
         "examples": len((path.parent / "train.csv").read_text().splitlines()) - 1,
         "recipe": None,
         "base": None,
+        "reads": None,
         "budget": {"ratio": 0.5, "down": 1.0, "up": 0.25},
         "link": {"downlink": 10.0, "uplink": 2.5, "latency": 0.0},
         "memory": 2000.0,

@@ -14,6 +14,7 @@ from torch import Tensor
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import Tally, score, scores, total
 from fedsieve.tasks.task import Task
+from tests.hostile.test_recipes_to_a_site import peak
 
 NAMES = ("a", "b", "c", "d")
 TAGS = ("O", "B-PER", "I-PER", "B-LOC", "I-LOC")
@@ -396,3 +397,26 @@ def test_many_classes_have_no_table_of_one_by_another() -> None:
     found = score(task, judged(task, torch.eye(3000), labels, classes), classes).details
     assert len(found.classes) == 3000
     assert not any(each.taken_for for each in found.classes)
+
+
+def test_scores_over_many_classes_take_no_table_of_their_pairs() -> None:
+    """Of 30,000 it has 7 GB; a column of ids that was taken for the label has as many."""
+    count = 30_000
+    classes = tuple(map(str, range(count)))
+    counts = {f"{n} as {(n * 7 + n % 2) % count}": 1.0 for n in range(count)}
+    before = peak(reset=True)
+    found = score(catalogue.load("classification"), Tally(1.0, count, counts), classes)
+    assert peak() - before < 200 << 20
+    true = np.arange(count)
+    told = (true * 7 + true % 2) % count
+    assert found.metrics["accuracy"] == np.mean(true == told)
+    assert abs(found.metrics["matthews"]) < 0.01
+
+
+def test_one_class_alone_correlates_with_nothing() -> None:
+    task = catalogue.load("classification")
+    assert score(task, Tally(1.0, 3, {"0 as 0": 3.0}), ("a", "b")).metrics["matthews"] == 0
+    assert (
+        score(task, Tally(1.0, 3, {"0 as 1": 2.0, "1 as 1": 1.0}), ("a", "b")).metrics["matthews"]
+        == 0
+    )

@@ -33,7 +33,7 @@ from fedsieve.tasks.task import Reader
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import check_packing
 from fedsieve.train.model import ResidentModel, pick_device
-from fedsieve.train.reader import load_reader
+from fedsieve.train.reader import load_reader, reader_digest
 from fedsieve.train.step import check_step
 
 LONGEST = 1 << 20  # bytes of a recipe
@@ -46,7 +46,7 @@ class Assignment(NamedTuple):
 
     start:    the adapter before the first round
     examples: to train on; test: to evaluate on, or None
-    digest:   of the base model, weights and configuration
+    digest:   of the base model, weights and configuration; reads: of its tokenizer or processor
     """
 
     run: str
@@ -57,6 +57,7 @@ class Assignment(NamedTuple):
     examples: Examples
     test: Examples | None
     digest: str
+    reads: str
 
 
 def checked(text: bytes, site: Site) -> Recipe:
@@ -92,7 +93,8 @@ def prepare(
     check_step(resident.model, resident.task, recipe.training)
     assert resident.digest is not None
     digest = resident.digest.whole
-    return Assignment(run, recipe, method, resident, resident.adapter(), examples, test, digest)
+    start, reads = resident.adapter(), reader_digest(tokenizer)
+    return Assignment(run, recipe, method, resident, start, examples, test, digest, reads)
 
 
 def _recipe(text: bytes) -> Recipe:

@@ -97,7 +97,7 @@ from fedsieve.tasks.tally import Details, Score, beside
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import evaluate
 from fedsieve.train.model import pick_device
-from fedsieve.train.reader import load_reader
+from fedsieve.train.reader import load_reader, reader_digest
 from fedsieve.wire import longest
 from fedsieve.wire.format import VERSION
 
@@ -349,7 +349,8 @@ def on_network(
     policy = policy._replace(quorum=sampling.quorum, enough=enough)
     digest = hashlib.sha256(text.encode()).hexdigest()
     assert resident.digest is not None
-    welcome = partial(_welcome, method=method, base=resident.digest.whole, say=say)
+    ours = Ours(resident.digest.whole, reader_digest(tokenizer))
+    welcome = partial(_welcome, method=method, ours=ours, say=say)
     refuse_link(keys)
     known = _known(keys)
 
@@ -428,23 +429,37 @@ def on_network(
     return built, sites
 
 
+class Ours(NamedTuple):
+    """Of the server's base model, which every site must have: digests of weights and configuration,
+    and of what makes of a row what it sees.
+    """
+
+    base: str
+    reads: str
+
+
 def _welcome(
     head: Mapping[str, Any],
     client: Client | None,
     method: Method,
-    base: str,
+    ours: Ours,
     say: Callable[[str], None],
 ) -> Client:
     """The client that a site says it is, and then what the recipe makes of it: its examples.
 
-    base: digest of the server's base model
     Raises FedSieveError to refuse the site.
     """
     if client is not None:
-        if head.get("base") != base:
+        if head.get("base") != ours.base:
             raise FedSieveError(
                 f"the base model of site {client.id!r} has other weights than the server's, or "
                 "another configuration: give it the same model"
+            )
+        if head.get("reads") != ours.reads:
+            raise FedSieveError(
+                f"the model of site {client.id!r} reads rows otherwise than the server's: another "
+                "tokenizer (its words, special tokens or chat template) or image processor. Give "
+                "it the same model, with the same files beside its weights"
             )
         examples = int(number_of(head, "examples"))
         if examples < 1:

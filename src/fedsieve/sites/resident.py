@@ -64,7 +64,7 @@ from fedsieve.wire.format import VERSION
 RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
 MOST = "most_bytes"  # of a request's body, beside it
-BASE = "base"  # the digest of the base over which it was told, beside it
+BASE = "base"  # the digests of the base over which it was told, beside it
 _RUN = re.compile(r"[0-9a-f]{64}")
 _UNTOLD = "this recipe was not told here: tell it first"
 RECIPE_BYTES = 1 << 20  # the longest that is taken
@@ -343,6 +343,7 @@ def _facts(resident: Resident) -> dict[str, Any]:
         "examples": len(resident.rows) if own is None else own,
         "recipe": None if assignment is None else assignment.run,
         "base": None if assignment is None else assignment.digest,
+        "reads": None if assignment is None else assignment.reads,
         "budget": budget_of(site)._asdict(),
         "link": None if link is None else link._asdict(),
         "memory": site.memory,
@@ -372,7 +373,7 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     assert resident.assignment is not None
     most = longest(resident.assignment.start.layout, base=True)
     write_whole(folder / MOST, str(most).encode("ascii"))
-    write_whole(folder / BASE, resident.assignment.digest.encode("ascii"))
+    write_whole(folder / BASE, _base(resident.assignment).encode("ascii"))
     write_whole(folder / RECIPE, request.body)
     _forget_old_runs(resident.site.folder, run)
     return Frame(_facts(resident))
@@ -623,6 +624,11 @@ def _assignment(resident: Resident, run: str) -> Assignment:
     return resident.assignment
 
 
+def _base(assignment: Assignment) -> str:
+    """What the base is known by: its weights and configuration, and how it reads rows."""
+    return f"{assignment.digest} {assignment.reads}"
+
+
 def _refuse_another_base(resident: Resident, run: str) -> None:
     """What the server believes of this site, and what is kept here, is over the base it told of.
 
@@ -634,7 +640,7 @@ def _refuse_another_base(resident: Resident, run: str) -> None:
         before = bytes_of(_folder(resident, run) / BASE, 1000).decode("ascii", errors="replace")
     except (FileNotFoundError, NotADirectoryError, NotAFile):
         before = ""
-    if before != resident.assignment.digest:
+    if before != _base(resident.assignment):
         resident.assignment = None
         raise _Unknown(
             "this site's base model is another than when the recipe was told: tell it again"

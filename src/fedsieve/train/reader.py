@@ -4,6 +4,8 @@ Image processors are taken in their form for Pillow: that for torchvision rounds
 recipe must mean the same pixels on every machine.
 """
 
+import hashlib
+import json
 from pathlib import Path
 
 import transformers
@@ -58,3 +60,23 @@ def _image_processor(name: str, trust_remote_code: bool) -> tuple[Reader, str | 
         f"The model comes without an image processor: images are made {high} x {wide} pixels, and "
         "0.5 is taken as their mean and deviation."
     )
+
+
+_PIXELS = (
+    "do_resize", "size", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
+    "do_normalize", "image_mean", "image_std", "resample",
+)  # fmt: skip
+
+
+def reader_digest(reader: Reader) -> str:
+    """Of what makes of a row what a model sees: a tokenizer's vocabulary, special tokens and chat
+    template, or the steps of an image processor. Two ends that differ in it learn different things.
+    """
+    if isinstance(reader, PreTrainedTokenizerBase):
+        words = sorted(reader.get_vocab().items(), key=lambda each: (each[1], each[0]))
+        said: object = [words, reader.special_tokens_map, getattr(reader, "chat_template", None)]
+    else:
+        told = reader.to_dict()
+        said = {name: told.get(name) for name in _PIXELS}
+    text = json.dumps(said, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -7,6 +7,7 @@ unless whoever starts FedSieve says so on the command line.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,40 @@ def refuse_odd(source: str) -> None:
         )
     config = table_of(folder / "config.json")
     _refuse_odd_classes(source, config)
+    for name in _READ_FIRST:
+        _refuse_endless(source, name, table_of(folder / name))
     for key in _PROGRAMS:
         if "/" in (value := str(config.get(key))):
             raise FedSieveError(
                 f"model {source!r}: its config.json asks for {value[:80]!r} ({key}), a program "
                 "from the hub, and none is run: take the line out"
+            )
+
+
+# Read before anything can be compared with weights; and what in them counts parts, each of which a
+# library makes, or notes, as it reads the number.
+_READ_FIRST = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
+_COUNTS = re.compile(
+    "layer|block|depth|head|expert|stage|types|extra|branch|group|level|label", re.IGNORECASE
+)
+_PARTS = 10_000  # at most, of anything but classes
+
+
+def _refuse_endless(source: str, name: str, table: Mapping[str, Any]) -> None:
+    """Raises FedSieveError for a number of parts, at any depth, that no model has."""
+    waiting: list[tuple[str, Any]] = list(table.items())
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, Mapping):
+            if key not in ("id2label", "label2id"):  # whose keys are names of classes
+                waiting += value.items()
+        elif isinstance(value, list):
+            waiting += [(key, each) for each in value]
+            value = sum(each for each in value if type(each) is int)
+        most = _CLASSES if "label" in key.lower() else _PARTS
+        if type(value) is int and value > most and _COUNTS.search(key):
+            raise FedSieveError(
+                f"model {source!r}: its {name} has {key[:80]} {value:g}: at most {most:,} are read"
             )
 
 
