@@ -61,7 +61,8 @@ class PlaceTable(Table):
 class PanelTable(Table):
     """What the entries are run on: a recipe (of papers/settings, shipped, or a file), changed.
 
-    seeds, tune: in the place of the figure's; a tune whose grid is [] leaves all entries untuned
+    seeds, tune: in the place of the figure's, and of entries' own grids; a tune whose grid is []
+        leaves all entries untuned
     target: the score to which costs are counted; without one they are those of the whole run
     metrics: whose mean is told at places that name none; by default the leading one
     entries, places: only these
@@ -269,8 +270,9 @@ def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ())
         entries = tuple(
             entry for entry in figure.entry if panel.entries is None or entry.name in panel.entries
         )
-        if panel.tune is not None and not panel.tune.grid:
-            entries = tuple(entry.model_copy(update={"grid": []}) for entry in entries)
+        if panel.tune is not None:  # entries' own grids are for the figure's
+            own = None if panel.tune.grid else []
+            entries = tuple(entry.model_copy(update={"grid": own}) for entry in entries)
         for group in _groups(figure, panel):
             study = Study(
                 recipe=panel.recipe,
