@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -115,7 +115,9 @@ def main() -> None:
         where = str(error.filename or "standard output, or a file")[:200]
         said = f"{where}: {error.strerror or error}" + ": make room, then do it again" * full
         problems.print(f"[bold red]error:[/] {plain(said)}")
-        _end_without_output() if full else sys.exit(2)
+        if full:
+            _drop_output()
+        sys.exit(2)
     except KeyboardInterrupt:
         problems.print("stopped")
         sys.exit(130)
@@ -126,12 +128,11 @@ def main() -> None:
         raise
 
 
-def _end_without_output() -> NoReturn:
-    """End with 2, though what is still to be written has no room: Python would end with 120."""
+def _drop_output() -> None:
+    """Let go of what is still to be written and has no room: Python would end with 120 over it."""
     with suppress(OSError):
         sys.stdout.flush()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(2)
 
 
 def _finite(value: float | None) -> float | None:
