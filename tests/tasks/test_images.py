@@ -169,7 +169,7 @@ def test_how_large_images_become_is_bounded_too(monkeypatch: pytest.MonkeyPatch)
     values = [packed(noise(n)) for n in range(9)]
     assert made(values, watched).pixels.shape == (9, 3, 1024, 1024)
     assert held == [1, 1, 1, 4, 4, 1]
-    monkeypatch.setattr(images, "_memory", lambda: 9 * 3 * 1024**2 * 2 - 1)
+    monkeypatch.setattr(images, "memory_of_machine", lambda: 9 * 3 * 1024**2 * 2 - 1)
     with pytest.raises(FedSieveError, match=r"9 rows take 0.0283 GB .*1024 x 1024.*fewer rows"):
         made(values, watched)
 

@@ -48,6 +48,7 @@ from fedsieve.sites.federate import ServerAddress
 from fedsieve.sites.found import APP, CONFIG, CONNECTION, HOME, LINK
 from fedsieve.sites.site import NAME, Rows
 from fedsieve.sites.worker import SOCKET, ask
+from fedsieve.tasks.images import memory_of_machine
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
 
@@ -90,8 +91,7 @@ class Settled(NamedTuple):
 
 def refuse_too_many(sites: int) -> None:
     """Raises FedSieveError for more sites than this machine has memory for."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if sites > (most := max(4, memory // _EACH)):
+    if sites > (most := max(4, memory_of_machine() // _EACH)):
         raise FedSieveError(
             f"{sites} sites are as many workers on this machine, of half a GB each at least: its "
             f"memory is enough for {most}. Take fewer sites, or one process (`fedsieve run`), "

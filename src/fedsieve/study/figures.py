@@ -271,7 +271,7 @@ def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ())
             entry for entry in figure.entry if panel.entries is None or entry.name in panel.entries
         )
         if panel.tune is not None:  # entries' own grids are for the figure's
-            own = None if panel.tune.grid else []
+            own: list[Any] | None = None if panel.tune.grid else []
             entries = tuple(entry.model_copy(update={"grid": own}) for entry in entries)
         for group in _groups(figure, panel):
             study = Study(

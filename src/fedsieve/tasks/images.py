@@ -108,7 +108,7 @@ def crops_and_flips(pixels: Tensor, draws: torch.Generator, *, crop: bool) -> Te
 def _room(rows: int, size: Sequence[int]) -> Tensor:
     """Where all pixels will be. Raises FedSieveError where they are more than can be held."""
     high, wide = size
-    if (taken := rows * 3 * high * wide) > _memory() / 2:
+    if (taken := rows * 3 * high * wide) > memory_of_machine() / 2:
         raise FedSieveError(
             f"the images of {rows:,} rows take {taken / 1e9:.3g} GB as the model reads them "
             f"({high} x {wide} pixels), which is more than half of this machine's memory: take "
@@ -117,8 +117,8 @@ def _room(rows: int, size: Sequence[int]) -> Tensor:
     return torch.empty(rows, 3, high, wide, dtype=torch.uint8)
 
 
-def _memory() -> int:
-    """Of this machine, in bytes."""
+def memory_of_machine() -> int:
+    """In bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
