@@ -1146,12 +1146,17 @@ def _go_on_with(folder: Path) -> None:
     recipe = recipes.parse(recipes.read(source), source)
     if rundir.has_ended(folder, rundir.last_round(folder), recipe.rounds):
         say(f"this federation is finished: all of its {count(recipe.rounds, 'round')} are done")
-    elif here.is_here(folder):
-        here.check(folder)
-        with here.at_work(folder, here.own_port(folder, say), say):
-            _run_flower(folder, command)
     else:
-        _run_flower(folder, command)
+        try:
+            if here.is_here(folder):
+                here.check(folder)
+                with here.at_work(folder, here.own_port(folder, say), say):
+                    _run_flower(folder, command)
+            else:
+                _run_flower(folder, command)
+        except KeyboardInterrupt:
+            problems.print(plain(f"stopped: go on with `{rundir.again(folder)}`"))
+            raise typer.Exit(130) from None
     _summary(folder)
     _say_next(folder, recipe)
 

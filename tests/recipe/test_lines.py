@@ -101,6 +101,14 @@ def test_a_mistake_is_shown_with_its_line(
     assert any(int(number) in near and words.startswith(said) for number, words in told), told
 
 
+def test_a_table_whose_name_is_misspelt_is_not_taken_for_a_key(tmp_path: Path) -> None:
+    """[data] has a key "train", and [training] was meant."""
+    path = tmp_path / "mine.toml"
+    path.write_text(FILE.replace("[training]", "[train]"), encoding="utf-8")
+    with pytest.raises(FedSieveError, match=r"train: unknown key \(did you mean 'training'"):
+        recipes.load(str(path))
+
+
 def test_what_an_override_has_changed_is_on_no_line(tmp_path: Path) -> None:
     """And the file is not blamed for it."""
     path = tmp_path / "mine.toml"

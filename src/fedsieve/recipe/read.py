@@ -186,17 +186,21 @@ def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
         _refuse_unknown_options(recipe)
     except ValidationError as error:
         head, *said = explain_all(error, source, keys_of, path_of).split("\n")
-        told = [f"  {_placed(_at_home(each.strip()), table, source)}" for each in said]
+        told = [f"  {_placed(_at_home(each.strip(), table), table, source)}" for each in said]
         raise FedSieveError("\n".join([head, *told])) from error
     except FedSieveError as error:
         raise _at_its_line(error, table, source) from error
     return recipe
 
 
-def _at_home(said: str) -> str:
-    """The words of an error about an unknown key, with the one table that does have it."""
+def _at_home(said: str, given: Mapping[str, Any]) -> str:
+    """The words of an error about an unknown key, with the one table that does have it; a table of
+    that name is another one's, misspelt.
+    """
     place, unknown, _ = said.partition(": unknown key")
     key, top = place.rpartition(".")[2], keys_of(())
+    if isinstance(given.get(place), Mapping):
+        return said
     if not unknown or key in top:
         return f"{place}{unknown} here: it stands above all tables" if unknown else said
     tables = [table for table in top if (own := keys_of((table,))) != top and key in own]

@@ -12,12 +12,13 @@ def told(recipe: Recipe, epsilon: float | None = None) -> Told:
 
     epsilon: that the rounds have spent, where it is known
     """
-    train = recipe.data.train
+    train, held_back = recipe.data.train, recipe.evaluation.on == "validation"
+    tested = train if held_back else recipe.data.test or train
     return Told(
         method=recipe.method.name,
         recipe=recipe.name,
         data=_name(train, recipe.data.config),
-        tested=_name(recipe.data.test or train, recipe.data.config),
+        tested=_name(tested, recipe.data.config) + ", rows held back" * held_back,
         settings=recipe.model.settings,
         on_hub=not _here(train) and "://" not in train and train not in fetch.PACKAGES,
         privacy=_privacy(recipe, epsilon),

@@ -186,7 +186,15 @@ def _scores(told: Told) -> list[str]:
     whose = ""
     if told.personal:
         whose = " of the clients' own models, parts of which stay with them and are not here"
-    return [f"Scores{when}{whose}, on the run's test rows:", "", "| | |", "|---|---|", *rows, ""]
+    of = "" if told.tested is None else f" ({told.tested})"
+    return [
+        f"Scores{when}{whose}, on the rows it is evaluated on{of}:",
+        "",
+        "| | |",
+        "|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _facts(saved: Saved, told: Told) -> dict[str, Any]:
