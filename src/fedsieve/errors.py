@@ -89,6 +89,9 @@ def explain(
         return f"{place}: unknown key{nearest(str(loc[-1]), keys(loc[:-1]))}"
     if detail["type"] in ("missing", "missing_argument"):
         return f"{place}: this key is needed"
+    if detail["type"] in ("model_type", "dict_type"):
+        said = "a table is needed here, with keys of its own"
+        return f"{place}: {said} (it is {quoted(detail['input'])})"
     message: str = detail["msg"].removeprefix("Value error, ")
     if isinstance(detail["input"], str | int | float):
         message += f" (it is {quoted(detail['input'])})"

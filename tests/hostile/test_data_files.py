@@ -470,6 +470,23 @@ def test_a_name_of_a_column_is_shown_in_part(tmp_path: Path, command: Command) -
     assert len(ran.out) + len(ran.err) < 5000
 
 
+def test_a_file_of_semicolons_and_marks_names_its_separator(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("text;label\n" + '"one; ""two""";cars\n"it, is";food\n' * 5, encoding="utf-8")
+    with pytest.raises(FedSieveError, match=r"data\.separator = ';'"):
+        sources.load(path)
+    assert sources.load(path, separator=";").num_rows == 10
+
+
+def test_a_file_whose_name_is_misspelt_is_named_with_the_nearest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bank.csv").write_text("text,label\na,b\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FedSieveError, match=r"did you mean 'bank\.csv'"):
+        sources.load("bank.cvs")
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
 def test_a_wide_table_is_not_looked_at_column_by_column(
     tmp_path: Path, command: Command, kind: str

@@ -240,6 +240,8 @@ def test_options_of_methods_and_servers_reach_them(tiny: Tiny) -> None:
         ("bad.toml", b"rounds = = 3", "bad.toml is not valid TOML"),
         ("bytes.toml", b"\xff\xfe", "bytes.toml cannot be read"),
         ("empty.toml", b"", "rounds: this key is needed"),
+        ("value.toml", b'rounds = 1\nmethod = "fslora"', "method: a table is needed here"),
+        ("home.tml", None, r"no recipe is called .*home.tml"),
     ],
 )
 def test_files_that_are_no_recipe(

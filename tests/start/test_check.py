@@ -86,6 +86,7 @@ IDLE: list[tuple[dict[str, Any], str]] = [
     ({"data__test": None}, "nothing is evaluated"),
     ({"evaluation__every": 9}, "before the first and after the last alone"),
     ({"data__validation": 0.1}, "nothing reads them"),
+    ({"data__validation": 0.1, "evaluation__on": "validation"}, "data.test is not used"),
     ({"training__steps": 1, "training__epochs": 3}, "training.epochs is not used"),
     ({"training__momentum": 0.5}, "training.momentum is not used"),
     ({"training__micro_batch": 8}, "saves no memory"),

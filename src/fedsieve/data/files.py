@@ -356,7 +356,9 @@ def _texts(path: Path, columns: Columns | None, reading: Any, parsing: Any) -> p
         try:
             table = table.set_column(place, name, table[name].cast(pa.string()))
         except pa.ArrowInvalid:
-            raise FedSieveError(f"{path}: column {name!r} is not UTF-8 text") from None
+            raise FedSieveError(
+                f"{path}: column {name!r} is not UTF-8 text: save it as UTF-8"
+            ) from None
     return table
 
 
@@ -396,6 +398,11 @@ def _refuse_stray_marks(path: Path, separator: str) -> None:
         try:
             deque(cells, maxlen=0)
         except csv.Error as error:
+            if (other := separator_of(path)) not in (None, separator):
+                raise FedSieveError(
+                    f"{path}: {other!r} seems to stand between its columns: say so, "
+                    f"data.separator = {other!r}"
+                ) from None
             raise FedSieveError(
                 f"{path}, line {cells.line_num}: a quotation mark is astray ({error}): a cell that "
                 'begins with one ends with one, and each inside of it is doubled ("")'

@@ -315,9 +315,19 @@ def _hub(name: str, config: str | None, split: str | None) -> Dataset:
 def _not_found(name: str, error: Exception) -> str:
     return (
         f"{name!r} is no file, folder or fetched name here"
-        f"{nearest(name, fetch.PACKAGES.keys() - fetch.MODELS)}, "
+        f"{nearest(name, {*fetch.PACKAGES} - {*fetch.MODELS} | _files_beside(name))}, "
         f"and {_why(error)}"
     )
+
+
+def _files_beside(name: str) -> set[str]:
+    """The files of rows in the folder that a name would be in, as they would be named."""
+    folder = Path(name).parent
+    try:
+        found = [path for path in folder.iterdir() if extension_of(path) in EXTENSIONS]
+    except (OSError, ValueError):
+        return set()
+    return {str(folder / path.name) for path in found[:1000]}
 
 
 def _why(error: Exception) -> str:

@@ -111,18 +111,10 @@ def _of(whose: str) -> Iterator[None]:
 
 def unused(recipe: Recipe) -> list[str]:
     """What of [data] was given in vain, a sentence each."""
-    data = recipe.data
-    names = unread(catalogue.load(recipe.model.task), fields_of(data))
-    said = [
+    names = unread(catalogue.load(recipe.model.task), fields_of(recipe.data))
+    return [
         f"data.{name} is not used: a {recipe.model.task} task has no use for it" for name in names
     ]
-    if recipe.evaluation.on == "validation":
-        said += [
-            f"data.{name} is not used: evaluation.on = 'validation' takes the rows held back"
-            for name in ("test", "test_split", "more_tests")
-            if getattr(data, name) is not None
-        ]
-    return said
 
 
 def columns_of(fields: Fields, clients: str | None = None) -> Columns:

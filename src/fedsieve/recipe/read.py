@@ -312,7 +312,8 @@ def shipped_text(name: str) -> str:
     """One of `shipped`. Raises FedSieveError, with the nearest, for a name that none has."""
     known = shipped()
     if name not in known:
-        raise FedSieveError(f"no recipe is called {name!r}{nearest(name, known)}")
+        files = {path.name for path in Path().glob("*.toml")}
+        raise FedSieveError(f"no recipe is called {name!r}{nearest(name, {*known} | files)}")
     return known[name]
 
 

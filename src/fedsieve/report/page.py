@@ -286,7 +286,7 @@ def _summary(runs: Sequence[Run], conditions: Sequence[Conditions]) -> str:
 
 _MEMORY = (
     "Adapter memory: the most that a client holds of the adapter, its gradients, the optimizer's "
-    "state and what it keeps between rounds; base and activations (`fedsieve check`) come on top."
+    "state and what it keeps between rounds; base and activations (fedsieve check) come on top."
 )
 
 

@@ -160,7 +160,9 @@ def _judged(looked: Looked, found: Guess) -> tuple[Looked, str | None]:
         try:
             sources.load(looked.test, separator=looked.separator, field=looked.field)
         except FedSieveError as error:
-            return looked._replace(test=None), f"{error}: it is left out"
+            return looked._replace(test=None), (
+                f"{error}: it is left out, and {written.HELD:.0%} of the rows are held back instead"
+            )
     if given == (None, None) or not isinstance(label, str) or found.task not in LABELLED:
         return looked, None
     others = [s for s in sources.splits_of(looked.source, looked.config) if s.lower() in TESTS]

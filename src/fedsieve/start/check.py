@@ -171,6 +171,12 @@ def idle(recipe: Recipe, experiment: Experiment) -> list[str]:
     found = []
     name, training = recipe.method.name, recipe.training
     knobs = experiment.federation.method.knobs
+    if recipe.evaluation.on == "validation":
+        found += [
+            f"data.{key} is not used: evaluation.on = 'validation' takes the rows held back"
+            for key in ("test", "test_split", "more_tests")
+            if getattr(recipe.data, key) is not None
+        ]
     if not knobs and isinstance(recipe.budgets, ResourceBudgets):
         found.append(
             f"[budgets] choose nothing: method {name!r} has no budgets, and what clients have is "
