@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import tomli_w
 from datasets import Dataset
-from safetensors import SafetensorError
 
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
@@ -197,7 +196,9 @@ class Run:
         )
         try:
             self._experiment.resident.save(self.adapter, place, known)
-        except (OSError, SafetensorError) as error:
+        except Exception as error:
+            if not rundir.of_the_disk(error):
+                raise
             raise FedSieveError(f"save: {place} cannot be written: {error}") from error
 
     def predict(self, rows: object) -> list[str]:

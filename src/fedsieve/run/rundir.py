@@ -307,6 +307,11 @@ def cut_back(folder: Path, lengths: Mapping[str, int]) -> None:
             raise FedSieveError(f"{path} has lost lines since the checkpoint: it cannot be resumed")
 
 
+def of_the_disk(error: BaseException) -> bool:
+    """Whether what was to be written could not be; tokenizers says so by plain Exceptions."""
+    return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """A full disk is the user's to mend, whichever file met it."""
@@ -315,8 +320,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except FedSieveError:
         raise
     except Exception as error:
-        # tokenizers tells of the disk by plain Exceptions.
-        if not isinstance(error, OSError | SafetensorError) and "(os error " not in str(error):
+        if not of_the_disk(error):
             raise
         what, why = getattr(error, "filename", None) or folder, getattr(error, "strerror", None)
         raise FedSieveError(

@@ -24,8 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from safetensors import SafetensorError
-
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.disk import objects, remove, remove_link, write_whole
@@ -234,7 +232,7 @@ def export(
     except BaseException as error:
         for path in to.iterdir():  # it was empty: half an adapter is in nobody's way
             remove(path)
-        if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
+        if rundir.of_the_disk(error):
             raise FedSieveError(f"{to} cannot be written: {error}") from error
         raise
     return snapshot.progress.round

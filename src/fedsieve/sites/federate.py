@@ -679,10 +679,7 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
             }
         },
     }
-    path = folder / APP / "pyproject.toml"
-    refuse_link(path.parent, folder=True)
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, tomli_w.dumps(app).encode())
+    _put(folder / APP / "pyproject.toml", app)
     write_connection(folder, listen)
     refuse_link(folder / HOME / LINK)
     (folder / HOME / LINK).touch(mode=0o600)  # updates of the sites pass through it
@@ -699,10 +696,14 @@ def write_connection(folder: Path, listen: ServerAddress) -> None:
     else:
         connection["root-certificates"] = str(listen.certificates.absolute() / CA)
     config = {"superlink": {"default": CONNECTION, CONNECTION: connection}}
-    path = folder / HOME / CONFIG
+    _put(folder / HOME / CONFIG, config)
+
+
+def _put(path: Path, table: Mapping[str, Any]) -> None:
+    """A table in a folder of its own, which is made if need be."""
     refuse_link(path.parent, folder=True)
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, tomli_w.dumps(config).encode())
+    write_whole(path, tomli_w.dumps(table).encode())
 
 
 def _history(folder: Path) -> History:

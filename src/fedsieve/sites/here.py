@@ -45,7 +45,7 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from fedsieve.sites.federate import ServerAddress
-from fedsieve.sites.found import APP, CONFIG, CONNECTION, HOME, LINK
+from fedsieve.sites.found import APP, CONFIG, HOME, LINK, server_of
 from fedsieve.sites.site import NAME, Rows
 from fedsieve.sites.worker import SOCKET, ask
 from fedsieve.tasks.images import memory_of_machine
@@ -89,7 +89,7 @@ class Settled(NamedTuple):
     held: Dataset | None
 
 
-def refuse_too_many(sites: int) -> None:
+def _refuse_too_many(sites: int) -> None:
     """Raises FedSieveError for more sites than this machine has memory for."""
     if sites > (most := max(4, memory_of_machine() // _EACH)):
         raise FedSieveError(
@@ -130,7 +130,7 @@ def settle(recipe: Recipe, sites: int, folder: Path) -> Settled:
             f"--local {sites}: [partition] leaves site {empty[0]!r} without rows: raise "
             "partition.alpha, or take fewer sites"
         )
-    refuse_too_many(sites)
+    _refuse_too_many(sites)
     moved = stored if data.image is None else inlined(rows, data.image)
     own = {id: moved.select(prepared.came[torch.as_tensor(part)]) for id, part in parts.items()}
     resident = set_up_resident(recipe, reader, pick_device("cpu"))
@@ -197,7 +197,7 @@ def check(folder: Path) -> None:
             f"{folder / HERE} holds {count(len(_homes(folder)), 'site')}, and the federation has "
             f"{asked['sites']:g}: put it back, or begin a new one"
         )
-    refuse_too_many(len(_homes(folder)))
+    _refuse_too_many(len(_homes(folder)))
     for log in (folder / HERE / _SERVER_LOG, *(h / n for h in _homes(folder) for n in _LOGS)):
         if os.path.lexists(log):
             appending(log).close()  # or it raises: what is written there would go elsewhere
@@ -240,14 +240,10 @@ def port_of(folder: Path) -> int:
     """At which `flwr` looks for the server of a federation. Raises FedSieveError where it cannot
     be told.
     """
+    host, _, port = server_of(folder)[0].rpartition(":")
+    if host == ServerAddress().host and port.isdecimal():
+        return int(port)
     path = folder / HOME / CONFIG
-    table = recipes.table_in(path)
-    try:
-        host, _, port = str(table["superlink"][CONNECTION]["address"]).rpartition(":")
-        if host == ServerAddress().host:
-            return int(port)
-    except (KeyError, TypeError, ValueError):
-        pass
     raise FedSieveError(f"{path} names no server of this machine: begin a new federation")
 
 
