@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fedsieve.methods.raflora import method as raflora
     from fedsieve.methods.ravan import method as ravan
     from fedsieve.methods.rolora import method as rolora
+    from fedsieve.methods.scaffold import method as scaffold
     from fedsieve.methods.sparse_adapter import method as sparse_adapter
     from fedsieve.settings import Lora, Sampling, Training
     from fedsieve.train.by_function import with_trainer
@@ -80,6 +81,7 @@ __all__ = [
     "raflora",
     "ravan",
     "rolora",
+    "scaffold",
     "sgd",
     "sparse_adapter",
     "to_peft",

@@ -34,7 +34,16 @@ from fedsieve.recipe.experiment import (
     stopped,
     with_secret,
 )
-from fedsieve.settings import NORM_BOUND, Dtype, Lora, Quantization, Sampling, Task, Training
+from fedsieve.settings import (
+    NORM_BOUND,
+    Dtype,
+    Lora,
+    Quantization,
+    Sampling,
+    Task,
+    Training,
+    in_round,
+)
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.digest import named_digest
 from fedsieve.tasks.examples import Examples, count, unasked
@@ -142,6 +151,13 @@ def finetune(
     method = arguments.method_given(method)
     lora = arguments.lora_given(lora, start)
     training, function = arguments.training_given(training)
+    if method.trained_by is not None:
+        if function is not None:
+            raise FedSieveError(
+                "training: a function trains in its own way, and this method has to know how far "
+                "its steps go: give a fedsieve.Training"
+            )
+        method = method.trained_by(partial(in_round, training, rounds=rounds))
     fields = Fields(
         text=text if prompt is None and completion is None else None,
         label=label if isinstance(label, str) else tuple(label),

@@ -153,6 +153,7 @@ def test_refused_or_one_client_moves_the_state_by_its_share(name: str) -> None:
         "fedex_lora",
         "lora_fair",
         "fed_plora",
+        "scaffold",
     }
     assert bool(kept) == (name not in replaced)
 

@@ -319,4 +319,7 @@ def test_no_message_is_longer_than_the_longest(form: Form) -> None:
         of_base = base_layout(layout, 0)
         dense = Values("float64", torch.randn(of_base.size, dtype=torch.float64), torch.empty(0))
         change = Payload(of_base, everything(of_base), dense, "known", "known")
-        assert len(encode(payload._replace(base=Base(0, change)))) <= longest(layout, base=True)
+        assert len(encode(payload._replace(base=Base(0, change)))) <= longest(layout, down=True)
+        whole = Values("float64", torch.randn(layout.size, dtype=torch.float64), torch.empty(0))
+        control = Payload(layout, everything(layout), whole, "known", "known")
+        assert len(encode(payload._replace(control=control))) <= longest(layout, down=True)

@@ -15,11 +15,11 @@ from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.cores import Cores, cored
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Memory, Trained, View
+from fedsieve.algebra.method import Memory, Method, Trained, View
 from fedsieve.algebra.optim import sgd
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, begin, rounds
-from fedsieve.settings import Sampling
+from fedsieve.settings import Sampling, Training
 from fedsieve.train.local import Fit
 
 A, B, HEAD = "m.lora_A.weight", "m.lora_B.weight", "m.head.weight"
@@ -97,7 +97,9 @@ def share_left(name: str, case: Optimum) -> float:
     """The loss after the rounds over the loss before them."""
     # A plain mean: Adam's steps of one size would need a rate that is chosen for the problem.
     exact = {"server": sgd(), "down_values": "float64", "up_values": "float64"}
-    method = methods.load(name)(**exact, **case.options)
+    method: Method = methods.load(name)(**exact, **case.options)
+    if method.trained_by is not None:
+        method = method.trained_by(lambda number: Training(lr=0.1, momentum=0.0, steps=4))
     change = change_of("head" if case.only == "head" else method.trains)
     data = {}
     for number in range(CLIENTS):

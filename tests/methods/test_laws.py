@@ -50,7 +50,8 @@ class Row:
     optimum: Optimum | None = None
 
     def build(self, **more: Any) -> Method:
-        return methods.load(self.name)(**{**EXACT, **self.options, **more})
+        method: Method = methods.load(self.name)(**{**EXACT, **self.options, **more})
+        return method if method.trained_by is None else method.trained_by(toy.trained)
 
     def start(self) -> Adapter:
         return toy.start(trains=self.build().trains)
@@ -149,6 +150,7 @@ ROWS = [
     ),
     Row("rolora", exact="products", optimum=Optimum()),
     Row("fedsa_lora", exact="alone", optimum=Optimum()),
+    Row("scaffold", exact="alone", optimum=Optimum()),
     Row("fed_sb", exact="products", optimum=Optimum()),
     Row("fed_sb", {"weighting": "examples"}, exact="products"),
     Row(

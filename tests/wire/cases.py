@@ -74,6 +74,12 @@ def random_base(layout: Layout, since: int, rank: int, form: Form, seed: int) ->
     return Base(since, Payload(theirs, Support(theirs.names, None, {}), values, "known", "known"))
 
 
+def random_control(layout: Layout, form: Form, seed: int) -> Payload:
+    """Control variates for a layout."""
+    values = random_values(form, layout.size, seed)
+    return Payload(layout, Support(layout.names, None, {}), values, "known", "known")
+
+
 def silent(base: Base) -> Base:
     """The same change with all its values zero: what int8 sends in next to no bytes."""
     _, data, scales = base.change.values
@@ -115,6 +121,8 @@ def golden_payloads() -> dict[str, Payload]:
         "base-bfloat16": known._replace(base=factors_base),
         "base-dense-int8": dense._replace(base=dense_base),
         "base-filled-int8": dense._replace(base=silent(random_base(layout, 4, 20, "int8", 15))),
+        "control-bfloat16": known._replace(control=random_control(layout, "bfloat16", 16)),
+        "control-int8": dense._replace(control=random_control(layout, "int8", 17)),
     }
 
 
@@ -138,6 +146,8 @@ def same(one: Payload, other: Payload) -> bool:
         and _same(one.values.scales, other.values.scales)
         and one[3:5] == other[3:5]
         and _same_base(one.base, other.base)
+        and (one.control is None) == (other.control is None)
+        and (one.control is None or other.control is None or same(one.control, other.control))
     )
 
 

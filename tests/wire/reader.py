@@ -201,6 +201,22 @@ def read_envelope(
     return Envelope(since, rank, change, read(data[stop:-4], spec, known_ranks, known_masks))
 
 
+def read_control(
+    data: bytes,
+    spec: Spec,
+    known_ranks: list[list[int]] | None = None,
+    known_masks: dict[str, list[int]] | None = None,
+) -> tuple[Message, Message]:
+    """The control variates and the message of what starts with FSC; asserts that it is one."""
+    assert data[:4] == b"FSC\1"
+    assert int.from_bytes(data[-4:], "little") == crc32(data[:-4])
+    stop = 12 + int.from_bytes(data[4:12], "little")
+    control = data[12:stop]
+    assert control[4] >> 4 == 0
+    assert control[5] == 0
+    return read(control, spec), read(data[stop:-4], spec, known_ranks, known_masks)
+
+
 def base_spec(spec: Spec, rank: int) -> Spec:
     if rank == 0:
         dense = {

@@ -23,6 +23,7 @@ from tests.wire.cases import (
     golden_payloads,
     layout_of_pairs,
     random_base,
+    random_control,
     random_masks,
     random_values,
     same,
@@ -71,6 +72,10 @@ def refused_or_whole(data: bytes, layout: Layout) -> bool:
         assert change.layout == base_layout(layout, change.layout.rank)
         assert all(tensor.shape == change.layout.shapes[n] for n, tensor in change.tree().items())
         assert all(tensor.isfinite().all() for tensor in change.tree().values())
+    if payload.control is not None:
+        assert payload.control.layout == layout
+        assert {n: t.shape for n, t in payload.control.tree().items()} == layout.shapes
+        assert all(tensor.isfinite().all() for tensor in payload.control.tree().values())
     assert all(tensor.isfinite().all() for tensor in payload.tree().values())
     assert encode(payload) == data
     return True
@@ -209,16 +214,20 @@ def small_envelopes() -> dict[str, Payload]:
         "more ranks": plain._replace(base=random_base(SMALL, 5, 4, "int8", 2)),
         "dense": plain._replace(base=random_base(SMALL, 0, 0, "float32", 3)),
         "filled": plain._replace(base=silent(random_base(SMALL, 5, 20, "int8", 4))),
+        "control": plain._replace(control=random_control(SMALL, "bfloat16", 5)),
+        "control int8": plain._replace(control=random_control(SMALL, "int8", 6)),
     }
 
 
 @pytest.mark.parametrize("name", small_envelopes())
 def test_every_flipped_bit_of_an_envelope(name: str) -> None:
     payload = small_envelopes()[name]
-    assert payload.base is not None
+    beside = payload.control if payload.base is None else payload.base.change
+    assert beside is not None
     data = encode(payload)
-    size = len(encode(payload.base.change))
-    message = len(encode(payload._replace(base=None)))
+    head = 12 if payload.base is None else 18
+    size = len(encode(beside))
+    message = len(encode(payload._replace(base=None, control=None)))
     assert refused_or_whole(data, SMALL)
     for place in range(8 * len(data)):
         flipped = bytearray(data)
@@ -226,7 +235,7 @@ def test_every_flipped_bit_of_an_envelope(name: str) -> None:
         with pytest.raises(WireError):
             decode(bytes(flipped), SMALL)
         # All three checksums mended, where the sizes stand that were there before.
-        flipped[18 : 18 + size] = mended(bytes(flipped[18 : 18 + size]))
+        flipped[head : head + size] = mended(bytes(flipped[head : head + size]))
         flipped[-4 - message : -4] = mended(bytes(flipped[-4 - message : -4]))
         refused_or_whole(mended(bytes(flipped)), SMALL)
 
@@ -282,6 +291,66 @@ def test_envelopes_that_a_writer_would_not_make() -> None:
         with pytest.raises(WireError):
             decode(mended(bad), SMALL)
     refused_or_whole(enveloped(0, 0, dense, 0, message), SMALL)
+
+
+def test_envelopes_with_control_variates_that_a_writer_would_not_make() -> None:
+    payload = small_envelopes()["control int8"]
+    assert payload.control is not None
+    control, message = encode(payload.control), encode(payload._replace(control=None))
+
+    def around(control: bytes, message: bytes, size: int | None = None) -> bytes:
+        told = len(control) if size is None else size
+        body = b"FSC\1" + struct.pack("<Q", told) + control + message
+        return body + crc32(body).to_bytes(4, "little")
+
+    assert around(control, message) == encode(payload)
+    some = Support(SMALL.names[:1], None, {})
+    part = Payload(SMALL, some, random_values("int8", counted(SMALL, some), 1), "known", "known")
+    for bad in (
+        around(control, message, len(control) - 1),
+        around(control, message, len(control) + 1),
+        around(control, message, 2**64 - 1),
+        around(control, b""),
+        around(b"", message),
+        around(encode(payload), message),  # envelopes do not nest
+        around(control, encode(payload)),
+        around(encode(small_envelopes()["dense"]), message),
+        around(control, encode(small_envelopes()["dense"])),
+        around(encode(part), message),
+        around(encode(payload.control._replace(ranks_told="sent")), message),
+        around(encode(payload.control._replace(masks_told="sent")), message),
+        b"FSC\2" + around(control, message)[4:],
+        b"FSC\1",
+    ):
+        with pytest.raises(WireError):
+            decode(bad, SMALL)
+        with pytest.raises(WireError):
+            decode(mended(bad), SMALL)
+
+
+def test_control_variates_that_do_not_fit_are_refused() -> None:
+    good = small_envelopes()["control"]
+    control = good.control
+    assert control is not None
+    some = Support(SMALL.names[:1], None, {})
+    numbers = control.values.data.clone()
+    numbers[3] = float("inf")
+    other = layout_of_pairs(2, 3, 6, 7)
+    masks = {SMALL.names[0]: torch.ones(SMALL.shapes[SMALL.names[0]]).bool()}
+    for bad in (
+        random_control(other, "int8", 1),
+        control._replace(support=some, values=random_values("int8", counted(SMALL, some), 1)),
+        control._replace(support=control.support._replace(masks=masks)),
+        control._replace(ranks_told="sent"),
+        control._replace(masks_told="sent"),
+        control._replace(values=control.values._replace(data=numbers)),
+        control._replace(control=control),
+        control._replace(base=small_envelopes()["dense"].base),
+    ):
+        with pytest.raises(WireError):
+            encode(good._replace(control=bad))
+    with pytest.raises(WireError, match="one message carries one"):
+        encode(good._replace(base=small_envelopes()["dense"].base))
 
 
 def test_base_changes_that_do_not_fit_are_refused() -> None:

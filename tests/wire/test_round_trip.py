@@ -16,6 +16,7 @@ from tests.wire.cases import (
     knowledge,
     layout_of_pairs,
     random_base,
+    random_control,
     random_masks,
     random_values,
     same,
@@ -64,7 +65,12 @@ def payloads(draw: st.DrawFn) -> Payload:
     values = draw(finite_values(counted(layout, support)))
     masks_told = draw(st.sampled_from(MASKS_TOLD))
     base = draw(st.none() | bases(layout)) if layout.pairs else None
-    return Payload(layout, support, values, draw(st.sampled_from(tellings)), masks_told, base)
+    control = None
+    if base is None and draw(st.booleans()):
+        whole = draw(finite_values(layout.size))
+        control = random_control(layout, "float32", 0)._replace(values=whole)
+    ranks_told = draw(st.sampled_from(tellings))
+    return Payload(layout, support, values, ranks_told, masks_told, base, control)
 
 
 @st.composite
@@ -132,6 +138,16 @@ def test_a_base_change_of_int8_zeros_costs_half_a_byte_a_number_beyond_the_layou
         numbers = 2 * rank * (100 + 60)
         cost = len(encode(payload._replace(base=base))) - len(encode(payload)) - 22
         assert cost == max(len(encode(base.change)), numbers // 2 - layout.size)
+
+
+def test_control_variates_cost_their_message_and_16_bytes() -> None:
+    layout = layout_of_pairs(4, 8, 100, 60, (20, 100), (20,))
+    values = random_values("float32", layout.size, 0)
+    payload = Payload(layout, Support(layout.names, None, {}), values, "known", "sent")
+    for form in ("float64", "float32", "bfloat16", "int8"):
+        control = random_control(layout, form, 1)
+        cost = len(encode(payload._replace(control=control))) - len(encode(payload))
+        assert cost == 16 + len(encode(control))
 
 
 def test_dense_float32_costs_four_bytes_a_number() -> None:

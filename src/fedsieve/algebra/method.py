@@ -23,7 +23,7 @@ from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
 from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
 from fedsieve.errors import FedSieveError, NoUsableUpdate
-from fedsieve.settings import Source
+from fedsieve.settings import Source, Training
 
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
 Weighting = Literal["uniform", "examples"]
@@ -122,6 +122,8 @@ class Method(NamedTuple):
     keeps:    clients keep something from round to round that came from their rows
     misfit:   an update, the support that its client was sent, the client, the round's key -> how
               the update differs from what was asked, or None: what `merge` may count on
+    trained_by: the same method, where it has to know how clients train: (a round's number -> their
+              training) -> it. Raises FedSieveError, naming the key, for training that does not fit
     """
 
     knobs: frozenset[Knob]
@@ -140,6 +142,7 @@ class Method(NamedTuple):
     private: Source | None = None
     keeps: bool = False
     misfit: Callable[[Payload, Support, Client, Key], str | None] = anything_fits
+    trained_by: "Callable[[Callable[[int], Training]], Method] | None" = None
 
 
 def unscaled(rank: int, kept: int) -> float:
@@ -361,6 +364,8 @@ def difference(update: Payload, asked: Support, form: Form, *, places: bool) -> 
     came = update.support
     if update.base is not None:
         return "it holds a change of the base, which only downloads have"
+    if update.control is not None:
+        return "it holds control variates, which only downloads have"
     if update.values.form != form:
         return f"its numbers are {update.values.form}, and {form} was asked"
     if came.names != asked.names:

@@ -72,6 +72,9 @@ class Payload(NamedTuple):
     ranks_told, masks_told: how the receiver learns the support. "known": it knows already, nothing
     is sent; "sent": the message holds it; a Seed: the message holds 8 bytes.
     base: a change of the frozen weights that travels beside the values; None, mostly, for none
+    control: control variates: another number for each of the layout's entries. A whole payload on
+        the same layout (all names, all ranks, no masks, both told "known", nothing beside it);
+        None, mostly, for none
     """
 
     layout: Layout
@@ -80,6 +83,7 @@ class Payload(NamedTuple):
     ranks_told: Literal["known", "sent"] | Seed
     masks_told: Literal["known", "sent"]
     base: "Base | None" = None
+    control: "Payload | None" = None
 
     def tree(self) -> Tree:
         """The tensors, at the narrowed shapes, with zeros where nothing travelled."""
@@ -89,7 +93,8 @@ class Payload(NamedTuple):
 def digest(payload: Payload) -> str:
     """Of what a payload says, in hexadecimal: the same however its support is told.
 
-    Any change of a number, of its form or of its place is another digest. A base has no part in it.
+    Any change of a number, of its form or of its place is another digest. What travels
+    beside the values has no part in it.
     """
     names, ranks, masks = payload.support
     # What the numbers are, not how they are written: -0.0 is 0.0, and nothing has any scale.

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from typing import Any, Literal, get_type_hints
 
@@ -26,7 +27,7 @@ from fedsieve.recipe.schema import (
     limits_by_id,
     sampling,
 )
-from fedsieve.settings import NORM_BOUND, refuse_flags
+from fedsieve.settings import NORM_BOUND, Training, in_round, refuse_flags
 
 
 def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None = None) -> Method:
@@ -66,6 +67,8 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
         method: Method = build(server=server, **options)
     except Unbounded as error:
         raise _in_the_words_of(recipe, error) from None
+    if method.trained_by is not None:
+        method = method.trained_by(partial(_in_round, recipe))
     if optim.limits(server) and not method.linear:  # one that was not made by `compose`
         raise _in_the_words_of(recipe, Unbounded("merge"))
     for knob in limits_said(recipe.budgets, method.knobs):
@@ -78,6 +81,10 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
     if deployed(recipe):
         _refuse_what_a_deployment_must_not(recipe)
     return method
+
+
+def _in_round(recipe: Recipe, number: int) -> Training:
+    return in_round(recipe.training, number, recipe.rounds)
 
 
 def with_server(recipe: Recipe) -> Recipe:

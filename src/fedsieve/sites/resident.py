@@ -175,7 +175,7 @@ def most_bytes(resident: Resident, header: Mapping[str, Any]) -> int | Frame:
         return 0
     assignment = resident.assignment
     if assignment is not None and assignment.run == run:
-        return longest(assignment.start.layout, base=True)
+        return longest(assignment.start.layout, down=True)
     try:
         return int(bytes_of(_folder(resident, run) / MOST, 100)) if _RUN.fullmatch(run) else 0
     except (OSError, ValueError):
@@ -371,7 +371,7 @@ def _tell(resident: Resident, request: Frame) -> Frame:
         limits.check_room(resident.site, len(request.body))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     assert resident.assignment is not None
-    most = longest(resident.assignment.start.layout, base=True)
+    most = longest(resident.assignment.start.layout, down=True)
     write_whole(folder / MOST, str(most).encode("ascii"))
     write_whole(folder / BASE, _base(resident.assignment).encode("ascii"))
     write_whole(folder / RECIPE, request.body)

@@ -1,4 +1,7 @@
-"""What goes over the wire: a plain message, or an envelope that holds a change of the base as well.
+"""What goes over the wire: a plain message, or an envelope that holds something beside it, which
+only downloads have.
+
+A change of the base:
 
     magic, version                 4 bytes
     since, rank of the change      6 bytes
@@ -8,11 +11,21 @@
     message                        the plain message of the payload itself
     checksum                       4 bytes, over all of the above
 
-A payload without a base is a plain message (format.py), not a byte more. The receiver derives the
-layout of the change from its own and from the rank that the envelope tells. That rank is the one
-size which comes from outside, so it must be paid for: an envelope has at least half a byte for each
-number of the change beyond the size of the layout. Else a few bytes that claim the rank 65535 and
-an int8 of zeros, which costs next to nothing, could make a reader allocate gigabytes.
+Control variates:
+
+    magic, version                 4 bytes
+    size of the control message    8 bytes
+    control message                a plain message on the receiver's layout
+    message                        the plain message of the payload itself
+    checksum                       4 bytes, over all of the above
+
+A payload with neither is a plain message (format.py), not a byte more; none has both.
+
+The receiver derives the layout of a change from its own and from the rank that the envelope tells.
+That rank is the one size which comes from outside, so it must be paid for: an envelope has at least
+half a byte for each number of the change beyond the size of the layout. Else a few bytes that claim
+the rank 65535 and an int8 of zeros, which costs next to nothing, could make a reader allocate
+gigabytes.
 """
 
 from zlib import crc32
@@ -24,8 +37,10 @@ from fedsieve.errors import WireError
 from fedsieve.wire import format as plain
 
 MAGIC = b"FSB"
+CONTROL = b"FSC"
 VERSION = 1
 HEAD = 18  # bytes before the base message
+BEFORE = 12  # bytes before the control message
 CHECKSUM = 4
 OVERHEAD = 1 << 16
 
@@ -36,6 +51,8 @@ def encode(payload: Payload) -> bytes:
     Raises WireError, naming the tensor, if a value is not finite, or if the payload or its base
     does not fit the layout.
     """
+    if payload.control is not None:
+        return _encode_control(payload, payload.control)
     if payload.base is None:
         return plain.encode(payload)
     since, change = payload.base
@@ -65,6 +82,8 @@ def decode(data: bytes, layout: Layout, known: Support | None = None) -> Payload
     Raises WireError if the bytes are not a message for this layout and this knowledge.
     """
     data = bytes(data)
+    if data.startswith(CONTROL):
+        return _decode_control(data, layout, known)
     if not data.startswith(MAGIC):
         return plain.decode(data, layout, known)
     if len(data) < HEAD + CHECKSUM:
@@ -92,15 +111,15 @@ def decode(data: bytes, layout: Layout, known: Support | None = None) -> Payload
     return payload._replace(base=Base(since, change))
 
 
-def longest(layout: Layout, *, base: bool = False) -> int:
-    """Bytes that no message for this layout is longer than; with a change of the base, if `base`.
+def longest(layout: Layout, *, down: bool = False) -> int:
+    """Bytes that no message for this layout is longer than; down: with what only downloads have.
 
     An entry takes at most 8 bytes as a number and less than one in a mask; what is told of names
     and ranks, and the tables of the coder, are in the rest.
     """
     entries = layout.size + len(layout.names) + len(layout.pairs) * layout.rank
-    if base and layout.pairs:
-        entries += base_layout(layout, 0).size
+    if down:
+        entries += max(entries, base_layout(layout, 0).size if layout.pairs else 0)
     return 10 * entries + OVERHEAD
 
 
@@ -133,8 +152,51 @@ def _check_change(since: int, change: Payload, layout: Layout) -> None:
         raise WireError('a base change must be whole, with ranks and masks told as "known"')
 
 
-def _whole(data: bytes, theirs: Layout) -> Payload:
-    """The change that a base message says. Codes other than 0 would tell of ranks, masks, names."""
+def _whole(data: bytes, theirs: Layout, what: str = "a base change") -> Payload:
+    """What a message beside another says. Codes other than 0 would tell of ranks, masks, names."""
     if len(data) >= plain.AROUND and (data[4] >> 4 or data[5]):
-        raise WireError("a base change that is not whole: this message is damaged")
+        raise WireError(f"{what} that is not whole: this message is damaged")
     return plain.decode(data, theirs)
+
+
+def _encode_control(payload: Payload, control: Payload) -> bytes:
+    if payload.base is not None or control.base is not None or control.control is not None:
+        raise WireError("control variates beside a base change: one message carries one at most")
+    names, ranks, masks = control.support
+    whole = names == payload.layout.names and ranks is None and not masks
+    told = (control.ranks_told, control.masks_told) == ("known", "known")
+    if control.layout != payload.layout or not whole or not told:
+        raise WireError(
+            "control variates must be whole, on their payload's layout, with ranks and masks told "
+            'as "known"'
+        )
+    beside = plain.encode(control)
+    body = b"".join(
+        (
+            CONTROL,
+            bytes((VERSION,)),
+            len(beside).to_bytes(8, "little"),
+            beside,
+            plain.encode(payload._replace(control=None)),
+        )
+    )
+    return body + crc32(body).to_bytes(CHECKSUM, "little")
+
+
+def _decode_control(data: bytes, layout: Layout, known: Support | None) -> Payload:
+    if len(data) < BEFORE + CHECKSUM:
+        raise WireError(f"{len(data)} bytes are too few for a message with control variates")
+    if data[3] != VERSION:
+        raise WireError(
+            f"control variates of version {data[3]}; this program reads version {VERSION}"
+        )
+    view = memoryview(data)
+    end = len(data) - CHECKSUM
+    if crc32(view[:end]) != int.from_bytes(view[end:], "little"):
+        raise WireError("the checksum is wrong: the message is damaged")
+    stop = BEFORE + int.from_bytes(view[4:BEFORE], "little")
+    if stop > end:
+        raise WireError(f"control variates of {stop - BEFORE} bytes; {end - BEFORE} are there")
+    control = _whole(bytes(view[BEFORE:stop]), layout, "control variates")
+    payload = plain.decode(bytes(view[stop:end]), layout, known)
+    return payload._replace(control=control)

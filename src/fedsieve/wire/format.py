@@ -66,11 +66,11 @@ def encode(payload: Payload) -> bytes:
     """The message that says this payload. `decode` gives exactly the payload back.
 
     Raises WireError, naming the tensor, if a value is not finite, or if the payload does not fit
-    its own layout or has a base, which only an envelope can carry.
+    its own layout or has something beside it, which only an envelope can carry.
     """
-    layout, support, values, ranks_told, masks_told, base = payload
-    if base is not None:
-        raise WireError("a base change within a base change: one message carries one at most")
+    layout, support, values, ranks_told, masks_told, base, control = payload
+    if base is not None or control is not None:
+        raise WireError("an envelope within an envelope: one message carries one at most")
     _check_names(layout, support.names)
     _check_ranks(layout, support.ranks)
     shapes = narrowed(layout, support.ranks).shapes
