@@ -37,6 +37,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from tests import kinds
+
 # Older releases of transformers 5 have none that is Pillow's by its name.
 ViTImageProcessorPil = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<end>")
@@ -102,6 +104,8 @@ class Tiny(NamedTuple):
                 del place[last]
             else:
                 place[last] = value
+        if table["method"]["name"] in kinds.PLAIN_SGD:
+            table["training"]["optimizer"] = "sgd"
         return table
 
     def write(self, path: Path, **changes: Any) -> Path:

@@ -28,6 +28,9 @@ QUICK = {
     "full": "no pairs: all weights",
 }
 
+# Methods that refuse any other optimizer of clients.
+PLAIN_SGD = {"scaffold"}
+
 
 def quick_of(
     rows: Iterable[Any], stays: Callable[[Any], bool], id: Callable[[Any], str] | None = None

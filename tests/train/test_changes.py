@@ -1,5 +1,6 @@
 """A method that changes the base is refused at set-up for layers whose weight it cannot change."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 def start(tiny: Tiny, method: Any, targets: Any, **more: Any) -> fedsieve.Run:
     lora = Lora(rank=2, targets=targets, dropout=0.0)
-    given = {"lora": lora, "training": TRAINING, "device": "cpu", "rounds": 2, **more}
+    plain = replace(TRAINING, optimizer="sgd")
+    training = TRAINING if method.trained_by is None else plain
+    given = {"lora": lora, "training": training, "device": "cpu", "rounds": 2, **more}
     return fedsieve.finetune(str(tiny.bert), [rows(9, 1), rows(9, 2)], method, **given)
 
 
