@@ -376,6 +376,7 @@ BAD: list[tuple[Any, str]] = [
         "label '0' in row 0 of column 'label' is none of the 3 classes: cars, space, wine",
     ),
     (5, "rows are needed .a datasets.Dataset .*, a list of dicts, .* not int"),
+    ([*GOOD, 5], f"row {len(GOOD)} is no dict like the others, but of the type int"),
     (iter(GOOD), "rows are needed .* not list_iterator"),
     (pd.DataFrame(changed(2, label=7)), "row 2 has a number in column 'label', and row 0 has a t"),
     (

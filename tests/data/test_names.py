@@ -189,11 +189,20 @@ def test_space_around_and_composition_do_not_make_another_name() -> None:
         (b"a", "holds bytes"),
         (datetime.timedelta(1), "holds a value of type timedelta"),
         ("a\nb,1\nc", "a name has no line break .is a quotation mark left open"),
+        ("word " * 300, "holds a text of 1,499 letters, 'word .* and a name has at most 1,000"),
+        ("a\ud800", r"holds 'a.ud800', which has half a character"),
+        (10**1000, "holds a number of more than 1,000 digits"),
+        pytest.param(-(10**5000), "holds a number of more than 1,000 digits", id="huge"),
     ],
 )
 def test_values_that_are_no_names(value: Any, said: str) -> None:
     with pytest.raises(FedSieveError, match=said):
         name_of(value)
+
+
+def test_the_longest_name_is_one() -> None:
+    assert name_of("a" * 1000 + " ") == "a" * 1000
+    assert name_of(10**1000 - 1) == "9" * 1000
 
 
 def test_order_depends_on_the_names_alone() -> None:

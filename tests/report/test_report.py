@@ -359,6 +359,11 @@ def test_sums_that_disagree_are_told(tmp_path: Path) -> None:
         ("metrics.jsonl", '{"round": 1, "total_bytes": 4, "loss": "x"}\n', "'loss' is 'x'"),
         ("clients.jsonl", '{"round": 1}\n', "there is no 'down_bytes'"),
         ("clients.jsonl", lines([dict(CLIENTS[0], seconds=-1)]), "'seconds' is -1, not a time"),
+        (
+            "clients.jsonl",
+            lines([dict(CLIENTS[0], round=at) for at in (1, 2, 1, 2)]),
+            "line 3: round 1 comes after round 2",
+        ),
         ("recipe.toml", "name = ", "is not valid TOML"),
     ],
 )

@@ -89,6 +89,7 @@ def test_fetched_names_come_before_folders(tmp_path: Path) -> None:
         ({"link": {"downlink": 0, "uplink": 1}}, "link.downlink: "),
         ({"memory": -1}, "memory: "),
         ({"most_steps": 0}, "most_steps: "),
+        ({"model": "../nowhere"}, "model: there is no folder"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -358,13 +358,16 @@ def test_paths_in_a_file_begin_at_it_and_do_not_leave_it(
     coloured(tmp_path / "out.png", 20)
     (home / "link.png").symlink_to(tmp_path / "out.png")
     monkeypatch.chdir(tmp_path)
-    names = ["in/a.png", "../out.png", str(tmp_path / "out.png"), "link.png", "none.png", "out.png"]
-    lines = [json.dumps({"image": name, "label": name}) for name in names]
+    long = "a" * 5000 + ".png"
+    names = ["in/a.png", "../out.png", str(tmp_path / "out.png"), "link.png", long, "none.png"]
+    lines = [json.dumps({"image": name, "label": name[:9]}) for name in names]
     (home / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
     assert rows_of(home, str(home / "rows.jsonl")) == [(10, "in/a.png")]
     (home / "rows.csv").write_text("image,label\nin/a.png,x\n../out.png,y\n", encoding="utf-8")
     assert rows_of(home, str(home / "rows.csv")) == [(10, "x")]
-    table = Dataset.from_list([{"image": {"bytes": None, "path": n}, "label": n} for n in names])
+    table = Dataset.from_list(
+        [{"image": {"bytes": None, "path": n}, "label": n[:9]} for n in names]
+    )
     table.to_parquet(home / "rows.parquet")
     assert rows_of(home, str(home / "rows.parquet")) == [(10, "in/a.png")]
 

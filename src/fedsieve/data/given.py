@@ -51,13 +51,18 @@ def rows_of(given: object, columns: Columns) -> Dataset:
         return _of_columns(given, columns)  # type: ignore[arg-type]
     if is_listed(given):
         return sources.listed(given, columns)  # type: ignore[arg-type]
+    if isinstance(given, list | tuple) and _has_rows(given):
+        odd = next(n for n, row in enumerate(given) if not isinstance(row, Mapping))
+        kind = type(given[odd]).__name__
+        raise FedSieveError(f"row {odd} is no dict like the others, but of the type {kind}")
     raise FedSieveError(f"rows are needed ({FORMS}), not {type(given).__name__}")
 
 
 def is_one_table(given: object) -> bool:
     """Whether it is one table of rows, and not the rows of each client."""
     if isinstance(given, Mapping):
-        return bool(given) and is_columns(given) and not any(map(is_listed, given.values()))
+        rows = any(is_listed(each) or _has_rows(each) for each in given.values())
+        return bool(given) and is_columns(given) and not rows
     if isinstance(given, list | tuple):
         return bool(given) and is_listed(given) and not any(map(is_columns, given))
     return (
@@ -70,6 +75,10 @@ def is_one_table(given: object) -> bool:
 def is_listed(given: object) -> bool:
     """Whether it is rows, each a dict of its own."""
     return isinstance(given, list | tuple) and all(isinstance(row, Mapping) for row in given)
+
+
+def _has_rows(given: object) -> bool:
+    return isinstance(given, list | tuple) and any(isinstance(row, Mapping) for row in given)
 
 
 def is_columns(given: object) -> bool:

@@ -23,6 +23,7 @@ from fedsieve.errors import FedSieveError
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]{1,4})?")
 _INTEGER = re.compile(r"0|-?[1-9][0-9]{0,999}")  # Python reads no number of many thousands
 _EXACT = 2**53
+MOST = 1000  # letters of a name: it stands in every line of a run's logs
 _TRUTHS = ("True", "False")
 
 
@@ -42,6 +43,13 @@ def name_of(value: Any) -> str | None:
                 f"holds {text[:40]!r}, and a name has no line break (is a quotation mark left "
                 "open before it?)"
             )
+        if len(text) > MOST:
+            raise FedSieveError(
+                f"holds a text of {len(text):,} letters, {text[:40]!r} first, and a name has at "
+                f"most {MOST:,} (is this a column of texts?)"
+            )
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise FedSieveError(f"holds {text[:40]!a}, which has half a character")
         return text or None
     if isinstance(value, float):
         if not value.is_integer():
@@ -55,6 +63,8 @@ def name_of(value: Any) -> str | None:
                 "write it as a text"
             )
         return str(int(value))
+    if isinstance(value, int | Decimal) and abs(value) >= 10**MOST:
+        raise FedSieveError(f"holds a number of more than {MOST:,} digits, and no name is so long")
     if isinstance(value, int | Decimal | datetime.date | datetime.time):
         return str(value)
     raise FedSieveError(f"holds {kind_of(value)}, and a name is one text or whole number")

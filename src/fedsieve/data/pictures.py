@@ -68,6 +68,13 @@ def _within(path: Path, folder: Path) -> Path | None:
     return whole if whole.is_relative_to(folder) else None
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is longer than a file system takes
+        return False
+
+
 def splits(folder: Path) -> tuple[str, ...]:
     """The folders in it, where all of them are called as splits are."""
     names = tuple(path.name for path in _folders(folder))
@@ -97,7 +104,7 @@ def located(rows: Dataset, name: str, folder: Path | None) -> Dataset:
         data = value if isinstance(value, bytes) else _bytes(value)
         if data is None and isinstance(path, str):
             whole = _within(home / path, home)
-            if whole is None or not whole.is_file():
+            if whole is None or not _is_file(whole):
                 cells.append({"missing": path})
                 continue
             path = str(whole)

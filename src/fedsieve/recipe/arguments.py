@@ -53,6 +53,7 @@ def check(given: Mapping[str, Any]) -> None:
     method_given(given["method"])
     for name, (kind, needed) in _KINDS.items():
         of_kind(name, given[name], kind, needed)
+        _refuse_half_characters(name, given[name])
     training_given(given["training"])
     lora_given(given["lora"], given["start"])
     for name, least in _LEAST.items():
@@ -64,6 +65,13 @@ def check(given: Mapping[str, Any]) -> None:
         catalogue.known(given["task"])
     except FedSieveError as error:
         raise FedSieveError(f"task: {error}") from None
+
+
+def _refuse_half_characters(name: str, value: object) -> None:
+    """Raises FedSieveError for a text, or a list with one, that no file and no table could hold."""
+    for each in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(each, str) and any("\ud800" <= letter <= "\udfff" for letter in each):
+            raise FedSieveError(f"{name}: {each[:80]!a} has half a character")
 
 
 def by_id(given: Any, what: str) -> dict[str, Any]:

@@ -502,10 +502,15 @@ class Tracking(Table):
     project: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _.-]{0,99}$")] = "fedsieve"
 
 
+LONGEST_NAME = 200  # letters of a recipe's own
+
+
 def _shown(name: str) -> str:
     """A recipe's name is told before a run begins, and the recipe may be somebody else's."""
     if not name.isprintable():
         raise ValueError("a name holds printable characters, on one line")
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"a name has at most {LONGEST_NAME} letters, and this one {len(name):,}")
     return name
 
 

@@ -294,6 +294,7 @@ def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Roun
 def _clients(
     path: Path, rounds: Sequence[Round], notes: list[str], until: int | None = None
 ) -> Clients:
+    latest = 0
     last: dict[str, int] = {}  # its round so far
     each: dict[str, OfClient] = {}
     dropped: Counter[str] = Counter()
@@ -313,6 +314,12 @@ def _clients(
         reason, client = row.get("dropped"), str(row.get("client"))
         before = each.get(client) or OfClient(client, "", 0, 0, None, 0, 0, 0.0, None)
         client = before.name  # one text of each client, and not of each of its rounds
+        if at < latest:
+            raise FedSieveError(
+                f"{where}: round {at} comes after round {latest}. Two runs seem to have written "
+                "into one directory."
+            )
+        latest = at
         if last.get(client) == at:
             raise FedSieveError(f"{where}: client {quoted(client)} is there twice in round {at}")
         last[client] = at

@@ -131,6 +131,7 @@ def edits(then: Recipe, now: Recipe) -> tuple[set[str], str]:
 
 def settings_of(recipe: Recipe) -> Mapping[str, Any]:
     """A recipe's keys, less those of [engine] and [tracking]: where clients run, and where a run is
-    looked at, changes nothing of it.
+    looked at, changes nothing of it. What `engine.together` trains at once is another model.
     """
-    return dict(flat(recipe.model_dump(mode="json", exclude={"engine", "tracking"})))
+    keys = dict(flat(recipe.model_dump(mode="json", exclude={"engine", "tracking"})))
+    return {**keys, "engine.together": recipe.engine.together}

@@ -115,7 +115,10 @@ def load(path: Path) -> Site:
         site = Site.model_validate(table)
     except ValidationError as error:
         raise FedSieveError(explain_all(error, str(path), _keys)) from error
-    return _settled(site, path.absolute().parent)
+    try:
+        return _settled(site, path.absolute().parent)
+    except FedSieveError as error:
+        raise FedSieveError(f"{path}: {error}") from None
 
 
 def budget_of(site: Site) -> budget.Budget:
@@ -142,7 +145,7 @@ def _settled(site: Site, home: Path) -> Site:
             "data": data,
             "folder": _at(site.folder, home),
             "cache": None if site.cache is None else _at(site.cache, home),
-            "model": None if site.model is None else _found(site.model, home),
+            "model": None if site.model is None else _model(site.model, home),
         }
     )
 
@@ -153,6 +156,14 @@ def _found(source: str, home: Path) -> str:
         return source
     path = _at(source, home)
     return str(path) if path.exists() else source
+
+
+def _model(source: str, home: Path) -> str:
+    """Raises FedSieveError for a path to nowhere: no recipe could be made ready with it."""
+    found = _found(source, home)
+    if found == source and source.startswith((".", "/", "~")) and not _at(source, home).exists():
+        raise FedSieveError(f"model: there is no folder {_at(source, home)}")
+    return found
 
 
 def _at(text: str | Path, home: Path) -> Path:
