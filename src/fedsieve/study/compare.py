@@ -207,8 +207,8 @@ def _legend(target: report.Target | None) -> str:
     which = "as was asked for" if target.given else "the best that every run reached"
     return text + (
         f"The target is {spoken(target.measure)} {target.value:.4g}, {which}; bytes and "
-        "time to it are means over the runs that reached it (2 of 3 where one did not). Time is "
-        f"simulated, for downlinks of {REFERENCE[0].link.downlink:g} Mbit/s."
+        "time to it are means over the runs that reached it; a cell says how many, where some did "
+        f"not. Time is simulated, for downlinks of {REFERENCE[0].link.downlink:g} Mbit/s."
     )
 
 
