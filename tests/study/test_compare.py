@@ -579,6 +579,21 @@ def test_a_study_that_would_do_another_thing_than_it_says_is_refused(
         study.plan(str(tmp_path / "study.toml"), tmp_path / "out")
 
 
+def test_without_tuning_runs_may_be_evaluated_on_rows_that_are_held_back(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Where there are no other rows: with trials, these would have been chosen by the same."""
+    tiny.write(tmp_path / "tiny.toml", rounds=1, data__validation=0.2)
+    given = {
+        "recipe": "tiny.toml",
+        "entry": [{"name": "a", "method": "fedit"}],
+        "set": {"evaluation.on": "validation"},
+    }
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(given), encoding="utf-8")
+    plan = study.plan(str(tmp_path / "study.toml"), tmp_path / "out")
+    assert [entry.table["evaluation"]["on"] for entry in plan.entries] == ["validation"]
+
+
 def test_a_pipe_as_a_studys_recipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
     given = {"recipe": "pipe.toml", "entry": [{"name": "a", "method": "fedit"}]}

@@ -329,7 +329,7 @@ def _refuse_own(study: Study, source: str) -> None:
         named = {key for key, _ in flat(table)}
         if "seed" in named:
             raise FedSieveError(f"{source}: seed: a study has `seeds`, of runs and of [tune]")
-        if "evaluation.on" in named:
+        if "evaluation.on" in named and any(tried):
             raise FedSieveError(f"{source}: evaluation.on: trials are judged on validation rows")
     for table in tried:
         if "method.name" in {key for key, _ in flat(table)}:
