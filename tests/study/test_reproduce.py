@@ -123,6 +123,26 @@ def logs(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_places_that_no_panel_has_take_no_room(
+    write: Write, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+
+    def png(*given: Any) -> bytes:
+        drawn.append(given)
+        return b"\x89PNG"
+
+    monkeypatch.setattr("fedsieve.report.figure.png", png)
+    places = [{"name": r, "set": {"lora.rank": int(r)}} for r in ("1", "2", "3")]
+    panel = {"name": "tiny", "recipe": "tiny.toml", "places": ["2"]}
+    path = write(place=places, small=[panel], paper=[panel], seeds=[0], entry=[{"name": "a"}])
+    assert command("reproduce", path, "--out", tmp_path / "out").code == 0
+    (panels, _, shown, *_), *_ = drawn
+    assert shown == ["2"]
+    assert list(panels[0].curves["a"].x) == [0]
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_a_figure_from_end_to_end(write: Write, tmp_path: Path, command: Command) -> None:
     checks = [
         # A sketched client uploads a part of a dense one's bytes; and not the other way round.

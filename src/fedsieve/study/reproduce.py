@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,7 +266,8 @@ def _written(
     written = [folder / f"{RESULT}.{kind}" for kind in ("png", "md", "json")]
     for path in written:
         refuse_link(path)
-    drawn = [_drawn(figure, of, panels[name][figure.y]) for name, of in measured.items()]
+    along = _along(figure, measured.values())
+    drawn = [_drawn(figure, along, of, panels[name][figure.y]) for name, of in measured.items()]
     if any(panel.curves for panel in drawn):
         write_whole(written[0], _picture(figure, drawn, measured))
     else:
@@ -379,12 +380,20 @@ def _line(
     )
 
 
-def _drawn(figure: Figure, of: _Measured, values: claims.Values) -> drawing.Panel:
+def _along(figure: Figure, measured: Iterable[_Measured]) -> list[PlaceTable]:
+    """The places that some panel has, as they stand along the axis."""
+    there = [place for of in measured for place in of.places]
+    return [place for place in figure.place if place in there]
+
+
+def _drawn(
+    figure: Figure, along: Sequence[PlaceTable], of: _Measured, values: claims.Values
+) -> drawing.Panel:
     curves: dict[str, Curve] = {}
     if figure.x == "place":
         for entry in of.entries:
             found = [
-                (_x(figure, place), spread([*values[entry][place.name].values()]))
+                (_x(along, place), spread([*values[entry][place.name].values()]))
                 for place in of.places
             ]
             told = [(x, each) for x, each in found if each is not None]
@@ -401,13 +410,13 @@ def _drawn(figure: Figure, of: _Measured, values: claims.Values) -> drawing.Pane
     return drawing.Panel(of.name, curves)
 
 
-def _x(figure: Figure, place: PlaceTable) -> float:
-    return float(figure.place.index(place)) if _named(figure) else float(place.x or 0.0)
+def _x(along: Sequence[PlaceTable], place: PlaceTable) -> float:
+    return float(along.index(place)) if _named(along) else float(place.x or 0.0)
 
 
-def _named(figure: Figure) -> bool:
+def _named(along: Iterable[PlaceTable]) -> bool:
     """Whether the places along the axis are names, and not numbers."""
-    return any(place.x is None for place in figure.place)
+    return any(place.x is None for place in along)
 
 
 def _scores(place: PlaceTable, panel: PanelTable) -> Callable[[Run], dict[int, float]]:
@@ -456,7 +465,8 @@ def _picture(
         entries = [name for name in entries if any(name in panel.curves for panel in drawn)]
     else:
         entries = list(dict.fromkeys(label for panel in drawn for label in panel.curves))
-    places = [p.name for p in figure.place] if figure.x == "place" and _named(figure) else []
+    along = _along(figure, measured.values())
+    places = [p.name for p in along] if figure.x == "place" and _named(along) else []
     x_label = figure.x_label or _X.get(figure.x, "")
     cost = figure.x == "place" and figure.y != "score"
     return drawing.png(drawn, entries, places, x_label, y, figure.log, cost)
