@@ -104,7 +104,7 @@ class Tiny(NamedTuple):
                 del place[last]
             else:
                 place[last] = value
-        if table["method"]["name"] in kinds.PLAIN_SGD:
+        if table.get("method", {}).get("name") in kinds.PLAIN_SGD:
             table["training"]["optimizer"] = "sgd"
         return table
 

@@ -23,6 +23,7 @@ QUICK = {
     "florist": "what is learned goes into the base, and clients have to catch up",
     "fedsa_lora": "clients keep a part of their own, and have a model of their own",
     "rolora": "A and B by turns",
+    "scaffold": "something beside what is trained: control variates, which both ends keep",
     "ravan": "cores between frozen factors, several heads with gains, some by a client's budget",
     "head": "no pairs: the head alone",
     "full": "no pairs: all weights",
