@@ -165,6 +165,9 @@ def test_a_site_has_nothing_of_what_a_server_names(
     assert said in answer.header["error"]
 
 
+SMALL: dict[str, Any] = {"budgets": None, "server": None, "lora__rank": 64}
+TIGHT = {"most_memory": 0.3}
+
 WORK = [
     ({"lora__rank": 65_535}, {"most_memory": 10}, "lora.rank 65535"),
     ({"lora__rank": 16, "lora__targets": "all-linear"}, {"most_memory": 0.01}, "most_memory"),
@@ -178,6 +181,8 @@ WORK = [
     ({"checkpoint__every": 50, "rounds": 100}, {"most_disk": 0.01}, "most_disk"),
     ({"data__classes": [*LABELS, *map(str, range(60_000))]}, {"most_memory": 10}, "most_memory"),
     ({"lora__whole": ["word_embeddings"]}, {"most_memory": 0.02}, "most_memory"),
+    # What scaffold holds beside what fedit would, which the same site takes (test below).
+    ({"method": {"name": "scaffold"}, **SMALL}, TIGHT, "what else is trained"),
     ({"method": {"name": "flora"}, "budgets": None, "lora__targets": "all-linear"},
      {"most_memory": 0.07}, "the base weights that flora changes"),
     ({"method": {"name": "fed_plora"}, "budgets": None, "lora__targets": "all-linear"},
@@ -202,6 +207,15 @@ def test_what_a_recipe_asks_for_is_worked_out_before_it_is_done(
     assert re.search(r"\d", answer.header["error"])
     assert peak() - before < 60 * MEGA
     assert state.assignment is None
+
+
+def test_control_variates_are_counted_beside_what_is_trained(tiny: Tiny, tmp_path: Path) -> None:
+    """A site that is too small for scaffold may be large enough for fedit."""
+    state = settled(write_site(tiny, tmp_path, **TIGHT))
+    modest = {"training__batch": 1, "evaluation__batch": 1, "data__max_length": 8}
+    text = recipe_text(tiny, **modest, **SMALL, method={"name": "fedit"}, training__optimizer="sgd")
+    answer = resident.answer(state, Frame({"do": "recipe"}, text))
+    assert "what else is trained" not in answer.header.get("error", "")
 
 
 CHOICES = [

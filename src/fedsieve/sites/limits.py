@@ -24,6 +24,7 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.costs import dry_run, memory
+from fedsieve.costs.dry_run import Part
 from fedsieve.costs.memory import PATCH
 from fedsieve.costs.table import moments
 from fedsieve.data.sources import column
@@ -157,9 +158,12 @@ def check(
             seen = _asked(recipe, site, test.asked)
     shape = _shape(recipe, method)
     trained = shape.layout.size
-    state = _FLOAT * trained * (3 + moments(training))
+    parts = _rehearsed(method)
+    # Control variates came, are kept, and stand as their difference in the loss.
+    beside_values = 3 * any(part.got.control is not None for part in parts)
+    state = _FLOAT * trained * (3 + moments(training) + beside_values)
     _refuse(state, site, f"lora.rank {recipe.lora.rank} and what else is trained")
-    base, kept = _changed_base(method, shape.layout)
+    base, kept = _changed_base(parts, shape.layout)
     state += _HELD * _FLOAT * base
     _refuse(state, site, f"the base weights that {recipe.method.name} changes")
     step = memory.of_step(shape, training, batch, length).peak
@@ -171,16 +175,19 @@ def check(
     _check_disk(recipe, site, trained + kept)
 
 
-def _changed_base(method: Method, layout: Layout) -> tuple[int, int]:
-    """How many frozen weights a method changes at its clients, those under all pairs or none; and
-    of how many a client keeps the change from round to round.
-
-    Found over a layer of 2 x 2 and a client of half the ranks: what a method sends is the same
-    whatever the sizes.
+def _rehearsed(method: Method) -> list[Part]:
+    """Some rounds over a layer of 2 x 2 and a client of half the ranks: of what kinds what a method
+    sends and keeps is, is the same whatever the sizes.
     """
     pair = {"m.lora_A.weight": torch.zeros(2, 2), "m.lora_B.weight": torch.zeros(2, 2)}
     rehearsed = dry_run.rounds(method, layout_of(pair, 1.0), [Client("anyone", 1, Budget(0.5))])
-    parts = [part for each in rehearsed for part in each.parts]
+    return [part for each in rehearsed for part in each.parts]
+
+
+def _changed_base(parts: Sequence[Part], layout: Layout) -> tuple[int, int]:
+    """How many frozen weights a method changes at its clients, those under all pairs or none; and
+    of how many a client keeps the change from round to round.
+    """
     under = sum(map(math.prod, base_layout(layout, 0).shapes.values()))
     changed = any(part.view.adapter.base for part in parts)
     return under * changed, under * any("base" in part.memory for part in parts)
