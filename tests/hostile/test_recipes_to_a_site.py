@@ -166,7 +166,7 @@ def test_a_site_has_nothing_of_what_a_server_names(
 
 
 SMALL: dict[str, Any] = {"budgets": None, "server": None, "lora__rank": 16}
-TIGHT = {"most_memory": 0.045}
+TIGHT: dict[str, Any] = {"most_memory": 0.045}
 
 WORK = [
     ({"lora__rank": 65_535}, {"most_memory": 10}, "lora.rank 65535"),
