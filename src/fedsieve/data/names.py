@@ -48,7 +48,7 @@ def name_of(value: Any) -> str | None:
                 f"holds a text of {len(text):,} letters, {text[:40]!r} first, and a name has at "
                 f"most {MOST:,} (is this a column of texts?)"
             )
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        if half_of_a_character(text):
             raise FedSieveError(f"holds {text[:40]!a}, which has half a character")
         return text or None
     if isinstance(value, float):
@@ -68,6 +68,11 @@ def name_of(value: Any) -> str | None:
     if isinstance(value, int | Decimal | datetime.date | datetime.time):
         return str(value)
     raise FedSieveError(f"holds {kind_of(value)}, and a name is one text or whole number")
+
+
+def half_of_a_character(text: str) -> bool:
+    """Whether there is one in it, which no file and no table can hold."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def absent(value: Any) -> bool:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method
-from fedsieve.data.names import name_of, numbered
+from fedsieve.data.names import half_of_a_character, name_of, numbered
 from fedsieve.errors import FedSieveError, nearest
 from fedsieve.recipe.schema import Data, Model, Partition
 from fedsieve.settings import Lora, Sampling, Training, is_number, whole
@@ -70,7 +70,7 @@ def check(given: Mapping[str, Any]) -> None:
 def _refuse_half_characters(name: str, value: object) -> None:
     """Raises FedSieveError for a text, or a list with one, that no file and no table could hold."""
     for each in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(each, str) and any("\ud800" <= letter <= "\udfff" for letter in each):
+        if isinstance(each, str) and half_of_a_character(each):
             raise FedSieveError(f"{name}: {each[:80]!a} has half a character")
 
 

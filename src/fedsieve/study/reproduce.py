@@ -269,7 +269,7 @@ def _written(
     along = _along(figure, measured.values())
     drawn = [_drawn(figure, along, of, panels[name][figure.y]) for name, of in measured.items()]
     if any(panel.curves for panel in drawn):
-        write_whole(written[0], _picture(figure, drawn, measured))
+        write_whole(written[0], _picture(figure, along, drawn, measured))
     else:
         written = written[1:]
     text = [f"# {source}: {figure.title}\n", f"{figure.claim}\n"]
@@ -448,7 +448,10 @@ def _passed(x: str) -> Callable[[Run], dict[int, float]] | None:
 
 
 def _picture(
-    figure: Figure, drawn: Sequence[drawing.Panel], measured: Mapping[str, _Measured]
+    figure: Figure,
+    along: Sequence[PlaceTable],
+    drawn: Sequence[drawing.Panel],
+    measured: Mapping[str, _Measured],
 ) -> bytes:
     leading = [
         shown_measure([one])
@@ -465,7 +468,6 @@ def _picture(
         entries = [name for name in entries if any(name in panel.curves for panel in drawn)]
     else:
         entries = list(dict.fromkeys(label for panel in drawn for label in panel.curves))
-    along = _along(figure, measured.values())
     places = [p.name for p in along] if figure.x == "place" and _named(along) else []
     x_label = figure.x_label or _X.get(figure.x, "")
     cost = figure.x == "place" and figure.y != "score"

@@ -86,14 +86,7 @@ def decode(data: bytes, layout: Layout, known: Support | None = None) -> Payload
         return _decode_control(data, layout, known)
     if not data.startswith(MAGIC):
         return plain.decode(data, layout, known)
-    if len(data) < HEAD + CHECKSUM:
-        raise WireError(f"{len(data)} bytes are too few for a message with a base change")
-    if data[3] != VERSION:
-        raise WireError(f"a base change of version {data[3]}; this program reads version {VERSION}")
-    view = memoryview(data)
-    end = len(data) - CHECKSUM
-    if crc32(view[:end]) != int.from_bytes(view[end:], "little"):
-        raise WireError("the checksum is wrong: the message is damaged")
+    view, end = _undamaged(data, HEAD, "a base change")
     since = int.from_bytes(view[4:8], "little")
     theirs = _layout_of_change(since, int.from_bytes(view[8:10], "little"), layout)
     size = int.from_bytes(view[10:HEAD], "little")
@@ -159,6 +152,22 @@ def _whole(data: bytes, theirs: Layout, what: str = "a base change") -> Payload:
     return plain.decode(data, theirs)
 
 
+def _undamaged(data: bytes, least: int, what: str) -> tuple[memoryview, int]:
+    """An envelope's bytes, and where its checksum begins. Raises WireError if it is none.
+
+    least: bytes before the message beside the other
+    """
+    if len(data) < least + CHECKSUM:
+        raise WireError(f"{len(data)} bytes are too few for a message with {what}")
+    if data[3] != VERSION:
+        raise WireError(f"{what} of version {data[3]}; this program reads version {VERSION}")
+    view = memoryview(data)
+    end = len(data) - CHECKSUM
+    if crc32(view[:end]) != int.from_bytes(view[end:], "little"):
+        raise WireError("the checksum is wrong: the message is damaged")
+    return view, end
+
+
 def _encode_control(payload: Payload, control: Payload) -> bytes:
     if payload.base is not None or control.base is not None or control.control is not None:
         raise WireError("control variates beside a base change: one message carries one at most")
@@ -184,16 +193,7 @@ def _encode_control(payload: Payload, control: Payload) -> bytes:
 
 
 def _decode_control(data: bytes, layout: Layout, known: Support | None) -> Payload:
-    if len(data) < BEFORE + CHECKSUM:
-        raise WireError(f"{len(data)} bytes are too few for a message with control variates")
-    if data[3] != VERSION:
-        raise WireError(
-            f"control variates of version {data[3]}; this program reads version {VERSION}"
-        )
-    view = memoryview(data)
-    end = len(data) - CHECKSUM
-    if crc32(view[:end]) != int.from_bytes(view[end:], "little"):
-        raise WireError("the checksum is wrong: the message is damaged")
+    view, end = _undamaged(data, BEFORE, "control variates")
     stop = BEFORE + int.from_bytes(view[4:BEFORE], "little")
     if stop > end:
         raise WireError(f"control variates of {stop - BEFORE} bytes; {end - BEFORE} are there")
