@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import tomli_w
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsieve.disk import copied
 from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
 from fedsieve.study import claims, figures
+from fedsieve.study.front import Point, front
 from fedsieve.study.plan import worked_out
 from fedsieve.study.tables import Grid, Study
 from tests import runs
@@ -86,7 +89,7 @@ def test_all_figures_and_tables_of_both_papers_are_there() -> None:
     tables |= {"table-d1", "tables-a1-a3"}
     fslora = {f"fslora/{name}" for name in tables}
     fslora |= {f"fslora/fig{name}" for name in ("2-3a-5", "3b-6", "3c", "4", "7")}
-    assert {*EVERY} == flasc | fslora
+    assert {*EVERY} == flasc | fslora | {"fedsieve/front"}
 
 
 @pytest.fixture
@@ -183,6 +186,85 @@ def test_a_figure_from_end_to_end(write: Write, tmp_path: Path, command: Command
     ran = command("reproduce", path, "--out", out)
     assert "4 runs, 3 of them done already" in ran.out
     assert logs(out) == before
+
+
+BITS = [
+    {"name": f"{bits} bits", "set": {"method.down_values": form, "method.up_values": form}}
+    for bits, form in ((8, "int8"), (32, "float32"))
+]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_front_tunes_at_one_place_and_names_what_nothing_beats(
+    write: Write, tmp_path: Path, command: Command
+) -> None:
+    entries = [
+        {"name": "dense", "method": "fedit"},
+        {"name": "as it is", "method": "fslora", "grid": []},
+        {"name": "never", "method": "fedit", "grid": {"training.lr": [1e30, 1e31]}},
+    ]
+    path = write(
+        x="megabytes in all",
+        place=BITS,
+        entry=entries,
+        seeds=[0],
+        tune={"grid": {"training.lr": [1e-9, 0.05]}, "set": {"rounds": 1}},
+        tune_at="32 bits",
+    )
+    out = tmp_path / "out"
+    ran = command("reproduce", path, "--out", out)
+    assert ran.code == 1
+    assert "32 bits: never: none of its trials has won" in ran.out + ran.err
+    told = json.loads((out / "figure.json").read_text())
+    # The place that is tuned goes first, wherever it stands; the other makes no trials of its own.
+    assert {p.parent.parent.name for p in out.rglob("tune-*")} == {"32-bits"}
+    for entry in ("dense", "as it is"):
+        recipes = {
+            bits: tomllib.loads((out / f"tiny/{bits}/{entry}/seed-0/recipe.toml").read_text())
+            for bits in ("32-bits", "8-bits")
+        }
+        assert recipes["8-bits"]["method"].pop("up_values") == "int8"
+        assert recipes["8-bits"]["method"].pop("down_values") == "int8"
+        assert recipes["32-bits"]["method"].pop("up_values") == "float32"
+        assert recipes["32-bits"]["method"].pop("down_values") == "float32"
+        assert recipes["8-bits"] == recipes["32-bits"]  # rate, rows held back, and all else
+        assert recipes["8-bits"]["data"]["validation"] == 0.1
+    rates = json.loads((out / "tiny/32-bits/tuning.json").read_text())["entries"]["dense"]
+    chosen = rates["trials"][rates["best"]]["settings"]["training.lr"]
+    dense = tomllib.loads((out / "tiny/8-bits/dense/seed-0/recipe.toml").read_text())
+    assert dense["training"]["lr"] == chosen
+    # The cells say how many bytes, and what sends least is always on the front.
+    rows = {row[""]: row for row in told["rows"]["tiny"]}
+    values = told["values"]["tiny"]
+    for entry in ("dense", "as it is"):
+        for bits in ("8 bits", "32 bits"):
+            sent = values["megabytes"][entry][bits]["0"]
+            assert f" at {claims.number(sent)} MB" in rows[entry][bits].replace("**", "")
+    assert rows["as it is"]["8 bits"].startswith("**")
+    assert rows["never"]["8 bits"] == "-"
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    before = logs(out)
+    command("reproduce", path, "--out", out)
+    assert logs(out) == before
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), max_size=12))
+def test_nothing_beats_what_is_on_the_front(pairs: list[tuple[int, int]]) -> None:
+    points = [Point(str(n), "", x, y) for n, (x, y) in enumerate(pairs)]
+    found = front(points)
+
+    def beaten(point: Point) -> bool:
+        return any(
+            other.megabytes <= point.megabytes
+            and other.score >= point.score
+            and (other.megabytes, other.score) != (point.megabytes, point.score)
+            for other in points
+        )
+
+    at = {(p.megabytes, p.score) for p in points if not beaten(p)}
+    assert {(p.megabytes, p.score) for p in found} == at
+    assert len(found) == len(at)
+    assert [p.megabytes for p in found] == sorted(p.megabytes for p in found)
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -423,6 +505,15 @@ def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
             "two parts would have the folder 'p/a-b'",
         ),
         ({"small": [{"name": "p", "recipe": "demo"}] * 2}, "would have the folder 'p'"),
+        ({"tune_at": "z"}, "tune_at: 'z' is not there"),
+        (
+            {"tune_at": "x", "small": [{"name": "p", "recipe": "demo", "places": ["y"]}]},
+            "p: tune_at: it is without 'x'",
+        ),
+        (
+            {"x": "megabytes in all", "paper": [{"name": "p", "recipe": "demo", "target": 0.5}]},
+            "p: target: a front is of whole runs",
+        ),
     ],
 )
 def test_a_figure_that_is_not_right(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -11,17 +11,29 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 
-from fedsieve.report.canvas import legend, log_scale, look, new_figure, points, style
+from fedsieve.report.canvas import INK, legend, log_scale, look, new_figure, points, style
 from fedsieve.report.series import Curve
 
 _WIDTH = 0.7  # of a place's width, over which its marks are spread
 
 
+class Mark(NamedTuple):
+    """A point of a front, and what stands beside it."""
+
+    x: float
+    y: float
+    name: str
+
+
 class Panel(NamedTuple):
-    """curves: entry -> its line; one that has none is left out, and keeps its colour elsewhere."""
+    """curves: entry -> its line; one that has none is left out, and keeps its colour elsewhere.
+
+    front: points from left to right, each above those before, drawn as steps
+    """
 
     title: str
     curves: dict[str, Curve]
+    front: tuple[Mark, ...] = ()
 
 
 def png(
@@ -51,6 +63,7 @@ def png(
                     _marks(ax, panel.curves[entry], i, len(entries))
                 else:
                     points(ax, panel.curves[entry], look(i))
+            _steps(ax, panel.front)
             if places:
                 turned = sum(map(len, places)) > 50
                 ax.set_xticks(range(len(places)), places, rotation=30 if turned else 0)
@@ -65,6 +78,27 @@ def png(
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=160, facecolor="white")
         return buffer.getvalue()
+
+
+def _steps(ax: Axes, front: Sequence[Mark]) -> None:
+    ax.plot(
+        [mark.x for mark in front],
+        [mark.y for mark in front],
+        drawstyle="steps-post",
+        color=INK,
+        linewidth=1.0,
+        zorder=1,
+    )
+    for mark in front:
+        ax.annotate(
+            mark.name,
+            (mark.x, mark.y),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=7.5,
+            parse_math=False,
+        )
 
 
 def _marks(ax: Axes, found: Curve, number: int, of: int) -> None:

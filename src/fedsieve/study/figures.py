@@ -117,8 +117,10 @@ class CheckTable(Table):
 class Figure(Table):
     """A figure or table of a paper.
 
-    x: what the horizontal axis is: the places, or how far a run has come
+    x: what the horizontal axis is: the places, how far a run has come, or ("megabytes in all") what
+        it sent, of which the Pareto front is drawn
     y: what is told of a run; of `x` other than places the leading score
+    tune_at: the place that is tuned; the others take what each entry chose there
     relative_to: the entry whose y at the same place is 1
     numbers: the paper's own: panel -> entry -> place -> number, in the unit of y (scores as shares)
     remarks: what is other than in the paper at any scale
@@ -126,7 +128,7 @@ class Figure(Table):
 
     title: str
     claim: str
-    x: Literal["place", "round", "megabytes", "megabytes up"] = "place"
+    x: Literal["place", "round", "megabytes", "megabytes up", "megabytes in all"] = "place"
     x_label: str = ""
     log: bool = False
     y: Measure = "score"
@@ -135,6 +137,7 @@ class Figure(Table):
     seeds: Seeds = (0, 1, 2)
     set: Settings = Field(default_factory=dict)
     tune: TuneTable | None = None
+    tune_at: str | None = None
     entry: Annotated[tuple[EntryTable, ...], Field(min_length=1, max_length=MOST)]
     place: Annotated[tuple[PlaceTable, ...], Field(min_length=1, max_length=MOST)] = (
         PlaceTable(name="all"),
@@ -168,16 +171,26 @@ class Figure(Table):
             for row in rows.values():
                 _refuse_unknown("numbers", row, places)
         _refuse_unknown("relative_to", (self.relative_to,), entries)
+        _refuse_unknown("tune_at", (self.tune_at,), places)
+        for panel in (*self.small, *self.paper):
+            if self.tune_at is not None and self.tune_at not in (panel.places or places):
+                raise ValueError(f"{panel.name}: tune_at: it is without {self.tune_at!r}")
+            if panel.target is not None and self.x == "megabytes in all":
+                raise ValueError(f"{panel.name}: target: a front is of whole runs")
         return self
 
 
 class Part(NamedTuple):
-    """One study of a figure: a panel, and the places whose runs it holds."""
+    """One study of a figure: a panel, and the places whose runs it holds.
+
+    after: the folder of the part, an earlier one, whose entries chose the settings for these
+    """
 
     panel: PanelTable
     places: tuple[PlaceTable, ...]
     study: Study
     folder: Path
+    after: Path | None = None
 
 
 def _refuse_unknown(
@@ -273,7 +286,9 @@ def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ())
         if panel.tune is not None:  # entries' own grids are for the figure's
             own: list[Any] | None = None if panel.tune.grid else []
             entries = tuple(entry.model_copy(update={"grid": own}) for entry in entries)
-        for group in _groups(figure, panel):
+        groups = _groups(figure, panel)
+        first = next((g for g in groups if any(p.name == figure.tune_at for p in g)), None)
+        for group in groups if first is None else [first, *(g for g in groups if g is not first)]:
             study = Study(
                 recipe=panel.recipe,
                 seeds=tuple(seeds) or panel.seeds or figure.seeds,
@@ -282,8 +297,30 @@ def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ())
                 entry=entries,
                 tune=panel.tune or figure.tune,
             )
-            found.append(Part(panel, tuple(group), study, folder / _below(panel, group)))
+            after = None if first in (None, group) else folder / _below(panel, first)
+            if after is not None:
+                # [tune] stays: it holds back the same rows.
+                untuned = tuple(entry.model_copy(update={"grid": []}) for entry in entries)
+                study = study.model_copy(update={"entry": untuned})
+            found.append(Part(panel, tuple(group), study, folder / _below(panel, group), after))
     return found
+
+
+def with_settings(part: Part, chosen: Mapping[str, Settings]) -> Part:
+    """The part with what each entry chose; without those that chose nothing.
+
+    Raises FedSieveError where that is all of them.
+    """
+    entries = tuple(
+        entry.model_copy(
+            update={"set": {**dict(flat(entry.set)), **dict(flat(chosen[entry.name]))}}
+        )
+        for entry in part.study.entry
+        if entry.name in chosen
+    )
+    if not entries:
+        raise FedSieveError("no entry has settings: none of the trials has won")
+    return part._replace(study=part.study.model_copy(update={"entry": entries}))
 
 
 def ready(part: Part, source: str, data: Path | None) -> tuple[dict[str, Any], Study]:

@@ -39,9 +39,11 @@ from fedsieve.study.figures import (
     PlaceTable,
     Scale,
 )
+from fedsieve.study.front import Point, front
 from fedsieve.study.jobs import Job, ShowRound, asked_for, finished
 from fedsieve.study.parts import ASKED
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
+from fedsieve.study.tables import Settings
 from fedsieve.tasks.digest import RowsDigest
 from fedsieve.tasks.words import spoken
 
@@ -54,7 +56,14 @@ _UNITS = {
     "seconds": "time on the wire, s",
     "memory megabytes": "memory of a client, MB",
 }
-_X = {"round": "Round", "megabytes": "Traffic, MB", "megabytes up": "Sent up, MB"}
+_IN_ALL = "megabytes in all"
+_FRONT: tuple[Measure, Measure] = ("megabytes", "score")
+_X = {
+    _IN_ALL: "Traffic of the whole run, MB",
+    "round": "Round",
+    "megabytes": "Traffic, MB",
+    "megabytes up": "Sent up, MB",
+}
 
 
 class Outcome(NamedTuple):
@@ -99,21 +108,26 @@ def run(
     parts = figuring.parts(figure, scale, folder, seeds)
     problems: list[str] = []
     measured: dict[str, _Measured] = {}
+    chosen: dict[Path, dict[str, Settings]] = {}  # a part's folder -> entry -> what tuning found
     for part in parts:
         of = _measured(figure, part, measured)
         where = part.panel.name + (f", {part.places[0].name}" if part.places[0].set else "")
         try:
+            if part.after is not None:
+                part = figuring.with_settings(part, chosen.get(part.after, {}))
             base, study = figuring.ready(part, source, data)
             plan = worked_out(study, base, source, part.folder, allow_code=allow_code)
             _bring(plan, folder)
             say(f"{where}: {len(plan.entries)} entries, into {part.folder}")
             result = compare.run(plan, workers, show, say)
+            chosen[part.folder] = _chosen(plan)
         except FedSieveError as error:
             problems.append(f"{where}: {error}")
             say(f"{where}: left out: {error}")
             continue
         problems += [f"{where}: {each}" for each in result.problems]
-        of.notes.extend(note for note in result.notes if note not in of.notes)
+        if part.after is None:
+            of.notes.extend(note for note in result.notes if note not in of.notes)
         loaded = {one.label: one for one in gather([], result.groups)} if result.groups else {}
         for place in part.places:
             of.runs[place.name] = loaded
@@ -147,11 +161,14 @@ def _asks(check: CheckTable, of: _Measured) -> bool:
 def _bring(plan: Plan, folder: Path) -> None:
     """Copy what a figure beside this one has run with the very recipe that is asked for here."""
     _copied(trial_jobs(plan), folder)
-    chosen = {}
-    if plan.tune is not None:
-        tuned = compare.judge(plan)
-        chosen = {n: t.trials[t.best].settings for n, t in tuned.items() if t.best is not None}
-    _copied(final_jobs(plan, chosen), folder)
+    _copied(final_jobs(plan, _chosen(plan)), folder)
+
+
+def _chosen(plan: Plan) -> dict[str, Settings]:
+    """What each entry is run with beside its own: nothing where it is not tuned."""
+    found: dict[str, Settings] = {entry.name: {} for entry in plan.entries if not entry.trials}
+    tuned = compare.judge(plan) if plan.tune is not None else {}
+    return found | {n: t.trials[t.best].settings for n, t in tuned.items() if t.best is not None}
 
 
 def _copied(jobs: Sequence[Job], folder: Path) -> None:
@@ -196,6 +213,8 @@ def _copy_whole(run: Path, to: Path) -> None:
 def _numbers(figure: Figure, of: _Measured) -> claims.Numbers:
     """All that the figure tells of a panel: every measure that it draws or that a claim is of."""
     asked = dict.fromkeys([figure.y, *(check.measure or figure.y for check in figure.check)])
+    if figure.x == _IN_ALL:
+        asked["megabytes"] = None
     return {measure: _values(figure, of, measure) for measure in asked}
 
 
@@ -260,14 +279,25 @@ def _written(
     findings: list[Finding],
     problems: list[str],
 ) -> Outcome:
-    rows = {name: _table(figure, name, of, panels[name][figure.y]) for name, of in measured.items()}
+    fronts = {name: _front(figure, of, panels[name]) for name, of in measured.items()}
+    rows = {
+        name: _front_table(of, panels[name], fronts[name])
+        if figure.x == _IN_ALL
+        else _table(figure, name, of, panels[name][figure.y])
+        for name, of in measured.items()
+    }
     line = _line(source, scale, figure, findings, panels)
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{RESULT}.{kind}" for kind in ("png", "md", "json")]
     for path in written:
         refuse_link(path)
     along = _along(figure, measured.values())
-    drawn = [_drawn(figure, along, of, panels[name][figure.y]) for name, of in measured.items()]
+    drawn = [
+        _drawn_front(of, panels[name], fronts[name])
+        if figure.x == _IN_ALL
+        else _drawn(figure, along, of, panels[name][figure.y])
+        for name, of in measured.items()
+    ]
     if any(panel.curves for panel in drawn):
         write_whole(written[0], _picture(figure, along, drawn, measured))
     else:
@@ -336,6 +366,51 @@ def _table(
             cells[MEAN] = _cell(claims.over_places(values[entry], names), mean)
         rows.append(cells)
     return rows
+
+
+def _front(figure: Figure, of: _Measured, numbers: claims.Numbers) -> list[Point]:
+    """What of a panel's runs nothing beats; empty where the figure is no front."""
+    if figure.x != _IN_ALL:
+        return []
+    return front(
+        Point(entry, place.name, *(statistics.fmean(each.values()) for each in told))
+        for entry in of.entries
+        for place in of.places
+        if all(told := [numbers[measure][entry][place.name] for measure in _FRONT])
+    )
+
+
+def _front_table(
+    of: _Measured, numbers: claims.Numbers, best: Sequence[Point]
+) -> list[dict[str, str]]:
+    """A row an entry, a column a place: the score, and at how many bytes; bold on the front."""
+    on = {(point.entry, point.place) for point in best}
+    rows = []
+    for entry in of.entries:
+        cells = {"": entry}
+        for place in of.places:
+            sent, score = (_cell(numbers[m][entry][place.name], None) for m in _FRONT)
+            bold = "**" if (entry, place.name) in on else ""
+            told = f"{bold}{score}{bold} at {sent.partition(' ')[0]} MB"
+            cells[place.name] = told if sent != "-" else sent
+        rows.append(cells)
+    return rows
+
+
+def _drawn_front(of: _Measured, numbers: claims.Numbers, best: Sequence[Point]) -> drawing.Panel:
+    curves: dict[str, Curve] = {}
+    for entry in of.entries:
+        told = [
+            (statistics.fmean(sent.values()), spread([*score.values()]))
+            for sent, score in ([numbers[m][entry][p.name] for m in _FRONT] for p in of.places)
+            if sent and score
+        ]
+        at = [(x, each) for x, each in told if each is not None and math.isfinite(each.mean)]
+        if at:
+            columns = ([e.mean for _, e in at], [e.low for _, e in at], [e.high for _, e in at])
+            curves[entry] = Curve([x for x, _ in at], *columns)
+    marks = [drawing.Mark(p.megabytes, p.score, f"{p.entry}, {p.place}") for p in best]
+    return drawing.Panel(of.name, curves, tuple(marks))
 
 
 def _cell(seeds: Mapping[int, float], printed: float | None) -> str:
@@ -463,7 +538,7 @@ def _picture(
     y = score if figure.y == "score" or figure.x != "place" else _UNITS[figure.y]
     if figure.relative_to and figure.x == "place":
         y = f"{y.partition(',')[0]}, {figure.relative_to} = 1"
-    if figure.x == "place":
+    if figure.x in ("place", _IN_ALL):
         entries = [entry.name for entry in figure.entry]
         entries = [name for name in entries if any(name in panel.curves for panel in drawn)]
     else:
