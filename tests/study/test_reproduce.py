@@ -205,6 +205,7 @@ def test_a_front_tunes_at_one_place_and_names_what_nothing_beats(
     ]
     path = write(
         x="megabytes in all",
+        y="megabytes up",  # a front tells scores by bytes, whatever else is told
         place=BITS,
         entry=entries,
         seeds=[0],

@@ -33,6 +33,8 @@ SCALES: tuple[Scale, ...] = get_args(Scale)
 Measure = Literal[
     "score", "megabytes", "megabytes down", "megabytes up", "seconds", "memory megabytes"
 ]
+IN_ALL = "megabytes in all"  # the x of a front
+FRONT: tuple[Measure, Measure] = ("megabytes", "score")  # what it is of
 MEAN = "mean"  # the place of a check that is of the mean over all places
 DATA = "{data}/"  # how a recipe's path begins that lies in the folder of --data
 SETTINGS = "settings"  # beside the figures of the papers: the recipes of their panels
@@ -175,7 +177,7 @@ class Figure(Table):
         for panel in (*self.small, *self.paper):
             if self.tune_at is not None and self.tune_at not in (panel.places or places):
                 raise ValueError(f"{panel.name}: tune_at: it is without {self.tune_at!r}")
-            if panel.target is not None and self.x == "megabytes in all":
+            if panel.target is not None and self.x == IN_ALL:
                 raise ValueError(f"{panel.name}: target: a front is of whole runs")
         return self
 

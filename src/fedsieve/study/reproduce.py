@@ -10,60 +10,40 @@ import json
 import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedsieve.algebra.budget import Link
-from fedsieve.clients.network import DOWNLINK, Conditions, clock, first_round
 from fedsieve.disk import copied, refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import digest_of_rows
-from fedsieve.report import figure as drawing
-from fedsieve.report.read import Run, evaluations
-from fedsieve.report.series import Curve, Series, curve, gather, shown_measure, spread
+from fedsieve.report.series import gather, spread
 from fedsieve.run import rundir
 from fedsieve.run.found import settings_of
-from fedsieve.study import claims, compare
+from fedsieve.study import claims, compare, drawn
 from fedsieve.study import figures as figuring
 from fedsieve.study.claims import WORST_FIRST, Finding, number
 from fedsieve.study.compare import markdown
 from fedsieve.study.figures import (
+    FRONT,
+    IN_ALL,
     MEAN,
     CheckTable,
     Figure,
-    Measure,
-    PanelTable,
     Part,
-    PlaceTable,
     Scale,
 )
-from fedsieve.study.front import Point, front
+from fedsieve.study.front import Point, front_of
 from fedsieve.study.jobs import Job, ShowRound, asked_for, finished
+from fedsieve.study.measured import Measured, numbers_of
 from fedsieve.study.parts import ASKED
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
 from fedsieve.study.tables import Settings
 from fedsieve.tasks.digest import RowsDigest
-from fedsieve.tasks.words import spoken
 
 RESULT = "figure"  # .json, .md and .png
 _TOLD = 3  # claims in the last line, those that fare worst first
-_UNITS = {
-    "megabytes": "traffic, MB",
-    "megabytes down": "sent down, MB",
-    "megabytes up": "sent up, MB",
-    "seconds": "time on the wire, s",
-    "memory megabytes": "memory of a client, MB",
-}
-_IN_ALL = "megabytes in all"
-_FRONT: tuple[Measure, Measure] = ("megabytes", "score")
-_X = {
-    _IN_ALL: "Traffic of the whole run, MB",
-    "round": "Round",
-    "megabytes": "Traffic, MB",
-    "megabytes up": "Sent up, MB",
-}
 
 
 class Outcome(NamedTuple):
@@ -74,17 +54,6 @@ class Outcome(NamedTuple):
     line: str
     problems: list[str]
     written: list[Path]
-
-
-class _Measured(NamedTuple):
-    """A panel: its runs by place and entry, and what its parts said of themselves."""
-
-    name: str
-    panel: PanelTable
-    places: list[PlaceTable]
-    runs: dict[str, dict[str, Series]]  # place -> entry -> its runs
-    entries: list[str]
-    notes: list[str]
 
 
 def run(
@@ -107,7 +76,7 @@ def run(
     figure = figuring.load(source)
     parts = figuring.parts(figure, scale, folder, seeds)
     problems: list[str] = []
-    measured: dict[str, _Measured] = {}
+    measured: dict[str, Measured] = {}
     chosen: dict[Path, dict[str, Settings]] = {}  # a part's folder -> entry -> what tuning found
     for part in parts:
         of = _measured(figure, part, measured)
@@ -131,23 +100,23 @@ def run(
         loaded = {one.label: one for one in gather([], result.groups)} if result.groups else {}
         for place in part.places:
             of.runs[place.name] = loaded
-    panels = {name: _numbers(figure, of) for name, of in measured.items()}
+    panels = {name: numbers_of(figure, of) for name, of in measured.items()}
     asked = [check for check in figure.check if any(_asks(check, of) for of in measured.values())]
     findings = [claims.judged(check, figure, panels) for check in asked]
     return _written(source, scale, figure, folder, measured, panels, findings, problems)
 
 
-def _measured(figure: Figure, part: Part, known: dict[str, _Measured]) -> _Measured:
+def _measured(figure: Figure, part: Part, known: dict[str, Measured]) -> Measured:
     name = part.panel.name
     entries = [entry.name for entry in part.study.entry]
-    fresh = _Measured(name, part.panel, [], {}, entries, [])
+    fresh = Measured(name, part.panel, [], {}, entries, [])
     of = known.setdefault(name, fresh)
     of.places.extend(part.places)
     of.places.sort(key=figure.place.index)
     return of
 
 
-def _asks(check: CheckTable, of: _Measured) -> bool:
+def _asks(check: CheckTable, of: Measured) -> bool:
     """Whether a claim is of what this panel is to run; a small one may leave entries out."""
     sides = {check.left, check.right or check.left}
     at = {check.at, check.left_at, check.right_at} - {None, MEAN}
@@ -210,79 +179,20 @@ def _copy_whole(run: Path, to: Path) -> None:
         raise
 
 
-def _numbers(figure: Figure, of: _Measured) -> claims.Numbers:
-    """All that the figure tells of a panel: every measure that it draws or that a claim is of."""
-    asked = dict.fromkeys([figure.y, *(check.measure or figure.y for check in figure.check)])
-    if figure.x == _IN_ALL:
-        asked["megabytes"] = None
-    return {measure: _values(figure, of, measure) for measure in asked}
-
-
-def _values(figure: Figure, of: _Measured, measure: Measure) -> dict[str, Any]:
-    found: dict[str, dict[str, dict[int, float]]] = {}
-    for entry in of.entries:
-        found[entry] = {}
-        for place in of.places:
-            one = of.runs.get(place.name, {}).get(entry)
-            runs = one.runs if one else ()
-            told = {int(r.recipe["seed"]): _value(r, measure, place, of.panel) for r in runs}
-            found[entry][place.name] = dict(sorted(told.items()))
-    if figure.relative_to is None or measure != figure.y:
-        return found
-    one_of = found.get(figure.relative_to, {})
-    return {
-        entry: {
-            place: {
-                seed: _ratio(value, one_of[place][seed])
-                for seed, value in of_place.items()
-                if seed in one_of.get(place, {})
-            }
-            for place, of_place in places.items()
-        }
-        for entry, places in found.items()
-    }
-
-
-def _ratio(value: float, one: float) -> float:
-    return math.nan if math.isinf(one) or not one else value / one
-
-
-def _value(run: Run, measure: Measure, place: PlaceTable, panel: PanelTable) -> float:
-    """One number of one run. Costs are to the target, and infinite where it was not reached."""
-    scores, target = _scores(place, panel)(run), panel.target
-    if measure == "score":
-        return scores[max(scores)] if scores else math.nan
-    if measure == "memory megabytes":
-        memory = run.clients.memory_bytes if run.clients else None
-        return math.nan if memory is None else memory / 1e6
-    last: int | None = run.rounds[-1].round
-    if target is not None:
-        last = first_round(target, scores)
-    if last is None:
-        return math.inf
-    if measure == "seconds":
-        line = Conditions(Link(DOWNLINK, DOWNLINK * place.uplink), seconds_per_step=0.0)
-        return clock(run.clients.parts, line)[last] if run.clients else math.nan
-    rounds = [each for each in run.rounds if each.round <= last]
-    down = sum(each.down_bytes for each in rounds) if measure != "megabytes up" else 0
-    up = sum(each.up_bytes for each in rounds) if measure != "megabytes down" else 0
-    return (down + up) / 1e6
-
-
 def _written(
     source: str,
     scale: Scale,
     figure: Figure,
     folder: Path,
-    measured: Mapping[str, _Measured],
+    measured: Mapping[str, Measured],
     panels: Mapping[str, claims.Numbers],
     findings: list[Finding],
     problems: list[str],
 ) -> Outcome:
-    fronts = {name: _front(figure, of, panels[name]) for name, of in measured.items()}
+    fronts = {name: front_of(figure, of, panels[name]) for name, of in measured.items()}
     rows = {
         name: _front_table(of, panels[name], fronts[name])
-        if figure.x == _IN_ALL
+        if figure.x == IN_ALL
         else _table(figure, name, of, panels[name][figure.y])
         for name, of in measured.items()
     }
@@ -291,15 +201,9 @@ def _written(
     written = [folder / f"{RESULT}.{kind}" for kind in ("png", "md", "json")]
     for path in written:
         refuse_link(path)
-    along = _along(figure, measured.values())
-    drawn = [
-        _drawn_front(of, panels[name], fronts[name])
-        if figure.x == _IN_ALL
-        else _drawn(figure, along, of, panels[name][figure.y])
-        for name, of in measured.items()
-    ]
-    if any(panel.curves for panel in drawn):
-        write_whole(written[0], _picture(figure, along, drawn, measured))
+    image = drawn.picture(figure, measured, panels, fronts)
+    if image is not None:
+        write_whole(written[0], image)
     else:
         written = written[1:]
     text = [f"# {source}: {figure.title}\n", f"{figure.claim}\n"]
@@ -332,7 +236,7 @@ def _plain(values: Any) -> Any:
     return values if math.isfinite(values) else number(values)
 
 
-def _settings(of: _Measured) -> dict[str, Any]:
+def _settings(of: Measured) -> dict[str, Any]:
     """The sizes of a panel's runs, as the first one had them."""
     runs = [run for place in of.runs.values() for one in place.values() for run in one.runs]
     if not runs:
@@ -348,9 +252,7 @@ def _settings(of: _Measured) -> dict[str, Any]:
     }
 
 
-def _table(
-    figure: Figure, panel: str, of: _Measured, values: claims.Values
-) -> list[dict[str, str]]:
+def _table(figure: Figure, panel: str, of: Measured, values: claims.Values) -> list[dict[str, str]]:
     """A row an entry, a column a place: mean and deviation over seeds, and the paper's number."""
     printed = figure.numbers.get(panel, {})
     names = [place.name for place in of.places]
@@ -368,20 +270,8 @@ def _table(
     return rows
 
 
-def _front(figure: Figure, of: _Measured, numbers: claims.Numbers) -> list[Point]:
-    """What of a panel's runs nothing beats; empty where the figure is no front."""
-    if figure.x != _IN_ALL:
-        return []
-    return front(
-        Point(entry, place.name, *(statistics.fmean(each.values()) for each in told))
-        for entry in of.entries
-        for place in of.places
-        if all(told := [numbers[measure][entry][place.name] for measure in _FRONT])
-    )
-
-
 def _front_table(
-    of: _Measured, numbers: claims.Numbers, best: Sequence[Point]
+    of: Measured, numbers: claims.Numbers, best: Sequence[Point]
 ) -> list[dict[str, str]]:
     """A row an entry, a column a place: the score, and at how many bytes; bold on the front."""
     on = {(point.entry, point.place) for point in best}
@@ -389,28 +279,12 @@ def _front_table(
     for entry in of.entries:
         cells = {"": entry}
         for place in of.places:
-            sent, score = (_cell(numbers[m][entry][place.name], None) for m in _FRONT)
+            sent, score = (_cell(numbers[m][entry][place.name], None) for m in FRONT)
             bold = "**" if (entry, place.name) in on else ""
             told = f"{bold}{score}{bold} at {sent.partition(' ')[0]} MB"
             cells[place.name] = told if sent != "-" else sent
         rows.append(cells)
     return rows
-
-
-def _drawn_front(of: _Measured, numbers: claims.Numbers, best: Sequence[Point]) -> drawing.Panel:
-    curves: dict[str, Curve] = {}
-    for entry in of.entries:
-        told = [
-            (statistics.fmean(sent.values()), spread([*score.values()]))
-            for sent, score in ([numbers[m][entry][p.name] for m in _FRONT] for p in of.places)
-            if sent and score
-        ]
-        at = [(x, each) for x, each in told if each is not None and math.isfinite(each.mean)]
-        if at:
-            columns = ([e.mean for _, e in at], [e.low for _, e in at], [e.high for _, e in at])
-            curves[entry] = Curve([x for x, _ in at], *columns)
-    marks = [drawing.Mark(p.megabytes, p.score, f"{p.entry}, {p.place}") for p in best]
-    return drawing.Panel(of.name, curves, tuple(marks))
 
 
 def _cell(seeds: Mapping[int, float], printed: float | None) -> str:
@@ -453,97 +327,3 @@ def _line(
         + "; ".join(said(each) for each in worst)
         + (f". {left_out} more are of what this form leaves out" if left_out else "")
     )
-
-
-def _along(figure: Figure, measured: Iterable[_Measured]) -> list[PlaceTable]:
-    """The places that some panel has, as they stand along the axis."""
-    there = [place for of in measured for place in of.places]
-    return [place for place in figure.place if place in there]
-
-
-def _drawn(
-    figure: Figure, along: Sequence[PlaceTable], of: _Measured, values: claims.Values
-) -> drawing.Panel:
-    curves: dict[str, Curve] = {}
-    if figure.x == "place":
-        for entry in of.entries:
-            found = [
-                (_x(along, place), spread([*values[entry][place.name].values()]))
-                for place in of.places
-            ]
-            told = [(x, each) for x, each in found if each is not None]
-            told = [(x, each) for x, each in told if math.isfinite(each.mean)]
-            if told:
-                columns = ([each.mean for _, each in told], [each.low for _, each in told])
-                curves[entry] = Curve([x for x, _ in told], *columns, [e.high for _, e in told])
-        return drawing.Panel(of.name, curves)
-    for place in of.places:
-        for entry, one in of.runs.get(place.name, {}).items():
-            label = entry if len(figure.place) == 1 else f"{entry}, {place.name}"
-            if all(_scores(place, of.panel)(run) for run in one.runs):
-                curves[label] = curve(one, _scores(place, of.panel), _passed(figure.x))
-    return drawing.Panel(of.name, curves)
-
-
-def _x(along: Sequence[PlaceTable], place: PlaceTable) -> float:
-    return float(along.index(place)) if _named(along) else float(place.x or 0.0)
-
-
-def _named(along: Iterable[PlaceTable]) -> bool:
-    """Whether the places along the axis are names, and not numbers."""
-    return any(place.x is None for place in along)
-
-
-def _scores(place: PlaceTable, panel: PanelTable) -> Callable[[Run], dict[int, float]]:
-    """What is told of a run by round: a metric, or the mean of the panel's."""
-
-    def told(run: Run) -> dict[int, float]:
-        leading = shown_measure([Series("", (run,))])
-        names = (place.metric,) if place.metric else panel.metrics or (leading,)
-        of = [{e.round: e.value for e in evaluations(run, name)} for name in names if name]
-        rounds = set.intersection(*map(set, of)) if of else set()
-        return {number: statistics.fmean(e[number] for e in of) for number in sorted(rounds)}
-
-    return told
-
-
-def _passed(x: str) -> Callable[[Run], dict[int, float]] | None:
-    """How far a run had come by each round."""
-    if x == "round":
-        return None
-
-    def sent(run: Run) -> dict[int, float]:
-        passed, told = 0.0, {0: 0.0}
-        for each in run.rounds:
-            passed += each.up_bytes + (each.down_bytes if x == "megabytes" else 0)
-            told[each.round] = passed / 1e6
-        return told
-
-    return sent
-
-
-def _picture(
-    figure: Figure,
-    along: Sequence[PlaceTable],
-    drawn: Sequence[drawing.Panel],
-    measured: Mapping[str, _Measured],
-) -> bytes:
-    leading = [
-        shown_measure([one])
-        for of in measured.values()
-        for place in of.runs.values()
-        for one in place.values()
-    ]
-    score = spoken(leading[0]) if leading and leading[0] else "score"
-    y = score if figure.y == "score" or figure.x != "place" else _UNITS[figure.y]
-    if figure.relative_to and figure.x == "place":
-        y = f"{y.partition(',')[0]}, {figure.relative_to} = 1"
-    if figure.x in ("place", _IN_ALL):
-        entries = [entry.name for entry in figure.entry]
-        entries = [name for name in entries if any(name in panel.curves for panel in drawn)]
-    else:
-        entries = list(dict.fromkeys(label for panel in drawn for label in panel.curves))
-    places = [p.name for p in along] if figure.x == "place" and _named(along) else []
-    x_label = figure.x_label or _X.get(figure.x, "")
-    cost = figure.x == "place" and figure.y != "score"
-    return drawing.png(drawn, entries, places, x_label, y, figure.log, cost)

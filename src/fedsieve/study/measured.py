@@ -1,0 +1,96 @@
+"""What a figure's runs have measured, as numbers: of a panel, by entry, place and seed."""
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fedsieve.algebra.budget import Link
+from fedsieve.clients.network import DOWNLINK, Conditions, clock, first_round
+from fedsieve.report.read import Run, evaluations
+from fedsieve.report.series import Series, shown_measure
+from fedsieve.study import claims
+from fedsieve.study.figures import FRONT, IN_ALL, Figure, Measure, PanelTable, PlaceTable
+
+
+class Measured(NamedTuple):
+    """A panel: its runs by place and entry, and what its parts said of themselves."""
+
+    name: str
+    panel: PanelTable
+    places: list[PlaceTable]
+    runs: dict[str, dict[str, Series]]  # place -> entry -> its runs
+    entries: list[str]
+    notes: list[str]
+
+
+def numbers_of(figure: Figure, of: Measured) -> claims.Numbers:
+    """All that the figure tells of a panel: every measure that it draws or that a claim is of."""
+    asked = dict.fromkeys([figure.y, *(check.measure or figure.y for check in figure.check)])
+    if figure.x == IN_ALL:
+        asked |= dict.fromkeys(FRONT)
+    return {measure: _values(figure, of, measure) for measure in asked}
+
+
+def _values(figure: Figure, of: Measured, measure: Measure) -> dict[str, Any]:
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for entry in of.entries:
+        found[entry] = {}
+        for place in of.places:
+            one = of.runs.get(place.name, {}).get(entry)
+            runs = one.runs if one else ()
+            told = {int(r.recipe["seed"]): _value(r, measure, place, of.panel) for r in runs}
+            found[entry][place.name] = dict(sorted(told.items()))
+    if figure.relative_to is None or measure != figure.y:
+        return found
+    one_of = found.get(figure.relative_to, {})
+    return {
+        entry: {
+            place: {
+                seed: _ratio(value, one_of[place][seed])
+                for seed, value in of_place.items()
+                if seed in one_of.get(place, {})
+            }
+            for place, of_place in places.items()
+        }
+        for entry, places in found.items()
+    }
+
+
+def _ratio(value: float, one: float) -> float:
+    return math.nan if math.isinf(one) or not one else value / one
+
+
+def _value(run: Run, measure: Measure, place: PlaceTable, panel: PanelTable) -> float:
+    """One number of one run. Costs are to the target, and infinite where it was not reached."""
+    told, target = scores(place, panel)(run), panel.target
+    if measure == "score":
+        return told[max(told)] if told else math.nan
+    if measure == "memory megabytes":
+        memory = run.clients.memory_bytes if run.clients else None
+        return math.nan if memory is None else memory / 1e6
+    last: int | None = run.rounds[-1].round
+    if target is not None:
+        last = first_round(target, told)
+    if last is None:
+        return math.inf
+    if measure == "seconds":
+        line = Conditions(Link(DOWNLINK, DOWNLINK * place.uplink), seconds_per_step=0.0)
+        return clock(run.clients.parts, line)[last] if run.clients else math.nan
+    rounds = [each for each in run.rounds if each.round <= last]
+    down = sum(each.down_bytes for each in rounds) if measure != "megabytes up" else 0
+    up = sum(each.up_bytes for each in rounds) if measure != "megabytes down" else 0
+    return (down + up) / 1e6
+
+
+def scores(place: PlaceTable, panel: PanelTable) -> Callable[[Run], dict[int, float]]:
+    """What is told of a run by round: a metric, or the mean of the panel's."""
+
+    def told(run: Run) -> dict[int, float]:
+        leading = shown_measure([Series("", (run,))])
+        names = (place.metric,) if place.metric else panel.metrics or (leading,)
+        of = [{e.round: e.value for e in evaluations(run, name)} for name in names if name]
+        rounds = set.intersection(*map(set, of)) if of else set()
+        return {number: statistics.fmean(e[number] for e in of) for number in sorted(rounds)}
+
+    return told
