@@ -108,7 +108,7 @@ def test_what_a_site_kept_is_passed_over(tmp_path: Path, odd: str) -> None:
     data = path.read_bytes()
     path.write_bytes(journal._digest(data) + data)
     with pytest.warns(UserWarning, match="is damaged"):
-        assert journal._read(path) is None
+        assert journal._read(path, "w") is None
 
 
 SOUND: dict[str, Any] = {"ok": True, "round": 2, "reason": None, "loss": 0.5, "steps": 3}
@@ -126,7 +126,8 @@ KEPT: dict[str, Any] = {
     "another round": {"round": 3},
     "a memory of later": {"before": 2},
     "what was asked that is no text": {"asked": [1]},
-    "another form": {"format": 2},
+    "another form": {"format": 1},
+    "another run": {"whose": "another"},
 }
 TENSORS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "no answer": lambda t: t.pop("answer"),
@@ -140,7 +141,15 @@ def entry(
     folder: Path, changes: Mapping[str, Any], act: Callable[[dict[str, torch.Tensor]], object]
 ) -> None:
     """The file of round 2."""
-    facts = {"format": 1, "round": 2, "before": 1, "asked": "a", "facts": SOUND, "length": 2}
+    facts = {
+        "format": 2,
+        "whose": "w",
+        "round": 2,
+        "before": 1,
+        "asked": "a",
+        "facts": SOUND,
+        "length": 2,
+    }
     tensors = {"answer": torch.ones(2, dtype=torch.uint8), "residual/a": torch.ones(3)}
     act(tensors)
     data = safetensors.torch.save(tensors, {"facts": json.dumps({**facts, **changes})})
@@ -151,12 +160,12 @@ def entry(
 @pytest.mark.parametrize("odd", [*KEPT, *TENSORS])
 def test_what_a_site_never_kept_is_passed_over(tmp_path: Path, odd: str) -> None:
     entry(tmp_path, {}, lambda tensors: None)
-    found = journal.find(tmp_path, 2)
+    found = journal.find(tmp_path, 2, "w")
     assert found is not None
     assert found.facts == SOUND
     entry(tmp_path, KEPT.get(odd, {}), TENSORS.get(odd, lambda tensors: None))
     with pytest.warns(UserWarning, match="is damaged"):
-        assert journal.find(tmp_path, 2) is None
+        assert journal.find(tmp_path, 2, "w") is None
 
 
 def test_files_of_holes_are_not_read(tmp_path: Path) -> None:
@@ -167,7 +176,7 @@ def test_files_of_holes_are_not_read(tmp_path: Path) -> None:
         file.truncate(1 << 30)
     before = own_memory()
     with pytest.warns(UserWarning, match="is nearly all holes"):
-        assert journal.find(tmp_path, 2) is None
+        assert journal.find(tmp_path, 2, "w") is None
     with pytest.raises(OSError, match="is nearly all holes"):
         bytes_of(path, None)
     assert own_memory() - before < 1 << 24

@@ -171,7 +171,8 @@ def test_what_a_round_left_that_did_not_count_is_not_used(tiny: Tiny, tmp_path: 
     serve(given, wire)
     kept = [asked["after"] for asked in wire.asked if asked["do"] == "keep"]
     assert kept == [2, 3]
-    entry = journal.find(rounds_of(given), 2)
+    rounds = rounds_of(given)
+    entry = journal.find(rounds, 2, f"{rounds.parent.name}/north")
     assert entry is not None
     own = [t for tree in entry.memory.values() for name, t in tree.items() if "lora_B" in name]
     assert at_north(given) == pytest.approx(norm(own))

@@ -122,6 +122,20 @@ def test_it_does_where_half_of_the_clients_take_part() -> None:
     assert away(ours) < 1e-6
 
 
+def test_a_client_that_is_new_is_not_corrected() -> None:
+    """Of its own gradients nothing is known yet: c alone would be a second gradient on top."""
+    _, _, receipts = run(scaffold(), 6, cohort=1)
+    ids = [receipt.client for receipt in receipts]
+    new = next((n for n, id in enumerate(ids) if id in ids[:n]), len(ids))
+    assert new > 1, "more than one new client in a row"
+    ours, _, told = run(scaffold(), new, cohort=1)
+    plain, _, same = run(fedit(), new, cohort=1)
+    assert [r.client for r in told] == [r.client for r in same]
+    assert [r.down_bytes for r in told] == [r.down_bytes for r in same]  # and gets no c
+    for name, x in plain.state.trees["adapter"].items():
+        assert torch.equal(ours.state.trees["adapter"][name], x)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9])
 def test_the_pace_is_how_far_sgd_goes(momentum: float) -> None:
     for steps in (1, 2, 7):

@@ -247,7 +247,11 @@ class Worker:
         return self.ask(train(self.text, number, self.message(number, scale)))
 
     def residual(self) -> dict[str, torch.Tensor]:
-        return next(journal.memories(self.rounds, 10**6))[1]["residual"]
+        return next(journal.memories(self.rounds, 10**6, self.whose))[1]["residual"]
+
+    @property
+    def whose(self) -> str:
+        return f"{self.assignment.run}/{self.state.site.name}"
 
 
 def same(tree: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -285,7 +289,7 @@ def test_a_server_that_went_back_finds_the_memory_of_then(tiny: Tiny, tmp_path: 
         each.train(2, scale=2.0)
     assert same(site.residual(), other.residual())
     assert site.train(3).body == other.train(3).body
-    assert journal.find(site.rounds, 3) is not None
+    assert journal.find(site.rounds, 3, site.whose) is not None
     assert same(site.residual(), other.residual())
 
 
@@ -348,6 +352,22 @@ def test_a_damaged_memory_is_passed_over_with_a_warning(tiny: Tiny, tmp_path: Pa
         assert site.train(3).header["ok"]
 
 
+@pytest.mark.parametrize("whose", ["another run's", "another site's"])
+def test_rounds_of_another_run_or_site_are_none(tiny: Tiny, tmp_path: Path, whose: str) -> None:
+    """Put back from the wrong backup: whole, of the right shapes, and not what was kept here."""
+    site = Worker(tiny, tmp_path)
+    site.train(1)
+    entry = journal.find(site.rounds, 1, site.whose)
+    assert entry is not None
+    run, name = site.whose.split("/")
+    other = f"{run}/south" if whose == "another site's" else f"{run[::-1]}/{name}"
+    journal.write(site.rounds, entry._replace(whose=other), keep=9)
+    with pytest.warns(UserWarning, match="it is of another run or client"):
+        refused = site.ask(train(site.text, 2, site.message(2), after=1))
+    assert refused.header["lost_memory"]
+    assert "has lost what it kept after round 1" in refused.header["error"]
+
+
 @pytest.mark.parametrize("odd", ["names", "shapes", "facts"])
 def test_a_memory_that_this_site_has_not_written_is_lost_and_ends_nothing(
     tiny: Tiny, tmp_path: Path, odd: str
@@ -355,7 +375,7 @@ def test_a_memory_that_this_site_has_not_written_is_lost_and_ends_nothing(
     """Whole, with its digest; the server then lets the site go on from what is there."""
     site = Worker(tiny, tmp_path)
     site.train(1)
-    entry = journal.find(site.rounds, 1)
+    entry = journal.find(site.rounds, 1, site.whose)
     assert entry is not None
     kept = entry.memory["residual"]
     if odd == "names":

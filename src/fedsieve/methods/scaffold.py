@@ -15,10 +15,12 @@ p is how far the steps of a round move a number whose gradient is always one: K 
 steps. Here SGD may have momentum, and p holds its sum. Both ends know p from the recipe and the
 client's number of rows, so the server works out the change of c_i from the change of y that it gets
 anyway: an upload is FedIT's to the byte, half of the paper's. A download holds c as well
-(`Payload.control`), from the second round on.
+(`Payload.control`), from a client's second round on.
 
-Departures: the paper divides the sum of the c_i by the number of all clients, those that never took
-part included; here it is the mean over those that have, as clients come and go. Each message is
+Departures. A client that is new begins with c_i = c, and not with zero: it is not corrected, and
+gets no c. With zero it would be corrected by c alone, a second gradient on top of its own. As those
+that never took part stand for c itself, c is the mean of the others, whatever the number of clients
+is; and over all clients the corrections c - c_i add up to nothing, as in the paper. Each message is
 rounded as its form says, and both ends go on from what was rounded. Clients count alike.
 """
 
@@ -83,15 +85,19 @@ def _method(
         values = rounded(gather(mean, support).cpu(), down_values, draws)
         return Payload(state.layout, support, values, "known", "known")
 
+    def known(state: State, client: Client) -> bool:
+        return client.id in state.trees.get(_COUNTED, {})
+
     def publish(plan: State, client: Client, key: Key) -> Payload:
-        return inner.publish(plan, client, key)._replace(control=control(plan, key))
+        sent = inner.publish(plan, client, key)
+        return sent._replace(control=control(plan, key)) if known(plan, client) else sent
 
     def view(payload: Payload, memory: Memory, context: ClientContext) -> tuple[View, Memory]:
         seen, memory = inner.view(payload, memory, context)
         if payload.control is None:
             return seen, memory
         common = payload.control.tree()
-        added = _plus(common, memory.get(CONTROL, {}), -1)
+        added = _plus(common, memory[CONTROL], -1)
         seen = seen._replace(penalty=_along(added, seen.adapter.tensors))
         return seen, {**memory, _CAME: common}
 
@@ -99,8 +105,9 @@ def _method(
         view: View, trained: Tree, memory: Memory, context: ClientContext
     ) -> tuple[Payload, Memory]:
         update, _ = inner.report(view, trained, {}, context)
-        new = pulled(update, memory.get(_CAME, {}), context.client, context.key.round)
-        return update, {CONTROL: _plus(new, memory.get(CONTROL, {}))}
+        came = memory.get(_CAME)
+        new = pulled(update, came or {}, context.client, context.key.round)
+        return update, {CONTROL: new if came is None else _plus(new, memory[CONTROL])}
 
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
         sent = control(state, key)
@@ -111,7 +118,8 @@ def _method(
         def noted() -> Iterator[tuple[Client, Payload]]:
             nonlocal total
             for client, update in updates:
-                total = _plus(pulled(update, common, client, key.round), total)
+                told = common if known(state, client) else {}
+                total = _plus(pulled(update, told, client, key.round), total)
                 counted[client.id] = torch.tensor(1)
                 yield client, update
 

@@ -13,9 +13,10 @@ it gave:
     an earlier round, with    the server went back: trained from the memory before that round, and
     another message           what came after it is forgotten
 
-How far back a server can go follows from its checkpoints, two of which it keeps. A file is whole or
-not there (`disk.write_whole`) and begins with a digest; one that is damaged counts as not
-there, with a warning. Nothing is kept in this process: what is on the disk is what counts.
+How far back a server can go follows from its checkpoints, two of which it keeps. A file is whole
+or not there (`disk.write_whole`), begins with a digest, and says of which run and client it is; one
+that is damaged, or another's (out of the wrong backup), counts as not there, with a warning.
+Nothing is kept in this process: what is on the disk is what counts.
 """
 
 import hashlib
@@ -67,7 +68,8 @@ class _Facts(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    format: Literal[1]
+    format: Literal[2]
+    whose: str
     round: PositiveInt
     before: NonNegativeInt
     asked: str
@@ -80,6 +82,7 @@ class Entry(NamedTuple):
 
     before: the round whose memory it began with; 0 if there was none
     asked:  digest of what was asked
+    whose:  the run's and the client's name
     facts, answer: what was answered: figures, and bytes
     memory: what the client keeps after the round
     """
@@ -87,17 +90,18 @@ class Entry(NamedTuple):
     round: int
     before: int
     asked: str
+    whose: str
     facts: dict[str, Any]
     answer: bytes
     memory: Memory
 
 
-def find(folder: Path, number: int) -> Entry | None:
-    """The entry of a round, if there is one that is whole."""
-    return _read(folder / _name(number))
+def find(folder: Path, number: int, whose: str) -> Entry | None:
+    """The entry of a round, if there is one that is whole and of this run and client."""
+    return _read(folder / _name(number), whose)
 
 
-def memories(folder: Path, number: int) -> Iterator[tuple[int, Memory]]:
+def memories(folder: Path, number: int, whose: str) -> Iterator[tuple[int, Memory]]:
     """The rounds before this one and the memory after each, newest first; last (0, {}).
 
     That last one, what a client has before its first round, is left out where the site has
@@ -105,7 +109,7 @@ def memories(folder: Path, number: int) -> Iterator[tuple[int, Memory]]:
     """
     oldest = None
     for path in reversed(_files(folder)):
-        entry = _read(path)
+        entry = _read(path, whose)
         if entry is None:
             continue
         oldest = entry
@@ -154,7 +158,8 @@ def _to_bytes(entry: Entry) -> bytes:
     }
     tensors[_ANSWER] = torch.frombuffer(bytearray(entry.answer or b"\0"), dtype=torch.uint8)
     facts = {
-        "format": 1,
+        "format": 2,
+        "whose": entry.whose,
         "round": entry.round,
         "before": entry.before,
         "asked": entry.asked,
@@ -165,7 +170,7 @@ def _to_bytes(entry: Entry) -> bytes:
     return _digest(data) + data
 
 
-def _read(path: Path) -> Entry | None:
+def _read(path: Path, whose: str) -> Entry | None:
     try:
         whole = bytes_of(path, None)
         data = whole[_DIGEST:]
@@ -177,6 +182,8 @@ def _read(path: Path) -> Entry | None:
             tensors = safetensors.torch.load(data)
         if path.name != _name(facts.round) or facts.before >= facts.round:
             raise ValueError("it is of another round")
+        if facts.whose != whose:
+            raise ValueError("it is of another run or client")
         answer = tensors.pop(_ANSWER)
         if answer.dtype != torch.uint8 or not facts.length <= answer.numel():
             raise ValueError("its answer is none")
@@ -193,7 +200,8 @@ def _read(path: Path) -> Entry | None:
         warnings.warn(f"{path} is damaged ({why}): it is not used", stacklevel=3)
         return None
     answered = answer.numpy().tobytes()[: facts.length]
-    return Entry(facts.round, facts.before, facts.asked, facts.facts.model_dump(), answered, memory)
+    said = facts.facts.model_dump()
+    return Entry(facts.round, facts.before, facts.asked, facts.whose, said, answered, memory)
 
 
 def _digest(data: bytes) -> bytes:

@@ -393,22 +393,28 @@ def _train(resident: Resident, request: Frame) -> Frame:
     budget = _budget(site, asked.budget)
     folder = _folder(resident, assignment.run) / "rounds"
     digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
-    done = journal.find(folder, number)
+    whose = _whose(resident, assignment)
+    done = journal.find(folder, number, whose)
     if done is None or done.asked != digest:
         client = Client(
             site.name, count(assignment.examples), budget, link_of(site), site.step_seconds
         )
         key = Key(recipe.seed, number, site.name)
         since = number if asked.after is None else min(number, asked.after + 1)
-        memories = journal.memories(folder, since)
+        memories = journal.memories(folder, since, whose)
         if assignment.method.keeps and asked.after is not None and since == asked.after + 1:
             memories = _from(asked.after, memories)
         done = _round(assignment, client, memories, key, request.body)
-        done = done._replace(asked=digest)
+        done = done._replace(asked=digest, whose=whose)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
         room = partial(limits.check_room, site)
         journal.write(folder, done, keep=2 * recipe.checkpoint.every, room=room)
     return Frame(done.facts, done.answer)
+
+
+def _whose(resident: Resident, assignment: Assignment) -> str:
+    """What the site writes beside its rounds: a folder may be put back from another's backup."""
+    return f"{assignment.run}/{resident.site.name}"
 
 
 def _lost(after: int) -> _Lost:
@@ -459,7 +465,7 @@ def _round(
             ) from error
         else:
             said = {"ok": True, "round": key.round, **facts(reply)}
-            return Entry(key.round, before, "", said, reply.update or b"", after)
+            return Entry(key.round, before, "", "", said, reply.update or b"", after)
     raise unfit or FedSieveError(
         f"round {key.round} cannot be done again here: this site has forgotten what it kept before"
     )
@@ -551,11 +557,12 @@ def _own(
         return adapter
     place = _folder(resident, assignment.run) / "rounds"
     if asked.after is None:
-        _, memory = next(journal.memories(place, asked.round + 1), (0, {}))
+        memories = journal.memories(place, asked.round + 1, _whose(resident, assignment))
+        _, memory = next(memories, (0, {}))
         return personal(adapter, memory)
     if asked.after == 0:
         return personal(adapter, {})
-    entry = journal.find(place, asked.after)
+    entry = journal.find(place, asked.after, _whose(resident, assignment))
     if entry is None:
         raise _lost(asked.after)
     return personal(adapter, entry.memory)
