@@ -317,6 +317,85 @@ def test_a_run_on_other_rows_is_not_copied(write: Write, tmp_path: Path, command
 
 
 @pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("where", ["tiny", "tiny/2", "tiny/4"])
+@pytest.mark.parametrize("what", ["link", "file"])
+def test_nothing_is_written_through_what_stands_where_a_folder_belongs(
+    where: str, what: str, write: Write, tmp_path: Path, command: Command
+) -> None:
+    """Neither a table nor a run; and what does not lie there goes on."""
+    places = [{"name": str(r), "x": r, "set": {"lora.rank": r}} for r in (2, 4)]
+    path = write(place=places, seeds=[0], entry=[{"name": "a"}])
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    odd = out / where
+    odd.parent.mkdir(parents=True)
+    if what == "link":
+        odd.symlink_to(elsewhere, target_is_directory=True)
+    else:
+        odd.write_text("mine")
+    ran = command("reproduce", path, "--out", out)
+    assert ran.code == 1
+    assert f"{odd.name} is " in " ".join((ran.out + ran.err).split())
+    assert list(elsewhere.iterdir()) == []
+    assert what == "link" or odd.read_text() == "mine"
+    told = json.loads((out / "figure.json").read_text())["values"]["tiny"]["score"]["a"]
+    assert sum(bool(seeds) for seeds in told.values()) == (0 if where == "tiny" else 1)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_words_with_half_a_formula_are_drawn_as_they_stand(
+    write: Write, tmp_path: Path, command: Command
+) -> None:
+    odd = "$\\frac{$"
+    path = write(
+        x_label=odd, title=odd, place=[{"name": f"p {odd}"}], seeds=[0], entry=[{"name": "a"}]
+    )
+    ran = command("reproduce", path, "--out", tmp_path / "out")
+    assert (ran.code, ran.err) == (0, "")
+    assert (tmp_path / "out" / "figure.png").is_file()
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("panel", [{"metrics": ["nn"]}, {"metrics": ["accuracy", "nn"]}, {}])
+def test_a_metric_that_nothing_tells_is_named_and_no_verdict(
+    panel: dict[str, Any], write: Write, tmp_path: Path, command: Command
+) -> None:
+    place = {} if panel else {"metric": "nn"}
+    check = {"says": "s", "left": "a", "right": "b", "least": 0.5}
+    path = write(
+        place=[{"name": "p", **place}],
+        small=[{"name": "tiny", "recipe": "tiny.toml", **panel}],
+        seeds=[0],
+        entry=[{"name": "a"}, {"name": "b"}],
+        check=[check],
+    )
+    ran = command("reproduce", path, "--out", tmp_path / "out")
+    assert ran.code == 1
+    assert "tiny, p: a: its runs tell no score of" in " ".join((ran.out + ran.err).split())
+    told = json.loads((tmp_path / "out" / "figure.json").read_text())
+    assert told["verdict"] == "not measured"
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_neighbour_that_is_too_deep_to_be_copied_is_run_anew(
+    write: Write, tmp_path: Path, command: Command
+) -> None:
+    path = write(seeds=[0], entry=[{"name": "a"}])
+    one, two = tmp_path / "papers" / "one", tmp_path / "papers" / "two"
+    assert command("reproduce", path, "--out", one).code == 0
+    (run,) = one.rglob("seed-0")
+    deep = run
+    for _ in range(12):  # a path has four thousand letters at most
+        deep = deep / "/".join("d" * 100)
+        deep.mkdir(parents=True)
+    ran = command("reproduce", path, "--out", two)
+    assert ran.code == 0
+    (again,) = (found for found in two.rglob("seed-0") if not found.name.startswith("."))
+    assert not (again / "d").exists()
+    assert (again / rundir.METRICS).is_file()
+
+
+@pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize("how", ["a pipe", "a full disk"])
 def test_a_neighbours_run_is_copied_whole_or_not_at_all(
     write: Write, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch, how: str
@@ -507,6 +586,11 @@ def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
         ),
         ({"small": [{"name": "p", "recipe": "demo"}] * 2}, "would have the folder 'p'"),
         ({"tune_at": "z"}, "tune_at: 'z' is not there"),
+        ({"tune_at": "x"}, "p: tune_at: there is no .tune."),
+        ({"paper": []}, "give ..small.. or ..paper..: the panels"),
+        ({"place": [{"name": "x"}, {"name": "x", "metric": "f1"}]}, "place: two have one name"),
+        ({"place": [{"name": "x", "x": 0}], "log": True}, "place.x: on a logarithmic axis"),
+        ({"place": [{"name": "x", "uplink": 5e-324}]}, "uplink: Input should be greater than"),
         (
             {"tune_at": "x", "small": [{"name": "p", "recipe": "demo", "places": ["y"]}]},
             "p: tune_at: it is without 'x'",

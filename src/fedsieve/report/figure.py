@@ -63,17 +63,19 @@ def png(
                     _marks(ax, panel.curves[entry], i, len(entries))
                 else:
                     points(ax, panel.curves[entry], look(i))
-            _steps(ax, panel.front)
             if places:
                 turned = sum(map(len, places)) > 50
-                ax.set_xticks(range(len(places)), places, rotation=30 if turned else 0)
+                turn = 30 if turned else 0
+                ax.set_xticks(range(len(places)), places, rotation=turn, parse_math=False)
                 ax.grid(False, axis="x")
             elif log:
                 log_scale(ax, "x")
-            ax.set_ylabel(y_label)
+            if panel.front:
+                _steps(ax, panel.front)
+            ax.set_ylabel(y_label, parse_math=False)
             if from_zero:
                 ax.set_ylim(bottom=0)
-        column[-1].set_xlabel(x_label)
+        column[-1].set_xlabel(x_label, parse_math=False)
         legend(figure, entries)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=160, facecolor="white")
@@ -81,21 +83,19 @@ def png(
 
 
 def _steps(ax: Axes, front: Sequence[Mark]) -> None:
-    ax.plot(
-        [mark.x for mark in front],
-        [mark.y for mark in front],
-        drawstyle="steps-post",
-        color=INK,
-        linewidth=1.0,
-        zorder=1,
-    )
+    """The front, and the names of its points on the side on which there is room."""
+    xs, ys = [mark.x for mark in front], [mark.y for mark in front]
+    ax.plot(xs, ys, drawstyle="steps-post", color=INK, linewidth=1.0, zorder=1)
+    ax.margins(x=0.08, y=0.12)
     for mark in front:
+        across, _ = ax.transAxes.inverted().transform(ax.transData.transform((mark.x, mark.y)))
+        left = across < 0.4
         ax.annotate(
             mark.name,
             (mark.x, mark.y),
-            xytext=(-3, 3),
+            xytext=(4 if left else -4, 4),
             textcoords="offset points",
-            ha="right",
+            ha="left" if left else "right",
             fontsize=7.5,
             parse_math=False,
         )

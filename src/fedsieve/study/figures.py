@@ -17,7 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import Field, PositiveFloat, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from fedsieve.data import fetch
 from fedsieve.disk import bytes_of, parsed
@@ -57,7 +57,7 @@ class PlaceTable(Table):
     x: Number | None = None
     set: Settings = Field(default_factory=dict)
     metric: str | None = None
-    uplink: PositiveFloat = 1.0
+    uplink: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
 
 
 class PanelTable(Table):
@@ -125,6 +125,7 @@ class Figure(Table):
     tune_at: the place that is tuned; the others take what each entry chose there
     relative_to: the entry whose y at the same place is 1
     numbers: the paper's own: panel -> entry -> place -> number, in the unit of y (scores as shares)
+    small, paper: panels of this machine's sizes and of the paper's, of which there are some
     remarks: what is other than in the paper at any scale
     """
 
@@ -145,7 +146,7 @@ class Figure(Table):
         PlaceTable(name="all"),
     )
     small: tuple[PanelTable, ...] = ()
-    paper: Annotated[tuple[PanelTable, ...], Field(min_length=1)]
+    paper: tuple[PanelTable, ...] = ()
     check: tuple[CheckTable, ...] = ()
     numbers: dict[str, dict[str, dict[str, Number]]] = Field(default_factory=dict)
 
@@ -154,6 +155,10 @@ class Figure(Table):
         entries = [entry.name for entry in self.entry]
         places = [place.name for place in self.place]
         panels = [panel.name for panel in (*self.small, *self.paper)]
+        if not panels:
+            raise ValueError("give [[small]] or [[paper]]: the panels, each with a recipe")
+        if len({*places}) < len(places):
+            raise ValueError("place: two have one name")
         for name in (*places, *panels):
             if not slug(name):
                 raise ValueError(f"{printable(name)!r} has no letter or digit: it names a folder")
@@ -167,7 +172,7 @@ class Figure(Table):
         for panel in (*self.small, *self.paper):
             _refuse_unknown(panel.name, panel.entries or (), entries)
             _refuse_unknown(panel.name, panel.places or (), places)
-        _refuse_unknown("numbers", self.numbers, [panel.name for panel in self.paper])
+        _refuse_unknown("numbers", self.numbers, panels)
         for rows in self.numbers.values():
             _refuse_unknown("numbers", rows, entries)
             for row in rows.values():
@@ -177,8 +182,16 @@ class Figure(Table):
         for panel in (*self.small, *self.paper):
             if self.tune_at is not None and self.tune_at not in (panel.places or places):
                 raise ValueError(f"{panel.name}: tune_at: it is without {self.tune_at!r}")
+            if self.tune_at is not None and not (panel.tune or self.tune):
+                raise ValueError(f"{panel.name}: tune_at: there is no [tune]")
             if panel.target is not None and self.x == IN_ALL:
                 raise ValueError(f"{panel.name}: target: a front is of whole runs")
+        if (
+            self.log
+            and self.x == "place"
+            and any((p.x or 0) <= 0 for p in self.place if p.x is not None)
+        ):
+            raise ValueError("place.x: on a logarithmic axis it is more than zero")
         return self
 
 
@@ -279,6 +292,8 @@ def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ())
     if not panels:
         raise FedSieveError(
             "this figure has no small form: give --scale paper, which needs what the list says"
+            if scale == "small"
+            else "this figure has no panels of a paper's sizes: give --scale small"
         )
     found = []
     for panel in panels:
@@ -391,7 +406,7 @@ def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
         with contextlib.suppress(OSError, FedSieveError, KeyError):
             verdict = parsed(bytes_of(told, _LARGEST), str(told))["verdict"]
             return f"run here: {printable(str(verdict))[:80]} ({told.parent})"
-    if scale == "small" and not figure.small:
+    if not (figure.small if scale == "small" else figure.paper):
         return "none"
     verdict = published().get(source) if scale == "small" else None
     before = f"published (docs/papers.md): {verdict}; " if verdict else ""

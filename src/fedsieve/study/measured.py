@@ -1,5 +1,6 @@
 """What a figure's runs have measured, as numbers: of a panel, by entry, place and seed."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -40,7 +41,8 @@ def _values(figure: Figure, of: Measured, measure: Measure) -> dict[str, Any]:
             one = of.runs.get(place.name, {}).get(entry)
             runs = one.runs if one else ()
             told = {int(r.recipe["seed"]): _value(r, measure, place, of.panel) for r in runs}
-            found[entry][place.name] = dict(sorted(told.items()))
+            there = {seed: value for seed, value in told.items() if not math.isnan(value)}
+            found[entry][place.name] = dict(sorted(there.items()))
     if figure.relative_to is None or measure != figure.y:
         return found
     one_of = found.get(figure.relative_to, {})
@@ -55,6 +57,19 @@ def _values(figure: Figure, of: Measured, measure: Measure) -> dict[str, Any]:
         }
         for entry, places in found.items()
     }
+
+
+def untold(figure: Figure, of: Measured, numbers: claims.Numbers) -> list[str]:
+    """What runs that are there do not tell, in words: a metric that their task has not, say."""
+    asked = [m for m in numbers if m != figure.y or figure.relative_to is None]
+    found = []
+    for measure, place in itertools.product(asked, of.places):
+        for entry, one in of.runs.get(place.name, {}).items():
+            if one.runs and not numbers[measure].get(entry, {}).get(place.name):
+                metrics = (place.metric,) if place.metric else of.panel.metrics or ()
+                named = f" of {' and '.join(metrics)}" if measure == "score" and metrics else ""
+                found.append(f"{of.name}, {place.name}: {entry}: its runs tell no {measure}{named}")
+    return found
 
 
 def _ratio(value: float, one: float) -> float:

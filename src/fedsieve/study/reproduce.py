@@ -36,7 +36,7 @@ from fedsieve.study.figures import (
 )
 from fedsieve.study.front import Point, front_of
 from fedsieve.study.jobs import Job, ShowRound, asked_for, finished
-from fedsieve.study.measured import Measured, numbers_of
+from fedsieve.study.measured import Measured, numbers_of, untold
 from fedsieve.study.parts import ASKED
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
 from fedsieve.study.tables import Settings
@@ -84,6 +84,10 @@ def run(
         try:
             if part.after is not None:
                 part = figuring.with_settings(part, chosen.get(part.after, {}))
+            for above in (part.folder, *part.folder.parents):
+                if above == folder:
+                    break
+                refuse_link(above, folder=True)
             base, study = figuring.ready(part, source, data)
             plan = worked_out(study, base, source, part.folder, allow_code=allow_code)
             _bring(plan, folder)
@@ -101,6 +105,8 @@ def run(
         for place in part.places:
             of.runs[place.name] = loaded
     panels = {name: numbers_of(figure, of) for name, of in measured.items()}
+    for of in measured.values():
+        problems += untold(figure, of, panels[of.name])
     asked = [check for check in figure.check if any(_asks(check, of) for of in measured.values())]
     findings = [claims.judged(check, figure, panels) for check in asked]
     return _written(source, scale, figure, folder, measured, panels, findings, problems)
@@ -150,7 +156,7 @@ def _copied(jobs: Sequence[Job], folder: Path) -> None:
         there = [*folder.parent.glob(f"*/*/{last}"), *folder.parent.glob(f"*/*/*/{last}")]
         for asked in sorted(there):
             # Whatever it is then, it is not what is asked for.
-            with contextlib.suppress(FedSieveError, OSError):
+            with contextlib.suppress(FedSieveError, OSError, RecursionError):
                 refuse_link(asked)
                 refuse_link(asked.parent, folder=True)
                 own = recipes.parse(recipes.read(str(asked)), str(asked))
@@ -207,6 +213,9 @@ def _written(
     else:
         written = written[1:]
     text = [f"# {source}: {figure.title}\n", f"{figure.claim}\n"]
+    text += [f"*{remark}*\n" for remark in figure.remarks]
+    if figure.x == IN_ALL:
+        text.append("Bold: no other run has at least its score for at most its bytes.\n")
     for name, table in rows.items():
         text += [f"## {name}\n", markdown(table), *(f"- {n}" for n in measured[name].notes), ""]
     text += [*(f"- {said(each)}" for each in findings), "", line, ""]
