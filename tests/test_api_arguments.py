@@ -2,6 +2,7 @@
 before a row is read or a model loaded.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 import fedsieve
 from fedsieve import Budget, FedSieveError, Lora, Sampling, Training
+from fedsieve.recipe.arguments import budgets_given
 from tests.conftest import LABELS, Tiny
 from tests.test_api import GOOD, LORA, TRAINING, finetune, rows
 
@@ -222,3 +224,25 @@ def test_a_stream_that_cannot_be_read_leaves_out_its_client_alone(tiny: Tiny, nu
     with pytest.raises(FedSieveError, match=f"^test: .*({said})") as caught:
         finetune(tiny, [Dataset.from_list(GOOD)], test=odd)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "unused"),
+    [
+        ("scaffold", fedsieve.Budget(down=0.25, up=0.25), "down and up"),
+        ("fedit", fedsieve.Budget(ratio=0.5), "ratio"),
+        ("fslora", fedsieve.Budget(ratio=0.5, up=0.25), "up"),
+        ("flasc", fedsieve.Budget(ratio=0.5, up=0.25), "ratio"),
+        ("flasc", fedsieve.Budget(up=0.25), ""),
+    ],
+)
+def test_a_budget_that_the_method_makes_no_use_of_is_said(
+    method: str, budget: fedsieve.Budget, unused: str
+) -> None:
+    built = getattr(fedsieve, method)()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        budgets_given(budget, ["0"], built)
+    assert [f"makes no use of {unused}:" in str(each.message) for each in said] == (
+        [True] if unused else []
+    )

@@ -51,9 +51,9 @@ class Unbounded(FedSieveError):
             f"weighting: with {clips} it must be 'uniform': a client's number of examples is its "
             "own secret, and would weigh its update beyond the clip"
             if by == "weighting"
-            else f"server: this method's server does not move by a mean of the clients' changes, "
-            f"so {clips} bounds nothing: choose a method that does (fedit, fslora, flasc, ...), or "
-            "a server without a clip"
+            else f"server: this method's server does not move by a mean of the clients' changes "
+            f"alone, so {clips} bounds nothing: choose a method that does (fedit, fslora, flasc, "
+            "...), or a server without a clip"
         )
 
 

@@ -5,6 +5,7 @@ error of one sentence that begins with the argument's name.
 """
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
@@ -128,6 +129,7 @@ def budgets_given(given: Any, ids: Iterable[str], method: Method) -> dict[str, B
     uses.
 
     Raises FedSieveError, naming the client, for what is no budget, and for a client that has none.
+    Warns of what budgets limit and the method makes no use of: one dict may serve several methods.
     """
     if isinstance(given, Mapping):
         found = {
@@ -140,6 +142,12 @@ def budgets_given(given: Any, ids: Iterable[str], method: Method) -> dict[str, B
     for id in ids:
         if id not in found:
             raise FedSieveError(f"budgets: none for client {id!r}")
+    limited = [k for k in Budget._fields if any(getattr(found[id], k) != 1 for id in ids)]
+    if unused := [knob for knob in limited if knob not in method.knobs]:
+        warnings.warn(
+            f"budgets: the method makes no use of {' and '.join(unused)}: clients get all of it",
+            stacklevel=3,
+        )
     return found
 
 

@@ -150,7 +150,7 @@ def _in_the_words_of(recipe: Recipe, error: Unbounded) -> FedSieveError:
         )
     return FedSieveError(
         f"{table}: the server of the method {recipe.method.name!r} does not move by a mean of "
-        "the clients' changes, so clipping these bounds nothing: choose a method that does "
+        "the clients' changes alone, so clipping these bounds nothing: choose a method that does "
         f"(fedit, fslora, flasc, ...), or remove {table}"
     )
 
