@@ -15,6 +15,7 @@ from fedsieve.report.canvas import INK, legend, log_scale, look, new_figure, poi
 from fedsieve.report.series import Curve
 
 _WIDTH = 0.7  # of a place's width, over which its marks are spread
+_LINE = 9.0  # points, from one of a front's names to the next
 
 
 class Mark(NamedTuple):
@@ -83,19 +84,24 @@ def png(
 
 
 def _steps(ax: Axes, front: Sequence[Mark]) -> None:
-    """The front, and the names of its points on the side on which there is room."""
+    """The front, and the names of its points above it and to the left, where nothing else is."""
     xs, ys = [mark.x for mark in front], [mark.y for mark in front]
     ax.plot(xs, ys, drawstyle="steps-post", color=INK, linewidth=1.0, zorder=1)
-    ax.margins(x=0.08, y=0.12)
+    ax.margins(y=0.12)
+    left, right = ax.get_xlim()
+    room = 0.4  # of the width, for the first point's name
+    log = ax.get_xscale() == "log"
+    ax.set_xlim(left * (left / right) ** room if log else left - room * (right - left), right)
+    last = -math.inf
     for mark in front:
-        across, _ = ax.transAxes.inverted().transform(ax.transData.transform((mark.x, mark.y)))
-        left = across < 0.4
+        _, at = ax.transData.transform((mark.x, mark.y)) * 72 / ax.figure.dpi
+        last = max(at + 3, last + _LINE)  # each above the one before it
         ax.annotate(
             mark.name,
             (mark.x, mark.y),
-            xytext=(4 if left else -4, 4),
+            xytext=(-4, last - at),
             textcoords="offset points",
-            ha="left" if left else "right",
+            ha="right",
             fontsize=7.5,
             parse_math=False,
         )
