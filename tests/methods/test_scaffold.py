@@ -11,12 +11,12 @@ import fedsieve
 from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import Memory, Method, View
+from fedsieve.algebra.method import ClientContext, Memory, Method, View
 from fedsieve.algebra.optim import bounded, sgd
 from fedsieve.algebra.payload import Form
 from fedsieve.engine.local import in_process
 from fedsieve.engine.loop import Federation, Progress, begin, rounds
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, WireError
 from fedsieve.methods.scaffold import pace
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.method import build_method
@@ -134,6 +134,16 @@ def test_a_client_that_is_new_is_not_corrected() -> None:
     assert [r.down_bytes for r in told] == [r.down_bytes for r in same]  # and gets no c
     for name, x in plain.state.trees["adapter"].items():
         assert torch.equal(ours.state.trees["adapter"][name], x)
+
+
+def test_a_client_that_lost_its_own_is_told_and_does_not_train_on() -> None:
+    """c alone, with nothing of its own against it, would be a second gradient."""
+    method = scaffold()
+    progress, _, _ = run(method, 2)
+    client, key = Client("1", 20, Budget()), Key(3, 3, "1")
+    message = method.publish(progress.state, client, key)
+    with pytest.raises(WireError, match="a control variate that this client has not kept"):
+        method.view(message, {}, ClientContext(client, START, key))
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9])

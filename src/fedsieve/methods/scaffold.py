@@ -37,7 +37,7 @@ from fedsieve.algebra.optim import Optimizer, limits
 from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import dense
 from fedsieve.algebra.support import everything, gather
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, WireError
 from fedsieve.settings import Training, steps_of
 
 CONTROL = "control"  # the sum of the c_i at the server, c_i at a client
@@ -96,6 +96,8 @@ def _method(
         seen, memory = inner.view(payload, memory, context)
         if payload.control is None:
             return seen, memory
+        if CONTROL not in memory:
+            raise WireError("the server counts on a control variate that this client has not kept")
         common = payload.control.tree()
         added = _plus(common, memory[CONTROL], -1)
         seen = seen._replace(penalty=_along(added, seen.adapter.tensors))
