@@ -65,8 +65,7 @@ def png(
                 else:
                     points(ax, panel.curves[entry], look(i))
             if places:
-                turned = sum(map(len, places)) > 50
-                turn = 30 if turned else 0
+                turn = 30 if sum(map(len, places)) > 50 else 0
                 ax.set_xticks(range(len(places)), places, rotation=turn, parse_math=False)
                 ax.grid(False, axis="x")
             elif log:

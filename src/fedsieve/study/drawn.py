@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fedsieve.report import figure as drawing
 from fedsieve.report.read import Run
-from fedsieve.report.series import Curve, curve, shown_measure, spread
+from fedsieve.report.series import Curve, Spread, curve, shown_measure, spread
 from fedsieve.study import claims
 from fedsieve.study.figures import FRONT, IN_ALL, Figure, PlaceTable
 from fedsieve.study.front import Point
@@ -77,15 +77,10 @@ def _drawn(
     curves: dict[str, Curve] = {}
     if figure.x == "place":
         for entry in of.entries:
-            found = [
-                (_x(along, place), spread([*values[entry][place.name].values()]))
-                for place in of.places
-            ]
-            told = [(x, each) for x, each in found if each is not None]
-            told = [(x, each) for x, each in told if math.isfinite(each.mean)]
-            if told:
-                columns = ([each.mean for _, each in told], [each.low for _, each in told])
-                curves[entry] = Curve([x for x, _ in told], *columns, [e.high for _, e in told])
+            found = values[entry]
+            points = [(_x(along, p), spread([*found[p.name].values()])) for p in of.places]
+            if (line := _through(points)) is not None:
+                curves[entry] = line
         return drawing.Panel(of.name, curves)
     for place in of.places:
         for entry, one in of.runs.get(place.name, {}).items():
@@ -93,6 +88,15 @@ def _drawn(
             if all(scores(place, of.panel)(run) for run in one.runs):
                 curves[label] = curve(one, scores(place, of.panel), _passed(figure.x))
     return drawing.Panel(of.name, curves)
+
+
+def _through(points: Iterable[tuple[float, Spread | None]]) -> Curve | None:
+    """A line with its band; None where no point has a mean that can be drawn."""
+    told = [(x, y) for x, y in points if y is not None and math.isfinite(y.mean)]
+    if not told:
+        return None
+    xs, ys = zip(*told, strict=True)
+    return Curve([*xs], [y.mean for y in ys], [y.low for y in ys], [y.high for y in ys])
 
 
 def _x(along: Sequence[PlaceTable], place: PlaceTable) -> float:
@@ -122,14 +126,9 @@ def _passed(x: str) -> Callable[[Run], dict[int, float]] | None:
 def _drawn_front(of: Measured, numbers: claims.Numbers, best: Sequence[Point]) -> drawing.Panel:
     curves: dict[str, Curve] = {}
     for entry in of.entries:
-        told = [
-            (statistics.fmean(sent.values()), spread([*score.values()]))
-            for sent, score in ([numbers[m][entry][p.name] for m in FRONT] for p in of.places)
-            if sent and score
-        ]
-        at = [(x, each) for x, each in told if each is not None and math.isfinite(each.mean)]
-        if at:
-            columns = ([e.mean for _, e in at], [e.low for _, e in at], [e.high for _, e in at])
-            curves[entry] = Curve([x for x, _ in at], *columns)
+        told = ([numbers[m][entry][place.name] for m in FRONT] for place in of.places)
+        points = [(statistics.fmean(s.values()), spread([*y.values()])) for s, y in told if s and y]
+        if (line := _through(points)) is not None:
+            curves[entry] = line
     marks = [drawing.Mark(p.megabytes, p.score, f"{p.entry}, {p.place}") for p in best]
     return drawing.Panel(of.name, curves, tuple(marks))

@@ -186,11 +186,8 @@ class Figure(Table):
                 raise ValueError(f"{panel.name}: tune_at: there is no [tune]")
             if panel.target is not None and self.x == IN_ALL:
                 raise ValueError(f"{panel.name}: target: a front is of whole runs")
-        if (
-            self.log
-            and self.x == "place"
-            and any((p.x or 0) <= 0 for p in self.place if p.x is not None)
-        ):
+        along = [place.x for place in self.place if place.x is not None]
+        if self.log and self.x == "place" and min(along, default=1) <= 0:
             raise ValueError("place.x: on a logarithmic axis it is more than zero")
         return self
 
