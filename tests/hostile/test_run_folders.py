@@ -407,6 +407,18 @@ def test_a_damaged_log_is_named_with_its_line(
     assert contents(theirs) == kept
 
 
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("log", rundir.LOGS)
+@pytest.mark.parametrize("act", [resume, export], ids=lambda act: act.__name__)
+def test_a_log_that_is_gone_is_missed_before_anything_is_done(
+    act: Act, log: str, theirs: Path, tiny: Tiny, command: Command
+) -> None:
+    (theirs / log).unlink()
+    kept = contents(theirs)
+    one_sentence(act(command, theirs, tiny), f"{theirs / log} is not there")
+    assert contents(theirs) == kept
+
+
 RECIPES: dict[str, Callable[[bytes], bytes]] = {
     "cut in a line": lambda text: text[: text.rindex(b'"')],
     "cut after a few lines": lambda text: b"\n".join(text.splitlines()[:3]),

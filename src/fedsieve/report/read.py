@@ -242,6 +242,13 @@ def check_logs(metrics: Path, clients: Path, marks: Mapping[str, int], last: int
     marks: file name -> the bytes of it that are read; last: the round that they end with
     Raises FedSieveError, naming file and line, for damage of any kind.
     """
+    for log in (metrics, clients):
+        if not log.is_file():
+            raise FedSieveError(
+                f"{log} is not there, and the newest checkpoint counts on it: put it back, or run "
+                f"the recipe again in another folder, `fedsieve run {log.parent / 'recipe.toml'} "
+                "--out FOLDER`"
+            )
     rows = _rounds(metrics, [], marks.get(metrics.name, 0))
     found = rows[-1].round if rows else None
     if found != last:
