@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
 from fedsieve.study import claims, figures
 from fedsieve.study.front import Point, front
+from fedsieve.study.parts import ASKED
 from fedsieve.study.plan import worked_out
 from fedsieve.study.tables import Grid, Study
 from tests import runs
@@ -171,7 +173,7 @@ def test_a_figure_from_end_to_end(write: Write, tmp_path: Path, command: Command
     assert told["rows"]["tiny"][0]["4"].endswith("(paper 12.5)")
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     last = " ".join(ran.out.split())
-    assert f"{path} (small, 2 seeds): does not hold. The paper: Whatever it is." in last
+    assert f"{path} (small, 2 seeds): does not hold. The claim: Whatever it is." in last
     assert "Here 2 of 3 claims hold: does not hold, in 0 of 2 seeds: sends more: " in last
 
     # What is finished never runs again, in this figure or in one beside it.
@@ -395,6 +397,28 @@ def test_a_neighbour_that_is_too_deep_to_be_copied_is_run_anew(
     (again,) = (found for found in two.rglob("seed-0") if not found.name.startswith("."))
     assert not (again / "d").exists()
     assert (again / rundir.METRICS).is_file()
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_neighbours_run_comes_where_one_was_asked_for_and_never_begun(
+    write: Write, tmp_path: Path, command: Command
+) -> None:
+    """A figure that was stopped has said of all its runs what they are to be."""
+    path = write(small=[{"name": "p", "recipe": "tiny.toml"}], seeds=[0], entry=[{"name": "dense"}])
+    done = {}
+    for name in ("one", "two", "three"):
+        if name != "one":
+            (asked,) = (tmp_path / "papers/one").rglob(ASKED)
+            own = tmp_path / "papers" / name / asked.relative_to(tmp_path / "papers/one")
+            own.parent.mkdir(parents=True)
+            shutil.copy(asked, own)
+            if name == "three":
+                (own.parent / "notes.txt").write_text("mine")
+        ran = command("reproduce", path, "--out", tmp_path / "papers" / name)
+        assert ran.code == 0, ran.err
+        done[name] = "1 of them done already" in ran.out
+    assert done == {"one": False, "two": True, "three": False}
+    assert [*(tmp_path / "papers/three").rglob("notes.txt")]
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -8,6 +8,7 @@ and not done again. A part that fails is named, and the others go on.
 import contextlib
 import json
 import math
+import os
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -150,7 +151,7 @@ def _copied(jobs: Sequence[Job], folder: Path) -> None:
     """A run is copied only where its rows are those that are there now."""
     rows: dict[str, RowsDigest] = {}
     for job in jobs:
-        if job.folder.exists():
+        if os.path.lexists(job.folder) and not _only_asked(job.folder):
             continue
         last = f"{job.folder.parent.name}/{job.folder.name}/{ASKED}"
         there = [*folder.parent.glob(f"*/*/{last}"), *folder.parent.glob(f"*/*/*/{last}")]
@@ -172,13 +173,23 @@ def _copied(jobs: Sequence[Job], folder: Path) -> None:
                     break
 
 
+def _only_asked(folder: Path) -> bool:
+    """Whether a run is to go there and has not begun: what is left by a study that was stopped."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return [path.name for path in folder.iterdir()] == [ASKED]
+
+
 def _copy_whole(run: Path, to: Path) -> None:
-    """A folder that is there with all of the other's, or not at all."""
+    """A folder that is there with all of the other's, or as it was."""
     to.parent.mkdir(parents=True, exist_ok=True)
     part = to.with_name(f".{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         shutil.copytree(run, part, symlinks=True, copy_function=copied)
+        if to.exists():
+            (to / ASKED).unlink()
+            to.rmdir()
         part.rename(to)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -332,7 +343,7 @@ def _line(
     worst = sorted(findings, key=lambda each: WORST_FIRST.index(each.verdict))[:_TOLD]
     return (
         f"{source} ({scale}, {count(len(seeds), 'seed')}): {claims.of_all(findings)}. "
-        f"The paper: {figure.claim} Here {holding} of {count(len(findings), 'claim')} hold: "
+        f"The claim: {figure.claim} Here {holding} of {count(len(findings), 'claim')} hold: "
         + "; ".join(said(each) for each in worst)
         + (f". {left_out} more are of what this form leaves out" if left_out else "")
     )
