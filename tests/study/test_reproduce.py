@@ -440,7 +440,7 @@ def test_a_neighbours_run_is_copied_whole_or_not_at_all(
                 Path(to).touch()
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-            patch.setattr("fedsieve.study.reproduce.copied", full)
+            patch.setattr("fedsieve.study.neighbours.copied", full)
         ran = command("reproduce", path, "--out", tmp_path / "papers/two")
     assert ran.code == 0, ran.err  # it was run anew
     assert "1 of them done already" not in ran.out

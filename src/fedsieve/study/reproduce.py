@@ -5,23 +5,16 @@ was stopped. A run that a neighbouring figure has done already, with the very sa
 and not done again. A part that fails is named, and the others go on.
 """
 
-import contextlib
 import json
 import math
-import os
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedsieve.disk import copied, refuse_link, write_whole
+from fedsieve.disk import refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
-from fedsieve.recipe import read as recipes
-from fedsieve.recipe.experiment import digest_of_rows
 from fedsieve.report.series import gather, spread
-from fedsieve.run import rundir
-from fedsieve.run.found import settings_of
 from fedsieve.study import claims, compare, drawn
 from fedsieve.study import figures as figuring
 from fedsieve.study.claims import WORST_FIRST, Finding, number
@@ -36,12 +29,11 @@ from fedsieve.study.figures import (
     Scale,
 )
 from fedsieve.study.front import Point, front_of
-from fedsieve.study.jobs import Job, ShowRound, asked_for, finished
+from fedsieve.study.jobs import ShowRound
 from fedsieve.study.measured import Measured, numbers_of, untold
-from fedsieve.study.parts import ASKED
+from fedsieve.study.neighbours import bring
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
 from fedsieve.study.tables import Settings
-from fedsieve.tasks.digest import RowsDigest
 
 RESULT = "figure"  # .json, .md and .png
 _TOLD = 3  # claims in the last line, those that fare worst first
@@ -136,8 +128,8 @@ def _asks(check: CheckTable, of: Measured) -> bool:
 
 def _bring(plan: Plan, folder: Path) -> None:
     """Copy what a figure beside this one has run with the very recipe that is asked for here."""
-    _copied(trial_jobs(plan), folder)
-    _copied(final_jobs(plan, _chosen(plan)), folder)
+    bring(trial_jobs(plan), folder)
+    bring(final_jobs(plan, _chosen(plan)), folder)
 
 
 def _chosen(plan: Plan) -> dict[str, Settings]:
@@ -145,55 +137,6 @@ def _chosen(plan: Plan) -> dict[str, Settings]:
     found: dict[str, Settings] = {entry.name: {} for entry in plan.entries if not entry.trials}
     tuned = compare.judge(plan) if plan.tune is not None else {}
     return found | {n: t.trials[t.best].settings for n, t in tuned.items() if t.best is not None}
-
-
-def _copied(jobs: Sequence[Job], folder: Path) -> None:
-    """A run is copied only where its rows are those that are there now."""
-    rows: dict[str, RowsDigest] = {}
-    for job in jobs:
-        if os.path.lexists(job.folder) and not _only_asked(job.folder):
-            continue
-        last = f"{job.folder.parent.name}/{job.folder.name}/{ASKED}"
-        there = [*folder.parent.glob(f"*/*/{last}"), *folder.parent.glob(f"*/*/*/{last}")]
-        for asked in sorted(there):
-            # Whatever it is then, it is not what is asked for.
-            with contextlib.suppress(FedSieveError, OSError, RecursionError):
-                refuse_link(asked)
-                refuse_link(asked.parent, folder=True)
-                own = recipes.parse(recipes.read(str(asked)), str(asked))
-                if settings_of(own) == settings_of(job.recipe) and finished(
-                    job._replace(folder=asked.parent)
-                ):
-                    asked_rows = asked_for(job)
-                    if asked_rows not in rows:
-                        rows[asked_rows] = digest_of_rows(job.recipe)
-                    if rundir.rows_of(asked.parent) != rows[asked_rows]:
-                        continue
-                    _copy_whole(asked.parent, job.folder)
-                    break
-
-
-def _only_asked(folder: Path) -> bool:
-    """Whether a run is to go there and has not begun: what is left by a study that was stopped."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    return [path.name for path in folder.iterdir()] == [ASKED]
-
-
-def _copy_whole(run: Path, to: Path) -> None:
-    """A folder that is there with all of the other's, or as it was."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    part = to.with_name(f".{to.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        shutil.copytree(run, part, symlinks=True, copy_function=copied)
-        if to.exists():
-            (to / ASKED).unlink()
-            to.rmdir()
-        part.rename(to)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 def _written(

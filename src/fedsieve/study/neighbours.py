@@ -1,0 +1,73 @@
+"""Runs that a neighbouring figure has done: copied, where this one asks for the very same.
+
+A neighbour is a figure's folder beside this one's. Whatever is found there may come from somebody
+else: a run counts only if it is whole, is of the recipe that is asked for, and on the same rows.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedsieve.disk import copied, refuse_link
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.experiment import digest_of_rows
+from fedsieve.run import rundir
+from fedsieve.run.found import settings_of
+from fedsieve.study.jobs import Job, asked_for, finished
+from fedsieve.study.parts import ASKED
+from fedsieve.tasks.digest import RowsDigest
+
+
+def bring(jobs: Sequence[Job], folder: Path) -> None:
+    """Copy what was run beside `folder` already, where a job has not begun.
+
+    A run is copied only where its rows are those that are there now.
+    """
+    rows: dict[str, RowsDigest] = {}
+    for job in jobs:
+        if os.path.lexists(job.folder) and not _only_asked(job.folder):
+            continue
+        last = f"{job.folder.parent.name}/{job.folder.name}/{ASKED}"
+        there = [*folder.parent.glob(f"*/*/{last}"), *folder.parent.glob(f"*/*/*/{last}")]
+        for asked in sorted(there):
+            # Whatever it is then, it is not what is asked for.
+            with contextlib.suppress(FedSieveError, OSError, RecursionError):
+                refuse_link(asked)
+                refuse_link(asked.parent, folder=True)
+                own = recipes.parse(recipes.read(str(asked)), str(asked))
+                if settings_of(own) == settings_of(job.recipe) and finished(
+                    job._replace(folder=asked.parent)
+                ):
+                    asked_rows = asked_for(job)
+                    if asked_rows not in rows:
+                        rows[asked_rows] = digest_of_rows(job.recipe)
+                    if rundir.rows_of(asked.parent) != rows[asked_rows]:
+                        continue
+                    _copy_whole(asked.parent, job.folder)
+                    break
+
+
+def _only_asked(folder: Path) -> bool:
+    """Whether a run is to go there and has not begun: what is left by a study that was stopped."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return [path.name for path in folder.iterdir()] == [ASKED]
+
+
+def _copy_whole(run: Path, to: Path) -> None:
+    """A folder that is there with all of the other's, or as it was."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    part = to.with_name(f".{to.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        shutil.copytree(run, part, symlinks=True, copy_function=copied)
+        if to.exists():
+            (to / ASKED).unlink()
+            to.rmdir()
+        part.rename(to)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
