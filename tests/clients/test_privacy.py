@@ -34,6 +34,7 @@ from fedsieve.clients.privacy import (
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import ffa_lora, flasc, fslora
 from fedsieve.settings import Kind, Source
+from fedsieve.study import figures
 from tests import toy
 
 KEY = Key(3)
@@ -627,3 +628,17 @@ def test_a_count_that_spends_everything_is_refused() -> None:
     )
     assert plan.adaptive == Adaptive(0.5, 0.2, 2.0)
     assert "0.5 quantile" in plan.guarantee
+
+
+def test_flascs_noise_costs_the_epsilon_that_its_paper_says() -> None:
+    """Of its Figure 7, where 10 of Reddit's 32,000 users stand for 1,000, after 200 rounds."""
+    figure = figures.load("flasc/fig7")
+    table = figure.set["privacy"]
+    cohorts = Cohorts("poisson", table["simulated_cohort"], table["simulated_population"])
+    told = {}
+    for place in figure.place:
+        said, _, of = place.name.removeprefix("epsilon ").partition(", ")
+        multiplier = place.set["privacy.noise_multiplier"]
+        if of == "Reddit" and multiplier > 0:
+            told[float(said)] = ledger(cohorts, multiplier, table["delta"])(200)
+    assert told == {each: pytest.approx(each, rel=0.1) for each in (2.0, 0.25, 0.025)}
