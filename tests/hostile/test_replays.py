@@ -200,3 +200,20 @@ def test_a_digest_is_of_what_is_said() -> None:
     for other in others:
         assert digest(other) not in seen
         seen.add(digest(other))
+
+
+@pytest.mark.parametrize("do", ["evaluate", "keep"])
+def test_no_two_sites_are_asked_the_same_of_an_adapter(do: str) -> None:
+    """A node without worker and rows repeats, to the byte, what the worker of another site said."""
+    method, members = fedit.method(**EXACT), toy.clients([Budget()] * 2)
+    net = Net({i: site(c, method) for i, c in enumerate(members)})
+    sites = sites_of(net)
+    run(federation(sites, method, size=2), 1)
+    said: list[bytes] = []
+
+    def honest(request: Frame) -> bytes:
+        said.append(worker.pack(seal(worker.digest(request), Frame({"ok": True, "round": 1}))))
+        return said[-1]
+
+    net.answers = {0: honest, 1: lambda request: said[-1]}
+    assert [*sites.ask_all(do, b"the adapter", 5.0)] == ["0000"]

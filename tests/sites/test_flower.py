@@ -622,7 +622,7 @@ def test_every_byte_is_a_rounds_or_aside() -> None:
     assert all(n is not None for n in told)
     assert told[0]
     answer = len(pack(seal(bytes(32), Frame({"ok": True}))))
-    asked = {"do": "evaluate", "recipe": "digest", "round": 2, "after": 2}
+    asked = {"do": "evaluate", "recipe": "digest", "round": 2, "site": "0000", "after": 2}
     assert told[-1] == 3 * (answer + 1000 + 100 + len(pack(Frame(asked, b"the adapter"))))
     assert counted + sum(n or 0 for n in told) == net.carried
 

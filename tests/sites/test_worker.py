@@ -166,6 +166,17 @@ def test_counts_from_the_sites_make_the_exact_mean(tiny: Tiny, tmp_path: Path) -
     assert joint.loss == pytest.approx(expected.loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("do", ["train", "evaluate", "keep"])
+def test_what_is_for_another_site_is_not_done(tiny: Tiny, tmp_path: Path, do: str) -> None:
+    site, text = asking(write_site(tiny, tmp_path)), recipe_text(tiny)
+    told(site, text)
+    asked = train(text, 1, b"") if do == "train" else rate(do, text, 1, b"")
+    for whose, why in (("south", "for another site"), ("north", "message")):
+        answer = site(Frame({**asked.header, "site": whose}, b""))
+        assert not answer.header["ok"]
+        assert why in answer.header["error"]
+
+
 @pytest.mark.parametrize("name", ["fedit", "flora", "fedsa_lora"])
 def test_the_kept_adapter_scores_as_the_one_that_was_sent(
     tiny: Tiny, tmp_path: Path, name: str

@@ -273,6 +273,9 @@ class SetRecipe(_Asked):
     round: NonNegativeInt = 0
 
 
+SiteName = Annotated[str, Field(max_length=64)]
+
+
 class BudgetOffer(_Asked):
     """The budget that the server chose for this site (budget.Budget)."""
 
@@ -294,13 +297,14 @@ class Train(_Asked):
     seed: NonNegativeInt
     round: PositiveInt
     after: NonNegativeInt | None = None
-    site: Annotated[str, Field(max_length=64)] | None = None
+    site: SiteName | None = None
     budget: BudgetOffer | None = None
 
 
 class EvaluateRequest(_Asked):
     """Evaluate the adapter in the body, which is that after `round`, or write it to the disk.
 
+    site: whom it is for: the answers of two sites are never to the same request
     after: as in `Train`: what the site has of its own in the adapter is that of this round
     """
 
@@ -308,6 +312,7 @@ class EvaluateRequest(_Asked):
     recipe: Digest
     round: NonNegativeInt
     after: NonNegativeInt | None = None
+    site: SiteName | None = None
 
 
 def _unknown(why: str) -> Frame:
@@ -388,8 +393,7 @@ def _train(resident: Resident, request: Frame) -> Frame:
             f"seed {asked.seed}, round {number}: the recipe has seed {recipe.seed} and "
             f"{recipe.rounds} rounds"
         )
-    if asked.site not in (None, site.name):
-        raise FedSieveError("this request is for another site")
+    _refuse_another_site(resident, asked.site)
     budget = _budget(site, asked.budget)
     folder = _folder(resident, assignment.run) / "rounds"
     digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
@@ -410,6 +414,11 @@ def _train(resident: Resident, request: Frame) -> Frame:
         room = partial(limits.check_room, site)
         journal.write(folder, done, keep=2 * recipe.checkpoint.every, room=room)
     return Frame(done.facts, done.answer)
+
+
+def _refuse_another_site(resident: Resident, asked: str | None) -> None:
+    if asked not in (None, resident.site.name):
+        raise FedSieveError("this request is for another site")
 
 
 def _whose(resident: Resident, assignment: Assignment) -> str:
@@ -475,6 +484,7 @@ def _evaluate(resident: Resident, request: Frame) -> Frame:
     asked = _checked(EvaluateRequest, request)
     assignment = _assignment(resident, asked.recipe)
     _refuse_round(assignment, asked.round)
+    _refuse_another_site(resident, asked.site)
     if assignment.test is None:
         raise FedSieveError("this site has no test rows")
     adapter = _own(resident, assignment, _adapter(request.body, assignment.start.layout), asked)
@@ -495,6 +505,7 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     asked = _checked(EvaluateRequest, request)
     assignment = _assignment(resident, asked.recipe)
     _refuse_round(assignment, asked.round)
+    _refuse_another_site(resident, asked.site)
     adapter = _own(resident, assignment, _adapter(request.body, assignment.start.layout), asked)
     place = resident.site.folder / "adapters" / assignment.run[:16]
     for there in (place.parent, place):

@@ -309,7 +309,7 @@ class Sites:
         answers: dict[str, Frame] = {}
         until = self._clock() + seconds
         for client in self._free():
-            frame = Frame({**head, **self._after(client)}, body)
+            frame = Frame({**head, "site": client.id, **self._after(client)}, body)
             request, dispatch = self._go(client, kind, frame, seconds, 0)
             if request is None:
                 self._aside += dispatch.transport
