@@ -169,6 +169,43 @@ def test_saving_where_no_folder_can_be(tiny: Tiny, tmp_path: Path, method: Any) 
     assert any((tmp_path / "a" / "b").iterdir())
 
 
+@pytest.mark.parametrize("method", [fedsieve.fedit(), fedsieve.full(), fedsieve.flora()])
+def test_saving_follows_no_link_and_leaves_what_else_is_there(
+    tiny: Tiny, tmp_path: Path, method: Any
+) -> None:
+    run = finetune(tiny, [rows(6, 1)], method, rounds=1).finish()
+    run.save(tmp_path / "first")
+    names = [path.name for path in (tmp_path / "first").iterdir() if path.is_file()]
+    there, place = tmp_path / "elsewhere", tmp_path / "saved"
+    there.mkdir()
+    place.mkdir()
+    (place / "notes.txt").write_text("mine")
+    for name in (*names, f"../.{place.name}.part"):
+        target = there / name.removeprefix("../")
+        target.write_text("precious")
+        (place / name).symlink_to(target)
+    run.save(place)
+    assert {path.read_text() for path in there.iterdir()} == {"precious"}
+    assert (place / "notes.txt").read_text() == "mine"
+    assert not any(path.is_symlink() for path in place.iterdir())
+
+
+def test_a_link_in_the_place_of_an_adapters_base_is_not_followed(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    run = finetune(tiny, [rows(6, 1)], fedsieve.fedit(), rounds=1).finish()
+    run.save(tmp_path / "first")
+    base = tmp_path / "first" / "base"
+    kept = {path: path.read_bytes() for path in base.iterdir()}
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "base").symlink_to(base)
+    with pytest.raises(FedSieveError, match="is there already"):
+        run.save(tmp_path / "saved")
+    assert {path: path.read_bytes() for path in base.iterdir()} == kept
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == ["base"]
+    assert not [*tmp_path.glob(".*.part")]
+
+
 # --- streams in which anything may be
 
 

@@ -300,6 +300,16 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def move_into(part: Path, folder: Path) -> None:
+    """Give a folder all that is in another one, which is gone then. What else is there stays; a
+    link of the same name is replaced, not followed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in part.iterdir():
+        path.replace(folder / path.name)
+    part.rmdir()
+
+
 @contextmanager
 def tensors_read() -> Iterator[None]:
     """Around reading a file of tensors: what safetensors and torch raise over its bytes becomes a

@@ -1,6 +1,7 @@
 """A run in a notebook: rounds to iterate over, and what can be asked of the adapter in between."""
 
 import json
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.data import given, templates
 from fedsieve.data.files import Columns
-from fedsieve.disk import objects, refuse_link, write_whole
+from fedsieve.disk import move_into, objects, refuse_link, remove_link, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.cautions import cautioning
@@ -34,6 +35,8 @@ from fedsieve.tasks.tally import Score
 from fedsieve.tasks.task import Bad, Fields, Reader, Rows, Task, refuse
 from fedsieve.train.card import Told
 from fedsieve.train.local import evaluate, told
+from fedsieve.train.model import make_way
+from fedsieve.train.prepared import BASE
 
 _MARK = "# A run in a notebook: Run.report wrote this, and no command goes on with it.\n"
 
@@ -179,9 +182,11 @@ class Run:
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's format, with all that loading it takes (docs/finetune.md).
 
+        What else is in the folder stays. It is written beside the folder first, so that a disk
+        that is full leaves what was there.
         Raises FedSieveError if there can be no such folder.
         """
-        place = arguments.folder_given("save", folder)
+        place = arguments.folder_given("save", folder).resolve()
         last = self.metrics[-1]
         privacy = self._experiment.federation.method.private
         known = Told(
@@ -194,9 +199,16 @@ class Run:
             personal=self._experiment.federation.method.personal is not None,
             privacy=privacy and f"noise from the {privacy}; whoever trained it knows the epsilon",
         )
+        part = place.with_name(f".{place.name}.part")
         try:
-            self._experiment.resident.save(self.adapter, place, known)
+            if not remove_link(part):
+                shutil.rmtree(part, ignore_errors=True)
+            self._experiment.resident.save(self.adapter, part, known, home=place)
+            if (part / BASE).exists():
+                make_way(place)
+            move_into(part, place)
         except Exception as error:
+            shutil.rmtree(part, ignore_errors=True)
             if not rundir.of_the_disk(error):
                 raise
             raise FedSieveError(f"save: {place} cannot be written: {error}") from error

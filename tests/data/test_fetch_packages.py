@@ -205,6 +205,16 @@ def test_the_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert fetch.cache_folder() == tmp_path / "home" / ".cache" / "fedsieve"
 
 
+@pytest.mark.parametrize("variable", ["FEDSIEVE_CACHE", "XDG_CACHE_HOME"])
+def test_a_cache_that_can_be_no_path_is_refused(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("FEDSIEVE_CACHE", raising=False)
+    monkeypatch.setenv(variable, "~nobody-has-this-name/x")
+    with pytest.raises(FedSieveError, match="'~nobody-has-this-name/x' can be no path"):
+        fetch.cache_folder()
+
+
 def test_a_gguf_model_is_kept_as_safetensors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def convert(path: Path, folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(path.read_bytes()[:9])

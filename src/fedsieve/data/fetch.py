@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import filelock
 
-from fedsieve.disk import bytes_of, parsed, refuse_holes
+from fedsieve.disk import bytes_of, parsed, place, refuse_holes
 from fedsieve.errors import FedSieveError, nearest
 
 MANIFEST = ".manifest.json"
@@ -148,12 +148,13 @@ def instead_of(model: str) -> str | None:
 
 
 def cache_folder() -> Path:
-    """`$FEDSIEVE_CACHE`, else `$XDG_CACHE_HOME/fedsieve`, else `~/.cache/fedsieve`."""
+    """`$FEDSIEVE_CACHE`, else `$XDG_CACHE_HOME/fedsieve`, else `~/.cache/fedsieve`.
+
+    Raises FedSieveError for what can be no path.
+    """
     if own := os.environ.get("FEDSIEVE_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "fedsieve"
-    return Path.home() / ".cache" / "fedsieve"
+        return place(own)
+    return place(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "fedsieve"
 
 
 def cached(name: str, *, packages: Mapping[str, Package] = PACKAGES) -> Path:

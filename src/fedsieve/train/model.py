@@ -7,6 +7,7 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 
 import copy
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -186,8 +187,8 @@ class ResidentModel:
             )
         fits = not prepared.needed(base, origin, head=catalogue.load(self.task).head)
         alone = fits or not for_hub
-        if alone and not fits:
-            _make_way(folder, home or folder)
+        if alone and not fits and home is None:
+            make_way(folder)
         self._configure(adapter.layout, (home or folder).resolve(), origin, fits, for_hub)
         self.model.save_pretrained(str(folder), save_embedding_layers=False)
         if self.classes:
@@ -272,15 +273,15 @@ class ResidentModel:
         card.write(folder, saved, told)
 
 
-def _make_way(folder: Path, home: Path) -> None:
+def make_way(folder: Path) -> None:
     """Remove a base that was saved in a folder before. Raises FedSieveError for anything else of
-    its name.
+    its name, a link too.
     """
     place = folder / prepared.BASE
-    if not place.exists():
+    if not os.path.lexists(place):
         return
     told = table_of(folder / "adapter_config.json").get("base_model_name_or_path")
-    if told != str(home.resolve() / prepared.BASE):
+    if told != str(folder.resolve() / prepared.BASE) or place.is_symlink():
         raise FedSieveError(
             f"{place} is there already, and the adapter's base would go there: choose another place"
         )
