@@ -53,6 +53,11 @@ def quoted(value: Any) -> str:
     return repr(value)[:LONGEST_TOLD]
 
 
+def words(error: BaseException, most: int = 300) -> str:
+    """What a library says, in one line and not at any length: it may quote what it was given."""
+    return " ".join(str(error).split())[:most]
+
+
 def explain_all(
     error: Failed,
     source: str,

@@ -312,6 +312,19 @@ def test_what_can_be_no_path_is_named(tiny: Tiny, path: str) -> None:
             from_recipe(recipe.check(tiny.table(**changes)))
 
 
+def test_what_a_library_says_of_a_file_is_one_line(tmp_path: Path) -> None:
+    files = {
+        "head.csv": b'te\0xt,label\n"a b",x\n"c d",y\n',
+        "cut.parquet": b"PAR1" + bytes(500) + b"PAR1",
+        "rows.json": b'{"a":\n\n [1,\n 2,,]}',
+    }
+    for name, held in files.items():
+        (tmp_path / name).write_bytes(held)
+        with pytest.raises(FedSieveError, match=name) as caught:
+            sources.load(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "table.json").mkdir()
     with pytest.raises(FedSieveError, match=r"table\.json is a folder"):

@@ -34,7 +34,7 @@ from datasets import Dataset, DatasetInfo, Features
 from fedsieve.data.names import kind_of
 from fedsieve.data.templates import used
 from fedsieve.disk import refuse_holes
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, words
 
 EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
@@ -114,8 +114,8 @@ def read(
                 f"data.separator = {other!r}"
             ) from error
         # pyarrow quotes the row after what is wrong with it.
-        why = re.sub(r"(Expected \d+ columns, got \d+): .*", r"\1", str(error), flags=re.DOTALL)
-        raise FedSieveError(f"{path} could not be read: {why[:300]}") from error
+        why = re.sub(r"(Expected \d+ columns, got \d+): .*", r"\1", words(error))
+        raise FedSieveError(f"{path} could not be read: {why}") from error
     if table.num_rows == 0:
         raise FedSieveError(f"{path} holds no rows")
     return _dataset(path, table)
@@ -199,7 +199,7 @@ def array_of(values: Sequence[Any], what: str, place: Callable[[int], str]) -> p
         raise FedSieveError(f"{place(odd)} has half a character in {what}: {error}") from None
     except (pa.ArrowException, ArithmeticError, TypeError, ValueError) as error:
         odd = _first_odd(values)
-        why = " ".join(str(error).split())
+        why = words(error)
         raise FedSieveError(
             f"{place(odd)} has a value in {what} that no column can hold: {why}"
         ) from None
@@ -486,7 +486,7 @@ def _refuse_other_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
         except pa.ArrowInvalid as error:
             raise FedSieveError(
                 f"{path}: column {name!r} is damaged in rows {row} to {row + len(chunk) - 1}: "
-                f"{' '.join(str(error).split())[:200]}"
+                f"{words(error, 200)}"
             ) from None
         row += len(chunk)
 
@@ -553,7 +553,7 @@ def _parsed(path: Path, content: str) -> Any:
     try:
         return json.loads(content, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise FedSieveError(f"{path} is not valid JSON: {error}") from None
+        raise FedSieveError(f"{path} is not valid JSON: {words(error)}") from None
 
 
 def _under(path: Path, whole: Any, field: str) -> list[Any]:
@@ -651,7 +651,7 @@ def _dataset(path: Path, table: pa.Table) -> Dataset:
         return Dataset(table.replace_schema_metadata(None), info=DatasetInfo(features=features))
     except Exception as error:  # whatever `datasets` may raise over a stranger's note
         raise FedSieveError(
-            f"{path} has a column of a type that cannot be used: {error}"
+            f"{path} has a column of a type that cannot be used: {words(error)}"
         ) from error
 
 

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from fedsieve.console import quiet
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, words
 
 # What transformers calls a special token, and what the file does.
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
@@ -56,7 +56,9 @@ def convert(path: Path, folder: Path) -> None:
     except FedSieveError:
         raise
     except Exception as error:  # whatever its parsers raise
-        raise FedSieveError(f"{path.name} cannot be read as a GGUF model: {error}") from error
+        raise FedSieveError(
+            f"{path.name} cannot be read as a GGUF model: {words(error)}"
+        ) from error
     for made in scratch.iterdir():
         made.rename(folder / made.name)
     shutil.rmtree(scratch)

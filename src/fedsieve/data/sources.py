@@ -20,7 +20,7 @@ from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
 from fedsieve.data.templates import possible, used, values_of
 from fedsieve.disk import bytes_of, parsed, place
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, words
 
 MOST_ROWS = 10_000_000  # of a stream
 _TEXTS = frozenset({"string", "large_string", "string_view"})
@@ -155,7 +155,7 @@ def _gathered(
 
 def _named(error: Exception) -> str:
     """An error's kind and its words, in one line."""
-    return ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split()))))
+    return ": ".join(filter(None, (type(error).__name__, words(error))))
 
 
 def column(dataset: Dataset, name: str) -> list[Any]:
@@ -332,7 +332,8 @@ def _files_beside(name: str) -> set[str]:
 
 def _why(error: Exception) -> str:
     looked = "" if hub.reachable() else f" (looked up {hub.places()})"
-    return f"loading it as a data set of the hub failed{looked}: {type(error).__name__}: {error}"
+    why = f"{type(error).__name__}: {words(error, 500)}"
+    return f"loading it as a data set of the hub failed{looked}: {why}"
 
 
 def _pick(loaded: Dataset | DatasetDict, split: str | None, where: str) -> Dataset:
@@ -369,7 +370,9 @@ def _joined(parts: Mapping[Path, Dataset], columns: Columns | None) -> Dataset:
         return datasets.concatenate_datasets(list(parts.values()))
     except ValueError as error:
         listed = ", ".join(path.name for path in parts)
-        raise FedSieveError(f"the columns of {listed} do not fit together: {error}") from error
+        raise FedSieveError(
+            f"the columns of {listed} do not fit together: {words(error)}"
+        ) from error
 
 
 def _refuse_numbers_beside_names(parts: Mapping[Path, Dataset], name: str) -> None:

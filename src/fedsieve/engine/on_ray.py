@@ -20,7 +20,7 @@ import numpy as np
 
 from fedsieve.engine.pool import check_ready
 from fedsieve.engine.spread import Gone
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, words
 from fedsieve.frame import unpack
 
 SECONDS = 10.0  # in which a cluster must answer
@@ -101,7 +101,7 @@ def connected(address: str | None) -> Iterator[Any]:
         # What is printed at the nodes is theirs: workers print nothing.
         ray.init(address or "auto", log_to_driver=False, configure_logging=False)
     except Exception as error:  # whatever Ray raises: it may not be allowed in, too
-        why = " ".join(str(error).split())[:300]
+        why = words(error)
         raise FedSieveError(f"engine.address: no Ray cluster can be joined: {why}") from error
     try:
         yield ray

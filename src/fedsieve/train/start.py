@@ -20,7 +20,7 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.method import Method
 from fedsieve.disk import bytes_of, place, tensors_read
-from fedsieve.errors import FedSieveError, nearest, printable, quoted
+from fedsieve.errors import FedSieveError, nearest, printable, quoted, words
 from fedsieve.settings import is_number
 from fedsieve.train.digest import tensors_digest
 from fedsieve.train.model import LABELS, ResidentModel
@@ -75,7 +75,7 @@ def _read(folder: str, where: str, most: int) -> tuple[Mapping[str, Any], Tree]:
         with tensors_read():
             tensors = safetensors.torch.load(bytes_of(at / _WEIGHTS, most))
     except (OSError, ValueError, KeyError, RecursionError) as error:
-        said = " ".join(str(error).split())[:200]
+        said = words(error, 200)
         raise FedSieveError(f"{where} cannot be read: {said}") from error
     if not isinstance(config, dict):
         raise FedSieveError(f"{where} cannot be read: {_CONFIG} holds no table")
