@@ -29,6 +29,7 @@ from fedsieve.recipe.overrides import flat, put
 from fedsieve.recipe.schema import MethodTable, Recipe, ServerTable
 from fedsieve.settings import is_number
 from fedsieve.study.jobs import Job, refuse_changed
+from fedsieve.study.parts import refuse_run
 from fedsieve.study.tables import EntryTable, Grid, Settings, Study, TuneTable, keys_of
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
@@ -105,6 +106,7 @@ def worked_out(
 
     source: what errors call the study. Raises FedSieveError as `plan` does.
     """
+    refuse_run(folder)
     _refuse_own(study, source)
     for key, value in flat(study.set):
         put(base, key, value, f"{source}: set.{key}")
@@ -228,7 +230,7 @@ def _beside(source: str, recipe: str) -> str:
 def _work_out(
     study: Study, given: EntryTable, base: Mapping[str, Any], source: str, allow_code: bool
 ) -> Entry:
-    where = f"{source}: entry {given.name!r}"
+    where = f"{source}: entry {quoted(given.name)}"
     if not _NAME.fullmatch(given.name):
         raise FedSieveError(f"{where}: a name is letters, digits and . , + = - ( ) _ or spaces")
     if len(given.name) > _LONGEST or given.name.lower().startswith(_TAKEN):

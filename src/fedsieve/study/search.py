@@ -32,6 +32,7 @@ from fedsieve.report import words
 from fedsieve.run import rundir
 from fedsieve.study.compare import counting, markdown, score
 from fedsieve.study.jobs import Job, ShowRound, diverged, run_all
+from fedsieve.study.parts import refuse_run
 from fedsieve.study.plan import LAST, VALIDATION
 
 BEST = "best.toml"
@@ -109,6 +110,7 @@ def prepare(
     allow_code: see `recipes.check`
     Raises FedSieveError for what cannot be searched.
     """
+    refuse_run(folder)
     table = recipes.read(source, overrides)
     if density is not None:
         table["budgets"] = [{"down": density, "up": density}]
