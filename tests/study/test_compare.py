@@ -434,6 +434,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "every tuned entry must have the same number of trials, or the one with more has the "
         "better chance (a 4, b 1)",
     ),
+    (
+        {
+            "entry": [
+                {"name": f"e{n}", "grid": [{"server.lr": 1}] * (n % 3 + 1)} for n in range(999)
+            ],
+            "tune": {"grid": {}},
+        },
+        "has the better chance (e0 1, e1 2, e2 3)",
+    ),
+    ({"entry": [ENTRY], "recipe": "r" * 200_000}, "rrr' can be no path: File name too long"),
     ({"entry": [ENTRY], "recipe": "demmo"}, "no recipe is called 'demmo' (did you mean 'demo'"),
 ]
 
