@@ -42,6 +42,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def write(paths: Any, out: Path, **given: Any) -> list[Path]:
         asked.append({"out": out, **given})
+        out.write_bytes(b"")  # without one, a run has not ended
         return [out]
 
     monkeypatch.setattr("fedsieve.report.write", write)
@@ -415,6 +416,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         ({"entry": [{"name": name}]}, f"entry '{name}': its runs go into a folder of that name")
         for name in ("report.html", "Table.json", "table.md", "tuning.json", "x" * 101)
     ),
+    ({"entry": [{"name": "/" * 200_000}]}, "//: a name is letters"),
+    ({"entry": [{"name": "x" * 200_000}]}, "xx: its runs go into a folder of that name"),
     ({"entry": [{"name": "a", "method": "fedti"}]}, "unknown method 'fedti' (did you mean 'fedit'"),
     ({"entry": [ENTRY], "set": {"rouns": 3}}, "rouns: unknown key (did you mean 'rounds'"),
     ({"entry": [{**ENTRY, "set": {"method.hed": 1}}]}, "method.hed: unknown key"),
@@ -431,6 +434,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         "every tuned entry must have the same number of trials, or the one with more has the "
         "better chance (a 4, b 1)",
     ),
+    (
+        {
+            "entry": [
+                {"name": f"e{n}", "grid": [{"server.lr": 1}] * (n % 3 + 1)} for n in range(999)
+            ],
+            "tune": {"grid": {}},
+        },
+        "has the better chance (e0 1, e1 2, e2 3)",
+    ),
+    ({"entry": [ENTRY], "recipe": "r" * 200_000}, "rrr' can be no path: File name too long"),
     ({"entry": [ENTRY], "recipe": "demmo"}, "no recipe is called 'demmo' (did you mean 'demo'"),
 ]
 
@@ -442,6 +455,7 @@ def test_a_wrong_study_is_refused_before_anything_is_run(
     ran = command("compare", write(**table), "--out", tmp_path / "out")
     assert ran.code == 2
     assert message in ran.err
+    assert len(ran.err) < 2000
     assert not (tmp_path / "out").exists()
 
 
@@ -606,6 +620,8 @@ def test_a_pipe_as_a_studys_recipe_is_not_waited_for(tmp_path: Path) -> None:
 def test_what_a_job_left_is_read_whatever_is_in_it(tiny: Tiny, tmp_path: Path) -> None:
     job = Job("a", recipes.check(tiny.table(rounds=1)), tmp_path / "a")
     runs.start_from(job.recipe, job.folder)
+    assert not finished(job)
+    (job.folder / rundir.REPORT).touch()
     assert finished(job)
     shutil.rmtree(job.folder / rundir.ADAPTER)
     (job.folder / rundir.ADAPTER).mkdir()

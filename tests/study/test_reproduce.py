@@ -119,8 +119,8 @@ def write(tiny: Tiny, tmp_path: Path) -> Write:
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts' own reports take longer than the runs."""
-    monkeypatch.setattr("fedsieve.report.write", lambda _, out, **given: [out])
+    """The parts' own reports take longer than the runs: a blank one is there."""
+    monkeypatch.setattr("fedsieve.report.write", lambda _, out, **given: out.write_bytes(b""))
 
 
 def logs(folder: Path) -> dict[str, bytes]:
@@ -625,22 +625,29 @@ def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
             {"x": "megabytes in all", "paper": [{"name": "p", "recipe": "demo", "target": 0.5}]},
             "p: target: a front is of whole runs",
         ),
+        ({"tune_at": "z" * 200_000}, "tune_at: 'zz"),
+        ({"paper": [{"name": "/" * 101, "recipe": "demo"}]}, "paper.0.name: .* at most 100 char"),
+        ({"place": [{"name": "x" * 200_000}]}, "place.0.name: .* at most 100 characters"),
+        ({"paper": [{"name": "p", "recipe": "demo", "entries": ["z" * 200_000]}]}, "p: 'zz"),
     ],
 )
 def test_a_figure_that_is_not_right(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = tmp_path / "figure.toml"
     path.write_text(tomli_w.dumps(FIGURE | changes))
-    with pytest.raises(FedSieveError, match=message):
+    with pytest.raises(FedSieveError, match=message) as told:
         figures.load(str(path))
+    assert len(str(told.value)) < 2000
 
 
-def test_a_recipe_that_can_be_no_path_is_told(tmp_path: Path, command: Command) -> None:
+@pytest.mark.parametrize("name", ["r\0.toml", "r" * 200_000], ids=["a nul", "too long"])
+def test_a_recipe_that_can_be_no_path_is_told(tmp_path: Path, command: Command, name: str) -> None:
     path = tmp_path / "figure.toml"
-    paper = [{"name": "p", "recipe": "r\0.toml"}]
+    paper = [{"name": "p", "recipe": name}]
     path.write_text(tomli_w.dumps(FIGURE | {"paper": paper, "small": paper}))
     ran = command("reproduce", path, "--out", tmp_path / "out")
     assert ran.code == 1  # as for any part that cannot be run
     assert "can be no path" in ran.out
+    assert len(ran.out) < 2000
 
 
 def test_names_that_are_none(command: Command) -> None:

@@ -13,6 +13,7 @@ from fedsieve.recipe import read as recipes
 from fedsieve.run import rundir
 from fedsieve.study import search
 from fedsieve.study.jobs import Job
+from fedsieve.study.parts import DIVERGED
 from tests import runs
 from tests.conftest import Command, Tiny
 from tests.study.test_compare import logs
@@ -32,9 +33,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Reports take longer than the runs; what they were asked to show is kept."""
     kept: list[dict[str, Any]] = []
 
-    def write(*_: Any, **given: Any) -> list[Path]:
+    def write(_: Any, out: Path, **given: Any) -> list[Path]:
         kept.append(given)
-        return []
+        out.write_bytes(b"")  # without one, a run has not ended
+        return [out]
 
     monkeypatch.setattr("fedsieve.report.write", write)
     return kept
@@ -217,6 +219,64 @@ def test_a_trial_that_diverges_has_lost(
     assert command("search", path, "--budget-mb", "1", "--out", out).code == 0
     assert path_of(out)[1:3] == [(1, 0.5, "diverged"), (2, 0.25, "kept")]
     assert "rank-1-density-0.5" not in asked[-1]["groups"]
+
+
+@pytest.mark.parametrize("log", [True, False], ids=["as a run leaves it", "without a log"])
+@pytest.mark.parametrize("last", ["pilot", "seed-0"])
+def test_a_step_that_is_marked_as_diverged_has_lost(
+    tiny: Tiny,
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[dict[str, Any]],
+    last: str,
+    log: bool,
+) -> None:
+    """In its pilot, too, and in a folder of somebody else's that holds nothing but the mark."""
+    pretend(monkeypatch, {(1, 0.25): 0.1, (2, 0.25): 0.2, (2, 0.5): 0.1, (4, 0.25): 0.1})
+    path, out = tiny.write(tmp_path / "tiny.toml", **FLASC), tmp_path / "out"
+    lost = out / "rank-1-density-0.5" / last
+    lost.mkdir(parents=True)
+    (lost / DIVERGED).write_text("round 1: no client", encoding="utf-8")
+    if log:
+        sent = {"down_bytes": 0, "up_bytes": 0, "total_bytes": 0}
+        line = {"round": 0, "loss": 0.5, "seconds": 1.0, "dropped": 0} | sent
+        (lost / rundir.METRICS).write_text(json.dumps(line) + "\n", encoding="utf-8")
+    ran = command("search", path, "--budget-mb", "1", "--out", out)
+    assert ran.code == 0, ran.err
+    verdict = "diverged in its pilot" if last == "pilot" else "diverged"
+    assert path_of(out)[:3] == [(1, 0.25, "start"), (1, 0.5, verdict), (2, 0.25, "kept")]
+    assert "rank-1-density-0.5" not in asked[-1]["groups"]
+
+
+def test_where_all_steps_diverge_the_start_is_the_best(
+    tiny: Tiny, tmp_path: Path, command: Command, asked: list[dict[str, Any]]
+) -> None:
+    path, out = tiny.write(tmp_path / "tiny.toml", **FLASC), tmp_path / "out"
+    for name in ("rank-1-density-0.5", "rank-2-density-0.25"):
+        (out / name / "pilot").mkdir(parents=True)
+        (out / name / "pilot" / DIVERGED).write_text("round 1: no client", encoding="utf-8")
+    ran = command("search", path, "--budget-mb", "1", "--out", out)
+    assert ran.code == 0, ran.err
+    assert [verdict for *_, verdict in path_of(out)] == ["start", *2 * ["diverged in its pilot"]]
+    assert "ended because neither a higher rank nor a higher density helps" in ran.out
+
+
+@pytest.mark.parametrize("how", ["by its rate", "by a mark alone"])
+def test_a_first_trial_that_diverges_ends_the_search(
+    tiny: Tiny, tmp_path: Path, command: Command, asked: list[dict[str, Any]], how: str
+) -> None:
+    path, out = tiny.write(tmp_path / "tiny.toml", **FLASC), tmp_path / "out"
+    given: list[str | Path] = ["search", path, "--budget-mb", "1", "--out", out]
+    if how == "by its rate":
+        given += ["training.lr=1e30", "training.optimizer=sgd", "training.steps=4"]
+    else:
+        (out / "rank-1-density-0.25" / "pilot").mkdir(parents=True)
+        (out / "rank-1-density-0.25" / "pilot" / DIVERGED).touch()
+    for _ in range(2):
+        ran = command(*given)
+        assert ran.code == 2
+        assert "the first trial diverged: lower the learning rates" in " ".join(ran.err.split())
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ from pydantic import Field, ValidationError, model_validator
 from fedsieve.data import fetch
 from fedsieve.disk import bytes_of, parsed
 from fedsieve.disk import place as path_of
-from fedsieve.errors import FedSieveError, count, explain_all, nearest, printable
+from fedsieve.errors import FedSieveError, count, explain_all, nearest, printable, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.settings import Share, Table
-from fedsieve.study.tables import MOST, EntryTable, Seeds, Settings, Study, TuneTable
+from fedsieve.study.tables import MOST, EntryTable, Name, Seeds, Settings, Study, TuneTable
 
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -53,7 +53,7 @@ class PlaceTable(Table):
     uplink: of `seconds`: the uplink's rate, as a share of the downlink's
     """
 
-    name: str
+    name: Name
     x: Number | None = None
     set: Settings = Field(default_factory=dict)
     metric: str | None = None
@@ -71,7 +71,7 @@ class PanelTable(Table):
     needs: what it takes beyond what its recipe names, in words
     """
 
-    name: str
+    name: Name
     recipe: str
     set: Settings = Field(default_factory=dict)
     seeds: Seeds | None = None
@@ -161,7 +161,9 @@ class Figure(Table):
             raise ValueError("place: two have one name")
         for name in (*places, *panels):
             if not slug(name):
-                raise ValueError(f"{printable(name)!r} has no letter or digit: it names a folder")
+                raise ValueError(
+                    f"{quoted(printable(name))} has no letter or digit: it names a folder"
+                )
         for name in ("small", "paper"):
             _refuse_one_folder(name, _folders(self, getattr(self, name)))
         for check in self.check:
@@ -181,7 +183,7 @@ class Figure(Table):
         _refuse_unknown("tune_at", (self.tune_at,), places)
         for panel in (*self.small, *self.paper):
             if self.tune_at is not None and self.tune_at not in (panel.places or places):
-                raise ValueError(f"{panel.name}: tune_at: it is without {self.tune_at!r}")
+                raise ValueError(f"{panel.name}: tune_at: it is without {quoted(self.tune_at)}")
             if self.tune_at is not None and not (panel.tune or self.tune):
                 raise ValueError(f"{panel.name}: tune_at: there is no [tune]")
             if panel.target is not None and self.x == IN_ALL:
@@ -210,7 +212,7 @@ def _refuse_unknown(
 ) -> None:
     for name in given:
         if name is not None and name not in known:
-            raise ValueError(f"{where}: {name!r} is not there{nearest(name, known)}")
+            raise ValueError(f"{where}: {quoted(name)} is not there{nearest(name, known)}")
 
 
 def _refuse_one_folder(what: str, folders: Iterable[Path]) -> None:
@@ -219,7 +221,7 @@ def _refuse_one_folder(what: str, folders: Iterable[Path]) -> None:
     for folder in folders:
         if folder in found:
             raise ValueError(
-                f"{what}: two parts would have the folder {str(folder)!r}: name them apart"
+                f"{what}: two parts would have the folder {quoted(str(folder))}: name them apart"
             )
         found.add(folder)
 
@@ -272,7 +274,7 @@ def load(source: str) -> Figure:
     else:
         known = shipped()
         if source not in known:
-            raise FedSieveError(f"no figure is called {source!r}{nearest(source, known)}")
+            raise FedSieveError(f"no figure is called {quoted(source)}{nearest(source, known)}")
         text = known[source]
     try:
         return Figure.model_validate(recipes.toml(text, f"the figure {source}"))
@@ -454,10 +456,10 @@ def _papers() -> Any:
 
 def _recipe(name: str, source: str) -> dict[str, Any]:
     """A panel's recipe: of the papers' settings, a file beside the figure, or a shipped one."""
+    beside = Path(source).parent / path_of(name)
     own = _papers() / SETTINGS / f"{name}.toml"
     if own.is_file():
         return recipes.toml(own.read_text(encoding="utf-8"), name)
-    beside = Path(source).parent / path_of(name)
     return recipes.read(str(beside) if beside.is_file() else name)
 
 

@@ -128,13 +128,19 @@ def diverged(job: Job) -> str | None:
 
 
 def finished(job: Job) -> bool:
-    """Whether the job's directory holds the run, done to its last round."""
+    """Whether the job's directory holds the run, done to its last round, with adapter and report.
+
+    One that was killed before its report is not: resuming it writes that, and trains nothing.
+    """
     saved = job.folder / rundir.ADAPTER
     if not any((saved / name).is_file() for name in ("adapter_config.json", "config.json")):
         return False
     rounds = report.rounds(job.folder / rundir.METRICS)
+    if not rounds:
+        return False
     # The rounds of the run's own recipe: a privacy budget may allow fewer than were asked for.
-    return bool(rounds) and rounds[-1].round == runner.rounds_of(job.folder)
+    number, asked = rounds[-1].round, runner.rounds_of(job.folder)
+    return number == asked and rundir.has_ended(job.folder, number, asked)
 
 
 # What runs were trained and evaluated on, and the first directory of such, by what they ask for.
@@ -203,8 +209,9 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
         job.folder: Outcome(job, diverged(job)) for job in jobs if diverged(job) or finished(job)
     }
     left = [job for job in jobs if job.folder not in outcomes]
-    for job in left:
+    for job in jobs:
         (job.folder / FAILED).unlink(missing_ok=True)
+    for job in left:
         if not (job.folder / rundir.RECIPE).exists():
             job.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_whole(job.folder / ASKED, recipes.dump(job.recipe, {}).encode())
@@ -212,7 +219,7 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
     def ended(outcome: Outcome) -> None:
         outcomes[outcome.job.folder] = outcome
         if outcome.problem is not None and diverged(outcome.job) is None:
-            write_whole(outcome.job.folder / FAILED, outcome.problem.encode())
+            _mark_failed(outcome.job.folder, outcome.problem)
         end(outcome)
 
     with runner.sigterm_as_ctrl_c():
@@ -231,6 +238,12 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
                 f"stopped with {done} of {len(jobs)} runs done; the same command goes on from here"
             ) from None
     return [outcomes[job.folder] for job in jobs]
+
+
+def _mark_failed(folder: Path, problem: str) -> None:
+    """Say beside a run why it failed, unless another process works on it: there, it has not."""
+    with contextlib.suppress(FedSieveError), rundir.lock(folder):
+        write_whole(folder / FAILED, problem.encode())
 
 
 def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:

@@ -4,6 +4,7 @@
 beside it from the moment that it is planned.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -39,6 +40,18 @@ def holds_one(folder: Path) -> bool:
     return next(folder.glob(f"*/*/{ASKED}"), None) is not None
 
 
+def refuse_run(folder: Path) -> None:
+    """Raises FedSieveError for a study's folder that is a run's: its report would be replaced.
+
+    A recipe alone may be the study's own; a run's says what it ran on.
+    """
+    held = (folder / rundir.METRICS).is_file()
+    with contextlib.suppress(FedSieveError, OSError):
+        held = held or bool(rundir.environment_of(folder))
+    if held:
+        raise FedSieveError(f"{folder} holds a run of its own: choose another --out")
+
+
 def of_study(folder: Path) -> Picture:
     """A picture of a study: a line for each run, those at work first.
 
@@ -62,12 +75,20 @@ def _part(folder: Path) -> Part:
         refuse_link(place, folder=True)
     for state, mark in MARKS.items():
         refuse_link(folder / mark)
-        if (folder / mark).exists():
+        if (folder / mark).exists() and not (state == "failed" and _done_since(folder)):
             return Part(name, state, _why(folder / mark), None)
     if not (folder / rundir.RECIPE).exists():
         return Part(name, "waiting", "", None)
     run = standing(folder)
     return Part(name, "done" if run.ended else "at work", "", run)
+
+
+def _done_since(folder: Path) -> bool:
+    """Whether a run that once failed has ended: by `fedsieve resume`, its mark stays."""
+    try:
+        return standing(folder).ended
+    except (FedSieveError, OSError):  # it may have failed for that
+        return False
 
 
 def _why(path: Path) -> str:

@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from fedsieve import methods as known_methods
 from fedsieve.algebra import optim
 from fedsieve.clients.laws import tiers_by_density, tiers_by_rank
-from fedsieve.errors import FedSieveError, explain_all, quoted
+from fedsieve.disk import place as path_of
+from fedsieve.errors import MOST_TOLD, FedSieveError, explain_all, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.method import alone, limits_said, options_of
 from fedsieve.recipe.method import knobs as knobs_of
@@ -29,13 +30,13 @@ from fedsieve.recipe.overrides import flat, put
 from fedsieve.recipe.schema import MethodTable, Recipe, ServerTable
 from fedsieve.settings import is_number
 from fedsieve.study.jobs import Job, refuse_changed
-from fedsieve.study.tables import EntryTable, Grid, Settings, Study, TuneTable, keys_of
+from fedsieve.study.parts import refuse_run
+from fedsieve.study.tables import LONGEST, EntryTable, Grid, Settings, Study, TuneTable, keys_of
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
 LAST = 3  # a trial's score is the mean of so many last evaluations, to damp their swing
 _MOST_TRIALS = 10_000  # of an entry
 _NAME = re.compile(r"[\w(][\w .,+=()-]*")
-_LONGEST = 100
 # How the files begin that a study has beside its entries' folders.
 _TAKEN = ("report.html", "table.", "tuning.json", "search.", "figure.")
 
@@ -105,6 +106,7 @@ def worked_out(
 
     source: what errors call the study. Raises FedSieveError as `plan` does.
     """
+    refuse_run(folder)
     _refuse_own(study, source)
     for key, value in flat(study.set):
         put(base, key, value, f"{source}: set.{key}")
@@ -127,7 +129,9 @@ def worked_out(
     _refuse_twice(entries, source)
     tuned = {entry.name: len(entry.trials) for entry in entries if entry.trials}
     if len(set(tuned.values())) > 1:
-        said = ", ".join(f"{name} {count}" for name, count in tuned.items())
+        first = {count: name for name, count in reversed(tuned.items())}
+        counts = [*dict.fromkeys(tuned.values())][:MOST_TOLD]
+        said = ", ".join(f"{first[count]} {count}" for count in counts)
         raise FedSieveError(
             f"{source}: every tuned entry must have the same number of trials, or the one with "
             f"more has the better chance ({said})"
@@ -221,20 +225,20 @@ def _read(source: str, methods: Sequence[str]) -> Study:
 
 def _beside(source: str, recipe: str) -> str:
     """A study's recipe: a file, from where the study is, or a recipe's name."""
-    path = Path(source).parent / recipe
+    path = Path(source).parent / path_of(recipe)
     return str(path) if path.is_file() else recipe
 
 
 def _work_out(
     study: Study, given: EntryTable, base: Mapping[str, Any], source: str, allow_code: bool
 ) -> Entry:
-    where = f"{source}: entry {given.name!r}"
+    where = f"{source}: entry {quoted(given.name)}"
     if not _NAME.fullmatch(given.name):
         raise FedSieveError(f"{where}: a name is letters, digits and . , + = - ( ) _ or spaces")
-    if len(given.name) > _LONGEST or given.name.lower().startswith(_TAKEN):
+    if len(given.name) > LONGEST or given.name.lower().startswith(_TAKEN):
         raise FedSieveError(
             f"{where}: its runs go into a folder of that name, beside {', '.join(_TAKEN)}, and of "
-            f"{_LONGEST} letters at most: give it another"
+            f"{LONGEST} letters at most: give it another"
         )
     table = deepcopy(dict(base))
     own = dict(flat(given.set))

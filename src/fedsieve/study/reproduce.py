@@ -32,6 +32,7 @@ from fedsieve.study.front import Point, front_of
 from fedsieve.study.jobs import ShowRound
 from fedsieve.study.measured import Measured, numbers_of, untold
 from fedsieve.study.neighbours import bring
+from fedsieve.study.parts import refuse_run
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
 from fedsieve.study.tables import Settings
 
@@ -66,6 +67,7 @@ def run(
     source: the figure's name, or its file; data: the folder of the files that its recipes name
     Raises FedSieveError where the figure's file is not right, runner.Stopped if the user stops it.
     """
+    refuse_run(folder)
     figure = figuring.load(source)
     parts = figuring.parts(figure, scale, folder, seeds)
     problems: list[str] = []

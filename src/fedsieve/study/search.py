@@ -32,6 +32,7 @@ from fedsieve.report import words
 from fedsieve.run import rundir
 from fedsieve.study.compare import counting, markdown, score
 from fedsieve.study.jobs import Job, ShowRound, diverged, run_all
+from fedsieve.study.parts import refuse_run
 from fedsieve.study.plan import LAST, VALIDATION
 
 BEST = "best.toml"
@@ -68,6 +69,7 @@ class Search(NamedTuple):
 class Trial(NamedTuple):
     """A configuration, tried.
 
+    rounds:  0 where its pilot diverged, and it was not begun
     sent:    payload bytes of all its runs, both ways, without the pilot's
     score:   on validation, mean over seeds; None where a run diverged
     verdict: what became of it
@@ -109,6 +111,7 @@ def prepare(
     allow_code: see `recipes.check`
     Raises FedSieveError for what cannot be searched.
     """
+    refuse_run(folder)
     table = recipes.read(source, overrides)
     if density is not None:
         table["budgets"] = [{"down": density, "up": density}]
@@ -157,6 +160,8 @@ def run(search: Search, workers: int, show: ShowRound, say: Callable[[str], None
                 raise FedSieveError(f"{outcome.job.name}: {outcome.problem}")
 
     def tried(config: Config, rounds: int) -> Trial:
+        if not rounds:
+            return Trial(config, 0, 0, None, (), "diverged in its pilot")
         jobs = _jobs(search, config, rounds)
         broken = any(diverged(job) is not None for job in jobs)
         return Trial(
@@ -168,9 +173,12 @@ def run(search: Search, workers: int, show: ShowRound, say: Callable[[str], None
             "diverged" if broken else "",
         )
 
+    first_lost = f"{search.folder}: the first trial diverged: lower the learning rates"
     start, rounds = _start(search), int(search.table["rounds"])
     pilots = [_pilot(search, start)]
     carry_out(pilots, 1)
+    if diverged(pilots[0]) is not None:
+        raise FedSieveError(first_lost)
     first_round = _last_round(pilots[0])
     share = first_round * rounds * len(search.seeds)
     if _sent(pilots[0]) + share > search.budget:
@@ -181,7 +189,7 @@ def run(search: Search, workers: int, show: ShowRound, say: Callable[[str], None
     carry_out(_jobs(search, start, rounds))
     best = tried(start, rounds)._replace(verdict="start")
     if best.score is None:
-        raise FedSieveError(f"{search.folder}: the first trial diverged: lower the learning rates")
+        raise FedSieveError(first_lost)
     say(_said(search, best))
     trials, share = [best], best.sent
     while True:
@@ -201,12 +209,14 @@ def run(search: Search, workers: int, show: ShowRound, say: Callable[[str], None
         piloted = [_pilot(search, config) for config in steps]
         carry_out(piloted, 1)  # too short to start processes for
         pilots += piloted
-        numbers = [round(rounds * first_round / _last_round(pilot)) for pilot in piloted]
-        if min(numbers) == 0:
+        going = [pilot for pilot in piloted if diverged(pilot) is None]
+        lengths = {p.name: round(rounds * first_round / _last_round(p)) for p in going}
+        if 0 in lengths.values():
             reason = "a round of the next step would send more than a whole trial"
             break
-        carry_out([j for c, n in zip(steps, numbers, strict=True) for j in _jobs(search, c, n)])
-        pair = [tried(config, number) for config, number in zip(steps, numbers, strict=True)]
+        numbers = [(c, lengths.get(p.name, 0)) for c, p in zip(steps, piloted, strict=True)]
+        carry_out([job for c, number in numbers if number for job in _jobs(search, c, number)])
+        pair = [tried(config, number) for config, number in numbers]
         top = max(pair, key=_rating)  # the first of equals: the denser one, which costs no memory
         helps = _rating(top) > _rating(best)
         for trial in pair:
@@ -279,7 +289,9 @@ def _job(search: Search, config: Config, last: str, seed: int, rounds: int, ever
 
 
 def _sent(job: Job) -> int:
-    return report.rounds(job.folder / rundir.METRICS)[-1].total_bytes
+    """Payload bytes of a run; none of one that is marked as diverged and has no log."""
+    rows = report.rounds(job.folder / rundir.METRICS)
+    return rows[-1].total_bytes if rows else 0
 
 
 def _last_round(job: Job) -> int:

@@ -8,6 +8,8 @@ from pydantic import Field, NonNegativeInt
 from fedsieve.settings import Share, Table
 
 MOST = 1000  # seeds, entries or places
+LONGEST = 100  # letters of a name, which is a folder's too
+Name = Annotated[str, Field(max_length=LONGEST)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=MOST)]
 Settings = dict[str, Any]
 Grid = dict[str, list[Any]] | list[Settings]
