@@ -4,11 +4,13 @@ before a row is read or a model loaded.
 
 import warnings
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 import fedsieve
@@ -18,8 +20,29 @@ from tests.conftest import LABELS, Tiny
 from tests.test_api import GOOD, LORA, TRAINING, finetune, rows
 
 NAN, INF = float("nan"), float("inf")
-WHOLE: list[Any] = [1.5, 1.0, "3", True, NAN, [1], -1, {}]
+WHOLE: list[Any] = [1.5, 1.0, "3", True, NAN, [1], -1, {}, "x" * 10**6, -(10**5000)]
 TEXT: list[Any] = [5, 1.5, b"text", ["text"], True, {}]
+
+
+def nested(depth: int) -> list[Any]:
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+DEEP = nested(5000)
+
+
+class Unreadable:
+    """Says that it can be gone through, and cannot."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise RuntimeError("gone")
+
+    def __repr__(self) -> str:
+        raise RuntimeError("gone")
+
 
 WRONG: dict[str, list[Any]] = {
     "rounds": [*WHOLE, 0, None],
@@ -33,8 +56,25 @@ WRONG: dict[str, list[Any]] = {
     "metric": [*TEXT, "accurcy", "mse"],
     "prompt": TEXT,
     "completion": TEXT,
-    "classes": ["cars", 5, [0.5, 1], [["a"], "b"], [None, "b"], {"cars": 0}, ["a", "a"], ["a"], []],
-    "lora": [{"rank": 4}, 4, "query", Lora, TRAINING],
+    "classes": [
+        "cars",
+        5,
+        [0.5, 1],
+        [["a"], "b"],
+        [None, "b"],
+        {"cars": 0},
+        ["a", "a"],
+        ["a"],
+        [],
+        np.array(2),
+        torch.tensor(2),
+        [object()] * 2,
+        ["x" * 10**6],
+        ["x" * 10**6] * 2,
+        [10**5000, "a"],
+        Unreadable(),
+    ],
+    "lora": [{"rank": 4}, 4, "query", Lora, TRAINING, np.array([1, 2]), 0, {}, [], "", False],
     "start": [5, b"folder", ["folder"], "/no/such/folder"],
     "training": [{"lr": 0.1}, 0.1, "adamw", Training, LORA, len, lambda model, rows: None],
     "partition": ["text", 2, {"kind": "iid", "clients": 2}, object()],  # of one list for each
@@ -57,10 +97,21 @@ WRONG: dict[str, list[Any]] = {
         Budget(ratio=INF),
         Budget(ratio=-1),
         {"0000": Budget(), "0001": Budget(down=True)},
+        10**400,
+        10**5000,
+        {"0000": 0.5, "0001": 10**400},
+        Budget(down=10**400),
+        Budget(up=10**5000),
+        Budget(ratio=10**400),
+        Budget(ratio="x" * 10**6),  # type: ignore[arg-type]
+        {"0000": Budget(), "0001": Budget(up=Fraction(10**400))},  # type: ignore[arg-type]
     ],
     "device": [0, None, ["cpu"], "nowhere"],
+    "on_round": [5, "print", [len, 5], np.array(2), torch.tensor(2), Unreadable(), "x" * 10**6],
+    "norm_bound": [0, -1, NAN, "x" * 10**6, True, []],
 }
 METHODS: list[tuple[Any, str]] = [
+    ("x" * 10**6, "method: 'xxx.* is no method"),
     ("fslra", r"method: 'fslra' is no method: .*did you mean 'fslora'"),
     (fedsieve.fslora, r"method: it is a function: call it, as in fedsieve\.fslora\(\)"),
     (fedsieve.methods.flasc, r"method: it is a module: call it, as in fedsieve\.flasc\(\)"),
@@ -80,10 +131,10 @@ def one_sentence(error: FedSieveError, name: str | tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+    ("name", "number"), [(name, n) for name, values in WRONG.items() for n in range(len(values))]
 )
-def test_a_wrong_value_is_told_by_its_argument(tiny: Tiny, name: str, value: Any) -> None:
-    clients = [rows(6, 1), rows(6, 2)]
+def test_a_wrong_value_is_told_by_its_argument(tiny: Tiny, name: str, number: int) -> None:
+    value, clients = WRONG[name][number], [rows(6, 1), rows(6, 2)]
     with pytest.raises(FedSieveError) as caught:
         finetune(tiny, clients, **{name: value})
     one_sentence(
@@ -112,7 +163,8 @@ def test_numbers_of_numpy_and_paths_are_taken(tiny: Tiny) -> None:
         fedsieve.fslora(),
         rounds=np.int64(1),  # type: ignore[arg-type]
         cohort=np.int32(1),  # type: ignore[arg-type]
-        budgets=Budget(ratio=np.float32(0.5)),  # type: ignore[arg-type]
+        budgets=Budget(np.float32(0.5), Fraction(1), 1),  # type: ignore[arg-type]
+        norm_bound=10**400,
         lora=LORA,
         training=TRAINING,
         device="cpu",
@@ -141,6 +193,10 @@ def test_numbers_of_numpy_and_paths_are_taken(tiny: Tiny) -> None:
         (lambda: Sampling(size=3, extra=0.5), r"sampling\.extra is 0\.5"),  # type: ignore[arg-type]
         (lambda: Sampling(size=3, quorum="1"), r"sampling\.quorum is '1'"),  # type: ignore[arg-type]
         (lambda: Sampling(kind="some"), r"sampling\.kind is 'some'; it must be 'uniform', 'poi"),  # type: ignore[arg-type]
+        (lambda: Sampling(kind=np.array(["a", "b"])), r"sampling\.kind is array"),  # type: ignore[arg-type]
+        (lambda: Sampling(size=Dataset.from_list(GOOD)), r"sampling\.size is Dataset"),
+        (lambda: Lora(rank=DEEP), "^Lora: rank is nested too deeply"),  # type: ignore[arg-type]
+        (lambda: Training(lr=DEEP), "^Training: lr is nested too deeply"),  # type: ignore[arg-type]
         (lambda: Sampling(availability="often"), r"sampling\.availability is 'often'; it must"),  # type: ignore[arg-type]
         (lambda: Sampling(availability=NAN), r"sampling\.availability is nan"),
         (lambda: Sampling(availability={"a": None}), r"sampling\.availability\.a is None"),  # type: ignore[dict-item]

@@ -21,7 +21,7 @@ from fedsieve.algebra.optim import limits
 from fedsieve.data import given as given_rows
 from fedsieve.data import sources
 from fedsieve.engine.callbacks import OnRound, as_list
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, quoted
 from fedsieve.notebook import Reading, Run, bad, read, rows_of
 from fedsieve.recipe import arguments
 from fedsieve.recipe.examples import owners_of
@@ -42,7 +42,9 @@ from fedsieve.settings import (
     Sampling,
     Task,
     Training,
+    as_float,
     in_round,
+    is_number,
 )
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.digest import named_digest
@@ -292,11 +294,12 @@ def _bound(given: float | None, method: Method) -> float:
     """What `norm_bound` says. Raises FedSieveError for none, or for one that privacy forbids."""
     if given is None:
         return math.inf if limits(method.server) else NORM_BOUND
-    if isinstance(given, bool) or not isinstance(given, int | float) or not given >= 1:
-        raise FedSieveError(f"norm_bound is {given!r}; it must be at least 1, or math.inf for none")
-    if method.private is not None and given < math.inf:
+    if not is_number(given) or not (bound := as_float(given)) >= 1:
+        said = "it must be at least 1, or math.inf for none"
+        raise FedSieveError(f"norm_bound is {quoted(given)}; {said}")
+    if method.private is not None and bound < math.inf:
         raise FedSieveError("norm_bound: leave it out: the method's own clip bounds every update")
-    return given
+    return bound
 
 
 def _each(

@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+T = TypeVar("T")
 MOST_TOLD = 20  # things that are wrong with one file
 LONGEST_TOLD = 200  # characters of a place or a value
 
@@ -49,8 +50,22 @@ def printable(text: str, also: str = "") -> str:
 
 
 def quoted(value: Any) -> str:
-    """A value as Python writes it, and not at any length."""
-    return repr(value)[:LONGEST_TOLD]
+    """A value as Python writes it, on one line, not at any length; else what type it is of."""
+    try:
+        return " ".join(repr(value)[:LONGEST_TOLD].splitlines())
+    except Exception:  # a number of many thousand digits, and whatever an object of the user's does
+        return f"one {type(value).__name__} that cannot be written out"
+
+
+def listed(name: str, given: Iterable[T]) -> list[T]:
+    """What an argument holds. Raises FedSieveError, naming it, where it cannot be gone through, as
+    an array of no dimensions cannot, which is an Iterable by its type.
+    """
+    try:
+        return list(given)
+    except Exception as error:
+        said = f"a {type(given).__name__} that cannot be gone through"
+        raise FedSieveError(f"{name}: a list is needed, not {said} ({quoted(error)})") from error
 
 
 def words(error: BaseException, most: int = 300) -> str:

@@ -15,7 +15,7 @@ import pydantic
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_core import ArgsKwargs
 
-from fedsieve.errors import FedSieveError, explain
+from fedsieve.errors import FedSieveError, explain, quoted
 
 # A group that repeats and has a repetition in it: (a+)+, (.*x)*. What is matched takes for ever.
 _ENDLESS = re.compile(r"\((?:[^()\\]|\\.)*[*+}](?:[^()\\]|\\.)*\)[*+{]")
@@ -57,7 +57,11 @@ def refuse_flags(kinds: Mapping[str, Any], given: Any) -> None:
     """
     for name, value in given.items() if isinstance(given, Mapping) else ():
         leaves = _leaves(kinds[name]) if name in kinds else set()
-        if _holds_flag(value) and leaves & {int, float} and not leaves & {bool, Any}:
+        try:
+            flagged = _holds_flag(value)
+        except RecursionError:
+            raise ValueError(f"{name} is nested too deeply") from None
+        if flagged and leaves & {int, float} and not leaves & {bool, Any}:
             raise ValueError(f"{name} is {_as_written(value)}: a number is needed")
         for each in filter(pydantic.dataclasses.is_pydantic_dataclass, leaves):
             try:
@@ -289,15 +293,25 @@ def steps_of(rows: int, training: Training) -> int:
 def whole(name: str, value: Any, least: int) -> int:
     """A whole number of Python's or NumPy's. Raises FedSieveError, naming it, for anything else."""
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise FedSieveError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+        raise FedSieveError(
+            f"{name} is {quoted(value)}; it must be a whole number, at least {least}"
+        )
     if value < least:
-        raise FedSieveError(f"{name} is {value!r}; it must be at least {least}")
+        raise FedSieveError(f"{name} is {quoted(value)}; it must be at least {least}")
     return int(value)
 
 
 def is_number(value: Any) -> bool:
     """Whether a value is a real number of Python's or NumPy's; a Boolean is none."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def as_float(value: Any) -> float:
+    """A real number as a float: one that is beyond all floats is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 @dataclass(frozen=True)
@@ -323,9 +337,9 @@ class Sampling:
     quorum: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
+        if not isinstance(self.kind, str) or self.kind not in get_args(Kind):
             kinds = ", ".join(map(repr, get_args(Kind)))
-            raise FedSieveError(f"sampling.kind is {self.kind!r}; it must be {kinds}")
+            raise FedSieveError(f"sampling.kind is {quoted(self.kind)}; it must be {kinds}")
         for name, least in (("size", 1), ("extra", 0), ("quorum", 0)):
             whole(f"sampling.{name}", getattr(self, name), least)
         if self.extra and self.kind != "uniform":
@@ -345,7 +359,7 @@ class Sampling:
             places = {place: given}
         for name, share in places.items():
             if not (is_number(share) and 0 < share <= 1):
-                raise FedSieveError(f"{name} is {share!r}; it must be above 0 and at most 1")
+                raise FedSieveError(f"{name} is {quoted(share)}; it must be above 0 and at most 1")
 
     @property
     def plain(self) -> bool:

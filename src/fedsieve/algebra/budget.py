@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from fedsieve.algebra.counts import exact, nearest
-from fedsieve.errors import FedSieveError
-from fedsieve.settings import is_number
+from fedsieve.errors import FedSieveError, quoted
+from fedsieve.settings import as_float, is_number
 
 
 class Budget(NamedTuple):
@@ -65,15 +65,15 @@ def check(budgets: Mapping[str, Budget], rank: int) -> None:
         for knob, value in budget._asdict().items():
             if not is_number(value):
                 raise FedSieveError(
-                    f"client {id!r}: its budget has {knob} {value!r}; it must be a number above 0, "
-                    "at most 1"
+                    f"client {id!r}: its budget has {knob} {quoted(value)}; it must be a number "
+                    "above 0, at most 1"
                 )
         if budget in seen:  # not before: True is equal to 1
             continue
-        if math.isfinite(budget.ratio) and budget.ratio > 1:
-            refuse_rank(id, round(exact(budget.ratio) * rank), rank)
+        if 1 < (ratio := as_float(budget.ratio)) < math.inf:
+            refuse_rank(id, round(exact(ratio) * rank), rank)
         for knob, value in budget._asdict().items():
-            if not 0 < value <= 1:
+            if not 0 < (value := as_float(value)) <= 1:
                 raise FedSieveError(
                     f"client {id!r}: its budget has {knob} {value:g}; it must be above 0, at most 1"
                 )

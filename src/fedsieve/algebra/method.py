@@ -18,7 +18,7 @@ from fedsieve.algebra.adapter import Adapter, Layout, Tree
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.algebra.optim import Optimizer, limits, sgd
+from fedsieve.algebra.optim import Optimizer, limits, optimizer_given, sgd
 from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
 from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
@@ -210,7 +210,7 @@ def compose(
     mean by at most clip / n if the mean is of changes, all counting alike, and else by anything.
     """
     down = nonzero(down) if ranked == "change" else down
-    optimizer = sgd() if server is None else server
+    optimizer = sgd() if server is None else optimizer_given("server", server)
     shared = shared or trained
     linear = returns == "change" and weighting == "uniform"
     if limits(optimizer) and not linear:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from fedsieve.algebra.adapter import Tree
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, quoted
 from fedsieve.settings import Source, is_number
 
 Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
@@ -58,6 +58,21 @@ class Optimizer(NamedTuple):
     private: Source | None = None
 
 
+def optimizer_given(name: str, value: object) -> Optimizer:
+    """The value. Raises FedSieveError, naming it, for what is none, and says how it becomes one."""
+    if isinstance(value, Optimizer):
+        return value
+    own = getattr(value, "__name__", "") if getattr(value, "__module__", "") == __name__ else ""
+    if own in ("adam", "fedadam", "sgd"):
+        raise FedSieveError(
+            f"{name} is the function {own}; it must be an optimizer: call it, as in "
+            f"fedsieve.{own}()"
+        )
+    raise FedSieveError(
+        f"{name} is {quoted(value)}; it must be an optimizer, such as fedsieve.adam(1e-3)"
+    )
+
+
 def limits(optimizer: Optimizer) -> bool:
     """Whether a client's part in the mean is meant to have a limit, whatever the client sends."""
     return optimizer.clip is not unlimited
@@ -69,8 +84,9 @@ def bounded(optimizer: Optimizer, clip: float) -> Optimizer:
     Without noise this is no privacy: it bounds what one client of n can do to the mean, clip / n.
     Raises FedSieveError where the optimizer clips already: of two clips only one would count.
     """
+    optimizer_given("optimizer", optimizer)
     if not (is_number(clip) and clip > 0):
-        raise FedSieveError(f"clip is {clip!r}; it must be a number above 0")
+        raise FedSieveError(f"clip is {quoted(clip)}; it must be a number above 0")
     if limits(optimizer):
         raise FedSieveError("bounded: the server optimizer clips updates already: leave one out")
     return optimizer._replace(clip=lambda slots: clip, table=_and(optimizer, clip=clip))
@@ -158,8 +174,9 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
     All optimizers here move by lr times something, so it is the move that is scaled. A cohort of
     few clients with few labels pulls the model to and fro; smaller steps at the end settle it.
     """
+    optimizer_given("optimizer", optimizer)
     if not (is_number(decay) and 0 < decay <= 1):
-        raise FedSieveError(f"decay is {decay!r}; it must be a number above 0, at most 1")
+        raise FedSieveError(f"decay is {quoted(decay)}; it must be a number above 0, at most 1")
 
     def init(params: Tree) -> Slots:
         return {**optimizer.init(params), "fading": {"rounds": torch.zeros(())}}
@@ -178,13 +195,15 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
 def _positive(**given: float) -> None:
     for name, value in given.items():
         if not (is_number(value) and 0 < value < math.inf):
-            raise FedSieveError(f"{name} is {value!r}; it must be a finite number above 0")
+            raise FedSieveError(f"{name} is {quoted(value)}; it must be a finite number above 0")
 
 
 def _below_one(**given: float) -> None:
     for name, value in given.items():
         if not (is_number(value) and 0 <= value < 1):
-            raise FedSieveError(f"{name} is {value!r}; it must be a number from 0 up, below 1")
+            raise FedSieveError(
+                f"{name} is {quoted(value)}; it must be a number from 0 up, below 1"
+            )
 
 
 def _and(optimizer: Optimizer, **more: float) -> Table:

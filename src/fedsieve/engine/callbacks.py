@@ -9,7 +9,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Federation, Round
-from fedsieve.errors import FedSieveError, quoted
+from fedsieve.errors import FedSieveError, listed, quoted
 
 OnRound = Callable[[Round], object]  # called once a round, round 0 (before training) first
 
@@ -37,7 +37,7 @@ def as_list(on_round: OnRound | Iterable[OnRound] | None) -> list[OnRound]:
     """One callback, several, or none. Raises FedSieveError for what cannot be called."""
     if on_round is None:
         return []
-    each = list(on_round) if isinstance(on_round, Iterable) else [on_round]
+    each = listed("on_round", on_round) if isinstance(on_round, Iterable) else [on_round]
     for callback in each:
         if not callable(callback):
             raise FedSieveError(

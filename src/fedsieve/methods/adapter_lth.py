@@ -19,10 +19,12 @@ from pydantic import Field
 from fedsieve.algebra.counts import exact
 from fedsieve.algebra.method import Method, State, Weighting
 from fedsieve.algebra.optim import Optimizer, adam
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.pruning import live_only, pruned
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

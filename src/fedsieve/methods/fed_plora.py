@@ -42,12 +42,14 @@ from fedsieve.algebra.method import (
     step,
 )
 from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Base, Form, Payload, rounded
 from fedsieve.algebra.sieve import dense, sketch
 from fedsieve.algebra.support import add_back, cut, everything, gather
 from fedsieve.errors import NoUsableUpdate
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

@@ -15,10 +15,12 @@ nothing of the task, so a rank that is large for LoRA is in place here: it costs
 from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.method import Method, Weighting, compose
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import dense
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

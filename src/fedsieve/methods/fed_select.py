@@ -18,11 +18,13 @@ from pydantic import Field, NonNegativeInt
 
 from fedsieve.algebra.method import Method, Ranked, Weighting, compose, evaluated_at
 from fedsieve.algebra.optim import Optimizer, adam
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import after, dense, top_k, top_ranks
 from fedsieve.errors import FedSieveError
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

@@ -28,11 +28,13 @@ from fedsieve.algebra.method import (
     unscaled,
 )
 from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.replacing import collect, means
 from fedsieve.algebra.sieve import dense
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

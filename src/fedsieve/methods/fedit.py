@@ -7,10 +7,12 @@ at k = r and FLASC at density 1 reduce to.
 
 from fedsieve.algebra.method import Method, Weighting, compose
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import dense
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

@@ -11,10 +11,12 @@ is A with its own B_i (`Method.personal`), and that is what is evaluated, client
 from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.method import ClientContext, Memory, Method, View, Weighting, compose
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import all_but_b, dense, only
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

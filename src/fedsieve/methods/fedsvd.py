@@ -27,10 +27,12 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State, Weighting, compose
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import all_but_a, dense
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

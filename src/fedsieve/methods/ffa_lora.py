@@ -9,10 +9,12 @@ both ends and never travels: messages are B and the head.
 
 from fedsieve.algebra.method import Method, Weighting, compose
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import all_but_a, dense, only
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

@@ -23,11 +23,13 @@ from typing import Literal
 
 from fedsieve.algebra.method import Method, Ranked, Weighting, compose, evaluated_at
 from fedsieve.algebra.optim import Optimizer, adam
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import top_k
 from fedsieve.settings import Share
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

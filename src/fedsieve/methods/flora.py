@@ -34,12 +34,14 @@ from fedsieve.algebra.method import (
     pack,
 )
 from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.replacing import collect
 from fedsieve.algebra.sieve import dense, leading, no_pairs, only
 from fedsieve.algebra.support import Support
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

@@ -26,12 +26,14 @@ from fedsieve.algebra.catchup import fold
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import SCALINGS, Method, Scaling, State, Weighting
 from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.replacing import collect
 from fedsieve.methods import flora
 from fedsieve.settings import Share
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

@@ -19,11 +19,13 @@ from collections.abc import Sequence
 
 from fedsieve.algebra.method import Method, Weighting, compose, r_over_k
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import dense, sketch
 from fedsieve.errors import FedSieveError
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

@@ -12,10 +12,12 @@ from pydantic import Field
 
 from fedsieve.algebra.method import Method, Ranked, Weighting, compose, evaluated_at, r_over_k
 from fedsieve.algebra.optim import Optimizer, adam
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import sketch, top_k, within
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

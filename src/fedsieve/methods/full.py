@@ -7,10 +7,12 @@ The same algebra as dense LoRA over another tree: what both papers measure the s
 
 from fedsieve.algebra.method import Method, Weighting, compose
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import dense
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

@@ -8,10 +8,12 @@ The least that a client can be asked for, and the floor that LoRA has to be bett
 
 from fedsieve.algebra.method import Method, Weighting, compose
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import dense
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

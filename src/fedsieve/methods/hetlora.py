@@ -31,11 +31,13 @@ from fedsieve.algebra.counts import at_least_one_less
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Memory, Method, State, View, compose
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import dense, leading
 from fedsieve.algebra.support import Support
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

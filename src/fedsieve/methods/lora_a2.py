@@ -38,12 +38,14 @@ from fedsieve.algebra.method import (
     pack,
 )
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import Passed, dense
 from fedsieve.algebra.support import Support
 from fedsieve.methods.rolora import in_turns
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

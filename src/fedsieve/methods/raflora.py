@@ -27,11 +27,13 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import SCALINGS, Method, Scaling, State, Weighting, compose
 from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.replacing import Stack, collect, first_ranks, refactored
 from fedsieve.algebra.sieve import dense, leading
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

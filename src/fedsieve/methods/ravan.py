@@ -33,11 +33,13 @@ from fedsieve.algebra.method import (
     difference,
 )
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import dense, only
 from fedsieve.algebra.support import Support, draw_ranks
 
 
+@checked
 def method(
     *,
     heads: PositiveInt = 4,

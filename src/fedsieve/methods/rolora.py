@@ -12,6 +12,7 @@ both factors go down. The head is trained in every round.
 from fedsieve.algebra.adapter import Layout
 from fedsieve.algebra.method import Method, Weighting, compose
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form
 from fedsieve.algebra.sieve import all_but_a, all_but_b, dense
 
@@ -21,6 +22,7 @@ def in_turns(layout: Layout, number: int) -> tuple[str, ...]:
     return (all_but_a if number % 2 else all_but_b)(layout, number)
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

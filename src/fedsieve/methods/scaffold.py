@@ -34,6 +34,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.method import ClientContext, Memory, Method, State, Unbounded, View, compose
 from fedsieve.algebra.optim import Optimizer, limits
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import dense
 from fedsieve.algebra.support import everything, gather
@@ -45,6 +46,7 @@ _CAME = "came"  # c, while a client trains
 _COUNTED = "counted"  # whose c_i are in the sum
 
 
+@checked
 def method(
     *,
     server: Optimizer | None = None,

@@ -21,9 +21,9 @@ from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method
 from fedsieve.data.names import half_of_a_character, name_of, numbered
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, listed, nearest, quoted
 from fedsieve.recipe.schema import Data, Model, Partition
-from fedsieve.settings import Lora, Sampling, Training, is_number, whole
+from fedsieve.settings import Lora, Sampling, Training, as_float, is_number, whole
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
 from fedsieve.train import by_function
@@ -90,7 +90,9 @@ def by_id(given: Any, what: str) -> dict[str, Any]:
         except FedSieveError as error:
             raise FedSieveError(f"{what}: an id {error}") from None
         if id is None or id in found:
-            raise FedSieveError(f"{what}: {key!r} is " + ("no id" if id is None else "there twice"))
+            raise FedSieveError(
+                f"{what}: {quoted(key)} is " + ("no id" if id is None else "there twice")
+            )
         found[id] = value
     return found
 
@@ -113,7 +115,8 @@ def lora_given(given: Lora | LoraConfig | None, start: object) -> Lora:
     Raises FedSieveError for what is neither Lora nor PEFT's LoraConfig, or a LoraConfig with
     settings that have no equivalent.
     """
-    lora = from_peft(given) if isinstance(given, PeftConfig) else given or Lora()
+    told = Lora() if given is None else given
+    lora = from_peft(told) if isinstance(told, PeftConfig) else told
     of_kind("lora", lora, Lora, "a fedsieve.Lora, such as Lora(rank=8), or a peft.LoraConfig")
     if start is None:
         return lora
@@ -154,10 +157,13 @@ def budgets_given(given: Any, ids: Iterable[str], method: Method) -> dict[str, B
 def _budget(given: Any, method: Method, place: str) -> Budget:
     if not is_number(given):
         of_kind(place, given, Budget, A_BUDGET)
-        return cast(Budget, given)
-    share, knobs = float(given), method.knobs
+        # A fraction is a number too, and everything after this writes and multiplies floats.
+        return Budget(*(as_float(share) if is_number(share) else share for share in given))
+    share, knobs = as_float(given), method.knobs
     if not 0 < share <= 1:
-        raise FedSieveError(f"{place}: {given!r} is no share: above 0 and at most 1 is needed")
+        raise FedSieveError(
+            f"{place}: {quoted(given)} is no share: above 0 and at most 1 is needed"
+        )
     if knobs == {"ratio"}:
         return Budget(ratio=share)
     if not knobs or "ratio" in knobs:
@@ -228,13 +234,13 @@ def classes_given(given: Any) -> tuple[str, ...]:
     if isinstance(given, str | Mapping) or not isinstance(given, Iterable):
         raise FedSieveError(f"classes: a list of names is needed, not {type(given).__name__}")
     names: list[str] = []
-    for each in given:
+    for each in listed("classes", given):
         try:
             name = name_of(each)
         except FedSieveError as error:
             raise FedSieveError(f"classes: the list {error}") from None
         if name is None:
-            raise FedSieveError(f"classes: the list holds {each!r}, which is no name")
+            raise FedSieveError(f"classes: the list holds {quoted(each)}, which is no name")
         names.append(name)
     if len(names) < 2 or len(set(names)) < len(names):
         raise FedSieveError(f"classes: at least two different ones are needed, not {names}")
@@ -275,7 +281,7 @@ def _refuse_no_method(given: object) -> None:
     if isinstance(given, str):
         near = nearest(given, methods.names())
         hint = "give the name of one, or a call of one, as in fedsieve.flasc()"
-        raise FedSieveError(f"method: {given!r} is no method: {hint}{near}")
+        raise FedSieveError(f"method: {quoted(given)} is no method: {hint}{near}")
     if isinstance(given, FunctionType | ModuleType):
         is_module = isinstance(given, ModuleType)
         name = (given.__name__ if is_module else given.__module__).rpartition(".")[2]

@@ -4,17 +4,15 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import isfinite
-from typing import Any, Literal, get_type_hints
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any, Literal
 
 from fedsieve import methods
 from fedsieve.algebra import optim
 from fedsieve.algebra.method import Knob, Method, Unbounded
 from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.options import kinds, value_of
 from fedsieve.clients.privacy import refuse_what_is_not_covered
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, quoted
 from fedsieve.recipe.schema import (
     Budgets,
     ListBudgets,
@@ -209,20 +207,18 @@ def options_of(build: Any) -> list[str]:
 
 
 def _options(build: Any, given: Mapping[str, Any], table: str) -> dict[str, Any]:
-    hints = get_type_hints(build, include_extras=True)  # with the limits of their values
-    known = options_of(build)
+    known = {name: kind for name, kind in kinds(build).items() if name != "server"}
     checked = {}
     for name, value in given.items():
         if name not in known:
             raise FedSieveError(f"{table}.{name}: unknown key{nearest(name, known)}")
         try:
-            refuse_flags(hints, {name: value})
-            checked[name] = TypeAdapter(hints[name]).validate_python(value)
-        except ValidationError as error:
-            said = f"{error.errors()[0]['msg']} (it is {value!r})"
-            raise FedSieveError(f"{table}.{name}: {said}") from error
+            refuse_flags(known, {name: value})
         except ValueError as error:
             raise FedSieveError(f"{table}.{error}") from None
-        if isinstance(checked[name], float) and not isfinite(checked[name]):
-            raise FedSieveError(f"{table}.{name} is {value}; it must be a finite number")
+        try:
+            checked[name] = value_of(known[name], value, strict=False)
+        except ValueError as error:
+            said = f"{error} (it is {quoted(value)})"
+            raise FedSieveError(f"{table}.{name}: {said}") from None
     return checked

@@ -1,0 +1,194 @@
+"""Every option of every method, given in Python: what a recipe refuses by its key is refused here
+by the option's name, before anything is trained, and what the signature allows is taken.
+
+The options and their kinds are found in the signatures, so that a new one is tried too.
+"""
+
+import inspect
+import math
+import pickle
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import numpy as np
+import pytest
+from pydantic.fields import FieldInfo
+
+import fedsieve
+from fedsieve import FedSieveError, methods
+from fedsieve.algebra.method import Method, compose
+from fedsieve.algebra.optim import Optimizer, bounded, fading
+from fedsieve.algebra.options import checked
+from fedsieve.algebra.sieve import dense
+
+SERVERS: list[Any] = [1e-3, "adam", fedsieve.adam, {"lr": 1}, Optimizer, (1, 2), [], True, object()]
+OFF: dict[type, list[Any]] = {
+    bool: ["False", "", "true", 0, 1, 0.5, [], object(), math.nan],
+    int: ["3", 1.5, 2.0, True, False, [], {}, object(), math.nan, math.inf, b"3"],
+    float: ["0.5", "x", True, False, [], {}, object(), math.nan, math.inf, -math.inf, 10**400, 1j],
+    str: [1, 0.5, True, [], {}, object(), "", b"float32", ("values",)],
+}
+
+
+class Kind:
+    """What an option's annotation says: its type, the limits of a number, whether None is one."""
+
+    def __init__(self, hint: Any) -> None:
+        self.literals: tuple[Any, ...] = ()
+        self.limits: dict[str, float] = {}
+        self.none = False
+        self.type: type = str
+        self._read(hint)
+
+    def _read(self, hint: Any) -> None:
+        if get_origin(hint) is Annotated:
+            inner, *told = get_args(hint)
+            said = [m for t in told for m in (t.metadata if isinstance(t, FieldInfo) else [t])]
+            for limit in said:
+                self.limits |= {k: v for k, v in vars_of(limit) if k in ("gt", "ge", "lt", "le")}
+            self._read(inner)
+        elif get_origin(hint) is Literal:
+            self.literals = get_args(hint)
+        elif hint is type(None):
+            self.none = True
+        elif hint in (bool, int, float):
+            self.type = hint
+        else:
+            assert get_args(hint), f"an option of a kind that this test does not know: {hint}"
+            for each in get_args(hint):
+                self._read(each)
+
+    def wrong(self) -> Iterator[Any]:
+        yield from OFF[self.type]
+        if not self.none:
+            yield None
+        for text in self.literals:
+            yield from (text[:-1], text + "s", text.upper(), f" {text}")
+        for how, limit in self.limits.items():
+            yield {"gt": limit, "lt": limit, "ge": limit - 1, "le": limit + 1}[how]
+            yield limit - 5 if how in ("gt", "ge") else limit + 5
+
+    def right(self) -> Iterator[Any]:
+        yield from self.literals
+        if self.none:
+            yield None
+        if self.type is bool:
+            yield from (True, False, np.True_)
+        if self.type is int:
+            least = int(self.limits.get("ge", self.limits.get("gt", 0) + 1))
+            yield from (least, least + 1, np.int64(least))
+        if self.type is float:
+            yield from (0.5, np.float32(0.5), np.float64(0.25))
+            yield from (self.limits[how] for how in ("ge", "le") if how in self.limits)
+            yield from (int(self.limits["le"]) for _ in range("le" in self.limits))
+
+
+def vars_of(limit: Any) -> list[tuple[str, Any]]:
+    return [(k, getattr(limit, k)) for k in ("gt", "ge", "lt", "le") if hasattr(limit, k)]
+
+
+def kinds(name: str) -> dict[str, Kind]:
+    hints = get_type_hints(methods.load(name), include_extras=True)
+    return {option: Kind(hint) for option, hint in hints.items() if option not in GIVEN}
+
+
+GIVEN = ("server", "return")
+EACH = [(name, option) for name in methods.names() for option in kinds(name)]
+
+
+@pytest.mark.parametrize(("name", "option"), EACH)
+def test_what_an_option_cannot_be_is_refused_by_its_name(name: str, option: str) -> None:
+    for value in kinds(name)[option].wrong():
+        with pytest.raises(FedSieveError, match=f"^method {name}: {option} is ") as caught:
+            getattr(fedsieve, name)(**{option: value})
+        said = str(caught.value)
+        assert "; it must be " in said
+        assert "\n" not in said
+        assert len(said) < 400, said
+
+
+@pytest.mark.parametrize(("name", "option"), EACH)
+def test_what_an_option_can_be_is_taken(name: str, option: str) -> None:
+    build = getattr(fedsieve, name)
+    default = inspect.signature(build).parameters[option].default
+    for value in [default, *kinds(name)[option].right()]:
+        assert isinstance(build(**{option: value}), Method), (option, value)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_server_is_an_optimizer(name: str) -> None:
+    for value in SERVERS:
+        with pytest.raises(FedSieveError, match=f"^method {name}: server is .*optimizer") as caught:
+            getattr(fedsieve, name)(server=value)
+        assert "\n" not in str(caught.value)
+    for optimizer in (None, fedsieve.sgd(0.5), fedsieve.fading(fedsieve.fedadam(), 0.5)):
+        assert isinstance(getattr(fedsieve, name)(server=optimizer), Method)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_an_option_that_there_is_not_is_told_with_the_nearest(name: str) -> None:
+    with pytest.raises(FedSieveError, match=rf"^method {name}: up_vals: .*mean .*'up_values'"):
+        getattr(fedsieve, name)(up_vals="int8")
+
+
+def test_the_words_of_an_error() -> None:
+    with pytest.raises(FedSieveError) as caught:
+        fedsieve.flasc(ranked="chang")  # type: ignore[arg-type]
+    said = "method flasc: ranked is 'chang'; it must be 'values' or 'change'"
+    assert str(caught.value) == said
+    with pytest.raises(FedSieveError, match=r"call it, as in fedsieve\.adam\(\)"):
+        fedsieve.flasc(server=fedsieve.adam)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [*SERVERS, None])
+def test_what_is_built_around_an_optimizer_needs_one(value: Any) -> None:
+    for make in (fading, bounded):
+        with pytest.raises(FedSieveError, match=r"^optimizer is .*; it must be "):
+            make(value, 0.5)
+    if value is not None:
+        with pytest.raises(FedSieveError, match=r"^server is .*; it must be "):
+            compose(down=dense, up=dense, server=value)
+
+
+@pytest.mark.parametrize("value", ["x" * 10**6, [0] * 10**6, 10**5000], ids=["str", "list", "int"])
+def test_a_value_is_quoted_only_so_far(value: Any) -> None:
+    def told() -> Iterator[str]:
+        for make in (
+            lambda: fading(fedsieve.sgd(), value),
+            lambda: bounded(fedsieve.sgd(), -value if isinstance(value, int) else value),
+            lambda: fedsieve.sgd(momentum=value),
+            lambda: fedsieve.adam(beta1=value),
+            lambda: fedsieve.adam(lr=-value if isinstance(value, int) else value),
+            lambda: fedsieve.flasc(head=value),
+            lambda: fedsieve.flasc(server=value),
+            lambda: fedsieve.Sampling(kind=value),
+            lambda: fedsieve.Sampling(size=-value if isinstance(value, int) else value),
+            lambda: fedsieve.Sampling(availability=value),
+            lambda: fedsieve.Sampling(availability={"a": value}),
+        ):
+            with pytest.raises(FedSieveError) as caught:
+                make()
+            yield str(caught.value)
+
+    assert max(map(len, told())) < 500
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_is_still_its_files_function(name: str) -> None:
+    """Signature, words and place are what they were: for help, for the docs, and for pickle."""
+    build = getattr(fedsieve, name)
+    assert build is methods.load(name)
+    assert build.__module__ == f"fedsieve.methods.{name}"
+    assert build.__doc__
+    assert "up_values" in inspect.signature(build).parameters
+    assert pickle.loads(pickle.dumps(build)) is build
+
+
+def test_a_method_of_ones_own_is_checked_where_it_asks_for_it() -> None:
+    def method(*, up_values: Literal["float32"] = "float32", loose=0, **more) -> Method:  # type: ignore[no-untyped-def]
+        return compose(down=dense, up=dense, up_values=up_values)
+
+    own = checked(method)
+    assert isinstance(own(loose="anything", other=1), Method)
+    with pytest.raises(FedSieveError, match=r"^method test_options: up_values is 'int9'"):
+        own(up_values="int9")  # type: ignore[arg-type]
