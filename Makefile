@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-all test-lowest test-versions lint format types contracts install install-test docs \
 	release-check bench clean
 
+export PIP_CONSTRAINT := $(CURDIR)/build-constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # What the demo needs, and no more.
