@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-all test-lowest test-versions lint format types contracts install install-test docs \
 	release-check bench clean
 
-export PIP_CONSTRAINT := $(CURDIR)/build-constraints.txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # What the demo needs, and no more.
@@ -72,7 +71,7 @@ test-versions: install-test
 	mkdir -p build
 	for version in 3.12 3.13 3.14; do \
 		$(BIN)/uv pip compile -q pyproject.toml --python-version $$version -c constraints.txt \
-			--only-binary :all: --no-binary seqeval --extra flower --extra quant \
+			--only-binary :all: --extra flower --extra quant \
 			-o build/versions-$$version.txt && \
 		$(BIN)/mypy --python-version $$version --cache-dir build/mypy-$$version || exit 1; \
 	done

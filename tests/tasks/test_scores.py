@@ -1,9 +1,11 @@
 """What a task counts and the scores that it makes of that, against other libraries: all tasks."""
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import conlleval
 import numpy as np
 import pytest
 import torch
@@ -73,20 +75,24 @@ def labels_of(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def entities(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    from seqeval import metrics as of
-
-    told = logits.argmax(-1)
-    pairs = [
-        ([TAGS[n] for n in row[there].tolist()], [TAGS[n] for n in said[there].tolist()])
-        for row, said, there in zip(labels, told, labels != -100, strict=True)
-    ]
-    true, found = zip(*pairs, strict=True)
+    found, there = by_conll(labels, logits.argmax(-1))["overall"]["chunks"], labels != -100
     return {
-        "entity_f1": float(of.f1_score(list(true), list(found))),
-        "entity_precision": float(of.precision_score(list(true), list(found))),
-        "entity_recall": float(of.recall_score(list(true), list(found))),
-        "token_accuracy": float(of.accuracy_score(list(true), list(found))),
+        "entity_f1": found["evals"]["f1"],
+        "entity_precision": found["evals"]["prec"],
+        "entity_recall": found["evals"]["rec"],
+        "token_accuracy": float((logits.argmax(-1) == labels)[there].double().mean()),
     }
+
+
+def by_conll(true: Tensor, told: Tensor, tags: tuple[str, ...] = TAGS) -> dict[str, Any]:
+    """What CoNLL's own script makes of rows of tags."""
+    lines: list[str] = []
+    for row, said, there in zip(true, told, true != -100, strict=True):
+        pairs = zip(row[there].tolist(), said[there].tolist(), strict=True)
+        lines += [f"word {tags[a]} {tags[b]}" for a, b in pairs]
+        lines.append("")
+    summary: dict[str, Any] = conlleval.evaluate(lines)
+    return summary
 
 
 def next_tokens(logits: Tensor, labels: Tensor) -> dict[str, float]:
@@ -312,23 +318,13 @@ def test_each_class_is_told_as_another_library_tells_it(case: Case) -> None:
 
 
 def test_entities_are_told_by_their_kind() -> None:
-    from seqeval.metrics import classification_report
-
     (case,) = [case for case in CASES if case.classes is TAGS]
     found = score(catalogue.load(case.task), total(counted(case, 7)), TAGS).details.classes
-    said = [
-        [
-            [TAGS[n] for n in row[there].tolist()]
-            for row, there in zip(rows, case.labels != -100, strict=True)
-        ]
-        for rows in (case.labels, case.logits.argmax(-1))
-    ]
-    table = classification_report(*said, output_dict=True)
+    table = by_conll(case.labels, case.logits.argmax(-1))["slots"]["chunks"]
     assert [each.name for each in found] == ["LOC", "PER"]
     for each in found:
-        row = table[each.name]
-        wanted = (row["support"], row["precision"], row["recall"], row["f1-score"])
-        assert each[1:5] == pytest.approx(wanted)
+        row, stats = table[each.name]["evals"], table[each.name]["stats"]
+        assert each[1:5] == pytest.approx((stats["gold"], row["prec"], row["rec"], row["f1"]))
 
 
 @each
@@ -389,6 +385,25 @@ def test_entities_in_any_scheme_of_tags(scheme: str) -> None:
     right_ones = 2 if scheme == "S alone" else 1
     assert found.metrics["entity_recall"] == pytest.approx(right_ones / there)
     assert {c.name for c in found.details.classes} == {t[2:] for t in tags if t[1:2] == "-"} - {""}
+
+
+def test_entities_are_conlls_in_whatever_order_the_tags_come() -> None:
+    """What a model says keeps to no scheme: every tag after every other one, by CoNLL's script."""
+    tags = ("O", *(f"{mark}-{kind}" for mark in "BIES" for kind in ("PER", "geo-loc")))
+    generator = torch.Generator().manual_seed(5)
+    true, told = torch.randint(len(tags), (2, 60, 40), generator=generator)
+    told = torch.where(torch.rand(60, 40, generator=generator) < 0.7, true, told)
+    pairs = {pair for row in true.tolist() for pair in itertools.pairwise(row)}
+    assert len(pairs) == len(tags) ** 2
+    task = catalogue.load("token-classification")
+    tally = judged(task, torch.nn.functional.one_hot(told, len(tags)).float(), true, tags)
+    table = by_conll(true, told, tags)["slots"]["chunks"]
+    for kind in ("PER", "geo-loc"):
+        stats = table[kind]["stats"]
+        names = {"right": "correct", "told": "pred", "there": "gold"}
+        assert {name: tally.sums[f"{name} {kind}"] for name in names} == {
+            name: stats[of] for name, of in names.items()
+        }
 
 
 def test_many_classes_have_no_table_of_one_by_another() -> None:

@@ -1,13 +1,13 @@
 """Token classification: words, and a tag for each (names of entities, parts of speech).
 
 A word's tag is told at the first of its tokens. Where the tags begin and go on (B-PER, I-PER),
-what counts are whole entities, as in CoNLL's evaluation; seqeval says which those are.
+what counts are whole entities, as in CoNLL's evaluation (Tjong Kim Sang and Buchholz, 2000).
 """
 
 import re
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -174,29 +174,50 @@ def _losses(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
-    from seqeval.metrics.sequence_labeling import get_entities
-
     there = labels != IGNORED
     loss = _losses(logits, labels).sum().item()
     told, tags = logits.argmax(-1), [_tag(name) for name in classes]
     counts = {f"{name} {kind}": 0.0 for kind in _kinds(classes) for name in _COUNTS}
     if counts:
-        for row, (mask, true, found) in enumerate(zip(there, labels, told, strict=True)):
-            so = {(row, *e) for e in get_entities([tags[n] for n in true[mask].tolist()])}
-            said = {(row, *e) for e in get_entities([tags[n] for n in found[mask].tolist()])}
-            for name, entities in zip(_COUNTS, (so & said, said, so), strict=True):
-                for _, kind, *_ in entities:
-                    counts[f"{name} {kind}"] += 1
+        for mask, true, found in zip(there, labels, told, strict=True):
+            so = entities([tags[n] for n in true[mask].tolist()])
+            said = entities([tags[n] for n in found[mask].tolist()])
+            for name, of in zip(_COUNTS, (so & said, said, so), strict=True):
+                for entity in of:
+                    counts[f"{name} {entity.kind}"] += 1
     counts["tokens"] = float((told == labels)[there].sum())
     return Tally(loss, int(there.sum()), counts)
 
 
-def _tag(name: str) -> str:
-    """A tag as seqeval reads it: BILOU's as those of BIOES, and O for one of no such scheme, which
+class Entity(NamedTuple):
+    """What its words are, and the places of its first and last."""
+
+    kind: str
+    first: int
+    last: int
+
+
+def entities(tags: Sequence[tuple[str, str]]) -> set[Entity]:
+    """The entities of a row of (mark, kind), marks those of BIOES, as CoNLL's evaluation finds
+    them: where the scheme is broken too, for what a model says may be in any order.
+    """
+    found: list[Entity] = []
+    before = ("O", "")
+    for place, (mark, kind) in enumerate(tags):
+        if mark in ("I", "E") and before in (("B", kind), ("I", kind)):
+            found[-1] = found[-1]._replace(last=place)
+        elif mark != "O":
+            found.append(Entity(kind, place, place))
+        before = (mark, kind)
+    return set(found)
+
+
+def _tag(name: str) -> tuple[str, str]:
+    """A tag's mark and kind: BILOU's as those of BIOES, and O for one of no such scheme, which
     begins no entity.
     """
     found = _SCHEME.fullmatch(name)
-    return "O" if found is None else f"{_SPELLED.get(found[1], found[1])}-{found[2]}"
+    return ("O", "") if found is None else (_SPELLED.get(found[1], found[1]), found[2])
 
 
 def _kinds(classes: Sequence[str]) -> list[str]:
