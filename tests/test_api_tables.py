@@ -185,6 +185,12 @@ def test_settings_go_to_peft_and_back(lora: Lora) -> None:
     assert {**again.to_dict(), "task_type": "SEQ_CLS"} == config.to_dict()
 
 
+@pytest.mark.parametrize("other", [None, 16, {"r": 16}, LoraConfig(r=16)])
+def test_what_are_no_settings_is_refused(other: Any) -> None:
+    with pytest.raises(FedSieveError, match=r"lora: a fedsieve\.Lora is needed, not "):
+        fedsieve.to_peft(other)
+
+
 def test_the_scale_is_that_of_peft_and_grows_with_the_root_of_the_clients() -> None:
     """SFed-LoRA's gamma_z by hand; for one client it is rank-stabilised LoRA's."""
     for clients, scale in ((1, 2.0), (9, 6.0), (100, 20.0)):

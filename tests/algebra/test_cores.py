@@ -40,9 +40,16 @@ def test_the_tree_has_cores_in_the_place_of_pairs(heads: int, gains: bool) -> No
     assert no_gains(layout, 1) == without.names
 
 
-@pytest.mark.parametrize("heads", [3, 16])
-def test_heads_share_the_rank_evenly_or_not_at_all(heads: int) -> None:
-    with pytest.raises(ValueError, match=f"{heads} heads do not share a rank of 8"):
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        (3, "3"),
+        (16, "16"),
+        pytest.param(10**5000, "one int that cannot be written out", id="of 5,001 digits"),
+    ],
+)
+def test_heads_share_the_rank_evenly_or_not_at_all(heads: int, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said} heads do not share a rank of 8"):
         cored(PAIRS, Cores(heads))
 
 

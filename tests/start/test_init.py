@@ -279,6 +279,38 @@ def test_where_rows_come_from(tmp_path: Path, command: Command, name: str) -> No
         assert not line or line[0] in "#[" or "  # " in line, line  # each key says why
 
 
+@pytest.mark.parametrize(
+    ("count", "clients", "with_tests", "runs"),
+    [(1, None, False, False), (1, "1", False, False), (2, None, False, False),
+     (2, "1", False, True), (3, None, False, True), (1, None, True, False),
+     (2, "1", True, True), (2, None, True, True), (9, "8", False, False), (10, "8", False, True)],
+)  # fmt: skip
+def test_rows_too_few_for_the_clients_make_no_recipe(
+    tmp_path: Path,
+    tiny: Tiny,
+    command: Command,
+    count: int,
+    clients: str | None,
+    with_tests: bool,
+    runs: bool,
+) -> None:
+    """What is written can be checked; where nothing could be trained nothing is written."""
+    lines = [f"{text},{('yes', 'no')[n % 2]}" for n, text in enumerate(said(10))]
+    for name, of in {"train": count, **({"test": 4} if with_tests else {})}.items():
+        text = "\n".join(["text,label", *lines[:of], ""])
+        (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8")
+    out = tmp_path / "recipe.toml"
+    dealt = () if clients is None else ("--clients", clients)
+    given = ("--task", "classification", "--label", "label", "--model", tiny.bert, *dealt)
+    ran = command("init", tmp_path / "train.csv", "--out", out, "--yes", *given)
+    assert (ran.code == 0) is out.exists() is runs, ran.out + ran.err
+    if runs:
+        checked = command("check", out)
+        assert checked.code == 0, checked.out + checked.err
+    else:
+        assert f"has {'1 row' if count == 1 else f'{count} rows'}, too few for" in ran.err
+
+
 def test_a_file_of_test_rows_beside_is_found(tmp_path: Path) -> None:
     for name in ("news-train.csv", "news-test.csv"):
         write_rows(tmp_path / name, 30, seed=0)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, Tree
 from fedsieve.algebra.keys import Key, generator
+from fedsieve.errors import quoted
 
 _CORE, _GAIN = ".lora_core.", ".lora_gain."
 
@@ -63,7 +64,7 @@ def cored(layout: Layout, cores: Cores) -> Layout:
     """
     side, left = divmod(layout.rank, cores.heads)
     if left or not side:
-        raise ValueError(f"{cores.heads} heads do not share a rank of {layout.rank} evenly")
+        raise ValueError(f"{quoted(cores.heads)} heads do not share a rank of {layout.rank} evenly")
     shapes = {n: shape for n, shape in layout.shapes.items() if n not in layout.rank_axis}
     for pair in layout.pairs:
         for head in range(cores.heads):

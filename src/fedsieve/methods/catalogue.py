@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, quoted
 
 OPTIMIZERS = Path(__file__).parents[1] / "algebra" / "optim.py"
 
@@ -34,7 +34,7 @@ def known(name: str) -> Entry:
     """What the file of a method says. Raises FedSieveError, with the nearest, for no such name."""
     files = _files()
     if name not in files:
-        raise FedSieveError(f"unknown method {name!r}{nearest(name, files)}")
+        raise FedSieveError(f"unknown method {quoted(name)}{nearest(name, files)}")
     path = files[name]
     head = (ast.get_docstring(_tree(path)) or name).splitlines()[0]
     return Entry(name, head.split(" (")[0], _knobs(path), options(path, "method"))

@@ -1,5 +1,6 @@
 """From a source to a recipe's file: look, guess, ask where somebody can be asked, write."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ from fedsieve.data import fetch, sources
 from fedsieve.data.files import extension_of
 from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
-from fedsieve.errors import FedSieveError, nearest, quoted
+from fedsieve.errors import FedSieveError, count, nearest, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.start import written
 from fedsieve.start.guess import Guess, Said, guess
@@ -50,6 +51,7 @@ def begin(
     for line in guessed(looked, found):
         show(line)
     looked, passed_over = _judged(looked, found)
+    _enough(looked, found)
     table = written.table_of(looked, found, written.name_for(source))
     first = written.first_line(looked, found)
     text = written.text_of(table, first)
@@ -174,6 +176,19 @@ def _judged(looked: Looked, found: Guess) -> tuple[Looked, str | None]:
             return now, said if (test, split) != given else None
     said = f"the test rows in {given[0] or given[1]!r} have no labels and are left out"
     return looked._replace(test=None, test_split=None), said
+
+
+def _enough(looked: Looked, found: Guess) -> None:
+    """Raises FedSieveError where fewer rows are left than clients, and the recipe could not run."""
+    tested = looked.test is not None or looked.test_split is not None
+    held = 0 if tested else math.ceil(written.HELD * looked.rows)
+    clients = found.clients if isinstance(found.clients, int) else 1
+    if looked.rows - held < clients:
+        needed = f"{count(clients, 'client')} and at least {count(held, 'row')} to evaluate on"
+        raise FedSieveError(
+            f"{looked.source} has {count(looked.rows, 'row')}, too few for {needed}: give more rows"
+            + ", or --clients 1" * (held < looked.rows)
+        )
 
 
 def _labelled(looked: Looked, source: str, split: str | None, label: str) -> bool:

@@ -56,7 +56,10 @@ def to_peft(lora: Lora, task: Task | None = None) -> LoraConfig:
 
     task: says its task_type, as `fedsieve.finetune` has tasks. `from_peft` gives the settings back,
           but for `start`, which a configuration does not have, and `clients`, which is in its alpha
+    Raises FedSieveError for what are no settings, and for an unknown task.
     """
+    if not isinstance(lora, Lora):
+        raise FedSieveError(f"lora: a fedsieve.Lora is needed, not {type(lora).__name__}")
     given = {theirs: getattr(lora, ours) for theirs, ours in _SAME.items()}
     given = {k: list(value) if isinstance(value, tuple) else value for k, value in given.items()}
     given["modules_to_save"] = given["modules_to_save"] or None
