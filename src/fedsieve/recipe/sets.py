@@ -11,7 +11,7 @@ from importlib import resources
 from string import Formatter
 from typing import Any, NamedTuple
 
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, quoted
 
 # Where a recipe has rows of its own, these of the set do not concern them.
 _ROWS = ("train", "test", "config", "train_split", "test_split", "more_tests")
@@ -55,7 +55,9 @@ def filled(table: Mapping[str, Any]) -> Mapping[str, Any]:
         return table
     name = data["set"]
     if name not in known():
-        raise FedSieveError(f"data.set: no data set is called {name!r}{nearest(name, known())}")
+        raise FedSieveError(
+            f"data.set: no data set is called {quoted(name)}{nearest(name, known())}"
+        )
     found, own = known()[name], {key: value for key, value in data.items() if key != "set"}
     _refuse_another(name, found, own)
     taken = dict(found.data)

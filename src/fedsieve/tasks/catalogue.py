@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, quoted
 
 if TYPE_CHECKING:
     from fedsieve.tasks.task import Task
@@ -28,7 +28,7 @@ def names() -> tuple[str, ...]:
 def known(name: str) -> str:
     """The name itself. Raises FedSieveError, with the nearest, where no task is called so."""
     if name not in names():
-        raise FedSieveError(f"there is no task {name!r}{nearest(name, names())}")
+        raise FedSieveError(f"there is no task {quoted(name)}{nearest(name, names())}")
     return name
 
 
