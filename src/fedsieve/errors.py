@@ -73,6 +73,11 @@ def words(error: BaseException, most: int = 300) -> str:
     return " ".join(str(error).split())[:most]
 
 
+def with_type(error: BaseException, most: int = 300) -> str:
+    """The same behind the error's type, which often says more: "KeyError: 'label'"."""
+    return f"{type(error).__name__}: {words(error, most)}".removesuffix(": ")
+
+
 def explain_all(
     error: Failed,
     source: str,

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from fedsieve.data import sources
 from fedsieve.data.files import Columns, array_of, chosen, refuse_wild
 from fedsieve.data.names import absent, name_of, numbered
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, with_type
 
 FORMS = (
     "a datasets.Dataset or IterableDataset, a pandas or polars DataFrame, a list of dicts, a dict "
@@ -163,7 +163,9 @@ def of_partitioner(given: Any) -> dict[str, Dataset] | None:
         try:
             given.load_partition(0, splits[0])  # which gives the partitioner its rows
         except Exception as error:  # whatever the library or the hub may raise
-            raise FedSieveError(f"clients: the FederatedDataset fails: {_said(error)}") from error
+            raise FedSieveError(
+                f"clients: the FederatedDataset fails: {with_type(error)}"
+            ) from error
         given = given.partitioners[splits[0]]
     try:
         count = int(given.num_partitions)
@@ -174,12 +176,8 @@ def of_partitioner(given: Any) -> dict[str, Dataset] | None:
         raise
     except Exception as error:  # a partitioner of one's own too
         raise FedSieveError(
-            f"clients: the partitioner fails: {_said(error)} (it needs its `dataset` first)"
+            f"clients: the partitioner fails: {with_type(error)} (it needs its `dataset` first)"
         ) from error
     known = [name for name in names if name is not None]
     ids = known if len({*known}) == count else numbered(count)
     return dict(zip(ids, parts, strict=True))
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -20,7 +20,7 @@ from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
 from fedsieve.data.templates import possible, used, values_of
 from fedsieve.disk import bytes_of, parsed, place
-from fedsieve.errors import FedSieveError, nearest, words
+from fedsieve.errors import FedSieveError, nearest, with_type, words
 
 MOST_ROWS = 10_000_000  # of a stream
 _TEXTS = frozenset({"string", "large_string", "string_view"})
@@ -297,8 +297,8 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
         with _no_progress_bars():
             return datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever it may raise over what is there
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise FedSieveError(f"{folder} is not as `datasets` saved it, or damaged: {why}") from None
+        why = f"is not as `datasets` saved it, or damaged: {with_type(error)}"
+        raise FedSieveError(f"{folder} {why}") from None
 
 
 def _hub(name: str, config: str | None, split: str | None) -> Dataset:

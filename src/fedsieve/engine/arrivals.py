@@ -26,7 +26,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
 from fedsieve.algebra.payload import LARGEST, Payload, exact, magnitude
 from fedsieve.algebra.support import Support
-from fedsieve.errors import NoUsableUpdate, WireError
+from fedsieve.errors import NoUsableUpdate, WireError, with_type
 from fedsieve.wire import decode
 
 # Of the updates that wait, so many bytes are held in memory before they go to the disk.
@@ -149,7 +149,7 @@ def merge(
                 raise NoUsableUpdate(f"no update can be merged ({shown})") from error
             if not found:
                 largest = max(left, key=waiting.norms.__getitem__)
-                found = {largest: f"{_named(error)} with it, and it is the largest"}
+                found = {largest: f"{with_type(error)} with it, and it is the largest"}
             for id, why in found.items():
                 out[id] = f"its update was left out: the merge fails: {why}"
                 del left[id]
@@ -162,12 +162,8 @@ def _failure(method: Method, state: State, waiting: Waiting, id: str, key: Key) 
     except NOT_THE_CLIENTS:
         raise
     except Exception as error:
-        return _named(error)
+        return with_type(error)
     return None
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _finite(state: State) -> State:

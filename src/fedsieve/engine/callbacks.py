@@ -9,7 +9,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Federation, Round
-from fedsieve.errors import FedSieveError, listed, quoted
+from fedsieve.errors import FedSieveError, listed, quoted, with_type
 
 OnRound = Callable[[Round], object]  # called once a round, round 0 (before training) first
 
@@ -60,9 +60,8 @@ def tell(callbacks: Sequence[OnRound], summary: Round) -> None:
             first = first or (callback, raised)
     if first is not None:
         callback, error = first
-        said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise CallbackFailed(
-            f"the callback {_name(callback)} failed after round {summary.round}: {said}"
+            f"the callback {_name(callback)} failed after round {summary.round}: {with_type(error)}"
         ) from error
 
 

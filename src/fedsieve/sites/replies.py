@@ -34,7 +34,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.supercore.run import RunNotRunningException
 
-from fedsieve.errors import WireError
+from fedsieve.errors import WireError, with_type
 from fedsieve.sites.flower_app import frame_of
 from fedsieve.sites.server import Incoming
 
@@ -91,7 +91,7 @@ def fetch(grid: Grid, request: str, most: int) -> list[Incoming]:
     except WireError as error:
         return failed(error, lost=False)
     except Exception as error:  # of Flower, protobuf or JSON, over whatever a node has made up
-        return failed(f"{type(error).__name__}: {error}", lost=False)
+        return failed(with_type(error), lost=False)
 
 
 def check(contents: Mapping[str, bytes], most: int) -> None:

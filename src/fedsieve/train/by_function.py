@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import View
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, with_type
 from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import by_token
@@ -53,8 +53,8 @@ def load(name: str) -> Function:
     try:
         found = getattr(importlib.import_module(module), function, None)
     except Exception as error:  # whatever a module of somebody's may raise
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise FedSieveError(f"training.function: {module!r} cannot be imported: {said}") from error
+        said = f"{module!r} cannot be imported: {with_type(error)}"
+        raise FedSieveError(f"training.function: {said}") from error
     if found is None:
         raise FedSieveError(f"training.function: the module {module!r} has no {function!r}")
     check(found, f"training.function: {name!r}")
@@ -156,9 +156,7 @@ def fit(
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever the user's own code may raise
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            if isinstance(error, FedSieveError):
-                said = str(error)
+            said = str(error) if isinstance(error, FedSieveError) else with_type(error)
             raise FedSieveError(f"{where}: the function that trains failed: {said}") from error
     after = _frozen(model, parameters)
     if odd := [name for name in frozen | after if frozen.get(name) != after.get(name)]:
