@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from fedsieve.algebra.budget import Budget, Client, Link
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method
-from fedsieve.clients.sampling import check, cohort, late
+from fedsieve.clients.sampling import check, cohort
 from fedsieve.engine.client import Reply
 from fedsieve.engine.local import punctual
-from fedsieve.engine.loop import Receipt, begin, rounds
+from fedsieve.engine.loop import Exchange, Receipt, begin, rounds
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.methods import fedit, flasc, flora
 from fedsieve.recipe import read as recipes
@@ -152,14 +152,42 @@ def test_sampling_that_does_not_fit_the_clients() -> None:
         check(Sampling(extra=2), [*linked[:9], linked[9]._replace(step_seconds=None)])
 
 
+def in_time(seconds: Mapping[str, float], size: int, refused: Collection[str]) -> dict[str, str]:
+    """Who is late of clients whose updates take so many seconds, and why; of them some are refused
+    as they come.
+    """
+    clients = [Client(id, 1, link=Link(1, 1), step_seconds=s) for id, s in seconds.items()]
+
+    def carry(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
+        for client, _ in messages:
+            yield Reply(client, b"", None, 0.0, 1, 0.0, 0.0, 0.0, 0)
+
+    exchange = punctual(Exchange(carry, lambda merged: None), size)
+    found, taken = {}, 0
+    for reply in exchange.carry([(client, b"") for client in clients], Key(0, 1)):
+        if reply.reason is not None:
+            found[reply.client.id] = reply.reason
+        taken += reply.reason is None and reply.client.id not in refused
+        exchange.usable(taken)
+    return found
+
+
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=3), st.sampled_from([1.0, 2.0, 3.5])),
-       st.integers(1, 5))  # fmt: skip
-def test_the_slowest_beyond_the_size_are_late(seconds: dict[str, float], size: int) -> None:
-    behind = late(seconds, size)
-    assert len(behind) == max(0, len(seconds) - size)
-    on_time = [seconds[id] for id in seconds if id not in behind]
-    assert all(seconds[id] >= max(on_time) for id in behind)
-    assert late(dict(reversed(list(seconds.items()))), size) == behind
+       st.integers(1, 5), st.sets(st.text("abc", min_size=1, max_size=1)))  # fmt: skip
+def test_the_slowest_beyond_the_size_are_late(
+    seconds: dict[str, float], size: int, refused: set[str]
+) -> None:
+    """The size is that of updates which can be merged: what is refused takes nobody's place."""
+    behind = in_time(seconds, size, refused)
+    kept = [id for id in seconds if id not in behind]
+    able = [id for id in seconds if id not in refused]
+    assert len([id for id in kept if id in able]) == min(size, len(able))
+    if behind:
+        closed = max(seconds[id] for id in kept if id in able)
+        assert all(seconds[id] >= closed for id in behind)
+        assert all(seconds[id] <= closed for id in kept)
+        assert all(f"had its {size} after {closed:.4g} s" in why for why in behind.values())
+    assert in_time(dict(reversed(list(seconds.items()))), size, refused) == behind
     assert all(reason.startswith("late: ") for reason in behind.values())
 
 

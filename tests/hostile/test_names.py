@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from cryptography.hazmat.primitives import serialization
 from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.errors import FedSieveError
-from fedsieve.frame import Frame
+from fedsieve.frame import Frame, pack, unpack
 from fedsieve.methods import fedit
 from fedsieve.recipe import read as recipe
 from fedsieve.sites import federate, resident
@@ -218,6 +219,24 @@ def test_no_path_of_a_site_reaches_the_server(text: str, path: str) -> None:
     if " " not in path:
         assert path not in without_paths(text.format(path))
     assert told == text.format("<a path of the site>")
+
+
+@pytest.mark.parametrize("folder", ["/home/a name/of 2024", "a b/c", "/srv//site/./x", "~/my site"])
+def test_no_path_of_a_socket_reaches_the_server(
+    monkeypatch: pytest.MonkeyPatch, folder: str
+) -> None:
+    """A node whose worker is not running answers by itself."""
+    pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
+    from fedsieve.sites import flower_app as app
+
+    def message(content: Any, reply_to: Any = None) -> Any:  # Flower's wants a node at work
+        return SimpleNamespace(content=content, has_error=lambda: False)
+
+    monkeypatch.setattr(app, "Message", message)
+    node: Any = SimpleNamespace(node_config={app.SETTING: f"{folder}/door/worker.sock"})
+    asked = message(app.content_of(pack(Frame({"do": "describe"}))))
+    said = unpack(app.frame_of(app.relay(asked, node))).header["error"]
+    assert said.startswith("no worker listens at <a path of the site>: start")
 
 
 def test_errors_of_a_site_tell_no_path(tiny: Tiny, tmp_path: Path, monkeypatch: Any) -> None:

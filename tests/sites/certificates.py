@@ -19,8 +19,13 @@ USUAL = (NOW - datetime.timedelta(hours=1), NOW + datetime.timedelta(days=365))
 Span = tuple[datetime.datetime, datetime.datetime]
 
 
-def make(folder: Path, authority_holds: Span = USUAL, server_holds: Span = USUAL) -> Path:
-    """A folder with an authority's certificate, and a server's that it signed for 127.0.0.1."""
+def make(
+    folder: Path,
+    authority_holds: Span = USUAL,
+    server_holds: Span = USUAL,
+    host: str = "127.0.0.1",
+) -> Path:
+    """A folder with an authority's certificate, and a server's that it signed for this machine."""
     folder.mkdir()
     ours, theirs = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
     authority, server = _name("authority"), _name("127.0.0.1")
@@ -31,7 +36,7 @@ def make(folder: Path, authority_holds: Span = USUAL, server_holds: Span = USUAL
         .add_extension(_usage(signs=True), critical=True)
         .sign(ours, hashes.SHA384())
     )
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address(host))]
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ours.public_key())
     leaf = (
         _certificate(server, authority, theirs.public_key(), server_holds)
@@ -46,6 +51,7 @@ def make(folder: Path, authority_holds: Span = USUAL, server_holds: Span = USUAL
     form = serialization.PrivateFormat.TraditionalOpenSSL
     key = theirs.private_bytes(_PEM, form, serialization.NoEncryption())
     (folder / PRIVATE).write_bytes(key)
+    (folder / PRIVATE).chmod(0o600)
     return folder
 
 

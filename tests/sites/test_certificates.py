@@ -100,7 +100,7 @@ def test_what_does_not_belong_together_is_refused(
 ) -> None:
     """The file of another folder; and of the key one that is none."""
     safe, other = make(tmp_path / "safe"), make(tmp_path / "other")
-    refuse_unfit(safe)
+    refuse_unfit(safe, "127.0.0.1")
     (safe / name).write_bytes((other / name).read_bytes())
     path = tiny.write(tmp_path / "recipe.toml", data__classes=list(LABELS))
     for content in ((safe / name).read_bytes(), b"no key") if name == PRIVATE else (None,):
@@ -110,6 +110,41 @@ def test_what_does_not_belong_together_is_refused(
         assert ran.code == 2
         assert "do not belong together" in " ".join(ran.err.split())
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("flower")
+def test_a_certificate_by_which_the_server_cannot_reach_itself_is_refused(
+    tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    path = tiny.write(tmp_path / "recipe.toml", data__classes=list(LABELS))
+    make(tmp_path / "away", host="192.0.2.7")
+    given = ("federate", path, "--out", tmp_path / "run", "--certificates", tmp_path / "away")
+    for host in ("127.0.0.1", "0.0.0.0"):
+        ran = command(*given, "--host", host)
+        assert ran.code == 2
+        assert "server.pem does not name 127.0.0.1, by which" in " ".join(ran.err.split())
+        assert not (tmp_path / "run").exists()
+    assert command(*given, "--host", "192.0.2.7").code == 0
+
+
+@pytest.mark.usefixtures("flower")
+def test_keys_that_others_can_read_are_told(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+    """Of the server's own key it is said, and on every start; one that sites are given ends it."""
+    path = tiny.write(tmp_path / "recipe.toml", data__classes=list(LABELS))
+    safe = make(tmp_path / "safe")
+    given = ("federate", path, "--certificates", safe, "--out")
+    for mode, told in ((0o600, False), (0o640, True), (0o604, True), (0o666, True)):
+        (safe / PRIVATE).chmod(mode)
+        ran = command(*given, tmp_path / f"{mode:o}")
+        assert ran.code == 0
+        assert ("server.key is open to other users" in " ".join(ran.err.split())) is told
+    ran = command("federate", "--resume", tmp_path / "666")
+    assert "server.key is open to other users" in " ".join(ran.err.split())
+    with (safe / CA).open("ab") as file:
+        file.write((safe / PRIVATE).read_bytes())
+    ran = command(*given, tmp_path / "run")
+    assert ran.code == 2
+    assert "ca.crt holds a private key" in " ".join(ran.err.split())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +23,11 @@ from fedsieve.engine.client import take_part
 from fedsieve.engine.loop import Federation, Receipt, Round, begin, rounds
 from fedsieve.errors import FedSieveError, NoUsableUpdate
 from fedsieve.frame import Frame, pack, unpack
-from fedsieve.methods import fedsa_lora, flasc, flora, fslora_flasc
+from fedsieve.methods import fedit, fedsa_lora, flasc, flora, fslora_flasc
+from fedsieve.report import read
+from fedsieve.run import rundir
 from fedsieve.settings import Sampling
+from fedsieve.sites import server
 from fedsieve.sites.server import (
     Incoming,
     Node,
@@ -36,6 +40,7 @@ from fedsieve.sites.server import (
 from fedsieve.sites.worker import BODY, digest, seal
 from fedsieve.wire import encode
 from tests import toy
+from tests.sites import impostor
 
 BUDGETS = [Budget(0.25, 0.5, 0.25), Budget(0.5, 1.0, 0.5), Budget()]
 RECIPE = "the recipe"
@@ -254,16 +259,6 @@ def test_over_selection_takes_the_first_and_says_who_was_late() -> None:
     assert (summary.clients, summary.dropped) == (3, 1)
 
 
-def test_over_selection_of_answers_that_come_together() -> None:
-    """One too many in the same moment: it is late, and its site is free for the next round."""
-    method = flasc.method(**EXACT)
-    net = Net({i: site(c, method) for i, c in enumerate(toy.clients([Budget()] * 3))})
-    sites = sites_of(net, enough=2)
-    _, receipts, _ = run(federation(sites, method, size=2, extra=1), 1)
-    assert [r.dropped is None for r in receipts] == [True, True, False]
-    assert len(sites.there()) == 3
-
-
 def _nan(frame: Frame) -> Frame:
     return Frame({**frame.header, "steps": "many"}, frame.body)
 
@@ -276,6 +271,13 @@ BAD: dict[str, tuple[Callable[[Frame], Any], str]] = {
     "no number": (_nan, "steps"),
     "endless number": (lambda f: Frame({**f.header, "steps": 10**400}, f.body), "steps"),
     "huge number": (lambda f: Frame({**f.header, "loss": 1e308}, f.body), "loss"),
+    "endless seconds": (lambda f: Frame({**f.header, "seconds": 1e9}, f.body), "seconds"),
+    "endless compute": (lambda f: Frame({**f.header, "compute": 1e9}, f.body), "compute"),
+    "endless wire": (lambda f: Frame({**f.header, "wire": 1e9}, f.body), "wire"),
+    "endless compute of a refusal": (
+        lambda f: Frame({**f.header, "compute": 1e9, "reason": "no"}),
+        "compute",
+    ),
     "negative number": (lambda f: Frame({**f.header, "steps": -1}, f.body), "steps"),
     "reason that is no text": (lambda f: Frame({**f.header, "reason": ["x"]}, f.body), "no text"),
     "reason that steers": (
@@ -285,6 +287,40 @@ BAD: dict[str, tuple[Callable[[Frame], Any], str]] = {
     "refused": (lambda frame: Frame({"ok": False, "error": "disk full"}), "disk full"),
     "other bytes": (lambda f: f._replace(body=f.body[:-9] + b"123456789"), "refused"),
 }
+
+
+@pytest.mark.parametrize("kind", [*BAD, "huge"])
+def test_what_is_refused_closes_no_round(kind: str) -> None:
+    """The first answer is nothing to merge: the round waits for those of the others."""
+    layout = toy.start().layout
+    change = {
+        **{name: change for name, (change, _) in BAD.items()},
+        "huge": lambda frame: frame._replace(body=impostor.huge(frame.body, layout)),
+    }[kind]
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 4)
+    net = Net(
+        {i: site(c, method, change if i == 1 else lambda f: f) for i, c in enumerate(members)},
+        {0: 2.0, 1: 0.5, 2: 1.0, 3: 9.0},
+    )
+    setup = federation(sites_of(net, enough=2), method, size=2, extra=2)
+    found, receipts, _ = run(replace(setup, norm_bound=100.0), 1)
+    dropped = {r.client: r.dropped for r in receipts}
+    assert dropped["0000"] is dropped["0002"] is None
+    assert not str(dropped["0001"]).startswith("late")
+    assert str(dropped["0003"]).startswith("late: the round had its 2 updates after 2")
+    expected, _, _ = toy.after(method, [members[0], members[2]], 1)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_over_selection_of_answers_that_come_together() -> None:
+    """One too many in the same moment: it is late, and its site is free for the next round."""
+    method = flasc.method(**EXACT)
+    net = Net({i: site(c, method) for i, c in enumerate(toy.clients([Budget()] * 3))})
+    sites = sites_of(net, enough=2)
+    _, receipts, _ = run(federation(sites, method, size=2, extra=1), 1)
+    assert [r.dropped is None for r in receipts] == [True, True, False]
+    assert len(sites.there()) == 3
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -301,6 +337,28 @@ def test_bad_answers_are_left_out(kind: str) -> None:
     assert why in (receipts[1].dropped or "")
     expected, _, _ = toy.after(method, [members[0], members[2]], 1)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ["seconds", "compute", "wire"])
+def test_a_log_of_whatever_times_sites_may_tell_can_be_read(tmp_path: Path, name: str) -> None:
+    """The longest that is taken, of as many sites as a round may have: their sum is a time."""
+    method, sites = fedit.method(**EXACT), 10_000
+    longest = site(
+        toy.clients([Budget()])[0],
+        method,
+        lambda f: Frame({**f.header, name: server.LONGEST}, f.body),
+    )
+    _, (receipt,), (summary,) = run(federation(sites_of(Net({0: longest})), method, size=1), 1)
+    assert receipt.dropped is None
+    assert getattr(receipt, name) == server.LONGEST
+    log = summary._replace(
+        **{
+            each: sites * getattr(summary, each)
+            for each in ("seconds", "compute_seconds", "wire_seconds")
+        }
+    )
+    rundir.append(tmp_path, "metrics.jsonl", [log])
+    assert len(read.rounds(tmp_path / "metrics.jsonl")) == 1
 
 
 def test_the_same_answer_again_is_no_update() -> None:

@@ -93,23 +93,6 @@ def counting(
     return drawn
 
 
-def late(seconds: Mapping[str, float], size: int) -> dict[str, str]:
-    """Which updates come after the first `size` of them, and what to say about each.
-
-    seconds: client id -> when its update was there, counted from the round's start. Of equal times
-    the smaller id counts as earlier.
-    """
-    order = sorted(seconds, key=lambda id: (seconds[id], id))
-    if len(order) <= size:
-        return {}
-    closed = seconds[order[size - 1]]
-    return {
-        id: f"late: its update took {seconds[id]:.4g} s, and the round had its {size} after "
-        f"{closed:.4g} s"
-        for id in order[size:]
-    }
-
-
 def _there(clients: Sequence[Client], sampling: Sampling, key: Key) -> Sequence[Client]:
     """Those who are there in this round: a draw for each client that may be away, and no other."""
     key = key.at("available")

@@ -10,7 +10,6 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, Method
 from fedsieve.clients.network import client_time
-from fedsieve.clients.sampling import late
 from fedsieve.engine.client import Asked, Reply, Train, take_part
 from fedsieve.engine.held import Held
 from fedsieve.engine.loop import Exchange
@@ -62,15 +61,22 @@ def remembering(take: Take, memories: dict[str, Memory]) -> Exchange:
 
 
 def punctual(exchange: Exchange, size: int) -> Exchange:
-    """The same exchange, with a reason on the replies that come after the first `size` updates.
+    """The same exchange, with a reason on the updates that come after the first `size` that could
+    be merged.
 
     Clients run one after another here, so when a reply would have come is worked out from its bytes
     and steps, and all encoded updates are held until it is known. A client that has no update says
-    so at once and keeps nobody waiting. Raises FedSieveError for a client without link and seconds
-    a step.
+    so at once and keeps nobody waiting; of equal times the smaller id counts as earlier. Raises
+    FedSieveError for a client without link and seconds a step.
     """
+    came = 0
+
+    def usable(count: int) -> None:
+        nonlocal came
+        came = count
 
     def carry(messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
+        usable(0)
         down: dict[str, int] = {}
 
         def counted() -> Iterator[tuple[Client, bytes]]:
@@ -79,20 +85,30 @@ def punctual(exchange: Exchange, size: int) -> Exchange:
                 yield client, message
 
         held = list(exchange.carry(counted(), key))
-        seconds = {}
-        for reply in held:
-            link, step = reply.client.link, reply.client.step_seconds
-            if link is None or step is None:
-                raise FedSieveError(
-                    f"client {reply.client.id!r} has no link or no seconds a step: with "
-                    "sampling.extra every client needs both"
-                )
-            if reply.update is not None:
-                work = reply.steps * step
-                up = len(reply.update)
-                seconds[reply.client.id] = client_time(link, down[reply.client.id], up, work)
-        reasons = late(seconds, size)
-        for reply in held:
-            yield reply._replace(reason=reasons.get(reply.client.id, reply.reason))
+        seconds = {reply.client.id: _seconds(reply, down[reply.client.id]) for reply in held}
+        closed = 0.0
+        for reply in sorted(held, key=lambda reply: (seconds[reply.client.id], reply.client.id)):
+            took = seconds[reply.client.id]
+            if reply.update is None:
+                yield reply
+            elif came < size:
+                closed = took
+                yield reply
+            else:
+                when = f"its update took {took:.4g} s, and the round had its {size} after"
+                yield reply._replace(reason=f"late: {when} {closed:.4g} s")
 
-    return exchange._replace(carry=carry)
+    return exchange._replace(carry=carry, usable=usable)
+
+
+def _seconds(reply: Reply, down: int) -> float:
+    """When a reply would have come, counted from the round's start. down: bytes of its message"""
+    link, step = reply.client.link, reply.client.step_seconds
+    if link is None or step is None:
+        raise FedSieveError(
+            f"client {reply.client.id!r} has no link or no seconds a step: with sampling.extra "
+            "every client needs both"
+        )
+    if reply.update is None:
+        return 0.0
+    return client_time(link, down, len(reply.update), reply.steps * step)

@@ -56,12 +56,15 @@ class Exchange(NamedTuple):
             was late or refused holds what the server believes it to hold.
     order:  a cohort -> the order in which its messages are best made
     at_work: while this context is open, whoever does the work is there
+    usable: told after each reply how many of the round's updates could be merged by now. With
+            over-selection a round closes at so many of these: what is refused takes nobody's place
     """
 
     carry: Callable[[Iterable[tuple[Client, bytes]], Key], Iterator[Reply]]
     settle: Callable[[Collection[str]], None]
     order: Callable[[Sequence[Client]], Sequence[Client]] = as_drawn
     at_work: Callable[[], AbstractContextManager[object]] = nullcontext
+    usable: Callable[[int], None] = lambda count: None
 
 
 class Progress(NamedTuple):
@@ -290,9 +293,7 @@ def merged(
         chosen = cohort(federation.there(), federation.sampling, own)
     with waiting_room(state.layout) as waiting:
         came = _gather(federation, state, chosen, number, waiting)
-        # A private run has a clip, and how large a client's update was is the client's secret.
-        bound = math.inf if method.private is not None else federation.norm_bound
-        left_out = arrivals.outliers(waiting.norms, bound)
+        left_out = arrivals.outliers(waiting.norms, norm_bound(federation))
         came_in = waiting.norms.keys() - left_out.keys()
         usable = [client.id for client in chosen if client.id in came_in]
         # A Poisson draw may be empty. Only a private server moves then: whether it was is a secret.
@@ -379,7 +380,8 @@ def _gather(
     """Send the round's messages, and let every update that is what was asked wait for the merge."""
     method, own = federation.method, federation.own_key(number)
     plan = method.plan(state, own)
-    told = method.private is None and min(method.clip(state), federation.norm_bound) < math.inf
+    bound = norm_bound(federation)
+    told = method.private is None and min(method.clip(state), bound) < math.inf
     sent: dict[str, tuple[int, Support]] = {}
     receipts: list[Receipt] = []
     wire, starved = 0.0, 0
@@ -414,8 +416,18 @@ def _gather(
         receipt = _receipt(number, state.layout.rank, reply, down_bytes, reason)
         size = size if told else None
         receipts.append(receipt._replace(norm=size, digest=said, **shares))
+        if federation.sampling.extra:
+            left_out = arrivals.outliers(waiting.norms, bound)
+            federation.exchange.usable(len(waiting.norms) - len(left_out))
     place = {client.id: number for number, client in enumerate(chosen)}
     return _Came(sorted(receipts, key=lambda r: place[r.client]), wire, starved)
+
+
+def norm_bound(federation: Federation) -> float:
+    """What `arrivals.outliers` is given. A private run has a clip, and how large a client's update
+    was is the client's secret.
+    """
+    return math.inf if federation.method.private is not None else federation.norm_bound
 
 
 def _without(receipts: Sequence[Receipt], left_out: Mapping[str, str]) -> list[Receipt]:

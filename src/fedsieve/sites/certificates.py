@@ -6,8 +6,10 @@ file ends when, and what to do.
 """
 
 import datetime
+import shlex
 import socket
 import ssl
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -50,24 +52,48 @@ def endings(folder: Path, now: datetime.datetime) -> list[str]:
     return found
 
 
-def refuse_unfit(folder: Path) -> None:
+def open_key(folder: Path) -> list[str]:
+    """What to say of a server's key that is not its owner's alone, in a list; else an empty one."""
+    place = folder / PRIVATE
+    if not (place.is_file() and stat.S_IMODE(place.stat().st_mode) & 0o077):
+        return []
+    return [
+        f"{place} is open to other users than its owner, and whoever reads it can pass for the "
+        f"server: `chmod 600 {shlex.quote(str(place))}`"
+    ]
+
+
+def refuse_unfit(folder: Path, host: str) -> None:
     """Raises FedSieveError for a key that is not the certificate's, and for a certificate that the
-    authority has not signed: found out by the two ends of a connection, in memory.
+    authority has not signed or that does not name `host`, by which the server reaches itself: found
+    out by the two ends of a connection, in memory. And for an authority's file with a private key.
     """
+    if b"PRIVATE KEY" in bytes_of(folder / CA, _LARGEST):
+        raise FedSieveError(
+            f"--certificates: {folder / CA} holds a private key, and each site is given this file: "
+            "leave the certificate alone in it, and make the key anew"
+        )
     server, node = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    node.check_hostname = False  # how the server is called, its sites know
     try:
         # A key behind a password would be asked for on the terminal, and Flower takes none.
         server.load_cert_chain(folder / CERTIFICATE, folder / PRIVATE, password=lambda: "")
         node.load_verify_locations(folder / CA)
         to, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-        ends = [node.wrap_bio(to, back), server.wrap_bio(back, to, server_side=True)]
+        ends = [
+            node.wrap_bio(to, back, server_hostname=host),
+            server.wrap_bio(back, to, server_side=True),
+        ]
         for _ in range(10):  # messages; there are four
             for end in list(ends):
                 with suppress(ssl.SSLWantReadError):
                     end.do_handshake()
                     ends.remove(end)
     except (OSError, ValueError) as error:  # ssl's own are OSErrors
+        if getattr(error, "verify_code", None) in _OTHER_NAME:
+            raise FedSieveError(
+                f"--certificates: {folder / CERTIFICATE} does not name {host}, by which the server "
+                f"reaches itself: sign one that does, beside its other names (docs/deploy.md)"
+            ) from error
         why = getattr(error, "verify_message", None) or getattr(error, "reason", None) or error
         raise FedSieveError(
             f"--certificates: {CERTIFICATE}, {PRIVATE} and {CA} of {folder} do not belong together "
@@ -101,6 +127,7 @@ def unreached(host: str, port: int, root: Path | None) -> str | None:
 
 
 _LARGEST = 1 << 24  # bytes of a file of certificates
+_OTHER_NAME = (62, 64)  # OpenSSL's codes of a certificate for another name, or another address
 
 
 def _spans(place: Path) -> Iterator[tuple[datetime.datetime, datetime.datetime]]:

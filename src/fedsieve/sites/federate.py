@@ -205,7 +205,7 @@ def cautions(listen: ServerAddress) -> list[str]:
 
     Raises FedSieveError for certificates that do not hold now.
     """
-    found = [] if listen.certificates is None else _endings(listen.certificates)
+    found = [] if listen.certificates is None else _of_certificates(listen.certificates)
     if listen.host in LOOPBACK:
         return found
     found += [
@@ -234,8 +234,8 @@ def begin_again(folder: Path) -> list[str]:
     found.check_app(app, ASKED_FOR)
     root = found.root_of(folder)
     if root is not None:
-        for ending in _endings(root.parent):
-            warnings.warn(ending, stacklevel=2)
+        for caution in _of_certificates(root.parent):
+            warnings.warn(caution, stacklevel=2)
     told.text_for_sites(folder, recipes.load(str(folder / rundir.RECIPE)))
     _logged(folder)
     _known(folder / KEYS)
@@ -641,8 +641,8 @@ def _refuse_open_door(listen: ServerAddress) -> None:
                 raise FedSieveError(
                     f"--certificates: {listen.certificates} has no {name} (docs/deploy.md makes it)"
                 )
-        _endings(listen.certificates)
-        certificates.refuse_unfit(listen.certificates)
+        _of_certificates(listen.certificates)
+        certificates.refuse_unfit(listen.certificates, _own_host(listen))
     elif listen.host not in LOOPBACK and not listen.insecure:
         raise FedSieveError(
             f"--host {listen.host}: other machines reach it, so it needs TLS and the nodes' keys: "
@@ -651,8 +651,10 @@ def _refuse_open_door(listen: ServerAddress) -> None:
         )
 
 
-def _endings(folder: Path) -> list[str]:
-    return certificates.endings(folder, datetime.datetime.now(datetime.UTC))
+def _of_certificates(folder: Path) -> list[str]:
+    """What to know of a folder of certificates. Raises FedSieveError as `endings` does."""
+    found = certificates.endings(folder, datetime.datetime.now(datetime.UTC))
+    return found + certificates.open_key(folder)
 
 
 def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None:
@@ -685,12 +687,14 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
     (folder / HOME / LINK).touch(mode=0o600)  # updates of the sites pass through it
 
 
+def _own_host(listen: ServerAddress) -> str:
+    """How a server is reached from its own machine."""
+    return "127.0.0.1" if listen.host in ("0.0.0.0", "::") else listen.host
+
+
 def write_connection(folder: Path, listen: ServerAddress) -> None:
     """Where `flwr` finds the server."""
-    connection: dict[str, Any] = {
-        "address": f"{'127.0.0.1' if listen.host in ('0.0.0.0', '::') else listen.host}"
-        f":{listen.port}"
-    }
+    connection: dict[str, Any] = {"address": f"{_own_host(listen)}:{listen.port}"}
     if listen.certificates is None:
         connection["insecure"] = True
     else:

@@ -51,7 +51,8 @@ def relay(message: Message, context: Context) -> Message:
         # The node's own log, and no other, is told where the socket lies.
         # In letters that any log has: what cannot be written would be no answer.
         print(f"fedsieve: {error}".encode("ascii", "backslashreplace").decode(), flush=True)
-        answer = pack(refusal(without_paths(str(error))))
+        known = (path, Path(path)) if isinstance(path, str) else ()
+        answer = pack(refusal(without_paths(str(error), *known)))
     return Message(content_of(answer), reply_to=message)
 
 

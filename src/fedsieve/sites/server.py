@@ -36,8 +36,9 @@ SUMS = 1 << 22  # bytes: what a site counts in an evaluation, however small the 
 SKEW = 60.0
 # Until a node that was refused is asked again: its worker may be running by then.
 RETRY = 10.0
-# Of any figure that a site tells.
-LARGEST = 1e15
+# Of any figure that a site tells, and of any time, in seconds: four months. The sum over a round of
+# ten thousand sites is then still a time that a log may hold (report/read.py).
+LARGEST, LONGEST = 1e15, 1e7
 # Between two looks at who is connected, while a round is under way.
 LOOK = 2.0
 # How often a request is sent that gets lost on its way.
@@ -197,6 +198,7 @@ class Sites:
         self._looked = -math.inf  # when it was seen last who is connected
         self._number = number
         self._merged = dict(merged)
+        self._usable = 0
         self._lost: set[str] = set()  # sites without their memory: they go on from what they have
         self._keys, self._pin = dict(keys), pin
         self._given = dict(given)
@@ -232,7 +234,7 @@ class Sites:
     @property
     def exchange(self) -> Exchange:
         """What the round loop needs of the sites."""
-        return Exchange(self.carry, self.settle)
+        return Exchange(self.carry, self.settle, usable=self.usable)
 
     def before(self, site: str, said: str, number: int) -> int | None:
         """The earlier round in which a site's update said the same, if there is one.
@@ -247,17 +249,21 @@ class Sites:
         self._merged |= dict.fromkeys(merged, self._number)
         self._lost -= {*merged}
 
+    def usable(self, count: int) -> None:
+        """Note how many updates of this round could be merged by now: it closes at enough."""
+        self._usable = count
+
     def carry(self, messages: Iterable[tuple[Client, bytes]], key: Key) -> Iterator[Reply]:
-        """The round's messages to their sites, all at once, and a reply for each.
+        """The round's messages to their sites, all at once, and a reply for each, as it comes.
 
         A site that gives nothing to merge has a reply that says why.
         """
         policy = self._policy
-        self._number = key.round
+        self._number, self._usable = key.round, 0
         head = {"do": "train", "recipe": self._digest, "seed": key.seed, "round": key.round}
         began = self._clock()
-        replies: dict[str, Reply] = {}
         waiting: dict[str, Dispatch] = {}
+        unreached: list[Reply] = []
         for client, message in messages:
             stray = self._stray.pop(client.id, 0)
             own = {**head, "site": client.id, **self._after(client)}
@@ -266,10 +272,10 @@ class Sites:
             )
             if request is None:
                 reply = _nothing(client, "its node could not be reached")
-                replies[client.id] = reply._replace(transport=dispatch.transport)
+                unreached.append(reply._replace(transport=dispatch.transport))
             else:
                 waiting[request] = dispatch
-        updates = 0
+        yield from unreached
         enough = math.inf if policy.enough is None else policy.enough
         for done in self._come_back(waiting, began + policy.deadline):
             for dispatch, incoming in done:
@@ -279,19 +285,18 @@ class Sites:
                     del self._sites[dispatch.client.id]  # its worker lost its folder: meet it again
                 if said.get("lost_memory") is True:
                     self._lost.add(dispatch.client.id)
-                if updates >= enough:
+                if self._usable >= enough:
                     reply = reply._replace(update=None, reason=self._too_late(began, enough))
-                updates += reply.update is not None
-                replies[dispatch.client.id] = reply._replace(transport=dispatch.transport)
-            if updates >= enough:
+                yield reply._replace(transport=dispatch.transport)
+            if self._usable >= enough:
                 break
         for request, dispatch in waiting.items():
             self._owed[request] = _Asked(
                 dispatch.node, began + policy.deadline + SKEW, dispatch.client, dispatch.most
             )
-            reply = _nothing(dispatch.client, self._too_late(began, enough))
-            replies[dispatch.client.id] = reply._replace(transport=dispatch.transport)
-        yield from replies.values()
+        late = self._too_late(began, enough)
+        for dispatch in waiting.values():
+            yield _nothing(dispatch.client, late)._replace(transport=dispatch.transport)
 
     def aside(self) -> int:
         """Transport of all but the rounds' own messages since this was last asked, in bytes."""
@@ -568,9 +573,9 @@ def _reply(dispatch: Dispatch, incoming: Incoming, number: int) -> Reply:
             reason=None if reason is None else _words(reason),
             loss=math.nan if head.get("loss") is None else number_of(head, "loss"),
             steps=int(number_of(head, "steps")),
-            seconds=number_of(head, "seconds"),
-            compute=number_of(head, "compute"),
-            wire=number_of(head, "wire"),
+            seconds=number_of(head, "seconds", LONGEST),
+            compute=number_of(head, "compute", LONGEST),
+            wire=number_of(head, "wire", LONGEST),
             memory=int(number_of(head, "memory")),
         )
     except WireError as error:
@@ -597,13 +602,13 @@ def cleaned(said: object, most: int = 500) -> str:
     return printable(text[:most]) + ("..." if len(text) > most else "")
 
 
-def number_of(head: Mapping[str, Any], name: str) -> float:
+def number_of(head: Mapping[str, Any], name: str, most: float = LARGEST) -> float:
     """A number of an answer's header, at most so large that sums of them make sense.
 
     Raises WireError if it is none, below 0, or above.
     """
     value = head.get(name)
     # In this order: NaN is not within, and an int may be too large for a float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST:
-        raise WireError(f"an answer whose {name} is no number from 0 to {LARGEST:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
+        raise WireError(f"an answer whose {name} is no number from 0 to {most:g}")
     return value
