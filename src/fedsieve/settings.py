@@ -17,9 +17,8 @@ from pydantic_core import ArgsKwargs
 
 from fedsieve.errors import FedSieveError, explain, quoted
 
-# A group that repeats and has a repetition in it: (a+)+, (.*x)*. What is matched takes for ever.
-_ENDLESS = re.compile(r"\((?:[^()\\]|\\.)*[*+}](?:[^()\\]|\\.)*\)[*+{]")
-
+_LONGEST = 2000  # letters of a regular expression
+_NAME = re.compile(r"\w+(\.\w+)*")  # of a module
 Share = Annotated[float, Field(gt=0, le=1)]  # of a whole, and some of it
 Task = str  # by its name (tasks/catalogue.py)
 Precision = Literal["auto", "bf16", "fp32"]
@@ -139,7 +138,8 @@ class Lora:
              expression that a module's whole name must match, or None for PEFT's choice for the
              model's family
     layers_to_transform, layers_pattern: of the targets, only those in layers of these numbers; and
-             what the list of layers is called, where names alone do not tell it
+             what the list of layers is called ("layers", "h"), where names alone do not tell it.
+             PEFT would take a regular expression for it: here it is a name, or several
     whole:   modules trained whole beside the pairs (PEFT's modules_to_save); a classifier's head,
              and what the base's checkpoint does not hold, are always among them
     rslora:  the scale is alpha / sqrt(r), as in rank-stabilised LoRA
@@ -177,23 +177,34 @@ class Lora:
                 raise ValueError(f"{key}: {why}")
         return given
 
-    @pydantic.field_validator("targets", "layers_pattern", mode="before")
+    @pydantic.field_validator("targets", mode="before")
     @classmethod
     def _names_or_pattern(cls, given: Any) -> Any:
         if isinstance(given, str):
+            if len(given) > _LONGEST:
+                raise ValueError(
+                    f"a regular expression of {len(given):,} letters, and at most {_LONGEST:,} "
+                    "are read: name the modules"
+                )
             try:
                 re.compile(given)
             except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"not a regular expression: {error}") from None
-            if _ENDLESS.search(given) or len(given) > 2000:
-                raise ValueError(
-                    "a regular expression that repeats what repeats may never be through: write "
-                    "it without, or name the modules"
-                )
         elif given is not None and not (
             isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
         ):
             raise ValueError("a list of names is needed, or a text: a regular expression")
+        return given
+
+    @pydantic.field_validator("layers_pattern")
+    @classmethod
+    def _name_of_layers(cls, given: Any) -> Any:
+        for name in (given,) if isinstance(given, str) else given or ():
+            if _NAME.fullmatch(name) is None:
+                raise ValueError(
+                    f"{quoted(name)} is no name of a list of layers, such as 'layers' or 'h': "
+                    "several go into a list"
+                )
         return given
 
     @pydantic.field_validator("layers_to_transform", mode="before")

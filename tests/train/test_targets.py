@@ -1,5 +1,7 @@
 """LoRA goes where PEFT itself would put it, and every name that a user gives counts."""
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Lora, Task
 from fedsieve.sites import assignment
+from fedsieve.train import targets
 from fedsieve.train.model import ResidentModel, attach, load_base
 from tests.conftest import LABELS, Tiny
 from tests.train import families
@@ -99,6 +103,40 @@ def test_what_is_asked_for_and_not_there(tiny: Tiny, lora: dict[str, Any], messa
     assert "\n" not in str(caught.value)
 
 
+# What backtracking never is through with, in several ways of writing it.
+ENDLESS = [
+    "(.+)+!", "((.+)?)+[A-Z]", "(.|.)*#", "(?:.|..)*[A-Z]", r"(?:\w|\w\w|\.)+[A-Z]", "(a+)+b",
+    ".*" * 40 + "#", ".*" * 40 + "[A-Z]", r"(?:(?=(.*))\1.|.)*#", r"(.*)*\1[A-Z]",
+    "(?:(?:.?){30}){30}#", "(" + "a*" * 900 + ")x", "(x*)*" * 300 + "y",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", ENDLESS)
+def test_no_pattern_takes_for_ever(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    monkeypatch.setattr(targets, "PATIENCE", 0.5)
+    began = time.monotonic()
+    with pytest.raises(FedSieveError, match=r"no module's whole name matches|was not through"):
+        resident_of(tiny.bert, "classification", targets=pattern)
+    assert time.monotonic() - began < 10
+
+
+def test_a_pattern_takes_what_it_matches_and_no_more(tiny: Tiny) -> None:
+    """To PEFT a name is the end of others too, and this one is the whole name of one and the end of
+    another.
+    """
+    for pattern in ("query", r"layer\.query", "(layer.)?query"):
+        base = nn.ModuleDict(
+            {"query": nn.Linear(4, 4), "layer": nn.ModuleDict({"query": nn.Linear(4, 4)})}
+        )
+        expected = [name for name, _ in base.named_modules() if re.fullmatch(pattern, name)]
+        config = targets.config_of(base, "causal-lm", Lora(rank=2, targets=pattern), [])
+        config.task_type = None
+        found = layers_of(get_peft_model(base, config))
+        assert sorted(found) == [f"base_model.model.{name}" for name in sorted(expected)]
+
+
 def test_a_family_for_which_peft_has_no_choice(tmp_path: Path) -> None:
     family = next(each for each in families.FAMILIES if each.name == "distilbert")
     source = families.write(family, tmp_path)
@@ -112,6 +150,8 @@ def test_a_family_for_which_peft_has_no_choice(tmp_path: Path) -> None:
         ({"targets": "["}, "not a regular expression"),
         ({"targets": 3}, "a list of names is needed"),
         ({"layers_pattern": "h"}, "give that too"),
+        ({"layers_pattern": "h|g", "layers_to_transform": (1,)}, "'h|g' is no name of a list of"),
+        ({"layers_pattern": ("h", ""), "layers_to_transform": (1,)}, "'' is no name of a list of"),
         ({"targets": "all-linear", "layers_to_transform": (1,)}, "goes with a list of targets"),
         ({"layers_to_transform": (-1,)}, "greater than or equal to 0"),
         ({"rank_pattern": {"query": 3}}, "rank_pattern: not supported: .* one rank and scale"),

@@ -1,21 +1,25 @@
 """Which layers get LoRA pairs: PEFT's own choice, names, a pattern, or all linear layers.
 
 PEFT passes over a name that fits no layer as long as another one fits. Here every name counts: a
-misspelt layer would otherwise be found missing after the training, if at all.
+misspelt layer would otherwise be found missing after the training, if at all. And a pattern is
+matched here, by a library that can stop, and PEFT gets the names.
 """
 
 import re
+import time
 from collections.abc import Sequence
 
+import regex
 from peft import LoraConfig
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, quoted, words
 from fedsieve.settings import Lora, Task
 from fedsieve.train.peft_config import to_peft
 
+PATIENCE = 10.0  # seconds for a regular expression over the names of a model's modules
 _VISION = (("q_proj", "v_proj"), ("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
 
 
@@ -35,12 +39,10 @@ def check_names(base: nn.Module, lora: Lora) -> None:
             f"lora.targets: PEFT has no choice for models of type {kind!r}: name the layers, or "
             f"take 'all-linear'{convolutions(base)}"
         )
-    pattern = lora.targets if isinstance(lora.targets, str) else "all-linear"
-    names = [name for name, _ in base.named_modules()]
-    if pattern != "all-linear" and not any(re.fullmatch(pattern, name) for name in names):
+    if _is_pattern(lora.targets) and not _matched(base, str(lora.targets)):
         raise FedSieveError(
-            f"lora.targets: no module's whole name matches the regular expression {pattern!r}: "
-            "begin it with '.*', or give a list of names"
+            "lora.targets: no module's whole name matches the regular expression "
+            f"{quoted(lora.targets)}: begin it with '.*', or give a list of names"
         )
     for target in lora.targets if isinstance(lora.targets, tuple) else ():
         last = target.rpartition(".")[2]
@@ -56,6 +58,44 @@ def check_names(base: nn.Module, lora: Lora) -> None:
             f"lora.targets names {target!r}, which no module that can take LoRA is called"
             + nearest(last, able)
         )
+
+
+def _is_pattern(targets: object) -> bool:
+    return isinstance(targets, str) and targets != "all-linear"
+
+
+def _matched(base: nn.Module, pattern: str) -> list[str]:
+    """The names of modules that a regular expression matches whole, in the order of the model.
+
+    Raises FedSieveError where that takes more than `PATIENCE` seconds: some expressions of a few
+    letters would take for ever, and a recipe may come from somebody else.
+    """
+    until, found = time.monotonic() + PATIENCE, []
+    for name, _ in base.named_modules():
+        try:
+            left = max(1e-3, until - time.monotonic())
+            if regex.fullmatch(pattern, name, timeout=left):
+                found.append(name)
+        except TimeoutError:
+            raise FedSieveError(
+                f"lora.targets: {quoted(pattern)} was not through the names of the modules in "
+                f"{PATIENCE:g} s: write it without repetitions of repetitions, or name the modules"
+            ) from None
+        except (regex.error, RecursionError) as error:
+            raise FedSieveError(f"lora.targets: not a regular expression: {words(error)}") from None
+    return found
+
+
+def _by_name(base: nn.Module, names: Sequence[str]) -> set[str] | str:
+    """These modules and no others, as PEFT takes them: to PEFT a name is also the end of others."""
+    chosen = set(names)
+    for name, _ in base.named_modules():
+        parts = name.split(".")
+        if name not in chosen and not chosen.isdisjoint(
+            ".".join(parts[at:]) for at in range(len(parts))
+        ):
+            return "|".join(map(re.escape, names))
+    return chosen
 
 
 def _of_images(base: nn.Module) -> list[str] | None:
@@ -92,6 +132,8 @@ def config_of(base: nn.Module, task: Task, lora: Lora, whole: list[str]) -> Lora
     if lora.targets is None:
         own = _of_images(base)
         config.target_modules = None if own is None else set(own)
+    if _is_pattern(lora.targets):
+        config.target_modules = _by_name(base, _matched(base, str(lora.targets)))
     config.modules_to_save = whole or None
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in base.modules())
     return config
