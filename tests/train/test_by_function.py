@@ -404,6 +404,13 @@ def test_what_is_no_such_function(tiny: Tiny, given: Any, said: str) -> None:
         finetune(tiny, [rows(6, 1)], training=given)
 
 
+@pytest.mark.parametrize("given", [None, 5, "x", {}, b"x", len, lambda model, rows: None])
+def test_what_makes_no_trainer_is_told_at_once(given: Any) -> None:
+    with pytest.raises(FedSieveError, match=r"^with_trainer: .*model, rows, seed") as caught:
+        fedsieve.with_trainer(given)
+    assert "\n" not in str(caught.value)
+
+
 def test_rows_of_images_are_what_the_model_sees(tiny: Tiny) -> None:
     from fedsieve.train.batch import inputs
     from tests.tasks.test_federated import pictures

@@ -63,9 +63,17 @@ def load(name: str) -> Function:
 
 def check(function: object, what: str = "training") -> None:
     """Raises FedSieveError, beginning with `what`, for what cannot be called with three values."""
-    if isinstance(function, type) or not callable(function):
-        kind = "the class itself" if isinstance(function, type) else type(function).__name__
-        raise FedSieveError(f"{what}: a function (model, rows, seed) is needed, not {kind}")
+    if isinstance(function, type):
+        raise FedSieveError(f"{what}: {_NEEDED}, not the class itself")
+    _refuse_other_arguments(function, what)
+
+
+_NEEDED = "a function (model, rows, seed) is needed"
+
+
+def _refuse_other_arguments(function: object, what: str) -> None:
+    if not callable(function):
+        raise FedSieveError(f"{what}: {_NEEDED}, not {type(function).__name__}")
     try:
         inspect.signature(function).bind(None, None, 0)
     except TypeError as error:
@@ -86,8 +94,10 @@ def with_trainer(make: Callable[[Any, Dataset, int], Any]) -> Function:
           each client of each round leaves checkpoints and reports
 
     Training fails with a FedSieveError, naming the client, if the trainer has another model than it
-    was given (a `peft_config`, say, puts a second adapter around it).
+    was given (a `peft_config`, say, puts a second adapter around it). Raises FedSieveError at once
+    for what cannot be called so; a class whose instances are such trainers can.
     """
+    _refuse_other_arguments(make, "with_trainer")
 
     @wraps(make, updated=())
     def function(model: Any, rows: Dataset, seed: int) -> float | None:
