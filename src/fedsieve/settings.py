@@ -305,7 +305,7 @@ def whole(name: str, value: Any, least: int) -> int:
         )
     if value < least:
         raise FedSieveError(f"{name} is {quoted(value)}; it must be at least {least}")
-    if value > LARGEST:
+    if int(value) > LARGEST:
         raise FedSieveError(f"{name} is {quoted(value)}; it must be at most {LARGEST}")
     return int(value)
 

@@ -7,7 +7,7 @@ and count of steps too.
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -101,12 +101,13 @@ def test_a_number_that_no_step_could_be_taken_with(make: Any, name: str) -> None
 
 
 def test_any_number_of_python_is_taken_as_a_recipe_has_it() -> None:
-    half, most = Fraction(1, 2), 10**38
+    half: Any = Fraction(1, 2)
+    most, single = 10**38, cast(Any, np.float32(0.5))
     for made, plain in (
         (sgd(half, half), sgd(0.5, 0.5)),
         (sgd(most), sgd(1e38)),
         (adam(half, half, half, most), adam(0.5, 0.5, 0.5, 1e38)),
-        (fedadam(np.float32(0.5), half, half, 10**19), fedadam(0.5, 0.5, 0.5, 1e19)),
+        (fedadam(single, half, half, 10**19), fedadam(0.5, 0.5, 0.5, 1e19)),
         (fading(sgd(), half), fading(sgd(), 0.5)),
     ):
         assert made.table == plain.table
