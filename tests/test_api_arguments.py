@@ -4,6 +4,7 @@ before a row is read or a model loaded.
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,26 @@ import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 import fedsieve
-from fedsieve import Budget, FedSieveError, Lora, Sampling, Training
+from fedsieve import Budget, FedSieveError, Lora, Sampling, Training, disk, settings
 from fedsieve.recipe.arguments import budgets_given
 from tests.conftest import LABELS, Tiny
 from tests.test_api import GOOD, LORA, TRAINING, finetune, rows
 
 NAN, INF = float("nan"), float("inf")
-WHOLE: list[Any] = [1.5, 1.0, "3", True, NAN, [1], -1, {}, "x" * 10**6, -(10**5000)]
+WHOLE: list[Any] = [
+    1.5,
+    1.0,
+    "3",
+    True,
+    NAN,
+    [1],
+    -1,
+    {},
+    "x" * 10**6,
+    -(10**5000),
+    2**63,
+    10**5000,
+]
 TEXT: list[Any] = [5, 1.5, b"text", ["text"], True, {}]
 
 
@@ -42,6 +56,15 @@ class Unreadable:
 
     def __repr__(self) -> str:
         raise RuntimeError("gone")
+
+
+class Incomparable:
+    """Fails over every question."""
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("gone")
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 WRONG: dict[str, list[Any]] = {
@@ -105,6 +128,10 @@ WRONG: dict[str, list[Any]] = {
         Budget(ratio=10**400),
         Budget(ratio="x" * 10**6),  # type: ignore[arg-type]
         {"0000": Budget(), "0001": Budget(up=Fraction(10**400))},  # type: ignore[arg-type]
+        Budget(ratio=np.array([1, 2])),  # type: ignore[arg-type]
+        Budget(down=torch.tensor([1.0, 2.0])),  # type: ignore[arg-type]
+        {"0000": Budget(), "0001": Budget(up=torch.tensor([1.0, 2.0]))},  # type: ignore[arg-type]
+        Budget(up=Incomparable()),  # type: ignore[arg-type]
     ],
     "device": [0, None, ["cpu"], "nowhere"],
     "on_round": [5, "print", [len, 5], np.array(2), torch.tensor(2), Unreadable(), "x" * 10**6],
@@ -197,6 +224,20 @@ def test_numbers_of_numpy_and_paths_are_taken(tiny: Tiny) -> None:
         (lambda: Sampling(size=Dataset.from_list(GOOD)), r"sampling\.size is Dataset"),
         (lambda: Lora(rank=DEEP), "^Lora: rank is nested too deeply"),  # type: ignore[arg-type]
         (lambda: Training(lr=DEEP), "^Training: lr is nested too deeply"),  # type: ignore[arg-type]
+        (lambda: Training(lr=1e39), "^Training: lr: .*less than or equal to"),
+        (lambda: Training(last_lr=1e39), "^Training: last_lr: .*less than or equal to"),
+        (lambda: Training(weight_decay=1e39), "^Training: weight_decay: .*less than or equal to"),
+        (lambda: Training(clip=1e39), "^Training: clip: .*less than or equal to"),
+        (lambda: Lora(alpha=1e39), "^Lora: alpha: .*less than or equal to"),
+        (lambda: Training(batch=10**400), "^Training: batch: .*less than or equal to"),
+        (lambda: Training(epochs=2**63), "^Training: epochs: .*less than or equal to"),
+        (lambda: Training(steps=10**5000), "^Training: steps: .*"),
+        (lambda: Training(micro_batch=2**63), "^Training: micro_batch: .*less than or equal to"),
+        (lambda: Lora(clients=10**400), "^Lora: clients: .*less than or equal to"),
+        (lambda: Lora(layers_to_transform=(10**5000,)), "^Lora: layers_to_transform"),
+        (lambda: Sampling(size=10**5000), r"sampling\.size is .*; it must be at most 9223372036"),
+        (lambda: Sampling(kind="poisson", size=10**400), r"sampling\.size is .*at most"),
+        (lambda: Sampling(size=3, extra=2**63), r"sampling\.extra is .*at most"),
         (lambda: Sampling(availability="often"), r"sampling\.availability is 'often'; it must"),  # type: ignore[arg-type]
         (lambda: Sampling(availability=NAN), r"sampling\.availability is nan"),
         (lambda: Sampling(availability={"a": None}), r"sampling\.availability\.a is None"),  # type: ignore[dict-item]
@@ -206,6 +247,23 @@ def test_settings_that_make_no_sense(make: Callable[[], Any], said: str) -> None
     with pytest.raises(FedSieveError, match=said) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_largest_settings_are_numbers_that_torch_takes(tiny: Tiny, optimizer: Any) -> None:
+    """Whatever comes of them: it is told of the clients, not of an optimizer's arithmetic."""
+    most = Training(optimizer=optimizer, lr=1e32, weight_decay=1e5, clip=1e32, steps=2)
+    with pytest.raises(FedSieveError, match="no client returned an update"):
+        finetune(tiny, [rows(6, 1)], rounds=2, training=replace(most, last_lr=1e32)).finish()
+    lora = replace(LORA, alpha=1e9, clients=2**63 - 1)
+    with pytest.raises(FedSieveError, match="no client returned an update"):
+        finetune(tiny, [rows(6, 1)], rounds=1, lora=lora, training=most).finish()
+    huge = Training(batch=2**63 - 1, micro_batch=2**63 - 1, steps=1)
+    finetune(tiny, [rows(6, 1)], rounds=1, training=huge, seed=2**63 - 1).finish()
+
+
+def test_a_whole_number_is_at_most_what_a_file_may_hold() -> None:
+    assert settings.LARGEST == disk.LARGEST
 
 
 @pytest.mark.parametrize("method", [fedsieve.fedit(), fedsieve.full(), fedsieve.flora()])

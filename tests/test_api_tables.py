@@ -214,11 +214,13 @@ def test_layers_go_to_peft_and_back() -> None:
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (LoraConfig(use_dora=True), "lora: PEFT's use_dora = 'True' has no equivalent"),
+        (LoraConfig(use_dora=True), "lora: PEFT's use_dora = True has no equivalent"),
         (LoraConfig(rank_pattern={"query": 2}), "lora: PEFT's rank_pattern"),
         (LoraConfig(bias="all"), "lora: PEFT's bias = 'all'"),
         (LoraConfig(init_lora_weights="gaussian"), "lora: PEFT's init_lora_weights"),
         (LoraConfig(exclude_modules=["key"]), "lora: PEFT's exclude_modules"),
+        (LoraConfig(alpha_pattern=np.array([1, 2])), "lora: PEFT's alpha_pattern = array"),
+        (LoraConfig(target_modules={"query", 1}), "lora: targets|Lora: targets"),
         (peft.IA3Config(), "lora: a peft.LoraConfig is needed, not IA3Config"),
     ],
 )

@@ -29,7 +29,7 @@ from fedsieve.console import (
 )
 from fedsieve.disk import place
 from fedsieve.engine.cautions import Caution, cautioning
-from fedsieve.errors import FedSieveError, count, printable
+from fedsieve.errors import FedSieveError, count, printable, with_type
 from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
 from fedsieve.tasks.words import spoken
 
@@ -125,7 +125,35 @@ def main() -> None:
         # Ctrl-C in a command that has no words of its own for it reaches us as typer's exit.
         if isinstance(getattr(error.__context__, "__cause__", None), KeyboardInterrupt):
             problems.print("stopped")
-        raise
+        if not _through_a_command(error):
+            raise
+        said = "code that is not FedSieve's ended the program before all was done"
+        # Of a code a shell sees the last byte.
+        code = error.code if isinstance(error.code, int) and error.code % 256 else 2
+        problems.print(f"[bold red]error:[/] {plain(f'{said} ({with_type(error)})')}")
+        sys.exit(code)
+    except Exception as error:
+        if not _of_memory(error):
+            raise
+        whose = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+        said = f"{whose}memory does not suffice ({with_type(error)}): a smaller training.batch, "
+        said += "training.micro_batch or data.max_length takes less"
+        problems.print(f"[bold red]error:[/] {plain(said)}")
+        sys.exit(2)
+
+
+def _through_a_command(error: SystemExit) -> bool:
+    """Whether a command was left by it. Typer's own exits begin where all commands are left."""
+    trace, seen = error.__traceback__, -1
+    while trace is not None:
+        seen += trace.tb_frame.f_globals.get("__name__") == __name__
+        trace = trace.tb_next
+    return seen > 0  # the first is `main`
+
+
+def _of_memory(error: Exception) -> bool:
+    """Python's own way to say it, or torch's, which is not imported here."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _drop_output() -> None:

@@ -7,6 +7,9 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 MOST_TOLD = 20  # things that are wrong with one file
 LONGEST_TOLD = 200  # characters of a place or a value
+# What a user's own code may raise: where it ends the program, that is a mistake in it as well, for
+# what it was called for is not done. Ctrl-C is nobody's.
+THEIRS = (Exception, SystemExit, GeneratorExit)
 
 
 class FedSieveError(ValueError):
@@ -70,7 +73,10 @@ def listed(name: str, given: Iterable[T]) -> list[T]:
 
 def words(error: BaseException, most: int = 300) -> str:
     """What a library says, in one line and not at any length: it may quote what it was given."""
-    return " ".join(str(error).split())[:most]
+    try:
+        return " ".join(str(error).split())[:most]
+    except Exception:  # whatever an exception of the user's own does
+        return ""
 
 
 def with_type(error: BaseException, most: int = 300) -> str:

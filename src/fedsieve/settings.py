@@ -12,14 +12,22 @@ from numbers import Integral, Real
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pydantic
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 from pydantic_core import ArgsKwargs
 
 from fedsieve.errors import FedSieveError, explain, quoted
 
 _LONGEST = 2000  # letters of a regular expression
 _NAME = re.compile(r"\w+(\.\w+)*")  # of a module
+
+LARGEST = 2**63 - 1  # a whole number, here as in files (disk.LARGEST)
+Positive = Annotated[int, Field(gt=0, le=LARGEST)]
+NotNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Share = Annotated[float, Field(gt=0, le=1)]  # of a whole, and some of it
+# What torch multiplies float32 by must be one itself, and so must a rate times a decay, and ten
+# times a rate, which Adam's first step may take.
+Rate = Annotated[float, Field(gt=0, le=1e32)]
+Decay = Annotated[float, Field(ge=0, le=1e5)]
 Task = str  # by its name (tasks/catalogue.py)
 Precision = Literal["auto", "bf16", "fp32"]
 Dtype = Literal["float32", "bfloat16", "float16"]  # of a base
@@ -150,15 +158,15 @@ class Lora:
              random A and a B of zeros
     """
 
-    rank: Annotated[PositiveInt, Field(le=65535)] = 16  # the most that a message can tell
-    alpha: PositiveFloat = 16.0
+    rank: Annotated[int, Field(gt=0, le=65535)] = 16  # the most that a message can tell
+    alpha: Annotated[float, Field(gt=0, le=1e9)] = 16.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     targets: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[NonNegativeInt, ...] | None = None
+    layers_to_transform: tuple[NotNegative, ...] | None = None
     layers_pattern: tuple[str, ...] | str | None = None
     whole: tuple[str, ...] = ()
     rslora: bool = False
-    clients: PositiveInt | None = None
+    clients: Positive | None = None
     start: str | None = None
 
     @property
@@ -253,16 +261,16 @@ class Training:
     """
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: PositiveFloat = 5e-2
-    last_lr: PositiveFloat | None = None
+    lr: Rate = 5e-2
+    last_lr: Rate | None = None
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NonNegativeFloat = 0.0
-    epochs: PositiveInt = 1
-    steps: PositiveInt | None = None
-    batch: PositiveInt = 16
-    micro_batch: PositiveInt | None = None
+    weight_decay: Decay = 0.0
+    epochs: Positive = 1
+    steps: Positive | None = None
+    batch: Positive = 16
+    micro_batch: Positive | None = None
     checkpointing: bool = False
-    clip: PositiveFloat | None = None
+    clip: Annotated[float, Field(gt=0, le=1e32)] | None = None
     proximal: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     precision: Precision = "auto"
     augment: Literal["none", "flip", "crop-flip"] = "none"
@@ -309,6 +317,8 @@ def whole(name: str, value: Any, least: int) -> int:
         )
     if value < least:
         raise FedSieveError(f"{name} is {quoted(value)}; it must be at least {least}")
+    if int(value) > LARGEST:
+        raise FedSieveError(f"{name} is {quoted(value)}; it must be at most {LARGEST}")
     return int(value)
 
 

@@ -4,9 +4,12 @@ The oracle is torch.optim with no gradient on a tensor that a round leaves alone
 and count of steps too.
 """
 
+import math
 from collections.abc import Callable
-from typing import Any
+from fractions import Fraction
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,6 +21,7 @@ from fedsieve.algebra.method import State, step
 from fedsieve.algebra.optim import Optimizer, adam, bounded, fading, fedadam, sgd
 from fedsieve.clients.noise import private
 from fedsieve.engine.loop import begin, rounds
+from fedsieve.errors import FedSieveError
 from fedsieve.methods import rolora
 from tests import toy
 
@@ -84,6 +88,33 @@ def test_for_any_pattern_of_which_tensors_move_it_is_torchs(
         schedule.step()
     found = state.trees["adapter"]
     assert all((found[n] - mirror[n].detach()).abs().max() <= 1e-9 for n in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"), [(sgd, "lr"), (adam, "lr"), (adam, "eps"), (fedadam, "lr"), (fedadam, "tau")]
+)
+def test_a_number_that_no_step_could_be_taken_with(make: Any, name: str) -> None:
+    said = rf"^{name} is .*; it must be a number above 0, at most"
+    for value in (0, -1, math.inf, math.nan, "1", True, 1e39, 10**400, 10**5000):
+        with pytest.raises(FedSieveError, match=said):
+            make(**{name: value})
+
+
+def test_any_number_of_python_is_taken_as_a_recipe_has_it() -> None:
+    half: Any = Fraction(1, 2)
+    most, single = 10**38, cast(Any, np.float32(0.5))
+    for made, plain in (
+        (sgd(half, half), sgd(0.5, 0.5)),
+        (sgd(most), sgd(1e38)),
+        (adam(half, half, half, most), adam(0.5, 0.5, 0.5, 1e38)),
+        (fedadam(single, half, half, 10**19), fedadam(0.5, 0.5, 0.5, 1e19)),
+        (fading(sgd(), half), fading(sgd(), 0.5)),
+    ):
+        assert made.table == plain.table
+        assert {type(each) for each in made.table.values()} <= {str, float}
+        start = toy.start().tensors
+        slots = made.init(start)
+        made.step(start, {n: torch.ones_like(t) for n, t in start.items()}, slots)
 
 
 def test_the_first_step_of_roloras_a_is_a_whole_one() -> None:

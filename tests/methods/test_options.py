@@ -24,7 +24,10 @@ from fedsieve.algebra.sieve import dense
 SERVERS: list[Any] = [1e-3, "adam", fedsieve.adam, {"lr": 1}, Optimizer, (1, 2), [], True, object()]
 OFF: dict[type, list[Any]] = {
     bool: ["False", "", "true", 0, 1, 0.5, [], object(), math.nan],
-    int: ["3", 1.5, 2.0, True, False, [], {}, object(), math.nan, math.inf, b"3"],
+    int: [
+        *("3", 1.5, 2.0, True, False, [], {}, object(), math.nan, math.inf, b"3"),
+        *(2**63, 10**400, 10**5000),
+    ],
     float: ["0.5", "x", True, False, [], {}, object(), math.nan, math.inf, -math.inf, 10**400, 1j],
     str: [1, 0.5, True, [], {}, object(), "", b"float32", ("values",)],
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import sys
 import time
 import tomllib
 from pathlib import Path
@@ -255,6 +256,33 @@ def test_files_that_are_no_recipe(
         path.write_bytes(content)
     with pytest.raises(FedSieveError, match=message):
         recipes.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("import nothing_of_this_name", "cannot be imported: ModuleNotFoundError"),
+        ("raise SystemExit(0)", "cannot be imported: SystemExit: 0"),
+        ("1 +", "cannot be imported: SyntaxError"),
+        ("x = 1", "has no function `method`"),
+        ("method = 5", "has no function `method`"),
+        ("def method(server=None):\n    raise SystemExit(0)", "fails: SystemExit: 0"),
+        ("def method(server=None):\n    raise KeyError('a' * 10**6)", "fails: KeyError: 'a"),
+        ("def method():\n    return 1", "fails: TypeError"),
+    ],
+)
+def test_what_a_method_of_ones_own_does_is_told_by_its_name(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, said: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.py").write_text(content, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("mine", "mine.own"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    table = tiny.table(method={"name": "mine.own"}, budgets=None)
+    with pytest.raises(FedSieveError, match=f"'mine.own' {said}") as caught:
+        build_method(recipes.check(table, allow_code=True))
+    assert len(str(caught.value)) < 500
 
 
 LONG = ".".join("a" * 40)  # parts, whose reading costs the cube of their number

@@ -40,6 +40,8 @@ REASONS: dict[str, tuple[BaseException, int]] = {
     "a full disk": (FULL, 2),
     "bad input": (FedSieveError("no"), 2),
     "a fault of ours": (RuntimeError("a fault"), 1),
+    "somebody's code that ends the program": (SystemExit(0), 2),
+    "too little memory": (MemoryError(), 2),
 }
 
 
@@ -100,6 +102,45 @@ def test_a_run_that_stops_short_does_not_end_with_0(
         assert ended_with == 130
     elif name != "compare":  # which goes on with its other runs, and says at its end what failed
         assert ended_with in (code, 1 if reason == "a full disk" else code)
+
+
+@pytest.mark.parametrize(("given", "code"), [(0, 2), (None, 2), ("done", 2), (256, 2), (7, 7)])
+def test_no_other_code_than_ours_ends_a_command_with_0(
+    given: Any, code: int, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ending(*_: object) -> None:
+        sys.exit(given)
+
+    monkeypatch.setattr("fedsieve.recipe.read.read", ending)
+    ran = command("run", tmp_path / "r.toml")
+    assert ran.code == code
+    assert "code that is not FedSieve's ended the program before all was done" in ran.err
+    assert command("--help").code == 0
+    assert command("run", "--help").code == 0
+    assert command("--version").code == 0
+    assert command("run", "--nothing").code == 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        ("SystemExit(0)", 2, "round 1: the function that trains failed: SystemExit: 0"),
+        ("MemoryError()", 2, "round 1: memory does not suffice (MemoryError): a smaller"),
+        ("KeyboardInterrupt()", 130, "stopped after round 0 of 2"),
+    ],
+)
+def test_a_function_that_ends_the_program_is_told_of_its_client(
+    raised: str, code: int, said: str, tiny: Tiny, tmp_path: Path, command: Command,
+    no_report: None, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "quits.py").write_text(f"def train(model, rows, seed):\n    raise {raised}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "quits", raising=False)
+    recipe = tiny.write(tmp_path / "r.toml", rounds=2, training={"function": "quits:train"})
+    ran = command("run", recipe, "--out", tmp_path / "out", "--allow-code")
+    assert ran.code == code
+    assert said in " ".join(ran.err.split())
+    assert "Traceback" not in ran.err
 
 
 REFUSED: dict[str, dict[str, Any]] = {

@@ -348,9 +348,42 @@ def resizing(model: Any, rows: Dataset, seed: int) -> None:
             parameter.data = parameter.data[:2]
 
 
+def without_numbers(model: Any, rows: Dataset, seed: int) -> None:
+    model.to("meta")
+
+
+def a_part_without_numbers(model: Any, rows: Dataset, seed: int) -> None:
+    model.base_model.model.bert.embeddings.to("meta")
+
+
+class Odd(Exception):
+    """What neither can be written nor is a number."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("gone")
+
+    def __float__(self) -> float:
+        raise RuntimeError("gone")
+
+
+def that_raises(error: BaseException) -> by_function.Function:
+    def function(model: Any, rows: Dataset, seed: int) -> None:
+        raise error
+
+    return function
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
+        (that_raises(SystemExit(0)), "failed: SystemExit: 0"),
+        (that_raises(GeneratorExit()), "failed: GeneratorExit"),
+        (that_raises(StopIteration(1)), "failed: StopIteration: 1"),
+        (that_raises(FedSieveError("no\n" + "x" * 10**6)), "failed: no x+$"),
+        (that_raises(Odd()), "failed: Odd"),
+        (lambda model, rows, seed: Odd(), "returned a Odd"),
+        (without_numbers, "left a model that cannot be read: NotImplementedError"),
+        (a_part_without_numbers, "left a model that cannot be read: "),
         (raising, r"failed: KeyError: 'col\\numn'"),
         (wrecking, "changed .*word_embeddings.*all clients share"),
         (by_data, "changed .*word_embeddings.*all clients share"),
@@ -370,7 +403,17 @@ def test_what_a_function_must_not_do_names_the_client(tiny: Tiny, function: Any,
     with pytest.raises(FedSieveError, match=f"client 'north', round 1: .*{said}") as caught:
         run.finish()
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
     assert [each.round for each in run.metrics] == [0]
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, MemoryError, torch.OutOfMemoryError])
+def test_who_stops_a_run_stops_it_and_memory_is_nobodys_mistake(tiny: Tiny, kind: Any) -> None:
+    run = finetune(tiny, {"north": rows(6, 1)}, fedsieve.fedit(), training=that_raises(kind()))
+    with pytest.raises(kind) as caught:
+        run.finish()
+    if kind is not KeyboardInterrupt:
+        assert caught.value.__notes__ == ["client 'north', round 1"]
 
 
 def test_a_result_that_is_not_finite_leaves_its_client_out(tiny: Tiny) -> None:
@@ -404,6 +447,13 @@ def test_what_is_no_such_function(tiny: Tiny, given: Any, said: str) -> None:
         finetune(tiny, [rows(6, 1)], training=given)
 
 
+@pytest.mark.parametrize("given", [None, 5, "x", {}, b"x", len, lambda model, rows: None])
+def test_what_makes_no_trainer_is_told_at_once(given: Any) -> None:
+    with pytest.raises(FedSieveError, match=r"^with_trainer: .*model, rows, seed") as caught:
+        fedsieve.with_trainer(given)
+    assert "\n" not in str(caught.value)
+
+
 def test_rows_of_images_are_what_the_model_sees(tiny: Tiny) -> None:
     from fedsieve.train.batch import inputs
     from tests.tasks.test_federated import pictures
@@ -431,7 +481,9 @@ def counted(model: Any, rows: Dataset, seed: int) -> float:
 NAME = f"{__name__}:counted"
 
 
-def test_a_recipe_names_a_function_and_is_asked_for_it(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_recipe_names_a_function_and_is_asked_for_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     table = tiny.table(training={"function": NAME}, rounds=1)
     with pytest.raises(
         FedSieveError, match=r"training\.function .* somebody's program.*allow-code"
@@ -455,6 +507,10 @@ def test_a_recipe_names_a_function_and_is_asked_for_it(tiny: Tiny, tmp_path: Pat
     ):
         with pytest.raises(FedSieveError, match=f"training.function: .*{said}"):
             by_function.load(name)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "ends_itself.py").write_text("raise SystemExit(0)", encoding="utf-8")
+    with pytest.raises(FedSieveError, match="'ends_itself' cannot be imported: SystemExit: 0"):
+        by_function.load("ends_itself:train")
     run = finetune(tiny, [rows(6, 1)], training=Training(function=NAME), rounds=1).finish()
     assert [(r.steps, r.loss) for r in run.receipts] == [(3, 6.0)]
 

@@ -18,10 +18,11 @@ import torch
 
 from fedsieve.algebra.adapter import Tree
 from fedsieve.errors import FedSieveError, quoted
-from fedsieve.settings import Source, is_number
+from fedsieve.settings import LARGEST, Source, as_float, is_number
 
 Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
 Table = Mapping[str, str | float]  # what a recipe's [server] says
+_MOST = 3e38  # that is a float32, and whose tensors have no infinity of it
 
 
 def unlimited(slots: Slots) -> float:
@@ -97,8 +98,7 @@ def sgd(lr: float = 1.0, momentum: float = 0.0) -> Optimizer:
 
     Raises FedSieveError, as all optimizers here do, for a number that makes no sense.
     """
-    _positive(lr=lr)
-    _below_one(momentum=momentum)
+    (lr,), (momentum,) = _positive(lr=lr), _below_one(momentum=momentum)
 
     def init(params: Tree) -> Slots:
         return {"velocity": _zeros(params)} if momentum else {}
@@ -120,8 +120,7 @@ def adam(
     Each tensor counts its own steps, so that one that a round leaves alone has none of it, as torch
     does with a parameter that has no gradient.
     """
-    _positive(lr=lr, eps=eps)
-    _below_one(beta1=beta1, beta2=beta2)
+    (lr, eps), (beta1, beta2) = _positive(lr=lr, eps=eps), _below_one(beta1=beta1, beta2=beta2)
 
     def init(params: Tree) -> Slots:
         count = {n: torch.zeros(()) for n in params}
@@ -148,8 +147,8 @@ def fedadam(
 
     x <- x - lr m / (sqrt(v) + tau): tau bounds the push on a coordinate that hardly moved.
     """
-    _positive(lr=lr, tau=tau)
-    _below_one(beta1=beta1, beta2=beta2)
+    (lr,), (tau,) = _positive(lr=lr), _positive(math.sqrt(_MOST), tau=tau)
+    beta1, beta2 = _below_one(beta1=beta1, beta2=beta2)
 
     def init(params: Tree) -> Slots:
         return {
@@ -177,6 +176,7 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
     optimizer_given("optimizer", optimizer)
     if not (is_number(decay) and 0 < decay <= 1):
         raise FedSieveError(f"decay is {quoted(decay)}; it must be a number above 0, at most 1")
+    decay = _of_python(decay)
 
     def init(params: Tree) -> Slots:
         return {**optimizer.init(params), "fading": {"rounds": torch.zeros(())}}
@@ -192,18 +192,29 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
     return optimizer._replace(init=init, step=step, table=_and(optimizer, decay=decay))
 
 
-def _positive(**given: float) -> None:
+def _positive(most: float = _MOST, /, **given: float) -> list[float]:
     for name, value in given.items():
-        if not (is_number(value) and 0 < value < math.inf):
-            raise FedSieveError(f"{name} is {quoted(value)}; it must be a finite number above 0")
+        if not (is_number(value) and 0 < as_float(value) <= most):
+            raise FedSieveError(
+                f"{name} is {quoted(value)}; it must be a number above 0, at most {most:.1e}"
+            )
+    return [_of_python(value) for value in given.values()]
 
 
-def _below_one(**given: float) -> None:
+def _below_one(**given: float) -> list[float]:
     for name, value in given.items():
         if not (is_number(value) and 0 <= value < 1):
             raise FedSieveError(
                 f"{name} is {quoted(value)}; it must be a number from 0 up, below 1"
             )
+    return [_of_python(value) for value in given.values()]
+
+
+def _of_python(value: float) -> float:
+    """As a recipe can hold it and tensors can be multiplied by it: a fraction is neither, nor is a
+    whole number of 30 digits.
+    """
+    return value if type(value) is int and value <= LARGEST else float(value)
 
 
 def _and(optimizer: Optimizer, **more: float) -> Table:

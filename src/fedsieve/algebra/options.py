@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fedsieve.algebra.optim import optimizer_given
 from fedsieve.errors import FedSieveError, nearest, quoted
+from fedsieve.settings import LARGEST
 
 P = ParamSpec("P")
 Built = TypeVar("Built")
@@ -70,6 +71,8 @@ def value_of(kind: Any, value: Any, *, strict: bool) -> Any:
         raise ValueError(error.errors()[0]["msg"]) from None
     if isinstance(found, float) and not isfinite(found):
         raise ValueError("Input should be a finite number")
+    if isinstance(found, int) and found > LARGEST:
+        raise ValueError(f"Input should be at most {LARGEST}")
     return found
 
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
@@ -86,7 +88,11 @@ def take_part(
     asked = Asked(client, memory, key, message)
     began = _begin(method, start, asked)
     before = time.perf_counter()
-    fit = train(began.view, asked.client, asked.key)
+    try:
+        fit = train(began.view, asked.client, asked.key)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        error.add_note(f"client {client.id!r}, round {key.round}")
+        raise
     return _end(method, began, asked, fit, time.perf_counter() - before)
 
 

@@ -4,9 +4,10 @@ the function `method` in it; there is no list to keep.
 
 import importlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import wraps
+from typing import TYPE_CHECKING, Any
 
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import THEIRS, FedSieveError, with_type
 from fedsieve.methods.catalogue import known, names
 
 if TYPE_CHECKING:
@@ -19,16 +20,32 @@ def load(name: str) -> "Callable[..., Method]":
     """The function that builds a method from its options.
 
     name: one of `names()`, or the dotted name of your own module that has a function `method`.
-    Raises FedSieveError for a name that is neither, with the nearest names.
+    Raises FedSieveError for a name that is neither, with the nearest names. Whatever your own
+    module raises, when it is imported or builds its method, is a FedSieveError too.
     """
     if "." in name:
         try:
             module = importlib.import_module(name)
-        except ImportError as error:
-            raise FedSieveError(f"method {name!r} cannot be imported: {error}") from error
+        except THEIRS as error:
+            raise FedSieveError(
+                f"method {name!r} cannot be imported: {with_type(error)}"
+            ) from error
     else:
         module = importlib.import_module(f"{__name__}.{known(name).name}")
     build = getattr(module, "method", None)
-    if build is None:
+    if not callable(build):
         raise FedSieveError(f"the module {name!r} has no function `method` that builds a Method")
-    return build  # type: ignore[no-any-return]
+    return _told(build, name) if "." in name else build
+
+
+def _told(build: "Callable[..., Method]", name: str) -> "Callable[..., Method]":
+    @wraps(build)
+    def method(*given: Any, **options: Any) -> "Method":
+        try:
+            return build(*given, **options)
+        except FedSieveError:
+            raise
+        except THEIRS as error:
+            raise FedSieveError(f"method {name!r} fails: {with_type(error)}") from error
+
+    return method

@@ -157,8 +157,12 @@ def budgets_given(given: Any, ids: Iterable[str], method: Method) -> dict[str, B
 def _budget(given: Any, method: Method, place: str) -> Budget:
     if not is_number(given):
         of_kind(place, given, Budget, A_BUDGET)
+        for knob, share in given._asdict().items():
+            if not is_number(share):  # an array would not even be compared
+                said = f"{knob} is {quoted(share)}; it must be a number above 0, at most 1"
+                raise FedSieveError(f"{place}: {said}")
         # A fraction is a number too, and everything after this writes and multiplies floats.
-        return Budget(*(as_float(share) if is_number(share) else share for share in given))
+        return Budget(*map(as_float, given))
     share, knobs = as_float(given), method.knobs
     if not 0 < share <= 1:
         raise FedSieveError(

@@ -14,9 +14,7 @@ from pydantic import (
     Discriminator,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     Tag,
     model_validator,
 )
@@ -28,6 +26,8 @@ from fedsieve.settings import (
     PAPER_RATIOS,
     Dtype,
     Kind,
+    NotNegative,
+    Positive,
     Quantization,
     Sampling,
     Share,
@@ -161,12 +161,12 @@ class Data(Table):
     prompt: str | None = None
     completion: str | None = None
     classes: tuple[Annotated[str, AfterValidator(clean)], ...] | None = None
-    max_length: PositiveInt = 128
+    max_length: Positive = 128
     options: str | tuple[str, ...] | None = None
     option_word: Annotated[str, Field(pattern=r"^[A-Za-z]{1,30}$")] | None = None
     answer: Annotated[str, Field(max_length=200)] | None = None
-    first_option: NonNegativeInt = 0
-    new_tokens: PositiveInt = 32
+    first_option: NotNegative = 0
+    new_tokens: Positive = 32
     stop: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=100)], ...], Field(max_length=16)
     ] = ()
@@ -192,7 +192,7 @@ class Partition(Table):
     """
 
     kind: Literal["dirichlet", "dirichlet-by-client", "iid", "column"]
-    clients: PositiveInt | None = None
+    clients: Positive | None = None
     alpha: PositiveFloat | None = None
     column: str | None = None
     by: str | None = None
@@ -228,7 +228,7 @@ class Limits(Table):
     """What one client can afford: its ranks as a share of the server's or in number, densities."""
 
     ratio: Share | None = None
-    rank: PositiveInt | None = None
+    rank: Positive | None = None
     down: Share = 1.0
     up: Share = 1.0
 
@@ -260,7 +260,7 @@ class TierBudgets(Table):
     """
 
     kind: Literal["tiers"]
-    tiers: Annotated[PositiveInt, Field(le=1000)]
+    tiers: Annotated[int, Field(gt=0, le=1000)]
     by: Literal["rank", "density"] | None = None
 
 
@@ -277,8 +277,8 @@ class RankLaw(Table):
     """A rank for each client from one of FSLoRA's laws on [low, high]; see budget.py."""
 
     kind: Literal["normal", "heavy-tail"]
-    low: PositiveInt
-    high: PositiveInt
+    low: Positive
+    high: Positive
     down: Share = 1.0
     up: Share = 1.0
 
@@ -358,8 +358,8 @@ class SamplingTable(Table):
 
     kind: Kind = "uniform"
     availability: float | dict[str, float] = 1.0
-    extra: NonNegativeInt = 0
-    quorum: NonNegativeInt = 0
+    extra: NotNegative = 0
+    quorum: NotNegative = 0
 
 
 class MethodTable(BaseModel):
@@ -406,8 +406,8 @@ class Privacy(Table):
     delta: Annotated[float, Field(gt=0, lt=1)]
     epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     noise_multiplier: Annotated[float, Field(ge=0, le=1e6)] | None = None
-    simulated_cohort: PositiveInt | None = None
-    simulated_population: PositiveInt | None = None
+    simulated_cohort: Positive | None = None
+    simulated_population: Positive | None = None
     noise_from: Source = "seed"
     quantile: Annotated[float, Field(gt=0, lt=1)] | None = None
     clip_rate: PositiveFloat = 0.2
@@ -431,17 +431,17 @@ class Evaluation(Table):
     """
 
     on: Literal["test", "validation"] = "test"
-    every: PositiveInt = 1
-    batch: PositiveInt = 64
+    every: Positive = 1
+    batch: Positive = 64
     metric: str | None = None
-    limit: PositiveInt | None = None
+    limit: Positive | None = None
     by_client: bool = False
 
 
 class Checkpoint(Table):
     """every: rounds between checkpoints (the last round always leaves one)."""
 
-    every: PositiveInt = 1
+    every: Positive = 1
 
 
 class Engine(Table):
@@ -521,9 +521,9 @@ class Recipe(Table):
     """
 
     name: Annotated[str, AfterValidator(_shown)] = "run"
-    seed: NonNegativeInt = 0
-    rounds: PositiveInt
-    cohort: PositiveInt
+    seed: NotNegative = 0
+    rounds: Positive
+    cohort: Positive
     device: str = "auto"
     strict: bool = False
     model: Model

@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import View
-from fedsieve.errors import FedSieveError, with_type
+from fedsieve.errors import THEIRS, FedSieveError, with_type, words
 from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import by_token
@@ -42,6 +42,7 @@ from fedsieve.train.seeded import seeded
 
 # The resident model, the client's rows, a seed below 2**31 -> the mean training loss, if it is told
 Function = Callable[[Any, Dataset, int], float | None]
+_NEEDED = "a function (model, rows, seed) is needed"
 
 
 def load(name: str) -> Function:
@@ -52,7 +53,7 @@ def load(name: str) -> Function:
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except Exception as error:  # whatever a module of somebody's may raise
+    except THEIRS as error:
         said = f"{module!r} cannot be imported: {with_type(error)}"
         raise FedSieveError(f"training.function: {said}") from error
     if found is None:
@@ -63,9 +64,14 @@ def load(name: str) -> Function:
 
 def check(function: object, what: str = "training") -> None:
     """Raises FedSieveError, beginning with `what`, for what cannot be called with three values."""
-    if isinstance(function, type) or not callable(function):
-        kind = "the class itself" if isinstance(function, type) else type(function).__name__
-        raise FedSieveError(f"{what}: a function (model, rows, seed) is needed, not {kind}")
+    if isinstance(function, type):
+        raise FedSieveError(f"{what}: {_NEEDED}, not the class itself")
+    _refuse_other_arguments(function, what)
+
+
+def _refuse_other_arguments(function: object, what: str) -> None:
+    if not callable(function):
+        raise FedSieveError(f"{what}: {_NEEDED}, not {type(function).__name__}")
     try:
         inspect.signature(function).bind(None, None, 0)
     except TypeError as error:
@@ -86,8 +92,10 @@ def with_trainer(make: Callable[[Any, Dataset, int], Any]) -> Function:
           each client of each round leaves checkpoints and reports
 
     Training fails with a FedSieveError, naming the client, if the trainer has another model than it
-    was given (a `peft_config`, say, puts a second adapter around it).
+    was given (a `peft_config`, say, puts a second adapter around it). Raises FedSieveError at once
+    for what cannot be called so; a class whose instances are such trainers can.
     """
+    _refuse_other_arguments(make, "with_trainer")
 
     @wraps(make, updated=())
     def function(model: Any, rows: Dataset, seed: int) -> float | None:
@@ -147,40 +155,19 @@ def fit(
         memory = memory or allocated([*parameters.values()], optimizer)
 
     start = time.perf_counter()
-    with seeded(seed, resident.device), _as_it_was(resident), ExitStack() as stack:
+    with (
+        _blamed(where, "left a model that cannot be read"),
+        seeded(seed, resident.device),
+        _as_it_was(resident),
+        ExitStack() as stack,
+    ):
         stack.callback(register_optimizer_step_post_hook(stepped).remove)
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
-        try:
+        with _blamed(where, "failed"):
             told = function(model, rows, seed)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # whatever the user's own code may raise
-            said = str(error) if isinstance(error, FedSieveError) else with_type(error)
-            raise FedSieveError(f"{where}: the function that trains failed: {said}") from error
-    after = _frozen(model, parameters)
-    if odd := [name for name in frozen | after if frozen.get(name) != after.get(name)]:
-        raise FedSieveError(
-            f"{where}: the function that trains changed {odd[0]}, which all clients share: it may "
-            "move what requires gradients alone (and not merge the adapter into the base); begin "
-            "the run again"
-        )
-    trained = dict(resident.parameters())
-    tensors = {}
-    for name, own in view.adapter.tensors.items():
-        if name not in trained or not trained[name].is_floating_point():
-            raise FedSieveError(f"{where}: the function that trains left no numbers in {name}")
-        value = trained[name].detach().cpu().float()
-        if value.shape != own.shape:
-            raise FedSieveError(
-                f"{where}: the function that trains left {name} in the shape {tuple(value.shape)}, "
-                f"and it was {tuple(own.shape)}"
-            )
-        if name not in view.moves.names:
-            value = own.detach().cpu().float()
-        elif name in view.moves.masks:
-            value = torch.where(view.moves.masks[name].cpu(), value, own.cpu().float())
-        tensors[name] = value
+    with _blamed(where, "left a model that cannot be read"):
+        tensors = _trained(resident, view, parameters, frozen, where)
     loss = _loss(told, where)
     return Fit(
         tensors,
@@ -190,6 +177,61 @@ def fit(
         memory,
         told=loss is not None,
     )
+
+
+class _Blame(FedSieveError):
+    """One that names the client already."""
+
+
+@contextmanager
+def _blamed(where: str, what: str) -> Iterator[None]:
+    """What the user's own code raises, or leaves behind for others to raise, is told as its own.
+    Too little memory is not: a worker process ends over it.
+    """
+    try:
+        yield
+    except (_Blame, MemoryError, torch.OutOfMemoryError):
+        raise
+    except THEIRS as error:
+        said = words(error) if isinstance(error, FedSieveError) else with_type(error)
+        raise _Blame(f"{where}: the function that trains {what}: {said}") from error
+
+
+def _trained(
+    resident: ResidentModel,
+    view: View,
+    parameters: dict[str, Tensor],
+    frozen: "dict[str, _Frozen | int]",
+    where: str,
+) -> dict[str, Tensor]:
+    """The adapter's tensors after the function, where it has moved nothing else.
+
+    frozen: what may not have changed, as it was before
+    """
+    after = _frozen(resident.model, parameters)
+    if odd := [name for name in frozen | after if frozen.get(name) != after.get(name)]:
+        raise _Blame(
+            f"{where}: the function that trains changed {odd[0]}, which all clients share: it may "
+            "move what requires gradients alone (and not merge the adapter into the base); begin "
+            "the run again"
+        )
+    trained = dict(resident.parameters())
+    tensors = {}
+    for name, own in view.adapter.tensors.items():
+        if name not in trained or not trained[name].is_floating_point():
+            raise _Blame(f"{where}: the function that trains left no numbers in {name}")
+        value = trained[name].detach().cpu().float()
+        if value.shape != own.shape:
+            raise _Blame(
+                f"{where}: the function that trains left {name} in the shape {tuple(value.shape)}, "
+                f"and it was {tuple(own.shape)}"
+            )
+        if name not in view.moves.names:
+            value = own.detach().cpu().float()
+        elif name in view.moves.masks:
+            value = torch.where(view.moves.masks[name].cpu(), value, own.cpu().float())
+        tensors[name] = value
+    return tensors
 
 
 def rows_of(model: Any, examples: Examples) -> Dataset:
@@ -222,7 +264,7 @@ def _loss(told: object, where: str) -> float | None:
         return None
     try:
         return float(told)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
+    except THEIRS:
         raise FedSieveError(
             f"{where}: the function that trains returned a {type(told).__name__}: return the mean "
             "loss, or nothing"

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import LoraConfig
 
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, quoted
 from fedsieve.settings import Lora, Task
 from fedsieve.tasks import catalogue
 
@@ -39,16 +39,24 @@ def from_peft(config: LoraConfig) -> Lora:
     usual = LoraConfig()
     for field in fields(config):
         value = getattr(config, field.name)
-        if field.name not in {*_SAME, *_NO_SETTINGS} and value != getattr(usual, field.name):
+        if field.name not in {*_SAME, *_NO_SETTINGS} and _differs(
+            value, getattr(usual, field.name)
+        ):
             raise FedSieveError(
-                f"lora: PEFT's {field.name} = {str(value)[:80]!r} has no equivalent here: leave it "
-                "out"
+                f"lora: PEFT's {field.name} = {quoted(value)} has no equivalent here: leave it out"
             )
     given: dict[str, Any] = {ours: getattr(config, theirs) for theirs, ours in _SAME.items()}
     for name, value in given.items():
         if isinstance(value, set | list):
-            given[name] = tuple(sorted(value) if isinstance(value, set) else value)
+            given[name] = tuple(sorted(value, key=str) if isinstance(value, set) else value)
     return Lora(**{**given, "whole": given["whole"] or ()})
+
+
+def _differs(value: Any, usual: Any) -> bool:
+    try:
+        return bool(value != usual)
+    except Exception:  # an array has no such answer, and an object of the user's may have none
+        return True
 
 
 def to_peft(lora: Lora, task: Task | None = None) -> LoraConfig:
