@@ -315,14 +315,14 @@ def resume(
     from fedsieve.run import rundir, tracking
 
     if rundir.federated(folder):
-        more = ""
+        more, there = "", "" if at_round is None else f" --at-round {at_round}"
         if rounds is not None:
             more = (
                 "; a federation has no more rounds than its sites were told: begin another with "
                 f"lora.start={shlex.quote(str(folder / rundir.ADAPTER))}"
             )
         raise FedSieveError(
-            f"{folder} holds a federation: go on with `{rundir.again(folder)}`{more}"
+            f"{folder} holds a federation: go on with `{rundir.again(folder)}{there}`{more}"
         )
     rundir.check(folder)
     source = str(folder / rundir.RECIPE)
@@ -347,8 +347,7 @@ def resume(
     from fedsieve.run import back, runner
 
     if at_round is not None:
-        left = back.fall_back(folder, at_round)
-        say(f"what came after round {at_round} is kept in {left}" if left else "nothing is later")
+        say(back.said(at_round, back.fall_back(folder, at_round)))
     if rundir.last_round(folder) == planned.rounds:
         say(finished)
     build = partial(from_recipe, trust_remote_code=trust_remote_code)
@@ -571,6 +570,13 @@ def federate(
     again: Annotated[
         Path | None, typer.Option("--resume", metavar="DIR", help="Go on with a federation.")
     ] = None,
+    at_round: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Of --resume: go back to the checkpoint of this round; what is later is kept.",
+        ),
+    ] = None,
     local: Annotated[
         int | None,
         typer.Option(min=1, help="Run all of it here: a server and so many sites, by themselves."),
@@ -583,8 +589,12 @@ def federate(
     if again is not None:
         if recipe is not None:
             raise FedSieveError("--resume goes on with the recipe in its directory: give no other")
-        _go_on_with(again)
+        _go_on_with(again, at_round)
         return
+    if at_round is not None:
+        raise FedSieveError(
+            "--at-round is of --resume: give that, and the directory of a federation that is there"
+        )
     if recipe is None:
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
     # No site takes a program from a server.
@@ -1159,32 +1169,35 @@ def _all_here(recipe: "Recipe", folder: Path, policy: "RoundPolicy") -> None:
     _go_on_with(folder)
 
 
-def _go_on_with(folder: Path) -> None:
+def _go_on_with(folder: Path, at_round: int | None = None) -> None:
     """Start a Flower run that goes on with a federation, and show what it says.
 
     One with sites on this machine has them started first.
+    at_round: see `federate.begin_again`
     """
     from fedsieve.recipe import read as recipes
     from fedsieve.run import rundir
     from fedsieve.sites import federate as federating
     from fedsieve.sites import here
 
-    command = federating.begin_again(folder)  # nothing is started of a folder that is not in order
-    source = str(folder / rundir.RECIPE)
-    recipe = recipes.parse(recipes.read(source), source)
-    if rundir.has_ended(folder, rundir.last_round(folder), recipe.rounds):
-        say(f"this federation is finished: all of its {count(recipe.rounds, 'round')} are done")
-    else:
-        try:
-            if here.is_here(folder):
+    try:
+        with federating.alone(folder, say):  # what somebody else works with is not touched
+            # And nothing is started of a folder that is not in order.
+            command = federating.begin_again(folder, at_round, say)
+            source = str(folder / rundir.RECIPE)
+            recipe = recipes.parse(recipes.read(source), source)
+            if rundir.has_ended(folder, rundir.last_round(folder), recipe.rounds):
+                done = count(recipe.rounds, "round")
+                say(f"this federation is finished: all of its {done} are done")
+            elif here.is_here(folder):
                 here.check(folder)
                 with here.at_work(folder, here.own_port(folder, say), say):
                     _run_flower(folder, command)
             else:
                 _run_flower(folder, command)
-        except KeyboardInterrupt:
-            problems.print(plain(f"stopped: go on with `{rundir.again(folder)}`"))
-            raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        problems.print(plain(f"stopped: go on with `{rundir.again(folder)}`"))
+        raise typer.Exit(130) from None
     _summary(folder)
     _say_next(folder, recipe)
 

@@ -47,6 +47,11 @@ def fall_back(folder: Path, number: int) -> Path | None:
         return _put_aside(folder, known[number], checkpoint.later(checkpoints, number))
 
 
+def said(number: int, left: Path | None) -> str:
+    """What there is to say of a run that went back. left: what `fall_back` returned."""
+    return f"what came after round {number} is kept in {left}" if left else "nothing is later"
+
+
 def _put_aside(folder: Path, note: checkpoint.Note, later: Sequence[Path]) -> Path | None:
     logs = {name: bytes_of(rundir.place(folder, name), None) for name in rundir.LOGS}
     tails = {name: text[note.marks.get(name, 0) :] for name, text in logs.items()}

@@ -6,6 +6,10 @@ numbers, all under a digest; a file that does not match its digest counts as dam
 before it is used instead. The digest is for accidents: who makes a file up makes up its digest too,
 so what it says is checked besides.
 
+Two are kept. A round that merges nothing leaves the state as it was, and of checkpoints with one
+state only the newest stays: however many rounds are lost after a bad merge, the checkpoint before
+that merge is there to go back to.
+
 What clients keep was computed from their rows: the files are for their owner alone.
 """
 
@@ -39,7 +43,7 @@ from fedsieve.train.digest import BaseDigest, tensors_digest
 
 # What reading a file raises that was cut, or changed by accident.
 _DAMAGE = (OSError, ValueError, KeyError)
-KEEP = 2  # the newest, and one to fall back to
+KEEP = 2  # the newest, and one to fall back to, of another state
 _NAME = re.compile(r"round-(\d{6,})\.safetensors")
 
 
@@ -52,6 +56,7 @@ class Snapshot(NamedTuple):
     base:  digest of the base model that the run began with; none in checkpoints of old
     recipe: by which its rounds were trained, as TOML; none in checkpoints of old
     rows:  of the examples that they were trained on; none in checkpoints of old
+    moved: the last round that changed the state; None is the last round, as in checkpoints of old
     """
 
     progress: Progress
@@ -61,6 +66,7 @@ class Snapshot(NamedTuple):
     base: BaseDigest | None = None
     recipe: str | None = None
     rows: RowsDigest | None = None
+    moved: int | None = None
 
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -81,6 +87,7 @@ class _Facts(BaseModel):
     base: dict[Literal["weights", "config", "start"], str] | None = None
     recipe: str | None = None
     rows: dict[Literal["train", "test"], str] | None = None
+    moved: Count | None = None
     half: "_Half | None" = None
 
 
@@ -95,7 +102,7 @@ class _Half(BaseModel):
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint, then remove all but the newest `KEEP`.
+    """Write a checkpoint, then remove all but the newest `KEEP`, of one state only the newest.
 
     Raises FedSieveError if it cannot be written (a full disk, say); the older ones stay whole.
     """
@@ -117,6 +124,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         "base": None if snapshot.base is None else _known(snapshot.base),
         "recipe": snapshot.recipe,
         "rows": None if snapshot.rows is None else snapshot.rows._asdict(),
+        "moved": progress.round if snapshot.moved is None else snapshot.moved,
     }
     if snapshot.half is not None:
         half = snapshot.half
@@ -138,9 +146,29 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
             f"the checkpoint {path} cannot be written: {error.strerror or error}. The older "
             "checkpoints are whole: make room, then `fedsieve resume`"
         ) from error
-    for old in _newest_first(folder)[KEEP:]:
-        old.unlink()
+    _prune(folder)
     return path
+
+
+def _prune(folder: Path) -> None:
+    kept: set[int] = set()  # by the last round that changed their state
+    for path in _newest_first(folder):
+        moved = _moved(path)
+        if moved in kept or len(kept) == KEEP:
+            path.unlink()
+        kept.add(moved)
+
+
+def _moved(path: Path) -> int:
+    """The last round that changed a checkpoint's state; its own where it does not tell."""
+    try:
+        refuse_holes(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = parsed((file.metadata() or {})["facts"], f"what the checkpoint {path} says")
+        told = facts.get("moved")
+    except (FedSieveError, *_DAMAGE, safetensors.SafetensorError):
+        return _round(path)
+    return told if type(told) is int else _round(path)
 
 
 def load(folder: Path, layout: Layout, base: BaseDigest | None = None) -> Snapshot:
@@ -229,7 +257,7 @@ def later(folder: Path, number: int) -> list[Path]:
 def forget_after(folder: Path, number: int) -> None:
     """Remove the checkpoints of later rounds: they were damaged, and their rounds are done again.
 
-    Left there, a damaged one would count among the newest `KEEP` and push out a whole one.
+    Left there, a damaged one would count among those that are kept, and push out a whole one.
     """
     for path in later(folder, number):
         path.unlink()
@@ -313,6 +341,8 @@ def _check(path: Path, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
         raise refuse(f"half: {error}"[:200]) from None
     if facts["round"] != _round(path):
         raise refuse(f"round is {facts['round']}")
+    if (facts.get("moved") or 0) > facts["round"]:
+        raise refuse(f"moved is {facts['moved']}")
     if len(set(facts["clients"])) != len(facts["clients"]):
         raise refuse("clients: one is there twice")
     for name, earlier in facts["same"].items():
@@ -380,4 +410,5 @@ def _snapshot(
         told = facts["half"]
         receipts = [Receipt(**receipt) for receipt in told["receipts"]]
         half = Unevaluated(Round(**told["summary"]), receipts, progress, told["due"])
-    return Snapshot(progress, memories, facts["marks"], half, recipe=facts.get("recipe"))
+    known = {"recipe": facts.get("recipe"), "moved": facts.get("moved")}
+    return Snapshot(progress, memories, facts["marks"], half, **known)

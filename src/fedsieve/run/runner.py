@@ -269,7 +269,7 @@ def _go_on(
             first, progress = loop.begin(experiment.federation, experiment.start)
             rundir.append(folder, rundir.METRICS, [first])
             rundir.keep_details(folder, 0, experiment.details, experiment.held)
-            snapshot = _snapshot(experiment, progress, folder, text)
+            snapshot = _snapshot(experiment, progress, folder, text, None)
             checkpoint.save(checkpoints, snapshot)
             track(first)
             _tell(on_round, first, folder)
@@ -281,7 +281,8 @@ def _go_on(
             nonlocal snapshot, saved
             if not fresh:
                 return  # the round can be done again as it was
-            snapshot = _snapshot(experiment, half.progress, folder, text)._replace(half=half)
+            snapshot = _snapshot(experiment, half.progress, folder, text, snapshot)
+            snapshot = snapshot._replace(half=half)
             checkpoint.save(checkpoints, snapshot)
             saved = snapshot
 
@@ -300,7 +301,7 @@ def _go_on(
                 rundir.append(folder, rundir.CLIENTS, receipts)
                 # Before this line a Ctrl-C finds the snapshot of the round before, with its own
                 # marks and memories: what of this round is written already will be cut off.
-                snapshot = _snapshot(experiment, progress, folder, text)
+                snapshot = _snapshot(experiment, progress, folder, text, snapshot)
                 if progress.round % recipe.checkpoint.every == 0 or progress.round == recipe.rounds:
                     checkpoint.save(checkpoints, snapshot)
                     saved = snapshot
@@ -361,11 +362,21 @@ def _refuse_other_noise(folder: Path, number: int) -> None:
         )
 
 
-def _snapshot(experiment: Experiment, progress: Progress, folder: Path, recipe: str) -> Snapshot:
-    """recipe: as TOML."""
+def _snapshot(
+    experiment: Experiment,
+    progress: Progress,
+    folder: Path,
+    recipe: str,
+    before: Snapshot | None,
+) -> Snapshot:
+    """recipe: as TOML; before: the snapshot before this one, where there is one."""
     marks, base = rundir.marks(folder), experiment.resident.digest
     memories, rows = dict(experiment.memories), experiment.rows
-    return Snapshot(progress, memories, marks, base=base, recipe=recipe, rows=rows)
+    moved = progress.round
+    # A round that merges nothing hands the very state on that it was given (engine/loop.py).
+    if before is not None and progress.state is before.progress.state:
+        moved = before.progress.round if before.moved is None else before.moved
+    return Snapshot(progress, memories, marks, base=base, recipe=recipe, rows=rows, moved=moved)
 
 
 def _told(folder: Path, recipe: Recipe, number: int) -> Told:

@@ -8,6 +8,7 @@
     sites.json the key of each site's node, from when it was first met, where nodes have keys
     told.toml  the recipe as the sites are told it (told.py)
     set-aside/ what else was found in flower/ when a Flower run went on (found.py)
+    .federate.lock  keeps a second command out while one goes on with the federation; empty
 
 (and beside it, with [privacy], the directory of what only the server may know: rundir.py)
 and `serve` is what the app's server end does: the same run as in one process (runner.py), with the
@@ -28,13 +29,16 @@ import json
 import re
 import secrets
 import shlex
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import tomli_w
 
 from fedsieve.algebra.adapter import Adapter
@@ -68,7 +72,7 @@ from fedsieve.recipe.experiment import (
 )
 from fedsieve.recipe.method import build_method, norm_bound
 from fedsieve.recipe.schema import Recipe, deployed
-from fedsieve.run import checkpoint, rundir, runner, tracking
+from fedsieve.run import back, checkpoint, rundir, runner, tracking
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
 from fedsieve.sites import certificates, found, told
@@ -107,6 +111,8 @@ ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
 KEYS = "sites.json"  # site -> its node's public key
 _KEYS_BYTES = 1 << 24  # at most
 SPARE = 2  # rounds in a row without an update, before the third ends the run
+LEFT_OVER = 120.0  # seconds that processes of a federation that was killed may take to end
+LOCK = ".federate.lock"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # No word to anyone about what runs here.
 QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
@@ -218,19 +224,65 @@ def cautions(listen: ServerAddress) -> list[str]:
     return found
 
 
-def begin_again(folder: Path) -> list[str]:
-    """The command that goes on with a federation, as a list of its words.
+@contextmanager
+def alone(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """While this is open, no other command goes on with a federation; nor did a server work on it
+    when it began. What a federation that was killed had begun takes some time to find out.
 
-    Warns of certificates that end soon. Raises FedSieveError if the folder holds no federation, or
-    if its server's certificates do not hold now.
+    Nothing that the folder holds is changed. Raises FedSieveError if it holds no federation, or if
+    somebody else works on it.
     """
+    _refuse_no_federation(folder)
+    refuse_link(folder / LOCK)
+    try:
+        lock = filelock.FileLock(folder / LOCK).acquire(timeout=0)
+    except filelock.Timeout:
+        raise FedSieveError(f"another process is at work on the federation in {folder}") from None
+    except OSError as error:
+        raise FedSieveError(f"{folder} cannot be written: {error.strerror}") from error
+    with lock:
+        _wait_for_others(folder, say)
+        yield
+
+
+def _wait_for_others(folder: Path, say: Callable[[str], None]) -> None:
+    """Until nobody works on the run. Raises FedSieveError where that does not end."""
+    until, told = time.monotonic() + LEFT_OVER, False
+    while True:
+        try:
+            with rundir.lock(folder):
+                return
+        except FedSieveError:
+            if time.monotonic() > until:
+                raise
+        if not told:
+            say("processes of this federation from before are still at work: waiting for their end")
+            told = True
+        time.sleep(1.0)
+
+
+def _refuse_no_federation(folder: Path) -> None:
     check_installed()
     rundir.check(folder)
-    app = folder.absolute() / APP
     if not rundir.federated(folder):
         raise FedSieveError(
             f"{folder} holds a run in one process: go on with `{rundir.again(folder)}`"
         )
+
+
+def begin_again(
+    folder: Path, at_round: int | None = None, say: Callable[[str], None] = lambda text: None
+) -> list[str]:
+    """The command that goes on with a federation, as a list of its words.
+
+    at_round: go back to the checkpoint of this round first (run/back.py). The sites need not be
+        told: they go on from what they kept in the round that the server counts on (journal.py)
+    say: told where what is later is kept
+    Warns of certificates that end soon. Raises FedSieveError if the folder holds no federation, or
+    if its server's certificates do not hold now; and as `fall_back` does.
+    """
+    _refuse_no_federation(folder)
+    app = folder.absolute() / APP
     found.check_app(app, ASKED_FOR)
     root = found.root_of(folder)
     if root is not None:
@@ -239,6 +291,8 @@ def begin_again(folder: Path) -> list[str]:
     told.text_for_sites(folder, recipes.load(str(folder / rundir.RECIPE)))
     _logged(folder)
     _known(folder / KEYS)
+    if at_round is not None:
+        say(back.said(at_round, back.fall_back(folder, at_round)))
     found.set_aside(folder)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
 

@@ -21,12 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import tomli_w
 import torch
 from datasets import Dataset
@@ -56,7 +55,7 @@ HERE = "sites"  # in the run's directory: a folder for each, and the logs of the
 ROWS = "rows.parquet"
 HELD = "held-back.parquet"  # beside the sites' folders: what data.validation holds back
 SITE = "site.toml"
-_LOGS, _SERVER_LOG, _LOCK = ("worker.log", "node.log"), "server.log", ".lock"
+_LOGS, _SERVER_LOG = ("worker.log", "node.log"), "server.log"
 _TAKEN = frozenset({_SERVER_LOG, HELD})  # names of files beside the sites' folders
 _BIN = Path(sys.executable).parent
 _PDEATHSIG = 1  # of <linux/prctl.h>
@@ -288,12 +287,11 @@ class _Started(NamedTuple):
 
 @contextmanager
 def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[None]:
-    """The server, and at each site of the folder a worker and a node, while this is open.
+    """The server, and at each site of the folder a worker and a node, while this is open. Whoever
+    opens it is alone with the folder (federate.alone).
 
-    Raises FedSieveError, with its log's place, for a process that does not start, and where another
-    process goes on working on the run.
+    Raises FedSieveError, with its log's place, for a process that does not start.
     """
-    _wait_for_others(folder, say)
     homes = _homes(folder)
     threads = str(max(1, (os.cpu_count() or 1) // len(homes)))
     flower = federate.environment(folder)
@@ -302,7 +300,7 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
     # What Flower finds in a node's FLWR_HOME, and waiting in its database, it runs: so there is
     # nothing, each time.
     empty = tempfile.TemporaryDirectory(prefix="fedsieve-")
-    with runner.sigterm_as_ctrl_c(), _alone(folder), empty as nodes, ExitStack() as stack:
+    with runner.sigterm_as_ctrl_c(), empty as nodes, ExitStack() as stack:
 
         def start(command: Sequence[object], log: Path, more: Mapping[str, str]) -> _Started:
             return stack.enter_context(_running(command, log, more))
@@ -401,32 +399,6 @@ def _end_of(log: Path) -> list[str]:
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
         return file.read().decode("utf-8", errors="replace").strip().splitlines()
-
-
-def _alone(folder: Path) -> AbstractContextManager[object]:
-    """Raises FedSieveError where the federation is at work already."""
-    try:
-        return filelock.FileLock(folder / HERE / _LOCK).acquire(timeout=0)
-    except filelock.Timeout:
-        raise FedSieveError(f"another process is at work on the federation in {folder}") from None
-
-
-def _wait_for_others(folder: Path, say: Callable[[str], None]) -> None:
-    """Until nobody works on the run: what a federation that was killed had begun takes some time to
-    find out. Raises FedSieveError where it does not end.
-    """
-    until, told = time.monotonic() + _STARTING, False
-    while True:
-        try:
-            with rundir.lock(folder):
-                return
-        except FedSieveError:
-            if time.monotonic() > until:
-                raise
-        if not told:
-            say("processes of this federation from before are still at work: waiting for their end")
-            told = True
-        time.sleep(1.0)
 
 
 def _answers(door: Path) -> bool:

@@ -13,7 +13,9 @@ it gave:
     an earlier round, with    the server went back: trained from the memory before that round, and
     another message           what came after it is forgotten
 
-How far back a server can go follows from its checkpoints, two of which it keeps. A file is whole
+How far back a server can go follows from its checkpoints, two of which it keeps, and of rounds in
+which nothing was merged it keeps none but the newest. So what is kept here is counted by the rounds
+that went on from each other, and not by those in which an answer came to nothing. A file is whole
 or not there (`disk.write_whole`), begins with a digest, and says of which run and client it is; one
 that is damaged, or another's (out of the wrong backup), counts as not there, with a warning.
 Nothing is kept in this process: what is on the disk is what counts.
@@ -124,8 +126,8 @@ def write(
 ) -> None:
     """Add a round. Later rounds are void and go first; then those that are no longer needed.
 
-    keep: the entries of so many rounds before this one stay, the newest one before those, and the
-          one that this round began with
+    keep: so many entries and one stay of those that this one goes on from, one from the other; and
+          of the others, which came to nothing, those of the last half as many rounds
     room: told how many bytes the entry has, before anything is changed; raises to refuse them
     Raises OSError if it cannot be written; the entries of earlier rounds are as they were then.
     """
@@ -136,9 +138,16 @@ def write(
         if path.name >= _name(entry.round):
             remove(path)  # a folder of that name, too
     write_whole(folder / _name(entry.round), data)
-    old = [p for p in _files(folder) if p.name < _name(max(0, entry.round - keep))]
-    for path in old[:-1]:
-        if path.name != _name(entry.before):
+    wanted, count = _name(entry.before), 0
+    for path in reversed(_files(folder)):
+        if path.name >= _name(entry.round):
+            continue
+        if path.name <= wanted and count <= keep:
+            count += 1
+            earlier = _read(path, entry.whose)
+            # Of a damaged one it is not known what it began with: the next will do.
+            wanted = path.name if earlier is None else _name(earlier.before)
+        elif path.name < _name(max(0, entry.round - keep // 2)):
             remove(path)
 
 

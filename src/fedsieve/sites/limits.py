@@ -220,8 +220,9 @@ def _tokens(examples: Examples) -> int:
 
 def _check_disk(recipe: Recipe, site: Site, trained: int) -> None:
     """Raises FedSieveError where the rounds that must be kept do not fit `most_disk`."""
-    # Two checkpoints back, and the adapter at the end; a memory is at most as large again.
-    rounds = min(recipe.rounds, 2 * recipe.checkpoint.every + 2)
+    # Two checkpoints back, rounds that came to nothing (journal.py), and the adapter at the end; a
+    # memory is at most as large again.
+    rounds = min(recipe.rounds, 3 * recipe.checkpoint.every + 2)
     asked = _FLOAT * trained * (rounds + 1)
     if asked > site.most_disk * MEGA:
         raise FedSieveError(
