@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -176,3 +177,14 @@ def test_sites_take_no_regular_expression(tiny: Tiny) -> None:
             assignment.refuse_patterns(recipe)
     assignment.refuse_patterns(recipes.check(tiny.table()))
     assignment.refuse_patterns(recipes.check(tiny.table(lora={"targets": "all-linear", "rank": 2})))
+
+
+@pytest.mark.parametrize("pattern", [*ENDLESS, "(" + "a*" * 10_000 + ")x"])
+def test_a_site_is_through_with_a_pattern_at_once(tiny: Tiny, pattern: str) -> None:
+    table = tiny.table(lora={"rank": 2, "targets": pattern}, data__classes=list(LABELS))
+    text, began = tomli_w.dumps(table).encode(), time.monotonic()
+    with pytest.raises(
+        FedSieveError, match=r"lora\.targets: a (site takes no )?regular expression"
+    ):
+        assignment._recipe(text)
+    assert time.monotonic() - began < 3
