@@ -218,3 +218,14 @@ def distance(left: Tree, right: Tree) -> float:
     """The largest difference of two trees of the same names."""
     assert sorted(left) == sorted(right)
     return max(float((left[n] - right[n]).abs().max()) for n in left)
+
+
+def no_memory() -> list[Exception]:
+    """How it is said that memory does not suffice: by Python, by torch of a device's, and of the
+    machine's own.
+    """
+    try:
+        torch.empty(1 << 50)
+    except RuntimeError as error:
+        return [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), error]
+    raise AssertionError("a machine with a petabyte")

@@ -29,7 +29,7 @@ from fedsieve.console import (
 )
 from fedsieve.disk import place
 from fedsieve.engine.cautions import Caution, cautioning
-from fedsieve.errors import FedSieveError, count, printable, with_type
+from fedsieve.errors import FedSieveError, count, of_memory, printable, with_type
 from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
 from fedsieve.tasks.words import spoken
 
@@ -133,7 +133,7 @@ def main() -> None:
         problems.print(f"[bold red]error:[/] {plain(f'{said} ({with_type(error)})')}")
         sys.exit(code)
     except Exception as error:
-        if not _of_memory(error):
+        if not of_memory(error):
             raise
         whose = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
         said = f"{whose}memory does not suffice ({with_type(error)}): a smaller training.batch, "
@@ -149,11 +149,6 @@ def _through_a_command(error: SystemExit) -> bool:
         seen += trace.tb_frame.f_globals.get("__name__") == __name__
         trace = trace.tb_next
     return seen > 0  # the first is `main`
-
-
-def _of_memory(error: Exception) -> bool:
-    """Python's own way to say it, or torch's, which is not imported here."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _drop_output() -> None:

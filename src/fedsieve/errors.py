@@ -71,6 +71,17 @@ def listed(name: str, given: Iterable[T]) -> list[T]:
         raise FedSieveError(f"{name}: a list is needed, not {said} ({quoted(error)})") from error
 
 
+def of_memory(error: BaseException) -> bool:
+    """Whether memory does not suffice: Python's own way to say it, or torch's two, which is not
+    imported here. It is nobody's mistake whose data was at hand.
+    """
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (type(error) is RuntimeError and "DefaultCPUAllocator" in str(error))
+    )
+
+
 def words(error: BaseException, most: int = 300) -> str:
     """What a library says, in one line and not at any length: it may quote what it was given."""
     try:

@@ -304,6 +304,17 @@ def test_an_error_that_one_update_causes_in_a_method_leaves_that_client_out(
             assert torch.equal(found.trees[group][name], tensor)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "full"), *toy.no_memory()], ids=lambda e: type(e).__name__
+)
+def test_what_the_server_lacks_is_no_clients_fault(error: Exception) -> None:
+    """Memory or room on its disk: the round ends as it began, and no update is left out for it."""
+    method = failing(ROWS[0].build(), lambda numbers: True, error)
+    with pytest.raises(type(error)) as caught:
+        run(method, lambda e: e)
+    assert caught.value is error
+
+
 def test_a_merge_that_fails_over_two_together_goes_on_without_the_larger() -> None:
     """Each alone could be merged: nothing says whose fault it is, so the larger one goes."""
     inner = ROWS[0].build()

@@ -47,6 +47,7 @@ from fedsieve.tasks.tokens import Texts
 from fedsieve.train import model, reader
 from fedsieve.train.local import Fit, fit
 from fedsieve.wire import decode, encode
+from tests import toy
 from tests.conftest import LABELS, Command, Tiny
 from tests.sites.sites import (
     NAMES,
@@ -403,6 +404,24 @@ def test_a_memory_that_this_site_has_not_written_is_lost_and_ends_nothing(
     refused = site.train(2)
     assert refused.header["lost_memory"] is True
     assert "what this site kept after round 1 cannot be used" in refused.header["error"]
+
+
+@pytest.mark.parametrize("error", toy.no_memory(), ids=lambda e: type(e).__name__)
+def test_too_little_memory_loses_nothing_that_a_site_keeps(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """What it kept is whole: the round is done again with it once there is room."""
+
+    def full(*_: Any) -> Any:
+        raise error
+
+    site = Worker(tiny, tmp_path)
+    site.train(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(resident, "fit", full)
+        answer = site.train(2).header
+        assert (answer["ok"], answer.get("lost_memory")) == (False, None)
+    assert site.train(2).header["ok"]
 
 
 def test_a_full_disk_is_an_answer_and_loses_nothing(

@@ -26,13 +26,11 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
 from fedsieve.algebra.payload import LARGEST, Payload, exact, magnitude
 from fedsieve.algebra.support import Support
-from fedsieve.errors import NoUsableUpdate, WireError, with_type
+from fedsieve.errors import NoUsableUpdate, WireError, of_memory, with_type
 from fedsieve.wire import decode
 
 # Of the updates that wait, so many bytes are held in memory before they go to the disk.
 IN_MEMORY = 64 << 20
-# What is nobody's update: the machine's, or the user's.
-NOT_THE_CLIENTS = (OSError, MemoryError, torch.OutOfMemoryError)
 
 
 class Arrival(NamedTuple):
@@ -135,10 +133,8 @@ def merge(
     while True:
         try:
             return _finite(method.merge(state, waiting.updates(left.keys()), key)), out
-        except NOT_THE_CLIENTS:
-            raise
         except Exception as error:
-            if not left:
+            if not left or _not_the_clients(error):
                 raise
             alone = {id: _failure(method, state, waiting, id, key) for id in left}
             found = {id: why for id, why in alone.items() if why is not None}
@@ -159,11 +155,16 @@ def _failure(method: Method, state: State, waiting: Waiting, id: str, key: Key) 
     """Why one client's update alone cannot be merged."""
     try:
         _finite(method.merge(state, waiting.updates([id]), key))
-    except NOT_THE_CLIENTS:
-        raise
     except Exception as error:
+        if _not_the_clients(error):
+            raise
         return with_type(error)
     return None
+
+
+def _not_the_clients(error: Exception) -> bool:
+    """What is nobody's update: the machine's, or the user's."""
+    return isinstance(error, OSError) or of_memory(error)
 
 
 def _finite(state: State) -> State:

@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
-
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Memory, Method, View
 from fedsieve.algebra.payload import LARGEST, magnitude
+from fedsieve.errors import of_memory
 from fedsieve.train.local import Fit
 from fedsieve.wire import decode, encode
 
@@ -90,8 +89,9 @@ def take_part(
     before = time.perf_counter()
     try:
         fit = train(began.view, asked.client, asked.key)
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        error.add_note(f"client {client.id!r}, round {key.round}")
+    except Exception as error:
+        if of_memory(error):
+            error.add_note(f"client {client.id!r}, round {key.round}")
         raise
     return _end(method, began, asked, fit, time.perf_counter() - before)
 

@@ -21,7 +21,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import View
 from fedsieve.engine import pool
 from fedsieve.engine.request import Rows, work
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, of_memory
 from fedsieve.frame import Frame, pack, refusal, unpack
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import locate, set_up_resident
@@ -83,11 +83,11 @@ def ready(asked: Frame, folder: Path) -> tuple[Callable[[bytes], bytes], Frame]:
     def answer(request: bytes) -> bytes:
         try:
             return pack(work(method, fitting, start, unpack(request)))
-        except (MemoryError, torch.OutOfMemoryError):
-            os._exit(pool.OUT_OF_MEMORY)
         except FedSieveError as error:
             return pack(refusal(str(error)))
-        except Exception:
+        except Exception as error:
+            if of_memory(error):
+                os._exit(pool.OUT_OF_MEMORY)
             return pack(refusal(traceback.format_exc()[-20_000:], ours=True))
 
     return answer, Frame({"ok": True, "mark": mark(resident, start)})

@@ -45,7 +45,7 @@ from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
 from fedsieve.disk import NotAFile, bytes_of, refuse_link, remove, write_whole
 from fedsieve.engine.client import facts, take_part
-from fedsieve.errors import FedSieveError, WireError, printable
+from fedsieve.errors import FedSieveError, WireError, of_memory, printable
 from fedsieve.frame import Frame, refusal
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
@@ -466,7 +466,7 @@ def _round(
             unfit = unfit or error
         except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
             # Whole, and not what this method keeps: somebody else has written it.
-            if not memory or isinstance(error, torch.OutOfMemoryError):
+            if not memory or of_memory(error):
                 raise
             raise _Lost(
                 f"what this site kept after round {before} cannot be used "

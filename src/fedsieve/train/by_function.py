@@ -31,7 +31,7 @@ from transformers import PreTrainedConfig
 
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import View
-from fedsieve.errors import THEIRS, FedSieveError, with_type, words
+from fedsieve.errors import THEIRS, FedSieveError, of_memory, with_type, words
 from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import by_token
@@ -190,9 +190,9 @@ def _blamed(where: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (_Blame, MemoryError, torch.OutOfMemoryError):
-        raise
     except THEIRS as error:
+        if isinstance(error, _Blame) or of_memory(error):
+            raise
         said = words(error) if isinstance(error, FedSieveError) else with_type(error)
         raise _Blame(f"{where}: the function that trains {what}: {said}") from error
 

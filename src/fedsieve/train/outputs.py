@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, of_memory
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples
@@ -69,9 +69,9 @@ def logits_of(model: Any, given: dict[str, Tensor]) -> Tensor:
     """
     try:
         found: Tensor = model(**given).logits
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if of_memory(error):
+            raise
         first = (str(error).strip().splitlines() or [""])[0][:300]
         raise FedSieveError(
             f"the model cannot be run over a batch ({type(error).__name__}: {first}): see its "
