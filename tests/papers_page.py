@@ -83,14 +83,25 @@ def what(name: str, figure: Figure, scale: Scale) -> str:
     return "; ".join(said)
 
 
+def _shown(source: str) -> str:
+    """A source without the folder in which somebody's machine has it: `--data` says that."""
+    path = Path(source)
+    if not path.is_absolute():
+        return source
+    return f"{path.parent.name}/{path.name}" if path.suffix else path.name
+
+
 def measured(name: str, found: dict[str, Any]) -> list[str]:
     lines = []
     for panel, rows in found["rows"].items():
         own = found["settings"][panel]
-        clients = own["partition"].get("clients")
+        dealt = own["partition"]
+        clients = (
+            f"a client a {dealt['column']}" if "column" in dealt else f"{dealt['clients']} clients"
+        )
         lines += [
-            f"Measured ({found['scale']}), {panel}: {own['model']} on {own['data']}, {clients} "
-            f"clients, {own['cohort']} a round, {own['rounds']} rounds"
+            f"Measured ({found['scale']}), {panel}: {_shown(own['model'])} on {_shown(own['data'])}, "
+            f"{clients}, {own['cohort']} a round, {own['rounds']} rounds"
             + (f"; costs to a score of {own['target']:g}" if own["target"] else "")
             + ".\n",
             markdown(rows),
