@@ -99,8 +99,9 @@ def measured(name: str, found: dict[str, Any]) -> list[str]:
         clients = (
             f"a client a {dealt['column']}" if "column" in dealt else f"{dealt['clients']} clients"
         )
+        of = f"{_shown(own['model'])} on {_shown(own['data'])}"
         lines += [
-            f"Measured ({found['scale']}), {panel}: {_shown(own['model'])} on {_shown(own['data'])}, "
+            f"Measured ({found['scale']}), {panel}: {of}, "
             f"{clients}, {own['cohort']} a round, {own['rounds']} rounds"
             + (f"; costs to a score of {own['target']:g}" if own["target"] else "")
             + ".\n",

@@ -18,6 +18,8 @@ from pydantic_core import ArgsKwargs
 from fedsieve.errors import FedSieveError, explain, quoted
 
 _LONGEST = 2000  # letters of a regular expression
+# a{2,30}: what matches it writes the repetitions out, and those within others as often.
+_TIMES, _MOST_TIMES = re.compile(r"\{(\d*),?(\d*)\}"), 10_000
 _NAME = re.compile(r"\w+(\.\w+)*")  # of a module
 
 LARGEST = 2**63 - 1  # a whole number, here as in files (disk.LARGEST)
@@ -193,6 +195,12 @@ class Lora:
                 raise ValueError(
                     f"a regular expression of {len(given):,} letters, and at most {_LONGEST:,} "
                     "are read: name the modules"
+                )
+            times = (int(n) for pair in _TIMES.findall(given) for n in pair if n)
+            if math.prod(max(1, n) for n in times) > _MOST_TIMES:
+                raise ValueError(
+                    f"a regular expression whose counted repetitions make more than "
+                    f"{_MOST_TIMES:,} together: name the modules"
                 )
             try:
                 re.compile(given)

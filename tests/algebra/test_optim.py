@@ -117,6 +117,14 @@ def test_any_number_of_python_is_taken_as_a_recipe_has_it() -> None:
         made.step(start, {n: torch.ones_like(t) for n, t in start.items()}, slots)
 
 
+def test_a_fraction_that_is_none_as_a_float_is_refused() -> None:
+    near: Any = Fraction(10**30 - 1, 10**30)
+    with pytest.raises(FedSieveError, match=r"beta1 is .* below 1"):
+        adam(0.1, near)
+    with pytest.raises(FedSieveError, match=r"decay is .* above 0"):
+        fading(sgd(), cast(Any, Fraction(1, 10**400)))
+
+
 def test_the_first_step_of_roloras_a_is_a_whole_one() -> None:
     """Adam's first step is lr in every entry whose gradient is far above eps."""
     method = rolora.method(server=adam(0.1), down_values="float64", up_values="float64")

@@ -245,6 +245,22 @@ def test_late_answer_comes_in_and_is_thrown_away() -> None:
     assert with_late > usual + receipts[0].up_bytes
 
 
+def test_what_came_while_the_server_decoded_has_come() -> None:
+    """The second answer is there in time, while the server is busy with the first."""
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 3)
+    net = Net({i: site(c, method) for i, c in enumerate(members)}, {0: 8.0, 1: 9.5, 2: 99.0})
+    setup = federation(sites_of(net, deadline=10.0), method)
+
+    def busy(site: str, said: str, number: int) -> None:
+        net.now += 3.0
+
+    _, receipts, _ = run(replace(setup, before=busy), 1)
+    dropped = {r.client: r.dropped for r in receipts}
+    assert dropped["0000"] is dropped["0001"] is None
+    assert str(dropped["0002"]).startswith("late: ")
+
+
 def test_over_selection_takes_the_first_and_says_who_was_late() -> None:
     method = flasc.method(**EXACT)
     members = toy.clients([Budget()] * 3)

@@ -5,6 +5,7 @@ then, though sites have kept memories of it, and it is all still there beside th
 """
 
 import socket
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fedsieve.engine.client import Reply, facts
 from fedsieve.errors import FedSieveError
 from fedsieve.frame import Frame, pack, refusal, unpack
 from fedsieve.recipe.experiment import from_recipe
-from fedsieve.run import rundir, runner
+from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.sites import federate, here, journal, resident, worker
 from fedsieve.sites.server import Incoming, PendingRequest, Transport
 from fedsieve.train import local
@@ -181,6 +182,34 @@ def test_lost_rounds_push_out_no_checkpoint_of_a_round_that_merged(
         ["004", "006"],
         ["004", "007"],
     ]
+
+
+def test_a_kill_before_the_old_ones_are_removed_leaves_none_for_good(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = federation(tiny, tmp_path, rounds=7)
+    prune, seen = checkpoint._prune, []
+
+    def killed_in_round_2(folder: Path) -> None:
+        if kept(given.run)[-1] != "002":
+            prune(folder)
+        seen.append(kept(given.run))
+
+    monkeypatch.setattr(checkpoint, "_prune", killed_in_round_2)
+    federate.serve(given.run, at_once(given.sites, []), PATIENCE, quiet)
+    assert seen[2] == ["000", "001", "002"]
+    assert seen[3:] == [[f"{n - 1:03d}", f"{n:03d}"] for n in range(3, 8)]
+
+
+def test_only_a_server_at_work_is_waited_for(tiny: Tiny, tmp_path: Path) -> None:
+    """And not a folder in which nothing can be locked."""
+    run = federation(tiny, tmp_path, rounds=2).run
+    (run / rundir.LOCK).unlink(missing_ok=True)
+    (run / rundir.LOCK).symlink_to(tmp_path / "elsewhere")
+    began = time.monotonic()
+    with pytest.raises(FedSieveError, match="link"), federate.alone(run, quiet):
+        pass
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize("keep", [2, 4])

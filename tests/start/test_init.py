@@ -283,7 +283,8 @@ def test_where_rows_come_from(tmp_path: Path, command: Command, name: str) -> No
     ("count", "clients", "with_tests", "runs"),
     [(1, None, False, False), (1, "1", False, False), (2, None, False, False),
      (2, "1", False, True), (3, None, False, True), (1, None, True, False),
-     (2, "1", True, True), (2, None, True, True), (9, "8", False, False), (10, "8", False, True)],
+     (2, "1", True, True), (2, None, True, True), (9, "8", False, False), (9, "7", False, True),
+     (6, "5", False, True), (12, "10", False, True), (22, "18", False, True)],
 )  # fmt: skip
 def test_rows_too_few_for_the_clients_make_no_recipe(
     tmp_path: Path,
@@ -295,7 +296,7 @@ def test_rows_too_few_for_the_clients_make_no_recipe(
     runs: bool,
 ) -> None:
     """What is written can be checked; where nothing could be trained nothing is written."""
-    lines = [f"{text},{('yes', 'no')[n % 2]}" for n, text in enumerate(said(10))]
+    lines = [f"{text},{('yes', 'no')[n % 2]}" for n, text in enumerate(said(22))]
     for name, of in {"train": count, **({"test": 4} if with_tests else {})}.items():
         text = "\n".join(["text,label", *lines[:of], ""])
         (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8")
@@ -309,6 +310,7 @@ def test_rows_too_few_for_the_clients_make_no_recipe(
         assert checked.code == 0, checked.out + checked.err
     else:
         assert f"has {'1 row' if count == 1 else f'{count} rows'}, too few for" in ran.err
+        assert ("to evaluate on" in ran.err) is not with_tests
 
 
 def test_a_file_of_test_rows_beside_is_found(tmp_path: Path) -> None:

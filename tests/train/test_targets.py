@@ -43,6 +43,7 @@ def layers_of(model: Any) -> set[str]:
         (CLASSIFIER, {"targets": "all-linear"}, 13),  # the pooler too
         (CLASSIFIER, {"targets": r".*\.(query|value)"}, 4),
         (CLASSIFIER, {"targets": r".*layer\.1\..*dense"}, 3),
+        (CLASSIFIER, {"targets": r"(.*(query|value))?"}, 4),  # the model's own name is empty
         (CLASSIFIER, {"targets": ("query", "layer.1.output.dense")}, 3),
         (CLASSIFIER, {"targets": ("bert.encoder.layer.0.attention.self.key",)}, 1),
         (CLASSIFIER, {"targets": ("query", "dense")}, 9),  # of dense, none in the head
@@ -138,6 +139,16 @@ def test_a_pattern_takes_what_it_matches_and_no_more(tiny: Tiny) -> None:
         assert sorted(found) == [f"base_model.model.{name}" for name in sorted(expected)]
 
 
+@pytest.mark.parametrize("pattern", [".*(q_proj|w1|w3)", r".*\.(q_proj|gate_up_proj)"])
+def test_a_pattern_of_experts_is_told(tmp_path: Path, pattern: str) -> None:
+    """By the names that they had as modules, and by those of the parameters that hold them all."""
+    family = next(each for each in families.FAMILIES if each.name == "mixtral")
+    source = families.write(family, tmp_path)
+    with pytest.raises(FedSieveError, match=r"takes in experts: .* stacked in one parameter"):
+        resident_of(source, "causal-lm", targets=pattern)
+    assert len(resident_of(source, "causal-lm", targets=r".*\.q_proj").layout.pairs) > 0
+
+
 def test_a_family_for_which_peft_has_no_choice(tmp_path: Path) -> None:
     family = next(each for each in families.FAMILIES if each.name == "distilbert")
     source = families.write(family, tmp_path)
@@ -150,6 +161,9 @@ def test_a_family_for_which_peft_has_no_choice(tmp_path: Path) -> None:
     [
         ({"targets": "["}, "not a regular expression"),
         ({"targets": 3}, "a list of names is needed"),
+        ({"targets": "((((a{1000}){1000}){1000}){1000})|0"}, "counted repetitions make more than"),
+        ({"targets": ".*(x{1000}){4000}|0"}, "counted repetitions make more than 10,000"),
+        ({"targets": "(a{2,999}){0,11}"}, "counted repetitions make more than 10,000"),
         ({"layers_pattern": "h"}, "give that too"),
         ({"layers_pattern": "h|g", "layers_to_transform": (1,)}, "'h|g' is no name of a list of"),
         ({"layers_pattern": ("h", ""), "layers_to_transform": (1,)}, "'' is no name of a list of"),
@@ -168,15 +182,14 @@ def test_settings_that_cannot_be(lora: dict[str, Any], message: str) -> None:
 def test_sites_take_no_regular_expression(tiny: Tiny) -> None:
     from fedsieve.recipe import read as recipes
 
-    for key, given in (("targets", ".*query"), ("layers_pattern", "layer")):
-        lora = {"rank": 2, "layers_to_transform": [0], "layers_pattern": "layer", key: given}
-        if key == "targets":
-            lora = {"rank": 2, "targets": given}
-        recipe = recipes.check(tiny.table(lora=lora))
-        with pytest.raises(FedSieveError, match=rf"lora\.{key}: a site takes no"):
-            assignment.refuse_patterns(recipe)
+    with pytest.raises(FedSieveError, match=r"lora\.targets: a site takes no"):
+        assignment.refuse_patterns(recipes.check(tiny.table(lora={"targets": ".*query"})))
     assignment.refuse_patterns(recipes.check(tiny.table()))
-    assignment.refuse_patterns(recipes.check(tiny.table(lora={"targets": "all-linear", "rank": 2})))
+    for lora in (
+        {"targets": "all-linear"},
+        {"targets": ["query"], "layers_to_transform": [0], "layers_pattern": "layer"},
+    ):
+        assignment.refuse_patterns(recipes.check(tiny.table(lora=lora)))
 
 
 @pytest.mark.parametrize("pattern", [*ENDLESS, "(" + "a*" * 10_000 + ")x"])

@@ -174,7 +174,7 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
     few clients with few labels pulls the model to and fro; smaller steps at the end settle it.
     """
     optimizer_given("optimizer", optimizer)
-    if not (is_number(decay) and 0 < decay <= 1):
+    if not (is_number(decay) and 0 < as_float(decay) <= 1):
         raise FedSieveError(f"decay is {quoted(decay)}; it must be a number above 0, at most 1")
     decay = _of_python(decay)
 
@@ -203,7 +203,7 @@ def _positive(most: float = _MOST, /, **given: float) -> list[float]:
 
 def _below_one(**given: float) -> list[float]:
     for name, value in given.items():
-        if not (is_number(value) and 0 <= value < 1):
+        if not (is_number(value) and 0 <= as_float(value) < 1):
             raise FedSieveError(
                 f"{name} is {quoted(value)}; it must be a number from 0 up, below 1"
             )

@@ -232,13 +232,18 @@ def sample(recipe: Recipe, rows: Dataset) -> Dataset:
     return rows.select(_drawn(recipe, len(rows)).tolist())
 
 
+def number_held_back(count: int, share: float) -> int:
+    """How many of so many training rows `held_back` takes."""
+    return min(max(1, round(share * count)), count - 1)
+
+
 def held_back(count: int, share: float) -> Tensor:
     """Which of the training rows are for validation: (count,) bool, at least one, never all.
 
     The draw has a key of its own, without the run's seed: what was chosen on these rows with one
     seed has not been trained on with another.
     """
-    number = min(max(1, round(share * count)), count - 1)
+    number = number_held_back(count, share)
     held = torch.zeros(count, dtype=torch.bool)
     held[torch.randperm(count, generator=generator(Key(0, purpose="validation")))[:number]] = True
     return held

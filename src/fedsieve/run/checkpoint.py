@@ -156,7 +156,8 @@ def _prune(folder: Path) -> None:
         moved = _moved(path)
         if moved in kept or len(kept) == KEEP:
             path.unlink()
-        kept.add(moved)
+        else:
+            kept.add(moved)
 
 
 def _moved(path: Path) -> int:

@@ -215,17 +215,21 @@ def untouched(folder: Path) -> bool:
     return not started and not any(place(folder, CHECKPOINTS).glob("round-*"))
 
 
+class AtWork(FedSieveError):
+    """Another process works on the run."""
+
+
 def lock(folder: Path) -> AbstractContextManager[object]:
     """Keep other processes out of the folder, which is made if need be, while the lock is held.
 
-    Raises FedSieveError if another process has it, or if the folder cannot be made.
+    Raises AtWork if another process has it, FedSieveError if the folder cannot be made.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         refuse_link(folder / LOCK)
         return filelock.FileLock(folder / LOCK).acquire(timeout=0)
     except filelock.Timeout:
-        raise FedSieveError(f"another process is working on the run in {folder}") from None
+        raise AtWork(f"another process is working on the run in {folder}") from None
     except OSError as error:
         raise FedSieveError(f"{folder} cannot be written: {error.strerror}") from error
 

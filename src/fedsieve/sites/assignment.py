@@ -141,8 +141,6 @@ def refuse_patterns(recipe: Recipe) -> None:
         raise FedSieveError(
             "lora.targets: a site takes no regular expression from a server: list the names"
         )
-    if recipe.lora.layers_pattern is not None:
-        raise FedSieveError("lora.layers_pattern: a site takes none: it is a regular expression")
 
 
 _NO_FUNCTION = "training.function: a site runs no program that a server names: leave it out"

@@ -252,7 +252,7 @@ def _wait_for_others(folder: Path, say: Callable[[str], None]) -> None:
         try:
             with rundir.lock(folder):
                 return
-        except FedSieveError:
+        except rundir.AtWork:
             if time.monotonic() > until:
                 raise
         if not told:

@@ -144,9 +144,9 @@ def write(
             continue
         if path.name <= wanted and count <= keep:
             count += 1
-            earlier = _read(path, entry.whose)
+            before = _began_with(path)
             # Of a damaged one it is not known what it began with: the next will do.
-            wanted = path.name if earlier is None else _name(earlier.before)
+            wanted = path.name if before is None else _name(before)
         elif path.name < _name(max(0, entry.round - keep // 2)):
             remove(path)
 
@@ -177,6 +177,19 @@ def _to_bytes(entry: Entry) -> bytes:
     }
     data = safetensors.torch.save(tensors, {"facts": json.dumps(facts, allow_nan=False)})
     return _digest(data) + data
+
+
+def _began_with(path: Path) -> int | None:
+    """The round whose memory an entry began with, by its first bytes; None if they do not tell."""
+    try:
+        if not path.is_file():
+            return None  # a pipe would be waited for
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(_DIGEST + 8)[_DIGEST:], "little")
+            head = file.read(min(size, path.stat().st_size))
+        return _Facts.model_validate_json(json.loads(head)["__metadata__"]["facts"]).before
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _read(path: Path, whose: str) -> Entry | None:

@@ -358,16 +358,19 @@ class Sites:
     ) -> Iterator[list[tuple[Dispatch, Incoming]]]:
         """The dispatches that are done, as they are; those still in `waiting` at the end are not.
 
-        What was lost on its way is sent again: a worker that was asked before gives the same answer
-        again, without training again.
+        Whoever asks for more takes its time with what it was given: what came meanwhile has come,
+        and is looked for once more when the time is up. What was lost on its way is sent again: a
+        worker that was asked before gives the same answer again, without training again.
         """
-        while waiting and self._clock() < until:
+        up = False
+        while waiting and not up:
+            up = self._clock() >= until
             done: list[tuple[Dispatch, Incoming]] = []
             arrived = self._collect({name: each.most for name, each in waiting.items()})
             for incoming in arrived:
                 dispatch = waiting.pop(incoming.request)
                 dispatch = dispatch._replace(transport=dispatch.transport + incoming.transport)
-                if incoming.data is None and incoming.lost and dispatch.tries < TRIES:
+                if incoming.data is None and incoming.lost and not up and dispatch.tries < TRIES:
                     self._say(f"site {dispatch.client.id}: {incoming.error}; it is asked again")
                     left = until - self._clock() + SKEW
                     again = self._transport.send(
@@ -381,7 +384,7 @@ class Sites:
                         continue
                 done.append((dispatch, incoming))
             yield sorted(done, key=lambda pair: pair[0].client.id)
-            if not arrived:
+            if not arrived and not up:
                 if self._clock() - self._looked >= LOOK:
                     self._meet()  # whoever comes back now can be drawn in the next round
                 self._sleep(self._policy.poll)

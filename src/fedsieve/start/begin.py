@@ -1,6 +1,5 @@
 """From a source to a recipe's file: look, guess, ask where somebody can be asked, write."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
 from fedsieve.errors import FedSieveError, count, nearest, quoted
 from fedsieve.recipe import read as recipes
+from fedsieve.recipe.examples import number_held_back
 from fedsieve.start import written
 from fedsieve.start.guess import Guess, Said, guess
 from fedsieve.start.look import MOST, TESTS, Looked, look
@@ -181,13 +181,15 @@ def _judged(looked: Looked, found: Guess) -> tuple[Looked, str | None]:
 def _enough(looked: Looked, found: Guess) -> None:
     """Raises FedSieveError where fewer rows are left than clients, and the recipe could not run."""
     tested = looked.test is not None or looked.test_split is not None
-    held = 0 if tested else math.ceil(written.HELD * looked.rows)
+    held = 0 if tested else max(1, number_held_back(looked.rows, written.HELD))
     clients = found.clients if isinstance(found.clients, int) else 1
     if looked.rows - held < clients:
-        needed = f"{count(clients, 'client')} and at least {count(held, 'row')} to evaluate on"
+        needed = count(clients, "client")
+        needed += f" and {count(held, 'row')} to evaluate on" if held else ""
+        fewer = f", or --clients {looked.rows - held}" if held < looked.rows else ""
         raise FedSieveError(
-            f"{looked.source} has {count(looked.rows, 'row')}, too few for {needed}: give more rows"
-            + ", or --clients 1" * (held < looked.rows)
+            f"{looked.source} has {count(looked.rows, 'row')}, too few for {needed}: give more "
+            f"rows{fewer}"
         )
 
 

@@ -20,6 +20,8 @@ from fedsieve.settings import Lora, Task
 from fedsieve.train.peft_config import to_peft
 
 PATIENCE = 10.0  # seconds for a regular expression over the names of a model's modules
+# How experts were called while each was a module of its own.
+_OF_EXPERTS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
 _VISION = (("q_proj", "v_proj"), ("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
 
 
@@ -39,21 +41,13 @@ def check_names(base: nn.Module, lora: Lora) -> None:
             f"lora.targets: PEFT has no choice for models of type {kind!r}: name the layers, or "
             f"take 'all-linear'{convolutions(base)}"
         )
-    if _is_pattern(lora.targets) and not _matched(base, str(lora.targets)):
-        raise FedSieveError(
-            "lora.targets: no module's whole name matches the regular expression "
-            f"{quoted(lora.targets)}: begin it with '.*', or give a list of names"
-        )
     for target in lora.targets if isinstance(lora.targets, tuple) else ():
         last = target.rpartition(".")[2]
         if last in able:
             continue
-        for name, parameter in base.named_parameters():
-            if parameter.ndim == 3 and last in name.split("."):
-                raise FedSieveError(
-                    f"lora.targets names {target!r}: the experts of this mixture are stacked in "
-                    f"one parameter ({name}), which takes no LoRA here; name layers of attention"
-                )
+        for name in _stacked(base):
+            if last in name.split("."):
+                raise FedSieveError(f"lora.targets names {target!r}: {_no_experts(name)}")
         raise FedSieveError(
             f"lora.targets names {target!r}, which no module that can take LoRA is called"
             + nearest(last, able)
@@ -64,14 +58,44 @@ def _is_pattern(targets: object) -> bool:
     return isinstance(targets, str) and targets != "all-linear"
 
 
-def _matched(base: nn.Module, pattern: str) -> list[str]:
-    """The names of modules that a regular expression matches whole, in the order of the model.
+def _stacked(base: nn.Module) -> list[str]:
+    """The parameters that hold the experts of a mixture, all in one."""
+    return [name for name, parameter in base.named_parameters() if parameter.ndim == 3]
+
+
+def _no_experts(name: str) -> str:
+    return (
+        f"the experts of this mixture are stacked in one parameter ({name}), which takes no LoRA "
+        "here; name layers of attention"
+    )
+
+
+def _named(base: nn.Module, pattern: str) -> set[str] | str:
+    """The modules that a regular expression names, as PEFT takes them.
+
+    Raises FedSieveError where it names none, or experts, which PEFT would find by other names.
+    """
+    found = _matched(pattern, [name for name, _ in base.named_modules() if name])
+    if not found:
+        raise FedSieveError(
+            "lora.targets: no module's whole name matches the regular expression "
+            f"{quoted(pattern)}: begin it with '.*', or give a list of names"
+        )
+    for name in _stacked(base):
+        parent = name.rpartition(".")[0]
+        if _matched(pattern, [name, *(f"{parent}.0.{each}" for each in _OF_EXPERTS)]):
+            raise FedSieveError(f"lora.targets takes in experts: {_no_experts(name)}")
+    return _by_name(base, found)
+
+
+def _matched(pattern: str, names: Sequence[str]) -> list[str]:
+    """The names that a regular expression matches whole.
 
     Raises FedSieveError where that takes more than `PATIENCE` seconds: some expressions of a few
     letters would take for ever, and a recipe may come from somebody else.
     """
     until, found = time.monotonic() + PATIENCE, []
-    for name, _ in base.named_modules():
+    for name in names:
         try:
             left = max(1e-3, until - time.monotonic())
             if regex.fullmatch(pattern, name, timeout=left):
@@ -133,7 +157,7 @@ def config_of(base: nn.Module, task: Task, lora: Lora, whole: list[str]) -> Lora
         own = _of_images(base)
         config.target_modules = None if own is None else set(own)
     if _is_pattern(lora.targets):
-        config.target_modules = _by_name(base, _matched(base, str(lora.targets)))
+        config.target_modules = _named(base, str(lora.targets))
     config.modules_to_save = whole or None
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in base.modules())
     return config
