@@ -222,7 +222,7 @@ def test_weights_that_are_not_finite_are_dropped_though_the_loss_was(
 
     def act(key: Key, training: Any) -> Any:
         if key.client == "0003":
-            return replace(training, optimizer="sgd", lr=3e38, weight_decay=3e38, steps=1)
+            return replace(training, optimizer="sgd", lr=1e32, weight_decay=1e5, steps=3)
         return training
 
     runs.before_fit(monkeypatch, act)

@@ -144,7 +144,7 @@ def test_a_pattern_of_experts_is_told(tmp_path: Path, pattern: str) -> None:
     """By the names that they had as modules, and by those of the parameters that hold them all."""
     family = next(each for each in families.FAMILIES if each.name == "mixtral")
     source = families.write(family, tmp_path)
-    with pytest.raises(FedSieveError, match=r"takes in experts: .* stacked in one parameter"):
+    with pytest.raises(FedSieveError, match=r"takes in the experts of .* stacked in one parameter"):
         resident_of(source, "causal-lm", targets=pattern)
     assert len(resident_of(source, "causal-lm", targets=r".*\.q_proj").layout.pairs) > 0
 

@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import regex
 import tomli_w
 from pydantic import ValidationError
 
@@ -32,10 +33,11 @@ _KEY = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*")  # with which the words of an
 
 # Python's reader takes the cube of a key's parts to read it: minutes and gigabytes for kilobytes.
 # So long keys are looked for before, among the tokens of TOML, since no key stands in a string.
-# Nothing is tried twice: a search that goes back takes the square of a long word's length.
+# Nothing is tried twice: a search that goes back takes the square of a long word's length. Python's
+# own `re` would do so, but loses its place there up to 3.11.3.
 _WORD, _BASIC, _LITERAL = r"[\w-]++", r'"(?:[^"\\\n]|\\.)*+', r"'[^'\n]*+"
 _PART = rf"""(?:{_WORD}|{_BASIC}"|{_LITERAL}')"""
-_TOKENS = re.compile(
+_TOKENS = regex.compile(
     rf"(?P<key>{_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{DEEPEST},}}+)"
     r'|"""(?:[^"\\]|\\[\s\S]|"(?!""))*+"{0,5}'
     r"|'''(?:[^']|'(?!''))*+'{0,5}"

@@ -47,7 +47,9 @@ def check_names(base: nn.Module, lora: Lora) -> None:
             continue
         for name in _stacked(base):
             if last in name.split("."):
-                raise FedSieveError(f"lora.targets names {target!r}: {_no_experts(name)}")
+                raise FedSieveError(
+                    f"lora.targets names {target!r}, experts of a mixture: {_no_experts(name)}"
+                )
         raise FedSieveError(
             f"lora.targets names {target!r}, which no module that can take LoRA is called"
             + nearest(last, able)
@@ -65,8 +67,8 @@ def _stacked(base: nn.Module) -> list[str]:
 
 def _no_experts(name: str) -> str:
     return (
-        f"the experts of this mixture are stacked in one parameter ({name}), which takes no LoRA "
-        "here; name layers of attention"
+        f"they are stacked in one parameter ({name}), which takes no LoRA here; name layers of "
+        "attention"
     )
 
 
@@ -84,7 +86,9 @@ def _named(base: nn.Module, pattern: str) -> set[str] | str:
     for name in _stacked(base):
         parent = name.rpartition(".")[0]
         if _matched(pattern, [name, *(f"{parent}.0.{each}" for each in _OF_EXPERTS)]):
-            raise FedSieveError(f"lora.targets takes in experts: {_no_experts(name)}")
+            raise FedSieveError(
+                f"lora.targets takes in the experts of a mixture: {_no_experts(name)}"
+            )
     return _by_name(base, found)
 
 
