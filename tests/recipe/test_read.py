@@ -186,7 +186,7 @@ WRONG += [
         {"lora__targets": "(" + "a*" * 1000 + ")"},
         "lora.targets: a regular expression of 2,002 letter",
     ),
-    ({"lora__targets": "a{4294967295}"}, "lora.targets: not a regular expression"),
+    ({"lora__targets": "a{4294967295}"}, "lora.targets: a regular expression whose counted"),
     (
         {"lora": {"targets": ["query"], "layers_pattern": "(.+)+!", "layers_to_transform": [0]}},
         "lora.layers_pattern: '(.+)+!' is no name of a list of layers",

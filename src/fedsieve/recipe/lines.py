@@ -9,16 +9,14 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import regex
-
 from fedsieve.errors import LONGEST_TOLD, printable
 
 MOST = 1 << 20  # letters of a file that is looked at
 _AT = re.compile(r"\(at line (\d+), column \d+\)")
-# Nothing is tried twice, by `*+`, with which Python's own `re` loses its place up to 3.11.3.
-_TOKEN = regex.compile(
-    r'(?P<text>"""(?:[^"\\]|\\[\s\S]|"(?!""))*+"{3,5}|\'\'\'(?:[^\']|\'(?!\'\'))*+\'{3,5}'
-    r'|"(?:[^"\\\n]|\\.)*+"|\'[^\'\n]*+\')'
+_TOKEN = re.compile(
+    r'(?P<text>"""[^"\\]*+(?:(?:\\[\s\S]|"(?!""))[^"\\]*+)*"{3,5}'
+    r"|'''[^']*+(?:'(?!'')[^']*+)*'{3,5}"
+    r'|"[^"\\\n]*+(?:\\.[^"\\\n]*+)*"|\'[^\'\n]*+\')'
     r"|(?P<note>#[^\n]*+)|(?P<end>\n)|(?P<blank>[ \t\r]++)|(?P<mark>[\[\]{}=,.])"
     r"|(?P<word>[^\s\[\]{}=,.\"'#]++)"
 )

@@ -12,7 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import regex
 import tomli_w
 from pydantic import ValidationError
 
@@ -33,14 +32,14 @@ _KEY = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*")  # with which the words of an
 
 # Python's reader takes the cube of a key's parts to read it: minutes and gigabytes for kilobytes.
 # So long keys are looked for before, among the tokens of TOML, since no key stands in a string.
-# Nothing is tried twice: a search that goes back takes the square of a long word's length. Python's
-# own `re` would do so, but loses its place there up to 3.11.3.
-_WORD, _BASIC, _LITERAL = r"[\w-]++", r'"(?:[^"\\\n]|\\.)*+', r"'[^'\n]*+"
+# Nothing is tried twice: a search that goes back takes the square of a long word's length. But no
+# group is closed to that (`*+`): up to 3.11.3 Python's reader of patterns loses its place there.
+_WORD, _BASIC, _LITERAL = r"[\w-]++", r'"[^"\\\n]*+(?:\\.[^"\\\n]*+)*', r"'[^'\n]*+"
 _PART = rf"""(?:{_WORD}|{_BASIC}"|{_LITERAL}')"""
-_TOKENS = regex.compile(
-    rf"(?P<key>{_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{DEEPEST},}}+)"
-    r'|"""(?:[^"\\]|\\[\s\S]|"(?!""))*+"{0,5}'
-    r"|'''(?:[^']|'(?!''))*+'{0,5}"
+_TOKENS = re.compile(
+    rf"(?P<key>{_PART}(?:[ \t]*+\.[ \t]*+{_PART}){{{DEEPEST},}})"
+    r'|"""[^"\\]*+(?:(?:\\[\s\S]|"(?!""))[^"\\]*+)*"{0,5}'
+    r"|'''[^']*+(?:'(?!'')[^']*+)*'{0,5}"
     rf"""|{_BASIC}"?|{_LITERAL}'?|#[^\n]*+|{_WORD}|[^"'#\w-]++"""
 )
 
