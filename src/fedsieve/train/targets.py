@@ -48,7 +48,7 @@ def check_names(base: nn.Module, lora: Lora) -> None:
         for name in _stacked(base):
             if last in name.split("."):
                 raise FedSieveError(
-                    f"lora.targets names {target!r}, experts of a mixture: {_no_experts(name)}"
+                    f"lora.targets names {target!r}: the experts of a mixture; {_no_experts(name)}"
                 )
         raise FedSieveError(
             f"lora.targets names {target!r}, which no module that can take LoRA is called"
