@@ -149,6 +149,13 @@ def test_a_pattern_of_experts_is_told(tmp_path: Path, pattern: str) -> None:
     assert len(resident_of(source, "causal-lm", targets=r".*\.q_proj").layout.pairs) > 0
 
 
+def test_a_kernel_of_three_sides_is_no_expert() -> None:
+    """A hybrid model's convolution, beside layers that are called as experts were."""
+    base = nn.ModuleDict({"conv1d": nn.Conv1d(4, 4, 2), "gate_proj": nn.Linear(4, 4)})
+    lora = Lora(rank=2, targets=r"(.*\.)?gate_proj")
+    assert targets.config_of(base, "causal-lm", lora, []).target_modules == {"gate_proj"}
+
+
 def test_a_family_for_which_peft_has_no_choice(tmp_path: Path) -> None:
     family = next(each for each in families.FAMILIES if each.name == "distilbert")
     source = families.write(family, tmp_path)
