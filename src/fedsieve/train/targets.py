@@ -85,7 +85,9 @@ def _named(base: nn.Module, pattern: str) -> set[str] | str:
         )
     for name in _stacked(base):  # a kernel or a position's embedding has three sides as well
         parent = name.rpartition(".")[0]
-        if "experts" in name.split(".") and _matched(pattern, [name, *(f"{parent}.0.{each}" for each in _OF_EXPERTS)]):
+        if "experts" in name.split(".") and _matched(
+            pattern, [name, *(f"{parent}.0.{each}" for each in _OF_EXPERTS)]
+        ):
             raise FedSieveError(
                 f"lora.targets takes in the experts of a mixture: {_no_experts(name)}"
             )
