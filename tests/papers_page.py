@@ -83,14 +83,6 @@ def what(name: str, figure: Figure, scale: Scale) -> str:
     return "; ".join(said)
 
 
-def _shown(source: str) -> str:
-    """A source without the folder in which somebody's machine has it: `--data` says that."""
-    path = Path(source)
-    if not path.is_absolute():
-        return source
-    return f"{path.parent.name}/{path.name}" if path.suffix else path.name
-
-
 def measured(name: str, found: dict[str, Any]) -> list[str]:
     lines = []
     for panel, rows in found["rows"].items():
@@ -99,7 +91,7 @@ def measured(name: str, found: dict[str, Any]) -> list[str]:
         clients = (
             f"a client a {dealt['column']}" if "column" in dealt else f"{dealt['clients']} clients"
         )
-        of = f"{_shown(own['model'])} on {_shown(own['data'])}"
+        of = f"{own['model']} on {own['data']}"
         lines += [
             f"Measured ({found['scale']}), {panel}: {of}, "
             f"{clients}, {own['cohort']} a round, {own['rounds']} rounds"

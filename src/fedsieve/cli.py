@@ -29,7 +29,7 @@ from fedsieve.console import (
 )
 from fedsieve.disk import place
 from fedsieve.engine.cautions import Caution, cautioning
-from fedsieve.errors import FedSieveError, count, of_memory, printable, with_type
+from fedsieve.errors import FedSieveError, count, of_memory, printable, short_of_memory, with_type
 from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
 from fedsieve.tasks.words import spoken
 
@@ -108,7 +108,12 @@ def main() -> None:
     except FedSieveError as error:
         problems.print(f"[bold red]error:[/] {plain(str(error))}")
         sys.exit(2)
-    except OSError as error:
+    except Exception as error:
+        if of_memory(error):
+            problems.print(f"[bold red]error:[/] {plain(short_of_memory(error))}")
+            sys.exit(2)
+        if not isinstance(error, OSError):
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if error.filename is None and not full:  # a connection, a pipe, a library's own trouble
             raise
@@ -132,14 +137,6 @@ def main() -> None:
         code = error.code if isinstance(error.code, int) and error.code % 256 else 2
         problems.print(f"[bold red]error:[/] {plain(f'{said} ({with_type(error)})')}")
         sys.exit(code)
-    except Exception as error:
-        if not of_memory(error):
-            raise
-        whose = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-        said = f"{whose}memory does not suffice ({with_type(error)}): a smaller training.batch, "
-        said += "training.micro_batch or data.max_length takes less"
-        problems.print(f"[bold red]error:[/] {plain(said)}")
-        sys.exit(2)
 
 
 def _through_a_command(error: SystemExit) -> bool:

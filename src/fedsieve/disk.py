@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, of_memory, with_type
 
 LARGEST = 2**63 - 1  # a whole number in a file; what is computed from it fits a float
 LONGEST = 1 << 20  # bytes of a line
@@ -313,13 +313,16 @@ def move_into(part: Path, folder: Path) -> None:
 @contextmanager
 def tensors_read() -> Iterator[None]:
     """Around reading a file of tensors: what safetensors and torch raise over its bytes becomes a
-    ValueError with the first line of what they say.
+    ValueError with the first line of what they say. A shortage of memory is a MemoryError, of
+    whatever kind it was: the file has no fault.
     """
     try:
         yield
-    except (OSError, ValueError, KeyError):
-        raise
     except Exception as error:
+        if of_memory(error):
+            raise MemoryError(with_type(error)) from error
+        if isinstance(error, OSError | ValueError | KeyError):
+            raise
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(said[:200]) from error
 

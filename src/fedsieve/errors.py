@@ -1,6 +1,7 @@
 """The errors that a user can mend: each message says what was wrong, where, and what to do."""
 
 import difflib
+import errno
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -77,9 +78,27 @@ def of_memory(error: BaseException) -> bool:
     """
     return (
         isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or type(error).__name__ == "OutOfMemoryError"
         or (type(error) is RuntimeError and "DefaultCPUAllocator" in str(error))
     )
+
+
+def raise_of_memory(error: BaseException) -> None:
+    """Raise the error once more if memory does not suffice. Whoever tells what a library raises as
+    the fault of a file, a row or a setting asks this first: it is the fault of none.
+    """
+    if of_memory(error):
+        raise error
+
+
+def short_of_memory(error: BaseException) -> str:
+    """The same for the user to read: whose work it was, where that was noted, and what helps."""
+    whose = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    said = f"{whose}memory does not suffice ({with_type(error)})"
+    if whose:
+        said += ": a smaller training.batch, training.micro_batch or data.max_length takes less"
+    return said
 
 
 def words(error: BaseException, most: int = 300) -> str:

@@ -18,8 +18,9 @@ from pydantic_core import ArgsKwargs
 from fedsieve.errors import FedSieveError, explain, quoted
 
 _LONGEST = 2000  # letters of a regular expression
-# a{2,30}: what matches it writes the repetitions out, and those within others as often.
-_TIMES, _MOST_TIMES = re.compile(r"\{(\d*),?(\d*)\}"), 10_000
+# What matches a{2,30} writes the repetitions out, and those within others as often.
+_PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d*),?(\d*)\}|.", re.DOTALL)
+_MOST_WRITTEN = 10_000
 _NAME = re.compile(r"\w+(\.\w+)*")  # of a module
 
 LARGEST = 2**63 - 1  # a whole number, here as in files (disk.LARGEST)
@@ -172,6 +173,12 @@ class Lora:
     start: str | None = None
 
     @property
+    def pattern(self) -> str | None:
+        """The regular expression that finds the layers, if one does."""
+        alone = isinstance(self.targets, str) and self.targets != "all-linear"
+        return str(self.targets) if alone else None
+
+    @property
     def scale(self) -> float:
         """s, by which a product B A is multiplied."""
         if self.clients is not None:
@@ -196,11 +203,10 @@ class Lora:
                     f"a regular expression of {len(given):,} letters, and at most {_LONGEST:,} "
                     "are read: name the modules"
                 )
-            times = (int(n) for pair in _TIMES.findall(given) for n in pair if n)
-            if math.prod(max(1, n) for n in times) > _MOST_TIMES:
+            if _written_out(given) > _MOST_WRITTEN:
                 raise ValueError(
                     f"a regular expression whose counted repetitions make more than "
-                    f"{_MOST_TIMES:,} together: name the modules"
+                    f"{_MOST_WRITTEN:,} letters of it: name the modules"
                 )
             try:
                 re.compile(given)
@@ -243,6 +249,26 @@ class Lora:
         if self.layers_to_transform is not None and isinstance(self.targets, str):
             raise ValueError("layers_to_transform goes with a list of targets, not with a pattern")
         return self
+
+
+def _written_out(pattern: str) -> int:
+    """How many letters a regular expression has, its counted repetitions written out."""
+    groups, last = [0], 0  # what each open group has so far, and the piece before
+    for piece in _PIECES.finditer(pattern):
+        text, counts = piece.group(), [int(n) for n in piece.groups() if n]
+        if text == "(":
+            groups.append(0)
+        elif text == ")" and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] += last
+        elif counts:
+            more = last * max(counts) - last
+            groups[-1] += more
+            last += more
+        else:
+            last = 1
+            groups[-1] += 1
+    return sum(groups)
 
 
 @told
@@ -353,7 +379,8 @@ class Sampling:
     size: clients a round, for "poisson" the expected number
     availability: the probability with which a client can be drawn at all in a round: one number, or
         one by id (clients that are not named are always there). Only those who are there are drawn
-    extra:  so many clients more are asked, and only the `size` fastest updates are merged
+    extra:  so many clients more are asked, and only the `size` fastest updates that can be merged
+        are; a round may have more where one that came last makes others no outliers
     quorum: the fewest updates that a round needs; 0 leaves it to the method
 
     Raises FedSieveError for values that make no sense.
@@ -370,7 +397,8 @@ class Sampling:
             kinds = ", ".join(map(repr, get_args(Kind)))
             raise FedSieveError(f"sampling.kind is {quoted(self.kind)}; it must be {kinds}")
         for name, least in (("size", 1), ("extra", 0), ("quorum", 0)):
-            whole(f"sampling.{name}", getattr(self, name), least)
+            found = whole(f"sampling.{name}", getattr(self, name), least)
+            object.__setattr__(self, name, found)
         if self.extra and self.kind != "uniform":
             raise FedSieveError(
                 "sampling.extra asks for more clients than the cohort's size, and sampling of "
@@ -389,6 +417,12 @@ class Sampling:
         for name, share in places.items():
             if not (is_number(share) and 0 < share <= 1):
                 raise FedSieveError(f"{name} is {quoted(share)}; it must be above 0 and at most 1")
+        # Numbers of NumPy's and fractions are kept as what a recipe can hold.
+        if isinstance(given, Mapping):
+            shares: Any = {id: as_float(share) for id, share in given.items()}
+        else:
+            shares = as_float(given)
+        object.__setattr__(self, "availability", shares)
 
     @property
     def plain(self) -> bool:

@@ -149,6 +149,24 @@ def test_a_pattern_of_experts_is_told(tmp_path: Path, pattern: str) -> None:
     assert len(resident_of(source, "causal-lm", targets=r".*\.q_proj").layout.pairs) > 0
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("layers", ["(gate|up|down)_proj", "gate_proj"])
+def test_layers_that_peft_takes_for_experts_are_told(
+    tmp_path: Path, layers: str, dropout: float
+) -> None:
+    """The dense layers and the shared experts of DeepSeek's are linear, and called as experts."""
+    family = next(each for each in families.FAMILIES if each.name == "deepseek_v3")
+    source = families.write(family, tmp_path)
+    with pytest.raises(FedSieveError, match=r"layers that PEFT takes for experts in this kind"):
+        resident_of(source, "causal-lm", targets=rf".*shared_experts\.{layers}", dropout=dropout)
+
+
+@pytest.mark.parametrize("count", [9, 14])
+def test_counts_side_by_side_are_no_repetitions_of_repetitions(count: int) -> None:
+    pattern = "|".join([r".*layer\.\d{1,3}\.[a-z(]{2,9}\(?q"] * count)
+    assert Lora(targets=pattern).targets == pattern
+
+
 def test_a_kernel_of_three_sides_is_no_expert() -> None:
     """A hybrid model's convolution, beside layers that are called as experts were."""
     base = nn.ModuleDict({"conv1d": nn.Conv1d(4, 4, 2), "gate_proj": nn.Linear(4, 4)})
@@ -171,6 +189,8 @@ def test_a_family_for_which_peft_has_no_choice(tmp_path: Path) -> None:
         ({"targets": "((((a{1000}){1000}){1000}){1000})|0"}, "counted repetitions make more than"),
         ({"targets": ".*(x{1000}){4000}|0"}, "counted repetitions make more than 10,000"),
         ({"targets": "(a{2,999}){0,11}"}, "counted repetitions make more than 10,000"),
+        ({"targets": r"([)]\){2,999}){0,11}"}, "counted repetitions make more than 10,000"),
+        ({"targets": "(" + "a{2,999}|" * 11 + ")"}, "counted repetitions make more than 10,000"),
         ({"layers_pattern": "h"}, "give that too"),
         ({"layers_pattern": "h|g", "layers_to_transform": (1,)}, "'h|g' is no name of a list of"),
         ({"layers_pattern": ("h", ""), "layers_to_transform": (1,)}, "'' is no name of a list of"),

@@ -49,9 +49,13 @@ def checked(build: Callable[P, Built]) -> Callable[P, Built]:
 def kinds(build: Callable[..., Any]) -> dict[str, Any]:
     """The options that a function takes, `server` among them, each with what its values can be.
 
-    One without an annotation can be anything, and so can those that `**` takes, under that name.
+    One without an annotation can be anything, and so can those that `**` takes, under that name,
+    and those of a function whose annotations name what is there for a type checker alone.
     """
-    hints = get_type_hints(build, include_extras=True)  # with the limits of their values
+    try:
+        hints = get_type_hints(build, include_extras=True)  # with the limits of their values
+    except Exception:  # whatever evaluating them may raise
+        hints = {}
     found = inspect.signature(build).parameters.values()
     return {
         "**" if each.kind is each.VAR_KEYWORD else each.name: hints.get(each.name, Any)

@@ -34,7 +34,7 @@ from datasets import Dataset, DatasetInfo, Features
 from fedsieve.data.names import kind_of
 from fedsieve.data.templates import used
 from fedsieve.disk import refuse_holes
-from fedsieve.errors import FedSieveError, nearest, words
+from fedsieve.errors import FedSieveError, nearest, raise_of_memory, words
 
 EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
@@ -650,6 +650,7 @@ def _dataset(path: Path, table: pa.Table) -> Dataset:
         features = Features.from_arrow_schema(table.schema)
         return Dataset(table.replace_schema_metadata(None), info=DatasetInfo(features=features))
     except Exception as error:  # whatever `datasets` may raise over a stranger's note
+        raise_of_memory(error)
         raise FedSieveError(
             f"{path} has a column of a type that cannot be used: {words(error)}"
         ) from error

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from fedsieve.console import quiet
-from fedsieve.errors import FedSieveError, words
+from fedsieve.errors import FedSieveError, raise_of_memory, words
 
 # What transformers calls a special token, and what the file does.
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
@@ -56,6 +56,7 @@ def convert(path: Path, folder: Path) -> None:
     except FedSieveError:
         raise
     except Exception as error:  # whatever its parsers raise
+        raise_of_memory(error)
         raise FedSieveError(
             f"{path.name} cannot be read as a GGUF model: {words(error)}"
         ) from error

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from fedsieve.data import sources
 from fedsieve.data.files import Columns, array_of, chosen, refuse_wild
 from fedsieve.data.names import absent, name_of, numbered
-from fedsieve.errors import FedSieveError, with_type
+from fedsieve.errors import FedSieveError, raise_of_memory, with_type
 
 FORMS = (
     "a datasets.Dataset or IterableDataset, a pandas or polars DataFrame, a list of dicts, a dict "
@@ -163,6 +163,7 @@ def of_partitioner(given: Any) -> dict[str, Dataset] | None:
         try:
             given.load_partition(0, splits[0])  # which gives the partitioner its rows
         except Exception as error:  # whatever the library or the hub may raise
+            raise_of_memory(error)
             raise FedSieveError(
                 f"clients: the FederatedDataset fails: {with_type(error)}"
             ) from error
@@ -175,6 +176,7 @@ def of_partitioner(given: Any) -> dict[str, Dataset] | None:
     except FedSieveError:
         raise
     except Exception as error:  # a partitioner of one's own too
+        raise_of_memory(error)
         raise FedSieveError(
             f"clients: the partitioner fails: {with_type(error)} (it needs its `dataset` first)"
         ) from error

@@ -20,7 +20,7 @@ from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
 from fedsieve.data.templates import possible, used, values_of
 from fedsieve.disk import bytes_of, parsed, place
-from fedsieve.errors import FedSieveError, nearest, with_type, words
+from fedsieve.errors import FedSieveError, nearest, raise_of_memory, with_type, words
 
 MOST_ROWS = 10_000_000  # of a stream
 _TEXTS = frozenset({"string", "large_string", "string_view"})
@@ -94,6 +94,7 @@ def _hub_splits(name: str, config: str | None) -> tuple[str, ...]:
         with _no_progress_bars(), hub.asked(name):
             return tuple(datasets.get_dataset_split_names(name, config))
     except Exception as error:  # as in `_hub`
+        raise_of_memory(error)
         raise FedSieveError(_not_found(name, error)) from error
 
 
@@ -127,6 +128,7 @@ def _gathered(
             for name, of_rows in values.items():
                 of_rows.append(row.get(name))
     except Exception as error:  # values of other types than told; whatever its functions raise
+        raise_of_memory(error)
         raise FedSieveError(f"the stream breaks off after {count} rows: {_named(error)}") from error
     if count > MOST_ROWS:
         raise FedSieveError(
@@ -297,6 +299,7 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
         with _no_progress_bars():
             return datasets.load_from_disk(str(folder))
     except Exception as error:  # whatever it may raise over what is there
+        raise_of_memory(error)
         why = f"is not as `datasets` saved it, or damaged: {with_type(error)}"
         raise FedSieveError(f"{folder} {why}") from None
 
@@ -308,6 +311,7 @@ def _hub(name: str, config: str | None, split: str | None) -> Dataset:
             loaded = datasets.load_dataset(name, config, split=split)
     # Whatever goes wrong in there (network, scripts, parsers), the user has to see it.
     except Exception as error:
+        raise_of_memory(error)
         raise FedSieveError(_not_found(name, error)) from error
     return _pick(loaded, split if isinstance(loaded, DatasetDict) else None, name)
 
@@ -332,8 +336,7 @@ def _files_beside(name: str) -> set[str]:
 
 def _why(error: Exception) -> str:
     looked = "" if hub.reachable() else f" (looked up {hub.places()})"
-    why = f"{type(error).__name__}: {words(error, 500)}"
-    return f"loading it as a data set of the hub failed{looked}: {why}"
+    return f"loading it as a data set of the hub failed{looked}: {with_type(error, 500)}"
 
 
 def _pick(loaded: Dataset | DatasetDict, split: str | None, where: str) -> Dataset:

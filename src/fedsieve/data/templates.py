@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
 from fedsieve.data.names import clean, name_among
-from fedsieve.errors import FedSieveError, nearest, with_type
+from fedsieve.errors import FedSieveError, nearest, raise_of_memory, with_type
 
 _PIECES = re.compile(r"(\{\{|\}\})|\{([^{}]*)\}|([{}])|[^{}]+")
 # Of a row: letters that are read, of which a tokenizer takes hundreds of bytes each. Two books.
@@ -147,6 +147,7 @@ def values_of(rows: Dataset, name: str) -> list[Any]:
         stored.validate(full=True)  # what leads out of its own bytes would end the process
         values: list[Any] = stored.to_pylist()
     except Exception as error:  # whatever pyarrow, `datasets` and its decoders may raise
+        raise_of_memory(error)
         why = f"holds values that cannot be read: {with_type(error)}"
         raise FedSieveError(f"column {name!r} {why}") from error
     return values

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from fedsieve.errors import THEIRS, FedSieveError, with_type
+from fedsieve.errors import THEIRS, FedSieveError, raise_of_memory, with_type
 from fedsieve.methods.catalogue import known, names
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def load(name: str) -> "Callable[..., Method]":
         try:
             module = importlib.import_module(name)
         except THEIRS as error:
+            raise_of_memory(error)
             raise FedSieveError(
                 f"method {name!r} cannot be imported: {with_type(error)}"
             ) from error
@@ -41,11 +42,18 @@ def load(name: str) -> "Callable[..., Method]":
 def _told(build: "Callable[..., Method]", name: str) -> "Callable[..., Method]":
     @wraps(build)
     def method(*given: Any, **options: Any) -> "Method":
+        from fedsieve.algebra.method import Method
+
         try:
-            return build(*given, **options)
+            built = build(*given, **options)
         except FedSieveError:
             raise
         except THEIRS as error:
+            raise_of_memory(error)
             raise FedSieveError(f"method {name!r} fails: {with_type(error)}") from error
+        if not isinstance(built, Method):
+            made = type(built).__name__
+            raise FedSieveError(f"method {name!r} gives a {made}, and no fedsieve Method")
+        return built
 
     return method

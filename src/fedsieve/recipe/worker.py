@@ -21,7 +21,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import View
 from fedsieve.engine import pool
 from fedsieve.engine.request import Rows, work
-from fedsieve.errors import FedSieveError, of_memory
+from fedsieve.errors import FedSieveError, of_memory, short_of_memory
 from fedsieve.frame import Frame, pack, refusal, unpack
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import locate, set_up_resident
@@ -42,8 +42,9 @@ def ready_in(asked: bytes, folder: Path) -> tuple[Callable[[bytes], bytes] | Non
         answer, said = ready(unpack(asked), folder)
     except FedSieveError as error:
         return None, pack(refusal(str(error)))
-    except Exception:
-        return None, pack(refusal(traceback.format_exc()[-20_000:]))
+    except Exception as error:
+        why = short_of_memory(error) if of_memory(error) else traceback.format_exc()[-20_000:]
+        return None, pack(refusal(why))
     return answer, pack(said)
 
 

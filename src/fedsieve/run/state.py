@@ -17,7 +17,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.catchup import SEEN
 from fedsieve.algebra.method import Memory, Method, State
 from fedsieve.costs import dry_run
-from fedsieve.errors import FedSieveError, WireError
+from fedsieve.errors import FedSieveError, WireError, raise_of_memory
 from fedsieve.recipe.experiment import Experiment
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.train.model import ResidentModel
@@ -50,6 +50,7 @@ def exported(
             if not _alike(adapter, other):
                 raise ValueError("it has another form")
     except (FedSieveError, *_ODD) as error:
+        raise_of_memory(error)
         raise _other(folder, what) from error
     return adapter
 
@@ -117,6 +118,7 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
             if found != found | anew or found != found | kept or found.keys() - kept != {_ADAPTER}:
                 raise ValueError("the client's adapter or memory has another form")
     except (FedSieveError, *_ODD) as error:
+        raise_of_memory(error)
         raise _other(folder, what) from error
 
 

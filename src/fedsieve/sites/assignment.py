@@ -136,8 +136,7 @@ def refuse_patterns(recipe: Recipe) -> None:
 
     A short one can keep a site's processor busy for ever.
     """
-    targets = recipe.lora.targets
-    if isinstance(targets, str) and targets != "all-linear":
+    if recipe.lora.pattern is not None:
         raise FedSieveError(
             "lora.targets: a site takes no regular expression from a server: list the names"
         )

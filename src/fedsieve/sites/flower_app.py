@@ -10,6 +10,7 @@ why it is nowhere else in FedSieve.
 """
 
 import math
+import os
 import queue
 import sys
 import threading
@@ -51,7 +52,7 @@ def relay(message: Message, context: Context) -> Message:
         # The node's own log, and no other, is told where the socket lies.
         # In letters that any log has: what cannot be written would be no answer.
         print(f"fedsieve: {error}".encode("ascii", "backslashreplace").decode(), flush=True)
-        known = (path, Path(path)) if isinstance(path, str) else ()
+        known = [each for each in (str(path), str(Path(str(path)))) if os.sep in each]
         answer = pack(refusal(without_paths(str(error), *known)))
     return Message(content_of(answer), reply_to=message)
 

@@ -65,7 +65,7 @@ RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
 MOST = "most_bytes"  # of a request's body, beside it
 BASE = "base"  # the digests of the base over which it was told, beside it
-_RUN = re.compile(r"[0-9a-f]{64}")
+_RUN = re.compile(r"[0-9a-f]{64}")  # what a run's folder is called: the digest of its recipe
 _UNTOLD = "this recipe was not told here: tell it first"
 RECIPE_BYTES = 1 << 20  # the longest that is taken
 TOLD = "told"  # the digests of the recipes, in the order in which they were told last
@@ -602,9 +602,6 @@ def _clear(place: Path, *, folder: bool) -> None:
         place.unlink()
     elif place.exists() and place.is_dir() != folder:
         remove(place)
-
-
-_RUN = re.compile(r"[0-9a-f]{64}")  # what a run's folder is called: the digest of its recipe
 
 
 def _forget_old_runs(folder: Path, run: str) -> None:

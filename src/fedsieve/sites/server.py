@@ -390,10 +390,9 @@ class Sites:
                 self._sleep(self._policy.poll)
 
     def _too_late(self, began: float, enough: float) -> str:
-        seconds = self._clock() - began
-        if seconds >= self._policy.deadline:
+        if self._usable < enough:
             return f"late: no answer in the round's {self._policy.deadline:g} s"
-        return f"late: the round had its {enough:g} updates after {seconds:.4g} s"
+        return f"late: the round had its {enough:g} updates after {self._clock() - began:.4g} s"
 
     def _free(self) -> list[Client]:
         busy = {asked.node for asked in self._owed.values()}

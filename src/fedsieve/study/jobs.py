@@ -27,7 +27,15 @@ import torch
 from fedsieve import report
 from fedsieve.disk import place, refuse_link, write_whole
 from fedsieve.engine.loop import Receipt, Round
-from fedsieve.errors import FedSieveError, NoUsableUpdate, quoted
+from fedsieve.errors import (
+    THEIRS,
+    FedSieveError,
+    NoUsableUpdate,
+    of_memory,
+    quoted,
+    short_of_memory,
+    with_type,
+)
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import Experiment, from_recipe, with_whole_paths
 from fedsieve.recipe.schema import Recipe
@@ -266,9 +274,13 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
         return str(error)
     except runner.Stopped:
         raise
-    except OSError as error:
-        return f"{error.filename or job.folder}: {error.strerror or error}"
-    except Exception:
+    except THEIRS as error:
+        if of_memory(error):
+            return short_of_memory(error)
+        if isinstance(error, OSError):
+            return f"{error.filename or job.folder}: {error.strerror or error}"
+        if not isinstance(error, Exception):
+            return f"code that is not FedSieve's ended the run ({with_type(error)})"
         return traceback.format_exc()  # a fault of ours: all of it is needed to mend it
     return None
 

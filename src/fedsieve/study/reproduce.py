@@ -208,13 +208,21 @@ def _settings(of: Measured) -> dict[str, Any]:
         return {}
     recipe = runs[0].recipe
     return {
-        "model": recipe["model"]["source"],
-        "data": recipe["data"]["train"],
+        "model": _called(recipe["model"]["source"]),
+        "data": _called(recipe["data"]["train"]),
         "partition": recipe["partition"],
         "rounds": recipe["rounds"],
         "cohort": recipe["cohort"],
         "target": of.panel.target,
     }
+
+
+def _called(source: str) -> str:
+    """A source without the folder in which one machine has it: `--data` says that."""
+    path = Path(source)
+    if not path.is_absolute():
+        return source
+    return f"{path.parent.name}/{path.name}" if path.suffix else path.name
 
 
 def _table(figure: Figure, panel: str, of: Measured, values: claims.Values) -> list[dict[str, str]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedsieve.data.templates import LETTERS
-from fedsieve.errors import FedSieveError, words
+from fedsieve.errors import FedSieveError, raise_of_memory, words
 from fedsieve.tasks.tokens import IGNORED, read_by, too_long
 
 if TYPE_CHECKING:
@@ -219,6 +219,7 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], **how: Any) -> Any:
     try:
         made = tokenizer.apply_chat_template(list(messages), **how)
     except Exception as error:  # whatever a template may raise
+        raise_of_memory(error)
         why = words(error, 200)
         raise FedSieveError(f"is refused by the chat template: {why}") from error
     if len(made) > LETTERS:

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fedsieve.data.sources import column
-from fedsieve.errors import FedSieveError, words
+from fedsieve.errors import FedSieveError, raise_of_memory, words
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -187,6 +187,7 @@ def _image(value: Any) -> Image.Image:
             f"holds no image that can be read: it is none of {', '.join(FORMATS)}"
         ) from None
     except Exception as error:  # whatever a decoder may raise
+        raise_of_memory(error)
         why = words(error, 100)
         raise FedSieveError(f"holds an image that cannot be read: {why}") from None
 
@@ -216,6 +217,7 @@ def _values(processor: Any, batch: Sequence[Image.Image]) -> Array:
         made = processor(list(batch), return_tensors="np")
         values = np.asarray(made["pixel_values"], dtype=np.float64)
     except Exception as error:  # whatever a processor may raise
+        raise_of_memory(error)
         why = words(error, 200)
         raise FedSieveError(f"the model's image processor cannot read images: {why}") from error
     if values.ndim != 4 or values.shape[1] != 3:

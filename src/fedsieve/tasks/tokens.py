@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsieve.data.sources import column
 from fedsieve.data.templates import LETTERS
-from fedsieve.errors import FedSieveError, words
+from fedsieve.errors import FedSieveError, raise_of_memory, words
 from fedsieve.tasks.asked import Asked
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ def read_by(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> An
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever it may raise over what its own files say, or a panic
+        raise_of_memory(error)
         why = words(error, 200)
         raise FedSieveError(
             f"the model's tokenizer cannot read texts: its files do not fit together ({why})"

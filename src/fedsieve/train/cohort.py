@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import View
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, raise_of_memory
 from fedsieve.settings import Training, steps_of
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, take
@@ -335,6 +335,7 @@ def check_together(resident: ResidentModel) -> None:
         try:
             what = None if _agrees(resident) else "its clients' gradients are others then"
         except Exception as error:  # whatever a model's own code may raise
+            raise_of_memory(error)
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             what = f"it does not run so ({first})"
     if what is not None:

@@ -30,7 +30,7 @@ from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.data import fetch, hub
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, raise_of_memory
 from fedsieve.settings import Dtype, Lora, Quantization, Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
@@ -553,6 +553,8 @@ def attach(
                     "lora.targets: PEFT has no choice for this mixture of experts: name layers of "
                     "attention, such as ['q_proj', 'v_proj']"
                 )
+            if what.startswith(("Cannot convert PEFT target", "lora.ParamWrapper")):
+                what = f"lora.targets: {targets.FOR_EXPERTS}"
             raise FedSieveError(f"LoRA cannot be added to the model: {what}") from error
     found = model.base_model.targeted_module_names
     targets.check_found(lora, config, found)
@@ -609,6 +611,7 @@ def _made(name: str, kind: Any, make: Callable[[], Any]) -> Any:
     except (FedSieveError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever transformers may raise, or the tokenizers' own panic
+        raise_of_memory(error)
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:500]
         if isinstance(error, RecursionError):
             first = "nested too deep"

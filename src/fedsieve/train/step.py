@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, raise_of_memory
 from fedsieve.settings import Task, Training
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count, take
@@ -116,6 +116,7 @@ def check_step(model: nn.Module, task: Task, training: Training) -> None:
     except FedSieveError:
         raise
     except Exception as error:  # whatever torch and a model's own code may raise
+        raise_of_memory(error)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FedSieveError(_cannot(model, f"its layers do not run twice ({first})")) from error
     if not all(same(model, one, other) for one, other in zip(plain, again, strict=True)):

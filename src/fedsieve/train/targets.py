@@ -22,6 +22,11 @@ from fedsieve.train.peft_config import to_peft
 PATIENCE = 10.0  # seconds for a regular expression over the names of a model's modules
 # How experts were called while each was a module of its own.
 _OF_EXPERTS = ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")
+FOR_EXPERTS = (
+    "layers that PEFT takes for experts in this kind of model, by their names (gate_proj, up_proj, "
+    "down_proj, ...): experts are stacked in parameters that take no LoRA here; name layers of "
+    "attention, such as ['q_proj', 'v_proj']"
+)
 _VISION = (("q_proj", "v_proj"), ("query", "value"), ("qkv",), ("pwconv1", "pwconv2"))
 
 
@@ -54,10 +59,6 @@ def check_names(base: nn.Module, lora: Lora) -> None:
             f"lora.targets names {target!r}, which no module that can take LoRA is called"
             + nearest(last, able)
         )
-
-
-def _is_pattern(targets: object) -> bool:
-    return isinstance(targets, str) and targets != "all-linear"
 
 
 def _stacked(base: nn.Module) -> list[str]:
@@ -162,8 +163,8 @@ def config_of(base: nn.Module, task: Task, lora: Lora, whole: list[str]) -> Lora
     if lora.targets is None:
         own = _of_images(base)
         config.target_modules = None if own is None else set(own)
-    if _is_pattern(lora.targets):
-        config.target_modules = _named(base, str(lora.targets))
+    if lora.pattern is not None:
+        config.target_modules = _named(base, lora.pattern)
     config.modules_to_save = whole or None
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in base.modules())
     return config
@@ -177,8 +178,7 @@ def check_found(lora: Lora, config: LoraConfig, found: Sequence[str]) -> None:
     if config.target_parameters:
         experts = ", ".join(sorted(config.target_parameters))
         raise FedSieveError(
-            f"lora.targets takes in the experts of a mixture ({experts}), stacked in parameters "
-            "that take no LoRA here: name layers of attention, such as ['q_proj', 'v_proj']"
+            f"lora.targets takes in the experts of a mixture ({experts}), or {FOR_EXPERTS}"
         )
     for target in lora.targets if isinstance(lora.targets, tuple) else ():
         if any(called(name, target) for name in found):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, raise_of_memory
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, take
@@ -66,6 +66,7 @@ def _settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
     except FedSieveError:
         raise
     except Exception as error:  # whatever a model's own code may raise
+        raise_of_memory(error)
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         half = half_type(model)
         raise FedSieveError(
@@ -92,6 +93,7 @@ def run_with_pairs(model: Any, task: Task, pairs: Mapping[str, Any]) -> None:
     try:
         _run(model, made_up(model, task))
     except Exception as error:  # whatever a model's own code may raise
+        raise_of_memory(error)
         if odd:
             raise FedSieveError(
                 f"lora.targets takes in {odd[0]}, a layer that gives more than one tensor (a "
@@ -121,6 +123,7 @@ def _choose_padding(model: PreTrainedModel, task: Task, pad: int | None) -> None
             if _apart(model, task) and (not is_end or _apart(model, task, ended=False)):
                 return
         except Exception as error:  # BART's kin count ends, and padding must not be one
+            raise_of_memory(error)
             trouble = error
     raise trouble
 
