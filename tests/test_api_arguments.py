@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
@@ -197,6 +198,25 @@ def test_numbers_of_numpy_and_paths_are_taken(tiny: Tiny) -> None:
         device="cpu",
     ).finish()
     assert [receipt.rank for receipt in run.receipts] == [2]
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"size": np.int64(2), "quorum": np.int8(1)}, {"size": 2, "quorum": 1}),
+        ({"availability": Fraction(1, 2)}, {"availability": 0.5}),
+        ({"availability": np.float32(0.5)}, {"availability": 0.5}),
+        ({"availability": {"a": np.float32(0.5)}}, {"availability": {"a": 0.5}}),
+        ({"extra": np.uint8(1)}, {"extra": 1}),
+    ],
+)
+def test_a_sampling_holds_what_a_recipe_can(given: dict[str, Any], kept: dict[str, Any]) -> None:
+    """A run of it is kept, with a recipe that says it."""
+    made = vars(Sampling(**given))
+    assert {name: made[name] for name in kept} == kept
+    kinds = [type(made[name]) for name in kept if not isinstance(kept[name], dict)]
+    assert all(kind in (int, float) for kind in kinds)
+    assert tomli_w.dumps({"sampling": made})
 
 
 @pytest.mark.parametrize(

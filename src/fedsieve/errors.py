@@ -68,6 +68,7 @@ def listed(name: str, given: Iterable[T]) -> list[T]:
     try:
         return list(given)
     except Exception as error:
+        raise_of_memory(error)
         said = f"a {type(given).__name__} that cannot be gone through"
         raise FedSieveError(f"{name}: a list is needed, not {said} ({quoted(error)})") from error
 

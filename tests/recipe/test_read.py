@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from fedsieve.algebra.method import Method
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.method import build_method
@@ -269,6 +270,9 @@ def test_files_that_are_no_recipe(
         ("def method(server=None):\n    raise SystemExit(0)", "fails: SystemExit: 0"),
         ("def method(server=None):\n    raise KeyError('a' * 10**6)", "fails: KeyError: 'a"),
         ("def method():\n    return 1", "fails: TypeError"),
+        ("def method(server=None): pass", "gives a NoneType, and no fedsieve Method"),
+        ("class method:\n    def __init__(self, server=None): pass", "gives a method, and no fed"),
+        ("method = dict", "gives a dict, and no fedsieve Method"),
     ],
 )
 def test_what_a_method_of_ones_own_does_is_told_by_its_name(
@@ -283,6 +287,33 @@ def test_what_a_method_of_ones_own_does_is_told_by_its_name(
     with pytest.raises(FedSieveError, match=f"'mine.own' {said}") as caught:
         build_method(recipes.check(table, allow_code=True))
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
+        "from fedsieve.methods import fedit\nif TYPE_CHECKING:\n    from x import Optimizer\n"
+        "def method(*, share: float = 1.0, server: Optimizer | None = None):\n"
+        "    return fedit.method(server=server)",
+        "from functools import partial\nfrom fedsieve.methods import fedit\n"
+        "method = partial(fedit.method, weighting='uniform')",
+        "from fedsieve.methods import fedit\n"
+        "class Make:\n    def __call__(self, **options): return fedit.method(**options)\n"
+        "method = Make()",
+    ],
+    ids=["annotations for type checkers", "partial", "object"],
+)
+def test_whatever_can_be_called_builds_a_method_of_ones_own(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "own.py").write_text(content, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("mine", "mine.own"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    table = tiny.table(method={"name": "mine.own"}, budgets=None)
+    assert isinstance(build_method(recipes.check(table, allow_code=True)), Method)
 
 
 LONG = ".".join("a" * 40)  # parts, whose reading costs the cube of their number

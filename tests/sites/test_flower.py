@@ -305,6 +305,25 @@ BAD: dict[str, tuple[Callable[[Frame], Any], str]] = {
 }
 
 
+def test_a_round_that_was_full_is_no_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long what came took to decode: the others were late for the cohort."""
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 4)
+    net = Net({i: site(c, method) for i, c in enumerate(members)}, {2: 1.0, 3: 2.0})
+    sites = sites_of(net, enough=2)
+    note = sites.usable
+
+    def slowly(count: int) -> None:
+        net.now += 1e4
+        note(count)
+
+    monkeypatch.setattr(sites, "usable", slowly)
+    _, receipts, _ = run(federation(sites, method, size=2, extra=2), 1)
+    dropped = {r.client: str(r.dropped) for r in receipts if r.dropped is not None}
+    assert [*dropped] == ["0002", "0003"]
+    assert all(why.startswith("late: the round had its 2 updates") for why in dropped.values())
+
+
 @pytest.mark.parametrize("kind", [*BAD, "huge"])
 def test_what_is_refused_closes_no_round(kind: str) -> None:
     """The first answer is nothing to merge: the round waits for those of the others."""

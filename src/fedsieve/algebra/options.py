@@ -56,7 +56,10 @@ def kinds(build: Callable[..., Any]) -> dict[str, Any]:
         hints = get_type_hints(build, include_extras=True)  # with the limits of their values
     except Exception:  # whatever evaluating them may raise
         hints = {}
-    found = inspect.signature(build).parameters.values()
+    try:
+        found = inspect.signature(build).parameters.values()
+    except ValueError:  # one of Python's own types has none
+        return {"**": Any}
     return {
         "**" if each.kind is each.VAR_KEYWORD else each.name: hints.get(each.name, Any)
         for each in found

@@ -45,7 +45,7 @@ def _told(build: "Callable[..., Method]", name: str) -> "Callable[..., Method]":
         from fedsieve.algebra.method import Method
 
         try:
-            built = build(*given, **options)
+            built: object = build(*given, **options)
         except FedSieveError:
             raise
         except THEIRS as error:

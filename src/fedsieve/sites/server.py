@@ -7,8 +7,8 @@ which node, who has answered, and when a round stops waiting. Nothing here needs
 A node is met before it is used: it describes itself, and the recipe is told to it, once. A node
 that comes back, as the same or as another, is met again. Only then can its site be drawn.
 
-A round closes when all who were asked have answered, or when as many updates are there as it needs
-(over-selection), or at its deadline. Whoever has not answered by then is late: the receipt says so,
+A round closes when all who were asked have answered, or when as many updates that can be merged are
+there as it needs (over-selection), or at its deadline. Whoever has not answered by then is late: the receipt says so,
 and what it sends afterwards is counted and thrown away. Until then its site is busy and not drawn.
 """
 
