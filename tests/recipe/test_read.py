@@ -259,6 +259,15 @@ def test_files_that_are_no_recipe(
         recipes.load(str(path))
 
 
+def write_own(folder: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    """A module `mine.own`, which can be imported."""
+    (folder / "mine").mkdir()
+    (folder / "mine" / "own.py").write_text(content, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("mine", "mine.own"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -278,11 +287,7 @@ def test_files_that_are_no_recipe(
 def test_what_a_method_of_ones_own_does_is_told_by_its_name(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, said: str
 ) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "own.py").write_text(content, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("mine", "mine.own"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    write_own(tmp_path, monkeypatch, content)
     table = tiny.table(method={"name": "mine.own"}, budgets=None)
     with pytest.raises(FedSieveError, match=f"'mine.own' {said}") as caught:
         build_method(recipes.check(table, allow_code=True))
@@ -307,11 +312,7 @@ def test_what_a_method_of_ones_own_does_is_told_by_its_name(
 def test_whatever_can_be_called_builds_a_method_of_ones_own(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "own.py").write_text(content, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("mine", "mine.own"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    write_own(tmp_path, monkeypatch, content)
     table = tiny.table(method={"name": "mine.own"}, budgets=None)
     assert isinstance(build_method(recipes.check(table, allow_code=True)), Method)
 
