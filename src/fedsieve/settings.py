@@ -22,6 +22,8 @@ _LONGEST = 2000  # letters of a regular expression
 _PIECES = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{(\d*),?(\d*)\}|.", re.DOTALL)
 _MOST_WRITTEN = 10_000
 _NAME = re.compile(r"\w+(\.\w+)*")  # of a module
+# Of names of modules; of lists of layers; and the letters of one.
+_MOST_NAMES, _MOST_LISTS, _LONGEST_NAME = 2000, 20, 200
 
 LARGEST = 2**63 - 1  # a whole number, here as in files (disk.LARGEST)
 Positive = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -216,6 +218,21 @@ class Lora:
             isinstance(given, list | tuple) and all(isinstance(name, str) for name in given)
         ):
             raise ValueError("a list of names is needed, or a text: a regular expression")
+        return given
+
+    @pydantic.field_validator("targets", "whole", "layers_pattern", mode="after")
+    @classmethod
+    def _names_of_a_model(cls, given: Any, info: pydantic.ValidationInfo) -> Any:
+        """PEFT compares each with each and with every module, and makes all ends of each."""
+        names = given if isinstance(given, tuple) else ()
+        most = _MOST_LISTS if info.field_name == "layers_pattern" else _MOST_NAMES
+        if len(names) > most:
+            raise ValueError(f"{len(names):,} names, and at most {most:,} are read")
+        for name in names:
+            if len(name) > _LONGEST_NAME:
+                raise ValueError(
+                    f"a name of {len(name):,} letters, and at most {_LONGEST_NAME} are read"
+                )
         return given
 
     @pydantic.field_validator("layers_pattern")

@@ -44,6 +44,19 @@ TOWARDS = {f"{i}": {n: 3 * drawn(50 + i, *s) for n, s in START.layout.shapes.ite
 TRAINING = Training(lr=0.2, momentum=0.0, steps=8)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 1e-300, 0.5, 0.9, 0.999999])
+def test_the_pace_is_that_of_the_steps(momentum: float) -> None:
+    """Of a number whose gradient is one, and at once for as many as a site may claim."""
+    training = Training(lr=0.01, momentum=momentum)
+    number = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([number], lr=0.01, momentum=momentum)
+    for steps in range(40):
+        assert pace(training, steps) == pytest.approx(-float(number), rel=1e-9, abs=1e-12)
+        number.grad = torch.ones_like(number)
+        optimizer.step()
+    assert pace(training, 10**15) == pytest.approx(0.01 * 10**15 / (1 - momentum), rel=1e-6)
+
+
 def optimum() -> Tree:
     """Where the mean of the clients' losses is smallest: each number's own weighted mean."""
     best = {}

@@ -87,6 +87,7 @@ def test_an_app_that_is_not_as_it_was_written_is_not_run(
     app = run / federate.APP
     file = app / "pyproject.toml"
     text = file.read_text(encoding="utf-8")
+    why = "app"
     if odd == "a module":
         (app / "torch.py").write_text("")
     elif odd == "a link":
@@ -94,9 +95,10 @@ def test_an_app_that_is_not_as_it_was_written_is_not_run(
         file.symlink_to(tmp_path / "elsewhere")
     elif odd == "another folder":
         file.write_text(text.replace(str(run), str(tmp_path / "other")), encoding="utf-8")
+        why = f"was prepared as {tmp_path / 'other'}, and its parts name each other: move it back"
     else:
         file.write_text(text.replace("dependencies = []", 'dependencies = ["x"]'), encoding="utf-8")
-    with pytest.raises(FedSieveError, match="app"):
+    with pytest.raises(FedSieveError, match=why):
         federate.begin_again(run)
 
 
@@ -147,6 +149,22 @@ def test_recipes_that_cannot_run_on_a_network(tiny: Tiny, tmp_path: Path) -> Non
     given = checked(tiny, method={"name": "fedit"}, budgets=None, privacy=private)
     with pytest.raises(FedSieveError, match="--extra: the accountant"):
         prepare(given, PATIENCE._replace(extra=1))
+    counted = {"optimizer": "sgd", "lr": 0.1, "epochs": 1}
+    given = checked(tiny, method={"name": "scaffold"}, budgets=None, training=counted)
+    with pytest.raises(FedSieveError, match=r"training\.steps: scaffold computes with how many"):
+        prepare(given)
+
+
+@pytest.mark.usefixtures("flower")
+def test_a_server_has_no_rows_for_models_that_are_the_clients_own(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """It would evaluate a model without any client's B."""
+    given = checked(tiny, method={"name": "fedsa_lora"}, budgets=None)
+    assert given.data.test is not None
+    with pytest.warns(UserWarning, match=r"data\.test is not used: with fedsa_lora"):
+        federate.prepare(given, tmp_path / "run", PATIENCE, federate.ServerAddress())
+    assert recipe.load(str(tmp_path / "run" / "recipe.toml")).data.test is None
 
 
 def test_flower_that_is_missing_or_another(monkeypatch: pytest.MonkeyPatch) -> None:

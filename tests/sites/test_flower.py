@@ -694,6 +694,46 @@ def test_sites_evaluate_and_keep() -> None:
     assert (answers["0000"].header["round"], answers["0000"].body) == (2, b"the adapter")
 
 
+def test_whoever_is_late_at_the_end_keeps_the_adapter_as_well() -> None:
+    """Who has a round to end is not asked to evaluate, and who is gone to do neither."""
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 4)
+    net = Net({i: site(c, method) for i, c in enumerate(members)}, {2: 1.0, 3: 30.0})
+    sites = sites_of(net, enough=2)
+    said: list[str] = []
+    sites._say = said.append
+    run(federation(sites, method, size=2, extra=2), 1)
+    net.answers = {i: lambda f: Frame({"ok": True}) for i in (0, 1, 3)}
+    sites.there()
+    assert list(sites.ask_all("evaluate", b"the adapter", 5.0)) == ["0000", "0001"]
+    assert "evaluate: 1 site not asked, still at a round: 0003" in said
+    assert "evaluate: 1 site not asked, not there: 0002" in said
+    assert list(sites.ask_all("keep", b"the adapter", 60.0)) == ["0000", "0001", "0003"]
+    assert "keep: 1 site not asked, not there: 0002" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "dropped", "loss"),
+    [({"loss": -2.5}, None, -2.5), ({"loss": -1e16}, "whose loss is no number from -1e+15", None),
+     ({"reason": ""}, "no reason given", None)],
+)  # fmt: skip
+def test_what_an_answer_may_say(
+    change: dict[str, Any], dropped: str | None, loss: float | None
+) -> None:
+    """A loss to which a method adds a term may be below zero."""
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 2)
+
+    def changed(frame: Frame) -> Frame:
+        return Frame({**frame.header, **change}, frame.body)
+
+    net = Net({0: site(members[0], method, changed), 1: site(members[1], method)})
+    _, receipts, _ = run(federation(sites_of(net), method, size=2), 1)
+    found = next(receipt for receipt in receipts if receipt.client == "0000")
+    assert found.dropped is None if dropped is None else dropped in str(found.dropped)
+    assert loss is None or found.loss == loss
+
+
 def test_every_byte_is_a_rounds_or_aside() -> None:
     """What the transport carried is in the receipts or in `aside`, once: nothing is left out."""
     method = flasc.method(**EXACT)

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
 
+from fedsieve import methods
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from tests import runs
@@ -80,6 +81,43 @@ def test_masked_downloads(
     assert all(told <= line.keys() for line in lines)
     assert len([text for text in said if "nothing of B" in text]) == (ranked == "values")
     assert any("(kept A 0" in text for text in said if text.startswith("round 2/3"))
+
+
+# Each method once, with a bound of every kind that it knows; scaffold's loss falls below zero.
+METHODS = [name for name in methods.names() if name != "fedsa_lora"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "scaffold" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
+)
+def test_every_method(tiny: Tiny, tmp_path: Path, no_report: None, name: str) -> None:
+    knobs = methods.load(name)().knobs
+    bounds = {"ratio": 0.5, "down": 0.5, "up": 0.25}
+    given = world(
+        tiny,
+        tmp_path,
+        ("north", "south"),
+        tls=False,
+        rounds=6,
+        method={"name": name},
+        budgets={s: {k: v for k, v in bounds.items() if k in knobs} for s in ("north", "south")},
+        server=None,
+        training={"optimizer": "sgd", "lr": 0.03, "steps": 40, "batch": 8, "precision": "fp32"},
+    )
+    runner.start(given.recipe, tmp_path / "alone", runs.quiet)
+    federate.prepare(given.recipe, given.run, PATIENCE, given.listen)
+    federate.serve(given.run, at_once(given.sites, []), PATIENCE, lambda said: None)
+    for log in (rundir.METRICS, rundir.CLIENTS):
+        assert ledger(given.run, log) == ledger(tmp_path / "alone", log), log
+    ours = sorted(path.name for path in (tmp_path / "alone" / rundir.ADAPTER).iterdir())
+    for file in (file for file in ours if file.endswith(".safetensors")):
+        theirs = given.run / rundir.ADAPTER / file
+        assert theirs.read_bytes() == (tmp_path / "alone" / rundir.ADAPTER / file).read_bytes()
+    told = runs.lines(given.run, rundir.CLIENTS)
+    assert not any(line.get("dropped") for line in told)
+    if name == "scaffold":
+        assert min(line["loss"] for line in told) < 0
 
 
 @pytest.mark.slow

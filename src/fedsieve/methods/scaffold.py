@@ -26,6 +26,7 @@ rounded as its form says, and both ends go on from what was rounded. Clients cou
 
 from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,12 +147,14 @@ def _method(
 
 
 def pace(training: Training, steps: int) -> float:
-    """How far so many steps move a number whose gradient is one in each of them."""
-    far = speed = 0.0
-    for _ in range(steps):
-        speed = training.momentum * speed + 1
-        far += training.lr * speed
-    return far
+    """How far so many steps move a number whose gradient is one in each of them.
+
+    A step takes (far, speed, 1) to (far + lr (m speed + 1), m speed + 1, 1). How many they are may
+    be what a site says, so they are not gone through one by one.
+    """
+    lr, momentum = training.lr, training.momentum
+    step = np.array([[1, lr * momentum, lr], [0, momentum, 1], [0, 0, 1]])
+    return float(np.linalg.matrix_power(step, steps)[0, 2])
 
 
 def _along(added: Tree, start: Tree) -> Callable[[Tree], Tensor]:

@@ -165,7 +165,7 @@ def _left_out(folder: Path, rows: Sequence[Round]) -> list[str]:
     lines = [f"left out of round {last.round}: {last.dropped}{asked}{before}"]
     path = rundir.place(folder, rundir.CLIENTS)
     named = [row for row in last_objects(path, END) if row.get("round") == last.round]
-    dropped = [row for row in named if row.get("dropped")]
+    dropped = [row for row in named if row.get("dropped") is not None]
     for row in dropped[:MOST_NAMED]:
         lines.append(f"  {str(row.get('client'))[:60]}: {str(row['dropped'])[:120]}")
     if len(dropped) > MOST_NAMED:

@@ -394,6 +394,7 @@ def on_network(
         recipe, plan = with_privacy(recipe, policy.sites)
         _refuse_noise_that_sites_know(plan)
         method = build_method(recipe, partial(plan.around, key=key))
+    _refuse_claimed_steps(method, recipe)
     tokenizer, _ = load_reader(locate(recipe.model.source), recipe.model.task)
     test, more = _test_rows(recipe, tokenizer)
     resident = set_up_resident(recipe, tokenizer, pick_device(recipe.device))
@@ -409,7 +410,8 @@ def on_network(
     known = _known(keys)
 
     def pin(all_keys: Mapping[str, str]) -> None:
-        write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
+        with rundir.disk_errors(keys.parent):
+            write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
 
     sites = Sites(
         transport,
@@ -607,6 +609,16 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
     recipes.check_metrics(recipe, by_row=_evaluates(recipe))
     refuse_patterns(recipe)
     refuse_what_is_not_here(recipe)
+    method = build_method(recipe)
+    _refuse_claimed_steps(method, recipe)
+    if method.personal is not None and _evaluates(recipe):
+        warnings.warn(
+            f"data.test is not used: with {recipe.method.name} a client's own model is evaluated, "
+            "a part of which no server has. The sites evaluate, on test rows of their own",
+            stacklevel=3,
+        )
+        without = {"test": None, "test_split": None, "more_tests": None}
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=without)})
     sampling = _sampling(recipe, policy)
     if sampling.kind == "uniform" and sampling.size > policy.sites:
         warnings.warn(
@@ -634,6 +646,17 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
     data = recipe.data.model_copy(update=changed)
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
     return recipe.model_copy(update={"data": data, "model": model}), notes
+
+
+def _refuse_claimed_steps(method: Method, recipe: Recipe) -> None:
+    """Raises FedSieveError where the server would compute with numbers of steps that follow from
+    what the sites say of their rows.
+    """
+    if method.trained_by is not None and recipe.training.steps is None:
+        raise FedSieveError(
+            f"training.steps: {recipe.method.name} computes with how many steps a site makes, and "
+            "how many rows it has is its own word: give a number"
+        )
 
 
 def _refuse_noise_that_sites_know(plan: PrivacyPlan) -> None:

@@ -54,6 +54,11 @@ def check_app(app: Path, asked_for: tuple[str, ...]) -> None:
         ours = _is_ours(table, app.parent, asked_for)
     except (KeyError, TypeError, AttributeError, FedSieveError):
         ours = False
+    if not ours and _is_moved(table, app.parent, asked_for):
+        raise FedSieveError(
+            f"{app.parent} was prepared as {table['tool']['flwr']['app']['config']['folder']}, and "
+            "its parts name each other: move it back"
+        )
     if not ours:
         raise FedSieveError(
             f"{source} is not what `fedsieve federate` wrote for {app.parent}: begin a new one"
@@ -83,6 +88,18 @@ def _is_ours(table: dict[str, Any], folder: Path, asked_for: tuple[str, ...]) ->
         and isinstance(config["tls"], bool)
         and all(type(number) in (int, float) and 0 <= number < LONGEST for number in numbers)
     )
+
+
+def _is_moved(table: dict[str, Any], folder: Path, asked_for: tuple[str, ...]) -> bool:
+    """Whether all is as we wrote it, but for another folder of the same kind."""
+    try:
+        config = table["tool"]["flwr"]["app"]["config"]
+        here = {**config, "folder": str(folder.resolve())}
+        app = {**table["tool"]["flwr"]["app"], "config": here}
+        moved = {**table, "tool": {"flwr": {"app": app}}}
+        return isinstance(config["folder"], str) and _is_ours(moved, folder, asked_for)
+    except (KeyError, TypeError, AttributeError, FedSieveError):
+        return False
 
 
 def root_of(folder: Path) -> Path | None:

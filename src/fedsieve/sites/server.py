@@ -7,9 +7,10 @@ which node, who has answered, and when a round stops waiting. Nothing here needs
 A node is met before it is used: it describes itself, and the recipe is told to it, once. A node
 that comes back, as the same or as another, is met again. Only then can its site be drawn.
 
-A round closes when all who were asked have answered, or when as many updates that can be merged are
-there as it needs (over-selection), or at its deadline. Whoever has not answered by then is late: the receipt says so,
-and what it sends afterwards is counted and thrown away. Until then its site is busy and not drawn.
+A round closes when all who were asked have answered, or when as many updates that can be merged
+are there as it needs (over-selection), or at its deadline. Whoever has not answered by then is
+late: the receipt says so, and what it sends afterwards is counted and thrown away. Until then its
+site is busy and not drawn.
 """
 
 import json
@@ -23,7 +24,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Exchange
-from fedsieve.errors import FedSieveError, WireError, printable
+from fedsieve.errors import FedSieveError, WireError, count, printable
 from fedsieve.frame import Frame, pack, unpack
 from fedsieve.sites import worker
 from fedsieve.sites.worker import check_seal
@@ -306,14 +307,29 @@ class Sites:
     def ask_all(self, do: str, body: bytes, seconds: float) -> dict[str, Frame]:
         """What the sites that are there answer about an adapter, by id; the others are left out.
 
-        do: "evaluate" or "keep"; body: the adapter after the last round that was exchanged
+        do: "evaluate" or "keep"; body: the adapter after the last round that was exchanged. What is
+            to be kept is sent to those as well that have a round to end first; who is not there, or
+            does not answer, is told in either case
         """
         kind = "evaluate" if do == "evaluate" else "query"
         head = {"do": do, "recipe": self._digest, "round": self._number}
         waiting: dict[str, Dispatch] = {}
         answers: dict[str, Frame] = {}
         until = self._clock() + seconds
-        for client in self._free():
+        asked = self._free()
+        others = [site for site in self._sites.values() if site.client not in asked]
+        busy = [site.client for site in others if site.node in self._connected]
+        if do == "keep":
+            asked += busy
+        away = {
+            "still at a round": [] if do == "keep" else [client.id for client in busy],
+            "not there": [site.client.id for site in others if site.node not in self._connected],
+        }
+        for why, names in away.items():
+            if names:
+                shown = ", ".join(sorted(names)[:20]) + ", ..." * (len(names) > 20)
+                self._say(f"{do}: {count(len(names), 'site')} not asked, {why}: {shown}")
+        for client in asked:
             frame = Frame({**head, "site": client.id, **self._after(client)}, body)
             request, dispatch = self._go(client, kind, frame, seconds, 0)
             if request is None:
@@ -573,7 +589,8 @@ def _reply(dispatch: Dispatch, incoming: Incoming, number: int) -> Reply:
             client=client,
             update=None if reason is not None else frame.body,
             reason=None if reason is None else _words(reason),
-            loss=math.nan if head.get("loss") is None else number_of(head, "loss"),
+            # Below zero where a method adds a term of its own to it, as SCAFFOLD does.
+            loss=math.nan if head.get("loss") is None else number_of(head, "loss", least=-LARGEST),
             steps=int(number_of(head, "steps")),
             seconds=number_of(head, "seconds", LONGEST),
             compute=number_of(head, "compute", LONGEST),
@@ -590,7 +607,9 @@ def _nothing(client: Client, reason: str) -> Reply:
 
 def _words(said: object) -> str:
     """What a site says in a text of its own."""
-    return cleaned(said) if isinstance(said, str) else "what it says is no text"
+    return (
+        (cleaned(said) or "no reason given") if isinstance(said, str) else "what it says is no text"
+    )
 
 
 def cleaned(said: object, most: int = 500) -> str:
@@ -604,13 +623,13 @@ def cleaned(said: object, most: int = 500) -> str:
     return printable(text[:most]) + ("..." if len(text) > most else "")
 
 
-def number_of(head: Mapping[str, Any], name: str, most: float = LARGEST) -> float:
+def number_of(head: Mapping[str, Any], name: str, most: float = LARGEST, least: float = 0) -> float:
     """A number of an answer's header, at most so large that sums of them make sense.
 
-    Raises WireError if it is none, below 0, or above.
+    Raises WireError if it is none, or not from `least` to `most`.
     """
     value = head.get(name)
     # In this order: NaN is not within, and an int may be too large for a float.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= most:
-        raise WireError(f"an answer whose {name} is no number from 0 to {most:g}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise WireError(f"an answer whose {name} is no number from {least:g} to {most:g}")
     return value
