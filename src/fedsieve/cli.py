@@ -99,6 +99,9 @@ AcceptChanges = Annotated[
 T = TypeVar("T")
 
 
+_MOST_SAID = 10_000  # letters of an error: one may quote what is long after all
+
+
 def main() -> None:
     """Run a command, and turn errors that the user can mend into one message and exit code 2."""
     warnings.showwarning = show_warning
@@ -106,7 +109,7 @@ def main() -> None:
     try:
         app()
     except FedSieveError as error:
-        problems.print(f"[bold red]error:[/] {plain(str(error))}")
+        problems.print(f"[bold red]error:[/] {plain(str(error)[:_MOST_SAID])}")
         sys.exit(2)
     except Exception as error:
         if of_memory(error):

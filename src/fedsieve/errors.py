@@ -57,7 +57,7 @@ def quoted(value: Any) -> str:
     """A value as Python writes it, on one line, not at any length; else what type it is of."""
     try:
         return " ".join(repr(value)[:LONGEST_TOLD].splitlines())
-    except Exception:  # a number of many thousand digits, and whatever an object of the user's does
+    except THEIRS:  # a number of many thousand digits, and whatever an object of the user's does
         return f"one {type(value).__name__} that cannot be written out"
 
 
@@ -106,7 +106,7 @@ def words(error: BaseException, most: int = 300) -> str:
     """What a library says, in one line and not at any length: it may quote what it was given."""
     try:
         return " ".join(str(error).split())[:most]
-    except Exception:  # whatever an exception of the user's own does
+    except THEIRS:  # whatever an exception of the user's own does
         return ""
 
 

@@ -338,8 +338,8 @@ class Training:
                 getattr(self, each.name) != each.default
             ):
                 raise ValueError(
-                    f"{each.name}: the function {self.function!r} trains in its own way: say it "
-                    "there, and leave it out here"
+                    f"{each.name}: the function {quoted(self.function)} trains in its own way: "
+                    "say it there, and leave it out here"
                 )
         return self
 

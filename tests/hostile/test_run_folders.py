@@ -22,6 +22,7 @@ import torch
 from transformers import BertForSequenceClassification
 
 from fedsieve.disk import remove
+from fedsieve.errors import FedSieveError
 from fedsieve.run import checkpoint, rundir
 from fedsieve.study.parts import ASKED, DIVERGED
 from fedsieve.train.digest import tensors_digest
@@ -906,3 +907,23 @@ def test_a_repository_that_names_programs_runs_none(
     found = rundir.environment("cpu")["git_commit"]
     assert len(found) == 40 or found == "none"
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["resume", "/"], ["report", "/"], ["run", "demo", "--out", "/"], ["export", "/", "--to", "x"]],
+)
+def test_the_root_of_the_disk_is_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = command(*words)
+    assert ran.code == 2
+    assert "/ is the root of the disk, and no folder of a run" in ran.err
+
+
+def test_room_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
+    for number, todo in ((28, "make room"), (13, "mend that")):
+        with pytest.raises(FedSieveError, match=f"are whole: {todo}, then `fedsieve resume"):
+            with rundir.disk_errors(tmp_path):
+                raise OSError(number, "why", "file")

@@ -9,10 +9,13 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
+import pytest
 import tomli_w
 
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import json_schema, read
+from fedsieve.recipe.experiment import from_recipe
+from tests.conftest import Tiny
 
 SCHEMA = json.loads(json_schema.text())
 LONG = "x" * 10_000
@@ -46,6 +49,36 @@ def put(table: Any, path: tuple[str | int, ...], value: Any) -> Any:
 
 
 PATHS = sorted(set(keys(SCHEMA)), key=str)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": LONG},
+        {"evaluation__metric": LONG},
+        {"data__text": LONG},
+        {"data__text": "{" + LONG + "}"},
+        {"data__label": LONG},
+        {"data__train_split": LONG},
+        {"data__test_split": LONG},
+        {"data__more_tests": {"a": LONG}},
+        {"model__source": LONG},
+        {"model__task": LONG},
+        {"partition": {"kind": "column", "column": LONG}},
+        {"training": {"function": f"{LONG}:f", "optimizer": "sgd", "lr": 0.1}},
+        {"training": {"function": f"a:{LONG}", "lr": 0.1}},
+        {"lora__targets": [LONG]},
+        {"lora__targets": LONG[:1999]},
+        {"lora__whole": [LONG[:200]]},
+        {"lora__start": LONG},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_nor_does_one_that_is_found_later(tiny: Tiny, changes: dict[str, Any]) -> None:
+    """Over the rows, the model and this machine."""
+    with pytest.raises(FedSieveError) as caught:
+        from_recipe(read.check(tiny.table(**changes), allow_code=True))
+    assert len(str(caught.value)) < MOST
 
 
 def test_the_keys_are_found() -> None:

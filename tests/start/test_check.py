@@ -1,6 +1,8 @@
 """`fedsieve check`: its numbers are those of the rows, and of the run that follows."""
 
 import csv
+import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -168,3 +170,15 @@ def test_a_language_model_without_labels(tiny: Tiny) -> None:
     assert found.values is None
     assert found.texts is not None
     assert found.texts.empty == 0
+
+
+@pytest.mark.parametrize("longest", ["x", "512", [1], {"a": 1}, None, True])
+def test_a_tokenizer_that_does_not_say_how_much_it_reads(
+    tiny: Tiny, tmp_path: Path, longest: object
+) -> None:
+    """In a file that was edited. How much is read the recipe says: the run is as it was."""
+    shutil.copytree(tiny.bert, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": longest}))
+    found = checked(tiny, model__source=str(tmp_path / "model"))
+    assert found.texts == checked(tiny).texts

@@ -443,6 +443,23 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         },
         "has the better chance (e0 1, e1 2, e2 3)",
     ),
+    *(
+        ({"entry": [{**ENTRY, "set": {name: value}}]}, f"{name} is a table of the recipe, and not")
+        for name in ("method", "server", "data", "evaluation")
+        for value in ("adam", 5, ["lr"])
+    ),
+    (
+        {"entry": [ENTRY], "tune": {"grid": {"server.lr": [1]}, "set": {"method": "x"}}},
+        "method is a table of the recipe",
+    ),
+    (
+        {"entry": [ENTRY], "tune": {"grid": {"method": ["fedit", "flasc"]}}},
+        "method.name: give each method an [[entry]] of its own",
+    ),
+    (
+        {"entry": [ENTRY], "tune": {"grid": [{"server.lr": 1}] * 10_001}},
+        "grid: 10,001 trials of each seed: at most 10,000",
+    ),
     ({"entry": [ENTRY], "recipe": "r" * 200_000}, "rrr' can be no path: File name too long"),
     ({"entry": [ENTRY], "recipe": "demmo"}, "no recipe is called 'demmo' (did you mean 'demo'"),
 ]

@@ -626,6 +626,18 @@ def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
             "p: target: a front is of whole runs",
         ),
         ({"tune_at": "z" * 200_000}, "tune_at: 'zz"),
+        *(
+            ({"paper": [{"name": name, "recipe": "demo"}]}, "names a folder beside report.html")
+            for name in ("figure.png", "Figure.md", "report.html", "table.x")
+        ),
+        (
+            {"place": [{"name": "x"}, {"name": "Report.html", "set": {"rounds": 1}}]},
+            "names a folder beside report.html",
+        ),
+        (
+            {"place": [{"name": "x"}, {"name": "A", "set": {"rounds": 1}}]},
+            "two parts would have the folder 'p/a'",
+        ),
         ({"paper": [{"name": "/" * 101, "recipe": "demo"}]}, "paper.0.name: .* at most 100 char"),
         ({"place": [{"name": "x" * 200_000}]}, "place.0.name: .* at most 100 characters"),
         ({"paper": [{"name": "p", "recipe": "demo", "entries": ["z" * 200_000]}]}, "p: 'zz"),

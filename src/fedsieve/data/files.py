@@ -34,7 +34,7 @@ from datasets import Dataset, DatasetInfo, Features
 from fedsieve.data.names import kind_of
 from fedsieve.data.templates import used
 from fedsieve.disk import refuse_holes
-from fedsieve.errors import FedSieveError, nearest, raise_of_memory, words
+from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, words
 
 EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
@@ -293,7 +293,7 @@ def chosen(found: Sequence[str], columns: Columns | None) -> list[str]:
     names = found if columns is None else (*used(columns.texts, found), *columns.names)
     for name in (each := list(dict.fromkeys(names))):
         if name not in found:
-            raise FedSieveError(f"no column {name!r}{nearest(name, set(found))}")
+            raise FedSieveError(f"no column {quoted(name)}{nearest(name, set(found))}")
         if found.count(name) > 1:
             raise FedSieveError(f"it has the column {name!r} more than once")
     return each
@@ -659,7 +659,7 @@ def _dataset(path: Path, table: pa.Table) -> Dataset:
 def _refuse_utf16(path: Path) -> None:
     with _opened(path) as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise FedSieveError(f"{path} is UTF-16: save it as UTF-8")
+            raise FedSieveError(f"{path} is UTF-16 or UTF-32: save it as UTF-8")
 
 
 def _opened(path: Path) -> Any:

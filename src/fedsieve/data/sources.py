@@ -20,7 +20,7 @@ from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
 from fedsieve.data.names import clean, name_among
 from fedsieve.data.templates import possible, used, values_of
 from fedsieve.disk import bytes_of, parsed, place
-from fedsieve.errors import FedSieveError, nearest, raise_of_memory, with_type, words
+from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, with_type, words
 
 MOST_ROWS = 10_000_000  # of a stream
 _TEXTS = frozenset({"string", "large_string", "string_view"})
@@ -140,7 +140,7 @@ def _gathered(
     chosen = dict.fromkeys((*used(columns.texts, seen), *columns.names))
     for name in chosen:
         if name not in seen:
-            raise FedSieveError(f"no column {name!r}{nearest(name, seen)}")
+            raise FedSieveError(f"no column {quoted(name)}{nearest(name, seen)}")
     table = {n: array_of(values[n], f"column {n!r}", "row {}".format) for n in chosen}
     made = Dataset(pa.table(table))
     for name, feature in told.items():
@@ -163,7 +163,7 @@ def _named(error: Exception) -> str:
 def column(dataset: Dataset, name: str) -> list[Any]:
     """The values of one column, in row order. Raises FedSieveError when there is no such column."""
     if name not in dataset.column_names:
-        raise FedSieveError(f"no column {name!r}{nearest(name, dataset.column_names)}")
+        raise FedSieveError(f"no column {quoted(name)}{nearest(name, dataset.column_names)}")
     return values_of(dataset, name)
 
 
@@ -206,7 +206,7 @@ def _files(paths: Sequence[Path], how: _Reading) -> Dataset:
     """The rows of all files, one file after another."""
     if how.split is not None:
         raise FedSieveError(
-            f"{paths[0]} is a file and has no split {how.split!r}: leave the split out, "
+            f"{paths[0]} is a file and has no split {quoted(how.split)}: leave the split out, "
             "or name the folder"
         )
     read = partial(
@@ -408,7 +408,9 @@ def _only(rows: Dataset, columns: Columns | None, where: str) -> Dataset:
         raise FedSieveError(f"{where}: {error}") from None
     for name in chosen:
         if name not in rows.column_names:
-            raise FedSieveError(f"{where}: no column {name!r}{nearest(name, rows.column_names)}")
+            raise FedSieveError(
+                f"{where}: no column {quoted(name)}{nearest(name, rows.column_names)}"
+            )
     return rows.select_columns(chosen)
 
 

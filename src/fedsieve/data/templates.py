@@ -17,7 +17,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
 from fedsieve.data.names import clean, name_among
-from fedsieve.errors import FedSieveError, nearest, raise_of_memory, with_type
+from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, with_type
 
 _PIECES = re.compile(r"(\{\{|\}\})|\{([^{}]*)\}|([{}])|[^{}]+")
 # Of a row: letters that are read, of which a tokenizer takes hundreds of bytes each. Two books.
@@ -51,7 +51,7 @@ def used(names: Iterable[str], there: Collection[str]) -> list[str]:
         for part in parts:
             if part not in there:
                 raise FedSieveError(
-                    f"no column {part!r}, which {shown(name)} names{nearest(part, there)}"
+                    f"no column {quoted(part)}, which {shown(name)} names{nearest(part, there)}"
                 )
         found |= dict.fromkeys(parts or (name,))
     return list(found)

@@ -13,6 +13,7 @@ part when (clients.jsonl, and the checkpoints, which hold what clients keep). It
 run's directory so that nobody hands it on with the run.
 """
 
+import errno
 import json
 import os
 import platform
@@ -65,6 +66,8 @@ _TELLING = (CLIENTS, CHECKPOINTS)  # of who took part
 def own(folder: Path) -> Path:
     """The directory of the server's secrets of a run, where it has any."""
     folder = folder.resolve()
+    if not folder.name:
+        raise FedSieveError(f"{folder} is the root of the disk, and no folder of a run")
     return folder.with_name(f"{folder.name}.secret")
 
 
@@ -327,8 +330,10 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if not of_the_disk(error):
             raise
         what, why = getattr(error, "filename", None) or folder, getattr(error, "strerror", None)
+        refused = isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT)
+        todo = "mend that" if refused else "make room"
         raise FedSieveError(
-            f"{what} cannot be written: {why or error}. The checkpoints are whole: make room, then "
+            f"{what} cannot be written: {why or error}. The checkpoints are whole: {todo}, then "
             f"`{again(folder)}`"
         ) from error
 

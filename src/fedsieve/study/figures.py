@@ -26,7 +26,7 @@ from fedsieve.errors import FedSieveError, count, explain_all, nearest, printabl
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.settings import Share, Table
-from fedsieve.study.tables import MOST, EntryTable, Name, Seeds, Settings, Study, TuneTable
+from fedsieve.study.tables import MOST, TAKEN, EntryTable, Name, Seeds, Settings, Study, TuneTable
 
 Scale = Literal["small", "paper"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
@@ -164,6 +164,10 @@ class Figure(Table):
                 raise ValueError(
                     f"{quoted(printable(name))} has no letter or digit: it names a folder"
                 )
+            if slug(name).startswith(TAKEN):
+                raise ValueError(
+                    f"{quoted(name)} names a folder beside {', '.join(TAKEN)}: give it another name"
+                )
         for name in ("small", "paper"):
             _refuse_one_folder(name, _folders(self, getattr(self, name)))
         for check in self.check:
@@ -227,10 +231,15 @@ def _refuse_one_folder(what: str, folders: Iterable[Path]) -> None:
 
 
 def _folders(figure: Figure, panels: Sequence[PanelTable]) -> Iterator[Path]:
-    """Of each part, below where the figure's go."""
+    """Of each part, and of each entry of one that lies beside another's, below where the figure's
+    go.
+    """
     for panel in panels:
         for group in _groups(figure, panel):
-            yield _below(panel, group)
+            below = _below(panel, group)
+            yield below
+            if below == Path(slug(panel.name)):
+                yield from (below / entry.name.lower() for entry in figure.entry)
 
 
 def _below(panel: PanelTable, places: Sequence[PlaceTable]) -> Path:

@@ -67,7 +67,9 @@ def untold(figure: Figure, of: Measured, numbers: claims.Numbers) -> list[str]:
         for entry, one in of.runs.get(place.name, {}).items():
             if one.runs and not numbers[measure].get(entry, {}).get(place.name):
                 metrics = (place.metric,) if place.metric else of.panel.metrics or ()
-                named = f" of {' and '.join(metrics)}" if measure == "score" and metrics else ""
+                named = (
+                    f" of {' and '.join(metrics)[:200]}" if measure == "score" and metrics else ""
+                )
                 found.append(f"{of.name}, {place.name}: {entry}: its runs tell no {measure}{named}")
     return found
 

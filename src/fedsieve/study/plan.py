@@ -31,14 +31,21 @@ from fedsieve.recipe.schema import MethodTable, Recipe, ServerTable
 from fedsieve.settings import is_number
 from fedsieve.study.jobs import Job, refuse_changed
 from fedsieve.study.parts import refuse_run
-from fedsieve.study.tables import LONGEST, EntryTable, Grid, Settings, Study, TuneTable, keys_of
+from fedsieve.study.tables import (
+    LONGEST,
+    TAKEN,
+    EntryTable,
+    Grid,
+    Settings,
+    Study,
+    TuneTable,
+    keys_of,
+)
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
 LAST = 3  # a trial's score is the mean of so many last evaluations, to damp their swing
 _MOST_TRIALS = 10_000  # of an entry
 _NAME = re.compile(r"[\w(][\w .,+=()-]*")
-# How the files begin that a study has beside its entries' folders.
-_TAKEN = ("report.html", "table.", "tuning.json", "search.", "figure.")
 
 
 class Entry(NamedTuple):
@@ -112,9 +119,9 @@ def worked_out(
         put(base, key, value, f"{source}: set.{key}")
     for override in overrides:
         recipes.override(base, override)
-    for name in ("method", "evaluation", "data", "server"):
-        if not isinstance(base.setdefault(name, {}), dict):
-            raise FedSieveError(f"{source}: {name} is a table of the recipe, and not one value")
+    for name in _TABLES:
+        base.setdefault(name, {})
+    _refuse_no_tables(base, source)
     notes = []
     if study.tune is not None:
         base["evaluation"]["on"] = "test"
@@ -181,6 +188,7 @@ def recipe_of(entry: Entry, settings: Settings, seed: int) -> Recipe:
     where = f"entry {entry.name!r}"
     for key, value in flat(settings):
         put(table, key, value, f"{where}: {key}")
+    _refuse_no_tables(table, where)
     table["seed"] = seed
     # Of the entry's own programs it was asked when the study was read; a setting may name others.
     asked = table["method"]["name"] == entry.method and _function(table) == _function(entry.table)
@@ -235,9 +243,9 @@ def _work_out(
     where = f"{source}: entry {quoted(given.name)}"
     if not _NAME.fullmatch(given.name):
         raise FedSieveError(f"{where}: a name is letters, digits and . , + = - ( ) _ or spaces")
-    if len(given.name) > LONGEST or given.name.lower().startswith(_TAKEN):
+    if len(given.name) > LONGEST or given.name.lower().startswith(TAKEN):
         raise FedSieveError(
-            f"{where}: its runs go into a folder of that name, beside {', '.join(_TAKEN)}, and of "
+            f"{where}: its runs go into a folder of that name, beside {', '.join(TAKEN)}, and of "
             f"{LONGEST} letters at most: give it another"
         )
     table = deepcopy(dict(base))
@@ -246,6 +254,7 @@ def _work_out(
         table.setdefault("method", {})["name"] = given.method
     for key, value in own.items():
         put(table, key, value, f"{where}: set.{key}")
+    _refuse_no_tables(table, where)
     table["name"] = given.name
     if not allow_code:
         recipes.refuse_code(str(table.get("method", {}).get("name")), where)
@@ -321,6 +330,15 @@ def without(budgets: Any, knobs: Sequence[str]) -> Any:
     return {**budgets, **dict.fromkeys(knobs, 1.0)}
 
 
+_TABLES = ("method", "evaluation", "data", "server")  # that are looked into before a recipe is made
+
+
+def _refuse_no_tables(table: Mapping[str, Any], where: str) -> None:
+    for name in _TABLES:
+        if not isinstance(table.get(name, {}), dict):
+            raise FedSieveError(f"{where}: {name} is a table of the recipe, and not one value")
+
+
 def _refuse_own(study: Study, source: str) -> None:
     """Raises FedSieveError for a setting that the study itself makes, and so would not be the one
     that is named.
@@ -336,17 +354,18 @@ def _refuse_own(study: Study, source: str) -> None:
         if "evaluation.on" in named and any(tried):
             raise FedSieveError(f"{source}: evaluation.on: trials are judged on validation rows")
     for table in tried:
-        if "method.name" in {key for key, _ in flat(table)}:
+        if {"method", "method.name"} & {key for key, _ in flat(table)}:
             raise FedSieveError(f"{source}: method.name: give each method an [[entry]] of its own")
 
 
 def _trials(grid: Grid) -> list[Settings]:
-    if isinstance(grid, list):
-        return grid
-    if (count := math.prod(map(len, grid.values()))) > _MOST_TRIALS:
+    count = len(grid) if isinstance(grid, list) else math.prod(map(len, grid.values()))
+    if count > _MOST_TRIALS:
         raise FedSieveError(
             f"grid: {count:,} trials of each seed: at most {_MOST_TRIALS:,}: try fewer values"
         )
+    if isinstance(grid, list):
+        return grid
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
 
 

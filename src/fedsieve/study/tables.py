@@ -9,6 +9,8 @@ from fedsieve.settings import Share, Table
 
 MOST = 1000  # seeds, entries or places
 LONGEST = 100  # letters of a name, which is a folder's too
+# How the files of a study, a search or a figure begin, beside which folders of runs lie.
+TAKEN = ("report.html", "table.", "tuning.json", "search.", "figure.")
 Name = Annotated[str, Field(max_length=LONGEST)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=MOST)]
 Settings = dict[str, Any]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, quoted
 
 if TYPE_CHECKING:
     from fedsieve.tasks.task import Task
@@ -124,7 +124,7 @@ def check_lead(task: "Task", lead: str | None, classes: Sequence[str], by_row: b
         known_elsewhere = lead in task.leads((), True)
         over = "these classes" if by_row else "sites, which send sums alone"
         raise FedSieveError(
-            f"{lead!r} cannot lead: it is no metric that this task tells"
+            f"{quoted(lead)} cannot lead: it is no metric that this task tells"
             + (f" over {over}" if known_elsewhere else " and that is better when higher")
             + nearest(lead, known)
         )

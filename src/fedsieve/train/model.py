@@ -30,7 +30,7 @@ from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.data import fetch, hub
-from fedsieve.errors import FedSieveError, nearest, raise_of_memory
+from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, words
 from fedsieve.settings import Dtype, Lora, Quantization, Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
@@ -300,7 +300,8 @@ def pick_device(name: str = "auto") -> torch.device:
             device = torch.device(name)
             float(torch.zeros(1, device=device))  # "meta" holds no numbers
         except (RuntimeError, AssertionError) as error:
-            raise FedSieveError(f"device {name!r} cannot be used here: {error}") from error
+            why = words(error, 200)
+            raise FedSieveError(f"device {quoted(name)} cannot be used here: {why}") from error
         return device
     if torch.cuda.is_available():
         return torch.device("cuda")

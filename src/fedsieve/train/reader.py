@@ -10,6 +10,7 @@ from pathlib import Path
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from fedsieve.errors import FedSieveError
@@ -38,7 +39,10 @@ def load_reader(
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub model or a local folder. trust_remote_code: see `load_base`."""
     try:
-        return pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+        tokenizer = pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
+        if not isinstance(tokenizer.model_max_length, int | float):  # of a file that was edited
+            tokenizer.model_max_length = VERY_LARGE_INTEGER  # how much is read, a recipe says
+        return tokenizer
     except FedSieveError as error:
         if "backend tokenizer" in str(error):
             raise FedSieveError(
