@@ -924,6 +924,6 @@ def test_the_root_of_the_disk_is_no_run(
 
 def test_room_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
     for number, todo in ((28, "make room"), (13, "mend that")):
-        with pytest.raises(FedSieveError, match=f"are whole: {todo}, then `fedsieve resume"):
-            with rundir.disk_errors(tmp_path):
-                raise OSError(number, "why", "file")
+        said = f"are whole: {todo}, then `fedsieve resume"
+        with pytest.raises(FedSieveError, match=said), rundir.disk_errors(tmp_path):
+            raise OSError(number, "why", "file")
