@@ -91,7 +91,7 @@ def test_all_figures_and_tables_of_both_papers_are_there() -> None:
     tables |= {"table-d1", "tables-a1-a3"}
     fslora = {f"fslora/{name}" for name in tables}
     fslora |= {f"fslora/fig{name}" for name in ("2-3a-5", "3b-6", "3c", "4", "7")}
-    assert {*EVERY} == flasc | fslora | {"fedsieve/front"}
+    assert {*EVERY} == flasc | fslora | {"fedsieve/front", "fedsieve/front-cifar10"}
 
 
 @pytest.fixture
@@ -649,6 +649,20 @@ def test_a_figure_that_is_not_right(changes: dict[str, Any], message: str, tmp_p
     with pytest.raises(FedSieveError, match=message) as told:
         figures.load(str(path))
     assert len(str(told.value)) < 2000
+
+
+def test_a_figure_like_another_is_that_over_its_own_panels(tmp_path: Path) -> None:
+    path = tmp_path / "figure.toml"
+    panel = {"name": "p", "recipe": "demo"}
+    path.write_text(tomli_w.dumps({"like": "flasc/fig2", "small": [panel], "title": "t"}))
+    found, other = figures.load(str(path)), figures.load("flasc/fig2")
+    assert (found.title, found.claim, found.entry) == ("t", other.claim, other.entry)
+    assert [each.name for each in found.small] == ["p"]
+    assert found.paper == ()
+    for odd in ("flasc/fig99", 5, ["flasc/fig2"]):
+        path.write_text(tomli_w.dumps({"like": odd, "small": [panel]}))
+        with pytest.raises(FedSieveError, match="like: no figure is called"):
+            figures.load(str(path))
 
 
 @pytest.mark.parametrize("name", ["r\0.toml", "r" * 200_000], ids=["a nul", "too long"])

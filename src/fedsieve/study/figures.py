@@ -38,6 +38,7 @@ FRONT: tuple[Measure, Measure] = ("megabytes", "score")  # what it is of
 MEAN = "mean"  # the place of a check that is of the mean over all places
 DATA = "{data}/"  # how a recipe's path begins that lies in the folder of --data
 SETTINGS = "settings"  # beside the figures of the papers: the recipes of their panels
+_OF_PANELS = ("small", "paper", "numbers")
 PUBLISHED = "published.toml"  # what `python -m tests.papers_page` writes
 
 
@@ -266,10 +267,9 @@ def shipped() -> dict[str, str]:
     found = {}
     for paper in sorted(_papers().iterdir(), key=lambda entry: entry.name):
         if paper.is_dir() and paper.name != SETTINGS:
-            for entry in sorted(paper.iterdir(), key=lambda entry: entry.name):
-                if entry.name.endswith(".toml"):
-                    name = f"{paper.name}/{entry.name.removesuffix('.toml')}"
-                    found[name] = entry.read_text(encoding="utf-8")
+            files = [entry for entry in paper.iterdir() if entry.name.endswith(".toml")]
+            for entry in sorted(files, key=lambda entry: Path(entry.name).stem):
+                found[f"{paper.name}/{Path(entry.name).stem}"] = entry.read_text(encoding="utf-8")
     return found
 
 
@@ -285,10 +285,26 @@ def load(source: str) -> Figure:
         if source not in known:
             raise FedSieveError(f"no figure is called {quoted(source)}{nearest(source, known)}")
         text = known[source]
+    table = recipes.toml(text, f"the figure {source}")
+    if "like" in table:
+        table = _like(str(table.pop("like")), table, source)
     try:
-        return Figure.model_validate(recipes.toml(text, f"the figure {source}"))
+        return Figure.model_validate(table)
     except ValidationError as error:
         raise FedSieveError(explain_all(error, source, _keys)) from error
+
+
+def _like(other: str, own: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A figure that is one of the shipped ones over panels of its own: what it does not say itself
+    is said there.
+    """
+    known = shipped()
+    if other not in known:
+        raise FedSieveError(
+            f"{source}: like: no figure is called {quoted(other)}{nearest(other, known)}"
+        )
+    table = recipes.toml(known[other], f"the figure {other}")
+    return {key: value for key, value in table.items() if key not in _OF_PANELS} | dict(own)
 
 
 def parts(figure: Figure, scale: Scale, folder: Path, seeds: Sequence[int] = ()) -> list[Part]:
