@@ -115,6 +115,17 @@ def with_type(error: BaseException, most: int = 300) -> str:
     return f"{type(error).__name__}: {words(error, most)}".removesuffix(": ")
 
 
+def beside(error: BaseException) -> str:
+    """Where Python looks for a module that it has not found, in brackets. The folder in which a
+    command is given is not among it: a stranger's files may lie there.
+    """
+    if not isinstance(error, ModuleNotFoundError):
+        return ""
+    return (
+        " (the folder that its file or package is in goes into PYTHONPATH: `export PYTHONPATH=.`)"
+    )
+
+
 def explain_all(
     error: Failed,
     source: str,

@@ -5,9 +5,11 @@ damaged in turn; the file's own digest is right each time, as it is in a file th
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,13 +20,16 @@ from torch import Tensor
 from fedsieve import methods
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.catchup import SEEN
+from fedsieve.engine.loop import Progress
 from fedsieve.errors import FedSieveError
+from fedsieve.methods import fedit
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.recipe.method import build_method
 from fedsieve.run import checkpoint, rundir, runner, state
+from fedsieve.run.checkpoint import Snapshot
 from fedsieve.train.digest import tensors_digest
-from tests import runs
+from tests import runs, toy
 from tests.conftest import Tiny
 from tests.kinds import QUICK, quick_of
 
@@ -146,6 +151,34 @@ def test_nothing_is_trained_or_written_over_other_tensors(
     with pytest.raises(FedSieveError, match="run"):
         runner.resume(tmp_path / "run", runs.quiet)
     assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_no_adapter_is_exported_that_is_not_finite(value: float) -> None:
+    method, start = fedit.method(), toy.start()
+    begun = method.init(start)
+    group = {name: tensor.clone() for name, tensor in begun.trees["adapter"].items()}
+    next(iter(group.values())).view(-1)[0] = value
+    changed = begun._replace(trees={**begun.trees, "adapter": group})
+    resident: Any = SimpleNamespace(put=lambda adapter: None)
+    with pytest.raises(FedSieveError, match=r"adapter is not finite .*resume --at-round"):
+        state.exported(Path("run"), method, resident, start, changed)
+
+
+@pytest.mark.parametrize("name", ["memory/" + "9" * 5000 + "/a/b", "memory/1/a/b", "memory/00/a/b"])
+def test_a_memory_of_no_client_is_refused(tmp_path: Path, name: str) -> None:
+    """By however many digits it is called."""
+    start, method = toy.start(), fedit.method()
+    done = Snapshot(Progress(1, method.init(start)), {"c": {"a": {"b": torch.ones(1)}}}, {})
+    path = checkpoint.save(tmp_path, done)
+    facts, tensors = checkpoint._read(path)
+    checkpoint._check(path, facts, tensors)
+    for odd in ({**tensors, name: torch.ones(1)}, tensors):
+        same = {} if name in odd else {name: next(iter(tensors))}
+        with pytest.raises(FedSieveError, match="it holds a tensor 'memory/"):
+            checkpoint._check(path, {**facts, "same": same}, odd)
+    with pytest.raises(FedSieveError, match="total_bytes"):
+        checkpoint._check(path, {**facts, "total_bytes": 2**63 - 1}, tensors)
 
 
 def test_what_is_exported_is_the_runs_adapter_or_nothing(stopped: Path, tmp_path: Path) -> None:

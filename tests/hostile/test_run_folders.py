@@ -691,6 +691,22 @@ def named_by_the_configuration(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def shards_that_are_called_an_index(folder: Path) -> None:
+    only_a_pickle(folder)
+    names = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    (folder / "pytorch_model.bin").rename(folder / "p.model.safetensors.index.json")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "p.model.safetensors.index.json")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def an_index_of_the_configurations(folder: Path) -> None:
+    shards_that_are_called_an_index(folder)
+    (folder / "model.safetensors.index.json").rename(folder / "q.model.safetensors.index.json")
+    config = json.loads((folder / "config.json").read_text())
+    config["transformers_weights"] = "q.model.safetensors.index.json"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def a_checkpoint_of_torch(folder: Path) -> None:
     only_a_pickle(folder)
     (folder / "pytorch_model.bin").rename(folder / "model.pt")
@@ -702,6 +718,8 @@ def a_checkpoint_of_torch(folder: Path) -> None:
     [
         only_a_pickle,
         shards_that_are_pickles,
+        shards_that_are_called_an_index,
+        an_index_of_the_configurations,
         named_by_the_configuration,
         a_checkpoint_of_torch,
     ],

@@ -271,7 +271,7 @@ def write_own(folder: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> No
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("import nothing_of_this_name", "cannot be imported: ModuleNotFoundError"),
+        ("import nothing_of_this_name", "cannot be imported: ModuleNotFoundError.*PYTHONPATH=."),
         ("raise SystemExit(0)", "cannot be imported: SystemExit: 0"),
         ("1 +", "cannot be imported: SyntaxError"),
         ("x = 1", "has no function `method`"),

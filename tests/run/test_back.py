@@ -21,9 +21,12 @@ def mine(whole: Path, tmp_path: Path) -> Path:
 def test_the_rounds_after_it_are_done_again_and_what_they_were_is_kept(
     mine: Path, whole: Path, command: Command
 ) -> None:
+    (mine / "report-loss.png").write_bytes(b"of four rounds")
     ran = command("resume", mine, "--at-round", "3")
     assert ran.code == 0, ran
     left = mine / "left-after-round-3"
+    assert (left / "report-loss.png").read_bytes() == b"of four rounds"
+    assert not (mine / "report-loss.png").exists()
     assert str(left) in " ".join(ran.out.split()) + ran.err
     runs.assert_same(mine, whole)
     newest = Path(rundir.CHECKPOINTS, "round-000004.safetensors")

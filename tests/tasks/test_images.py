@@ -299,6 +299,17 @@ def test_what_is_no_image_is_named(value: bytes | None, said: str) -> None:
     assert said in str(found[1])
 
 
+def test_a_jpeg_of_endless_scans_is_no_image() -> None:
+    """Each takes as long as the whole image, and some 75 bytes."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 100).save(file, "JPEG", progressive=True)
+    whole = file.getvalue()
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    assert images._image(whole).size == (64, 64)
+    with pytest.raises(FedSieveError, match="a JPEG of more than 100 scans"):
+        images._image(whole[:-2] + last * 200 + whole[-2:])
+
+
 def test_crops_and_flips_come_from_the_key_and_move_whole_images() -> None:
     pixels = torch.stack([made([packed(noise(n, 16, 16))], plain()).pixels[0] for n in range(64)])
     same = [crops_and_flips(pixels, generator(Key(3).at("augment")), crop=True) for _ in range(2)]

@@ -161,6 +161,11 @@ def test_layers_that_peft_takes_for_experts_are_told(
         resident_of(source, "causal-lm", targets=rf".*shared_experts\.{layers}", dropout=dropout)
 
 
+def test_no_targets_are_told(tiny: Tiny) -> None:
+    with pytest.raises(FedSieveError, match="lora.targets: the list is empty: leave it out"):
+        resident_of(tiny.bert, "classification", targets=[])
+
+
 @pytest.mark.parametrize("count", [9, 14])
 def test_counts_side_by_side_are_no_repetitions_of_repetitions(count: int) -> None:
     pattern = "|".join([r".*layer\.\d{1,3}\.[a-z(]{2,9}\(?q"] * count)

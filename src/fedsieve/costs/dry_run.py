@@ -15,6 +15,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.method import ClientContext, Memory, Method, State, View
 from fedsieve.algebra.payload import Payload
+from fedsieve.errors import FedSieveError, quoted
 from fedsieve.wire import decode, encode
 
 ROUNDS = 3  # by then masks have begun, and the base has changed
@@ -92,6 +93,8 @@ def moved(view: View, key: Key) -> Tree:
     """The view's tensors after noise was added to what may move."""
     trained = dict(view.adapter.tensors)
     for name in view.moves.names:
+        if name not in trained:
+            raise FedSieveError(f"the method trains {quoted(name)}, which the adapter has not")
         noise = torch.randn(trained[name].shape, generator=generator(key.at(f"moved {name}")))
         trained[name] = trained[name] + 0.01 * noise * view.moves.masks.get(name, 1)
     return trained

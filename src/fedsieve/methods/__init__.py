@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from fedsieve.errors import THEIRS, FedSieveError, raise_of_memory, with_type
+from fedsieve.errors import THEIRS, FedSieveError, beside, raise_of_memory, with_type
 from fedsieve.methods.catalogue import known, names
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def load(name: str) -> "Callable[..., Method]":
         except THEIRS as error:
             raise_of_memory(error)
             raise FedSieveError(
-                f"method {name!r} cannot be imported: {with_type(error)}"
+                f"method {name!r} cannot be imported: {with_type(error)}{beside(error)}"
             ) from error
     else:
         module = importlib.import_module(f"{__name__}.{known(name).name}")

@@ -62,10 +62,9 @@ def _put_aside(folder: Path, note: checkpoint.Note, later: Sequence[Path]) -> Pa
     left.mkdir(mode=0o700)
     for name, tail in tails.items():
         write_whole(left / name, tail)
-    for name in (rundir.ADAPTER, rundir.EVALUATION, rundir.REPORT):
-        path = folder / name
-        if path.exists():
-            path.rename(left / path.name)
+    made = [folder / name for name in (rundir.ADAPTER, rundir.EVALUATION, rundir.REPORT)]
+    for path in [path for path in made if path.exists()] + rundir.plots(folder):
+        path.rename(left / path.name)
     (left / rundir.CHECKPOINTS).mkdir(mode=0o700)
     for path in later:  # the newest first: killed in between, the run goes on from the next
         path.rename(left / rundir.CHECKPOINTS / path.name)

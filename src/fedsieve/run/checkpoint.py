@@ -70,6 +70,7 @@ class Snapshot(NamedTuple):
 
 
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Total = Annotated[int, Field(ge=0, le=LARGEST // 2)]  # to which rounds add
 
 
 class _Facts(BaseModel):
@@ -79,8 +80,8 @@ class _Facts(BaseModel):
 
     format: Literal[1]
     round: Count
-    total_bytes: Count
-    dense_bytes: Count
+    total_bytes: Total
+    dense_bytes: Total
     clients: list[str]
     marks: dict[Literal["metrics.jsonl", "clients.jsonl"], Count]
     same: dict[str, str]
@@ -349,10 +350,11 @@ def _check(path: Path, facts: dict[str, Any], tensors: Mapping[str, Tensor]) -> 
     for name, earlier in facts["same"].items():
         if earlier not in tensors or name in tensors:
             raise refuse(f"same: {name[:80]!r} is {earlier[:80]!r}")
+    numbers = {str(number) for number in range(len(facts["clients"]))}
     for name in [*tensors, *facts["same"]]:
         kind, _, rest = name.partition("/")
         number, _, of_client = rest.partition("/")
-        known = number.isdecimal() and int(number) < len(facts["clients"]) and "/" in of_client
+        known = number in numbers and "/" in of_client
         if not (kind == "state" and "/" in rest) and not (kind == "memory" and known):
             raise refuse(f"it holds a tensor {name[:80]!r}")
     if not any(name.startswith("state/adapter/") for name in tensors):

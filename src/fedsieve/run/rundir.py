@@ -157,7 +157,7 @@ def create(folder: Path, recipe: str, *, overwrite: bool = False, secret: bool =
     """
     if not overwrite:
         refuse(folder)
-    for plot in _plots(folder):
+    for plot in plots(folder):
         remove_link(plot)
     for there in (*(folder / name for name in _OURS), own(folder)):
         if remove_link(there):
@@ -178,7 +178,7 @@ def check(folder: Path) -> None:
     """Raises FedSieveError if the folder holds no run, or a link in the place of a run's file."""
     for name in (*_OURS, LOCK):
         refuse_link(folder / name, folder=name in _FOLDERS)
-    for plot in _plots(folder):
+    for plot in plots(folder):
         refuse_link(plot)
     secret = own(folder)
     refuse_link(secret, folder=True)
@@ -188,7 +188,7 @@ def check(folder: Path) -> None:
         raise FedSieveError(f"{folder} holds no run: there is no {RECIPE} in it")
 
 
-def _plots(folder: Path) -> list[Path]:
+def plots(folder: Path) -> list[Path]:
     """The report's pictures."""
     return sorted(folder.glob(f"{Path(REPORT).stem}-*.png"))
 

@@ -52,6 +52,12 @@ def exported(
     except (FedSieveError, *_ODD) as error:
         raise_of_memory(error)
         raise _other(folder, what) from error
+    for name, tensor in (*adapter.tensors.items(), *adapter.base.items()):
+        if not tensor.isfinite().all():
+            raise FedSieveError(
+                f"{folder}: the newest checkpoint's adapter is not finite ({name[:80]}): go back "
+                "to an earlier one, by `fedsieve resume --at-round`"
+            )
     return adapter
 
 

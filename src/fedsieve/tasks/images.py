@@ -32,6 +32,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MOST_PIXELS = 50_000_000  # of one image: a small file can say that it is as large as a city
 MOST_SIDE = 1024  # pixels, of what a model reads
 MOST_SIDES = 64  # times the shorter one: made as wide as a model sees it, a line is a city too
+MOST_SCANS = 100  # of a progressive JPEG, which cameras and tools write in some ten
 _AT_ONCE = 16  # images that the processor is given in one call
 _HELD = 1 << 22  # and pixels of them, where there are several
 
@@ -179,6 +180,10 @@ def _image(value: Any) -> Image.Image:
                         f"holds an image of {image.width} x {image.height} pixels: one side may be "
                         f"{MOST_SIDES} times the other at most"
                     )
+                if image.format in ("JPEG", "MPO") and _scans(source) > MOST_SCANS:
+                    raise FedSieveError(
+                        f"holds a JPEG of more than {MOST_SCANS} scans, each over all of its pixels"
+                    )
                 return _rgb(ImageOps.exif_transpose(image), image.format)
     except FedSieveError:
         raise
@@ -190,6 +195,14 @@ def _image(value: Any) -> Image.Image:
         raise_of_memory(error)
         why = words(error, 100)
         raise FedSieveError(f"holds an image that cannot be read: {why}") from None
+
+
+def _scans(source: io.BytesIO | str) -> int:
+    """How often a JPEG goes over its pixels, or less: a mark that begins a scan stands nowhere else
+    but in notes.
+    """
+    data = Path(source).read_bytes() if isinstance(source, str) else source.getvalue()
+    return data.count(b"\xff\xda")
 
 
 def _rgb(image: Image.Image, form: str | None) -> Image.Image:

@@ -31,7 +31,15 @@ from transformers import PreTrainedConfig
 
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import View
-from fedsieve.errors import THEIRS, FedSieveError, of_memory, raise_of_memory, with_type, words
+from fedsieve.errors import (
+    THEIRS,
+    FedSieveError,
+    beside,
+    of_memory,
+    raise_of_memory,
+    with_type,
+    words,
+)
 from fedsieve.tasks.examples import Examples
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import by_token
@@ -55,7 +63,7 @@ def load(name: str) -> Function:
         found = getattr(importlib.import_module(module), function, None)
     except THEIRS as error:
         raise_of_memory(error)
-        said = f"{module!r} cannot be imported: {with_type(error)}"
+        said = f"{module!r} cannot be imported: {with_type(error)}{beside(error)}"
         raise FedSieveError(f"training.function: {said}") from error
     if found is None:
         raise FedSieveError(f"training.function: the module {module!r} has no {function!r}")

@@ -548,6 +548,8 @@ def attach(
                 what = (
                     "lora.targets: no layer outside the head can take LoRA, or is in these layers"
                     + targets.convolutions(base)
+                    if lora.targets != ()
+                    else "lora.targets: the list is empty: leave it out for PEFT's own choice"
                 )
             if what.startswith("No `target_modules` passed"):  # Mixtral's are its experts
                 what = (

@@ -34,10 +34,11 @@ def refuse_pickled(source: str) -> None:
     if not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir()}
-    read = {*_said(folder / "config.json", "transformers_weights"), *_shards(folder / _INDEX)}
+    named = {*_said(folder / "config.json", "transformers_weights")} - {_INDEX}
+    read = named | {*_shards(folder / _INDEX)}
     if not any(name.endswith(".safetensors") for name in names):
         read |= {name for name in names if name.endswith(_PICKLED)}
-    odd = sorted(name for name in read if not name.endswith((".safetensors", _INDEX)))
+    odd = sorted(name for name in read if not name.endswith(".safetensors"))
     if odd:
         raise FedSieveError(
             f"model {source!r}: its weights are in {odd[0][:80]}, and only safetensors are read: "

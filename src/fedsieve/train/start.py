@@ -80,7 +80,7 @@ def _read(folder: str, where: str, most: int) -> tuple[Mapping[str, Any], Tree]:
     if not isinstance(config, dict):
         raise FedSieveError(f"{where} cannot be read: {_CONFIG} holds no table")
     if odd := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        raise FedSieveError(f"{where}: {printable(odd[0])} holds no floating-point numbers")
+        raise FedSieveError(f"{where}: {printable(odd[0][:200])} holds no floating-point numbers")
     return config, {name: tensor.float() for name, tensor in tensors.items()}
 
 
@@ -122,8 +122,8 @@ def _fitted(resident: ResidentModel, config: Mapping[str, Any], given: Tree, whe
         tensors[name] = value if axis is None else _filled(fresh[name], value, axis)
     if surplus := sorted(set(given) - set(layout.names)):
         raise FedSieveError(
-            f"{where} holds {surplus[0]}, which this run does not train: choose the lora.targets "
-            "and lora.whole that it was trained with"
+            f"{where} holds {printable(surplus[0][:200])}, which this run does not train: choose "
+            "the lora.targets and lora.whole that it was trained with"
         )
     return Adapter(layout, tensors)
 
