@@ -162,7 +162,7 @@ def test_layers_that_peft_takes_for_experts_are_told(
 
 
 def test_no_targets_are_told(tiny: Tiny) -> None:
-    with pytest.raises(FedSieveError, match="lora.targets: the list is empty: leave it out"):
+    with pytest.raises(FedSieveError, match=r"lora\.targets: the list is empty: leave it out"):
         resident_of(tiny.bert, "classification", targets=[])
 
 
