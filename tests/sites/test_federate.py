@@ -95,7 +95,9 @@ def test_an_app_that_is_not_as_it_was_written_is_not_run(
         file.symlink_to(tmp_path / "elsewhere")
     elif odd == "another folder":
         file.write_text(text.replace(str(run), str(tmp_path / "other")), encoding="utf-8")
-        why = f"was prepared as {tmp_path / 'other'}, and its parts name each other: move it back"
+        why = (
+            f"it was prepared as {tmp_path / 'other'}, and its parts name each other: move it back"
+        )
     else:
         file.write_text(text.replace("dependencies = []", 'dependencies = ["x"]'), encoding="utf-8")
     with pytest.raises(FedSieveError, match=why):

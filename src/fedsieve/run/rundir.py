@@ -319,6 +319,9 @@ def of_the_disk(error: BaseException) -> bool:
     return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
 
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """A full disk is the user's to mend, whichever file met it."""
@@ -330,7 +333,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if not of_the_disk(error):
             raise
         what, why = getattr(error, "filename", None) or folder, getattr(error, "strerror", None)
-        refused = isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT)
+        refused = isinstance(error, OSError) and error.errno not in _NO_ROOM
         todo = "mend that" if refused else "make room"
         raise FedSieveError(
             f"{what} cannot be written: {why or error}. The checkpoints are whole: {todo}, then "

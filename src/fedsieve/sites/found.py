@@ -13,7 +13,7 @@ from typing import Any
 import tomli_w
 
 from fedsieve.disk import place, refuse_link, remove, write_whole
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, printable
 from fedsieve.recipe import read as recipes
 
 APP = "app"
@@ -55,9 +55,9 @@ def check_app(app: Path, asked_for: tuple[str, ...]) -> None:
     except (KeyError, TypeError, AttributeError, FedSieveError):
         ours = False
     if not ours and _is_moved(table, app.parent, asked_for):
+        before = printable(table["tool"]["flwr"]["app"]["config"]["folder"][:200])
         raise FedSieveError(
-            f"{app.parent} was prepared as {table['tool']['flwr']['app']['config']['folder']}, and "
-            "its parts name each other: move it back"
+            f"{source}: it was prepared as {before}, and its parts name each other: move it back"
         )
     if not ours:
         raise FedSieveError(
