@@ -676,10 +676,11 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
 
 
-def shards_that_are_pickles(folder: Path) -> None:
+def shards_that_are_pickles(folder: Path, called: str = "pytorch_model.bin") -> None:
     only_a_pickle(folder)
     names = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "pytorch_model.bin")}
+    (folder / "pytorch_model.bin").rename(folder / called)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, called)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -692,11 +693,7 @@ def named_by_the_configuration(folder: Path) -> None:
 
 
 def shards_that_are_called_an_index(folder: Path) -> None:
-    only_a_pickle(folder)
-    names = torch.load(folder / "pytorch_model.bin", weights_only=True)
-    (folder / "pytorch_model.bin").rename(folder / "p.model.safetensors.index.json")
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "p.model.safetensors.index.json")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shards_that_are_pickles(folder, "p.model.safetensors.index.json")
 
 
 def an_index_of_the_configurations(folder: Path) -> None:

@@ -129,7 +129,8 @@ def _gathered(
                 of_rows.append(row.get(name))
     except Exception as error:  # values of other types than told; whatever its functions raise
         raise_of_memory(error)
-        raise FedSieveError(f"the stream breaks off after {count} rows: {_named(error)}") from error
+        why = f"the stream breaks off after {count} rows: {with_type(error)}"
+        raise FedSieveError(why) from error
     if count > MOST_ROWS:
         raise FedSieveError(
             f"the stream has more than {MOST_ROWS:,} rows, if it ever ends: give its beginning, as "
@@ -150,14 +151,9 @@ def _gathered(
             except (pa.ArrowException, LookupError, TypeError, ValueError) as error:
                 raise FedSieveError(
                     f"column {name!r} holds what its {len(feature.names)} classes do not name: "
-                    f"{_named(error)}"
+                    f"{with_type(error)}"
                 ) from error
     return made
-
-
-def _named(error: Exception) -> str:
-    """An error's kind and its words, in one line."""
-    return ": ".join(filter(None, (type(error).__name__, words(error))))
 
 
 def column(dataset: Dataset, name: str) -> list[Any]:

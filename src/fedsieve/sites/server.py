@@ -317,7 +317,8 @@ class Sites:
         answers: dict[str, Frame] = {}
         until = self._clock() + seconds
         asked = self._free()
-        others = [site for site in self._sites.values() if site.client not in asked]
+        free = {client.id for client in asked}
+        others = [site for id, site in self._sites.items() if id not in free]
         busy = [site.client for site in others if site.node in self._connected]
         if do == "keep":
             asked += busy
