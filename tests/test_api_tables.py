@@ -318,6 +318,18 @@ def reshaped(folder: Path, to: Path, change: Callable[[Any], Any]) -> Path:
     return to
 
 
+MORE_THAN_PAIRS: dict[str, Any] = {
+    "use_qalora": True,
+    "use_bdlora": {"target_modules_bd_a": ["query"]},
+    "lora_bias": True,
+    "layer_replication": [[0, 1], [0, 2]],
+    "alora_invocation_tokens": [5, 6],
+    "kasa_config": {"beta": 1e-4},
+    "monteclora_config": {"num_samples": 4},
+    "arrow_config": {"top_k": 2},
+}
+
+
 def test_an_adapter_that_does_not_fit_is_refused(
     tiny: Tiny, first: tuple[fedsieve.Run, Path], tmp_path: Path
 ) -> None:
@@ -351,6 +363,16 @@ def test_an_adapter_that_does_not_fit_is_refused(
             edited(folder, tmp_path / "f", r=8),
             {},
             r"has rank 4, and .* says r = 8",
+        ),
+        *(
+            (edited(folder, tmp_path / key, **{key: value}), {}, f"was trained with {key}, so it")
+            for key, value in MORE_THAN_PAIRS.items()
+        ),
+        (edited(folder, tmp_path / "l", use_rslora="no"), {}, "says use_rslora 'no'"),
+        (
+            edited(folder, tmp_path / "m", modules_to_save=["scorer"]),
+            {},
+            "holds nothing of scorer, which .* says was trained whole",
         ),
         (edited(folder, tmp_path / "g", lora_alpha=10**400), {}, "says no lora_alpha"),
         (edited(folder, tmp_path / "h", lora_alpha=float("nan")), {}, "says no lora_alpha"),

@@ -1,6 +1,5 @@
 """The command line. Exit codes: 0 done, 2 bad input (one clear message), 130 stopped."""
 
-import errno
 import os
 import shlex
 import sys
@@ -27,7 +26,7 @@ from fedsieve.console import (
     take_any_letter,
     warn,
 )
-from fedsieve.disk import place
+from fedsieve.disk import no_room, place
 from fedsieve.engine.cautions import Caution, cautioning
 from fedsieve.errors import FedSieveError, count, of_memory, printable, short_of_memory, with_type
 from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
@@ -117,7 +116,7 @@ def main() -> None:
             sys.exit(2)
         if not isinstance(error, OSError):
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = no_room(error)
         if error.filename is None and not full:  # a connection, a pipe, a library's own trouble
             raise
         where = str(error.filename or "standard output, or a file")[:200]
@@ -580,6 +579,7 @@ def federate(
     """Prepare a federation across machines, on Flower, and say how to start it; or run one here."""
     from fedsieve.recipe import read as recipes
     from fedsieve.run import tracking
+    from fedsieve.sites.foreign import refuse_foreign
 
     if again is not None:
         if recipe is not None:
@@ -594,6 +594,7 @@ def federate(
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
     # No site takes a program from a server.
     table, planned = _planned(recipe, overrides, allow_code=False)
+    refuse_foreign(planned)
     tracking.check(planned.tracking)
     _import()
     from fedsieve.sites import federate as federating

@@ -95,6 +95,15 @@ def _refuse_holes(opened: int, path: Path) -> None:
     os.lseek(opened, 0, os.SEEK_SET)
 
 
+def no_room(error: BaseException) -> bool:
+    """Whether a disk was full, or its owner's share of it; or a file as large as any may be, where
+    the system said so (EFBIG is also how a file that is refused here says that it is too large).
+    """
+    number = getattr(error, "errno", None)
+    too_large = number == errno.EFBIG and getattr(error, "strerror", "") == os.strerror(errno.EFBIG)
+    return number in (errno.ENOSPC, errno.EDQUOT) or too_large
+
+
 def remove_link(path: Path) -> bool:
     """Remove a link, not what it leads to. Whether there was one."""
     if path.is_symlink():

@@ -318,3 +318,12 @@ def test_types_of_the_hub(
     assert names_in(found, "label") == names
     with pytest.raises(FedSieveError, match=r"someone/something: no column 'lable'.*label"):
         load("someone/something", columns=Columns(("text",), ("lable",)))
+
+
+def test_an_object_that_answers_nothing_is_no_name() -> None:
+    class Wild:
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("not mine")
+
+    with pytest.raises(FedSieveError, match="a value of type Wild, and a name is one text"):
+        name_of(Wild())

@@ -385,3 +385,11 @@ def test_what_real_models_do_is_taken(tiny: Tiny, tmp_path: Path) -> None:
     load_base(str(tiny.gpt2), "causal-lm", key=Key(0), pad_token_id=0)
     base = load_base(str(folder), "classification", LABELS, key=Key(0))
     assert all(torch.isfinite(p).all() for p in base.parameters())
+    for table, said in (
+        ({"weight_map": where}, 'has no table "metadata"'),
+        ({"metadata": {}, "weight_map": {n: f"./{f}" for n, f in where.items()}}, "name alone"),
+        ({"metadata": {}, "weight_map": {n: f"../{f}" for n, f in where.items()}}, "name alone"),
+    ):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(table))
+        with pytest.raises(FedSieveError, match=said):
+            used(tiny, folder)

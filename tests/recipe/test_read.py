@@ -99,6 +99,8 @@ def test_an_override_without_a_value_takes_the_key_out() -> None:
         ("budgets.ratio=0.5", "'ratio' is not a key of a table"),
         ("rouns=3", "rouns: unknown key (did you mean 'rounds'"),
         ("trainning.lr=3", "trainning: unknown key (did you mean 'training'"),
+        (r'data.train="C:\data"', "a backslash is a backslash"),
+        ('name="one" "', "Expected newline or end of document"),
     ],
 )
 def test_overrides_that_change_nothing_known(

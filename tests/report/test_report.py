@@ -284,6 +284,19 @@ def test_any_name_is_taken_as_it_stands(tmp_path: Path, name: str) -> None:
     assert page.drawn.count(name) == 7  # five legends, a heading and a label of the bars
 
 
+def test_what_a_recipe_says_of_its_environment_is_cut_and_steers_no_terminal(
+    tmp_path: Path,
+) -> None:
+    run = make(tmp_path / "a")
+    with (run / "recipe.toml").open("a") as file:
+        file.write(f'device = "\\u001b[31mred"\n{"k" * 200} = "{"v" * 5000}"\n')
+    write([run], tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "\x1b" not in text
+    assert "\N{REPLACEMENT CHARACTER}[31mred" in text
+    assert f"<td>{'v' * 160} …</td>" in text
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     a, b = make(tmp_path / "x" / "a"), make(tmp_path / "x" / "b")
     assert [run.name for run in load_all([a, b])] == ["a", "b"]

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from fedsieve import cli
 from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
 from tests import runs
@@ -255,6 +256,29 @@ def test_a_recipe_that_finds_no_room_is_told(
     ran = command("init", tiny.train, "--out", tmp_path / "r.toml", "--yes")
     assert ran.code == 2
     assert "r.toml: No space left on device" in " ".join(ran.err.split())
+
+
+@pytest.mark.parametrize(
+    ("error", "room"),
+    [
+        (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "/rows"), True),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), True),
+        (OSError(errno.EFBIG, "it has more than 9 bytes", "/rows"), False),  # ours, of a reader
+        (OSError(errno.EACCES, os.strerror(errno.EACCES), "/rows"), False),
+    ],
+)
+def test_room_is_asked_for_where_that_is_what_lacks(
+    error: OSError, room: bool, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def raising() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", raising)
+    ran = command("methods")
+    assert (ran.code, "make room" in ran.err) == (2, room)
+    with pytest.raises(FedSieveError) as caught, rundir.disk_errors(tmp_path):
+        raising()
+    assert ("make room" in str(caught.value)) == room
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Lora, Task
-from fedsieve.sites import assignment
+from fedsieve.sites import assignment, foreign
 from fedsieve.train import targets
 from fedsieve.train.model import ResidentModel, attach, load_base
 from tests.conftest import LABELS, Tiny
@@ -89,7 +89,8 @@ def test_the_layers_are_pefts(
             {"targets": ("query", "layer.0.output.dense"), "layers_to_transform": (1,)},
             r"'layer\.0\.output\.dense', and no layer among lora\.layers_to_transform",
         ),
-        ({"targets": "query"}, r"regular expression 'query': begin it with '\.\*'"),
+        ({"targets": "query"}, r"regular expression 'query': .* a list of names, here \['query'\]"),
+        ({"targets": "all-lnear"}, r"expression 'all-lnear': .*did you mean 'all-linear'"),
         ({"targets": r".*layer\.7.*"}, "no module's whole name matches"),
         ({"targets": ("attention",)}, "'attention', which no module that can take LoRA"),
         ({"targets": r".*attention\.self"}, "LoRA cannot be added to the model: Target module"),
@@ -223,13 +224,13 @@ def test_sites_take_no_regular_expression(tiny: Tiny) -> None:
     from fedsieve.recipe import read as recipes
 
     with pytest.raises(FedSieveError, match=r"lora\.targets: a site takes no"):
-        assignment.refuse_patterns(recipes.check(tiny.table(lora={"targets": ".*query"})))
-    assignment.refuse_patterns(recipes.check(tiny.table()))
+        foreign.refuse_foreign(recipes.check(tiny.table(lora={"targets": ".*query"})))
+    foreign.refuse_foreign(recipes.check(tiny.table()))
     for lora in (
         {"targets": "all-linear"},
         {"targets": ["query"], "layers_to_transform": [0], "layers_pattern": "layer"},
     ):
-        assignment.refuse_patterns(recipes.check(tiny.table(lora=lora)))
+        foreign.refuse_foreign(recipes.check(tiny.table(lora=lora)))
 
 
 @pytest.mark.parametrize("pattern", [*ENDLESS, "(" + "a*" * 10_000 + ")x"])

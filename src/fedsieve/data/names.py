@@ -133,7 +133,8 @@ def kind_of(value: Any) -> str:
 
 def _python(value: Any) -> Any:
     """A scalar of NumPy's or torch's as Python's own."""
-    return value.item() if getattr(value, "ndim", None) == 0 else value
+    theirs = type(value).__module__.partition(".")[0] in ("numpy", "torch")
+    return value.item() if theirs and getattr(value, "ndim", None) == 0 else value
 
 
 def clean(text: str) -> str:

@@ -325,7 +325,12 @@ def override(table: dict[str, Any], given: str) -> None:
         raise FedSieveError(f"{given!r} is not of the form key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"] if text.strip() else None
-    except tomllib.TOMLDecodeError:
+    except tomllib.TOMLDecodeError as error:
+        if len(text) > 1 and text.strip()[0] == text.strip()[-1] and text.strip()[0] in "'\"":
+            # Whoever quotes a text means TOML, and would get the quotation marks as part of it.
+            raise FedSieveError(
+                f"{given!r}: {error} (in '...' a backslash is a backslash, in \"...\" it is not)"
+            ) from None
         value = text
     put(table, key.strip(), value, repr(given))
 

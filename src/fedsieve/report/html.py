@@ -1,11 +1,15 @@
 """Texts and tables as HTML: everything of a run is escaped on its way in."""
 
 import html
+import re
 from collections.abc import Sequence
+
+_STEERING = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
 def text(value: object) -> str:
-    return html.escape(str(value))
+    """Escaped, and without what would steer a terminal that shows the page's source."""
+    return html.escape(_STEERING.sub("\N{REPLACEMENT CHARACTER}", str(value)))
 
 
 def cut(words: object, longest: int) -> str:

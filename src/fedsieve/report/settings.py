@@ -135,7 +135,7 @@ def _recipe(run: Run) -> str:
     versions = ""
     if environment:
         body = "".join(
-            f'<tr><th scope="row">{text(key)}</th><td>{text(plain(value))}</td></tr>'
+            f'<tr><th scope="row">{cut(key, NAME)}</th><td>{cut(plain(value), LONGEST)}</td></tr>'
             for key, value in flat(environment)
         )
         versions = f"<h3>Versions</h3>{table(['What', 'Version'], body, 'Versions')}"

@@ -13,7 +13,6 @@ part when (clients.jsonl, and the checkpoints, which hold what clients keep). It
 run's directory so that nobody hands it on with the run.
 """
 
-import errno
 import json
 import os
 import platform
@@ -31,7 +30,7 @@ import filelock
 from safetensors import SafetensorError
 
 from fedsieve import disk
-from fedsieve.disk import bytes_of, refuse_link, remove_link, write_whole
+from fedsieve.disk import bytes_of, no_room, refuse_link, remove_link, write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 
@@ -61,6 +60,7 @@ _OURS = (
 _FOLDERS = (CHECKPOINTS, ADAPTER, TRACKING)
 SEED = "seed"
 _TELLING = (CLIENTS, CHECKPOINTS)  # of who took part
+_REPLACES = "`fedsieve run` has --overwrite"
 
 
 def own(folder: Path) -> Path:
@@ -130,12 +130,12 @@ def refuse(folder: Path) -> None:
     if (folder / RECIPE).exists():
         raise FedSieveError(
             f"{folder} holds a run already: go on with `{again(folder)}`, choose another "
-            "--out, or replace it with --overwrite"
+            f"--out, or move it away ({_REPLACES})"
         )
     if own(folder).exists():
         raise FedSieveError(
             f"{own(folder)} holds the secrets of a run that is not in {folder} any more: remove "
-            "it, choose another --out, or replace both with --overwrite"
+            f"it, or choose another --out ({_REPLACES})"
         )
     for name in _OURS:
         there = folder / name
@@ -144,7 +144,7 @@ def refuse(folder: Path) -> None:
         if there.is_dir() or (there.is_file() and there.stat().st_size):
             raise FedSieveError(
                 f"{folder} holds no run, and has {name}, which one would replace: choose another "
-                "--out, or give --overwrite if it may go"
+                f"--out, or move it away ({_REPLACES})"
             )
 
 
@@ -319,9 +319,6 @@ def of_the_disk(error: BaseException) -> bool:
     return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
 
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 @contextmanager
 def disk_errors(folder: Path) -> Iterator[None]:
     """A full disk is the user's to mend, whichever file met it."""
@@ -333,7 +330,7 @@ def disk_errors(folder: Path) -> Iterator[None]:
         if not of_the_disk(error):
             raise
         what, why = getattr(error, "filename", None) or folder, getattr(error, "strerror", None)
-        refused = isinstance(error, OSError) and error.errno not in _NO_ROOM
+        refused = isinstance(error, OSError) and not no_room(error)
         todo = "mend that" if refused else "make room"
         raise FedSieveError(
             f"{what} cannot be written: {why or error}. The checkpoints are whole: {todo}, then "

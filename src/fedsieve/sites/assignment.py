@@ -26,6 +26,7 @@ from fedsieve.recipe.experiment import locate, set_up_resident
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Recipe
 from fedsieve.sites import limits
+from fedsieve.sites.foreign import NO_FUNCTION, refuse_foreign
 from fedsieve.sites.site import Site
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, count
@@ -115,47 +116,14 @@ def _recipe(text: bytes) -> Recipe:
         raise FedSieveError(f"method.name {str(name)[:40]!r} is no method of FedSieve itself")
     training = table.get("training")
     if isinstance(training, dict) and training.get("function") is not None:
-        raise FedSieveError(_NO_FUNCTION)
+        raise FedSieveError(NO_FUNCTION)
     recipe = recipes.check(table)
-    for key, value in recipe.model.settings.items():
-        rate = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-        if not ("drop" in key and rate):
-            # What is given there goes to the function that loads the model.
-            raise FedSieveError(f"model.settings.{key[:40]}: a site takes dropout rates only")
-    refuse_patterns(recipe)
-    refuse_what_is_not_here(recipe)
+    refuse_foreign(recipe)
     if catalogue.load(recipe.model.task).named and recipe.data.classes is None:
         raise FedSieveError(
             "data.classes: sites cannot see each other's labels, so the recipe must list them"
         )
     return recipe
-
-
-def refuse_patterns(recipe: Recipe) -> None:
-    """Raises FedSieveError for a recipe whose layers are found by a regular expression.
-
-    A short one can keep a site's processor busy for ever.
-    """
-    if recipe.lora.pattern is not None:
-        raise FedSieveError(
-            "lora.targets: a site takes no regular expression from a server: list the names"
-        )
-
-
-_NO_FUNCTION = "training.function: a site runs no program that a server names: leave it out"
-
-
-def refuse_what_is_not_here(recipe: Recipe) -> None:
-    """Raises FedSieveError for a recipe that names what a server has and no site: a function of
-    somebody's own, or the folder of an adapter to begin from.
-    """
-    if recipe.training.function is not None:
-        raise FedSieveError(_NO_FUNCTION)
-    if recipe.lora.start is not None:
-        raise FedSieveError(
-            "lora.start: sites draw the first adapter from the seed, and none has this folder: "
-            "leave it out"
-        )
 
 
 def _localised(recipe: Recipe, site: Site) -> Recipe:

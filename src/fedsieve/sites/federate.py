@@ -76,8 +76,8 @@ from fedsieve.run import back, checkpoint, rundir, runner, tracking
 from fedsieve.run.progress import line_of
 from fedsieve.settings import Sampling
 from fedsieve.sites import certificates, found, told
-from fedsieve.sites.assignment import refuse_patterns, refuse_what_is_not_here
 from fedsieve.sites.certificates import CA, CERTIFICATE, PRIVATE
+from fedsieve.sites.foreign import refuse_foreign
 from fedsieve.sites.found import APP as APP
 from fedsieve.sites.found import COMPONENTS, CONFIG, LINK
 from fedsieve.sites.found import CONNECTION as CONNECTION
@@ -607,8 +607,7 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
             "(the recipe.toml of any run over such rows has them)"
         )
     recipes.check_metrics(recipe, by_row=_evaluates(recipe))
-    refuse_patterns(recipe)
-    refuse_what_is_not_here(recipe)
+    refuse_foreign(recipe)
     method = build_method(recipe)
     _refuse_claimed_steps(method, recipe)
     if method.personal is not None and _evaluates(recipe):

@@ -34,8 +34,14 @@ def refuse_pickled(source: str) -> None:
     if not folder.is_dir():
         return
     names = {path.name for path in folder.iterdir()}
+    index = table_of(folder / _INDEX)
+    if index and not isinstance(index.get("metadata"), Mapping):
+        raise FedSieveError(
+            f'model {source!r}: its {_INDEX} has no table "metadata", without which transformers '
+            "does not read it: an empty one does"
+        )
     named = {*_said(folder / "config.json", "transformers_weights")} - {_INDEX}
-    read = named | {*_shards(folder / _INDEX)}
+    read = named | {*_shards(index)}
     if not any(name.endswith(".safetensors") for name in names):
         read |= {name for name in names if name.endswith(_PICKLED)}
     odd = sorted(name for name in read if not name.endswith(".safetensors"))
@@ -45,8 +51,11 @@ def refuse_pickled(source: str) -> None:
             "other files can hold programs: load it with transformers where you trust it, and "
             "`save_pretrained` it (which writes model.safetensors)"
         )
-    if outside := sorted(name for name in read if Path(name).name != name):
-        raise FedSieveError(f"model {source!r}: it names {outside[0][:80]!r}, outside its folder")
+    if odd := sorted(name for name in read if Path(name).name != name):
+        raise FedSieveError(
+            f"model {source!r}: it names {odd[0][:80]!r}, and its files are beside its "
+            "config.json: the name alone is needed"
+        )
 
 
 def refuse_odd(source: str) -> None:
@@ -126,8 +135,8 @@ def _said(path: Path, key: str) -> list[str]:
     return [str(value)] if value else []
 
 
-def _shards(path: Path) -> Iterable[str]:
-    shards = table_of(path).get("weight_map")
+def _shards(index: Mapping[str, Any]) -> Iterable[str]:
+    shards = index.get("weight_map")
     return map(str, shards.values()) if isinstance(shards, Mapping) else ()
 
 

@@ -31,6 +31,11 @@ _HEADER = 1 << 23  # and of what stands before the weights
 _MOST_RANK, _MOST_ALPHA = 1 << 20, 1e9
 # Ways to begin that change the base too: such an adapter is nothing without what they left of it.
 _OTHER_BASES = ("pissa", "olora", "loftq", "corda", "lora_ga")
+# PEFT's settings by which s B A, or the layer that it is added to, is another one.
+_MORE_THAN_PAIRS = (
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication"),
+    *("alora_invocation_tokens", "kasa_config", "monteclora_config", "arrow_config"),
+)
 
 
 def begun(resident: ResidentModel, folder: str, method: Method) -> ResidentModel:
@@ -120,12 +125,24 @@ def _fitted(resident: ResidentModel, config: Mapping[str, Any], given: Tree, whe
                 f"{where}: {name} holds numbers that are beyond float32 at this run's lora.alpha"
             )
         tensors[name] = value if axis is None else _filled(fresh[name], value, axis)
+    # PEFT names every head that a model of its kind may have (classifier, score), not its own one.
+    whole = _whole(config)
+    if whole and not any(f".{module}." in f".{name}." for module in whole for name in given):
+        raise FedSieveError(
+            f"{where} holds nothing of {printable(', '.join(whole)[:200])}, which {_CONFIG} says "
+            "was trained whole (modules_to_save): its file of weights is not all of it"
+        )
     if surplus := sorted(set(given) - set(layout.names)):
         raise FedSieveError(
             f"{where} holds {printable(surplus[0][:200])}, which this run does not train: choose "
             "the lora.targets and lora.whole that it was trained with"
         )
     return Adapter(layout, tensors)
+
+
+def _whole(config: Mapping[str, Any]) -> list[str]:
+    named = config.get("modules_to_save")
+    return [str(each) for each in named] if isinstance(named, list) else []
 
 
 def _filled(fresh: Tensor, value: Tensor, axis: int) -> Tensor:
@@ -146,15 +163,20 @@ def _rank_and_scale(config: Mapping[str, Any], where: str) -> tuple[int, float]:
         if config.get(key):
             raise FedSieveError(f"{where} has a {key}, and one rank and scale is needed everywhere")
     began = str(config.get("init_lora_weights")).lower()
-    if config.get("use_dora") or began.startswith(_OTHER_BASES):
-        what = "use_dora" if config.get("use_dora") else f"init_lora_weights {quoted(began)}"
-        raise FedSieveError(f"{where} was trained with {what}, so it is more than its pairs")
+    more = [key for key in _MORE_THAN_PAIRS if config.get(key)]
+    if began.startswith(_OTHER_BASES):
+        more.append(f"init_lora_weights {quoted(began)}")
+    if more:
+        raise FedSieveError(f"{where} was trained with {more[0]}, so it is more than its pairs")
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or not 0 < rank < _MOST_RANK:
         raise FedSieveError(f"{where}: {_CONFIG} says no r that is a number of ranks")
     if alpha is None or not is_number(alpha) or not abs(alpha) <= _MOST_ALPHA:
         raise FedSieveError(f"{where}: {_CONFIG} says no lora_alpha that is a usable number")
-    return rank, float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    root = config.get("use_rslora", False)
+    if root not in (None, False, True):
+        raise FedSieveError(f"{where}: {_CONFIG} says use_rslora {quoted(root)}: true or false")
+    return rank, float(alpha) / (rank**0.5 if root else rank)
 
 
 def _refuse_other_classes(resident: ResidentModel, path: Path, where: str) -> None:

@@ -82,7 +82,7 @@ def _named(base: nn.Module, pattern: str) -> set[str] | str:
     if not found:
         raise FedSieveError(
             "lora.targets: no module's whole name matches the regular expression "
-            f"{quoted(pattern)}: begin it with '.*', or give a list of names"
+            f"{quoted(pattern)}: begin it with '.*', or give a list of names{_meant(base, pattern)}"
         )
     for name in _stacked(base):  # a kernel or a position's embedding has three sides as well
         parent = name.rpartition(".")[0]
@@ -93,6 +93,16 @@ def _named(base: nn.Module, pattern: str) -> set[str] | str:
                 f"lora.targets takes in the experts of a mixture: {_no_experts(name)}"
             )
     return _by_name(base, found)
+
+
+def _meant(base: nn.Module, pattern: str) -> str:
+    """Where a text is no expression, but the name of a layer without its list, or nearly one."""
+    if not re.fullmatch(r"[\w.-]+", pattern):
+        return ""
+    called = {name.rpartition(".")[2] for name, _ in base.named_modules() if name}
+    if pattern in called:
+        return f", here [{quoted(pattern)}]"
+    return nearest(pattern, {*called, "all-linear"}) if len(pattern) < 100 else ""
 
 
 def _matched(pattern: str, names: Sequence[str]) -> list[str]:
