@@ -379,17 +379,18 @@ def test_what_real_models_do_is_taken(tiny: Tiny, tmp_path: Path) -> None:
             {n: tensors_of[n] for n in own}, folder / file, {"format": "pt"}
         )
     where = {name: file for file, own in parts.items() for name in own}
-    table = {"metadata": {"total_size": 1}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(table))
+    whole = {"metadata": {"total_size": 1}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(whole))
     used(tiny, folder)
     load_base(str(tiny.gpt2), "causal-lm", key=Key(0), pad_token_id=0)
     base = load_base(str(folder), "classification", LABELS, key=Key(0))
     assert all(torch.isfinite(p).all() for p in base.parameters())
-    for table, said in (
+    odd: list[tuple[dict[str, Any], str]] = [
         ({"weight_map": where}, 'has no table "metadata"'),
         ({"metadata": {}, "weight_map": {n: f"./{f}" for n, f in where.items()}}, "name alone"),
         ({"metadata": {}, "weight_map": {n: f"../{f}" for n, f in where.items()}}, "name alone"),
-    ):
+    ]
+    for table, said in odd:
         (folder / "model.safetensors.index.json").write_text(json.dumps(table))
         with pytest.raises(FedSieveError, match=said):
             used(tiny, folder)

@@ -328,7 +328,11 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
             raise FedSieveError(f"port {port} was taken while the sites began: do it again")
         _until(lambda: _listens(port), start(link, folder / HERE / _SERVER_LOG, flower))
         say(f"{count(len(homes), 'site')} at work; what they say is in {folder / HERE}")
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            say("stopping: the server and the sites are ended, which may take some seconds")
+            raise
 
 
 @contextmanager
