@@ -132,7 +132,8 @@ def main() -> None:
         # Ctrl-C in a command that has no words of its own for it reaches us as typer's exit.
         if isinstance(getattr(error.__context__, "__cause__", None), KeyboardInterrupt):
             problems.print("stopped")
-        if not _through_a_command(error):
+        # Whoever reads our output may have seen enough (`| head`); rich ends the program then.
+        if isinstance(error.__context__, BrokenPipeError) or not _through_a_command(error):
             raise
         said = "code that is not FedSieve's ended the program before all was done"
         # Of a code a shell sees the last byte.

@@ -294,6 +294,20 @@ def test_output_that_finds_no_room_is_told(words: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words", [["reproduce"], ["methods"], ["recipes", "demo"]])
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(words: list[str]) -> None:
+    """As `| head` does."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "fedsieve", *words],
+            stdout=closed, stderr=subprocess.PIPE, text=True, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.stderr == ""
+    assert done.returncode != 0
+
+
 @pytest.mark.parametrize(
     ("words", "place"),
     [
