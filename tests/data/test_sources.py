@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,3 +367,13 @@ def test_what_is_there_and_is_no_file_is_not_said_to_be_missing(tmp_path: Path) 
     for name in ("rows.csv", "loop.csv"):
         with pytest.raises(FedSieveError, match="is no file to read"):
             load(tmp_path / name)
+
+
+def test_what_is_twice_is_found_at_once(tmp_path: Path) -> None:
+    """However many keys there are beside it."""
+    keys = [f"k{n}" for n in range(60_000)]
+    (tmp_path / "a.jsonl").write_text(json.dumps(dict.fromkeys([*keys, "z"], 1))[:-1] + ', "z": 2}')
+    began = time.monotonic()
+    with pytest.raises(FedSieveError, match="the key 'z' more than once"):
+        load(tmp_path / "a.jsonl")
+    assert time.monotonic() - began < 20

@@ -28,7 +28,8 @@ from fedsieve.recipe.experiment import from_recipe
 from fedsieve.recipe.method import build_method
 from fedsieve.run import checkpoint, rundir, runner, state
 from fedsieve.run.checkpoint import Snapshot
-from fedsieve.train.digest import tensors_digest
+from fedsieve.tasks.digest import RowsDigest
+from fedsieve.train.digest import BaseDigest, tensors_digest
 from tests import runs, toy
 from tests.conftest import Tiny
 from tests.kinds import QUICK, quick_of
@@ -163,6 +164,36 @@ def test_no_adapter_is_exported_that_is_not_finite(value: float) -> None:
     resident: Any = SimpleNamespace(put=lambda adapter: None)
     with pytest.raises(FedSieveError, match=r"adapter is not finite .*resume --at-round"):
         state.exported(Path("run"), method, resident, start, changed)
+
+
+ODD_FACTS: list[Any] = [
+    *({}, [], "x", 7, -1, 2**70, None, True, [7], {"x": "y"}, {"x": 7}, "9" * 5000),
+    *({"weights": "x"}, {"config": "x"}, {"weights": "x", "config": "x", "start": None}),
+    *({"train": "x"}, {"train": "x", "test": "y", "more": "z"}, {"summary": {}}),
+    {"summary": {}, "receipts": [{}], "due": True},
+]
+
+
+@pytest.mark.parametrize("fact", [*checkpoint._Facts.model_fields])
+def test_any_fact_may_be_anything(tmp_path: Path, fact: str) -> None:
+    """With its right digest it is no accident: the file is named, and what of it is odd."""
+    start, method = toy.start(), fedit.method()
+    base, rows = BaseDigest("w", "c"), RowsDigest("a", "b")
+    done = Snapshot(Progress(1, method.init(start)), {}, {}, base=base, rows=rows)
+    path = checkpoint.save(tmp_path, done)
+    facts, tensors = checkpoint._read(path)
+    assert checkpoint.load(tmp_path, start.layout, base).rows == rows
+    for odd in ODD_FACTS:
+        text = json.dumps({**facts, fact: odd})
+        told = {"facts": text, "digest": tensors_digest(tensors, text)}
+        safetensors.torch.save_file(tensors, path, told)
+        said = ""
+        try:
+            checkpoint.load(tmp_path, start.layout, base)
+        except FedSieveError as error:
+            said = str(error)
+        assert not said or str(path) in said or fact == "base"
+        assert len(said) < 1000
 
 
 @pytest.mark.parametrize("name", ["memory/" + "9" * 5000 + "/a/b", "memory/1/a/b", "memory/00/a/b"])

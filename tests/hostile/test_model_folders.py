@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from datasets import Dataset
 
 from fedsieve.algebra.keys import Key
@@ -278,6 +279,24 @@ def test_settings_of_a_recipe_are_compared_too(tiny: Tiny, setting: str) -> None
         )
     assert peak() - before < 200 * MEGA
     assert time.monotonic() - began < 20
+
+
+def test_what_a_model_makes_beside_its_weights_is_counted(tmp_path: Path) -> None:
+    """A mask over all pairs of positions has no weights: a folder of some KB, and gigabytes."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=512, hidden_size=8, num_layers=2, num_heads=2, max_position_embeddings=512,
+        attention_types=[[["global", "local"], 1]], intermediate_size=8, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    transformers.GPTNeoForCausalLM(config).save_pretrained(tmp_path / "model")
+    load_base(str(tmp_path / "model"), "causal-lm", key=Key(0), pad_token_id=0)
+    told = json.loads((tmp_path / "model/config.json").read_text())
+    told["max_position_embeddings"] = 40_000
+    (tmp_path / "model/config.json").write_text(json.dumps(told))
+    before = peak(reset=True)
+    with pytest.raises(FedSieveError, match=r"asks for [0-9]+ numbers"):
+        load_base(str(tmp_path / "model"), "causal-lm", key=Key(0), pad_token_id=0)
+    assert peak() - before < 200 * MEGA
 
 
 @pytest.mark.parametrize(

@@ -189,17 +189,32 @@ def test_a_digest_is_of_what_is_said() -> None:
     moved = payload.support._replace(masks={**payload.support.masks, name: mask})
     numbers = payload.values.data.clone()
     numbers[-1] += 1e-12
+    none = torch.empty(0)
+    names, masks = payload.support.names[1:], {**payload.support.masks}
+    del masks[name]
+    fewer = payload.support._replace(names=names, masks=masks)
+    of_fewer = Values("float64", gather(payload.tree(), fewer), none)
+    ranks = torch.arange(layout.rank).expand(len(layout.pairs), -1)
+    float32 = payload.values._replace(form="float32", data=payload.values.data.float())
     others = [
         payload._replace(support=moved),
         payload._replace(values=payload.values._replace(data=numbers)),
-        payload._replace(values=payload.values._replace(form="float32")),
-        payload._replace(support=payload.support._replace(masks={})),
-        payload._replace(support=payload.support._replace(names=payload.support.names[:-1])),
-        payload._replace(support=payload.support._replace(ranks=torch.arange(8).expand(2, 8))),
+        payload._replace(values=float32),
+        payload._replace(support=fewer, values=of_fewer),
+        payload._replace(support=payload.support._replace(ranks=ranks)),
     ]
     for other in others:
         assert digest(other) not in seen
         seen.add(digest(other))
+    # A zero that travels, and the same without it.
+    numbers[0] = 0.0
+    zero = payload._replace(values=payload.values._replace(data=numbers))
+    mask = payload.support.masks[name].clone()
+    mask.view(-1)[int(mask.view(-1).nonzero()[0])] = False
+    less = payload.support._replace(masks={**payload.support.masks, name: mask})
+    without = zero._replace(support=less, values=Values("float64", numbers[1:], none))
+    assert digest(zero) not in seen
+    assert digest(without) == digest(zero)
 
 
 @pytest.mark.parametrize("do", ["evaluate", "keep"])

@@ -237,6 +237,20 @@ def test_unfinished_bodies_hold_no_more_than_their_bound(
         tracemalloc.stop()
 
 
+def test_promises_of_bodies_keep_nobody_waiting(
+    address: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that is closed for newer ones waits for room no longer."""
+    monkeypatch.setattr(intake, "WAITING", 2 * MOST)
+    monkeypatch.setattr(intake, "SILENCE", 5.0)
+    with ExitStack() as open_ones:
+        for _ in range(worker.THREADS + 100):
+            connection = open_ones.enter_context(socket.socket(socket.AF_UNIX))
+            connection.connect(str(address))
+            connection.sendall(head(MOST))
+        assert ask(address, Frame({"do": "describe"}), 20).header["ok"]
+
+
 def test_what_waits_for_room_is_taken_when_there_is(
     address: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

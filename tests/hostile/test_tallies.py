@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedsieve.frame import Frame
 from fedsieve.sites.server import joint_score
@@ -53,6 +54,8 @@ def test_no_sums_of_some_sites_stop_a_server(task: str) -> None:
             taken += 1
             sound = {n: v for n, v in found.metrics.items() if n != "perplexity"}
             assert all(map(math.isfinite, sound.values())), (answers, found)
+            shares = [v for n, v in sound.items() if n not in ("mse", "chrf")]
+            assert all(-1 - 1e-9 <= value <= 1 + 1e-9 for value in shares), (answers, found)
     assert taken
 
 
@@ -70,3 +73,46 @@ def test_one_odd_sum_is_left_out_by_name_and_the_others_count(task: str) -> None
             found = joint_score({"bad": bad, "good": good}, task, classes, said.append)
             assert found == alone
             assert [line.split(":")[0] for line in said] == ["site bad"]
+
+
+def regression(n: int, loss: float, **sums: float) -> Frame:
+    return frame(n, {"x": 0.0, "y": 0.0, "xx": 0.0, "yy": 0.0, "xy": 0.0, **sums}, loss)
+
+
+LIES = {
+    "large numbers, nearly equal": regression(
+        100, 4e18, x=1e10, y=-1e10, xx=1e18 * (1 + 1e-10), yy=1e18 * (1 + 1e-10), xy=1e18
+    ),
+    "one row that varies": regression(1, 4.0, x=1, y=1, xx=1 + 1e-15, yy=1 + 1e-15, xy=-1),
+    "a correlation above one": regression(100, 0.0, xx=1.0, yy=1.0, xy=1.5),
+    "no loss where there is one": regression(100, 0.0, xx=9.0, yy=9.0, xy=0.0),
+    "a loss where there is none": regression(100, 9.0, xx=9.0, yy=9.0, xy=9.0),
+    "labels beyond the largest": regression(2, 1e15, yy=1e15),
+    "sums of no rows": regression(0, 0.0, xx=1.0),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_correlation_is_of_sums_that_rows_can_have(lie: str) -> None:
+    tally, _ = OF_TASKS["regression"]
+    good = frame(tally.counted, dict(tally.sums), tally.loss)
+    said: list[str] = []
+    found = joint_score({"bad": LIES[lie], "good": good}, "regression", (), said.append)
+    assert found == joint_score({"good": good}, "regression", (), print)
+    assert [line.split(":")[0] for line in said] == ["site bad"]
+
+
+@pytest.mark.parametrize("middle", [0.0, 1.0, 2000.0, -9e5])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("rows", [1, 2, 300])
+def test_what_rows_gave_is_taken(middle: float, spread: float, rows: int) -> None:
+    draw = np.random.default_rng(rows)
+    labels = torch.tensor(middle + spread * draw.standard_normal(rows), dtype=torch.float32)
+    logits = labels + torch.tensor(spread * draw.standard_normal(rows), dtype=torch.float32)
+    tally = catalogue.load("regression").judge(logits[:, None], labels, ())
+    said: list[str] = []
+    answer = frame(tally.counted, dict(tally.sums), tally.loss)
+    found = joint_score({"a": answer, "b": answer}, "regression", (), said.append)
+    assert not said
+    assert found is not None
+    assert -1 <= found.metrics["pearson"] <= 1

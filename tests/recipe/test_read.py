@@ -101,6 +101,13 @@ def test_an_override_without_a_value_takes_the_key_out() -> None:
         ("trainning.lr=3", "trainning: unknown key (did you mean 'training'"),
         (r'data.train="C:\data"', "a backslash is a backslash"),
         ('name="one" "', "Expected newline or end of document"),
+        ("seed=" + "9" * 5000, "it cannot be read"),
+        ("seed=" + "[" * 3000, "it cannot be read"),
+        ("seed=" + "[" * 200 + "]" * 200, "nested more than"),
+        ("seed=" + "9" * 400, "seed"),
+        ("budgets.\u00b2.up=1", "'\u00b2' is not a table of the recipe"),
+        ("budgets." + "9" * 5000 + ".up=1", "is not a table of the recipe"),
+        ("budgets.01.up=1", "'01' is not a table of the recipe"),
     ],
 )
 def test_overrides_that_change_nothing_known(

@@ -151,7 +151,9 @@ def test_few_large_images_are_held_at_a_time() -> None:
     sides = [30] * 20 + [1500] * 5 + [3000] + [30] * 3
     values = [packed(Image.new("L", (side, side), side % 256)) for side in sides]
     found = made(values, watched)
-    assert sum(map(len, held[3:])) == len(sides)  # the first are black, white and a gray
+    assert sum(map(len, held[4:])) == len(
+        sides
+    )  # the first are black, white, a gray and a wide one
     assert all(len(each) <= 16 for each in held)
     assert all(sum(each) <= 2**22 or len(each) == 1 for each in held)
     assert found.pixels[:, 0, 0, 0].tolist() == [side % 256 for side in sides]
@@ -166,9 +168,9 @@ def test_how_large_images_become_is_bounded_too(monkeypatch: pytest.MonkeyPatch)
         held.append(len(images))
         return processor(images, **how)
 
-    values = [packed(noise(n)) for n in range(9)]
+    values = [packed(noise(n, 30, 30)) for n in range(9)]
     assert made(values, watched).pixels.shape == (9, 3, 1024, 1024)
-    assert held == [1, 1, 1, 4, 4, 1]
+    assert held == [1, 1, 1, 1, 4, 4, 1]
     monkeypatch.setattr(images, "memory_of_machine", lambda: 9 * 3 * 1024**2 * 2 - 1)
     with pytest.raises(FedSieveError, match=r"9 rows take 0.0283 GB .*1024 x 1024.*fewer rows"):
         made(values, watched)
@@ -187,6 +189,50 @@ def test_a_processor_that_keeps_each_images_form_is_refused() -> None:
     assert made(alike, processor).pixels.shape == (20, 3, 32, 43)
     with pytest.raises(FedSieveError, match=r"several sizes \(32 x 43 and 32 x 32\)"):
         made([*alike[:16], *[packed(noise(1, 30, 30))] * 16], processor)
+
+
+def test_how_long_a_processor_makes_images_that_keep_their_shape_is_bounded() -> None:
+    """Before it makes any: sixteen images of 16 x 1024 would become 4 GB."""
+    processor = transformers.CLIPImageProcessorPil(
+        size={"shortest_edge": 512}, do_center_crop=False
+    )
+    held: list[int] = []
+
+    def watched(images: list[Image.Image], **how: Any) -> Any:
+        held.append(sum(each.width * each.height for each in images))
+        return processor(images, **how)
+
+    watched.size = processor.size  # type: ignore[attr-defined]
+    with pytest.raises(FedSieveError, match="images in their shape, and one has 32768 pixels"):
+        made([packed(Image.new("L", (1024, 16)))] * 20, watched)
+    assert max(held) == 64 * 128
+    processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size=SMALL)
+    assert made([packed(Image.new("L", (1024, 16)))], processor).pixels.shape == (1, 3, 16, 16)
+
+
+def tiled(side: int) -> bytes:
+    """A TIFF of 16 x 16 pixels in one tile, which is larger."""
+    tags = {
+        256: 16, 257: 16, 258: (8, 8, 8), 259: 8, 262: 2, 277: 3, 322: side, 323: side,
+    }  # fmt: skip
+    body = zlib.compress(bytes(side * side * 3), 9)
+    rows, extra = [], b""
+    at = 8 + 2 + 12 * (len(tags) + 2) + 4
+    for tag, value in sorted({**tags, 324: 0, 325: len(body)}.items()):
+        if tag == 258:
+            rows.append(struct.pack("<HHII", tag, 3, 3, at))
+            extra += struct.pack("<HHH", 8, 8, 8)
+        else:
+            rows.append(struct.pack("<HHII", tag, 4, 1, at + 6 if tag == 324 else value))
+    head = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(rows))
+    return head + b"".join(rows) + struct.pack("<I", 0) + extra + body
+
+
+def test_a_tile_larger_than_its_image_is_bounded_as_images_are() -> None:
+    rows = Dataset.from_dict({"i": [tiled(64), tiled(8000)]})
+    found = images.bad_images(rows, "i")
+    assert list(found) == [1]
+    assert "row 1 of column 'i' holds a tile of 8000 x 8000 pixels" in str(found[1])
 
 
 def gray16(largest: int = 65535) -> Image.Image:

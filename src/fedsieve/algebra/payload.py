@@ -96,11 +96,11 @@ def digest(payload: Payload) -> str:
     Any change of a number, of its form or of its place is another digest. What travels
     beside the values has no part in it.
     """
-    names, ranks, masks = payload.support
-    # What the numbers are, not how they are written: -0.0 is 0.0, and nothing has any scale.
-    numbers = exact(payload.values) + 0.0
+    (names, ranks, _), tree = payload.support, payload.tree()
     said = hashlib.blake2b(repr((names, payload.values.form)).encode(), digest_size=16)
-    for tensor in (ranks, *(masks.get(name) for name in names), numbers):
+    # What the numbers are, not how they are written: -0.0 is 0.0, nothing has any scale, and a
+    # zero that travels is as good as one that does not.
+    for tensor in (ranks, *(tree[name] + 0.0 for name in names)):
         whole = torch.empty(0) if tensor is None else tensor.contiguous()
         said.update(repr((tensor is None, tuple(whole.shape))).encode())
         said.update(whole.view(torch.uint8).numpy().tobytes() if whole.numel() else b"")

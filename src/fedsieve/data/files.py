@@ -17,7 +17,7 @@ import csv
 import io
 import json
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import islice
@@ -291,10 +291,11 @@ def chosen(found: Sequence[str], columns: Columns | None) -> list[str]:
     Raises FedSieveError, with the nearest, for one that is not there, and for one that is twice.
     """
     names = found if columns is None else (*used(columns.texts, found), *columns.names)
+    there = Counter(found)
     for name in (each := list(dict.fromkeys(names))):
-        if name not in found:
-            raise FedSieveError(f"no column {quoted(name)}{nearest(name, set(found))}")
-        if found.count(name) > 1:
+        if name not in there:
+            raise FedSieveError(f"no column {quoted(name)}{nearest(name, there)}")
+        if there[name] > 1:
             raise FedSieveError(f"it has the column {name!r} more than once")
     return each
 
@@ -629,9 +630,8 @@ def _refuse_rows_inside(path: Path, content: str, columns: Columns) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"it has the key {twice!r} more than once")
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"it has the key {twice[:80]!r} more than once")
     return found
 
 

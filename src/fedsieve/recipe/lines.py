@@ -131,7 +131,7 @@ def _entry(value: Any, step: str) -> tuple[Any] | None:
     """What a table or a list has there, alone in a tuple."""
     if isinstance(value, Mapping):
         return (value[step],) if step in value else None
-    if isinstance(value, list) and step.isdigit() and int(step) < len(value):
+    if isinstance(value, list) and step in map(str, range(len(value))):
         return (value[int(step)],)
     return None
 

@@ -26,7 +26,7 @@ def put(table: dict[str, Any], key: str, value: Any, said: str) -> None:
     *path, last = key.split(".")
     place: Any = table
     for step in path:
-        if isinstance(place, list) and step.isdigit() and int(step) < len(place):
+        if isinstance(place, list) and step in map(str, range(len(place))):
             place = place[int(step)]
         elif isinstance(place, dict):
             place = place.setdefault(step, {})

@@ -16,7 +16,15 @@ import tomli_w
 from pydantic import ValidationError
 
 from fedsieve.disk import LARGEST, bytes_of
-from fedsieve.errors import FedSieveError, explain_all, nearest, printable
+from fedsieve.errors import (
+    LONGEST_TOLD,
+    FedSieveError,
+    explain_all,
+    nearest,
+    printable,
+    quoted,
+    words,
+)
 from fedsieve.methods import catalogue
 from fedsieve.methods.catalogue import OPTIMIZERS, known, options
 from fedsieve.recipe import lines, sets
@@ -332,6 +340,9 @@ def override(table: dict[str, Any], given: str) -> None:
                 f"{given!r}: {error} (in '...' a backslash is a backslash, in \"...\" it is not)"
             ) from None
         value = text
+    except (ValueError, RecursionError) as error:  # of numbers and nesting without end
+        raise FedSieveError(f"{quoted(given)}: it cannot be read: {words(error)}") from None
+    _refuse_beyond(value, key.strip()[:LONGEST_TOLD])
     put(table, key.strip(), value, repr(given))
 
 

@@ -85,11 +85,30 @@ class _Facts(BaseModel):
     clients: list[str]
     marks: dict[Literal["metrics.jsonl", "clients.jsonl"], Count]
     same: dict[str, str]
-    base: dict[Literal["weights", "config", "start"], str] | None = None
+    base: "_Base | None" = None
     recipe: str | None = None
-    rows: dict[Literal["train", "test"], str] | None = None
+    rows: "_Rows | None" = None
     moved: Count | None = None
     half: "_Half | None" = None
+
+
+class _Base(BaseModel):
+    """See `BaseDigest`, as `_known` has it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    weights: str
+    config: str
+    start: str = ""
+
+
+class _Rows(BaseModel):
+    """See `RowsDigest`."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    train: str
+    test: str
 
 
 class _Half(BaseModel):

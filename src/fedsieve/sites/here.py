@@ -279,10 +279,11 @@ def free_port() -> int:
 
 
 class _Started(NamedTuple):
-    """A process, and the file with what it says."""
+    """A process, and the file with what it says, from a byte on: before it are earlier starts."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
+    begins: int
 
 
 @contextmanager
@@ -343,6 +344,7 @@ def _running(command: Sequence[object], log: Path, more: Mapping[str, str]) -> I
     """
     path = f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}"  # Flower starts programs by name
     with appending(log) as out:
+        begins = out.seek(0, os.SEEK_END)
         process = subprocess.Popen(
             list(map(str, command)),
             stdin=subprocess.DEVNULL,
@@ -353,7 +355,7 @@ def _running(command: Sequence[object], log: Path, more: Mapping[str, str]) -> I
             preexec_fn=_ends_with_us,
         )
     try:
-        yield _Started(process, log)
+        yield _Started(process, log, begins)
     finally:
         everyone = [process.pid, *descendants(process.pid)]  # some have sessions of their own
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -389,8 +391,9 @@ def _until(there: Callable[[], bool], started: _Started) -> None:
     until = time.monotonic() + _STARTING
     while not there():
         if started.process.poll() is not None or time.monotonic() > until:
-            what = "has not begun" if started.process.poll() is None else "has ended"
-            said = _end_of(started.log)
+            alive = started.process.poll() is None
+            what = f"has not begun in {_STARTING:g} s" if alive else "has ended"
+            said = _said_by(started)
             raise FedSieveError(
                 f"a process of the federation {what}: "
                 f"{said[-1][:300] if said else 'it said nothing'} (all of it is in {started.log})"
@@ -398,10 +401,10 @@ def _until(there: Callable[[], bool], started: _Started) -> None:
         time.sleep(0.1)
 
 
-def _end_of(log: Path) -> list[str]:
-    """The last lines of a file."""
-    with log.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 10_000))
+def _said_by(started: _Started) -> list[str]:
+    """The last lines of a process."""
+    with started.log.open("rb") as file:
+        file.seek(max(started.begins, file.seek(0, os.SEEK_END) - 10_000))
         return file.read().decode("utf-8", errors="replace").strip().splitlines()
 
 

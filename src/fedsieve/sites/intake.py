@@ -41,7 +41,8 @@ class Intake:
             while len(self._reading) >= READING:
                 oldest = self._reading.pop(next(iter(self._reading)))
                 with suppress(OSError):
-                    oldest.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads it
+                    oldest.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads it,
+                self._changed.notify_all()  # and one that waits for room
             self._reading[id(connection)] = connection
         try:
             yield
@@ -50,11 +51,20 @@ class Intake:
                 self._reading.pop(id(connection), None)
 
     @contextmanager
-    def holding(self, count: int) -> Iterator[None]:
-        """So many bytes, as soon as there is room. Raises TimeoutError if there is none in time."""
+    def holding(self, connection: socket.socket, count: int) -> Iterator[None]:
+        """So many bytes for a connection that is read, as soon as there is room.
+
+        Raises TimeoutError if there is none in time, Ended if it was closed for newer ones.
+        """
+
+        def closed() -> bool:
+            return id(connection) not in self._reading
+
         with self._changed:
-            if not self._changed.wait_for(lambda: self._fits(count), ROOM * SILENCE):
+            if not self._changed.wait_for(lambda: closed() or self._fits(count), ROOM * SILENCE):
                 raise TimeoutError(f"{self._held} bytes wait already: ask again later")
+            if closed():
+                raise Ended("others came, and it was the oldest")
             self._held += count
         try:
             yield

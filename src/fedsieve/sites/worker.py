@@ -258,7 +258,7 @@ def _accept(
                         return
                     if length > limit:
                         raise WireError(f"a body of {length} bytes: at most {limit} for this")
-                    held.enter_context(intake.holding(length))
+                    held.enter_context(intake.holding(connection, length))
                     request = Frame(header, take(connection, length))
             except (WireError, Ended, TimeoutError) as error:
                 _send(connection, refusal(f"this is no request: {error}"))

@@ -12,7 +12,8 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,12 +59,12 @@ def images(dataset: Dataset, processor: Any, name: str) -> Images:
     """
     low, high, size = _ends(processor)
     pixels, done = _room(len(dataset), size), 0
-    kept = not getattr(processor, "do_resize", True)
-    for some in _batches(dataset, name, max(1, _HELD // math.prod(size))):
-        if kept and (large := max(max(image.size) for image in some)) > MOST_SIDE:
+    keeps, longest = _longest(processor, size)
+    for some in _batches(dataset, name, size):
+        if (large := max(map(longest, some))) > MOST_SIDE:
             raise FedSieveError(
-                f"the model's image processor leaves images as large as they are, and one has "
-                f"{large} pixels a side: at most {MOST_SIDE} are read"
+                f"the model's image processor leaves images {keeps}, and one has {large:.0f} "
+                f"pixels a side: at most {MOST_SIDE} are read"
             )
         levels = _levels(_values(processor, some), low, high)
         if not done:
@@ -123,19 +124,23 @@ def memory_of_machine() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _batches(dataset: Dataset, name: str, most: int) -> Iterator[list[Image.Image]]:
-    """The images in order, a few at a time, `most` of them at most. Raises the error of a row that
-    has none.
+def _batches(dataset: Dataset, name: str, size: tuple[int, int]) -> Iterator[list[Image.Image]]:
+    """The images in order, a few at a time. Raises the error of a row that has none.
+
+    size: what the processor makes of a square one
     """
     batch: list[Image.Image] = []
-    held = 0
+    held = 0.0
     for image in _decoded(dataset, name):
         if isinstance(image, FedSieveError):
             raise image
-        held += image.width * image.height
-        if batch and (len(batch) == min(most, _AT_ONCE) or held > _HELD):
+        # Before it is cropped an image may have its shape yet, with `size` along its shorter side.
+        resized = math.prod(size) * max(image.size) / min(image.size)
+        own = max(image.width * image.height, resized)
+        held += own
+        if batch and (len(batch) == _AT_ONCE or held > _HELD):
             yield batch
-            batch, held = [], image.width * image.height
+            batch, held = [], own
         batch.append(image)
     yield batch
 
@@ -170,11 +175,12 @@ def _image(value: Any) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a size that is refused here
             with Image.open(source, formats=FORMATS) as image:
-                if image.width * image.height > MOST_PIXELS:
-                    raise FedSieveError(
-                        f"holds an image of {image.width} x {image.height} pixels: at most "
-                        f"{MOST_PIXELS:,} are read"
-                    )
+                for wide, high, what in (*_tiles(image), (*image.size, "n image")):
+                    if wide * high > MOST_PIXELS:
+                        raise FedSieveError(
+                            f"holds a{what} of {wide} x {high} pixels: at most {MOST_PIXELS:,} are "
+                            "read"
+                        )
                 if max(image.size) > MOST_SIDES * min(image.size):
                     raise FedSieveError(
                         f"holds an image of {image.width} x {image.height} pixels: one side may be "
@@ -195,6 +201,16 @@ def _image(value: Any) -> Image.Image:
         raise_of_memory(error)
         why = words(error, 100)
         raise FedSieveError(f"holds an image that cannot be read: {why}") from None
+
+
+def _tiles(image: Image.Image) -> Iterator[tuple[int, int, str]]:
+    """Width and height of what a TIFF is made of, which is decoded whole: a tile may be larger than
+    the image.
+    """
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        with suppress(TypeError, ValueError):
+            yield int(tags.get(322, 0)), int(tags.get(323, 0)), " tile"
 
 
 def _scans(source: io.BytesIO | str) -> int:
@@ -241,15 +257,19 @@ def _values(processor: Any, batch: Sequence[Image.Image]) -> Array:
     return values
 
 
+def _told(processor: Any, name: str) -> Mapping[str, Any]:
+    """A size that a processor has, by its sides."""
+    given = getattr(processor, name, None)
+    return given if isinstance(given, Mapping) else {} if given is None else vars(given)
+
+
 def _ends(processor: Any) -> tuple[Array, Array, tuple[int, int]]:
     """What black and white become, of each channel, (3,) and (3,), and height and width of both.
 
     Raises FedSieveError where what lies between them is not on a line.
     """
     for name in ("size", "crop_size", "pad_size"):
-        given = getattr(processor, name, None)
-        told = given if isinstance(given, Mapping) else vars(given) if given is not None else {}
-        sides = [side for side in told.values() if isinstance(side, int)]
+        sides = [side for side in _told(processor, name).values() if isinstance(side, int)]
         if sides and max(sides) > MOST_SIDE:
             raise FedSieveError(
                 f"the model's image processor makes images of {max(sides)} pixels a side ({name}): "
@@ -268,6 +288,19 @@ def _ends(processor: Any) -> tuple[Array, Array, tuple[int, int]]:
             "whose processor does no more are needed"
         )
     return low, high, size
+
+
+def _longest(processor: Any, size: tuple[int, int]) -> tuple[str, Callable[[Image.Image], float]]:
+    """How long the longer side of an image becomes, at most, and what the processor leaves of it.
+
+    size: what a square one becomes
+    """
+    if not getattr(processor, "do_resize", True):
+        return "as large as they are", lambda image: max(image.size)
+    (values,) = _values(processor, [Image.new("RGB", (128, 64))])
+    if max(values.shape[1:]) <= max(size) or _told(processor, "size").get("longest_edge"):
+        return "of one size", lambda image: max(size)
+    return "in their shape", lambda image: max(size) * max(image.size) / min(image.size)
 
 
 def _levels(values: Array, low: Array, high: Array) -> Tensor:

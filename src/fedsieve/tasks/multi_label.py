@@ -4,6 +4,7 @@ The labels are one column of lists of names, or a column for each class that say
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def label_columns(given: tuple[str, ...], label: str | tuple[str, ...] | None) -
     if isinstance(label, str):
         return Columns((*given, label))
     names = tuple(map(clean, label or ()))
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise FedSieveError(f"label: it names the column {twice[0]!r} twice")
     return Columns(given, label or ())
 

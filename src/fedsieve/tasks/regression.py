@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1e6  # beyond it a squared error in float32 is no help to anybody
 _SUMS = ("x", "y", "xx", "yy", "xy")
+_NEAR = 1e-9  # of a sum of squares, within which an honest site's sums agree with each other
+_ROUNDING = 1e-13  # of one, below which a spread is none
 
 
 def _columns(fields: Fields) -> Columns:
@@ -95,9 +97,17 @@ def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
     s, n = tally.sums, tally.counted
     if set(s) != set(_SUMS):
         return False
-    near = 1 + 1e-9
-    squares = s["xx"] >= 0 <= s["yy"] and s["xy"] ** 2 <= s["xx"] * s["yy"] * near
-    return squares and s["x"] ** 2 <= n * s["xx"] * near and s["y"] ** 2 <= n * s["yy"] * near
+    if not n:
+        return not any(s.values())
+    if not s["xx"] >= 0 or not 0 <= s["yy"] <= n * LARGEST**2 * (1 + _NEAR):
+        return False
+    of_x, of_y, both = _spreads(tally)
+    # What rounding may have left of the difference of two sums that are nearly equal.
+    near_x, near_y = _NEAR * s["xx"], _NEAR * s["yy"]
+    if of_x < -near_x or of_y < -near_y or both**2 > (of_x + near_x) * (of_y + near_y):
+        return False
+    apart = tally.loss - (s["xx"] - 2 * s["xy"] + s["yy"])
+    return math.isnan(tally.loss) or abs(apart) <= near_x + near_y
 
 
 def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
@@ -118,10 +128,18 @@ def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:
     return {"pearson": _or_none(pearson), "spearman": _or_none(spearman), "mse": error}
 
 
-def _of_sums(tally: Tally) -> float:
+def _spreads(tally: Tally) -> tuple[float, float, float]:
+    """Sums of (x - mean)^2, of (y - mean)^2 and of their product, as rounding leaves them."""
     n, s = tally.counted, tally.sums
-    spread = (s["xx"] - s["x"] ** 2 / n) * (s["yy"] - s["y"] ** 2 / n)
-    return (s["xy"] - s["x"] * s["y"] / n) / math.sqrt(spread) if spread > 0 else 0.0
+    mean_x, mean_y = s["x"] / n, s["y"] / n
+    return s["xx"] - s["x"] * mean_x, s["yy"] - s["y"] * mean_y, s["xy"] - s["x"] * mean_y
+
+
+def _of_sums(tally: Tally) -> float:
+    of_x, of_y, both = _spreads(tally)
+    if of_x <= _ROUNDING * tally.sums["xx"] or of_y <= _ROUNDING * tally.sums["yy"]:
+        return 0.0
+    return max(-1.0, min(1.0, both / (math.sqrt(of_x) * math.sqrt(of_y))))
 
 
 def _or_none(value: Any) -> float:

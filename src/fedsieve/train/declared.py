@@ -19,6 +19,7 @@ from fedsieve.errors import FedSieveError
 
 _TIMES = 4  # as many numbers: heads are drawn, and tied tensors are stored once
 _MORE = 1 << 26  # numbers beyond that: a head of many classes over a small body
+_FLOAT = 4  # bytes of a number
 _PACKED = 8  # numbers of 4 bits in one of the 32 bits that GPTQ and AWQ store
 _LAYERS = 8  # times as many as there are tensors: some architectures use one layer again and again
 # The words of keys that count what is made again and again, whatever an architecture calls it, and
@@ -47,8 +48,11 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
         if number > most * (len(shapes) + _LAYERS):
             raise _larger(name, f"{number} of {key}", f"{len(shapes)} tensors")
     with torch.device("meta"):
-        parameters = dict(maker.from_config(config).named_parameters())
+        made = maker.from_config(config)
+    parameters = dict(made.named_parameters())
+    # Buffers are made too: a mask over all pairs of positions has no weights to be compared with.
     asked = sum(p.numel() for p in parameters.values())
+    asked += sum(b.numel() * b.element_size() for b in made.buffers()) // _FLOAT
     if getattr(config, "quantization_config", None) is not None:
         held *= _PACKED
     else:
