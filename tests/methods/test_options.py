@@ -16,10 +16,12 @@ from pydantic.fields import FieldInfo
 
 import fedsieve
 from fedsieve import FedSieveError, methods
+from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method, compose
 from fedsieve.algebra.optim import Optimizer, bounded, fading
 from fedsieve.algebra.options import checked
 from fedsieve.algebra.sieve import dense
+from tests import toy
 
 SERVERS: list[Any] = [1e-3, "adam", fedsieve.adam, {"lr": 1}, Optimizer, (1, 2), [], True, object()]
 OFF: dict[type, list[Any]] = {
@@ -195,3 +197,32 @@ def test_a_method_of_ones_own_is_checked_where_it_asks_for_it() -> None:
     assert isinstance(own(loose="anything", other=1), Method)
     with pytest.raises(FedSieveError, match=r"^method test_options: up_values is 'int9'"):
         own(up_values="int9")  # type: ignore[arg-type]
+
+
+def three(tree: object, layout: object, client: object) -> None: ...
+
+
+def one(layout: object) -> tuple[str, ...]:
+    return ()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"up": three}, r"up: a function \(tree, layout, client, key\) is needed: too many"),
+        ({"down": three}, r"down: a function \(tree, layout, client, key\) is needed: too many"),
+        ({"up": 7}, "up: a function .* is needed: 7 is not a callable object"),
+        ({"trained": one}, r"trained: a function \(layout, round\) is needed: too many"),
+        ({"shared": one}, r"shared: a function \(layout, round\) is needed: too many"),
+        ({"knobs": frozenset({"uop"})}, r"knobs: a budget has no 'uop' \(did you mean 'up'"),
+    ],
+)
+def test_a_part_that_cannot_be_called_as_one_is_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(FedSieveError, match=said):
+        compose(**{"down": dense, "up": dense, **given})
+
+
+def test_a_method_that_trains_no_tensor_says_so() -> None:
+    method = compose(down=dense, up=dense, trained=lambda layout, round: ())
+    with pytest.raises(FedSieveError, match="names no tensor of this model in round 1"):
+        toy.after(method, toy.clients([Budget()] * 2), 1)

@@ -7,6 +7,7 @@ up and how the server moves, which is enough for most methods; a method that nee
 single functions of the result.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter, Layout, Tree
-from fedsieve.algebra.budget import Client
+from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.optim import Optimizer, limits, optimizer_given, sgd
 from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
 from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
-from fedsieve.errors import FedSieveError, NoUsableUpdate
+from fedsieve.errors import FedSieveError, NoUsableUpdate, nearest
 from fedsieve.settings import Source, Training
 
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
@@ -169,6 +170,16 @@ SCALINGS: dict[Scaling, Callable[[int, int], float]] = {
 }
 
 
+def _refuse_odd(name: str, function: Callable[..., object], *takes: str) -> None:
+    """Raises FedSieveError, naming it, for a part of a method that cannot be called as one is."""
+    try:
+        inspect.signature(function).bind(*takes)
+    except TypeError as error:
+        raise FedSieveError(f"{name}: a function ({', '.join(takes)}) is needed: {error}") from None
+    except ValueError:  # a builtin that does not say what it takes
+        return
+
+
 def compose(
     *,
     down: Sieve,
@@ -206,9 +217,16 @@ def compose(
     ranked:    what `down` sees and what travels down: the values, or their change since the start
                (`since_start`)
 
-    Raises Unbounded for a server that clips updates where that bounds nothing: one client moves the
+    Raises FedSieveError for a part that cannot be called as one is, and for an unknown knob;
+    Unbounded for a server that clips updates where that bounds nothing: one client moves the
     mean by at most clip / n if the mean is of changes, all counting alike, and else by anything.
     """
+    for name, sieve in (("down", down), ("up", up)):
+        _refuse_odd(name, sieve, "tree", "layout", "client", "key")
+    for name, choice in (("trained", trained), ("shared", shared or trained)):
+        _refuse_odd(name, choice, "layout", "round")
+    for knob in sorted(knobs - {*Budget._fields}):
+        raise FedSieveError(f"knobs: a budget has no {knob!r}{nearest(knob, Budget._fields)}")
     down = nonzero(down) if ranked == "change" else down
     optimizer = sgd() if server is None else optimizer_given("server", server)
     shared = shared or trained
@@ -233,6 +251,11 @@ def compose(
         own = own_layout(layout, support, rescale)
         tensors = {**held(context.start, support), **payload.tree()}
         moves = Support(trained(layout, context.key.round), None, {})
+        if not moves.names:
+            raise FedSieveError(
+                "method: what it trains (`trained`) names no tensor of this model in round "
+                f"{context.key.round}"
+            )
         if freeze_absent:
             names = tuple(n for n in moves.names if n in support.names)
             masks = {n: m for n, m in support.masks.items() if n in names}

@@ -188,7 +188,7 @@ def fit(
     )
 
 
-class _Blame(FedSieveError):
+class FunctionFailed(FedSieveError):
     """One that names the client already."""
 
 
@@ -200,10 +200,10 @@ def _blamed(where: str, what: str) -> Iterator[None]:
     try:
         yield
     except THEIRS as error:
-        if isinstance(error, _Blame) or of_memory(error):
+        if isinstance(error, FunctionFailed) or of_memory(error):
             raise
         said = words(error) if isinstance(error, FedSieveError) else with_type(error)
-        raise _Blame(f"{where}: the function that trains {what}: {said}") from error
+        raise FunctionFailed(f"{where}: the function that trains {what}: {said}") from error
 
 
 def _trained(
@@ -219,7 +219,7 @@ def _trained(
     """
     after = _frozen(resident.model, parameters)
     if odd := [name for name in frozen | after if frozen.get(name) != after.get(name)]:
-        raise _Blame(
+        raise FunctionFailed(
             f"{where}: the function that trains changed {odd[0]}, which all clients share: it may "
             "move what requires gradients alone (and not merge the adapter into the base); begin "
             "the run again"
@@ -228,10 +228,10 @@ def _trained(
     tensors = {}
     for name, own in view.adapter.tensors.items():
         if name not in trained or not trained[name].is_floating_point():
-            raise _Blame(f"{where}: the function that trains left no numbers in {name}")
+            raise FunctionFailed(f"{where}: the function that trains left no numbers in {name}")
         value = trained[name].detach().cpu().float()
         if value.shape != own.shape:
-            raise _Blame(
+            raise FunctionFailed(
                 f"{where}: the function that trains left {name} in the shape {tuple(value.shape)}, "
                 f"and it was {tuple(own.shape)}"
             )
