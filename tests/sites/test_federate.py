@@ -2,6 +2,7 @@
 
 import json
 import tomllib
+import warnings
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -138,6 +139,28 @@ def test_certificates_must_be_whole(tiny: Tiny, tmp_path: Path, missing: str) ->
     assert "--enable-supernode-auth" in server
     assert "--insecure" not in server + node
     assert "--auth-supernode-private-key" in node
+
+
+@pytest.mark.usefixtures("flower")
+@pytest.mark.parametrize(
+    ("sites", "extra", "said"),
+    [
+        (2, 0, "cohort is 3, and 2 sites are waited for: a round may have fewer"),
+        (3, 1, "cohort is 3 and 1 more are asked, and 3 sites are waited for"),
+        (4, 1, None),
+        (3, 0, None),
+    ],
+)
+def test_more_than_there_are_sites_is_told(
+    tiny: Tiny, tmp_path: Path, sites: int, extra: int, said: str | None
+) -> None:
+    policy = PATIENCE._replace(sites=sites, extra=extra)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        federate.prepare(checked(tiny), tmp_path / "run", policy, federate.ServerAddress())
+    told = [str(each.message) for each in caught if "waited for" in str(each.message)]
+    assert len(told) == (said is not None)
+    assert said is None or told[0].startswith(said)
 
 
 @pytest.mark.usefixtures("flower")

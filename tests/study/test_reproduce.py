@@ -91,7 +91,8 @@ def test_all_figures_and_tables_of_both_papers_are_there() -> None:
     tables |= {"table-d1", "tables-a1-a3"}
     fslora = {f"fslora/{name}" for name in tables}
     fslora |= {f"fslora/fig{name}" for name in ("2-3a-5", "3b-6", "3c", "4", "7")}
-    assert {*EVERY} == flasc | fslora | {"fedsieve/front", "fedsieve/front-cifar10"}
+    ours = {"fedsieve/front", "fedsieve/front-cifar10", "flasc/fig4-text"}
+    assert {*EVERY} == flasc | fslora | ours
 
 
 @pytest.fixture
@@ -464,7 +465,7 @@ def test_the_list_says_what_each_needs(
         assert f"{name}  " in ran.out
     told = ran.out[ran.out.index("flasc/fig2") :].splitlines()
     assert told[1].strip().startswith("small: published (docs/papers.md): ")
-    assert "; ready; needs `fedsieve fetch minilm-l6 20newsgroups`" in told[1]
+    assert "; needs `fedsieve fetch minilm-l6 20newsgroups`: else ready" in told[1]
     done = tmp_path / "runs" / "papers" / "flasc-fig2-small"
     done.mkdir(parents=True)
     (done / "figure.json").write_text('{"verdict": "not clear"}')

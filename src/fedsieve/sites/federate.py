@@ -619,10 +619,12 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
         without = {"test": None, "test_split": None, "more_tests": None}
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=without)})
     sampling = _sampling(recipe, policy)
-    if sampling.kind == "uniform" and sampling.size > policy.sites:
+    asked = sampling.size + sampling.extra
+    if sampling.kind == "uniform" and asked > policy.sites:
+        more = f" and {sampling.extra} more are asked" if sampling.extra else ""
         warnings.warn(
-            f"cohort is {sampling.size}, and {policy.sites} sites are waited for: a round may "
-            "have fewer",
+            f"cohort is {sampling.size}{more}, and {policy.sites} sites are waited for: a round "
+            "may have fewer",
             stacklevel=3,
         )
     if recipe.privacy is not None:

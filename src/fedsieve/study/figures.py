@@ -437,7 +437,7 @@ def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
     gone: dict[str, None] = {}
     for part in parts(figure, scale, Path()):
         gone |= dict.fromkeys(missing(needs(part, source), data))
-    return before + (f"ready; needs {'; '.join(gone)}" if gone else "ready")
+    return before + (f"needs {'; '.join(gone)}: else ready" if gone else "ready")
 
 
 def published() -> dict[str, str]:
