@@ -5,13 +5,15 @@ by token: only where keys stand is found out here, and nothing about values.
 """
 
 import re
+import tomllib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedsieve.errors import LONGEST_TOLD, printable
+from fedsieve.errors import LONGEST_TOLD, Failed, explain_all, printable
 
 MOST = 1 << 20  # letters of a file that is looked at
+_KEY = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*")  # with which the words of an error begin
 _AT = re.compile(r"\(at line (\d+), column \d+\)")
 _TOKEN = re.compile(
     r'(?P<text>"""[^"\\]*+(?:(?:\\[\s\S]|"(?!""))[^"\\]*+)*"{3,5}'
@@ -116,6 +118,35 @@ def as_written(path: Sequence[str], written: Any, checked: Any) -> Sequence[str]
             return path[:depth] if one is other else None
         written, checked = one[0], other[0]
     return path if written == checked else None
+
+
+def placed(said: str, text: str, table: Mapping[str, Any]) -> str:
+    """An error's words after the line of a file that they are about, where they begin with one of
+    its keys; or after "an override" where such a one has changed it.
+
+    text: the file's; table: what was checked
+    Raises ValueError or RecursionError for a text that is no TOML.
+    """
+    key = _KEY.match(said)
+    if key is None or len(text) > MOST:
+        return said
+    there = as_written(key[0].split("."), tomllib.loads(text), table)
+    if there is None:
+        return f"an override: {said}"
+    line = line_at(lines_of(text), there)
+    return said if line is None else f"line {line}: {said}"
+
+
+def explained(
+    error: Failed,
+    source: str,
+    text: str,
+    table: Mapping[str, Any],
+    keys: Callable[[Sequence[str | int]], Iterable[str]],
+) -> str:
+    """`explain_all` of a file, each thing after its line; see `placed`."""
+    head, *said = explain_all(error, source, keys).split("\n")
+    return "\n".join([head, *(f"  {placed(each.strip(), text, table)}" for each in said)])
 
 
 def quoted(error: str, text: str) -> str:

@@ -36,7 +36,6 @@ MOST = 1 << 24  # bytes of a recipe, with the names of many classes
 DEEPEST = 32  # tables and lists in one another; no recipe has more than a few
 # Characters of a key and of those above it: places are told, and noted for each value.
 LONGEST = 1000
-_KEY = re.compile(r"[A-Za-z_][\w-]*(?:\.[\w-]+)*")  # with which the words of an error begin
 
 # Python's reader takes the cube of a key's parts to read it: minutes and gigabytes for kilobytes.
 # So long keys are looked for before, among the tokens of TOML, since no key stands in a string.
@@ -227,20 +226,13 @@ def _placed(said: str, table: Mapping[str, Any], source: str) -> str:
 
     table: what was checked
     """
-    key = _KEY.match(said)
     path = Path(source)
-    if key is None or not path.is_file() or path.stat().st_size > lines.MOST:
+    if not path.is_file():
         return said
     try:
-        text = text_of(path)
-        written = tomllib.loads(text)
+        return lines.placed(said, text_of(path), table)
     except (OSError, ValueError, RecursionError):  # it has changed since
         return said
-    there = lines.as_written(key[0].split("."), written, table)
-    if there is None:
-        return f"an override: {said}"
-    line = lines.line_at(lines.lines_of(text), there)
-    return said if line is None else f"line {line}: {said}"
 
 
 def refuse_programs(recipe: Recipe, source: str) -> None:

@@ -621,9 +621,9 @@ def _for_a_network(recipe: Recipe, policy: RoundPolicy) -> tuple[Recipe, list[st
     sampling = _sampling(recipe, policy)
     asked = sampling.size + sampling.extra
     if sampling.kind == "uniform" and asked > policy.sites:
-        more = f" and {sampling.extra} more are asked" if sampling.extra else ""
+        besides = f" and {sampling.extra} more are asked" if sampling.extra else ""
         warnings.warn(
-            f"cohort is {sampling.size}{more}, and {policy.sites} sites are waited for: a round "
+            f"cohort is {sampling.size}{besides}, and {policy.sites} sites are waited for: a round "
             "may have fewer",
             stacklevel=3,
         )

@@ -22,7 +22,8 @@ from pydantic import (
 from fedsieve.algebra import budget
 from fedsieve.data import fetch
 from fedsieve.disk import place
-from fedsieve.errors import FedSieveError, explain_all
+from fedsieve.errors import FedSieveError
+from fedsieve.recipe import lines
 from fedsieve.recipe import read as recipes
 from fedsieve.settings import Share, Table
 
@@ -114,7 +115,8 @@ def load(path: Path) -> Site:
     try:
         site = Site.model_validate(table)
     except ValidationError as error:
-        raise FedSieveError(explain_all(error, str(path), _keys)) from error
+        text = recipes.text_of(path)
+        raise FedSieveError(lines.explained(error, str(path), text, table, _keys)) from error
     try:
         return _settled(site, path.absolute().parent)
     except FedSieveError as error:

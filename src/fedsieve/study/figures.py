@@ -22,7 +22,8 @@ from pydantic import Field, ValidationError, model_validator
 from fedsieve.data import fetch
 from fedsieve.disk import bytes_of, parsed
 from fedsieve.disk import place as path_of
-from fedsieve.errors import FedSieveError, count, explain_all, nearest, printable, quoted
+from fedsieve.errors import FedSieveError, count, nearest, printable, quoted
+from fedsieve.recipe import lines
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat, put
 from fedsieve.settings import Share, Table
@@ -286,12 +287,13 @@ def load(source: str) -> Figure:
             raise FedSieveError(f"no figure is called {quoted(source)}{nearest(source, known)}")
         text = known[source]
     table = recipes.toml(text, f"the figure {source}")
+    own = table
     if "like" in table:
-        table = _like(str(table.pop("like")), table, source)
+        table = _like(str(table["like"]), {k: v for k, v in own.items() if k != "like"}, source)
     try:
         return Figure.model_validate(table)
     except ValidationError as error:
-        raise FedSieveError(explain_all(error, source, _keys)) from error
+        raise FedSieveError(lines.explained(error, source, text, own, _keys)) from error
 
 
 def _like(other: str, own: Mapping[str, Any], source: str) -> dict[str, Any]:

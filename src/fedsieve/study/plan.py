@@ -22,7 +22,8 @@ from fedsieve import methods as known_methods
 from fedsieve.algebra import optim
 from fedsieve.clients.laws import tiers_by_density, tiers_by_rank
 from fedsieve.disk import place as path_of
-from fedsieve.errors import MOST_TOLD, FedSieveError, explain_all, quoted
+from fedsieve.errors import MOST_TOLD, FedSieveError, quoted
+from fedsieve.recipe import lines
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.method import alone, limits_said, options_of
 from fedsieve.recipe.method import knobs as knobs_of
@@ -228,7 +229,7 @@ def _read(source: str, methods: Sequence[str]) -> Study:
     try:
         return Study.model_validate(table)
     except ValidationError as error:
-        raise FedSieveError(explain_all(error, source, keys_of)) from error
+        raise FedSieveError(lines.explained(error, source, text, table, keys_of)) from error
 
 
 def _beside(source: str, recipe: str) -> str:
