@@ -25,6 +25,7 @@ from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from tests.conftest import Command, Tiny
+from tests.hostile.test_recipes_to_a_site import MEGA, peak
 
 
 def endless() -> dict[str, Callable[[Path], None]]:
@@ -112,6 +113,33 @@ def test_rows_of_nothing_without_end_are_refused(tmp_path: Path) -> None:
     assert path.stat().st_size < 3 * 10**5
     with pytest.raises(FedSieveError, match="unpacks to more than 200 times"):
         files.read(path, columns=Columns(("text",), ("label",)))
+
+
+INSIDE: dict[str, Callable[[pa.Array], pa.Array]] = {
+    "a struct": lambda a: pa.StructArray.from_arrays([a], ["a"]),
+    "a list": lambda a: pa.ListArray.from_arrays(pa.array(range(len(a) + 1), pa.int32()), a),
+    "a long list": lambda a: pa.LargeListArray.from_arrays(
+        pa.array(range(len(a) + 1), pa.int64()), a
+    ),
+    "a struct in a list": lambda a: INSIDE["a list"](INSIDE["a struct"](a)),
+}
+
+
+@pytest.mark.parametrize("where", INSIDE)
+def test_texts_of_a_dictionary_that_lies_deeper_are_counted_as_often_as_they_occur(
+    tmp_path: Path, where: str
+) -> None:
+    path = tmp_path / "rows.parquet"
+    one = pa.DictionaryArray.from_arrays(pa.array([0] * 50_000, pa.int32()), ["x" * 10_000])
+    pq.write_table(pa.table({"text": INSIDE[where](one), "label": ["b"] * 50_000}), path)
+    assert path.stat().st_size < 50_000
+    before = peak(reset=True)
+    with pytest.raises(FedSieveError, match="unpacks to more than 200 times"):
+        files.read(path, columns=Columns(("text",), ("label",)))
+    assert peak() - before < 200 * MEGA
+    few = pa.DictionaryArray.from_arrays(pa.array([0, 1] * 20, pa.int32()), ["x", "y"])
+    pq.write_table(pa.table({"text": INSIDE[where](few), "label": ["b"] * 40}), path)
+    assert len(files.read(path, columns=Columns(("text",), ("label",)))) == 40
 
 
 STRAY = {

@@ -101,6 +101,10 @@ FILES: dict[str, Callable[[Path], object]] = {
         (2**62).to_bytes(8, "little") + b"{}"
     ),
     "an index that is a list": lambda p: index(p, []),
+    "classes without end": lambda p: with_config(p, num_labels=10**400),
+    "classes below none": lambda p: with_config(p, num_labels=-(10**400)),
+    "layers without end": lambda p: with_config(p, num_hidden_layers=10**400),
+    "names without end": lambda p: with_config(p, id2label={"0": 10**400}),
     "an index of nothing": lambda p: index(p, {"weight_map": {}}),
     "weights a pipe": lambda p: pipe(p / "model.safetensors"),
     "configuration a pipe": lambda p: pipe(p / "config.json"),
@@ -164,6 +168,11 @@ def with_rule(folder: Path, pattern: str) -> None:
     rule = {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
     tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [longer, rule]}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def with_config(folder: Path, **changes: Any) -> None:
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | changes))
 
 
 def with_adapter(folder: Path, **ranks: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,45 @@ def test_one_odd_sum_is_left_out_by_name_and_the_others_count(task: str) -> None
 
 def regression(n: int, loss: float, **sums: float) -> Frame:
     return frame(n, {"x": 0.0, "y": 0.0, "xx": 0.0, "yy": 0.0, "xy": 0.0, **sums}, loss)
+
+
+def changed(task: str, counted: int | None = None, **sums: float) -> Frame:
+    """The answer of `OF_TASKS` with other sums; a name's beginning stands for all of them."""
+    tally, _ = OF_TASKS[task]
+    own = dict(tally.sums)
+    for beginning, value in sums.items():
+        names = [name for name in own if re.fullmatch(rf"{beginning}( .*|\d+)?", name)]
+        assert names
+        own |= dict.fromkeys(names, value)
+    return frame(tally.counted if counted is None else counted, own, tally.loss)
+
+
+CHRF_ALONE = {**dict.fromkeys(WRITTEN, 0.0), "chrf0": 1e30, "chrf1": 1e30}
+NOT_OF_ROWS: dict[str, tuple[str, Frame]] = {
+    "half a right token": ("causal-lm", changed("causal-lm", right=0.5)),
+    "letters of no rows": ("generation", frame(0, CHRF_ALONE, 0.0)),
+    "letters without end": ("generation", changed("generation", chrf=1e30)),
+    "half an exact answer": ("generation", changed("generation", exact=0.5)),
+    "exact, and no word in common": ("generation", changed("generation", exact=3.0, f1=0.0)),
+    "part of a row": ("multi-label", changed("multi-label", right=0.3)),
+    "part of an image": ("image-multi-label", changed("image-multi-label", missed=0.3)),
+    "half an entity": ("token-classification", changed("token-classification", there=0.5)),
+    "an entity of each kind a token": (
+        "token-classification",
+        changed("token-classification", told=float(OF_TASKS["token-classification"][0].counted)),
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", NOT_OF_ROWS)
+def test_counts_are_of_rows(lie: str) -> None:
+    task, bad = NOT_OF_ROWS[lie]
+    tally, classes = OF_TASKS[task]
+    good = frame(tally.counted, dict(tally.sums), tally.loss)
+    said: list[str] = []
+    found = joint_score({"bad": bad, "good": good}, task, classes, said.append)
+    assert found == joint_score({"good": good}, task, classes, print)
+    assert [line.split(":")[0] for line in said] == ["site bad"]
 
 
 LIES = {

@@ -319,6 +319,41 @@ def test_a_site_says_so_when_the_server_goes_back_too_far(tiny: Tiny, tmp_path: 
     assert site.train(6, scale=2.0).header["ok"]
 
 
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+@pytest.mark.parametrize("gone", ["missing", "damaged", "all missing"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_site_without_the_memory_to_go_back_to_goes_on_without_it(
+    tiny: Tiny, tmp_path: Path, gone: str, after: int
+) -> None:
+    """And not with that of the rounds that the server went back from, nor is it shut out."""
+    site, other = Worker(tiny, tmp_path / "a"), Worker(tiny, tmp_path / "b")
+    for number in (1, 2, 3):
+        site.train(number)
+    first, *later = sorted(site.rounds.iterdir())
+    if gone == "damaged":
+        first.write_bytes(b"x")
+    else:
+        for path in (first, *(later if gone == "all missing" else ())):
+            path.unlink()
+    answer = site.ask(train(site.text, after + 1, site.message(after + 1, 2.0), after=after))
+    assert answer.header["ok"] or answer.header["lost_memory"] is True
+    assert answer.header["ok"] == (after == 0 and gone == "all missing")
+    if not answer.header["ok"]:
+        assert f"has lost what it kept after round {after}" in answer.header["error"]
+        assert site.train(after + 2).body == other.train(after + 2).body
+        assert same(site.residual(), other.residual())
+
+
+def test_no_round_is_done_after_itself(tiny: Tiny, tmp_path: Path) -> None:
+    site = Worker(tiny, tmp_path)
+    site.train(1)
+    kept = contents(tmp_path)
+    for after in (2, 3, 10**30):
+        refused = site.ask(train(site.text, 2, site.message(2), after=after)).header
+        assert (refused["ok"], refused.get("lost_memory")) == (False, None)
+    assert contents(tmp_path) == kept
+
+
 @pytest.mark.parametrize("name", ["flora", "florist", "fedex_lora"])
 def test_a_lost_answer_does_not_shut_a_site_out(tiny: Tiny, tmp_path: Path, name: str) -> None:
     """Their servers send what a site's base lacks since the last answer that they saw."""

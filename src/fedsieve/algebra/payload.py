@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, Tree
-from fedsieve.algebra.support import Support, scatter
+from fedsieve.algebra.support import Support, add_back, scatter
 
 Form = Literal["float64", "float32", "bfloat16", "int8"]
 BLOCK = 128  # entries that share one int8 scale
@@ -96,14 +96,18 @@ def digest(payload: Payload) -> str:
     Any change of a number, of its form or of its place is another digest. What travels
     beside the values has no part in it.
     """
-    (names, ranks, _), tree = payload.support, payload.tree()
-    said = hashlib.blake2b(repr((names, payload.values.form)).encode(), digest_size=16)
-    # What the numbers are, not how they are written: -0.0 is 0.0, nothing has any scale, and a
-    # zero that travels is as good as one that does not.
-    for tensor in (ranks, *(tree[name] + 0.0 for name in names)):
-        whole = torch.empty(0) if tensor is None else tensor.contiguous()
-        said.update(repr((tensor is None, tuple(whole.shape))).encode())
-        said.update(whole.view(torch.uint8).numpy().tobytes() if whole.numel() else b"")
+    layout, tree = payload.layout, payload.tree()
+    whole = {name: torch.zeros(layout.shapes[name], dtype=tree[name].dtype) for name in tree}
+    add_back(whole, tree, layout, payload.support.ranks, 1.0)
+    said = hashlib.blake2b(payload.values.form.encode(), digest_size=16)
+    # What the numbers are, not how they are written: nothing has any scale, and a zero that travels
+    # is as good as one that does not.
+    for name in sorted(whole):
+        numbers = whole[name].flatten()
+        places = numbers.nonzero().flatten()
+        if places.numel():
+            said.update(repr((name, places.numel())).encode())
+            said.update(places.numpy().tobytes() + numbers[places].numpy().tobytes())
     return said.hexdigest()
 
 

@@ -16,6 +16,7 @@ import codecs
 import csv
 import io
 import json
+import math
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -492,14 +493,38 @@ def _refuse_other_bytes(path: Path, name: str, values: pa.ChunkedArray) -> None:
         row += len(chunk)
 
 
+_TEXTS = (
+    *(pa.types.is_string, pa.types.is_large_string),
+    *(pa.types.is_binary, pa.types.is_large_binary),
+)
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+
+
 def _unpacked(part: pa.RecordBatch) -> int:
     """Bytes of some rows where every entry is written out."""
-    found: int = part.nbytes + part.num_rows  # of a column of nulls nothing else counts
-    for values in part.columns:
-        if pa.types.is_dictionary(values.type) and pa.types.is_string(values.type.value_type):
-            lengths = pc.take(pc.binary_length(values.dictionary), values.indices)
-            found += pc.sum(lengths).as_py() or 0
+    # Of a column of nulls nothing else counts than its rows.
+    found: int = part.nbytes + part.num_rows + sum(map(_of_dictionaries, part.columns))
     return found
+
+
+def _of_dictionaries(values: pa.Array) -> int:
+    """Bytes that the entries of dictionaries take where each is written out, at any depth."""
+    kind = values.type
+    if pa.types.is_dictionary(kind):
+        entries, told = values.dictionary, kind.value_type
+        if any(is_a(told) for is_a in _TEXTS):
+            lengths = pc.take(pc.binary_length(entries), values.indices)
+            return int(pc.sum(lengths).as_py() or 0)
+        return len(values) * math.ceil(int(entries.nbytes) / max(1, len(entries)))
+    if isinstance(values, pa.ExtensionArray):
+        return _of_dictionaries(values.storage)
+    if pa.types.is_struct(kind):
+        return sum(map(_of_dictionaries, values.flatten()))
+    if pa.types.is_map(kind):
+        return _of_dictionaries(values.keys) + _of_dictionaries(values.items)
+    if any(is_a(kind) for is_a in _LISTS):
+        return _of_dictionaries(values.flatten())
+    return 0
 
 
 def _json(path: Path, columns: Columns | None, field: str | None) -> pa.Table:

@@ -151,6 +151,13 @@ def write(
             remove(path)
 
 
+def forget(folder: Path, after: int) -> None:
+    """Remove what was kept of later rounds. Raises OSError if it cannot be removed."""
+    for path in _files(folder):
+        if path.name > _name(after):
+            remove(path)
+
+
 def _name(number: int) -> str:
     return f"round-{number:09d}"
 

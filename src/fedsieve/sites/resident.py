@@ -393,6 +393,8 @@ def _train(resident: Resident, request: Frame) -> Frame:
             f"seed {asked.seed}, round {number}: the recipe has seed {recipe.seed} and "
             f"{recipe.rounds} rounds"
         )
+    if asked.after is not None and asked.after >= number:
+        raise FedSieveError(f"round {number} cannot be done after round {asked.after}")
     _refuse_another_site(resident, asked.site)
     budget = _budget(site, asked.budget)
     folder = _folder(resident, assignment.run) / "rounds"
@@ -404,10 +406,15 @@ def _train(resident: Resident, request: Frame) -> Frame:
             site.name, count(assignment.examples), budget, link_of(site), site.step_seconds
         )
         key = Key(recipe.seed, number, site.name)
-        since = number if asked.after is None else min(number, asked.after + 1)
+        since = number if asked.after is None else asked.after + 1
         memories = journal.memories(folder, since, whose)
-        if assignment.method.keeps and asked.after is not None and since == asked.after + 1:
-            memories = _from(asked.after, memories)
+        if assignment.method.keeps and asked.after is not None:
+            try:
+                memories = _from(asked.after, memories)
+            except _Lost:
+                # Nothing leads there from what was kept later: the site goes on without it.
+                journal.forget(folder, asked.after)
+                raise
         done = _round(assignment, client, memories, key, request.body)
         done = done._replace(asked=digest, whose=whose)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
@@ -436,9 +443,7 @@ def _lost(after: int) -> _Lost:
 def _from(after: int, memories: Iterator[tuple[int, Memory]]) -> Iterator[tuple[int, Memory]]:
     """The memories again, of which the newest is that after this round. Raises _Lost else."""
     newest = next(memories, None)
-    if newest is None:
-        return iter(())  # forgotten in good order: `_round` says so
-    if newest[0] != after:
+    if newest is None or newest[0] != after:
         raise _lost(after)
     return chain([newest], memories)
 

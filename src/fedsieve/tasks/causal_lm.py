@@ -335,7 +335,8 @@ def _judge(logits: Tensor, labels: Tensor, classes: tuple[str, ...]) -> Tally:
 
 
 def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
-    return set(tally.sums) == {"right"} and 0 <= tally.sums["right"] <= tally.counted
+    right = tally.sums.get("right", -1.0)
+    return set(tally.sums) == {"right"} and right.is_integer() and 0 <= right <= tally.counted
 
 
 def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHARES = ("exact", "f1", "rouge")
+_LETTERS = 1 << 20  # of one text, at most
 _CHRF = 18  # numbers that chrF is made of: n-grams of either text and of both, for six lengths
 _NO_MARKS = str.maketrans("", "", string.punctuation)
 
@@ -189,7 +190,10 @@ def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
     counts = [tally.sums[f"chrf{n}"] for n in range(_CHRF)]
     shares = all(0 <= tally.sums[name] <= tally.counted * (1 + 1e-9) for name in _SHARES)
     both = all(counts[n + 2] <= min(counts[n : n + 2]) for n in range(0, _CHRF, 3))
-    return shares and both and all(count.is_integer() and count >= 0 for count in counts)
+    most = tally.counted * _LETTERS
+    whole = all(count.is_integer() and 0 <= count <= most for count in counts)
+    exact = tally.sums["exact"]  # what is told exactly has all its words in common
+    return shares and both and whole and exact.is_integer() and exact <= tally.sums["f1"] + 1e-6
 
 
 def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:

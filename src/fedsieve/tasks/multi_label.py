@@ -181,7 +181,8 @@ def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
     if set(tally.sums) != {f"{n} {number}" for n in _COUNTS for number in range(len(classes))}:
         return False
     each = np.array([[tally.sums[f"{n} {c}"] for n in _COUNTS] for c in range(len(classes))])
-    return bool((each >= 0).all() and (each.sum(1) <= tally.counted).all())
+    whole = (each >= 0).all() and (each == np.rint(each)).all()
+    return bool(whole and (each.sum(1) <= tally.counted).all())
 
 
 def _metrics(tally: Tally, classes: tuple[str, ...]) -> dict[str, float]:

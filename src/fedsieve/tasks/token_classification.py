@@ -227,10 +227,13 @@ def _kinds(classes: Sequence[str]) -> list[str]:
 
 def _fits(tally: Tally, classes: tuple[str, ...]) -> bool:
     sums, kinds = tally.sums, _kinds(classes)
+    if set(sums) != {"tokens", *(f"{name} {kind}" for kind in kinds for name in _COUNTS)}:
+        return False
+    told, there = (sum(sums[f"{name} {k}"] for k in kinds) for name in _COUNTS[1:])
     return (
-        set(sums) == {"tokens", *(f"{name} {kind}" for kind in kinds for name in _COUNTS)}
-        and all(0 <= value <= tally.counted for value in sums.values())
+        all(value.is_integer() and 0 <= value <= tally.counted for value in sums.values())
         and all(sums[f"right {k}"] <= min(sums[f"told {k}"], sums[f"there {k}"]) for k in kinds)
+        and max(told, there) <= tally.counted  # each has a token of its own
     )
 
 

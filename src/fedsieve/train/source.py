@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedsieve.disk import bytes_of
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, quoted
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _CLASSES = 1_000_000
@@ -113,7 +113,8 @@ def _refuse_endless(source: str, name: str, table: Mapping[str, Any]) -> None:
         most = _CLASSES if "label" in key.lower() else _PARTS
         if type(value) is int and value > most and _COUNTS.search(key):
             raise FedSieveError(
-                f"model {source!r}: its {name} has {key[:80]} {value:g}: at most {most:,} are read"
+                f"model {source!r}: its {name} has {key[:80]} {quoted(value)}: at most {most:,} "
+                "are read"
             )
 
 
@@ -122,7 +123,8 @@ def _refuse_odd_classes(source: str, config: Mapping[str, Any]) -> None:
     number, names = config.get("num_labels"), config.get("id2label")
     if isinstance(number, int) and not 0 <= number <= _CLASSES:
         raise FedSieveError(
-            f"model {source!r}: its config.json has num_labels {number:g}: 0 to {_CLASSES} are read"
+            f"model {source!r}: its config.json has num_labels {quoted(number)}: 0 to {_CLASSES} "
+            "are read"
         )
     if isinstance(names, Mapping) and not all(isinstance(name, str) for name in names.values()):
         raise FedSieveError(
