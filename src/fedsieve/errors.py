@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -124,6 +125,19 @@ def beside(error: BaseException) -> str:
     return (
         " (the folder that its file or package is in goes into PYTHONPATH: `export PYTHONPATH=.`)"
     )
+
+
+def cannot_take(function: object, *values: object) -> str:
+    """Why a function cannot be called with so many values, in Python's words; empty where it can,
+    and of a builtin that does not say what it takes.
+    """
+    try:
+        inspect.signature(function).bind(*values)  # type: ignore[arg-type]
+    except TypeError as error:
+        return str(error)
+    except ValueError:
+        pass
+    return ""
 
 
 def explain_all(

@@ -7,7 +7,6 @@ up and how the server moves, which is enough for most methods; a method that nee
 single functions of the result.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
@@ -23,7 +22,7 @@ from fedsieve.algebra.optim import Optimizer, limits, optimizer_given, sgd
 from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
 from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
-from fedsieve.errors import FedSieveError, NoUsableUpdate, nearest
+from fedsieve.errors import FedSieveError, NoUsableUpdate, cannot_take, nearest
 from fedsieve.settings import Source, Training
 
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
@@ -172,12 +171,8 @@ SCALINGS: dict[Scaling, Callable[[int, int], float]] = {
 
 def _refuse_odd(name: str, function: Callable[..., object], *takes: str) -> None:
     """Raises FedSieveError, naming it, for a part of a method that cannot be called as one is."""
-    try:
-        inspect.signature(function).bind(*takes)
-    except TypeError as error:
-        raise FedSieveError(f"{name}: a function ({', '.join(takes)}) is needed: {error}") from None
-    except ValueError:  # a builtin that does not say what it takes
-        return
+    if why := cannot_take(function, *takes):
+        raise FedSieveError(f"{name}: a function ({', '.join(takes)}) is needed: {why}")
 
 
 def compose(

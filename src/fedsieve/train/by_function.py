@@ -12,7 +12,6 @@ back as they were.
 
 import copy
 import importlib
-import inspect
 import math
 import random
 import time
@@ -35,6 +34,7 @@ from fedsieve.errors import (
     THEIRS,
     FedSieveError,
     beside,
+    cannot_take,
     of_memory,
     raise_of_memory,
     with_type,
@@ -81,14 +81,8 @@ def check(function: object, what: str = "training") -> None:
 def _refuse_other_arguments(function: object, what: str) -> None:
     if not callable(function):
         raise FedSieveError(f"{what}: {_NEEDED}, not {type(function).__name__}")
-    try:
-        inspect.signature(function).bind(None, None, 0)
-    except TypeError as error:
-        raise FedSieveError(
-            f"{what}: it must take (model, rows, seed), and does not: {error}"
-        ) from None
-    except ValueError:  # a builtin that does not say what it takes
-        return
+    if why := cannot_take(function, None, None, 0):
+        raise FedSieveError(f"{what}: it must take (model, rows, seed), and does not: {why}")
 
 
 def with_trainer(make: Callable[[Any, Dataset, int], Any]) -> Function:
