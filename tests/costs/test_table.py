@@ -8,8 +8,10 @@ import torch
 from fedsieve import methods
 from fedsieve.algebra.adapter import layout_of
 from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.support import Support
 from fedsieve.costs.table import rehearse
 from fedsieve.engine.loop import begin, rounds
+from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.settings import Training
@@ -74,3 +76,17 @@ def test_a_client_of_half_the_ranks_costs_half() -> None:
     half, whole = rehearse(method, layout, clients, Training())
     for part in ("memory", "down", "up"):
         assert getattr(half, part) == pytest.approx(getattr(whole, part) / 2, rel=0.02)
+
+
+def test_a_view_that_moves_what_there_is_not_is_told(tiny: Tiny) -> None:
+    """A method of one's own may name anything; `check` and a site's limits rehearse it."""
+    method = methods.load("fedit")()
+    odd = method._replace(
+        view=lambda *given: (
+            method.view(*given)[0]._replace(moves=Support(("head.nowhere",), None, {})),
+            {},
+        )
+    )
+    layout = from_recipe(recipe.check(tiny.table())).resident.layout
+    with pytest.raises(FedSieveError, match=r"trains 'head\.nowhere', which the adapter"):
+        rehearse(odd, layout, [Client("a", 8, Budget())], Training())

@@ -316,6 +316,7 @@ def files(**contents: str | bytes) -> Callable[[Path], Path]:
         ),
         (files(a__csv="a,a\n1,2\n"), {}, "column 'a' more than once"),
         (files(a__csv=b"text\n\xff\xfe\n"), {}, "column 'text' is not UTF-8"),
+        (files(a__csv=f"text,label\n{'x' * (1 << 25)},1\n"), {}, "a row of more than 16 MiB"),
         (files(a__csv=CSV), {"split": "train"}, "has no split 'train'"),
         (files(a__csv=CSV), {"separator": "::"}, "one character"),
         (files(a__jsonl=JSONL), {"names": ["a"]}, "are for CSV and TSV"),

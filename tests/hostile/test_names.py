@@ -1,8 +1,11 @@
 """What a site calls itself and says, and what either end learns of the other's machine."""
 
+import errno
 import json
 import re
 import tomllib
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,7 +126,12 @@ def test_cleaned_keeps_what_is_fit() -> None:
     assert cleaned("its update was refused: 9 > 8") == "its update was refused: 9 > 8"
 
 
-def sites_with(net: Net, said: list[str], known: dict[str, str]) -> Sites:
+def sites_with(
+    net: Net,
+    said: list[str],
+    known: dict[str, str],
+    keep: Callable[[Mapping[str, str]], None] = lambda keys: None,
+) -> Sites:
     def welcome(head: Any, client: Any) -> Any:
         return client or toy.clients([Budget()])[0]._replace(id=head["name"])
 
@@ -139,6 +147,7 @@ def sites_with(net: Net, said: list[str], known: dict[str, str]) -> Sites:
         clock,
         net.sleep,
         keys=known,
+        pin=keep,
     )
 
 
@@ -185,6 +194,27 @@ def test_the_owner_binds_names_with_the_keys_that_sites_send(tmp_path: Path) -> 
         place.write_text(wrong)
         with pytest.raises(FedSieveError, match=r"sites\.json"):
             federate._known(place)
+
+
+def test_a_disk_that_takes_no_key_ends_the_server_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever came after a restart could take the site's name."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "sites.json"))
+
+    (north,) = (c._replace(id="n") for c in toy.clients([Budget()]))
+    net = Net({5: site(north, fedit.method(**EXACT))}, keys={5: "one"})
+    said: list[str] = []
+    place = tmp_path / "sites.json"
+    keep = partial(federate._keep, place)
+    assert [c.id for c in sites_with(net, said, {}, keep).there()] == ["n"]
+    assert json.loads(place.read_text()) == {"n": "one"}
+    monkeypatch.setattr(federate, "write_whole", full)
+    with pytest.raises(FedSieveError, match=r"sites\.json cannot be written: No space left"):
+        sites_with(net, said, {}, keep).there()
+    assert json.loads(place.read_text()) == {"n": "one"}
 
 
 @pytest.mark.usefixtures("flower")

@@ -762,6 +762,27 @@ def test_details_that_no_run_writes_are_refused(change: dict[str, Any], tmp_path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("table", "where"),
+    [
+        ({"round": "two", "classes": []}, "round: "),
+        ({"round": 2, "classes": [CLASS | {"rows": 1.5}]}, r"classes\.0\.rows: "),
+        (
+            {"round": 2, "classes": [CLASS | {"taken_for": [2, None]}]},
+            r"classes\.0\.taken_for\.1: ",
+        ),
+        ({"round": 2, "classes": [], "answers": [], "\x1b[2J": 1}, r"(?!.*\x1b).*2J: "),
+    ],
+)
+def test_details_of_another_kind_are_told_with_their_key(
+    table: dict[str, Any], where: str, tmp_path: Path
+) -> None:
+    path = make(tmp_path / "a")
+    (path / "details.json").write_text(json.dumps({"answers": [], **table}), encoding="utf-8")
+    with pytest.raises(FedSieveError, match=rf"details\.json cannot be read: {where}.* Remove it"):
+        report(path)
+
+
 def test_details_as_a_run_writes_them_are_not_refused(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     table = {"round": 0, "classes": [CLASS, OTHER], "answers": []}

@@ -41,6 +41,7 @@ EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
 _TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
 _WIDEST = 10_000  # columns of a table of texts
+_ROW = 1 << 24  # bytes of a row of a table of texts
 MOST_LOOKED_AT = 1_000  # where none are named
 _NESTS = (Mapping, list, tuple, np.ndarray)
 DEEPEST = 32  # lists and objects in one another
@@ -108,6 +109,11 @@ def read(
     except (pa.ArrowException, UnicodeError, OSError) as error:  # of what it holds, or is called
         if "Empty CSV file" in str(error):
             raise FedSieveError(f"{path} holds no rows") from error
+        if "straddling object" in str(error):
+            raise FedSieveError(
+                f"{path} has a row of more than {_ROW >> 20} MiB: a CSV's rows are shorter. If it "
+                "is right, give it as Parquet or JSONL"
+            ) from error
         other = separator_of(path) if separator is None else None
         if other is not None:
             raise FedSieveError(
@@ -343,7 +349,7 @@ def _orange(path: Path, columns: Columns | None) -> pa.Table:
 
 def _texts(path: Path, columns: Columns | None, reading: Any, parsing: Any) -> pa.Table:
     """A table of texts that a character separates."""
-    reading.block_size = 1 << 24  # bytes: a row must fit into one
+    reading.block_size = _ROW
     _refuse_wide(path, parsing.delimiter, quoted=bool(parsing.quote_char))
     if parsing.quote_char:
         _refuse_stray_marks(path, parsing.delimiter)

@@ -409,10 +409,6 @@ def on_network(
     refuse_link(keys)
     known = _known(keys)
 
-    def pin(all_keys: Mapping[str, str]) -> None:
-        with rundir.disk_errors(keys.parent):
-            write_whole(keys, json.dumps(all_keys, indent=1, sort_keys=True).encode())
-
     sites = Sites(
         transport,
         text,
@@ -424,7 +420,7 @@ def on_network(
         given=history.given,
         number=history.last,
         keys=known,
-        pin=pin,
+        pin=partial(_keep, keys),
         most=longest(resident.layout),
     )
     say(f"waiting for {policy.sites} sites")
@@ -545,6 +541,12 @@ def _welcome(
         used = ", ".join(sorted(method.knobs))
         say(f"site {name!r} tells no budget below 1 ({used}): all of the adapter travels for it")
     return Client(name, 1, Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
+
+
+def _keep(place: Path, keys: Mapping[str, str]) -> None:
+    """What `_known` reads back. Raises FedSieveError where the disk does not take it."""
+    with rundir.disk_errors(place.parent):
+        write_whole(place, json.dumps(keys, indent=1, sort_keys=True).encode())
 
 
 def _known(place: Path) -> dict[str, str]:
