@@ -20,6 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from safetensors import SafetensorError
+
 from fedsieve.errors import FedSieveError, of_memory, with_type
 
 LARGEST = 2**63 - 1  # a whole number in a file; what is computed from it fits a float
@@ -102,6 +104,11 @@ def no_room(error: BaseException) -> bool:
     number = getattr(error, "errno", None)
     too_large = number == errno.EFBIG and getattr(error, "strerror", "") == os.strerror(errno.EFBIG)
     return number in (errno.ENOSPC, errno.EDQUOT) or too_large
+
+
+def of_the_disk(error: BaseException) -> bool:
+    """Whether what was to be written could not be; tokenizers says so by plain Exceptions."""
+    return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
 
 
 def remove_link(path: Path) -> bool:

@@ -16,7 +16,14 @@ from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.data import given, templates
 from fedsieve.data.files import Columns
-from fedsieve.disk import move_into, objects, refuse_link, remove_link, write_whole
+from fedsieve.disk import (
+    move_into,
+    objects,
+    of_the_disk,
+    refuse_link,
+    remove_link,
+    write_whole,
+)
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.cautions import cautioning
@@ -209,7 +216,7 @@ class Run:
             move_into(part, place)
         except Exception as error:
             shutil.rmtree(part, ignore_errors=True)
-            if not rundir.of_the_disk(error):
+            if not of_the_disk(error):
                 raise
             raise FedSieveError(f"save: {place} cannot be written: {error}") from error
 

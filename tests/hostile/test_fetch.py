@@ -64,6 +64,8 @@ ATTACKS: dict[str, Callable[[zipfile.ZipFile], None]] = {
     "parents by backslashes": named("pkg/model/..\\..\\evil"),
     "a drive": named("pkg/model/C:evil"),
     "a line break": named("pkg/model/a\nb"),
+    "a terminal's": named("pkg/model/a\x9b31m"),
+    "a turned line": named("pkg/model/a\u202eb"),
     "absolute beneath": named("pkg/model//../../evil"),
     "a symbolic link": named("pkg/model/link", stat.S_IFLNK),
     "a device": named("pkg/model/device", stat.S_IFBLK),

@@ -20,6 +20,7 @@ from datasets import Dataset
 from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.examples import tensors
+from fedsieve.recipe.experiment import from_recipe
 from fedsieve.recipe.read import check
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
@@ -81,6 +82,12 @@ ENDLESS: dict[str, tuple[str, dict[str, Any]]] = {
     "many blocks": ("config.json", {"model_type": "funnel", "block_sizes": [100] * 1000}),
     "extra tokens": (
         "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 10**9},
+    ),
+    "special tokens": (
+        "tokenizer_config.json", {"additional_special_tokens": [f"<{n}>" for n in range(10_001)]},
+    ),
+    "named special tokens": (
+        "tokenizer_config.json", {"extra_special_tokens": {str(n): str(n) for n in range(10_001)}},
     ),
 }  # fmt: skip
 
@@ -185,6 +192,70 @@ def with_adapter(folder: Path, **ranks: Any) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(told))
     name = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
     safetensors.torch.save_file({name: torch.zeros(2, 2)}, folder / "adapter_model.safetensors")
+
+
+def with_tokenizer(folder: Path, **changes: Any) -> None:
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(told | changes))
+
+
+def template(name: Any, text: Any = "x") -> dict[str, Any]:
+    return {"chat_template": [template_of("default"), {"name": name, "template": text}]}
+
+
+def template_of(name: str) -> dict[str, str]:
+    return {"name": name, "template": "{{ messages[0]['content'] }}"}
+
+
+# What loads, and is written beside the adapter after all rounds.
+UNSAVED: dict[str, tuple[dict[str, Any], str]] = {
+    "a path": (template("/tmp/x/evil"), "chat template of the name '/tmp/x/evil'"),
+    "a path upwards": (template("../../evil"), "of the name '../../evil'"),
+    "a path of another system": (template("..\\evil"), "of the name"),
+    "a hidden file": (template(".bashrc"), "of the name '.bashrc'"),
+    "nothing": (template(""), "of the name ''"),
+    "long": (template("a" * 300), "of the name 'aaa"),
+    "of two lines": (template("a\nb"), r"of the name 'a\nb'"),
+    "a number": (template("tool_use", 5), "is no text"),
+    "half a character": ({"chat_template": "x\ud800"}, "cannot be saved"),
+    "half a character in a name": (template("tool_use", "x\ud800"), "cannot be saved"),
+    "half a character in what nobody reads": ({"zzz": "x\ud800"}, "cannot be saved"),
+    "half a character, deep": ({"zzz": [{"y": "x\ud800"}]}, "cannot be saved"),
+}
+
+
+@pytest.mark.parametrize("case", UNSAVED)
+def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(
+    tiny: Tiny, tmp_path: Path, case: str
+) -> None:
+    changes, said = UNSAVED[case]
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.bert, folder)
+    with_tokenizer(folder, **changes)
+    with pytest.raises(FedSieveError) as refused:
+        load_reader(str(folder), "classification")
+    assert said in str(refused.value)
+    assert len(str(refused.value)) < 500
+    assert str(refused.value).isprintable()
+
+
+def test_templates_of_plain_names_are_taken(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.bert, folder)
+    with_tokenizer(folder, **template("tool_use"))
+    reader, _ = load_reader(str(folder), "classification")
+    assert set(reader.chat_template) == {"default", "tool_use"}
+
+
+def test_what_cannot_be_written_is_told_as_that(tiny: Tiny, tmp_path: Path) -> None:
+    """Whatever a library says: of a tokenizer that somebody gave, or changed since."""
+    made = from_recipe(check(tiny.table()))
+    assert made.resident.tokenizer is not None
+    made.resident.tokenizer.chat_template = {"../evil": "x"}
+    for write in (made.resident.save, made.resident.merge):
+        with pytest.raises(FedSieveError, match="out could not be written: "):
+            write(made.resident.adapter(), tmp_path / "out")
+    assert not list(tmp_path.glob("evil*"))
 
 
 def used(tiny: Tiny, folder: Path) -> None:

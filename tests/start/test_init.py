@@ -354,6 +354,20 @@ def test_that_a_loss_shows_no_answers_is_said(
     assert ("--task generation" in ran.err) is said
 
 
+def test_a_recipe_shows_what_turns_its_letters_and_still_means_it(
+    tmp_path: Path, command: Command
+) -> None:
+    path = tmp_path / "\u202elive.csv"
+    path.write_text("te\u2066xt,label\n" + "one,x\ntwo,y\n" * 20, encoding="utf-8")
+    recipe = tmp_path / "r.toml"
+    ran = command("init", path, "--out", recipe, "--yes", "--text", "te\u2066xt")
+    assert ran.code == 0, ran.err
+    written = recipe.read_text(encoding="utf-8")
+    assert not {"\u202e", "\u2066"} & {*written}
+    told = tomllib.loads(written)["data"]
+    assert (told["train"], told["text"]) == (str(path), "te\u2066xt")
+
+
 def test_examples_steer_no_terminal_and_are_short(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"text": f"\x1b[31m{n} " + "word " * 500, "label": "xy"[n % 2]} for n in range(20)]

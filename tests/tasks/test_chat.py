@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -234,6 +235,24 @@ def test_all_bytes_of_what_is_said_are_learned(template: str, ends: str, said: s
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     with pytest.raises(FedSieveError, match="no chat template"):
         read([{"messages": THREE}], tokenizer(None))
+
+
+@pytest.mark.parametrize("drawn", ["{{ [1, 2]|random }}", "{{ messages |  random }}"])
+def test_a_template_that_draws_is_refused(drawn: str) -> None:
+    """Two ends, and two runs, would learn other tokens of equal files."""
+    with pytest.raises(FedSieveError, match="draws at random"):
+        read([{"messages": THREE}], tokenizer(CHATML + drawn))
+
+
+def test_what_marks_raise_is_the_templates_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text with marks is made twice, and the second time may fail alone."""
+
+    def odd(*_: Any, **__: Any) -> Any:
+        raise TemplateError("no second time")
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.render_jinja_template", odd)
+    with pytest.raises(FedSieveError, match="refused by the chat template: no second time"):
+        read([{"messages": THREE}], tokenizer(MARKED))
 
 
 def test_a_chat_is_trained_over_clients(tiny: Tiny, tmp_path: Any) -> None:

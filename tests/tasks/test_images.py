@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -30,6 +31,7 @@ import fedsieve
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.data import sources
 from fedsieve.data.files import Columns
+from fedsieve.data.pictures import inlined
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import examples
 from fedsieve.recipe.schema import Data
@@ -139,6 +141,31 @@ def test_sizes_beyond_reason_are_refused_before_anything_is_made() -> None:
         processor = (kind or ViTImageProcessorPil)(**settings)
         with pytest.raises(FedSieveError, match="pixels a side"):
             made([packed(noise(1))], processor)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"size": {"height": 3e4, "width": 3e4}}, r"30000\.0 pixels a side \(size\)"),
+        ({"do_center_crop": True, "crop_size": {"height": 3e4, "width": 3e4}}, r"\(crop_size\)"),
+        ({"size": {"height": 32, "width": float("nan")}}, "nan pixels a side"),
+        ({"do_pad": True, "pad_size": {"height": -(10**9), "width": 3}}, "-1000000000 pixels"),
+        ({"size_divisor": 10**9}, r"\(size_divisor\)"),
+        ({"crop_pct": 1e-6}, r"images larger before it cuts them \(crop_pct 1e-06\)"),
+        ({"image_grid_pinpoints": [[12000, 12000]]}, r"into pieces \(image_grid_pinpoints\)"),
+        ({"image_grid_pinpoints": [[96, 96]]}, r"into pieces \(image_grid_pinpoints\)"),
+        ({"max_num_patches": 10**7, "patch_size": 1}, "into pieces"),
+        ({"do_image_splitting": True}, "into pieces"),
+        ({"more": {"deep": [{"max_side": 10**6}]}}, "1000000 pixels a side"),
+    ],
+    ids=str,
+)
+def test_no_number_of_a_processor_makes_images_beyond_reason(
+    settings: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "_values", lambda *given: pytest.fail("an image was made"))
+    with pytest.raises(FedSieveError, match=said):
+        made([packed(noise(1))], ViTImageProcessorPil(**settings))
 
 
 def test_few_large_images_are_held_at_a_time() -> None:
@@ -354,6 +381,52 @@ def test_a_jpeg_of_endless_scans_is_no_image() -> None:
     assert images._image(whole).size == (64, 64)
     with pytest.raises(FedSieveError, match="a JPEG of more than 100 scans"):
         images._image(whole[:-2] + last * 200 + whole[-2:])
+
+
+def holes(path: Path, more: int) -> Path:
+    """An image's file, made longer by bytes that take no room."""
+    path.write_bytes(packed(noise(1)))
+    os.truncate(path, path.stat().st_size + more)
+    return path
+
+
+def test_a_file_that_no_image_has_is_a_bad_row(tmp_path: Path) -> None:
+    """Of endless bytes: what goes over them once takes hours, or all memory."""
+    files = [holes(tmp_path / f"{kind}.png", more) for kind, more in HOLES.items()]
+    rows = Dataset.from_dict({"i": [{"bytes": None, "path": str(file)} for file in files]})
+    found = images.bad_images(rows, "i")
+    assert {n: str(error).split(": ", 1)[-1] for n, error in found.items()} == {
+        1: f"[Errno 27] it is nearly all holes: '{files[1]}'",
+        2: f"[Errno 27] it has more than {1 << 29} bytes: '{files[2]}'",
+    }
+    with pytest.raises(FedSieveError, match=r"row 1 of column 'i': .* nearly all holes"):
+        inlined(rows, "i")
+
+
+HOLES = {"a few": 1000, "holes": 1 << 28, "more": 1 << 40}
+
+
+def ppm(head: bytes) -> bytes:
+    return head + bytes(3 * 20 * 20)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"P6 20 20 255 ",
+        b"P6\n# by hand\n20\n# x\n20\n255\n",
+        b"P6 #" + b"x" * 2000 + b"\n20 20 255\n",
+    ],
+)
+def test_heads_of_ppm_are_read(head: bytes) -> None:
+    assert images._image(ppm(head)).size == (20, 20)
+
+
+@pytest.mark.parametrize("filling", [b"#" + b"x" * 10**6 + b"\n", b" " * 10**6, b"#\n" * 10**6])
+def test_an_endless_head_of_a_ppm_is_not_read(filling: bytes) -> None:
+    """Pillow takes a second for each million of its letters."""
+    with pytest.raises(FedSieveError, match="a PPM whose head takes more than 4,096 bytes"):
+        images._image(ppm(b"P6 " + filling + b"20 20 255 "))
 
 
 def test_crops_and_flips_come_from_the_key_and_move_whole_images() -> None:

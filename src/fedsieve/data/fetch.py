@@ -44,7 +44,7 @@ MOST_FILES = 1000
 UNREADABLE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, ValueError, RuntimeError)
 MOST_NOTED = 1 << 20  # bytes of a manifest
 _NOTHING = PurePosixPath()
-_ODD = re.compile(r"[\x00-\x1f\\:]")  # what ends or begins a path somewhere
+_ODD = re.compile(r"[\\:]")  # what ends or begins a path somewhere
 _HELD = ".held"  # in a folder that a `fetch` works in, while it does
 _STARTING = 3600  # seconds in which a new one is without
 
@@ -415,6 +415,7 @@ def _noted(name: str, folder: Path) -> tuple[str, dict[str, str]]:
 def _is_name(relative: PurePosixPath) -> bool:
     """Whether a file of a package can be called so."""
     odd = any(part == ".." or len(part) > 255 or _ODD.search(part) for part in relative.parts)
+    odd = odd or not str(relative).isprintable()
     return not (odd or relative.is_absolute() or relative in (PurePosixPath(MANIFEST), _NOTHING))
 
 

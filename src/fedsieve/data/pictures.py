@@ -11,11 +11,13 @@ from datasets import Dataset
 
 from fedsieve.data.files import refuse_no_text
 from fedsieve.data.templates import values_of
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.disk import bytes_of
+from fedsieve.errors import FedSieveError, nearest, words
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
 SPLITS = frozenset({"train", "test", "dev", "val", "valid", "validation", "eval"})
 COLUMNS = ("image", "label")
+LARGEST = 1 << 29  # bytes of an image's file: of as many pixels as are read, as they are
 
 
 def by_class(folder: Path, split: str | None) -> Dataset | None:
@@ -115,13 +117,19 @@ def located(rows: Dataset, name: str, folder: Path | None) -> Dataset:
 
 
 def inlined(rows: Dataset, name: str) -> Dataset:
-    """The rows of `located` with the files' bytes in the place of their paths: to be moved."""
+    """The rows of `located` with the files' bytes in the place of their paths: to be moved.
+
+    Raises FedSieveError, naming row and column, for a file that no image has.
+    """
     cells = []
-    for value in values_of(rows, name):
+    for row, value in enumerate(values_of(rows, name)):
         path = value.get("path") if isinstance(value, dict) else None
         data = value if isinstance(value, bytes) else _bytes(value)
         if data is None and path is not None:
-            data = Path(path).read_bytes()
+            try:
+                data = bytes_of(Path(path), LARGEST)
+            except OSError as error:
+                raise FedSieveError(f"row {row} of column {name!r}: {words(error)}") from error
         cells.append({"bytes": data, "path": None})
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     return rows.remove_columns(name).add_column(name, pa.array(cells, kind))

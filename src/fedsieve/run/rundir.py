@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
-from safetensors import SafetensorError
 
 from fedsieve import disk
-from fedsieve.disk import bytes_of, no_room, refuse_link, remove_link, write_whole
+from fedsieve.disk import bytes_of, no_room, of_the_disk, refuse_link, remove_link, write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 
@@ -312,11 +311,6 @@ def cut_back(folder: Path, lengths: Mapping[str, int]) -> None:
         path = place(folder, name)
         if name in lengths and not disk.cut(path, lengths[name]):
             raise FedSieveError(f"{path} has lost lines since the checkpoint: it cannot be resumed")
-
-
-def of_the_disk(error: BaseException) -> bool:
-    """Whether what was to be written could not be; tokenizers says so by plain Exceptions."""
-    return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from types import FrameType
 
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
-from fedsieve.disk import objects, remove, remove_link, write_whole
+from fedsieve.disk import objects, of_the_disk, remove, remove_link, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnClient, OnRound, counted, tell
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
@@ -232,7 +232,7 @@ def export(
     except BaseException as error:
         for path in to.iterdir():  # it was empty: half an adapter is in nobody's way
             remove(path)
-        if rundir.of_the_disk(error):
+        if of_the_disk(error):
             raise FedSieveError(f"{to} cannot be written: {error}") from error
         raise
     return snapshot.progress.round

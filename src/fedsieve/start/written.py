@@ -169,8 +169,14 @@ def _given(value: Any) -> Any:
     return value
 
 
+def _dumped(key: str, value: Any) -> str:
+    """A pair as TOML; what turns or hides letters in an editor is written by its number."""
+    text = tomli_w.dumps({key: value}).strip()
+    return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08x}" for c in text)
+
+
 def _lines(prefix: str, table: Mapping[str, Any]) -> list[str]:
-    pairs = {key: tomli_w.dumps({key: value}).strip() for key, value in table.items()}
+    pairs = {key: _dumped(key, value) for key, value in table.items()}
     return [
         f"{pair}  # {WHY[prefix + key]}" if prefix + key in WHY else pair
         for key, pair in pairs.items()

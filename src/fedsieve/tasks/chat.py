@@ -6,7 +6,8 @@ it: what the turn adds is its own, the mark that ends it included.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedsieve.data.templates import LETTERS
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 MESSAGES = 2000  # of a conversation; the template writes those before each turn anew
 _BLANK = "WHAT-IS-SAID"  # in the place of a message, to see what a template writes around it
+_DRAWS = re.compile(r"\|\s*random\b")
 _MARKED = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -129,6 +131,11 @@ def check(tokenizer: "PreTrainedTokenizerBase") -> None:
             "conversations need a tokenizer that tells where its tokens lie in a text (a fast "
             "one), and this model's does not"
         )
+    if _DRAWS.search(str(tokenizer.chat_template)):
+        raise FedSieveError(
+            "the tokenizer's chat template draws at random, so that a row would be other tokens "
+            "each time: take `| random` out of it"
+        )
 
 
 def _text(
@@ -167,12 +174,13 @@ def _marked(
         return None
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    made, spans = render_jinja_template(
-        [list(messages)],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
+    with _told():
+        made, spans = render_jinja_template(
+            [list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
     if made != [text] or not spans[0]:
         return None
     head = _rendered(tokenizer, messages[:first], tokenize=False) if first else ""
@@ -216,15 +224,22 @@ def _rendered(tokenizer: Any, messages: Sequence[Message], **how: Any) -> Any:
     """What the template makes of the messages: a text, of which a tokenizer takes hundreds of bytes
     a letter, whatever the messages are.
     """
-    try:
+    with _told():
         made = tokenizer.apply_chat_template(list(messages), **how)
-    except Exception as error:  # whatever a template may raise
-        raise_of_memory(error)
-        why = words(error, 200)
-        raise FedSieveError(f"is refused by the chat template: {why}") from error
     if len(made) > LETTERS:
         raise FedSieveError(
             f"becomes a text of {len(made):,} letters by the chat template: at most {LETTERS:,} "
             "are read"
         )
     return made
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What a template may raise, as the end of a sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise_of_memory(error)
+        why = words(error, 200)
+        raise FedSieveError(f"is refused by the chat template: {why}") from error

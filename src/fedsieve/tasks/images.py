@@ -11,6 +11,7 @@ processor, which says how large images become: what does not fit is refused befo
 import io
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -23,8 +24,10 @@ from datasets import Dataset
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from fedsieve.data.pictures import LARGEST
 from fedsieve.data.sources import column
-from fedsieve.errors import FedSieveError, raise_of_memory, words
+from fedsieve.disk import bytes_of
+from fedsieve.errors import FedSieveError, quoted, raise_of_memory, words
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -34,6 +37,12 @@ MOST_PIXELS = 50_000_000  # of one image: a small file can say that it is as lar
 MOST_SIDE = 1024  # pixels, of what a model reads
 MOST_SIDES = 64  # times the shorter one: made as wide as a model sees it, a line is a city too
 MOST_SCANS = 100  # of a progressive JPEG, which cameras and tools write in some ten
+_SCAN = b"\xff\xda"  # begins one, each over all pixels, and stands nowhere else but in notes
+_HEAD = 4096  # bytes of a PPM's head, which Pillow reads one by one
+_HEADER = re.compile(rb"P[0-9A-Za-z]+(?:(?:\s|#[^\r\n]*[\r\n])+-?[\d.]+){2,3}\s")
+_PIECES = re.compile("patch|tile|grid|pinpoint|split", re.IGNORECASE)  # keys of a processor
+_LEVELS = re.compile("mean|std|rescale|offset")  # and of numbers that change no size
+_LEAST = 1 / 16  # share of an image that is cut out (`crop_pct`): it is made larger before
 _AT_ONCE = 16  # images that the processor is given in one call
 _HELD = 1 << 22  # and pixels of them, where there are several
 
@@ -162,19 +171,21 @@ def _image(value: Any) -> Image.Image:
             raise FedSieveError(f"names an image that is not there beside its file: {missing[:80]}")
     else:
         data, path = (value, None) if isinstance(value, bytes) else (None, value)
-    source: Any
-    if isinstance(data, bytes):
-        source = io.BytesIO(data)
-    elif isinstance(path, str) and Path(path).is_file():
-        source = path
-    elif isinstance(path, str):
+    if data is None and isinstance(path, str) and Path(path).is_file():
+        try:
+            data = bytes_of(Path(path), LARGEST)
+        except OSError as error:
+            raise FedSieveError(f"names an image that cannot be read: {words(error)}") from None
+    elif data is None and isinstance(path, str):
         raise FedSieveError(f"names an image that is not there: {path[:80]}")
-    else:
+    if not isinstance(data, bytes):
         raise FedSieveError("holds no image: bytes, or the path of one, are needed")
+    if data[:1] == b"P" and not _HEADER.match(data[:_HEAD]):
+        raise FedSieveError(f"holds a PPM whose head takes more than {_HEAD:,} bytes, or is none")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a size that is refused here
-            with Image.open(source, formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 for wide, high, what in (*_tiles(image), (*image.size, "n image")):
                     if wide * high > MOST_PIXELS:
                         raise FedSieveError(
@@ -186,7 +197,7 @@ def _image(value: Any) -> Image.Image:
                         f"holds an image of {image.width} x {image.height} pixels: one side may be "
                         f"{MOST_SIDES} times the other at most"
                     )
-                if image.format in ("JPEG", "MPO") and _scans(source) > MOST_SCANS:
+                if image.format in ("JPEG", "MPO") and data.count(_SCAN) > MOST_SCANS:
                     raise FedSieveError(
                         f"holds a JPEG of more than {MOST_SCANS} scans, each over all of its pixels"
                     )
@@ -211,14 +222,6 @@ def _tiles(image: Image.Image) -> Iterator[tuple[int, int, str]]:
         tags = image.tag_v2  # type: ignore[attr-defined]
         with suppress(TypeError, ValueError):
             yield int(tags.get(322, 0)), int(tags.get(323, 0)), " tile"
-
-
-def _scans(source: io.BytesIO | str) -> int:
-    """How often a JPEG goes over its pixels, or less: a mark that begins a scan stands nowhere else
-    but in notes.
-    """
-    data = Path(source).read_bytes() if isinstance(source, str) else source.getvalue()
-    return data.count(b"\xff\xda")
 
 
 def _rgb(image: Image.Image, form: str | None) -> Image.Image:
@@ -268,13 +271,7 @@ def _ends(processor: Any) -> tuple[Array, Array, tuple[int, int]]:
 
     Raises FedSieveError where what lies between them is not on a line.
     """
-    for name in ("size", "crop_size", "pad_size"):
-        sides = [side for side in _told(processor, name).values() if isinstance(side, int)]
-        if sides and max(sides) > MOST_SIDE:
-            raise FedSieveError(
-                f"the model's image processor makes images of {max(sides)} pixels a side ({name}): "
-                f"at most {MOST_SIDE} are made"
-            )
+    _refuse_large(processor)
     grays = []
     for level in (0, 51, 255):  # one at a time, for they may become large
         (values,) = _values(processor, [Image.new("RGB", (64, 64), (level,) * 3)])
@@ -288,6 +285,35 @@ def _ends(processor: Any) -> tuple[Array, Array, tuple[int, int]]:
             "whose processor does no more are needed"
         )
     return low, high, size
+
+
+def _refuse_large(processor: Any) -> None:
+    """Raises FedSieveError for a number of a processor's that may make its images too large, and
+    for one that cuts them into pieces, of which it says how many there are.
+    """
+    waiting: list[tuple[str, Any]] = list(getattr(processor, "to_dict", dict)().items())
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += [(name, each) for each in value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += [(name, each) for each in value]
+        elif _PIECES.search(name) and value not in (None, False):
+            raise FedSieveError(
+                f"the model's image processor cuts images into pieces ({name[:80]}): models that "
+                "take one image of three channels a row are needed"
+            )
+        elif isinstance(value, int | float) and not _LEVELS.search(name):
+            if not abs(value) <= MOST_SIDE:
+                raise FedSieveError(
+                    f"the model's image processor makes images of {quoted(value)} pixels a side "
+                    f"({name[:80]}): at most {MOST_SIDE} are made"
+                )
+            if 0 < abs(value) < _LEAST:
+                raise FedSieveError(
+                    f"the model's image processor makes images larger before it cuts them "
+                    f"({name[:80]} {quoted(value)}): a share of {_LEAST} or more is needed"
+                )
 
 
 def _longest(processor: Any, size: tuple[int, int]) -> tuple[str, Callable[[Image.Image], float]]:

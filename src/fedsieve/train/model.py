@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,15 @@ from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.data import fetch, hub
-from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, words
+from fedsieve.disk import of_the_disk
+from fedsieve.errors import (
+    FedSieveError,
+    nearest,
+    quoted,
+    raise_of_memory,
+    with_type,
+    words,
+)
 from fedsieve.settings import Dtype, Lora, Quantization, Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
@@ -172,6 +181,12 @@ class ResidentModel:
                 plain.save(own, folder, told, home=home, for_hub=for_hub)
             return
         _make(folder)
+        with _saving(folder):
+            self._save(adapter, folder, told, home, for_hub)
+
+    def _save(
+        self, adapter: Adapter, folder: Path, told: Told, home: Path | None, for_hub: bool
+    ) -> None:
         self.put(adapter)
         if not isinstance(self.model, PeftModel):
             self._save_whole(self.model, folder, told)
@@ -259,7 +274,8 @@ class ResidentModel:
         form = prepared.form_in_training(_plain(model), origin)
         quantise.dequantise(model, _NAME)
         whole = model.merge_and_unload() if isinstance(model, PeftModel) else model
-        self._save_whole(whole, folder, told, form)
+        with _saving(folder):
+            self._save_whole(whole, folder, told, form)
 
     def _save_whole(self, model: Any, folder: Path, told: Told, form: str | None = None) -> None:
         model.save_pretrained(str(folder))
@@ -271,6 +287,22 @@ class ResidentModel:
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(str(folder))
         card.write(folder, saved, told)
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """What transformers and PEFT may raise over what they are to write, as FedSieve's own error; a
+    disk's own is told elsewhere.
+    """
+    try:
+        yield
+    except FedSieveError:
+        raise
+    except Exception as error:
+        raise_of_memory(error)
+        if of_the_disk(error):
+            raise
+        raise FedSieveError(f"{folder} could not be written: {with_type(error)}") from error
 
 
 def make_way(folder: Path) -> None:

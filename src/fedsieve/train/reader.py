@@ -6,6 +6,9 @@ recipe must mean the same pixels on every machine.
 
 import hashlib
 import json
+import re
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import transformers
@@ -13,13 +16,16 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from fedsieve.errors import FedSieveError
+from fedsieve.disk import of_the_disk
+from fedsieve.errors import FedSieveError, quoted, raise_of_memory, with_type
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
 from fedsieve.tasks.tokens import ensure_pad_token
 from fedsieve.train.lengths import USUAL, image_size
 from fedsieve.train.model import pretrained
+
+_PLAIN = re.compile(r"[\w-]{1,64}", re.ASCII)  # the name of a chat template
 
 
 def load_reader(
@@ -31,7 +37,9 @@ def load_reader(
     trust_remote_code: see `load_base`. Raises FedSieveError if there is none.
     """
     if catalogue.load(task).reads == "images":
-        return _image_processor(name, trust_remote_code)
+        processor, filled = _image_processor(name, trust_remote_code)
+        _rehearse(name, processor)
+        return processor, filled
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     return tokenizer, ensure_pad_token(tokenizer)
 
@@ -42,6 +50,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         tokenizer = pretrained(AutoTokenizer, name, trust_remote_code=trust_remote_code)
         if not isinstance(tokenizer.model_max_length, int | float):  # of a file that was edited
             tokenizer.model_max_length = VERY_LARGE_INTEGER  # how much is read, a recipe says
+        _refuse_odd_templates(name, tokenizer)
+        _rehearse(name, tokenizer)
         return tokenizer
     except FedSieveError as error:
         if "backend tokenizer" in str(error):
@@ -50,6 +60,41 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
                 "another model.task"
             ) from error
         raise
+
+
+def _refuse_odd_templates(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises FedSieveError for chat templates that are no texts, or whose names are no plain ones:
+    transformers writes each into a file of its name, the oldest that is taken here also "../x".
+    """
+    given = getattr(tokenizer, "chat_template", None)
+    for called, template in given.items() if isinstance(given, Mapping) else [("default", given)]:
+        if not isinstance(called, str) or not _PLAIN.fullmatch(called):
+            raise FedSieveError(
+                f"model {name!r}: its tokenizer has a chat template of the name {quoted(called)}: "
+                "letters, digits, - and _ are needed, for it becomes a file's"
+            )
+        if template is not None and not isinstance(template, str):
+            raise FedSieveError(
+                f"model {name!r}: its tokenizer has a chat template that is no text "
+                f"({quoted(template)})"
+            )
+
+
+def _rehearse(name: str, reader: Reader) -> None:
+    """Raises FedSieveError for what loads and cannot be saved again: it goes beside the adapter,
+    and nobody wants to learn after all rounds that it does not.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            reader.save_pretrained(scratch)
+        except Exception as error:  # whatever odd values in its files raise when they are written
+            raise_of_memory(error)
+            if of_the_disk(error):
+                raise
+            raise FedSieveError(
+                f"model {name!r}: its tokenizer or image processor cannot be saved, as it is "
+                f"beside an adapter: {with_type(error, 200)}"
+            ) from error
 
 
 def _image_processor(name: str, trust_remote_code: bool) -> tuple[Reader, str | None]:

@@ -94,7 +94,8 @@ def refuse_odd(source: str) -> None:
 # library makes, or notes, as it reads the number.
 _READ_FIRST = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
 _COUNTS = re.compile(
-    "layer|block|depth|head|expert|stage|types|extra|branch|group|level|label", re.IGNORECASE
+    "layer|block|depth|head|expert|stage|types|extra|branch|group|level|label|number of",
+    re.IGNORECASE,
 )
 _PARTS = 10_000  # at most, of anything but classes
 
@@ -104,7 +105,10 @@ def _refuse_endless(source: str, name: str, table: Mapping[str, Any]) -> None:
     waiting: list[tuple[str, Any]] = list(table.items())
     while waiting:
         key, value = waiting.pop()
-        if isinstance(value, Mapping):
+        if key.endswith("special_tokens") and isinstance(value, Mapping | list):
+            # Each is compared with all that were read before.
+            waiting.append((f"a number of {key}", len(value)))
+        elif isinstance(value, Mapping):
             if key not in ("id2label", "label2id"):  # whose keys are names of classes
                 waiting += value.items()
         elif isinstance(value, list):
