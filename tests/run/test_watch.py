@@ -117,6 +117,26 @@ def test_a_run_that_is_silent_for_long_is_said_to_be(half: Path, tmp_path: Path)
     assert rundir.again(folder) in line
 
 
+@pytest.mark.parametrize("kept", ["nothing", "an empty log"])
+def test_a_run_that_is_silent_before_its_first_round_is_too(
+    kept: str, half: Path, tmp_path: Path
+) -> None:
+    """As one whose process was killed while it began."""
+    folder = tmp_path / "run"
+    shutil.copytree(half, folder)
+    (folder / rundir.METRICS).unlink()
+    if kept == "an empty log":
+        (folder / rundir.METRICS).write_text("", encoding="utf-8")
+    assert watch.of_run(folder).lines[1] == "before its first round"
+    old = time.time() - 3600
+    for name in (rundir.METRICS, rundir.RECIPE):
+        if (folder / name).exists():
+            os.utime(folder / name, (old, old))
+    line = watch.of_run(folder).lines[1]
+    assert line.startswith("nothing new for 1 h 00 min")
+    assert rundir.again(folder) in line
+
+
 def test_the_command_shows_a_run_once_and_refuses_what_is_none(
     half: Path, tmp_path: Path, command: Command
 ) -> None:

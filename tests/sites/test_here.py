@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -351,3 +354,59 @@ def test_all_of_a_federation_by_one_command_is_the_run_in_one_process(
     assert scores[0] == scores[1]
     runs.assert_same_adapter(tmp_path / "alone" / rundir.ADAPTER, run / rundir.ADAPTER)
     assert not [line for line in runs.lines(run, rundir.CLIENTS) if line.get("dropped")]
+
+
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); "
+
+
+@pytest.mark.parametrize("how", ["deaf", "stopped", "a child of a shell"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_presses_ctrl_c_again_leaves_no_process_behind(
+    how: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    """It hurries the end of what has not heard the first, and leaves nothing of it out."""
+    line = DEAF + "time.sleep(60)"
+    words = [sys.executable, "-c", line]
+    if how == "a child of a shell":
+        words = ["sh", "-c", f"trap '' TERM; {shlex.join(words)}; true"]
+    press = threading.Timer(1.0, os.kill, (os.getpid(), number))
+    with here._all_ended() as started:
+        for place in "ab":
+            started.append(here._start(words, tmp_path / f"{place}.log", {}))
+            here._until(lambda: bool(here._said_by(started[-1])), started[-1])
+        own = [each.process.pid for each in started]
+        everyone = [*own, *(child for pid in own for child in here.descendants(pid))]
+        assert len(everyone) == (4 if how == "a child of a shell" else 2)
+        if how == "stopped":
+            os.kill(own[0], signal.SIGSTOP)
+        begun = time.monotonic()
+        press.start()
+    assert time.monotonic() - begun < here._ENDING
+    until = time.monotonic() + 10  # what SIGKILL has hit takes a moment to be gone
+    while any(map(alive, everyone)):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def alive(pid: int) -> bool:
+    """A child that nobody has waited for yet is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_what_a_killed_command_left_in_the_temporary_folder_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run = tmp_path / "run"
+    prefix = here._without_remains(run)
+    left = Path(tempfile.mkdtemp(prefix=prefix))
+    (left / "link.db").write_bytes(b"x")
+    other = Path(tempfile.mkdtemp(prefix=here._without_remains(tmp_path / "other")))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / f"{prefix}link").symlink_to(elsewhere)
+    assert here._without_remains(run) == prefix
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, "elsewhere"])

@@ -459,6 +459,39 @@ def test_too_little_memory_loses_nothing_that_a_site_keeps(
     assert site.train(2).header["ok"]
 
 
+@pytest.mark.parametrize("place", ["rounds", "run", "runs"])
+@pytest.mark.parametrize("odd", ["a link", "a file", "a pipe"])
+def test_a_site_writes_no_round_through_a_link(
+    tiny: Tiny, tmp_path: Path, place: str, odd: str
+) -> None:
+    """Nor removes what lies there; put back, it goes on as if nothing had been."""
+    site = Worker(tiny, tmp_path / "site")
+    site.train(1)
+    run = site.rounds.parent
+    there = {"rounds": site.rounds, "run": run, "runs": run.parent}[place]
+    elsewhere = tmp_path / "elsewhere"
+    there.rename(elsewhere)
+    kept = contents(elsewhere)
+    if odd == "a link":
+        there.symlink_to(elsewhere)
+    elif odd == "a file":
+        there.write_text("x")
+    else:
+        os.mkfifo(there)
+    refused = site.train(2)
+    assert not refused.header["ok"]
+    assert "nothing is read or written there" in refused.header["error"]
+    assert str(tmp_path) not in refused.header["error"]
+    if odd == "a link":
+        again = site.ask(Frame({"do": "recipe"}, site.text))
+        assert not again.header["ok"]
+    assert contents(elsewhere) == kept
+    if there.exists() or there.is_symlink():
+        there.unlink()
+    elsewhere.rename(there)
+    assert site.train(2).header["ok"]
+
+
 def test_a_full_disk_is_an_answer_and_loses_nothing(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

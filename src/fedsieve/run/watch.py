@@ -67,7 +67,7 @@ def of_run(folder: Path) -> Picture:
     lines = [f"{recipe.name}: {recipe.method.name}, {recipe.model.task}, in {folder}"]
     if not rows:
         what = "waiting for its sites" if rundir.federated(folder) else "before its first round"
-        return Picture([*lines, what], False)
+        return Picture([*lines, _quiet(run, folder) or what], False)
     lines.append(f"round {run.number}/{recipe.rounds}  {_when(run, folder)}")
     lines += curves(rows)
     last = rows[-1]
@@ -147,11 +147,18 @@ def news(run: Standing) -> str | None:
 def _when(run: Standing, folder: Path) -> str:
     if run.ended:
         return "finished"
-    if (quiet := news(run)) is not None:
-        return f"{quiet}: if it has stopped, go on with `{rundir.again(folder)}`"
+    if (quiet := _quiet(run, folder)) is not None:
+        return quiet
     if run.left is None:
         return "the first is under way"
     return f"about {duration(run.left)} left" if run.number < run.recipe.rounds else "ending"
+
+
+def _quiet(run: Standing, folder: Path) -> str | None:
+    quiet = news(run)
+    if quiet is None:
+        return None
+    return f"{quiet}: if it has stopped, go on with `{rundir.again(folder)}`"
 
 
 def _left_out(folder: Path, rows: Sequence[Round]) -> list[str]:

@@ -311,8 +311,8 @@ def refuse_unfinished(folder: Path) -> None:
     else:
         return
     raise FedSieveError(
-        f"the federation in {folder} stopped {where}: why is said above, and in the log of its "
-        f"Flower run. Go on with `{rundir.again(folder)}`"
+        f"the federation in {folder} stopped {where}: what it said last is above, and in the "
+        f"log of its Flower run. Go on with `{rundir.again(folder)}`"
     )
 
 

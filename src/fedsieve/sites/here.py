@@ -10,6 +10,7 @@ Whatever is started is ended here, with what it started itself.
 """
 
 import ctypes
+import hashlib
 import os
 import re
 import shlex
@@ -19,9 +20,10 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +34,7 @@ from datasets import Dataset
 
 from fedsieve.algebra.budget import Budget
 from fedsieve.data.pictures import inlined
-from fedsieve.disk import appending, refuse_link, write_whole
+from fedsieve.disk import appending, refuse_link, remove, write_whole
 from fedsieve.errors import FedSieveError, count
 from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
@@ -300,11 +302,12 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
     listen = ServerAddress(port=port)
     # What Flower finds in a node's FLWR_HOME, and waiting in its database, it runs: so there is
     # nothing, each time.
-    empty = tempfile.TemporaryDirectory(prefix="fedsieve-")
-    with runner.sigterm_as_ctrl_c(), empty as nodes, ExitStack() as stack:
+    empty = tempfile.TemporaryDirectory(prefix=_without_remains(folder))
+    with runner.sigterm_as_ctrl_c(), empty as nodes, _all_ended() as started:
 
         def start(command: Sequence[object], log: Path, more: Mapping[str, str]) -> _Started:
-            return stack.enter_context(_running(command, log, more))
+            started.append(_start(command, log, more))
+            return started[-1]
 
         doors = {home: home / "worker" / SOCKET for home in homes}
         workers = {}
@@ -336,8 +339,20 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
             raise
 
 
-@contextmanager
-def _running(command: Sequence[object], log: Path, more: Mapping[str, str]) -> Iterator[_Started]:
+def _without_remains(folder: Path) -> str:
+    """How the temporary folders of a federation's begin, after those were removed which a killed
+    command left: updates pass through them.
+    """
+    path = hashlib.blake2b(os.fsencode(folder.resolve()), digest_size=8).hexdigest()
+    prefix = f"fedsieve-{path}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError):  # anybody may make names there
+            if left.lstat().st_uid == os.getuid():
+                remove(left)
+    return prefix
+
+
+def _start(command: Sequence[object], log: Path, more: Mapping[str, str]) -> _Started:
     """A process in a session of its own: Ctrl-C reaches us alone, who end it and all that it began.
 
     more: what it finds in its environment beside ours
@@ -354,16 +369,53 @@ def _running(command: Sequence[object], log: Path, more: Mapping[str, str]) -> I
             start_new_session=True,
             preexec_fn=_ends_with_us,
         )
+    return _Started(process, log, begins)
+
+
+@contextmanager
+def _all_ended() -> Iterator[list[_Started]]:
+    """A list of processes, to be added to, that are ended when this is closed: the last first, and
+    then the others together. Ctrl-C and SIGTERM in the meantime hurry that, and leave none behind.
+    """
+    started: list[_Started] = []
     try:
-        yield _Started(process, log, begins)
+        yield started
     finally:
-        everyone = [process.pid, *descendants(process.pid)]  # some have sessions of their own
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            for pid in everyone:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_ENDING)
+        with _noted() as hurry:
+            for some in (started[-1:], started[:-1]):
+                _end([each.process for each in some], hurry)
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]], hurry: threading.Event) -> None:
+    """End processes and all that they began, of which some have sessions of their own: by SIGTERM,
+    and by SIGKILL what has not heard it after some time, or when there is a hurry.
+    """
+    everyone = [pid for each in processes for pid in (each.pid, *descendants(each.pid))]
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in everyone:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        until = time.monotonic() + _ENDING
+        while any(each.poll() is None for each in processes) and time.monotonic() < until:
+            if hurry.is_set() and number == signal.SIGTERM:
+                break
+            time.sleep(0.05)
+
+
+@contextmanager
+def _noted() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM raise nothing while this is open, and set the event."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # they come to the main thread alone
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: event.set()) for number in numbers]
+    try:
+        yield event
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _ends_with_us() -> None:

@@ -43,7 +43,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
-from fedsieve.disk import NotAFile, bytes_of, refuse_link, remove, write_whole
+from fedsieve.disk import NotAFile, bytes_of, no_room, refuse_link, remove, write_whole
 from fedsieve.engine.client import facts, take_part
 from fedsieve.errors import FedSieveError, WireError, of_memory, printable
 from fedsieve.frame import Frame, refusal
@@ -204,7 +204,8 @@ def answer(resident: Resident, request: Frame) -> Frame:
     except (OSError, SafetensorError) as error:
         resident.say(f"error: {error}")
         why = getattr(error, "strerror", None) or type(error).__name__
-        result = refusal(f"the site's disk: {why}. Nothing that was kept is lost")
+        kept = ". Nothing that was kept is lost" if no_room(error) else ""
+        result = refusal(f"the site's disk: {why}{kept}")
     except Exception as error:
         # Whatever it is, the other rounds go on. Its words may quote data: they stay here.
         resident.say(traceback.format_exc())
@@ -397,7 +398,7 @@ def _train(resident: Resident, request: Frame) -> Frame:
         raise FedSieveError(f"round {number} cannot be done after round {asked.after}")
     _refuse_another_site(resident, asked.site)
     budget = _budget(site, asked.budget)
-    folder = _folder(resident, assignment.run) / "rounds"
+    folder = _rounds(resident, assignment.run)
     digest = hashlib.sha256(repr(tuple(budget)).encode() + request.body).hexdigest()
     whose = _whose(resident, assignment)
     done = journal.find(folder, number, whose)
@@ -571,7 +572,7 @@ def _own(
     personal = assignment.method.personal
     if personal is None:
         return adapter
-    place = _folder(resident, assignment.run) / "rounds"
+    place = _rounds(resident, assignment.run)
     if asked.after is None:
         memories = journal.memories(place, asked.round + 1, _whose(resident, assignment))
         _, memory = next(memories, (0, {}))
@@ -601,12 +602,27 @@ def _folder(resident: Resident, run: str) -> Path:
     return resident.site.folder / "runs" / run
 
 
+def _rounds(resident: Resident, run: str) -> Path:
+    """Where a run's journal is. Raises FedSieveError for a link on the way there: rounds would be
+    written, and removed, elsewhere.
+    """
+    folder = _folder(resident, run)
+    for place in (folder.parent, folder, folder / "rounds"):
+        refuse_link(place, folder=True)
+    return folder / "rounds"
+
+
 def _clear(place: Path, *, folder: bool) -> None:
-    """Remove what is not of the kind that belongs there: a file for a folder, a link to nothing."""
+    """Remove what is not of the kind that belongs there: a file for a folder, a link to nothing.
+
+    Raises FedSieveError for a link to a folder.
+    """
     if place.is_symlink() and not place.exists():
         place.unlink()
     elif place.exists() and place.is_dir() != folder:
         remove(place)
+    if folder:
+        refuse_link(place, folder=True)
 
 
 def _forget_old_runs(folder: Path, run: str) -> None:
