@@ -1,6 +1,7 @@
 """A model's folder of somebody else's: refused in a sentence, before anything large is made."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -237,6 +238,26 @@ def test_a_tokenizer_that_cannot_be_saved_is_refused_before_training(
     assert said in str(refused.value)
     assert len(str(refused.value)) < 500
     assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/tmp/x"),
+        Exception("No space left on device (os error 28)"),
+    ],
+    ids=["as Python says it", "as tokenizers says it"],
+)
+def test_a_full_disk_is_no_fault_of_a_tokenizer(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, command: Command, tmp_path: Path, error: Exception
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(transformers.PreTrainedTokenizerBase, "save_pretrained", full)
+    ran = command("check", tiny.write(tmp_path / "r.toml"))
+    assert ran.code == 2
+    assert "No space left on device: make room, then do it again" in " ".join(ran.err.split())
 
 
 def test_templates_of_plain_names_are_taken(tiny: Tiny, tmp_path: Path) -> None:

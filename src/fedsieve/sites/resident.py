@@ -34,7 +34,6 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter, Layout, base_layout
@@ -43,7 +42,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
-from fedsieve.disk import NotAFile, bytes_of, no_room, refuse_link, remove, write_whole
+from fedsieve.disk import NotAFile, bytes_of, no_room, of_the_disk, refuse_link, remove, write_whole
 from fedsieve.engine.client import facts, take_part
 from fedsieve.errors import FedSieveError, WireError, of_memory, printable
 from fedsieve.frame import Frame, refusal
@@ -201,15 +200,17 @@ def answer(resident: Resident, request: Frame) -> Frame:
         result = refusal(_told(resident.site, error))
         if result.header["error"] != str(error):
             resident.say(f"error: {error}")
-    except (OSError, SafetensorError) as error:
-        resident.say(f"error: {error}")
-        why = getattr(error, "strerror", None) or type(error).__name__
-        kept = ". Nothing that was kept is lost" if no_room(error) else ""
-        result = refusal(f"the site's disk: {why}{kept}")
     except Exception as error:
         # Whatever it is, the other rounds go on. Its words may quote data: they stay here.
-        resident.say(traceback.format_exc())
-        result = refusal(f"an unexpected {type(error).__name__}; the worker's terminal says more")
+        if of_the_disk(error):
+            resident.say(f"error: {error}")
+            why = getattr(error, "strerror", None) or type(error).__name__
+            kept = ". Nothing that was kept is lost" if no_room(error) else ""
+            result = refusal(f"the site's disk: {why}{kept}")
+        else:
+            resident.say(traceback.format_exc())
+            why = f"an unexpected {type(error).__name__}"
+            result = refusal(f"{why}; the worker's terminal says more")
     seconds = time.perf_counter() - began
     number = request.header.get("round")
     what = do if do in _WORK else "a request"
