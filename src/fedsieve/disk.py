@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -308,12 +308,33 @@ def copied(source: str, to: str) -> str:
     return to
 
 
+def everything_in(folder: Path) -> Iterator[Path]:
+    """All that lies in a folder and in those in it, however deep (Python's own ways recurse, and
+    end at a depth of some hundred). A link is told, and not followed; what may not be read, or is
+    gone meanwhile, is passed over.
+    """
+    waiting = [folder]
+    while waiting:
+        with suppress(PermissionError, FileNotFoundError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                yield Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+
+
 def remove(path: Path) -> None:
-    """A file or a folder with all in it; a link is removed, and not what it points to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    """A file or a folder with all in it; a link is removed, and not what it points to.
+
+    Raises OSError where that cannot be done, as of folders in folders without end.
+    """
+    if not path.is_dir() or path.is_symlink():
         path.unlink()
+        return
+    try:
+        shutil.rmtree(path)
+    except RecursionError:
+        said = "it holds folders in folders, too deep to be removed"
+        raise OSError(errno.ELOOP, said, str(path)) from None
 
 
 def move_into(part: Path, folder: Path) -> None:

@@ -114,9 +114,14 @@ def test_what_a_killed_fetch_left_is_removed(
             (folder / ".held").write_bytes(b"")
     os.utime(folders["old00000"], (0, 0))
     (cache / ".toy-linked00").symlink_to(tmp_path)
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    (cache / ".toy-linked01").mkdir()
+    (cache / ".toy-linked01" / ".held").symlink_to(victim)
     with filelock.FileLock(folders["at_work0"] / ".held"):
         fetched(made(tmp_path, None), cache, monkeypatch)
     assert [name for name, folder in folders.items() if folder.exists()] == ["at_work0", "begins00"]
+    assert victim.read_text() == "kept"
     assert tmp_path.is_dir()
 
 

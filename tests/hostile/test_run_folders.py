@@ -21,9 +21,11 @@ import tomli_w
 import torch
 from transformers import BertForSequenceClassification
 
-from fedsieve.disk import remove
+from fedsieve.data import pictures
+from fedsieve.disk import everything_in, remove
 from fedsieve.errors import FedSieveError
 from fedsieve.run import checkpoint, rundir
+from fedsieve.sites import here, limits
 from fedsieve.study.parts import ASKED, DIVERGED
 from fedsieve.train.digest import tensors_digest
 from tests import runs
@@ -942,3 +944,50 @@ def test_room_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
         said = f"are whole: {todo}, then `fedsieve resume"
         with pytest.raises(FedSieveError, match=said), rundir.disk_errors(tmp_path):
             raise OSError(number, "why", "file")
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[Path]:
+    """Folders in folders, deeper than Python's own ways go, and a file of nine bytes at their end.
+    It is removed afterwards, for pytest's way does not go so far either.
+    """
+    folder = tmp_path / "deep"
+    inner = folder
+    for _ in range(1200):
+        inner.mkdir()
+        inner /= "a"
+    inner.mkdir()
+    (inner / "x.png").write_bytes(b"no image.")
+    yield folder
+    for path in sorted(everything_in(tmp_path), key=lambda path: -len(path.parts)):
+        remove_one(path)
+
+
+def remove_one(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    else:
+        path.unlink()
+
+
+def test_folders_in_folders_without_end_are_gone_through(deep: Path, tmp_path: Path) -> None:
+    (deep / "link").symlink_to(deep)
+    found = list(everything_in(deep))
+    assert len(found) == 1202
+    assert limits.used_bytes(deep) == 9
+    rows = pictures.by_class(deep.parent, None)
+    assert rows is not None
+    assert rows["label"] == ["deep"]
+    with pytest.raises(FedSieveError, match="is a symbolic link"):
+        here._refuse_links_within(deep)
+
+
+def test_what_is_too_deep_to_be_removed_is_told(
+    deep: Path, tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    recipe, out = tiny.write(tmp_path / "r.toml", rounds=1), tmp_path / "run"
+    out.mkdir()
+    deep.rename(out / "adapter")
+    ran = command("run", recipe, "--out", out, "--overwrite")
+    assert ran.code == 2
+    assert "too deep to be removed" in " ".join(ran.err.split())

@@ -1152,3 +1152,19 @@ def lost(address: Path, request: Frame) -> None:
     """A request whose worker is killed."""
     with pytest.raises(FedSieveError, match="gave no answer"):
         ask(address, request, 60)
+
+
+@pytest.mark.parametrize("odd", ["a link", "a pipe", "a folder"])
+def test_a_lock_that_is_none_is_not_opened(odd: str, tmp_path: Path) -> None:
+    folder, victim = tmp_path / "worker", tmp_path / "victim"
+    folder.mkdir(mode=0o700)
+    victim.write_text("kept")
+    if odd == "a link":
+        (folder / ".lock").symlink_to(victim)
+    elif odd == "a pipe":
+        os.mkfifo(folder / ".lock")
+    else:
+        (folder / ".lock").mkdir()
+    with pytest.raises(FedSieveError, match=r"\.lock is .*where a run has a file of its own"):
+        worker.lock(folder)
+    assert victim.read_text() == "kept"

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import filelock
 
-from fedsieve.disk import bytes_of, parsed, place, refuse_holes
+from fedsieve.disk import bytes_of, everything_in, parsed, place, refuse_holes
 from fedsieve.errors import FedSieveError, nearest
 
 MANIFEST = ".manifest.json"
@@ -247,7 +247,8 @@ def _remove_leftovers(name: str, cache: Path) -> None:
     """Remove what a `fetch` of this package that was killed has left: no process holds it."""
     for left in cache.glob(f".{name}-????????"):
         old = time.time() - left.lstat().st_mtime > _STARTING
-        if left.is_symlink() or not ((left / _HELD).is_file() or old):
+        links = left.is_symlink() or (left / _HELD).is_symlink()
+        if links or not ((left / _HELD).is_file() or old):
             continue  # one that just begins, say
         try:
             with filelock.FileLock(left / _HELD).acquire(timeout=0):
@@ -308,7 +309,7 @@ def _as_safetensors(path: Path, folder: Path) -> None:
 def _note(package: Package, folder: Path) -> None:
     """The manifest of a folder's files; all on disk when this returns."""
     files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(path for path in everything_in(folder) if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         files[path.relative_to(folder).as_posix()] = _sha256(path)
@@ -317,7 +318,7 @@ def _note(package: Package, folder: Path) -> None:
         json.dump(manifest, sink_text, indent=1, sort_keys=True)
         sink_text.flush()
         os.fsync(sink_text.fileno())
-    for inner in {folder, *(path.parent for path in folder.rglob("*"))}:
+    for inner in {folder, *(path.parent for path in everything_in(folder))}:
         _sync(inner)
 
 
@@ -387,7 +388,7 @@ def _check(name: str, package: Package, folder: Path) -> None:
             found = "none: it cannot be read"
         if found != digest:
             raise _damaged(name, path, "is damaged (its SHA-256 is not the one noted)")
-    for path in folder.rglob("*"):
+    for path in everything_in(folder):
         inside = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in inside.parts)
         plain = path.is_dir() and not path.is_symlink()

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from fedsieve.data.files import refuse_no_text
 from fedsieve.data.templates import values_of
-from fedsieve.disk import bytes_of
+from fedsieve.disk import bytes_of, everything_in
 from fedsieve.errors import FedSieveError, nearest, words
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
@@ -41,7 +41,7 @@ def by_class(folder: Path, split: str | None) -> Dataset | None:
         (str(path), kind.name)
         for kind in inner
         if _within(kind, folder)  # else all below is outside, which may be much
-        for path in sorted(kind.rglob("*"))
+        for path in sorted(everything_in(kind))
         if path.suffix.lower() in EXTENSIONS and _within(path, folder)
     ]
     if not found:

@@ -18,7 +18,6 @@ import os
 import platform
 import secrets
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -29,7 +28,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import filelock
 
 from fedsieve import disk
-from fedsieve.disk import bytes_of, no_room, of_the_disk, refuse_link, remove_link, write_whole
+from fedsieve.disk import (
+    bytes_of,
+    no_room,
+    of_the_disk,
+    refuse_link,
+    remove,
+    remove_link,
+    write_whole,
+)
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 
@@ -162,7 +169,7 @@ def create(folder: Path, recipe: str, *, overwrite: bool = False, secret: bool =
         if remove_link(there):
             continue
         if there.is_dir():
-            shutil.rmtree(there)
+            remove(there)
         else:
             there.unlink(missing_ok=True)
     if secret:

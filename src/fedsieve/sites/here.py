@@ -34,7 +34,7 @@ from datasets import Dataset
 
 from fedsieve.algebra.budget import Budget
 from fedsieve.data.pictures import inlined
-from fedsieve.disk import appending, refuse_link, remove, write_whole
+from fedsieve.disk import appending, everything_in, refuse_link, remove, write_whole
 from fedsieve.errors import FedSieveError, count
 from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
@@ -218,13 +218,10 @@ def _refuse_links_within(folder: Path) -> None:
     """Raises FedSieveError for a link at any depth, and for a pipe or such in a file's place:
     workers write and remove below all of it. Their sockets may lie there.
     """
-    for place, folders, files in os.walk(folder):
-        for name in folders:
-            refuse_link(Path(place, name), folder=True)
-        for name in files:
-            path = Path(place, name)
-            if not stat.S_ISSOCK(path.lstat().st_mode):
-                refuse_link(path)
+    for path in everything_in(folder):
+        mode = path.lstat().st_mode
+        if not stat.S_ISSOCK(mode):
+            refuse_link(path, folder=stat.S_ISDIR(mode))
 
 
 def _homes(folder: Path) -> list[Path]:

@@ -28,6 +28,7 @@ from fedsieve.costs.dry_run import Part
 from fedsieve.costs.memory import PATCH
 from fedsieve.costs.table import moments
 from fedsieve.data.sources import column
+from fedsieve.disk import everything_in
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import locate
 from fedsieve.recipe.schema import Recipe
@@ -249,7 +250,7 @@ def used_bytes(folder: Path) -> int:
     A base beside an adapter is made of these (train/prepared.py), and takes no room of its own.
     """
     found = 0
-    for path in folder.rglob("*"):
+    for path in everything_in(folder):
         try:
             told = path.lstat()
             found += told.st_size if path.is_file() and told.st_nlink == 1 else 0

@@ -50,6 +50,7 @@ from fedsieve.sites.intake import BUFFER, Ended, Intake, seconds_for, take
 
 # In a folder of its own: a node that is locked up gets this folder and nothing else of the site.
 SOCKET = "door/worker.sock"
+_LOCK = ".lock"
 THREADS = 256  # connections that are read, answered or drained at once; others wait outside
 JOBS = 16  # requests whose answer is not taken yet; more are put off
 TAG = "tag"
@@ -149,7 +150,8 @@ def lock(folder: Path) -> AbstractContextManager[object]:
                 f"{shlex.quote(str(folder))}`, or choose "
                 "another folder"
             )
-        return filelock.FileLock(folder / ".lock", mode=0o600).acquire(timeout=0)
+        refuse_link(folder / _LOCK)  # it would be opened to be written
+        return filelock.FileLock(folder / _LOCK, mode=0o600).acquire(timeout=0)
     except filelock.Timeout:
         raise FedSieveError(f"another worker is running on {folder}") from None
     except OSError as error:

@@ -8,7 +8,6 @@ layers need no patch for that: their forward pass uses the weights' shapes and a
 import copy
 import json
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +30,7 @@ from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.data import fetch, hub
-from fedsieve.disk import of_the_disk
+from fedsieve.disk import of_the_disk, remove
 from fedsieve.errors import (
     FedSieveError,
     nearest,
@@ -317,7 +316,7 @@ def make_way(folder: Path) -> None:
         raise FedSieveError(
             f"{place} is there already, and the adapter's base would go there: choose another place"
         )
-    shutil.rmtree(place)
+    remove(place)
 
 
 def _plain(model: Any) -> PreTrainedModel:
