@@ -16,14 +16,7 @@ from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.data import given, templates
 from fedsieve.data.files import Columns
-from fedsieve.disk import (
-    move_into,
-    objects,
-    of_the_disk,
-    refuse_link,
-    remove_link,
-    write_whole,
-)
+from fedsieve.disk import move_into, objects, of_the_disk, refuse_link, remove_link, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.cautions import cautioning

@@ -415,8 +415,9 @@ def _noted(name: str, folder: Path) -> tuple[str, dict[str, str]]:
 
 def _is_name(relative: PurePosixPath) -> bool:
     """Whether a file of a package can be called so."""
-    odd = any(part == ".." or len(part) > 255 or _ODD.search(part) for part in relative.parts)
-    odd = odd or not str(relative).isprintable()
+    odd = not str(relative).isprintable() or any(
+        part == ".." or len(part) > 255 or _ODD.search(part) for part in relative.parts
+    )
     return not (odd or relative.is_absolute() or relative in (PurePosixPath(MANIFEST), _NOTHING))
 
 

@@ -5,14 +5,14 @@ A run keeps it in details.json, where every evaluation takes the place of the on
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
 from fedsieve.disk import NotJson, bytes_of, parsed, refuse_link
-from fedsieve.errors import FedSieveError, printable
+from fedsieve.errors import FedSieveError, explain
 from fedsieve.report.html import cut, table
 from fedsieve.tasks.tally import CLIENTS, MATRIX, Answer, Held, OfClass, OfOwner
 
@@ -48,7 +48,7 @@ def load(folder: Path) -> Shown | None:
     try:
         found = _SHOWN.validate_python(parsed(bytes_of(path, LARGEST), str(path)))
     except (NotJson, ValidationError, OSError) as error:
-        why = _first(error) if isinstance(error, ValidationError) else error
+        why = _first(error.errors()[0]) if isinstance(error, ValidationError) else error
         raise FedSieveError(f"{path} cannot be read: {why}. Remove it to do without") from None
     if {len(each.taken_for) for each in found.classes} - {0, len(found.classes)}:
         raise FedSieveError(f"{path} has classes that do not fit together. Remove it to do without")
@@ -66,11 +66,8 @@ def load(folder: Path) -> Shown | None:
     return found
 
 
-def _first(error: ValidationError) -> str:
-    """What is wrong first, and where: "classes.0.rows: Input should be a valid integer"."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    where = printable(".".join(map(str, first["loc"])))[:80]
-    return f"{where}: {first['msg']}" if where else first["msg"]
+def _first(detail: Mapping[str, Any]) -> str:
+    return explain(detail, [*map(str, detail["loc"])], lambda _: ())
 
 
 def _can_be(each: OfClass) -> bool:

@@ -31,14 +31,7 @@ from fedsieve.algebra.keys import Key, word
 from fedsieve.algebra.method import Trained
 from fedsieve.data import fetch, hub
 from fedsieve.disk import of_the_disk, remove
-from fedsieve.errors import (
-    FedSieveError,
-    nearest,
-    quoted,
-    raise_of_memory,
-    with_type,
-    words,
-)
+from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, with_type, words
 from fedsieve.settings import Dtype, Lora, Quantization, Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader

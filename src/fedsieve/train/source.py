@@ -94,7 +94,7 @@ def refuse_odd(source: str) -> None:
 # library makes, or notes, as it reads the number.
 _READ_FIRST = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
 _COUNTS = re.compile(
-    "layer|block|depth|head|expert|stage|types|extra|branch|group|level|label|number of",
+    "layer|block|depth|head|expert|stage|types|extra|branch|group|level|label|special_tokens",
     re.IGNORECASE,
 )
 _PARTS = 10_000  # at most, of anything but classes
@@ -106,8 +106,7 @@ def _refuse_endless(source: str, name: str, table: Mapping[str, Any]) -> None:
     while waiting:
         key, value = waiting.pop()
         if key.endswith("special_tokens") and isinstance(value, Mapping | list):
-            # Each is compared with all that were read before.
-            waiting.append((f"a number of {key}", len(value)))
+            value = len(value)  # each is compared with all that were read before
         elif isinstance(value, Mapping):
             if key not in ("id2label", "label2id"):  # whose keys are names of classes
                 waiting += value.items()
