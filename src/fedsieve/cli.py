@@ -26,7 +26,7 @@ from fedsieve.console import (
     take_any_letter,
     warn,
 )
-from fedsieve.disk import no_room, place
+from fedsieve.disk import no_room, of_the_disk, place
 from fedsieve.engine.cautions import Caution, cautioning
 from fedsieve.errors import FedSieveError, count, of_memory, printable, short_of_memory, with_type
 from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
@@ -114,13 +114,13 @@ def main() -> None:
         if of_memory(error):
             problems.print(f"[bold red]error:[/] {plain(short_of_memory(error))}")
             sys.exit(2)
-        if not isinstance(error, OSError):
+        if (found := of_the_disk(error)) is None:
             raise
-        full = no_room(error)
-        if error.filename is None and not full:  # a connection, a pipe, a library's own trouble
+        full = no_room(found)
+        if found.filename is None and not full:  # a connection, a pipe, a library's own trouble
             raise
-        where = str(error.filename or "standard output, or a file")[:200]
-        said = f"{where}: {error.strerror or error}" + ": make room, then do it again" * full
+        where = str(found.filename or "standard output, or a file")[:200]
+        said = f"{where}: {found.strerror or error}" + ": make room, then do it again" * full
         problems.print(f"[bold red]error:[/] {plain(said)}")
         if full:
             _drop_output()

@@ -97,18 +97,26 @@ def _refuse_holes(opened: int, path: Path) -> None:
     os.lseek(opened, 0, os.SEEK_SET)
 
 
-def no_room(error: BaseException) -> bool:
+def no_room(error: OSError) -> bool:
     """Whether a disk was full, or its owner's share of it; or a file as large as any may be, where
     the system said so (EFBIG is also how a file that is refused here says that it is too large).
     """
-    number = getattr(error, "errno", None)
-    too_large = number == errno.EFBIG and getattr(error, "strerror", "") == os.strerror(errno.EFBIG)
-    return number in (errno.ENOSPC, errno.EDQUOT) or too_large
+    too_large = error.errno == errno.EFBIG and error.strerror == os.strerror(errno.EFBIG)
+    return error.errno in (errno.ENOSPC, errno.EDQUOT) or too_large
 
 
-def of_the_disk(error: BaseException) -> bool:
-    """Whether what was to be written could not be; tokenizers says so by plain Exceptions."""
-    return isinstance(error, OSError | SafetensorError) or "(os error " in str(error)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries written in Rust put it into words
+
+
+def of_the_disk(error: BaseException) -> OSError | None:
+    """What the system said, where an error is of a file that could not be written: tokenizers and
+    safetensors hide it in exceptions of their own.
+    """
+    if isinstance(error, OSError):
+        return error
+    if (told := _OS_ERROR.search(str(error))) is not None:
+        return OSError(int(told[1]), os.strerror(int(told[1])))
+    return OSError(errno.EIO, str(error)) if isinstance(error, SafetensorError) else None
 
 
 def remove_link(path: Path) -> bool:

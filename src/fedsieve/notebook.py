@@ -209,7 +209,7 @@ class Run:
             move_into(part, place)
         except Exception as error:
             shutil.rmtree(part, ignore_errors=True)
-            if not of_the_disk(error):
+            if of_the_disk(error) is None:
                 raise
             raise FedSieveError(f"save: {place} cannot be written: {error}") from error
 

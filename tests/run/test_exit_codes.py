@@ -246,16 +246,17 @@ def test_a_full_disk_is_told_and_leaves_nothing_in_the_way(
     assert command(*(("resume", out) if name == "run" else words)).code == 0
 
 
+@pytest.mark.parametrize("how", FULL_DISKS)
 def test_a_recipe_that_finds_no_room_is_told(
-    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+    how: str, tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(handle: int) -> None:
-        raise FULL_DISKS["as Python says it"]
+        raise FULL_DISKS[how]
 
     monkeypatch.setattr("fedsieve.disk.os.fsync", full)
     ran = command("init", tiny.train, "--out", tmp_path / "r.toml", "--yes")
     assert ran.code == 2
-    assert "r.toml: No space left on device" in " ".join(ran.err.split())
+    assert "No space left on device: make room" in " ".join(ran.err.split())
 
 
 @pytest.mark.parametrize(

@@ -328,14 +328,12 @@ def disk_errors(folder: Path) -> Iterator[None]:
     except FedSieveError:
         raise
     except Exception as error:
-        if not of_the_disk(error):
+        if (found := of_the_disk(error)) is None:
             raise
-        what, why = getattr(error, "filename", None) or folder, getattr(error, "strerror", None)
-        refused = isinstance(error, OSError) and not no_room(error)
-        todo = "mend that" if refused else "make room"
+        todo = "make room" if no_room(found) else "mend that"
         raise FedSieveError(
-            f"{what} cannot be written: {why or error}. The checkpoints are whole: {todo}, then "
-            f"`{again(folder)}`"
+            f"{found.filename or folder} cannot be written: {found.strerror or error}. The "
+            f"checkpoints are whole: {todo}, then `{again(folder)}`"
         ) from error
 
 

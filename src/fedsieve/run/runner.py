@@ -232,7 +232,7 @@ def export(
     except BaseException as error:
         for path in to.iterdir():  # it was empty: half an adapter is in nobody's way
             remove(path)
-        if of_the_disk(error):
+        if of_the_disk(error) is not None:
             raise FedSieveError(f"{to} cannot be written: {error}") from error
         raise
     return snapshot.progress.round

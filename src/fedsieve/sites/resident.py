@@ -202,10 +202,10 @@ def answer(resident: Resident, request: Frame) -> Frame:
             resident.say(f"error: {error}")
     except Exception as error:
         # Whatever it is, the other rounds go on. Its words may quote data: they stay here.
-        if of_the_disk(error):
+        if (found := of_the_disk(error)) is not None:
             resident.say(f"error: {error}")
-            why = getattr(error, "strerror", None) or type(error).__name__
-            kept = ". Nothing that was kept is lost" if no_room(error) else ""
+            why = found.strerror or type(error).__name__
+            kept = ". Nothing that was kept is lost" if no_room(found) else ""
             result = refusal(f"the site's disk: {why}{kept}")
         else:
             resident.say(traceback.format_exc())

@@ -292,7 +292,7 @@ def _saving(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise_of_memory(error)
-        if of_the_disk(error):
+        if of_the_disk(error) is not None:
             raise
         raise FedSieveError(f"{folder} could not be written: {with_type(error)}") from error
 

@@ -6,7 +6,6 @@ recipe must mean the same pixels on every machine.
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrain
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from fedsieve.disk import of_the_disk
 from fedsieve.errors import FedSieveError, quoted, raise_of_memory, with_type
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
@@ -25,7 +25,6 @@ from fedsieve.tasks.tokens import ensure_pad_token
 from fedsieve.train.lengths import USUAL, image_size
 from fedsieve.train.model import pretrained
 
-_OF_THE_DISK = re.compile(r"\(os error (\d+)\)")  # as tokenizers says it, by a plain Exception
 _PLAIN = re.compile(r"[\w-]{1,64}", re.ASCII)  # the name of a chat template
 
 
@@ -90,11 +89,9 @@ def _rehearse(name: str, reader: Reader) -> None:
             reader.save_pretrained(scratch)
         except Exception as error:  # whatever odd values in its files raise when they are written
             raise_of_memory(error)
-            if isinstance(error, OSError):
-                raise
-            if (told := _OF_THE_DISK.search(str(error))) is not None:
-                number = int(told[1])
-                raise OSError(number, os.strerror(number), scratch) from error
+            if (found := of_the_disk(error)) is not None:
+                found.filename = found.filename or scratch
+                raise found from error
             raise FedSieveError(
                 f"model {name!r}: its tokenizer or image processor cannot be saved, as it is "
                 f"beside an adapter: {with_type(error, 200)}"
