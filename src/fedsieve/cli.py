@@ -488,14 +488,15 @@ def reproduce(
     if figure is None:
         _list_figures(data)
         return
-    figuring.load(figure)  # a mistake in the file is told before anything heavy is loaded
-    folder = out or figuring.folder_of(figure, chosen)
+    meant = figuring.called(figure)
+    figuring.load(meant)  # a mistake in the file is told before anything heavy is loaded
+    folder = out or figuring.folder_of(meant, chosen)
     _import()
     from fedsieve.study import reproduce as reproducing
 
     done = _guarded(
         lambda: reproducing.run(
-            figure,
+            meant,
             chosen,
             folder,
             jobs,

@@ -501,6 +501,39 @@ def test_what_a_strangers_folder_says_came_out_is_shown_within_bounds(
     assert "\x1b[31m" not in ran.out
 
 
+PRINTED = {  # what the papers call what they draw -> the figure
+    "fslora/fig2-3a-5": "fig2 fig3a fig5",
+    "fslora/fig3b-6": "fig3b fig6",
+    "fslora/tables-a1-a3": "table-a1 table-a2 table-a3",
+} | {
+    f"{paper}/{name}": name
+    for paper, names in {
+        "fslora": "fig3c fig4 fig7 table-c1 table-c2 table-c3 table-d1",
+        "flasc": "fig2 fig3 fig4 fig5 fig6 fig7 fig8",
+    }.items()
+    for name in names.split()
+}
+
+
+@pytest.mark.parametrize("figure", PRINTED)
+def test_every_number_of_the_papers_leads_to_its_figure(figure: str) -> None:
+    for name in PRINTED[figure].split():
+        asked = f"{figure.partition('/')[0]}/{name}"
+        assert figures.called(asked) == figures.called(asked.upper()) == figure
+    assert figures.called(figure) == figure
+
+
+def test_a_number_of_two_figures_or_of_none_is_told(command: Command) -> None:
+    for name, said in {
+        "fslora/table5.1": "fslora/table5.1-commonsense and fslora/table5.1-glue",
+        "fslora/fig3d": "did you mean 'fslora/fig3",
+        "flasc/Figure": "no figure is called 'flasc/Figure'",
+    }.items():
+        ran = command("reproduce", name)
+        assert ran.code == 2
+        assert said in " ".join(ran.err.split())
+
+
 def test_a_run_is_copied_without_its_holes(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     with (tmp_path / "holes").open("wb") as file:

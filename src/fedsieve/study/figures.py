@@ -121,6 +121,7 @@ class CheckTable(Table):
 class Figure(Table):
     """A figure or table of a paper.
 
+    draws: what the paper calls each that is drawn here, where the file's name is none of them
     x: what the horizontal axis is: the places, how far a run has come, or ("megabytes in all") what
         it sent, of which the Pareto front is drawn
     y: what is told of a run; of `x` other than places the leading score
@@ -131,6 +132,7 @@ class Figure(Table):
     remarks: what is other than in the paper at any scale
     """
 
+    draws: tuple[Name, ...] = ()
     title: str
     claim: str
     x: Literal["place", "round", "megabytes", "megabytes up", "megabytes in all"] = "place"
@@ -272,6 +274,30 @@ def shipped() -> dict[str, str]:
             for entry in sorted(files, key=lambda entry: Path(entry.name).stem):
                 found[f"{paper.name}/{Path(entry.name).stem}"] = entry.read_text(encoding="utf-8")
     return found
+
+
+def called(name: str) -> str:
+    """The shipped figure that a person means by its name, or by a number of the paper's that it
+    draws: "fslora/fig5" is in fslora/fig2-3a-5. What means a file is given back as it is.
+
+    Raises FedSieveError, with the nearest, where there is none, and where there are several.
+    """
+    known = shipped()
+    if name.endswith(".toml") or name in known:
+        return name
+    meant = name.lower()
+    drawn: dict[str, list[str]] = {}
+    for figure, text in known.items():
+        paper = figure.partition("/")[0]
+        for each in recipes.toml(text, figure).get("draws", ()):
+            drawn.setdefault(f"{paper}/{each}", []).append(figure)
+    found = [meant] if meant in known else drawn.get(meant, [])
+    if len(found) > 1:
+        raise FedSieveError(f"{name} is {' and '.join(found)}: run one after the other")
+    if not found:
+        told = nearest(meant, {*known, *drawn})
+        raise FedSieveError(f"no figure is called {quoted(name)}{told}")
+    return found[0]
 
 
 def load(source: str) -> Figure:
