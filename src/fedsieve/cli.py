@@ -1184,7 +1184,7 @@ def _go_on_with(folder: Path, at_round: int | None = None) -> None:
             command = federating.begin_again(folder, at_round, say)
             source = str(folder / rundir.RECIPE)
             recipe = recipes.parse(recipes.read(source), source)
-            if rundir.has_ended(folder, rundir.last_round(folder), recipe.rounds):
+            if federating.has_ended(folder, recipe.rounds):
                 done = count(recipe.rounds, "round")
                 say(f"this federation is finished: all of its {done} are done")
             elif here.is_here(folder):

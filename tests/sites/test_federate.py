@@ -41,6 +41,9 @@ def checked(tiny: Tiny, **changes: Any) -> schema.Recipe:
     return recipe.check(tiny.table(data__classes=list(LABELS), **changes))
 
 
+READY = {"base": "b", "reads": "r", "examples": 30}  # of a site that was told the recipe
+
+
 def welcome(head: Mapping[str, Any], client: Client | None = None, **more: Any) -> Client:
     given = {
         "method": fslora_flasc.method(),
@@ -218,7 +221,16 @@ ENDS = {  # what the Flower run leaves -> the command's exit code, and what it s
     "nothing at all": (2, "round 0 of 2"),
     "one round": (2, "round 1 of 2"),
     "all rounds, but not the adapter": (2, "has no final adapter"),
+    "the adapter, but no report": (2, "before its report was written"),
+    "the report, but the sites have nothing": (2, "before its sites were given the final adapter"),
+    "what the sites have is of an earlier end": (2, "before its sites were given"),
+    "a file of somebody else's": (2, "before its sites were given"),
     "everything": (0, ""),
+}
+KEPT = {  # what of these leaves a word of what the sites have
+    "what the sites have is of an earlier end": '{"round": 1}',
+    "a file of somebody else's": '{"round": ' + "9" * 5000 + "}",
+    "everything": '{"round": 2}',
 }
 
 
@@ -235,8 +247,13 @@ def test_a_flower_run_that_ended_early_is_no_success(
         figures = {"down_bytes": 1, "up_bytes": 1, "total_bytes": 2 * each, "loss": 0.5}
         line = json.dumps({"round": each, "seconds": 1.0, "dropped": 0, **figures}) + "\n"
         (folder / "metrics.jsonl").open("a").write(line)
-    if left == "everything":
+    if number == 2 and left != "all rounds, but not the adapter":
         (folder / "adapter").mkdir()
+        (folder / "adapter" / "adapter_model.safetensors").touch()
+        if left != "the adapter, but no report":
+            (folder / "report.html").touch()
+        if left in KEPT:
+            (folder / federate.KEPT).write_text(KEPT[left])
     flwr = tmp_path / "bin" / "flwr"
     flwr.parent.mkdir()
     flwr.write_text("#!/bin/sh\nexit 0\n")
@@ -261,14 +278,14 @@ def test_federation_does_not_go_on_in_one_process(
 def test_site_is_who_it_says() -> None:
     client = welcome(GOOD)
     assert client == Client("north", 1, Budget(0.5, 0.25, 1.0))
-    assert welcome({"base": "b", "reads": "r", "examples": 30}, client) == client._replace(
-        examples=30
-    )
+    assert welcome(READY, client) == client._replace(examples=30)
 
 
 def test_budget_that_the_method_does_not_use() -> None:
     said: list[str] = []
-    client = welcome(GOOD, method=fedit.method(), say=said.append)
+    named = welcome(GOOD, method=fedit.method(), say=said.append)
+    assert said == []  # one that says so and is not taken, as for its key, says nothing
+    client = welcome(READY, named, method=fedit.method(), say=said.append)
     assert client.budget == Budget()
     assert said == ["site 'north': the method makes no use of its budget's ratio, down"]
 
@@ -277,7 +294,7 @@ def test_a_site_without_a_budget_is_named_where_the_method_has_use_for_one() -> 
     said: list[str] = []
     none = {**GOOD, "budget": {"ratio": 0.5, "down": 1.0, "up": 1.0}}
     for method in (flasc.method(), fedit.method(), fslora_flasc.method()):
-        welcome(none, method=method, say=said.append)
+        welcome(READY, welcome(none), method=method, say=said.append)
     unused = "site 'north': the method makes no use of its budget's ratio"
     assert [said[0], said[2]] == [unused, unused]
     assert said[1].startswith("site 'north' tells no budget below 1 (down, up): all")

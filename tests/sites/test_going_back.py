@@ -379,3 +379,32 @@ def test_a_federation_at_work_is_left_as_it_is(
             assert ran.code == 2
             assert "another process is" in " ".join(ran.err.split())
             assert tree(folder) == before
+
+
+def test_sites_are_given_what_came_out_though_the_server_ended_before(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """All rounds, the adapter and the report are there by then, and no site has anything."""
+    given = federation(tiny, tmp_path, rounds=1)
+    network = at_once(given.sites, [])
+
+    def send(number: int, kind: str, data: bytes, seconds: float) -> PendingRequest | None:
+        if unpack(data).header["do"] == "keep":
+            raise KeyboardInterrupt  # as good as SIGKILL to what is on the disk
+        return network.send(number, kind, data, seconds)
+
+    with pytest.raises(KeyboardInterrupt):
+        federate.serve(given.run, network._replace(send=send), PATIENCE, quiet)
+    (given.run / rundir.REPORT).touch()  # which `no_report` leaves out
+    with pytest.raises(FedSieveError, match="before its sites were given the final adapter"):
+        federate.refuse_unfinished(given.run)
+    assert not federate.has_ended(given.run, 1)
+
+    federate.serve(given.run, at_once(given.sites, []), PATIENCE, quiet)
+    (given.run / rundir.REPORT).touch()
+    federate.refuse_unfinished(given.run)
+    assert federate.has_ended(given.run, 1)
+    ours = (given.run / rundir.ADAPTER / "adapter_model.safetensors").read_bytes()
+    for path in given.sites.values():
+        (kept,) = (path.parent / "worker" / "adapters").iterdir()
+        assert (kept / "adapter_model.safetensors").read_bytes() == ours

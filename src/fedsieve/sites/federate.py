@@ -7,6 +7,7 @@
                still know when it is started anew: its nodes, their keys, messages on their way
     sites.json the key of each site's node, from when it was first met, where nodes have keys
     told.toml  the recipe as the sites are told it (told.py)
+    kept.json  after which round the sites were last given the adapter to keep: the federation's end
     set-aside/ what else was found in flower/ when a Flower run went on (found.py)
     .federate.lock  keeps a second command out while one goes on with the federation; empty
 
@@ -110,6 +111,8 @@ FLOWER = (1, 41)
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
 KEYS = "sites.json"  # site -> its node's public key
 _KEYS_BYTES = 1 << 24  # at most
+KEPT = "kept.json"
+_KEPT_BYTES = 1 << 10  # at most
 SPARE = 2  # rounds in a row without an update, before the third ends the run
 LEFT_OVER = 120.0  # seconds that processes of a federation that was killed may take to end
 LOCK = ".federate.lock"
@@ -297,6 +300,17 @@ def begin_again(
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
 
 
+def has_ended(folder: Path, rounds: int) -> bool:
+    """Whether nothing is left to do: the run has ended, and the sites were given what came out."""
+    if not rundir.has_ended(folder, rundir.last_round(folder), rounds):
+        return False
+    try:
+        told = parsed(bytes_of(folder / KEPT, _KEPT_BYTES), str(folder / KEPT))
+    except (FedSieveError, OSError):  # they are given it once more
+        return False
+    return told.get("round") == rounds
+
+
 def refuse_unfinished(folder: Path) -> None:
     """Raises FedSieveError if a Flower run that has ended left the federation unfinished.
 
@@ -308,6 +322,10 @@ def refuse_unfinished(folder: Path) -> None:
         where = f"after round {last} of {rounds}"
     elif not (folder / rundir.ADAPTER).is_dir():
         where = "and has no final adapter yet"
+    elif not rundir.has_ended(folder, last, rounds):
+        where = "before its report was written"
+    elif not has_ended(folder, rounds):
+        where = "before its sites were given the final adapter"
     else:
         return
     raise FedSieveError(
@@ -365,9 +383,12 @@ def serve(
             say(f"warning: {caution}")
         say(line_of(summary, rounds))
 
+    (folder / KEPT).unlink(missing_ok=True)
     adapter = runner.resume(folder, show, build)
     answers = board[0].ask_all("keep", whole_message(adapter), policy.setup)
     say(f"{len(answers)} sites have the final adapter: {', '.join(answers)}")
+    with rundir.disk_errors(folder):
+        write_whole(folder / KEPT, json.dumps({"round": rounds}).encode())
     return adapter
 
 
@@ -516,7 +537,7 @@ def _welcome(
         examples = int(number_of(head, "examples"))
         if examples < 1:
             raise FedSieveError(f"site {client.id!r} has no examples")
-        return client._replace(examples=examples)
+        return _of_use(client._replace(examples=examples), method, say)
     name, versions, given = head.get("name"), head.get("versions"), head.get("budget")
     if not isinstance(name, str) or not re.fullmatch(NAME, name):
         raise FedSieveError("its description has no usable name")
@@ -534,13 +555,20 @@ def _welcome(
                 f"site {name!r}: its budget has {knob} {cleaned(value, 40)}, not in (0, 1]"
             )
         shares[knob] = float(value)
+    return Client(name, 1, Budget(**shares))
+
+
+def _of_use(client: Client, method: Method, say: Callable[[str], None]) -> Client:
+    """A site that is taken, with what the method makes use of in its budget."""
+    shares = client.budget._asdict()
     unused = [knob for knob, value in shares.items() if value < 1 and knob not in method.knobs]
     if unused:
-        say(f"site {name!r}: the method makes no use of its budget's {', '.join(unused)}")
+        say(f"site {client.id!r}: the method makes no use of its budget's {', '.join(unused)}")
     if method.knobs and all(shares[knob] == 1 for knob in method.knobs):
         used = ", ".join(sorted(method.knobs))
-        say(f"site {name!r} tells no budget below 1 ({used}): all of the adapter travels for it")
-    return Client(name, 1, Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
+        said = f"tells no budget below 1 ({used}): all of the adapter travels for it"
+        say(f"site {client.id!r} {said}")
+    return client._replace(budget=Budget(**{k: v for k, v in shares.items() if k in method.knobs}))
 
 
 def _keep(place: Path, keys: Mapping[str, str]) -> None:
