@@ -28,7 +28,15 @@ from fedsieve.console import (
 )
 from fedsieve.disk import no_room, of_the_disk, place
 from fedsieve.engine.cautions import Caution, cautioning
-from fedsieve.errors import FedSieveError, count, of_memory, printable, short_of_memory, with_type
+from fedsieve.errors import (
+    FedSieveError,
+    count,
+    of_memory,
+    printable,
+    quoted,
+    short_of_memory,
+    with_type,
+)
 from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
 from fedsieve.tasks.words import spoken
 
@@ -99,6 +107,7 @@ T = TypeVar("T")
 
 
 _MOST_SAID = 10_000  # letters of an error: one may quote what is long after all
+_NOT_OURS = "code that is not FedSieve's ended the program before all was done"
 
 
 def main() -> None:
@@ -135,11 +144,13 @@ def main() -> None:
         # Whoever reads our output may have seen enough (`| head`); rich ends the program then.
         if isinstance(error.__context__, BrokenPipeError) or not _through_a_command(error):
             raise
-        said = "code that is not FedSieve's ended the program before all was done"
         # Of a code a shell sees the last byte.
         code = error.code if isinstance(error.code, int) and error.code % 256 else 2
-        problems.print(f"[bold red]error:[/] {plain(f'{said} ({with_type(error)})')}")
+        problems.print(f"[bold red]error:[/] {plain(f'{_NOT_OURS} ({with_type(error)})')}")
         sys.exit(code)
+    except BaseException as error:  # no kind of error that Python or a library of ours raises
+        problems.print(f"[bold red]error:[/] {plain(f'{_NOT_OURS} ({with_type(error)})')}")
+        sys.exit(2)
 
 
 def _through_a_command(error: SystemExit) -> bool:
@@ -1239,10 +1250,16 @@ def _report_problems(found: Sequence[str]) -> None:
 
 
 def _numbers(text: str) -> list[int]:
+    from fedsieve.study.tables import MOST
+
     try:
-        return [int(each) for each in text.split(",") if each.strip()]
+        found = [int(each) for each in text.split(",") if each.strip()]
     except ValueError:
-        raise FedSieveError(f"--seeds {text!r}: whole numbers with commas, such as 0,1,2") from None
+        told = quoted(text)
+        raise FedSieveError(f"--seeds {told}: whole numbers with commas, such as 0,1,2") from None
+    if len(found) > MOST:
+        raise FedSieveError(f"--seeds: {len(found):,} seeds: at most {MOST:,}")
+    return found
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> None:

@@ -107,7 +107,9 @@ def words(error: BaseException, most: int = 300) -> str:
     """What a library says, in one line and not at any length: it may quote what it was given."""
     try:
         return " ".join(str(error).split())[:most]
-    except THEIRS:  # whatever an exception of the user's own does
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # whatever an exception of the user's own does
         return ""
 
 
@@ -154,7 +156,10 @@ def explain_all(
     keys: the known keys of the table at a place
     path: pydantic's place -> the place as the file has it
     """
-    found = error.errors()
+    every = error.errors()
+    # A list is told as too short also where its entries are there, each of them wrong.
+    above = {each["loc"][:depth] for each in every for depth in range(len(each["loc"]))}
+    found = [each for each in every if each["type"] != "too_short" or each["loc"] not in above]
     lines = [f"  {explain(detail, path(detail['loc']), keys)}" for detail in found[:MOST_TOLD]]
     if len(found) > MOST_TOLD:
         lines.append(f"  and {len(found) - MOST_TOLD:,} more")

@@ -201,6 +201,8 @@ def test_a_site_keeps_what_it_has_no_memory_to_read(
     [
         *((error, "memory does not suffice") for error in SHORT),
         (SystemExit(0), "code that is not FedSieve's ended the run (SystemExit: 0)"),
+        (GeneratorExit("x"), "code that is not FedSieve's ended the run (GeneratorExit: x)"),
+        (BaseException("x"), "code that is not FedSieve's ended the run (BaseException: x)"),
         (RuntimeError("odd"), "Traceback"),
         (OSError(errno.ENOSPC, "No space left on device", "/full"), "/full: No space left"),
     ],

@@ -172,7 +172,7 @@ def with_table(folder: Path, table: str) -> None:
 def with_rule(folder: Path, pattern: str) -> None:
     """What it replaces makes the text long, and then looks for what is not there."""
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    longer = {"type": "Replace", "pattern": {"String": "o"}, "content": "o" * 3000}
+    longer = {"type": "Replace", "pattern": {"String": "o"}, "content": "o" * 900}
     rule = {"type": "Replace", "pattern": {"Regex": pattern}, "content": ""}
     tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [longer, rule]}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -298,6 +298,48 @@ def test_what_a_library_would_make_as_it_reads_is_refused_before(
     (folder / name).write_text(json.dumps({**told, **more}))
     before, began = peak(reset=True), time.monotonic()
     with pytest.raises(FedSieveError, match=rf"its {name} has .*: at most .* are read"):
+        used(tiny, folder)
+    assert time.monotonic() - began < 5
+    assert peak() - before < 100 * MEGA
+
+
+def replacing(what: dict[str, str], by: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": what, "content": by}
+
+
+GROWING: dict[str, dict[str, Any]] = {  # a part of a tokenizer.json -> what stands there
+    "normalizer": {
+        "type": "Sequence", "normalizers": [replacing({"String": "n"}, "n" * 30)] * 6,
+    },
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}]}] * 2,
+    },
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            replacing({"String": "n"}, "n" * 100),
+            {"type": "Sequence", "decoders": [replacing({"Regex": "n"}, "n" * 100)]},
+        ],
+    },
+}  # fmt: skip
+LONG = {"between letters": replacing({"Regex": "(?=)"}, "n" * 10_001)}
+LONG["before"] = {"type": "Prepend", "prepend": "n" * 10_001}
+
+
+@pytest.mark.parametrize("case", [*GROWING, *LONG])
+def test_a_text_is_not_made_long_without_end(tiny: Tiny, tmp_path: Path, case: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.bert, folder)
+    place = folder / "tokenizer.json"
+    told = json.loads(place.read_text())
+    told["normalizer" if case in LONG else case] = {**GROWING, **LONG}[case]
+    place.write_text(json.dumps(told))
+    if case == "pre_tokenizer":  # which only divides
+        load_reader(str(folder), "classification")
+        return
+    before, began = peak(reset=True), time.monotonic()
+    with pytest.raises(FedSieveError, match=r"of its tokenizer.json makes a text up to .* times"):
         used(tiny, folder)
     assert time.monotonic() - began < 5
     assert peak() - before < 100 * MEGA

@@ -124,6 +124,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model__sorce": "x"}, "model.sorce: unknown key (did you mean 'source'"),
     ({"lora__rnk": 3}, "lora.rnk: unknown key (did you mean 'rank'"),
     ({"training__momentun": 0.1}, "training.momentun: unknown key (did you mean 'momentum'"),
+    ({"budgets": []}, "budgets: Tuple should have at least 1 item"),
     ({"budgets": [{"ratoi": 0.5}]}, "budgets.0.ratoi: unknown key (did you mean 'ratio'"),
     ({"method__hed": "whole"}, "method.hed: unknown key (did you mean 'head'"),
     ({"server__betta1": 0.5}, "server.betta1: unknown key (did you mean 'beta1'"),

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from asyncio import CancelledError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,29 @@ def test_a_run_that_stops_short_does_not_end_with_0(
         assert ended_with == 130
     elif name != "compare":  # which goes on with its other runs, and says at its end what failed
         assert ended_with in (code, 1 if reason == "a full disk" else code)
+
+
+class Odd(BaseException):
+    """No Exception, and one that cannot say what it is of."""
+
+    def __str__(self) -> str:
+        raise Odd
+
+
+@pytest.mark.parametrize(
+    "raised", [Odd(), GeneratorExit("x"), BaseExceptionGroup("x", [Odd()]), CancelledError()]
+)
+def test_what_is_no_exception_is_told_like_one(
+    raised: BaseException, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def ending(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr("fedsieve.recipe.read.read", ending)
+    ran = command("run", tmp_path / "r.toml")
+    assert ran.code == 2
+    assert f"ended the program before all was done ({type(raised).__name__}" in ran.err
+    assert "Traceback" not in ran.err
 
 
 @pytest.mark.parametrize(("given", "code"), [(0, 2), (None, 2), ("done", 2), (256, 2), (7, 7)])

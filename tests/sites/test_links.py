@@ -234,7 +234,7 @@ def prepared(
         cohort=1,
         lora__rank=rank,
         method={"name": method},
-        budgets=[],
+        budgets=[{}],
         data__classes=list(LABELS),
         training__steps=2,
         evaluation__every=rounds,

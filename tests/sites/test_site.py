@@ -17,6 +17,7 @@ LEAST: dict[str, Any] = {"name": "north", "data": {"train": "train.csv", "text":
 
 
 def write(folder: Path, table: dict[str, Any]) -> Path:
+    (folder / "train.csv").touch()
     path = folder / "site.toml"
     path.write_text(tomli_w.dumps(table), encoding="utf-8")
     return path
@@ -57,6 +58,37 @@ def test_a_full_file_says_it_all(tmp_path: Path) -> None:
     assert site.data.test == "org/rows"
 
 
+CSV, TEXT = {"train": "train.csv"}, {"text": "text"}
+ELSEWHERE: dict[str, dict[str, Any]] = {  # what the site has not -> the site, which names it
+    "rows.csv": {**LEAST, "data": {"train": "rows.csv", **TEXT}},
+    "rows": {**LEAST, "data": {"train": "rows", **TEXT}},
+    "tests/rows.jsonl.gz": {**LEAST, "data": {**CSV, "test": "tests/rows.jsonl.gz", **TEXT}},
+    "models/base": {**LEAST, "model": "models/base"},
+}
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["another there", "none there"])
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_lies_where_the_command_is_given_is_not_the_sites(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, there: bool
+) -> None:
+    """A file that is gone, or a link that leads nowhere, is told; another is not taken for it."""
+    home, current = tmp_path / "home", tmp_path / "current"
+    home.mkdir()
+    current.mkdir()
+    if there:
+        (current / name).mkdir(parents=True)
+    elif not name.endswith((".csv", ".gz")):
+        pytest.skip("a name of the hub")
+    monkeypatch.chdir(current)
+    with pytest.raises(FedSieveError, match=f"there is no {home / name}"):
+        sites.load(write(home, ELSEWHERE[name]))
+    (home / name).parent.mkdir(exist_ok=True, parents=True)
+    (home / name).symlink_to("nowhere")
+    with pytest.raises(FedSieveError, match=f"there is no {home / name}"):
+        sites.load(home / "site.toml")
+
+
 def test_fetched_names_come_before_folders(tmp_path: Path) -> None:
     (tmp_path / "20newsgroups").mkdir()
     data = {"train": "20newsgroups", "text": "text"}
@@ -89,7 +121,7 @@ def test_fetched_names_come_before_folders(tmp_path: Path) -> None:
         ({"link": {"downlink": 0, "uplink": 1}}, "link.downlink: "),
         ({"memory": -1}, "memory: "),
         ({"most_steps": 0}, "most_steps: "),
-        ({"model": "../nowhere"}, "model: there is no folder"),
+        ({"model": "../nowhere"}, "model: there is no /"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:

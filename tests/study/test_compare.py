@@ -460,6 +460,20 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"entry": [ENTRY], "tune": {"grid": [{"server.lr": 1}] * 10_001}},
         "grid: 10,001 trials of each seed: at most 10,000",
     ),
+    (
+        {
+            "entry": [ENTRY, {**ENTRY, "name": "other", "seeds": list(range(600))}],
+            "tune": {"grid": {"server.lr": [1] * 50}, "seeds": list(range(100))},
+        },
+        "10,601 runs in all, 10,000 of them trials: at most 10,000",
+    ),
+    (
+        {"entry": [{**ENTRY, "name": f"e{n}"} for n in range(1001)]},
+        "entry: Tuple should have at most 1000 items",
+    ),
+    ({"entry": [{**ENTRY, "name": 5}]}, "entry.0.name: Input should be a valid string (it is 5)\n"),
+    ({"entry": [ENTRY], "seeds": ["x"]}, "seeds.0: Input should be a valid integer"),
+    ({"entry": [ENTRY], "seeds": []}, "seeds: Tuple should have at least 1 item"),
     ({"entry": [ENTRY], "recipe": "r" * 200_000}, "rrr' can be no path: File name too long"),
     ({"entry": [ENTRY], "recipe": "demmo"}, "no recipe is called 'demmo' (did you mean 'demo'"),
 ]
@@ -472,6 +486,7 @@ def test_a_wrong_study_is_refused_before_anything_is_run(
     ran = command("compare", write(**table), "--out", tmp_path / "out")
     assert ran.code == 2
     assert message in ran.err
+    assert "not 0" not in ran.err or ".0" not in ran.err  # no list is empty that has an entry
     assert len(ran.err) < 2000
     assert not (tmp_path / "out").exists()
 
@@ -484,6 +499,25 @@ def test_words_that_make_no_comparison(write: Write, tiny: Tiny, command: Comman
     ran = command("compare", path, "--seeds", "one")
     assert ran.code == 2
     assert "whole numbers with commas" in ran.err
+    ran = command("compare", path, "--seeds", ",".join(map(str, range(1001))))
+    assert ran.code == 2
+    assert "--seeds: 1,001 seeds: at most 1,000" in ran.err
+    recipe = tiny.write(path.with_name("r.toml"))
+    ran = command("compare", recipe, "--methods", ",".join(["fedit"] * 1001))
+    assert ran.code == 2
+    assert "--methods: 1,001 methods: at most 1,000" in ran.err
+
+
+@pytest.mark.parametrize("methods", [(), ("--methods", "fedit,flasc")])
+@pytest.mark.parametrize("given", ['method = "fedit"', "method = 5", "[[method]]"])
+def test_a_method_that_is_no_table_is_told(
+    given: str, methods: tuple[str, ...], tmp_path: Path, command: Command
+) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(f'{given}\n[model]\nsource = "x"\n')
+    ran = command("compare", path, *methods, "--out", tmp_path / "out")
+    assert ran.code == 2
+    assert "method is a table of the recipe, and not" in " ".join(ran.err.split())
 
 
 # --- one recipe for many methods

@@ -440,6 +440,22 @@ def test_a_result_that_is_not_finite_leaves_its_client_out(tiny: Tiny) -> None:
         ).finish()
 
 
+@pytest.mark.parametrize("loss", [1e16, -1e308, float("-inf")])
+def test_a_loss_beyond_all_sense_leaves_its_client_out(tiny: Tiny, loss: float) -> None:
+    """And what the log has of it can be read."""
+    told = {6: 0.5, 7: loss}
+    clients = {"north": rows(6, 1), "south": rows(7, 2)}
+    with pytest.warns(UserWarning, match="client south is left out: the training loss became"):
+        run = finetune(
+            tiny,
+            clients,
+            fedsieve.fedit(),
+            training=lambda model, rows, seed: told[len(rows)],
+            rounds=1,
+        ).finish()
+    assert [(r.client, r.loss) for r in run.receipts] == [("north", 0.5), ("south", None)]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

@@ -33,11 +33,11 @@ import pyarrow.parquet as pa_parquet
 from datasets import Dataset, DatasetInfo, Features
 
 from fedsieve.data.names import kind_of
+from fedsieve.data.paths import EXTENSIONS, extension_of
 from fedsieve.data.templates import used
 from fedsieve.disk import refuse_holes
 from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, words
 
-EXTENSIONS = (".csv", ".tsv", ".tab", ".json", ".jsonl", ".parquet")
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
 _TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
 _WIDEST = 10_000  # columns of a table of texts
@@ -136,12 +136,6 @@ def refuse_no_text(name: str) -> None:
         raise FedSieveError(
             f"{name!a} could not be read: its name is no UTF-8: rename it"
         ) from None
-
-
-def extension_of(path: Path) -> str:
-    """`.csv` of `a.CSV.gz`."""
-    name = path.name.lower()
-    return Path(name.removesuffix(".gz")).suffix
 
 
 def separator_of(path: Path) -> str | None:

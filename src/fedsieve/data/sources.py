@@ -16,8 +16,9 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
 
 from fedsieve.data import fetch, files, hub, pictures
-from fedsieve.data.files import EXTENSIONS, Columns, array_of, extension_of
+from fedsieve.data.files import Columns, array_of
 from fedsieve.data.names import clean, name_among
+from fedsieve.data.paths import EXTENSIONS, extension_of, is_path
 from fedsieve.data.templates import possible, used, values_of
 from fedsieve.disk import bytes_of, parsed, place
 from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, with_type, words
@@ -408,11 +409,6 @@ def _only(rows: Dataset, columns: Columns | None, where: str) -> Dataset:
                 f"{where}: no column {quoted(name)}{nearest(name, rows.column_names)}"
             )
     return rows.select_columns(chosen)
-
-
-def is_path(source: str) -> bool:
-    """Whether a text can only be a file's name, there or not."""
-    return source.startswith((".", "/", "~")) or extension_of(Path(source)) in EXTENSIONS
 
 
 def _existing(path: Path) -> Path:

@@ -59,6 +59,9 @@ def facts(reply: Reply) -> dict[str, Any]:
     }
 
 
+MOST_LOSS = 1e15  # beyond which none is of any training; a server takes no larger one from a site
+
+
 class Asked(NamedTuple):
     """What a client is asked in a round. memory: what it kept; key: of the round and the client;
     message: the encoded payload
@@ -146,12 +149,13 @@ def _end(
     seconds = began.seconds + trained + time.perf_counter() - start
     held = fit.memory + sum(t.nbytes for group in memory.values() for t in group.values())
     client = asked.client
-    reply = Reply(client, update, reason, fit.loss, fit.steps, seconds, fit.compute, wire, held)
+    loss = fit.loss if abs(fit.loss) <= MOST_LOSS else math.nan
+    reply = Reply(client, update, reason, loss, fit.steps, seconds, fit.compute, wire, held)
     return reply, memory
 
 
 def _unusable(fit: Fit) -> str | None:
-    if fit.told and not math.isfinite(fit.loss):
+    if fit.told and not abs(fit.loss) <= MOST_LOSS:
         return (
             f"the training loss became {fit.loss} (a lower training.lr or training.clip may help)"
         )

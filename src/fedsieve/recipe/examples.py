@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.data import pictures, sources, templates
 from fedsieve.data.files import Columns
+from fedsieve.data.paths import is_path
 from fedsieve.data.templates import filled
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.schema import Data, Recipe
@@ -93,7 +94,7 @@ def more_sources(data: Data) -> dict[str, tuple[str, str | None]]:
     found: dict[str, tuple[str, str | None]] = {}
     for name, more in (data.more_tests or {}).items():
         split, usual = more.test_split, data.test or data.train
-        if more.test is None and split is not None and sources.is_path(split):
+        if more.test is None and split is not None and is_path(split):
             found[name] = split, None
         else:
             found[name] = more.test or usual, split

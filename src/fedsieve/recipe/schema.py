@@ -337,7 +337,7 @@ def _kind_of_budgets(value: Any) -> str:
 
 
 Budgets = Annotated[
-    Annotated[tuple[Tier, ...], Tag("shares")]
+    Annotated[tuple[Tier, ...], Field(min_length=1), Tag("shares")]
     | Annotated[ListBudgets, Tag("list")]
     | Annotated[TierBudgets, Tag("tiers")]
     | Annotated[RatioBudgets, Tag("ratios")]

@@ -21,6 +21,7 @@ from pydantic import (
 
 from fedsieve.algebra import budget
 from fedsieve.data import fetch
+from fedsieve.data.paths import is_path
 from fedsieve.disk import place
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import lines
@@ -136,36 +137,33 @@ def link_of(site: Site) -> budget.Link | None:
 
 def _settled(site: Site, home: Path) -> Site:
     """The site with its paths made absolute: they are relative to the file that names them."""
-    data = site.data.model_copy(
-        update={
-            "train": _found(site.data.train, home),
-            "test": None if site.data.test is None else _found(site.data.test, home),
-        }
-    )
+    data, model = site.data, site.model
+    train = _found("data.train", data.train, home)
+    test = None if data.test is None else _found("data.test", data.test, home)
     return site.model_copy(
         update={
-            "data": data,
+            "data": data.model_copy(update={"train": train, "test": test}),
             "folder": _at(site.folder, home),
             "cache": None if site.cache is None else _at(site.cache, home),
-            "model": None if site.model is None else _model(site.model, home),
+            "model": None if model is None else _found("model", model, home),
         }
     )
 
 
-def _found(source: str, home: Path) -> str:
-    """An absolute path where there is such a file or folder, else the name as it is."""
+def _found(key: str, source: str, home: Path) -> str:
+    """An absolute path where there is such a file or folder, else the name as it is.
+
+    Raises FedSieveError where another one of that name lies in the folder in which the command is
+    given: whoever reads the name would take it.
+    """
     if source in fetch.PACKAGES:
         return source
     path = _at(source, home)
-    return str(path) if path.exists() else source
-
-
-def _model(source: str, home: Path) -> str:
-    """Raises FedSieveError for a path to nowhere: no recipe could be made ready with it."""
-    found = _found(source, home)
-    if found == source and source.startswith((".", "/", "~")) and not _at(source, home).exists():
-        raise FedSieveError(f"model: there is no folder {_at(source, home)}")
-    return found
+    if path.exists():
+        return str(path)
+    if place(source).exists() or is_path(source):
+        raise FedSieveError(f"{key}: there is no {path} (a path is relative to this file)")
+    return source
 
 
 def _at(text: str | Path, home: Path) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedsieve.data import fetch, sources
-from fedsieve.data.files import extension_of
+from fedsieve.data.paths import extension_of
 from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
 from fedsieve.errors import FedSieveError, count, nearest, quoted

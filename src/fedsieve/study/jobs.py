@@ -28,7 +28,6 @@ from fedsieve import report
 from fedsieve.disk import place, refuse_link, write_whole
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import (
-    THEIRS,
     FedSieveError,
     NoUsableUpdate,
     of_memory,
@@ -272,9 +271,9 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
         if isinstance(error.__cause__, NoUsableUpdate):
             write_whole(job.folder / DIVERGED, str(error).encode())
         return str(error)
-    except runner.Stopped:
+    except (runner.Stopped, KeyboardInterrupt):
         raise
-    except THEIRS as error:
+    except BaseException as error:
         if of_memory(error):
             return short_of_memory(error)
         if isinstance(error, OSError):

@@ -34,6 +34,7 @@ from fedsieve.study.jobs import Job, refuse_changed
 from fedsieve.study.parts import refuse_run
 from fedsieve.study.tables import (
     LONGEST,
+    MOST,
     TAKEN,
     EntryTable,
     Grid,
@@ -45,7 +46,7 @@ from fedsieve.study.tables import (
 
 VALIDATION = 0.1  # the share held back where a study tunes and its recipe says nothing
 LAST = 3  # a trial's score is the mean of so many last evaluations, to damp their swing
-_MOST_TRIALS = 10_000  # of an entry
+_MOST_RUNS = 10_000  # of a study, trials too
 _NAME = re.compile(r"[\w(][\w .,+=()-]*")
 
 
@@ -95,7 +96,8 @@ def plan(
     Raises FedSieveError for anything that is not right, naming entry and key.
     """
     study = _read(source, methods)
-    changes = {"seeds": tuple(seeds) or study.seeds, "target": target or study.target}
+    target = study.target if target is None else target
+    changes = {"seeds": tuple(seeds) or study.seeds, "target": target}
     study = study.model_copy(update=changes)
     base = recipes.read(_beside(source, study.recipe))
     return worked_out(study, base, source, folder, overrides=overrides, allow_code=allow_code)
@@ -135,6 +137,7 @@ def worked_out(
         )
     entries = tuple(_work_out(study, each, base, source, allow_code) for each in study.entry)
     _refuse_twice(entries, source)
+    _refuse_many(entries, study.tune, source)
     tuned = {entry.name: len(entry.trials) for entry in entries if entry.trials}
     if len(set(tuned.values())) > 1:
         first = {count: name for name, count in reversed(tuned.items())}
@@ -220,8 +223,10 @@ def _read(source: str, methods: Sequence[str]) -> Study:
         table = recipes.toml(text, f"the study {source}")
     if "entry" not in table and "recipe" not in table:
         # A recipe, and the methods to run it with.
-        own = recipes.read(source).get("method", {}).get("name")
-        names = list(methods) or [str(own)]
+        own = recipes.read(source).get("method")
+        names = list(methods) or [str(own.get("name") if isinstance(own, dict) else own)]
+        if len(names) > MOST:
+            raise FedSieveError(f"--methods: {len(names):,} methods: at most {MOST:,}")
         entries = tuple(EntryTable(name=name, method=name) for name in names)
         return Study(recipe=str(path.resolve()) if path.is_file() else source, entry=entries)
     if methods:
@@ -361,13 +366,25 @@ def _refuse_own(study: Study, source: str) -> None:
 
 def _trials(grid: Grid) -> list[Settings]:
     count = len(grid) if isinstance(grid, list) else math.prod(map(len, grid.values()))
-    if count > _MOST_TRIALS:
+    if count > _MOST_RUNS:
         raise FedSieveError(
-            f"grid: {count:,} trials of each seed: at most {_MOST_TRIALS:,}: try fewer values"
+            f"grid: {count:,} trials of each seed: at most {_MOST_RUNS:,}: try fewer values"
         )
     if isinstance(grid, list):
         return grid
     return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _refuse_many(entries: Sequence[Entry], tune: TuneTable | None, source: str) -> None:
+    """Raises FedSieveError for more runs than anybody waits for: each is looked at before the first
+    begins.
+    """
+    trials = sum(len(entry.trials) for entry in entries) * (len(tune.seeds) if tune else 0)
+    runs = trials + sum(len(entry.seeds) for entry in entries)
+    if runs > _MOST_RUNS:
+        raise FedSieveError(
+            f"{source}: {runs:,} runs in all, {trials:,} of them trials: at most {_MOST_RUNS:,}"
+        )
 
 
 def _refuse_twice(entries: Sequence[Entry], source: str) -> None:

@@ -42,7 +42,7 @@ class Study(Table):
     seeds: Seeds = (0,)
     target: Share | None = None
     set: Settings = Field(default_factory=dict)
-    entry: tuple[EntryTable, ...] = Field(min_length=1)
+    entry: tuple[EntryTable, ...] = Field(min_length=1, max_length=MOST)
     tune: TuneTable | None = None
 
 

@@ -6,10 +6,12 @@ recipe must mean the same pixels on every machine.
 
 import hashlib
 import json
+import math
 import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedTokenizerBase
@@ -25,6 +27,7 @@ from fedsieve.tasks.tokens import ensure_pad_token
 from fedsieve.train.lengths import USUAL, image_size
 from fedsieve.train.model import pretrained
 
+_MOST_GROWTH = 1000
 _PLAIN = re.compile(r"[\w-]{1,64}", re.ASCII)  # the name of a chat template
 
 
@@ -51,6 +54,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         if not isinstance(tokenizer.model_max_length, int | float):  # of a file that was edited
             tokenizer.model_max_length = VERY_LARGE_INTEGER  # how much is read, a recipe says
         _refuse_odd_templates(name, tokenizer)
+        _refuse_growth(name, tokenizer)
         _rehearse(name, tokenizer)
         return tokenizer
     except FedSieveError as error:
@@ -78,6 +82,34 @@ def _refuse_odd_templates(name: str, tokenizer: PreTrainedTokenizerBase) -> None
                 f"model {name!r}: its tokenizer has a chat template that is no text "
                 f"({quoted(template)})"
             )
+
+
+def _refuse_growth(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises FedSieveError where the steps of its tokenizer.json make of one letter more than any
+    text has room for: rule after rule multiplies, and memory ends before a token is counted.
+    """
+    steps = getattr(tokenizer, "backend_tokenizer", None)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        step = getattr(steps, part, None)
+        if step is None:
+            continue
+        if (times := _growth(json.loads(step.__getstate__()))) > _MOST_GROWTH:
+            raise FedSieveError(
+                f"model {name!r}: the {part} of its tokenizer.json makes a text up to {times:,} "
+                f"times as long: at most {_MOST_GROWTH:,} is taken"
+            )
+
+
+def _growth(step: Any) -> int:
+    """Into how many letters a step of tokenizers may turn one."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, Mapping):
+        return 1
+    said = (step.get("content"), step.get("prepend"))
+    own = max((len(text) for text in said if isinstance(text, str)), default=1)
+    inner = (each for each in step.values() if isinstance(each, list))
+    return max(1, own) * math.prod(map(_growth, inner))
 
 
 def _rehearse(name: str, reader: Reader) -> None:
