@@ -143,6 +143,7 @@ def test_a_task_of_your_own(folder: Path, tiny: Tiny, command: Command) -> None:
 def test_the_sites_file_of_the_page_is_one(folder: Path, tiny: Tiny) -> None:
     (written,) = fenced(PAGES / "across-machines.md", "toml")
     (folder / "site.toml").write_text(written, encoding="utf-8")
+    (folder / "train.csv").touch()
     assert site.load(folder / "site.toml").name == "north"
 
 

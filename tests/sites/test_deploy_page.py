@@ -72,6 +72,9 @@ def test_the_key_of_a_site_is_one_that_flower_reads(tmp_path: Path) -> None:
 def test_the_sites_file_is_one(tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text(block('name = "north"'), encoding="utf-8")
+    told = tomllib.loads(path.read_text())
+    for name in (told["data"]["train"], told["data"]["test"], told["model"]):
+        (tmp_path / name).mkdir(parents=True)
     assert tomllib.loads(path.read_text())["name"] == "north"
     given = site.load(path)
     assert (given.name, given.budget.up) == ("north", 0.25)
