@@ -175,4 +175,4 @@ SOME = {"fslora_flasc", "hetlora", "fed_plora", "fedsvd", "ravan"}  # each merge
 @pytest.mark.parametrize("name", kinds.quick_of(HELD, SOME.__contains__))
 def test_a_merge_holds_at_most_three_adapters(name: str, new_objects: None) -> None:
     """The server's own benchmark, small: it grows with nothing (docs/benchmarks.md has 1,000)."""
-    assert 0 < server.measure(name, 6)["adapters"] <= 3
+    assert 0 < round(server.measure(name, 6)["adapters"], 3) <= 3  # SCAFFOLD counts its clients

@@ -127,6 +127,7 @@ def _method(
                 total = _plus(pulled(update, told, client, key.round), total)
                 counted[client.id] = torch.tensor(1)
                 yield client, update
+                del update  # before the next one is decoded
 
         merged = inner.merge(state, noted(), key)
         return State(merged.layout, {**merged.trees, CONTROL: total, _COUNTED: counted})
