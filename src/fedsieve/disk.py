@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from fedsieve.errors import FedSieveError, of_memory, with_type
+from fedsieve.errors import FedSieveError, of_memory, with_type, words
 
 LARGEST = 2**63 - 1  # a whole number in a file; what is computed from it fits a float
 LONGEST = 1 << 20  # bytes of a line
@@ -105,7 +105,7 @@ def no_room(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or too_large
 
 
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries written in Rust put it into words
+_OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")  # as libraries written in Rust put it into words
 
 
 def of_the_disk(error: BaseException) -> OSError | None:
@@ -114,9 +114,9 @@ def of_the_disk(error: BaseException) -> OSError | None:
     """
     if isinstance(error, OSError):
         return error
-    if (told := _OS_ERROR.search(str(error))) is not None:
+    if (told := _OS_ERROR.search(words(error, LONGEST))) is not None:
         return OSError(int(told[1]), os.strerror(int(told[1])))
-    return OSError(errno.EIO, str(error)) if isinstance(error, SafetensorError) else None
+    return OSError(errno.EIO, words(error)) if isinstance(error, SafetensorError) else None
 
 
 def remove_link(path: Path) -> bool:

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from fedsieve import cli
+from fedsieve.disk import no_room, of_the_disk
 from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
 from tests import runs
@@ -239,6 +241,20 @@ FULL_DISKS: dict[str, BaseException] = {
     "as Python says it": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     "as tokenizers says it": Exception("No space left on device (os error 28)"),
 }
+
+
+def test_no_words_are_too_odd_to_be_looked_through() -> None:
+    """They may quote a file of somebody's."""
+
+    class Mute(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    for error in (Mute(), Exception(f"(os error {'9' * 5000})"), Exception("(os error -1)")):
+        assert of_the_disk(error) is None
+    found = of_the_disk(SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert found is not None
+    assert no_room(found)
 
 
 @pytest.mark.parametrize("how", FULL_DISKS)
