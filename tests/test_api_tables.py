@@ -349,6 +349,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
         (folder, {"lora": key}, r"has no base_model.*key.lora_A.weight, which this run trains"),
         (folder, {"lora": less}, r"holds base_model.*value.lora_A.weight, which this run does not"),
         (tmp_path / "empty", {}, "holds no adapter: there is no file adapter_config.json"),
+        (tmp_path / "gone", {}, "there is no folder .*gone"),
         (damaged, {}, "cannot be read"),
         (other, {}, "tells the classes wine, space, cars, in this order"),
         (folder, {"clients": two}, "tells the classes cars, space, wine"),

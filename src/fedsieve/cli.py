@@ -1149,10 +1149,13 @@ def _summary(folder: Path) -> None:
 def _say_next(folder: Path, recipe: "Recipe") -> None:
     """What can be done with a run that has ended."""
     from fedsieve import report
+    from fedsieve.recipe import read as recipes
     from fedsieve.run import rundir
     from fedsieve.run.progress import rising
 
     place, steps = shlex.quote(str(folder)), []
+    if not recipes.is_ours(recipe):
+        place += " --allow-code"
     if rising(report.rounds(folder / rundir.METRICS)):
         say("it was still getting better when it ended: more rounds, or another training.lr (see")
         say("docs/recipes.md, Rates that worked), may help much")

@@ -516,7 +516,9 @@ def test_a_function_that_trains_is_run_if_that_was_asked_for(
         one_sentence(command(*words), "planted.method:train", "--allow-code")
     one_sentence(command("federate", recipe, *out), "training.function")
     assert not program.exists()
-    assert command("run", recipe, *out, "--allow-code").code == 0
+    ran = command("run", recipe, *out, "--allow-code")
+    assert ran.code == 0
+    assert f"fedsieve export {tmp_path / 'new'} --allow-code --to adapter" in ran.out
     assert program.exists()
     one_sentence(command("resume", tmp_path / "new"), "planted.method:train", "--allow-code")
 

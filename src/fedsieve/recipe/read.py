@@ -241,9 +241,18 @@ def refuse_programs(recipe: Recipe, source: str) -> None:
     refuse_function(recipe.training.function, source)
 
 
+def is_ours(recipe: Recipe) -> bool:
+    """Whether a recipe names no program but FedSieve's own."""
+    return not _foreign(recipe.method.name) and recipe.training.function is None
+
+
+def _foreign(method: str) -> bool:
+    return "." in method and not method.startswith("fedsieve.methods.")
+
+
 def refuse_code(name: str, source: str) -> None:
     """Raises FedSieveError for a method's name that is a module of somebody's own."""
-    if "." in name and not name.startswith("fedsieve.methods."):
+    if _foreign(name):
         raise FedSieveError(
             f"{source}: method.name {name[:80]!r} is no method of FedSieve but somebody's program, "
             "which would run with your rights: give --allow-code if you trust it"

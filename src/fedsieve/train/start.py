@@ -69,6 +69,8 @@ def begun(resident: ResidentModel, folder: str, method: Method) -> ResidentModel
 def _read(folder: str, where: str, most: int) -> tuple[Mapping[str, Any], Tree]:
     """What a folder says of its adapter, and the tensors. most: bytes that these may have"""
     at = place(folder)
+    if not at.is_dir():
+        raise FedSieveError(f"lora.start: there is no folder {folder}")
     for name in (_CONFIG, _WEIGHTS):
         if not (at / name).is_file():
             raise FedSieveError(
