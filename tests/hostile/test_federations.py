@@ -364,6 +364,7 @@ def test_what_can_be_no_path_is_no_path_of_a_site(tmp_path: Path, key: str, plac
     text = SITE.format(top=top, train=value if key == "train" else "train.csv")
     if key == "test":
         text += f'test = "{value}"\n'
+    (tmp_path / "train.csv").touch()
     path = tmp_path / "site.toml"
     path.write_text(text)
     with pytest.raises(FedSieveError, match="can be no path"):
