@@ -91,12 +91,10 @@ def _refuse_growth(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     steps = getattr(tokenizer, "backend_tokenizer", None)
     for part in ("normalizer", "pre_tokenizer", "decoder"):
         step = getattr(steps, part, None)
-        if step is None:
-            continue
-        if (times := _growth(json.loads(step.__getstate__()))) > _MOST_GROWTH:
+        if step is not None and _growth(json.loads(step.__getstate__())) > _MOST_GROWTH:
             raise FedSieveError(
-                f"model {name!r}: the {part} of its tokenizer.json makes a text up to {times:,} "
-                f"times as long: at most {_MOST_GROWTH:,} is taken"
+                f"model {name!r}: the {part} of its tokenizer.json may make a text more than "
+                f"{_MOST_GROWTH:,} times as long"
             )
 
 
@@ -123,7 +121,7 @@ def _rehearse(name: str, reader: Reader) -> None:
             raise_of_memory(error)
             if (found := of_the_disk(error)) is not None:
                 found.filename = found.filename or scratch
-                raise found from error
+                raise found from None
             raise FedSieveError(
                 f"model {name!r}: its tokenizer or image processor cannot be saved, as it is "
                 f"beside an adapter: {with_type(error, 200)}"
