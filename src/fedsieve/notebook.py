@@ -189,7 +189,9 @@ class Run:
         place = arguments.folder_given("save", folder).resolve()
         last = self.metrics[-1]
         privacy = self._experiment.federation.method.private
+        start = self._settings.get("lora", {}).get("start")
         known = Told(
+            start=None if start is None else Path(start).name,
             rounds=last.round,
             clients=len(self._experiment.federation.clients),
             metrics=last.metrics or {},

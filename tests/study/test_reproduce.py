@@ -305,6 +305,63 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
 
 
 @pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(
+    ("panels", "told"),
+    [
+        ({"one": {"data.train": "{data}/rows.csv"}}, "one: it needs rows.csv"),
+        ({"one": {"model.source": "org/no-model"}}, "one: it needs org/no-model, looked up in"),
+        (
+            {"one": {"model.source": "org/no"}, "two": {"model.source": "org/no"}},
+            "one; two: it needs org/no, looked up in",
+        ),
+        (
+            {"one": {"model.source": "org/no", "data.train": "org/rows"}},
+            "one: it needs org/no and org/rows, looked up in",
+        ),
+    ],
+    ids=["a file", "a model", "a model of two panels", "a model and a data set"],
+)
+def test_what_is_not_here_is_told_once_and_before_anything_runs(
+    write: Write,
+    tmp_path: Path,
+    command: Command,
+    panels: dict[str, dict[str, Any]],
+    told: str,
+) -> None:
+    there = {"name": "there", "recipe": "tiny.toml"}
+    gone = [there | {"name": name, "set": changes} for name, changes in panels.items()]
+    out = tmp_path / "out"
+    ran = command("reproduce", write(small=[there, *gone], seeds=[0]), "--out", out)
+    said = " ".join(ran.out.split())
+    assert ran.code == 1
+    assert said.index(f"left out: {told}") < said.index("there: 2 entries, into")
+    assert said.count(told) == " ".join(ran.err.split()).count(f"failed: {told}") == 1
+    assert (out / "figure.json").is_file()
+    # Where nothing is here, nothing is written.
+    out = tmp_path / "none"
+    ran = command("reproduce", write(small=gone, seeds=[0]), "--out", out)
+    assert ran.code == 2
+    assert f"nothing of it can be run here: {told}" in " ".join(ran.err.split())
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_what_parts_say_of_themselves_is_told_once_and_else_with_its_place(
+    write: Write, tmp_path: Path, command: Command
+) -> None:
+    places = [{"name": f"rank {r}", "x": r, "set": {"lora.rank": r}} for r in (2, 4)]
+    out = tmp_path / "out"
+    assert command("reproduce", write(place=places, seeds=[0]), "--out", out).code == 0
+    notes = json.loads((out / "figure.json").read_text())["notes"]["tiny"]
+    of_place = [note for note in notes if note.startswith("rank ")]
+    of_both = [note for note in notes if not note.startswith("rank ")]
+    assert len(of_place) in (0, 2), "a target that both places share, or one each"
+    assert sum(note.startswith("dense: ") for note in of_both) == 1
+    lines = (out / "figure.md").read_text().splitlines()
+    assert len({*lines} - {""}) == len([line for line in lines if line])
+
+
+@pytest.mark.usefixtures("no_plots")
 def test_a_run_on_other_rows_is_not_copied(write: Write, tmp_path: Path, command: Command) -> None:
     panel = {"name": "p", "recipe": "tiny.toml", "set": {"data.train": "{data}/rows.csv"}}
     path = write(small=[panel], seeds=[0], entry=[{"name": "dense", "method": "fedit"}])

@@ -141,6 +141,19 @@ def test_a_card_tells_what_the_run_logged(tiny: Tiny, tmp_path: Path) -> None:
     assert (facts["method"], facts["recipe"]) == ("fedit", "tiny")
 
 
+def test_a_card_names_the_adapter_that_training_began_from(tiny: Tiny, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"method": {"name": "fedit"}, "budgets": [{}]}
+    runs.start(tiny, tmp_path / "first", rounds=1, **given)
+    start = tmp_path / "first" / rundir.ADAPTER
+    assert "begun from" not in (start / CARD).read_text(encoding="utf-8")
+    runs.start(tiny, tmp_path / "second", rounds=1, lora__start=str(start), **given)
+    saved = tmp_path / "second" / rundir.ADAPTER
+    text = (saved / CARD).read_text(encoding="utf-8")
+    assert f"- begun from: the adapter `{start.name}`\n" in text
+    assert str(start.parent) not in text
+    assert json.loads((saved / "provenance.json").read_text())["start"] == start.name
+
+
 def test_scores_of_models_that_stay_with_clients_are_not_the_adapters(
     tiny: Tiny, tmp_path: Path
 ) -> None:

@@ -90,6 +90,18 @@ def splits_of(source: str, config: str | None = None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(w for w in words if w in pictures.SPLITS)) or pictures.splits(folder)
 
 
+def refuse_absent(name: str, config: str | None) -> None:
+    """Raises FedSieveError, as `load` does, where a data set of the hub cannot be found. Its rows
+    are not loaded.
+    """
+    try:
+        with _no_progress_bars(), hub.asked(name):
+            datasets.load_dataset_builder(name, config)
+    except Exception as error:  # as in `_hub`
+        raise_of_memory(error)
+        raise FedSieveError(_not_found(name, error)) from error
+
+
 def _hub_splits(name: str, config: str | None) -> tuple[str, ...]:
     try:
         with _no_progress_bars(), hub.asked(name):

@@ -19,6 +19,7 @@ def told(recipe: Recipe, epsilon: float | None = None) -> Told:
         recipe=recipe.name,
         data=_name(train, recipe.data.config),
         tested=_name(tested, recipe.data.config) + ", rows held back" * held_back,
+        start=None if recipe.lora.start is None else Path(recipe.lora.start).name,
         settings=recipe.model.settings,
         on_hub=not _here(train) and "://" not in train and train not in fetch.PACKAGES,
         privacy=_privacy(recipe, epsilon),

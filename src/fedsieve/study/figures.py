@@ -412,24 +412,39 @@ def ready(part: Part, source: str, data: Path | None) -> tuple[dict[str, Any], S
 
 
 class Needs(NamedTuple):
-    """What a part's recipe names, by where it comes from; and what its panel says beside."""
+    """What a part's recipe names, by where it comes from; and what its panel says beside.
+
+    models, sets: of the hub; a data set with its configuration
+    """
 
     fetched: tuple[str, ...]
     files: tuple[str, ...]
-    hub: tuple[str, ...]
+    models: tuple[tuple[str, None], ...]
+    sets: tuple[tuple[str, str | None], ...]
     words: str
+
+    @property
+    def hub(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for name, _ in (*self.models, *self.sets)))
 
 
 def needs(part: Part, source: str) -> Needs:
     """What has to be there before a part runs."""
     table = _whole(part, source)
     full: Any = recipes.parse({**table, "method": {"name": "fedit"}}, source)
-    named = (full.model.source, full.data.train, full.data.test)
+    model, data = full.model.source, full.data
+    named = (model, data.train, data.test)
     names = dict.fromkeys(name for name in named if name and not name.startswith(DATA))
     fetched = tuple(name for name in names if name in fetch.PACKAGES)
-    hub = tuple(name for name in names if name not in fetched and not Path(name).exists())
+    hub = [name for name in names if name not in fetched and not Path(name).exists()]
     files = tuple(name.removeprefix(DATA) for name in _of_data(table))
-    return Needs(fetched, files, hub, part.panel.needs)
+    return Needs(
+        fetched,
+        files,
+        ((model, None),) if model in hub else (),
+        tuple((name, data.config) for name in hub if name in (data.train, data.test)),
+        part.panel.needs,
+    )
 
 
 def missing(found: Needs, data: Path | None) -> list[str]:
@@ -462,10 +477,17 @@ def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
         return "none"
     verdict = published().get(source) if scale == "small" else None
     before = f"published (docs/papers.md): {verdict}; " if verdict else ""
-    gone: dict[str, None] = {}
+    gone: dict[str, dict[str, None]] = {}
+    panels: set[str] = set()
     for part in parts(figure, scale, Path()):
-        gone |= dict.fromkeys(missing(needs(part, source), data))
-    return before + (f"needs {'; '.join(gone)}: else ready" if gone else "ready")
+        panels.add(part.panel.name)
+        for each in missing(needs(part, source), data):
+            gone.setdefault(each, {})[part.panel.name] = None
+    said = [
+        need if len(of) == len(panels) else f"{need} (for {', '.join(of)})"
+        for need, of in gone.items()
+    ]
+    return before + (f"needs {'; '.join(said)}: else ready" if said else "ready")
 
 
 def published() -> dict[str, str]:

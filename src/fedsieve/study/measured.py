@@ -15,14 +15,17 @@ from fedsieve.study.figures import FRONT, IN_ALL, Figure, Measure, PanelTable, P
 
 
 class Measured(NamedTuple):
-    """A panel: its runs by place and entry, and what its parts said of themselves."""
+    """A panel: its runs by place and entry, and what its parts said of themselves.
+
+    notes: what was said -> the place of each part that said it
+    """
 
     name: str
     panel: PanelTable
     places: list[PlaceTable]
     runs: dict[str, dict[str, Series]]  # place -> entry -> its runs
     entries: list[str]
-    notes: list[str]
+    notes: dict[str, list[str]]
 
 
 def numbers_of(figure: Figure, of: Measured) -> claims.Numbers:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from transformers import AutoConfig
+
+from fedsieve.data import hub, sources
 from fedsieve.disk import refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
 from fedsieve.report.series import gather, spread
@@ -35,6 +38,7 @@ from fedsieve.study.neighbours import bring
 from fedsieve.study.parts import refuse_run
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
 from fedsieve.study.tables import Settings
+from fedsieve.train.model import pretrained
 
 RESULT = "figure"  # .json, .md and .png
 _TOLD = 3  # claims in the last line, those that fare worst first
@@ -73,9 +77,18 @@ def run(
     problems: list[str] = []
     measured: dict[str, Measured] = {}
     chosen: dict[Path, dict[str, Settings]] = {}  # a part's folder -> entry -> what tuning found
-    for part in parts:
+    absent = _absent(parts, source, data)
+    left_out = _by_cause(parts, absent)
+    if len(absent) == len(parts):
+        raise FedSieveError(f"nothing of it can be run here: {'; '.join(left_out)}")
+    for line in left_out:
+        problems.append(line)
+        say(f"left out: {line}")
+    for nth, part in enumerate(parts):
         of = _measured(figure, part, measured)
-        where = part.panel.name + (f", {part.places[0].name}" if part.places[0].set else "")
+        where = _called_part(part)
+        if nth in absent:
+            continue
         try:
             if part.after is not None:
                 part = figuring.with_settings(part, chosen.get(part.after, {}))
@@ -86,7 +99,8 @@ def run(
             base, study = figuring.ready(part, source, data)
             plan = worked_out(study, base, source, part.folder, allow_code=allow_code)
             _bring(plan, folder)
-            say(f"{where}: {len(plan.entries)} entries, into {part.folder}")
+            of_all = f"[part {nth + 1}/{len(parts)}] " if len(parts) > 1 else ""
+            say(f"{of_all}{where}: {len(plan.entries)} entries, into {part.folder}")
             result = compare.run(plan, workers, show, say)
             chosen[part.folder] = _chosen(plan)
         except FedSieveError as error:
@@ -95,7 +109,8 @@ def run(
             continue
         problems += [f"{where}: {each}" for each in result.problems]
         if part.after is None:
-            of.notes.extend(note for note in result.notes if note not in of.notes)
+            for note in result.notes:
+                of.notes.setdefault(note, []).append(part.places[0].name)
         loaded = {one.label: one for one in gather([], result.groups)} if result.groups else {}
         for place in part.places:
             of.runs[place.name] = loaded
@@ -107,10 +122,73 @@ def run(
     return _written(source, scale, figure, folder, measured, panels, findings, problems)
 
 
+def _called_part(part: Part) -> str:
+    return part.panel.name + (f", {part.places[0].name}" if part.places[0].set else "")
+
+
+def _absent(parts: Sequence[Part], source: str, data: Path | None) -> dict[int, str]:
+    """The parts that cannot be run for want of a file, a model or a data set, by number, and why.
+
+    Looked at before the first run begins: hours later it is too late to hear that the last panel
+    has no rows, and each of its runs would say it anew.
+    """
+    found: dict[int, str] = {}
+    known: dict[tuple[str, str | None], str | None] = {}
+    for nth, part in enumerate(parts):
+        try:
+            figuring.ready(part, source, data)
+            asked = figuring.needs(part, source)
+        except FedSieveError as error:
+            found[nth] = str(error)
+            continue
+        for looked in (*asked.models, *asked.sets):
+            if looked not in known:
+                known[looked] = _not_here(*looked, model=looked in asked.models)
+        gone = {name: why for name, _ in known if (why := known[name, _]) and name in asked.hub}
+        if gone and hub.reachable():
+            found[nth] = "; ".join(gone.values())
+        elif gone:
+            found[nth] = (
+                f"it needs {' and '.join(gone)}, looked up {hub.places()}, and not found there: "
+                "bring here, from a machine that reaches the hub, a cache that has it (`HF_HOME` "
+                "names its folder)"
+            )
+    return found
+
+
+def _not_here(name: str, config: str | None, *, model: bool) -> str | None:
+    """Why a name of the hub cannot be loaded here; None where it can."""
+    try:
+        if model:
+            pretrained(AutoConfig, name)
+        else:
+            sources.refuse_absent(name, config)
+    except FedSieveError as error:
+        return str(error)
+    return None
+
+
+def _by_cause(parts: Sequence[Part], absent: Mapping[int, str]) -> list[str]:
+    """The parts that are absent, those of one cause in one line."""
+    return [
+        f"{'; '.join(_called_part(parts[n]) for n, each in absent.items() if each == why)}: {why}"
+        for why in dict.fromkeys(absent.values())
+    ]
+
+
+def _noted(notes: Mapping[str, Sequence[str]]) -> list[str]:
+    """What parts said of themselves: what all of them said once, and else of which place it is."""
+    most = max(map(len, notes.values()), default=0)
+    return [
+        note if len(places) == most else f"{', '.join(places)}: {note}"
+        for note, places in notes.items()
+    ]
+
+
 def _measured(figure: Figure, part: Part, known: dict[str, Measured]) -> Measured:
     name = part.panel.name
     entries = [entry.name for entry in part.study.entry]
-    fresh = Measured(name, part.panel, [], {}, entries, [])
+    fresh = Measured(name, part.panel, [], {}, entries, {})
     of = known.setdefault(name, fresh)
     of.places.extend(part.places)
     of.places.sort(key=figure.place.index)
@@ -158,7 +236,8 @@ def _written(
         else _table(figure, name, of, panels[name][figure.y])
         for name, of in measured.items()
     }
-    line = _line(source, scale, figure, findings, panels)
+    head, worst = _line(source, scale, figure, findings, panels)
+    line = f"{head}: {worst}" if worst else head
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / f"{RESULT}.{kind}" for kind in ("png", "md", "json")]
     for path in written:
@@ -173,15 +252,20 @@ def _written(
     if figure.x == IN_ALL:
         text.append("Bold: no other run has at least its score for at most its bytes.\n")
     for name, table in rows.items():
-        text += [f"## {name}\n", markdown(table), *(f"- {n}" for n in measured[name].notes), ""]
-    text += [*(f"- {said(each)}" for each in findings), "", line, ""]
+        text += [
+            f"## {name}\n",
+            markdown(table),
+            *(f"- {n}" for n in _noted(measured[name].notes)),
+            "",
+        ]
+    text += [*(f"- {said(each)}" for each in findings), "", f"{head}.", ""]
     write_whole(folder / f"{RESULT}.md", "\n".join(text).encode())
     told = {
         "figure": source,
         "scale": scale,
         "rows": rows,
         "settings": {name: _settings(of) for name, of in measured.items()},
-        "notes": {name: of.notes for name, of in measured.items()},
+        "notes": {name: _noted(of.notes) for name, of in measured.items()},
         "values": {
             name: {m: _plain(values) for m, values in of.items()} for name, of in panels.items()
         },
@@ -283,7 +367,8 @@ def _line(
     figure: Figure,
     findings: list[Finding],
     panels: Mapping[str, claims.Numbers],
-) -> str:
+) -> tuple[str, str]:
+    """The verdict in a line: how many claims hold, and those that fare worst."""
     holding = sum(each.verdict == "holds" for each in findings)
     seeds = {
         seed
@@ -294,9 +379,9 @@ def _line(
     }
     left_out = len(figure.check) - len(findings)
     worst = sorted(findings, key=lambda each: WORST_FIRST.index(each.verdict))[:_TOLD]
+    more = f" ({left_out} more are of what this form leaves out)" if left_out else ""
     return (
         f"{source} ({scale}, {count(len(seeds), 'seed')}): {claims.of_all(findings)}. "
-        f"The claim: {figure.claim} Here {holding} of {count(len(findings), 'claim')} hold: "
-        + "; ".join(said(each) for each in worst)
-        + (f". {left_out} more are of what this form leaves out" if left_out else "")
+        f"The claim: {figure.claim} Here {holding} of {count(len(findings), 'claim')} hold{more}",
+        "; ".join(said(each) for each in worst),
     )

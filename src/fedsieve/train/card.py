@@ -42,6 +42,7 @@ class Told(NamedTuple):
               the hub has a data set of that name
     rounds:   that were trained; clients: that took part
     tested:   the rows that the scores are of, as `data`
+    start:    the adapter that training began from, by its folder's name
     settings: of the base's configuration that the run changed
     metrics:  the task's own after these rounds, the leading one first; loss: of the same evaluation
     down_bytes, up_bytes: payload bytes of all rounds
@@ -54,6 +55,7 @@ class Told(NamedTuple):
     data: str | None = None
     on_hub: bool = False
     tested: str | None = None
+    start: str | None = None
     settings: Mapping[str, Any] = {}
     rounds: int | None = None
     clients: int | None = None
@@ -107,6 +109,7 @@ def write(folder: Path, saved: Saved, told: Told) -> None:
         f"- licence of the base: {origin.licence or 'not known; see the base'}",
         f"- task: {catalogue.load(saved.task).title}",
         f"- trained: {_trained(told)}, by {by}",
+        *_begun(told),
         *([f"- recipe: {_code(told.recipe)}"] if told.recipe else []),
         *([f"- data: {_code(told.data)}"] if told.data else []),
         *([f"- changed in the base's configuration: {_changed(told)}"] if told.settings else []),
@@ -150,6 +153,13 @@ def _trained(told: Told) -> str:
     rounds = "" if told.rounds is None else f"{count(told.rounds, 'round')} "
     over = "clients" if told.clients is None else count(told.clients, "client")
     return f"{rounds}over {over} that kept their rows"
+
+
+def _begun(told: Told) -> list[str]:
+    if told.start is None:
+        return []
+    before = "; what that had learnt from, the privacy below says nothing of"
+    return [f"- begun from: the adapter {_code(told.start)}{before if told.privacy else ''}"]
 
 
 def _changed(told: Told) -> str:
