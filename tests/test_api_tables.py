@@ -263,7 +263,7 @@ def products(adapter: Adapter) -> dict[str, Any]:
     ids=["alike", "another scale", "more ranks"],
 )
 def test_a_run_begins_where_an_adapter_ended(
-    tiny: Tiny, first: tuple[fedsieve.Run, Path], lora: Lora
+    tiny: Tiny, first: tuple[fedsieve.Run, Path], lora: Lora, tmp_path: Path
 ) -> None:
     before, folder = first
     run = finetune(tiny, [rows(30, 1)], fedsieve.flasc(), lora=lora, start=folder, test=rows(30, 9))
@@ -275,6 +275,9 @@ def test_a_run_begins_where_an_adapter_ended(
         torch.testing.assert_close(now[module], product, rtol=1e-5, atol=1e-6)
     assert run.metrics[0].eval_loss == pytest.approx(before.metrics[-1].eval_loss, rel=1e-4)
     assert run.finish().metrics[-1].eval_loss != run.metrics[0].eval_loss
+    run.save(tmp_path / "after")
+    card = (tmp_path / "after" / "README.md").read_text(encoding="utf-8")
+    assert f"- begun from: the adapter `{folder.name}`\n" in card
 
 
 def test_an_adapter_of_peft_s_own_is_a_start(tiny: Tiny, tmp_path: Path) -> None:

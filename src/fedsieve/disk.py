@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from fedsieve.errors import FedSieveError, of_memory, with_type, words
+from fedsieve.errors import FedSieveError, of_memory, reason, with_type, words
 
 LARGEST = 2**63 - 1  # a whole number in a file; what is computed from it fits a float
 LONGEST = 1 << 20  # bytes of a line
@@ -284,7 +284,7 @@ def place(text: str | Path) -> Path:
         str(path).encode()  # what no text can hold, no recipe can name
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
+        why = reason(error)
         raise FedSieveError(f"{str(text)[:80]!r} can be no path: {why}") from None
     return path
 

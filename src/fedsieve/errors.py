@@ -113,6 +113,13 @@ def words(error: BaseException, most: int = 300) -> str:
         return ""
 
 
+def reason(error: BaseException) -> str:
+    """Why a file could not be read or written, for a sentence that names it: what the system says,
+    without its number and the name.
+    """
+    return getattr(error, "strerror", None) or words(error)
+
+
 def with_type(error: BaseException, most: int = 300) -> str:
     """The same behind the error's type, which often says more: "KeyError: 'label'"."""
     return f"{type(error).__name__}: {words(error, most)}".removesuffix(": ")

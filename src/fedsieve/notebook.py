@@ -21,7 +21,7 @@ from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
-from fedsieve.errors import FedSieveError, count
+from fedsieve.errors import FedSieveError, count, reason
 from fedsieve.recipe import arguments
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.examples import columns_of
@@ -213,7 +213,7 @@ class Run:
             shutil.rmtree(part, ignore_errors=True)
             if of_the_disk(error) is None:
                 raise
-            raise FedSieveError(f"save: {place} cannot be written: {error}") from error
+            raise FedSieveError(f"save: {place} cannot be written: {reason(error)}") from error
 
     def predict(self, rows: object) -> list[str]:
         """What the model as it stands now tells of each row, in words: the name of a class, the

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import filelock
 
 from fedsieve.disk import bytes_of, everything_in, parsed, place, refuse_holes
-from fedsieve.errors import FedSieveError, nearest
+from fedsieve.errors import FedSieveError, nearest, reason
 
 MANIFEST = ".manifest.json"
 LICENCE = "LICENSE"
@@ -238,7 +238,9 @@ def fetch(
             new.rename(folder)
             _sync(folder.parent)
     except OSError as error:
-        raise FedSieveError(f"{name} could not be stored in {folder.parent}: {error}") from error
+        raise FedSieveError(
+            f"{name} could not be stored in {folder.parent}: {reason(error)}"
+        ) from error
     log(f"{name}: stored in {folder}")
     return folder
 

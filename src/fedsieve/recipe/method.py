@@ -73,7 +73,8 @@ def build_method(recipe: Recipe, around: Callable[[Optimizer], Optimizer] | None
         if knob not in method.knobs:
             raise FedSieveError(
                 f"budgets.{knob}: the method {recipe.method.name!r} makes no use of it (clients "
-                f"would get {knob} 1 whatever the recipe says): remove it or choose another method"
+                f"would get {knob} 1 whatever the recipe says): remove it "
+                "(`budgets=[{}]` leaves all of them out) or choose another method"
             )
     refuse_what_is_not_covered(method, sampling(recipe))
     if deployed(recipe):

@@ -23,6 +23,7 @@ from fedsieve.errors import (
     nearest,
     printable,
     quoted,
+    reason,
     words,
 )
 from fedsieve.methods import catalogue
@@ -73,7 +74,7 @@ def table_in(path: Path) -> dict[str, Any]:
     try:
         text = text_of(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise FedSieveError(f"{path} cannot be read: {error}") from error
+        raise FedSieveError(f"{path} cannot be read: {reason(error)}") from error
     return toml(text, str(path))
 
 
@@ -92,7 +93,7 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 f"there is no recipe {source}{nearest(path.name, there)}"
             ) from error
         except (OSError, UnicodeDecodeError) as error:
-            raise FedSieveError(f"the recipe {source} cannot be read: {error}") from error
+            raise FedSieveError(f"the recipe {source} cannot be read: {reason(error)}") from error
     elif path.is_dir() and (path / "recipe.toml").is_file() and source not in shipped():
         raise FedSieveError(f"{source} is a run's directory: its recipe is {path / 'recipe.toml'}")
     else:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedsieve.clients.network import REFERENCE, Conditions
 from fedsieve.disk import refuse_link, write_whole
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, reason
 from fedsieve.report import series as _series
 from fedsieve.report.page import page
 from fedsieve.report.plots import draw, to_png, to_svg
@@ -74,5 +74,5 @@ def write(
         drawn = [(plot, to_svg(plot)) for plot in plots]
         write_whole(out, page(series, rows, conditions, drawn).encode())
     except OSError as error:
-        raise FedSieveError(f"The report {out} cannot be written: {error}") from error
+        raise FedSieveError(f"The report {out} cannot be written: {reason(error)}") from error
     return written

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fedsieve.clients.network import Part
 from fedsieve.disk import objects, refuse_link
 from fedsieve.engine.shares import Shares
-from fedsieve.errors import FedSieveError, count, quoted
+from fedsieve.errors import FedSieveError, count, quoted, reason
 from fedsieve.recipe import read as recipes
 from fedsieve.report import shown
 from fedsieve.report.shown import Shown
@@ -160,7 +160,7 @@ def load(path: Path) -> Run:
     try:
         text = recipes.text_of(path / "recipe.toml")
     except (OSError, ValueError) as error:
-        raise FedSieveError(f"{path / 'recipe.toml'} cannot be read: {error}") from error
+        raise FedSieveError(f"{path / 'recipe.toml'} cannot be read: {reason(error)}") from error
     recipe = recipes.toml(text, str(path / "recipe.toml"))
 
     # What the run itself said while it was set up, such as clients without data.

@@ -30,7 +30,7 @@ from fedsieve.disk import objects, of_the_disk, remove, remove_link, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnClient, OnRound, counted, tell
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
-from fedsieve.errors import FedSieveError, NoUsableUpdate
+from fedsieve.errors import FedSieveError, NoUsableUpdate, reason
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import (
     Experiment,
@@ -233,7 +233,7 @@ def export(
         for path in to.iterdir():  # it was empty: half an adapter is in nobody's way
             remove(path)
         if of_the_disk(error) is not None:
-            raise FedSieveError(f"{to} cannot be written: {error}") from error
+            raise FedSieveError(f"{to} cannot be written: {reason(error)}") from error
         raise
     return snapshot.progress.round
 

@@ -39,7 +39,7 @@ from typing import Any
 import filelock
 
 from fedsieve.disk import refuse_link
-from fedsieve.errors import FedSieveError, WireError
+from fedsieve.errors import FedSieveError, WireError, reason
 from fedsieve.frame import BODY as BODY  # users of this module find them here
 from fedsieve.frame import HEADER as HEADER
 from fedsieve.frame import Frame as Frame
@@ -118,7 +118,7 @@ def carry(address: Path, request: bytes, timeout: float | None = None) -> bytes:
             f"no worker listens at {address}: start `fedsieve worker site.toml`"
         ) from None
     except (ConnectionError, PermissionError, Ended) as error:
-        why = getattr(error, "strerror", None) or str(error)
+        why = reason(error)
         raise FedSieveError(f"the worker at {address} gave no answer: {why}") from error
 
 

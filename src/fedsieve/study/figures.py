@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedsieve.data import fetch
 from fedsieve.disk import bytes_of, parsed
 from fedsieve.disk import place as path_of
-from fedsieve.errors import FedSieveError, count, nearest, printable, quoted
+from fedsieve.errors import FedSieveError, count, nearest, printable, quoted, reason
 from fedsieve.recipe import lines
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat, put
@@ -306,7 +306,7 @@ def load(source: str) -> Figure:
         try:
             text = recipes.text_of(Path(source))
         except (OSError, ValueError) as error:
-            raise FedSieveError(f"the figure {source} cannot be read: {error}") from error
+            raise FedSieveError(f"the figure {source} cannot be read: {reason(error)}") from error
     else:
         known = shipped()
         if source not in known:

@@ -22,7 +22,7 @@ from fedsieve import methods as known_methods
 from fedsieve.algebra import optim
 from fedsieve.clients.laws import tiers_by_density, tiers_by_rank
 from fedsieve.disk import place as path_of
-from fedsieve.errors import MOST_TOLD, FedSieveError, quoted
+from fedsieve.errors import MOST_TOLD, FedSieveError, quoted, reason
 from fedsieve.recipe import lines
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.method import alone, limits_said, options_of
@@ -219,7 +219,7 @@ def _read(source: str, methods: Sequence[str]) -> Study:
         try:
             text = recipes.text_of(path)
         except (OSError, ValueError) as error:
-            raise FedSieveError(f"the study {source} cannot be read: {error}") from error
+            raise FedSieveError(f"the study {source} cannot be read: {reason(error)}") from error
         table = recipes.toml(text, f"the study {source}")
     if "entry" not in table and "recipe" not in table:
         # A recipe, and the methods to run it with.
