@@ -318,8 +318,9 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
             {"one": {"model.source": "org/no", "data.train": "org/rows"}},
             "one: it needs org/no and org/rows, looked up in",
         ),
+        ({"one": {"data.train": "./gone.csv"}}, "one: there is no ./gone.csv"),
     ],
-    ids=["a file", "a model", "a model of two panels", "a model and a data set"],
+    ids=["a file", "a model", "a model of two panels", "a model and a data set", "a path"],
 )
 def test_what_is_not_here_is_told_once_and_before_anything_runs(
     write: Write,

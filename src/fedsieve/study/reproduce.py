@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
-from fedsieve.data import hub, sources
+from fedsieve.data import fetch, hub, sources
+from fedsieve.data.paths import is_path
 from fedsieve.disk import refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
+from fedsieve.recipe.overrides import flat
 from fedsieve.report.series import gather, spread
 from fedsieve.study import claims, compare, drawn
 from fedsieve.study import figures as figuring
@@ -41,6 +43,7 @@ from fedsieve.study.tables import Settings
 from fedsieve.train.model import pretrained
 
 RESULT = "figure"  # .json, .md and .png
+_OF_ENTRIES = {"model", "model.source", "data", "data.train", "data.test", "data.config"}
 _TOLD = 3  # claims in the last line, those that fare worst first
 
 
@@ -141,23 +144,30 @@ def _absent(parts: Sequence[Part], source: str, data: Path | None) -> dict[int, 
         except FedSieveError as error:
             found[nth] = str(error)
             continue
+        if _OF_ENTRIES & {key for entry in part.study.entry for key, _ in flat(entry.set)}:
+            continue  # which of them have what is not here, their runs tell
         for looked in (*asked.models, *asked.sets):
             if looked not in known:
                 known[looked] = _not_here(*looked, model=looked in asked.models)
-        gone = {name: why for name, _ in known if (why := known[name, _]) and name in asked.hub}
-        if gone and hub.reachable():
-            found[nth] = "; ".join(gone.values())
-        elif gone:
-            found[nth] = (
-                f"it needs {' and '.join(gone)}, looked up {hub.places()}, and not found there: "
+        gone = {each[0]: why for each in (*asked.models, *asked.sets) if (why := known[each])}
+        of_hub = [] if hub.reachable() else [name for name in gone if fetch.instead_of(name)]
+        said = [why for name, why in gone.items() if name not in of_hub]
+        if of_hub:
+            said.insert(
+                0,
+                f"it needs {' and '.join(of_hub)}, looked up {hub.places()}, and not found there: "
                 "bring here, from a machine that reaches the hub, a cache that has it (`HF_HOME` "
-                "names its folder)"
+                "names its folder)",
             )
+        if said:
+            found[nth] = "; ".join(said)
     return found
 
 
 def _not_here(name: str, config: str | None, *, model: bool) -> str | None:
-    """Why a name of the hub cannot be loaded here; None where it can."""
+    """Why what is no file here cannot be loaded; None where it can."""
+    if is_path(name):
+        return f"there is no {name}"
     try:
         if model:
             pretrained(AutoConfig, name)
