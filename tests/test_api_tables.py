@@ -29,6 +29,7 @@ from fedsieve.data import sources
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import rundir, runner
+from fedsieve.train.card import called
 from tests import runs
 from tests.conftest import LABELS, Tiny
 from tests.test_api import LORA, TRAINING, finetune, rows, same
@@ -277,7 +278,7 @@ def test_a_run_begins_where_an_adapter_ended(
     assert run.finish().metrics[-1].eval_loss != run.metrics[0].eval_loss
     run.save(tmp_path / "after")
     card = (tmp_path / "after" / "README.md").read_text(encoding="utf-8")
-    assert f"- begun from: the adapter `{folder.name}`\n" in card
+    assert f"- begun from: the adapter `{called(folder)}`, weights " in card
 
 
 def test_an_adapter_of_peft_s_own_is_a_start(tiny: Tiny, tmp_path: Path) -> None:

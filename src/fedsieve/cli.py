@@ -26,7 +26,7 @@ from fedsieve.console import (
     take_any_letter,
     warn,
 )
-from fedsieve.disk import no_room, of_the_disk, place
+from fedsieve.disk import named_by, no_room, of_the_disk, place
 from fedsieve.engine.cautions import Caution, cautioning
 from fedsieve.errors import (
     FedSieveError,
@@ -37,7 +37,7 @@ from fedsieve.errors import (
     short_of_memory,
     with_type,
 )
-from fedsieve.run.progress import MB, line_of, lines_of_plan, mb
+from fedsieve.run.progress import MB, in_vain, line_of, lines_of_plan, mb
 from fedsieve.tasks.words import spoken
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def main() -> None:
         full = no_room(found)
         if found.filename is None and not full:  # a connection, a pipe, a library's own trouble
             raise
-        where = str(found.filename or "standard output, or a file")[:200]
+        where = str(named_by(found) or "standard output, or a file")[:200]
         said = f"{where}: {found.strerror or error}" + ": make room, then do it again" * full
         problems.print(f"[bold red]error:[/] {plain(said)}")
         if full:
@@ -209,6 +209,8 @@ def run(
     folder = out or _by_name(planned.name)
     if not overwrite:
         rundir.refuse(folder)
+    for said in in_vain(planned):
+        warn(said)
     _announce(planned, folder)
     from fedsieve.recipe.experiment import from_recipe
     from fedsieve.run import runner
@@ -1198,9 +1200,14 @@ def _go_on_with(folder: Path, at_round: int | None = None) -> None:
             command = federating.begin_again(folder, at_round, say)
             source = str(folder / rundir.RECIPE)
             recipe = recipes.parse(recipes.read(source), source)
-            if federating.has_ended(folder, recipe.rounds):
+            lacking = federating.without_adapter(folder)
+            if ended := federating.has_ended(folder, recipe.rounds):
                 done = count(recipe.rounds, "round")
                 say(f"this federation is finished: all of its {done} are done")
+                if lacking:
+                    say(f"asking for the sites without the final adapter: {_few(lacking)}")
+            if ended and not lacking:
+                pass
             elif here.is_here(folder):
                 here.check(folder)
                 with here.at_work(folder, here.own_port(folder, say), say):
@@ -1210,8 +1217,17 @@ def _go_on_with(folder: Path, at_round: int | None = None) -> None:
     except KeyboardInterrupt:
         problems.print(plain(f"stopped: go on with `{rundir.again(folder)}`"))
         raise typer.Exit(130) from None
+    if lacking := federating.without_adapter(folder):
+        warn(
+            f"{_few(lacking)} did not get the final adapter: start `{rundir.again(folder)}` once "
+            "more when they are there"
+        )
     _summary(folder)
     _say_next(folder, recipe)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20)
 
 
 def _run_flower(folder: Path, command: Sequence[str]) -> None:

@@ -105,6 +105,12 @@ def no_room(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or too_large
 
 
+def named_by(error: OSError) -> str | None:
+    """The file that an error is of: of a copy, the one that was written and not the one read."""
+    found = error.filename if error.filename2 is None else error.filename2
+    return None if found is None else str(found)
+
+
 _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")  # as libraries written in Rust put it into words
 
 

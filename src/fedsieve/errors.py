@@ -96,7 +96,8 @@ def raise_of_memory(error: BaseException) -> None:
 
 def short_of_memory(error: BaseException) -> str:
     """The same for the user to read: whose work it was, where that was noted, and what helps."""
-    whose = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    notes = getattr(error, "__notes__", ())  # an exception of the user's may have anything there
+    whose = "".join(f"{note}: " for note in notes if isinstance(notes, list))
     said = f"{whose}memory does not suffice ({with_type(error)})"
     if whose:
         said += ": a smaller training.batch, training.micro_batch or data.max_length takes less"

@@ -5,6 +5,7 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from fedsieve.run.state import refuse_another
 from fedsieve.settings import Precision
 from fedsieve.tasks.tally import Score
 from fedsieve.tasks.task import Bad, Fields, Reader, Rows, Task, refuse
-from fedsieve.train.card import Told
+from fedsieve.train.card import Told, called
 from fedsieve.train.local import evaluate, told
 from fedsieve.train.model import make_way
 from fedsieve.train.prepared import BASE
@@ -107,8 +108,8 @@ class Run:
         self._cautions = cautioning()
         self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
         first, self._progress = loop.begin(experiment.federation, experiment.start)
-        self.metrics: list[Round] = [first]
-        self.receipts: list[Receipt] = []
+        self._metrics: list[Round] = [first]
+        self._receipts: list[Receipt] = []
 
     def __iter__(self) -> Iterator[Round]:
         """Train the rounds that are left, giving each one's metrics as it ends.
@@ -141,15 +142,15 @@ class Run:
             half = self._half
             summary = loop.evaluated(federation, half)
             self._half = None
-            self.metrics.append(summary)
-            self.receipts.extend(half.receipts)
+            self._metrics.append(summary)
+            self._receipts.extend(half.receipts)
             for caution in self._cautions(summary):  # last, for a warning may be raised
                 warnings.warn(caution, stacklevel=2)
             self._tell()
-            yield summary
+            yield deepcopy(summary)
 
     def _tell(self) -> None:
-        for summary in self.metrics[self._told :]:
+        for summary in self._metrics[self._told :]:
             self._told += 1
             try:
                 tell(self._on_round, summary)
@@ -176,6 +177,14 @@ class Run:
         return self
 
     @property
+    def metrics(self) -> list[Round]:
+        return deepcopy(self._metrics)  # whatever is done to it, the run and its card tell the same
+
+    @property
+    def receipts(self) -> list[Receipt]:
+        return list(self._receipts)
+
+    @property
     def adapter(self) -> Adapter:
         return self._experiment.federation.method.export(self._progress.state)
 
@@ -187,17 +196,17 @@ class Run:
         Raises FedSieveError if there can be no such folder.
         """
         place = arguments.folder_given("save", folder).resolve()
-        last = self.metrics[-1]
+        last = self._metrics[-1]
         privacy = self._experiment.federation.method.private
         start = self._settings.get("lora", {}).get("start")
         known = Told(
-            start=None if start is None else Path(start).name,
+            start=None if start is None else called(start),
             rounds=last.round,
             clients=len(self._experiment.federation.clients),
             metrics=last.metrics or {},
             loss=last.eval_loss,
-            down_bytes=sum(each.down_bytes for each in self.metrics),
-            up_bytes=sum(each.up_bytes for each in self.metrics),
+            down_bytes=sum(each.down_bytes for each in self._metrics),
+            up_bytes=sum(each.up_bytes for each in self._metrics),
             personal=self._experiment.federation.method.personal is not None,
             privacy=privacy and f"noise from the {privacy}; whoever trained it knows the epsilon",
         )
@@ -268,7 +277,7 @@ class Run:
         noise protects them (noise_from="system").
         """
         place = arguments.folder_given("report", folder)
-        if len(self.metrics) < 2:
+        if len(self._metrics) < 2:
             raise FedSieveError("report: no round has ended yet: iterate over the run first")
         written = place / rundir.RECIPE
         if not (written.is_file() and written.read_bytes().startswith(_MARK.encode())):
@@ -279,13 +288,13 @@ class Run:
         try:
             place.mkdir(parents=True, exist_ok=True)
             write_whole(written, (_MARK + tomli_w.dumps({**table, **notes})).encode())
-            logs: dict[str, list[Any]] = {rundir.METRICS: self.metrics}
+            logs: dict[str, list[Any]] = {rundir.METRICS: self._metrics}
             if self._experiment.federation.method.private != "system":
-                logs[rundir.CLIENTS] = self.receipts
+                logs[rundir.CLIENTS] = self._receipts
             for log, rows in logs.items():
                 write_whole(place / log, b"")
                 rundir.append(place, log, rows)
-            rundir.keep_details(place, self.metrics[-1].round, self._experiment.details)
+            rundir.keep_details(place, self._metrics[-1].round, self._experiment.details)
         except OSError as error:
             raise FedSieveError(f"report: {place} cannot be written: {error.strerror}") from error
         return report.write([place], place / rundir.REPORT)[0]
@@ -309,7 +318,7 @@ class Run:
         )
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for log, rows in ((rundir.METRICS, self.metrics), (rundir.CLIENTS, self.receipts)):
+            for log, rows in ((rundir.METRICS, self._metrics), (rundir.CLIENTS, self._receipts)):
                 text = "".join(json.dumps(row._asdict(), allow_nan=False) + "\n" for row in rows)
                 write_whole(place / log, text.encode())
         except OSError as error:
@@ -354,7 +363,7 @@ class Run:
                 )
         experiment.memories.update(snapshot.memories)
         self._progress, self._half = snapshot.progress, snapshot.half
-        self.metrics, self.receipts, self._told = metrics, receipts, len(metrics)
+        self._metrics, self._receipts, self._told = metrics, receipts, len(metrics)
         return self
 
     def _keeping(self, folder: str | Path, what: str) -> Path:

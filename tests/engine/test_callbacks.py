@@ -63,6 +63,28 @@ def test_a_callback_that_fails_stops_a_run_by_name_and_its_round_is_kept(
     assert [each.total_bytes for each in run.metrics] == [e.total_bytes for e in plain.metrics]
 
 
+def test_what_is_done_to_a_round_that_was_told_changes_nothing_of_the_run(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """A logger that rescales a score must not rescale the card's."""
+
+    def rescale(summary: Round) -> None:
+        if summary.metrics:
+            summary.metrics["accuracy"] = 99.0  # type: ignore[index]
+
+    plain = finetune(tiny, clients(), test=rows(12, 9)).finish()
+    run = finetune(tiny, clients(), test=rows(12, 9), on_round=[rescale, rescale])
+    for summary in run:
+        if summary.metrics:
+            summary.metrics.clear()  # type: ignore[attr-defined]
+    run.metrics.clear()
+    run.receipts.clear()
+    assert [each.metrics for each in run.metrics] == [each.metrics for each in plain.metrics]
+    assert len(run.receipts) == len(plain.receipts) > 0
+    run.save(tmp_path / "saved")
+    assert "99" not in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("given", ["print", 3, [print, 3]])
 def test_what_cannot_be_called_is_refused(tiny: Tiny, given: Any) -> None:
     with pytest.raises(FedSieveError, match=r"on_round: .* cannot be called"):

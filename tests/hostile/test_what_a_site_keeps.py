@@ -110,7 +110,7 @@ def test_a_server_that_starts_anew_leaves_good_adapters_as_they_are(
     serve(given, Wire(given, nothing))
     whole = at_north(given)
     wire = Wire(given, nothing)
-    assert "2 sites have the final adapter: north, south" in serve(given, wire)
+    assert "2 sites got the final adapter: north, south" in serve(given, wire)
     assert [asked["round"] for asked in wire.asked if asked["do"] == "keep"] == [3, 3]
     assert whole
     assert at_north(given) == whole
@@ -157,7 +157,31 @@ def test_a_memory_that_is_gone_is_told_and_nothing_is_put_in_its_place(
             f"north: {do}" in line and "lost what it kept after round 3" in line for line in said
         )
     assert at_north(given) is None
-    assert "1 sites have the final adapter: south" in said
+    assert "1 site got the final adapter: south" in said
+    assert federate.without_adapter(given.run) == ["north"]
+
+
+def test_a_site_that_missed_the_end_is_noted_until_it_has_the_adapter(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Else its owner would be told that all is done, and the site have nothing."""
+    given = federation(tiny, tmp_path, "fedit")
+
+    def full(name: str, request: Frame, answer: Frame) -> Frame:
+        if name == "north" and request.header["do"] == "keep":
+            return Frame({**answer.header, "ok": False, "error": "the site's disk: no room"})
+        return answer
+
+    said = serve(given, Wire(given, full))
+    assert any("north: keep: the site says: the site's disk: no room" in line for line in said)
+    (given.run / rundir.REPORT).touch()  # tests write none
+    assert federate.has_ended(given.run, 3)
+    serve(given, Wire(given, full))
+    assert federate.without_adapter(given.run) == ["north"]
+    before = (given.run / rundir.METRICS).read_bytes()
+    serve(given, Wire(given, nothing))
+    assert federate.without_adapter(given.run) == []
+    assert (given.run / rundir.METRICS).read_bytes() == before
 
 
 def test_what_a_round_left_that_did_not_count_is_not_used(tiny: Tiny, tmp_path: Path) -> None:

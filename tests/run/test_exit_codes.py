@@ -322,6 +322,23 @@ def test_room_is_asked_for_where_that_is_what_lacks(
     assert ("make room" in str(caught.value)) == room
 
 
+def test_of_a_copy_the_file_that_was_written_is_named(
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The other disk has room: whoever freed some there would be no further."""
+
+    def raising() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/base/read", None, "/run/written")
+
+    monkeypatch.setattr(cli, "app", raising)
+    ran = command("methods")
+    with pytest.raises(FedSieveError) as caught, rundir.disk_errors(tmp_path):
+        raising()
+    for said in (ran.err, str(caught.value)):
+        assert "/run/written" in said
+        assert "/base/read" not in said
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("words", [["methods"], ["recipes"], ["recipes", "demo"]])
 def test_output_that_finds_no_room_is_told(words: list[str]) -> None:

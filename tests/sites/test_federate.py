@@ -219,18 +219,22 @@ def test_resume_wants_a_federation(tmp_path: Path, command: Command, whole: Path
 
 ENDS = {  # what the Flower run leaves -> the command's exit code, and what it says
     "nothing at all": (2, "round 0 of 2"),
-    "one round": (2, "round 1 of 2"),
+    "one round, but not its checkpoint": (2, "round 0 of 2"),
     "all rounds, but not the adapter": (2, "has no final adapter"),
     "the adapter, but no report": (2, "before its report was written"),
     "the report, but the sites have nothing": (2, "before its sites were given the final adapter"),
     "what the sites have is of an earlier end": (2, "before its sites were given"),
     "a file of somebody else's": (2, "before its sites were given"),
     "everything": (0, ""),
+    "everything, but for a site": (0, "east did not get the final adapter: start `fedsieve fed"),
+    "a word of sites that is none": (0, ""),
 }
 KEPT = {  # what of these leaves a word of what the sites have
     "what the sites have is of an earlier end": '{"round": 1}',
     "a file of somebody else's": '{"round": ' + "9" * 5000 + "}",
     "everything": '{"round": 2}',
+    "everything, but for a site": '{"round": 2, "without": ["east"]}',
+    "a word of sites that is none": '{"round": 2, "without": 7}',
 }
 
 
@@ -242,7 +246,7 @@ def test_a_flower_run_that_ended_early_is_no_success(
     """`flwr run` itself ends with 0 when what it ran has failed."""
     folder = tmp_path / "run"
     federate.prepare(checked(tiny, rounds=2), folder, PATIENCE, federate.ServerAddress())
-    number = {"nothing at all": -1, "one round": 1}.get(left, 2)
+    number = {"nothing at all": -1, "one round, but not its checkpoint": 1}.get(left, 2)
     for each in range(number + 1):
         figures = {"down_bytes": 1, "up_bytes": 1, "total_bytes": 2 * each, "loss": 0.5}
         line = json.dumps({"round": each, "seconds": 1.0, "dropped": 0, **figures}) + "\n"

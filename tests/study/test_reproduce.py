@@ -286,7 +286,7 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
     out = tmp_path / "out"
     ran = command("reproduce", path, "--out", out)
     assert ran.code == 1
-    assert "failed: gone: it needs rows.csv, which is no part of FedSieve: give --data" in " ".join(
+    assert "failed: gone: it needs rows.csv, no part of FedSieve: give --data" in " ".join(
         ran.err.split()
     )
     told = json.loads((out / "figure.json").read_text())
@@ -304,23 +304,48 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
     assert "1 more are of what this form leaves out" in " ".join(ran.out.split())
 
 
+NO_MODEL = {"model.source": "o/m"}
+
+
 @pytest.mark.usefixtures("no_plots")
 @pytest.mark.parametrize(
     ("panels", "told"),
     [
         ({"one": {"data.train": "{data}/rows.csv"}}, "one: it needs rows.csv"),
-        ({"one": {"model.source": "org/no-model"}}, "one: it needs org/no-model, looked up in"),
+        ({"one": {"model.source": "org/no-model"}}, "one: org/no-model is not here (looked up in"),
         (
             {"one": {"model.source": "org/no"}, "two": {"model.source": "org/no"}},
-            "one; two: it needs org/no, looked up in",
+            "one; two: org/no is not here (looked up in",
         ),
         (
             {"one": {"model.source": "org/no", "data.train": "org/rows"}},
-            "one: it needs org/no and org/rows, looked up in",
+            "one: org/no and org/rows are not here (looked up in",
         ),
         ({"one": {"data.train": "./gone.csv"}}, "one: there is no ./gone.csv"),
+        ({"one": {"data.train": "x" * 300}}, f"one: '{'x' * 80}' can be no path: "),
+        ({"one": {"model.source": "x" * 300}}, f"one: '{'x' * 80}' can be no path: "),
+        (
+            {
+                "one": {
+                    "data.train": "{data}/a.csv",
+                    "data.test": "{data}/b.csv",
+                    "model.source": "o/m",
+                }
+            },
+            "one: it needs a.csv, b.csv, no part of FedSieve: give --data and the folder in which "
+            "they lie so; o/m is not here",
+        ),
     ],
-    ids=["a file", "a model", "a model of two panels", "a model and a data set", "a path"],
+    ids=[
+        "a file",
+        "a model",
+        "a model of two panels",
+        "a model and a data set",
+        "a path",
+        "long rows",
+        "a long model",
+        "files and a model",
+    ],
 )
 def test_what_is_not_here_is_told_once_and_before_anything_runs(
     write: Write,
@@ -338,6 +363,7 @@ def test_what_is_not_here_is_told_once_and_before_anything_runs(
     assert said.index(f"left out: {told}") < said.index("there: 2 entries, into")
     assert said.count(told) == " ".join(ran.err.split()).count(f"failed: {told}") == 1
     assert (out / "figure.json").is_file()
+    assert f"- not there: {told}" in (out / "figure.md").read_text(encoding="utf-8")
     # Where nothing is here, nothing is written.
     out = tmp_path / "none"
     ran = command("reproduce", write(small=gone, seeds=[0]), "--out", out)
@@ -763,9 +789,9 @@ def test_a_recipe_that_can_be_no_path_is_told(tmp_path: Path, command: Command, 
     paper = [{"name": "p", "recipe": name}]
     path.write_text(tomli_w.dumps(FIGURE | {"paper": paper, "small": paper}))
     ran = command("reproduce", path, "--out", tmp_path / "out")
-    assert ran.code == 1  # as for any part that cannot be run
-    assert "can be no path" in ran.out
-    assert len(ran.out) < 2000
+    assert ran.code == 2  # as nothing of it can be run
+    assert "can be no path" in ran.err
+    assert len(ran.err) < 2000
 
 
 def test_names_that_are_none(command: Command) -> None:

@@ -149,9 +149,23 @@ def test_a_card_names_the_adapter_that_training_began_from(tiny: Tiny, tmp_path:
     runs.start(tiny, tmp_path / "second", rounds=1, lora__start=str(start), **given)
     saved = tmp_path / "second" / rundir.ADAPTER
     text = (saved / CARD).read_text(encoding="utf-8")
-    assert f"- begun from: the adapter `{start.name}`\n" in text
+    assert "- begun from: the adapter `first/adapter`, weights `" in text
     assert str(start.parent) not in text
-    assert json.loads((saved / "provenance.json").read_text())["start"] == start.name
+    facts = json.loads((saved / "provenance.json").read_text(encoding="utf-8"))
+    assert facts["start"] == "first/adapter"
+    assert f"weights `{facts['start_weights']}` (BLAKE2b); rounds and bytes here" in text
+
+
+def test_no_name_of_a_file_is_markup_or_steers_a_terminal(tiny: Tiny, tmp_path: Path) -> None:
+    odd = "te`st\n# head <b>x\x1b[31m | a.csv"
+    origin = Origin(str(tiny.bert), odd, False, None, None)
+    told = Told(method=odd, recipe=odd, data=odd, tested=odd, start=odd, metrics={"accuracy": 0.5})
+    card.write(tmp_path, Saved("classification", origin, None, [odd], rank=4), told)
+    body = (tmp_path / CARD).read_text(encoding="utf-8").split("\n---\n", 1)[1]
+    assert "\x1b" not in body
+    for line in body.splitlines():
+        assert line.count("# head") == line.count("`` te`st # head <b>x?[31m | a.csv ``")
+    assert body.count("# head") > 4
 
 
 def test_scores_of_models_that_stay_with_clients_are_not_the_adapters(

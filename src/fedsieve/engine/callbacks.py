@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ def tell(callbacks: Sequence[OnRound], summary: Round) -> None:
     first: tuple[OnRound, Exception] | None = None
     for callback in callbacks:
         try:
-            callback(summary)
+            callback(deepcopy(summary))  # what one does to it is its own affair
         except Exception as raised:
             first = first or (callback, raised)
     if first is not None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fedsieve.data import fetch
 from fedsieve.recipe.schema import Recipe
-from fedsieve.train.card import Told
+from fedsieve.train.card import Told, called
 
 
 def told(recipe: Recipe, epsilon: float | None = None) -> Told:
@@ -19,7 +19,7 @@ def told(recipe: Recipe, epsilon: float | None = None) -> Told:
         recipe=recipe.name,
         data=_name(train, recipe.data.config),
         tested=_name(tested, recipe.data.config) + ", rows held back" * held_back,
-        start=None if recipe.lora.start is None else Path(recipe.lora.start).name,
+        start=None if recipe.lora.start is None else called(recipe.lora.start),
         settings=recipe.model.settings,
         on_hub=not _here(train) and "://" not in train and train not in fetch.PACKAGES,
         privacy=_privacy(recipe, epsilon),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedsieve.clients.network import REFERENCE, Conditions
-from fedsieve.disk import refuse_link, write_whole
+from fedsieve.disk import no_room, refuse_link, write_whole
 from fedsieve.errors import FedSieveError, reason
 from fedsieve.report import series as _series
 from fedsieve.report.page import page
@@ -74,5 +74,6 @@ def write(
         drawn = [(plot, to_svg(plot)) for plot in plots]
         write_whole(out, page(series, rows, conditions, drawn).encode())
     except OSError as error:
-        raise FedSieveError(f"The report {out} cannot be written: {reason(error)}") from error
+        todo = ": make room, then do it again" * no_room(error)
+        raise FedSieveError(f"The report {out} cannot be written: {reason(error)}{todo}") from error
     return written

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsieve.disk import bytes_of, write_whole
+from fedsieve.disk import bytes_of, remove, write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.schema import deployed
@@ -25,7 +25,7 @@ def fall_back(folder: Path, number: int) -> Path | None:
     once, and done again they would be given out twice.
     """
     rundir.check(folder)
-    with rundir.lock(folder), rundir.disk_errors(folder):
+    with rundir.lock(folder), rundir.disk_errors(folder, f" --at-round {number}"):
         source = str(folder / rundir.RECIPE)
         recipe = recipes.parse(recipes.read(source), source)
         checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
@@ -60,8 +60,12 @@ def _put_aside(folder: Path, note: checkpoint.Note, later: Sequence[Path]) -> Pa
     names = (f"{LEFT}{note.round}" + (f"-{n}" if n > 1 else "") for n in range(1, 10**6))
     left = next(folder / name for name in names if not os.path.lexists(folder / name))
     left.mkdir(mode=0o700)
-    for name, tail in tails.items():
-        write_whole(left / name, tail)
+    try:
+        for name, tail in tails.items():
+            write_whole(left / name, tail)
+    except OSError:  # nothing was moved yet
+        remove(left)
+        raise
     made = [folder / name for name in (rundir.ADAPTER, rundir.EVALUATION, rundir.REPORT)]
     for path in [path for path in made if path.exists()] + rundir.plots(folder):
         path.rename(left / path.name)

@@ -164,7 +164,8 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     except OSError as error:
         raise FedSieveError(
             f"the checkpoint {path} cannot be written: {error.strerror or error}. The older "
-            "checkpoints are whole: make room, then `fedsieve resume`"
+            "checkpoints are whole: make room, then `fedsieve resume` (or, of a federation, "
+            "`fedsieve federate --resume`) and this directory"
         ) from error
     _prune(folder)
     return path

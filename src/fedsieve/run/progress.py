@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from fedsieve.engine.shares import Shares, in_words
 from fedsieve.errors import count
 from fedsieve.run.tracking import where
+from fedsieve.settings import Training
 from fedsieve.tasks import words
 
 if TYPE_CHECKING:
@@ -34,6 +35,31 @@ def lines_of_plan(recipe: "Recipe", folder: Path | None) -> list[str]:
     if recipe.tracking is not None and folder is not None:
         lines.append(f"tracked by {where(recipe.tracking, folder)}")
     return lines
+
+
+def in_vain(recipe: "Recipe") -> list[str]:
+    """What a recipe gives and nothing reads, by its own words alone, a sentence each."""
+    data, training, found = recipe.data, recipe.training, []
+    if recipe.evaluation.on == "validation":
+        found += [
+            f"data.{key} is not used: evaluation.on = 'validation' takes the rows held back"
+            for key in ("test", "test_split", "more_tests")
+            if getattr(data, key) is not None
+        ]
+    elif data.validation is not None:
+        found.append(
+            f"data.validation holds {data.validation:.0%} of the rows back, and nothing reads "
+            "them: evaluation.on is 'test'"
+        )
+    if training.steps is not None and training.epochs != Training().epochs:
+        found.append("training.epochs is not used: training.steps says how many steps there are")
+    if training.optimizer == "adamw" and training.momentum not in (0, Training().momentum):
+        found.append("training.momentum is not used: it is SGD's, and training.optimizer is adamw")
+    if training.proximal and training.steps == 1:
+        found.append("training.proximal does nothing: in its one step a client is where it began")
+    if training.micro_batch is not None and training.micro_batch >= training.batch:
+        found.append("training.micro_batch is not below training.batch: it saves no memory")
+    return found
 
 
 def _who(recipe: "Recipe") -> str:
@@ -87,6 +113,6 @@ def _kept(shares: Shares) -> str:
 def rising(rounds: Sequence["Logged"]) -> bool:
     """Whether the leading score was still rising when it was last told."""
     told = [next(iter(each.metrics.values())) for each in rounds if each.metrics]
-    if len(told) < 3 or told[-1] <= max(told[:-1]):
+    if len(told) < 3 or told[-1] <= max(told[:-1]) or told[-1] == 1.0:  # no score is above 1
         return False
     return told[-1] - told[-2] > _RISING * (told[-1] - told[0])

@@ -321,8 +321,8 @@ def cut_back(folder: Path, lengths: Mapping[str, int]) -> None:
 
 
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk is the user's to mend, whichever file met it."""
+def disk_errors(folder: Path, also: str = "") -> Iterator[None]:
+    """A full disk is the user's to mend, whichever file met it. also: of the command to go on"""
     try:
         yield
     except FedSieveError:
@@ -332,8 +332,8 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise
         todo = "make room" if no_room(found) else "mend that"
         raise FedSieveError(
-            f"{found.filename or folder} cannot be written: {found.strerror or error}. The "
-            f"checkpoints are whole: {todo}, then `{again(folder)}`"
+            f"{disk.named_by(found) or folder} cannot be written: {found.strerror or error}. The "
+            f"checkpoints are whole: {todo}, then `{again(folder)}{also}`"
         ) from error
 
 

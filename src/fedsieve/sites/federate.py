@@ -47,10 +47,10 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
-from fedsieve.disk import bytes_of, objects, parsed, refuse_link, write_whole
+from fedsieve.disk import bytes_of, objects, parsed, refuse_link, remove_link, write_whole
 from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Federation, Receipt, Round
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, count
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import (
@@ -112,7 +112,10 @@ ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
 KEYS = "sites.json"  # site -> its node's public key
 _KEYS_BYTES = 1 << 24  # at most
 KEPT = "kept.json"
-_KEPT_BYTES = 1 << 10  # at most
+_KEPT_BYTES = 1 << 20  # at most
+_ROOM = (
+    1 << 18
+)  # bytes that Flower needs at the least to begin, for its copy of the app and its log
 SPARE = 2  # rounds in a row without an update, before the third ends the run
 LEFT_OVER = 120.0  # seconds that processes of a federation that was killed may take to end
 LOCK = ".federate.lock"
@@ -294,6 +297,11 @@ def begin_again(
     told.text_for_sites(folder, recipes.load(str(folder / rundir.RECIPE)))
     _logged(folder)
     _known(folder / KEYS)
+    with rundir.disk_errors(folder, "" if at_round is None else f" --at-round {at_round}"):
+        trial = folder / HOME / ".room"  # Flower's own words for a full disk are a traceback
+        remove_link(trial)
+        write_whole(trial, bytes(_ROOM))
+        trial.unlink()
     if at_round is not None:
         say(back.said(at_round, back.fall_back(folder, at_round)))
     found.set_aside(folder)
@@ -304,11 +312,22 @@ def has_ended(folder: Path, rounds: int) -> bool:
     """Whether nothing is left to do: the run has ended, and the sites were given what came out."""
     if not rundir.has_ended(folder, rundir.last_round(folder), rounds):
         return False
+    return _kept(folder).get("round") == rounds
+
+
+def without_adapter(folder: Path) -> list[str]:
+    """The sites of a federation that has ended which did not get the final adapter, being away or
+    having no room for it.
+    """
+    names = _kept(folder).get("without")
+    return [cleaned(str(name), 64) for name in names] if isinstance(names, list) else []
+
+
+def _kept(folder: Path) -> dict[str, Any]:
     try:
-        told = parsed(bytes_of(folder / KEPT, _KEPT_BYTES), str(folder / KEPT))
+        return parsed(bytes_of(folder / KEPT, _KEPT_BYTES), str(folder / KEPT))
     except (FedSieveError, OSError):  # they are given it once more
-        return False
-    return told.get("round") == rounds
+        return {}
 
 
 def refuse_unfinished(folder: Path) -> None:
@@ -319,7 +338,8 @@ def refuse_unfinished(folder: Path) -> None:
     begun = (folder / rundir.METRICS).exists()
     last, rounds = rundir.last_round(folder) if begun else 0, runner.rounds_of(folder)
     if last < rounds:
-        where = f"after round {last} of {rounds}"
+        whole, _ = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
+        where = f"after round {min(last, whole)} of {rounds}"  # from where it goes on
     elif not (folder / rundir.ADAPTER).is_dir():
         where = "and has no final adapter yet"
     elif not rundir.has_ended(folder, last, rounds):
@@ -383,12 +403,17 @@ def serve(
             say(f"warning: {caution}")
         say(line_of(summary, rounds))
 
-    (folder / KEPT).unlink(missing_ok=True)
+    lacking = set(without_adapter(folder))
+    if not has_ended(folder, rounds):
+        (folder / KEPT).unlink(missing_ok=True)
+        lacking = set()
     adapter = runner.resume(folder, show, build)
     answers = board[0].ask_all("keep", whole_message(adapter), policy.setup)
-    say(f"{len(answers)} sites have the final adapter: {', '.join(answers)}")
+    say(f"{count(len(answers), 'site')} got the final adapter: {', '.join(answers)}")
+    without = sorted((lacking | set(board[0].known())) - answers.keys())
     with rundir.disk_errors(folder):
-        write_whole(folder / KEPT, json.dumps({"round": rounds}).encode())
+        note = {"round": rounds, "without": without}
+        write_whole(folder / KEPT, json.dumps(note).encode(), mode=0o600)
     return adapter
 
 

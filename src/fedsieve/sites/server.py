@@ -304,6 +304,10 @@ class Sites:
         spent, self._aside = self._aside, 0
         return spent
 
+    def known(self) -> list[str]:
+        """The sites that were met, there or not, and those whose updates were merged before."""
+        return sorted({*self._sites, *self._merged})
+
     def ask_all(self, do: str, body: bytes, seconds: float) -> dict[str, Frame]:
         """What the sites that are there answer about an adapter, by id; the others are left out.
 

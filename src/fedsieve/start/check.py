@@ -25,7 +25,8 @@ from fedsieve.recipe import workers
 from fedsieve.recipe.experiment import Experiment, from_recipe, reaching
 from fedsieve.recipe.method import build_method
 from fedsieve.recipe.schema import Engine, Recipe, ResourceBudgets
-from fedsieve.settings import Training, in_round, steps_of
+from fedsieve.run.progress import in_vain
+from fedsieve.settings import in_round, steps_of
 from fedsieve.tasks.examples import Examples, count, take
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.mixture import in_classes
@@ -168,15 +169,8 @@ def spread(values: Sequence[float]) -> Spread:
 
 def idle(recipe: Recipe, experiment: Experiment) -> list[str]:
     """What of a recipe would silently do nothing, or have nothing done, a sentence each."""
-    found = []
-    name, training = recipe.method.name, recipe.training
-    knobs = experiment.federation.method.knobs
-    if recipe.evaluation.on == "validation":
-        found += [
-            f"data.{key} is not used: evaluation.on = 'validation' takes the rows held back"
-            for key in ("test", "test_split", "more_tests")
-            if getattr(recipe.data, key) is not None
-        ]
+    found = in_vain(recipe)
+    name, knobs = recipe.method.name, experiment.federation.method.knobs
     if not knobs and isinstance(recipe.budgets, ResourceBudgets):
         found.append(
             f"[budgets] choose nothing: method {name!r} has no budgets, and what clients have is "
@@ -192,19 +186,6 @@ def idle(recipe: Recipe, experiment: Experiment) -> list[str]:
             f"evaluation.every is {recipe.evaluation.every}, and there are {recipe.rounds} rounds: "
             "the model is evaluated before the first and after the last alone"
         )
-    if recipe.data.validation is not None and recipe.evaluation.on == "test":
-        found.append(
-            f"data.validation holds {recipe.data.validation:.0%} of the rows back, and nothing "
-            "reads them: evaluation.on is 'test'"
-        )
-    if training.steps is not None and training.epochs != Training().epochs:
-        found.append("training.epochs is not used: training.steps says how many steps there are")
-    if training.optimizer == "adamw" and training.momentum not in (0, Training().momentum):
-        found.append("training.momentum is not used: it is SGD's, and training.optimizer is adamw")
-    if training.proximal and training.steps == 1:
-        found.append("training.proximal does nothing: in its one step a client is where it began")
-    if training.micro_batch is not None and training.micro_batch >= training.batch:
-        found.append("training.micro_batch is not below training.batch: it saves no memory")
     return found
 
 

@@ -53,7 +53,7 @@ def judged(check: CheckTable, figure: Figure, panels: Mapping[str, Numbers]) -> 
         for where, left, right in _sides(check, figure, name, numbers)
     ]
     if not found or any(not each.left for each in found):
-        gone = ", ".join(each.where for each in found if not each.left and each.where)
+        gone = "; ".join(each.where for each in found if not each.left and each.where)
         return Finding(check.says, f"missing: {gone}" if gone else "", (0, 0), "not measured")
     seeds = set.intersection(*(set(each.left) for each in found))
     holding = [

@@ -398,17 +398,27 @@ def ready(part: Part, source: str, data: Path | None) -> tuple[dict[str, Any], S
     source: the figure's name or file, beside which a recipe's file may lie
     Raises FedSieveError, saying what to do, where a file that either names is not there.
     """
-    for path in _of_data(_whole(part, source)):
-        name = path.removeprefix(DATA)
-        if data is None:
-            raise FedSieveError(
-                f"it needs {name}, which is no part of FedSieve: give --data and the folder that "
-                "holds it"
-            )
-        if not (data / name).exists():
-            raise FedSieveError(f"there is no {name} in the folder {data}")
+    names = [path.removeprefix(DATA) for path in _of_data(_whole(part, source))]
+    if names and data is None:
+        raise FedSieveError(
+            f"it needs {_and_more(names)}, no part of FedSieve: give --data and the folder in "
+            "which they lie so"
+        )
+    if names and data is not None and not data.is_dir():
+        raise FedSieveError(f"--data: there is no folder {data}")
+    gone = [name for name in names if data is not None and not path_of(data / name).exists()]
+    if gone:
+        raise FedSieveError(f"there is no {_and_more(gone)} in the folder {data}")
     study = part.study.model_copy(update={"set": _filled(part.study.set, data)})
     return dict(_filled(_recipe(part.panel.recipe, source), data)), study
+
+
+_SHOWN = 12  # files of --data
+
+
+def _and_more(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 class Needs(NamedTuple):
@@ -436,7 +446,7 @@ def needs(part: Part, source: str) -> Needs:
     named = (model, data.train, data.test)
     names = dict.fromkeys(name for name in named if name and not name.startswith(DATA))
     fetched = tuple(name for name in names if name in fetch.PACKAGES)
-    hub = [name for name in names if name not in fetched and not Path(name).exists()]
+    hub = [name for name in names if name not in fetched and not path_of(name).exists()]
     files = tuple(name.removeprefix(DATA) for name in _of_data(table))
     return Needs(
         fetched,
@@ -532,6 +542,7 @@ def _papers() -> Any:
 def _recipe(name: str, source: str) -> dict[str, Any]:
     """A panel's recipe: of the papers' settings, a file beside the figure, or a shipped one."""
     beside = Path(source).parent / path_of(name)
+    path_of(f"{name}.toml")  # refuses what can be no file's name
     own = _papers() / SETTINGS / f"{name}.toml"
     if own.is_file():
         return recipes.toml(own.read_text(encoding="utf-8"), name)

@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from fedsieve import report
-from fedsieve.disk import place, refuse_link, write_whole
+from fedsieve.disk import named_by, place, refuse_link, write_whole
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import (
     FedSieveError,
@@ -277,7 +277,7 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
         if of_memory(error):
             return short_of_memory(error)
         if isinstance(error, OSError):
-            return f"{error.filename or job.folder}: {error.strerror or error}"
+            return f"{named_by(error) or job.folder}: {error.strerror or error}"
         if not isinstance(error, Exception):
             return f"code that is not FedSieve's ended the run ({with_type(error)})"
         return traceback.format_exc()  # a fault of ours: all of it is needed to mend it

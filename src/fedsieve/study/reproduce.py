@@ -138,30 +138,45 @@ def _absent(parts: Sequence[Part], source: str, data: Path | None) -> dict[int, 
     found: dict[int, str] = {}
     known: dict[tuple[str, str | None], str | None] = {}
     for nth, part in enumerate(parts):
+        said = []
         try:
-            figuring.ready(part, source, data)
             asked = figuring.needs(part, source)
         except FedSieveError as error:
             found[nth] = str(error)
             continue
-        if _OF_ENTRIES & {key for entry in part.study.entry for key, _ in flat(entry.set)}:
-            continue  # which of them have what is not here, their runs tell
-        for looked in (*asked.models, *asked.sets):
-            if looked not in known:
-                known[looked] = _not_here(*looked, model=looked in asked.models)
-        gone = {each[0]: why for each in (*asked.models, *asked.sets) if (why := known[each])}
-        of_hub = [] if hub.reachable() else [name for name in gone if fetch.instead_of(name)]
-        said = [why for name, why in gone.items() if name not in of_hub]
-        if of_hub:
-            said.insert(
-                0,
-                f"it needs {' and '.join(of_hub)}, looked up {hub.places()}, and not found there: "
-                "bring here, from a machine that reaches the hub, a cache that has it (`HF_HOME` "
-                "names its folder)",
-            )
+        try:
+            figuring.ready(part, source, data)
+        except FedSieveError as error:
+            said.append(str(error))
+        # Where entries name their own, their runs tell which of them have what is not here.
+        if not _OF_ENTRIES & {key for entry in part.study.entry for key, _ in flat(entry.set)}:
+            said += _names_not_here(asked, known)
         if said:
             found[nth] = "; ".join(said)
     return found
+
+
+def _names_not_here(
+    asked: figuring.Needs, known: dict[tuple[str, str | None], str | None]
+) -> list[str]:
+    """What cannot be loaded of the models and data sets that are no files here, in sentences.
+
+    known: what was found out of each before, and is now
+    """
+    names = (*asked.models, *asked.sets)
+    for looked in names:
+        if looked not in known:
+            known[looked] = _not_here(*looked, model=looked in asked.models)
+    gone = {looked[0]: why for looked in names if (why := known[looked])}
+    of_hub = [] if hub.reachable() else [name for name in gone if fetch.instead_of(name)]
+    said = [why for name, why in gone.items() if name not in of_hub]
+    if of_hub:
+        is_not, it = ("is not", "it") if len(of_hub) == 1 else ("are not", "them")
+        said.append(
+            f"{' and '.join(of_hub)} {is_not} here (looked up {hub.places()}): load {it} on a "
+            "machine that reaches the hub, and bring its cache here (the folder of `HF_HOME`)"
+        )
+    return said
 
 
 def _not_here(name: str, config: str | None, *, model: bool) -> str | None:
@@ -179,11 +194,23 @@ def _not_here(name: str, config: str | None, *, model: bool) -> str | None:
 
 
 def _by_cause(parts: Sequence[Part], absent: Mapping[int, str]) -> list[str]:
-    """The parts that are absent, those of one cause in one line."""
-    return [
-        f"{'; '.join(_called_part(parts[n]) for n, each in absent.items() if each == why)}: {why}"
-        for why in dict.fromkeys(absent.values())
-    ]
+    """The parts that are absent, those of one cause in one line; a panel all of whose parts are has
+    its name alone.
+    """
+    lines = []
+    for why in dict.fromkeys(absent.values()):
+        left: dict[str, list[Part]] = {}
+        for nth, each in absent.items():
+            if each == why:
+                left.setdefault(parts[nth].panel.name, []).append(parts[nth])
+        names = [
+            panel
+            if len(those) == sum(part.panel.name == panel for part in parts)
+            else "; ".join(map(_called_part, those))
+            for panel, those in left.items()
+        ]
+        lines.append(f"{'; '.join(names)}: {why}")
+    return lines
 
 
 def _noted(notes: Mapping[str, Sequence[str]]) -> list[str]:
@@ -268,6 +295,7 @@ def _written(
             *(f"- {n}" for n in _noted(measured[name].notes)),
             "",
         ]
+    text += [f"- not there: {problem.splitlines()[0][:500]}" for problem in problems]
     text += [*(f"- {said(each)}" for each in findings), "", f"{head}.", ""]
     write_whole(folder / f"{RESULT}.md", "\n".join(text).encode())
     told = {

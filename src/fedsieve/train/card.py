@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from fedsieve.errors import count
+from fedsieve.errors import count, printable
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.words import spoken
@@ -42,7 +42,7 @@ class Told(NamedTuple):
               the hub has a data set of that name
     rounds:   that were trained; clients: that took part
     tested:   the rows that the scores are of, as `data`
-    start:    the adapter that training began from, by its folder's name
+    start:    the adapter that training began from, as `called` has it
     settings: of the base's configuration that the run changed
     metrics:  the task's own after these rounds, the leading one first; loss: of the same evaluation
     down_bytes, up_bytes: payload bytes of all rounds
@@ -90,6 +90,14 @@ class Saved(NamedTuple):
     beside: bool = False
 
 
+def called(adapter: str | Path) -> str:
+    """The folder of an adapter without the way there; of a run's, which are all called alike, with
+    the run's own name.
+    """
+    path = Path(adapter)
+    return f"{path.parent.name}/{path.name}" if path.name == "adapter" else path.name
+
+
 def write(folder: Path, saved: Saved, told: Told) -> None:
     """Write the card of what is in a folder, and its facts."""
     origin, labels = saved.origin, saved.labels
@@ -109,7 +117,7 @@ def write(folder: Path, saved: Saved, told: Told) -> None:
         f"- licence of the base: {origin.licence or 'not known; see the base'}",
         f"- task: {catalogue.load(saved.task).title}",
         f"- trained: {_trained(told)}, by {by}",
-        *_begun(told),
+        *_begun(saved, told),
         *([f"- recipe: {_code(told.recipe)}"] if told.recipe else []),
         *([f"- data: {_code(told.data)}"] if told.data else []),
         *([f"- changed in the base's configuration: {_changed(told)}"] if told.settings else []),
@@ -155,11 +163,16 @@ def _trained(told: Told) -> str:
     return f"{rounds}over {over} that kept their rows"
 
 
-def _begun(told: Told) -> list[str]:
+def _begun(saved: Saved, told: Told) -> list[str]:
     if told.start is None:
         return []
-    before = "; what that had learnt from, the privacy below says nothing of"
-    return [f"- begun from: the adapter {_code(told.start)}{before if told.privacy else ''}"]
+    known = saved.digest.start if saved.digest else None
+    weights = f", weights {_code(known)} (BLAKE2b)" if known else ""
+    before = "; what it had learnt from, the privacy below says nothing of" if told.privacy else ""
+    return [
+        f"- begun from: the adapter {_code(told.start)}{weights}; rounds and bytes here are those "
+        f"since{before}"
+    ]
 
 
 def _changed(told: Told) -> str:
@@ -196,7 +209,7 @@ def _scores(told: Told) -> list[str]:
     whose = ""
     if told.personal:
         whose = " of the clients' own models, parts of which stay with them and are not here"
-    of = "" if told.tested is None else f" ({told.tested})"
+    of = "" if told.tested is None else f" ({_code(told.tested)})"
     return [
         f"Scores{when}{whose}, on the rows it is evaluated on{of}:",
         "",
@@ -221,6 +234,7 @@ def _facts(saved: Saved, told: Told) -> dict[str, Any]:
             "config": digest.config if digest else None,
             "held_in": saved.form,
         },
+        "start_weights": digest.start if digest else None,
     }
 
 
@@ -325,7 +339,7 @@ def _literal(text: str) -> str:
 
 def _code(text: str) -> str:
     """A text in backticks, on one line, whatever is in it."""
-    one = " ".join(text.split())
+    one = printable(" ".join(text.split()))
     ticks = "`" * (1 + max(map(len, re.findall("`+", one)), default=0))
     pad = " " if "`" in one else ""
     return f"{ticks}{pad}{one}{pad}{ticks}"
