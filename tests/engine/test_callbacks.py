@@ -70,13 +70,13 @@ def test_what_is_done_to_a_round_that_was_told_changes_nothing_of_the_run(
 
     def rescale(summary: Round) -> None:
         if summary.metrics:
-            summary.metrics["accuracy"] = 99.0  # type: ignore[index]
+            summary.metrics["accuracy"] = 99.0
 
     plain = finetune(tiny, clients(), test=rows(12, 9)).finish()
     run = finetune(tiny, clients(), test=rows(12, 9), on_round=[rescale, rescale])
     for summary in run:
         if summary.metrics:
-            summary.metrics.clear()  # type: ignore[attr-defined]
+            summary.metrics.clear()
     run.metrics.clear()
     run.receipts.clear()
     assert [each.metrics for each in run.metrics] == [each.metrics for each in plain.metrics]

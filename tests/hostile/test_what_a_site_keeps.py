@@ -57,7 +57,7 @@ class Wire:
 def federation(tiny: Tiny, folder: Path, method: str, **changes: Any) -> World:
     made = world(
         tiny, folder, NAMES, tls=False, budgets={name: {} for name in NAMES},
-        method={"name": method}, rounds=3, **{"data__test": None, **changes},
+        method={"name": method}, **{"rounds": 3, "data__test": None, **changes},
     )  # fmt: skip
     for path in made.sites.values():
         told = tomllib.loads(path.read_text())
@@ -258,6 +258,46 @@ def test_a_base_that_became_another_is_refused_by_name(
     assert all("base model is another" in r["dropped"] for r in late)
     assert any("base" in line and "north" in line for line in said)
     assert [r["client"] for r in receipts if r["round"] == 3 and not r.get("dropped")] == ["south"]
+
+
+@pytest.mark.parametrize("what", ["budget", "rows", "name", "nothing"])
+def test_a_site_that_tells_something_else_after_a_restart_is_met_again(
+    tiny: Tiny, tmp_path: Path, what: str
+) -> None:
+    """Its node stays connected: the server would go on with what it was told at the beginning."""
+    given = federation(tiny, tmp_path, "fslora_flasc", rounds=9)
+    wire, path = Wire(given, nothing), given.sites["north"]
+
+    def change(name: str, request: Frame, answer: Frame) -> Frame:
+        if name == "south" and (request.header["do"], request.header.get("round")) == ("train", 1):
+            told = tomllib.loads(path.read_text())
+            if what == "budget":
+                told["budget"] = {"ratio": 0.25, "down": 0.25, "up": 0.1}
+            elif what == "rows":
+                lines = Path(told["data"]["train"]).read_text(encoding="utf-8").splitlines()
+                less = path.parent / "less.csv"
+                less.write_text("\n".join(lines[:6]) + "\n", encoding="utf-8")
+                told["data"]["train"] = str(less)
+            elif what == "name":
+                told["name"] = "nord"
+            path.write_text(tomli_w.dumps(told))
+            wire.workers["north"] = asking(path)  # started again, behind the same node
+        return answer
+
+    wire.change = change
+    said = serve(given, wire)
+    rows = runs.lines(given.run, rundir.CLIENTS)
+    gone = [row["dropped"] for row in rows if row.get("dropped")]
+    if what == "nothing":
+        assert not gone
+        return
+    assert len(gone) == 1
+    assert "are others than when the recipe was told" in gone[0]
+    first = next(row for row in rows if row["client"] == "north")
+    last = [row for row in rows if row["client"] == ("nord" if what == "name" else "north")][-1]
+    assert last["round"] > 2, said
+    assert (last["down_bytes"] < first["down_bytes"]) == (what == "budget")
+    assert (last["examples"] < first["examples"]) == (what == "rows")
 
 
 def test_a_folder_where_a_round_is_kept_costs_no_round(tiny: Tiny, tmp_path: Path) -> None:

@@ -64,6 +64,7 @@ RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
 RECIPE = "recipe.toml"
 MOST = "most_bytes"  # of a request's body, beside it
 BASE = "base"  # the digests of the base over which it was told, beside it
+SAID = "said"  # the digest of what the server was told of the site then
 _RUN = re.compile(r"[0-9a-f]{64}")  # what a run's folder is called: the digest of its recipe
 _UNTOLD = "this recipe was not told here: tell it first"
 RECIPE_BYTES = 1 << 20  # the longest that is taken
@@ -371,6 +372,7 @@ def _tell(resident: Resident, request: Frame) -> Frame:
         folder / RECIPE,
         folder / MOST,
         folder / BASE,
+        folder / SAID,
         resident.site.folder / TOLD,
     ):
         _clear(place, folder=place in folders)
@@ -381,6 +383,7 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     most = longest(resident.assignment.start.layout, down=True)
     write_whole(folder / MOST, str(most).encode("ascii"))
     write_whole(folder / BASE, _base(resident.assignment).encode("ascii"))
+    write_whole(folder / SAID, _said(resident).encode("ascii"))
     write_whole(folder / RECIPE, request.body)
     _forget_old_runs(resident.site.folder, run)
     return Frame(_facts(resident))
@@ -657,6 +660,7 @@ def _assignment(resident: Resident, run: str) -> Assignment:
             raise _Unknown("the recipe that was stored here is damaged: tell it again")
         _change_assignment(resident, run, text)
         _refuse_another_base(resident, run)
+        _refuse_other_facts(resident, run)
     assert resident.assignment is not None
     return resident.assignment
 
@@ -681,6 +685,29 @@ def _refuse_another_base(resident: Resident, run: str) -> None:
         resident.assignment = None
         raise _Unknown(
             "this site's base model is another than when the recipe was told: tell it again"
+        )
+
+
+def _said(resident: Resident) -> str:
+    """The digest of what the server knows of the site."""
+    facts = {key: value for key, value in _facts(resident).items() if key != "versions"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_other_facts(resident: Resident, run: str) -> None:
+    """The server would go on sending what the site afforded once, and weigh rows that it had.
+
+    Raises _Unknown where the site's file, or its rows, are others since.
+    """
+    try:
+        before = bytes_of(_folder(resident, run) / SAID, 100).decode("ascii", errors="replace")
+    except (FileNotFoundError, NotADirectoryError, NotAFile):
+        return  # of a version that kept none
+    if before != _said(resident):
+        resident.assignment = None
+        raise _Unknown(
+            "this site's budget, rows or name are others than when the recipe was told: tell it "
+            "again"
         )
 
 
