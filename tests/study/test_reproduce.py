@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fedsieve.disk import copied
 from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
-from fedsieve.study import claims, figures
+from fedsieve.study import claims, figures, reproduce
 from fedsieve.study.front import Point, front
 from fedsieve.study.parts import ASKED
 from fedsieve.study.plan import worked_out
@@ -363,7 +363,7 @@ def test_what_is_not_here_is_told_once_and_before_anything_runs(
     assert said.index(f"left out: {told}") < said.index("there: 2 entries, into")
     assert said.count(told) == " ".join(ran.err.split()).count(f"failed: {told}") == 1
     assert (out / "figure.json").is_file()
-    assert f"- not there: {told}" in (out / "figure.md").read_text(encoding="utf-8")
+    assert f"- failed: {told}" in (out / "figure.md").read_text(encoding="utf-8")
     # Where nothing is here, nothing is written.
     out = tmp_path / "none"
     ran = command("reproduce", write(small=gone, seeds=[0]), "--out", out)
@@ -386,6 +386,13 @@ def test_what_parts_say_of_themselves_is_told_once_and_else_with_its_place(
     assert sum(note.startswith("dense: ") for note in of_both) == 1
     lines = (out / "figure.md").read_text().splitlines()
     assert len({*lines} - {""}) == len([line for line in lines if line])
+
+
+def test_a_note_names_its_place_unless_all_have_it() -> None:
+    assert reproduce._noted({}) == []
+    assert reproduce._noted({"a": ["2", "4"], "b": ["2"], "c": ["4"]}) == ["a", "2: b", "4: c"]
+    assert reproduce._noted({"b": ["2"], "c": ["4"]}) == ["2: b", "4: c"]
+    assert reproduce._noted({"b": ["all"], "c": ["all"]}) == ["b", "c"]
 
 
 @pytest.mark.usefixtures("no_plots")

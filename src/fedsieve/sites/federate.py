@@ -113,9 +113,7 @@ KEYS = "sites.json"  # site -> its node's public key
 _KEYS_BYTES = 1 << 24  # at most
 KEPT = "kept.json"
 _KEPT_BYTES = 1 << 20  # at most
-_ROOM = (
-    1 << 18
-)  # bytes that Flower needs at the least to begin, for its copy of the app and its log
+_ROOM = 1 << 18  # bytes: without so many Flower cannot even begin
 SPARE = 2  # rounds in a row without an update, before the third ends the run
 LEFT_OVER = 120.0  # seconds that processes of a federation that was killed may take to end
 LOCK = ".federate.lock"

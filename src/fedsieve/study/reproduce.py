@@ -215,9 +215,9 @@ def _by_cause(parts: Sequence[Part], absent: Mapping[int, str]) -> list[str]:
 
 def _noted(notes: Mapping[str, Sequence[str]]) -> list[str]:
     """What parts said of themselves: what all of them said once, and else of which place it is."""
-    most = max(map(len, notes.values()), default=0)
+    every = {place for places in notes.values() for place in places}
     return [
-        note if len(places) == most else f"{', '.join(places)}: {note}"
+        note if len(places) == len(every) else f"{', '.join(places)}: {note}"
         for note, places in notes.items()
     ]
 
@@ -295,7 +295,7 @@ def _written(
             *(f"- {n}" for n in _noted(measured[name].notes)),
             "",
         ]
-    text += [f"- not there: {problem.splitlines()[0][:500]}" for problem in problems]
+    text += [f"- failed: {problem.splitlines()[0][:500]}" for problem in problems]
     text += [*(f"- {said(each)}" for each in findings), "", f"{head}.", ""]
     write_whole(folder / f"{RESULT}.md", "\n".join(text).encode())
     told = {
