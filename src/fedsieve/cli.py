@@ -35,6 +35,7 @@ from fedsieve.errors import (
     printable,
     quoted,
     short_of_memory,
+    traced,
     with_type,
 )
 from fedsieve.run.progress import MB, in_vain, line_of, lines_of_plan, mb
@@ -124,7 +125,8 @@ def main() -> None:
             problems.print(f"[bold red]error:[/] {plain(short_of_memory(error))}")
             sys.exit(2)
         if (found := of_the_disk(error)) is None:
-            raise
+            sys.stderr.write(traced(error))
+            sys.exit(1)
         full = no_room(found)
         if found.filename is None and not full:  # a connection, a pipe, a library's own trouble
             raise

@@ -3,12 +3,14 @@
 import difflib
 import errno
 import inspect
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 MOST_TOLD = 20  # things that are wrong with one file
 LONGEST_TOLD = 200  # characters of a place or a value
+_TRACED = 20_000  # of a traceback
 # What a user's own code may raise: where it ends the program, that is a mistake in it as well, for
 # what it was called for is not done. Ctrl-C is nobody's.
 THEIRS = (Exception, SystemExit, GeneratorExit)
@@ -124,6 +126,17 @@ def reason(error: BaseException) -> str:
 def with_type(error: BaseException, most: int = 300) -> str:
     """The same behind the error's type, which often says more: "KeyError: 'label'"."""
     return f"{type(error).__name__}: {words(error, most)}".removesuffix(": ")
+
+
+def traced(error: BaseException) -> str:
+    """The traceback of a fault of ours, or of a program of the user's: all of it is needed to mend
+    that, but for the middle of words without end.
+    """
+    text = "".join(traceback.format_exception(error))
+    if len(text) <= _TRACED:
+        return text
+    half = _TRACED // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half:,} more letters ...\n{text[-half:]}"
 
 
 def beside(error: BaseException) -> str:

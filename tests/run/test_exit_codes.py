@@ -322,6 +322,45 @@ def test_room_is_asked_for_where_that_is_what_lacks(
     assert ("make room" in str(caught.value)) == room
 
 
+def test_a_fault_is_told_whole_but_not_without_end(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raising() -> None:
+        raise KeyError("x" * 10_000_000)
+
+    monkeypatch.setattr(cli, "app", raising)
+    ran = command("methods")
+    assert ran.code == 1
+    assert ran.err.startswith("Traceback")
+    assert "in raising" in ran.err
+    assert 10_000 < len(ran.err) < 30_000
+    monkeypatch.setattr(cli, "app", lambda: 1 // 0)
+    assert "ZeroDivisionError" in command("methods").err
+
+
+FIGURE = 'title = "t"\n[[entry]]\nname = "a"\n[[small]]\nname = "p"\n'
+STUDY = 'recipe = "demo"\n[[entry]]\nname = "a"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (FIGURE, "figure and no recipe: `fedsieve reproduce`"),
+        (STUDY, "study and no recipe: `fedsieve compare`"),
+    ],
+    ids=["a figure", "a study"],
+)
+def test_what_is_no_recipe_is_told_with_the_command_for_it(
+    text: str, said: str, command: Command, tmp_path: Path
+) -> None:
+    path = tmp_path / "one.toml"
+    path.write_text(text, encoding="utf-8")
+    for words in (["run"], ["check"], ["costs"]):
+        ran = command(*words, path)
+        assert ran.code == 2
+        assert said in " ".join(ran.err.split())
+
+
 def test_of_a_copy_the_file_that_was_written_is_named(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

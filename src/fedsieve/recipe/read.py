@@ -190,6 +190,11 @@ def check_metrics(recipe: Recipe, by_row: bool = True) -> None:
 
 def parse(table: Mapping[str, Any], source: str = "the recipe") -> Recipe:
     """`check`, less the values of the options of method and server, and whether budgets fit."""
+    if "entry" in table and "method" not in table:
+        what, reads = (
+            ("figure", "reproduce") if {"small", "paper"} & {*table} else ("study", "compare")
+        )
+        raise FedSieveError(f"{source} is a {what} and no recipe: `fedsieve {reads}` runs it")
     try:
         recipe = Recipe.model_validate(sets.filled(table))
         _refuse_unknown_options(recipe)

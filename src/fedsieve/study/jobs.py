@@ -16,7 +16,6 @@ import queue
 import subprocess
 import sys
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from fedsieve.errors import (
     of_memory,
     quoted,
     short_of_memory,
+    traced,
     with_type,
 )
 from fedsieve.recipe import read as recipes
@@ -280,7 +280,7 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
             return f"{named_by(error) or job.folder}: {error.strerror or error}"
         if not isinstance(error, Exception):
             return f"code that is not FedSieve's ended the run ({with_type(error)})"
-        return traceback.format_exc()  # a fault of ours: all of it is needed to mend it
+        return traced(error)
     return None
 
 
