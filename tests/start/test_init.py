@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -252,6 +253,23 @@ def test_test_rows_without_labels_are_passed_over(
     assert written["data"].get("test_split") == beside
     assert written["data"].get("validation") == (None if beside else 0.2)
     assert written["evaluation"].get("on") == (None if beside else "validation")
+
+
+def test_files_of_no_split_are_told(tmp_path: Path, command: Command) -> None:
+    folder, out = tmp_path / "rows", tmp_path / "mine.toml"
+    folder.mkdir()
+    for name in ("train", "test"):
+        rows = [{"text": t, "label": c} for t, c in texts(60, 1)]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    assert "not read" not in command("init", folder, "--out", out, "--yes").err
+    for number in range(7):
+        shutil.copy(folder / "train.jsonl", folder / f"north-{number}.jsonl")
+    ran = command("init", folder, "--out", out, "--yes", "--overwrite")
+    assert ran.code == 0
+    said = " ".join(ran.err.split())
+    assert "names (train, test): north-0.jsonl, north-1.jsonl" in said
+    assert "and 2 more" in said
 
 
 def test_rows_without_a_label_are_told(tmp_path: Path, command: Command) -> None:

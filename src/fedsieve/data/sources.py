@@ -90,6 +90,17 @@ def splits_of(source: str, config: str | None = None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(w for w in words if w in pictures.SPLITS)) or pictures.splits(folder)
 
 
+def outside(source: str, splits: Sequence[str]) -> list[str]:
+    """The names of a folder's data files that are in none of these splits, and so are not read."""
+    folder = place(source)
+    if source in fetch.PACKAGES or not folder.is_dir() or not splits:
+        return []
+    if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        return []
+    asked = {split.lower() for split in splits}
+    return [path.name for path in _data_files(folder) if not asked & {*_words(path)}]
+
+
 def refuse_absent(name: str, config: str | None) -> None:
     """Raises FedSieveError, as `load` does, where a data set of the hub cannot be found. Its rows
     are not loaded.

@@ -17,6 +17,7 @@ from fedsieve.start.look import MOST, TESTS, Looked, look
 
 Ask = Callable[[str, str], str]  # what is asked, and the guess -> the answer
 FEW = 5  # rows of a client
+_NAMED = 5  # files
 # Tasks whose rows each have one label.
 LABELLED = ("classification", "regression", "image-classification")
 ROW_LIKE = 4  # words of a column's name, from which on it may be a row
@@ -123,6 +124,13 @@ def cautions(looked: Looked, found: Guess) -> list[str]:
                 f"column {found.clients!r} has {column.distinct:,} values for {looked.looked:,} "
                 "rows: clients of a row or two learn little each"
             )
+    splits = [split for split in (looked.train_split, looked.test_split) if split is not None]
+    if left := sources.outside(looked.source, splits):
+        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+        said.append(
+            f"files of {looked.source} that are not read, having none of these words in their "
+            f"names ({', '.join(splits)}): {', '.join(left[:_NAMED])}{more}"
+        )
     here = found.model in fetch.PACKAGES or place(found.model).is_dir()
     remedy = None if here else fetch.instead_of(found.model)
     if remedy is not None:
