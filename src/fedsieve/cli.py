@@ -31,6 +31,7 @@ from fedsieve.engine.cautions import Caution, cautioning
 from fedsieve.errors import (
     FedSieveError,
     count,
+    few,
     of_memory,
     printable,
     quoted,
@@ -107,6 +108,7 @@ AcceptChanges = Annotated[
 T = TypeVar("T")
 
 
+_SITES_NAMED = 20
 _MOST_SAID = 10_000  # letters of an error: one may quote what is long after all
 _NOT_OURS = "code that is not FedSieve's ended the program before all was done"
 
@@ -1203,33 +1205,30 @@ def _go_on_with(folder: Path, at_round: int | None = None) -> None:
             source = str(folder / rundir.RECIPE)
             recipe = recipes.parse(recipes.read(source), source)
             lacking = federating.without_adapter(folder)
-            if ended := federating.has_ended(folder, recipe.rounds):
+            ended = federating.has_ended(folder, recipe.rounds)
+            if ended:
                 done = count(recipe.rounds, "round")
                 say(f"this federation is finished: all of its {done} are done")
-                if lacking:
-                    say(f"asking for the sites without the final adapter: {_few(lacking)}")
-            if ended and not lacking:
-                pass
-            elif here.is_here(folder):
+            if ended and lacking:
+                said = few(lacking, _SITES_NAMED)
+                say(f"asking for the sites without the final adapter: {said}")
+            idle = ended and not lacking
+            if not idle and here.is_here(folder):
                 here.check(folder)
                 with here.at_work(folder, here.own_port(folder, say), say):
                     _run_flower(folder, command)
-            else:
+            elif not idle:
                 _run_flower(folder, command)
     except KeyboardInterrupt:
         problems.print(plain(f"stopped: go on with `{rundir.again(folder)}`"))
         raise typer.Exit(130) from None
     if lacking := federating.without_adapter(folder):
         warn(
-            f"{_few(lacking)} did not get the final adapter: start `{rundir.again(folder)}` once "
-            "more when they are there"
+            f"{few(lacking, _SITES_NAMED)} did not get the final adapter: start "
+            f"`{rundir.again(folder)}` once more when they are there"
         )
     _summary(folder)
     _say_next(folder, recipe)
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:20]) + f" and {len(names) - 20} more" * (len(names) > 20)
 
 
 def _run_flower(folder: Path, command: Sequence[str]) -> None:

@@ -290,8 +290,7 @@ def place(text: str | Path) -> Path:
         str(path).encode()  # what no text can hold, no recipe can name
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:
-        why = reason(error)
-        raise FedSieveError(f"{str(text)[:80]!r} can be no path: {why}") from None
+        raise FedSieveError(f"{str(text)[:80]!r} can be no path: {reason(error)}") from None
     return path
 
 

@@ -51,6 +51,12 @@ def count(n: int, thing: str) -> str:
     return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
+def few(names: Sequence[str], most: int) -> str:
+    """ "a, b and 3 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def printable(text: str, also: str = "") -> str:
     """A text that steers no terminal: what is neither printable nor among `also` becomes "?"."""
     return "".join(c if c.isprintable() or c in also else "?" for c in text)

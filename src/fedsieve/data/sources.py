@@ -83,7 +83,7 @@ def splits_of(source: str, config: str | None = None) -> tuple[str, ...]:
     folder = fetch.cached(source) if source in fetch.PACKAGES else place(source)
     if not folder.is_dir():
         return () if folder.is_file() or is_path(source) else _hub_splits(source, config)
-    if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+    if _is_saved(folder):
         saved = _saved(folder)
         return tuple(saved) if isinstance(saved, DatasetDict) else ()
     words = [word for path in _data_files(folder) for word in _words(path)]
@@ -93,9 +93,7 @@ def splits_of(source: str, config: str | None = None) -> tuple[str, ...]:
 def outside(source: str, splits: Sequence[str]) -> list[str]:
     """The names of a folder's data files that are in none of these splits, and so are not read."""
     folder = place(source)
-    if source in fetch.PACKAGES or not folder.is_dir() or not splits:
-        return []
-    if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+    if source in fetch.PACKAGES or not folder.is_dir() or not splits or _is_saved(folder):
         return []
     asked = {split.lower() for split in splits}
     return [path.name for path in _data_files(folder) if not asked & {*_words(path)}]
@@ -105,21 +103,13 @@ def refuse_absent(name: str, config: str | None) -> None:
     """Raises FedSieveError, as `load` does, where a data set of the hub cannot be found. Its rows
     are not loaded.
     """
-    try:
-        with _no_progress_bars(), hub.asked(name):
-            datasets.load_dataset_builder(name, config)
-    except Exception as error:  # as in `_hub`
-        raise_of_memory(error)
-        raise FedSieveError(_not_found(name, error)) from error
+    with _looked_up(name):
+        datasets.load_dataset_builder(name, config)
 
 
 def _hub_splits(name: str, config: str | None) -> tuple[str, ...]:
-    try:
-        with _no_progress_bars(), hub.asked(name):
-            return tuple(datasets.get_dataset_split_names(name, config))
-    except Exception as error:  # as in `_hub`
-        raise_of_memory(error)
-        raise FedSieveError(_not_found(name, error)) from error
+    with _looked_up(name):
+        return tuple(datasets.get_dataset_split_names(name, config))
 
 
 def gathered(stream: IterableDataset, columns: Columns) -> Dataset:
@@ -242,7 +232,7 @@ def _files(paths: Sequence[Path], how: _Reading) -> Dataset:
 def _folder(folder: Path, how: _Reading) -> Dataset:
     """A folder that `datasets` saved, or the data files directly in it."""
     split = how.split
-    if any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+    if _is_saved(folder):
         return _only(_pick(_saved(folder), split, str(folder)), how.columns, str(folder))
     paths = _data_files(folder)
     if not paths:
@@ -277,6 +267,11 @@ def _data_files(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir())
         if path.is_file() and extension_of(path) in EXTENSIONS and not path.name.startswith(".")
     ]
+
+
+def _is_saved(folder: Path) -> bool:
+    """Whether `datasets` saved it."""
+    return any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
 
 
 def _words(path: Path) -> list[str]:
@@ -326,14 +321,21 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
 
 def _hub(name: str, config: str | None, split: str | None) -> Dataset:
     """A data set that `datasets.load_dataset` finds: on the hub or in its cache."""
+    with _looked_up(name):
+        loaded = datasets.load_dataset(name, config, split=split)
+    return _pick(loaded, split if isinstance(loaded, DatasetDict) else None, name)
+
+
+@contextmanager
+def _looked_up(name: str) -> Iterator[None]:
+    """Around what asks the hub, or its cache, for a data set."""
     try:
         with _no_progress_bars(), hub.asked(name):
-            loaded = datasets.load_dataset(name, config, split=split)
+            yield
     # Whatever goes wrong in there (network, scripts, parsers), the user has to see it.
     except Exception as error:
         raise_of_memory(error)
         raise FedSieveError(_not_found(name, error)) from error
-    return _pick(loaded, split if isinstance(loaded, DatasetDict) else None, name)
 
 
 def _not_found(name: str, error: Exception) -> str:

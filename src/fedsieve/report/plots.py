@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedsieve.clients.network import Conditions, clock
-from fedsieve.errors import count
+from fedsieve.errors import count, few
 from fedsieve.report.canvas import (
     COLOURS,
     GRID,
@@ -456,6 +456,4 @@ def _named(one: Series, series: Sequence[Series]) -> str:
 
 def _said(parts: Sequence[str]) -> str:
     """A list for a caption, cut before it becomes a wall of numbers."""
-    if len(parts) <= SHOWN_NAMES:
-        return ", ".join(parts)
-    return f"{', '.join(parts[:SHOWN_NAMES])} and {len(parts) - SHOWN_NAMES} more"
+    return few(parts, SHOWN_NAMES)

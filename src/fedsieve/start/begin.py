@@ -8,7 +8,7 @@ from fedsieve.data import fetch, sources
 from fedsieve.data.paths import extension_of
 from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
-from fedsieve.errors import FedSieveError, count, nearest, quoted
+from fedsieve.errors import FedSieveError, count, few, nearest, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.examples import number_held_back
 from fedsieve.start import written
@@ -126,10 +126,9 @@ def cautions(looked: Looked, found: Guess) -> list[str]:
             )
     splits = [split for split in (looked.train_split, looked.test_split) if split is not None]
     if left := sources.outside(looked.source, splits):
-        more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
         said.append(
             f"files of {looked.source} that are not read, having none of these words in their "
-            f"names ({', '.join(splits)}): {', '.join(left[:_NAMED])}{more}"
+            f"names ({', '.join(splits)}): {few(left, _NAMED)}"
         )
     here = found.model in fetch.PACKAGES or place(found.model).is_dir()
     remedy = None if here else fetch.instead_of(found.model)

@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError, model_validator
 from fedsieve.data import fetch
 from fedsieve.disk import bytes_of, parsed
 from fedsieve.disk import place as path_of
-from fedsieve.errors import FedSieveError, count, nearest, printable, quoted, reason
+from fedsieve.errors import FedSieveError, count, few, nearest, printable, quoted, reason
 from fedsieve.recipe import lines
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.overrides import flat, put
@@ -401,24 +401,19 @@ def ready(part: Part, source: str, data: Path | None) -> tuple[dict[str, Any], S
     names = [path.removeprefix(DATA) for path in _of_data(_whole(part, source))]
     if names and data is None:
         raise FedSieveError(
-            f"it needs {_and_more(names)}, no part of FedSieve: give --data and the folder in "
+            f"it needs {few(names, _SHOWN)}, no part of FedSieve: give --data and the folder in "
             "which they lie so"
         )
     if names and data is not None and not data.is_dir():
         raise FedSieveError(f"--data: there is no folder {data}")
     gone = [name for name in names if data is not None and not path_of(data / name).exists()]
     if gone:
-        raise FedSieveError(f"there is no {_and_more(gone)} in the folder {data}")
+        raise FedSieveError(f"there is no {few(gone, _SHOWN)} in the folder {data}")
     study = part.study.model_copy(update={"set": _filled(part.study.set, data)})
     return dict(_filled(_recipe(part.panel.recipe, source), data)), study
 
 
 _SHOWN = 12  # files of --data
-
-
-def _and_more(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 class Needs(NamedTuple):

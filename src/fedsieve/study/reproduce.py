@@ -273,6 +273,7 @@ def _written(
         else _table(figure, name, of, panels[name][figure.y])
         for name, of in measured.items()
     }
+    notes = {name: _noted(of.notes) for name, of in measured.items()}
     head, worst = _line(source, scale, figure, findings, panels)
     line = f"{head}: {worst}" if worst else head
     folder.mkdir(parents=True, exist_ok=True)
@@ -292,7 +293,7 @@ def _written(
         text += [
             f"## {name}\n",
             markdown(table),
-            *(f"- {n}" for n in _noted(measured[name].notes)),
+            *(f"- {note}" for note in notes[name]),
             "",
         ]
     text += [f"- failed: {problem.splitlines()[0][:500]}" for problem in problems]
@@ -303,7 +304,7 @@ def _written(
         "scale": scale,
         "rows": rows,
         "settings": {name: _settings(of) for name, of in measured.items()},
-        "notes": {name: _noted(of.notes) for name, of in measured.items()},
+        "notes": notes,
         "values": {
             name: {m: _plain(values) for m, values in of.items()} for name, of in panels.items()
         },

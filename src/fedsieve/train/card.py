@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from fedsieve.errors import count, printable
+from fedsieve.errors import count, few, printable
 from fedsieve.settings import Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.words import spoken
@@ -125,9 +125,8 @@ def write(folder: Path, saved: Saved, told: Told) -> None:
         f"- privacy: {told.privacy or 'no differential privacy'}",
     ]
     if labels:
-        shown = ", ".join(map(_code, labels[:_SHOWN]))
-        more = f" and {len(labels) - _SHOWN} more" if len(labels) > _SHOWN else ""
-        lines.append(f"- labels, in the order of the outputs: {shown}{more}")
+        shown = few([_code(label) for label in labels], _SHOWN)
+        lines.append(f"- labels, in the order of the outputs: {shown}")
     lines += ["", *_scores(told), *_how(saved, told), ""]
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
     text = json.dumps(_facts(saved, told), indent=1, ensure_ascii=False) + "\n"
