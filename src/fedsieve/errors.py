@@ -20,8 +20,16 @@ class FedSieveError(ValueError):
     """Bad input. The message is ready to print; the command line exits with code 2."""
 
 
+class TooWide(FedSieveError):
+    """A table of more columns than anybody looks at, of which none are named."""
+
+
 class WireError(FedSieveError):
     """Bytes that are not a payload of the expected layout."""
+
+
+class MethodFailed(FedSieveError):
+    """A function of a method from outside the package raised, or gave what no round can use."""
 
 
 class NoUsableUpdate(FedSieveError):

@@ -1,5 +1,6 @@
 """Callbacks of the user's: told every round once, and a round is never lost over one."""
 
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,28 @@ def test_each_round_is_told_once_to_all_of_a_list(tiny: Tiny) -> None:
     assert one == run.metrics
 
 
+def leaving(each: Round) -> None:
+    if each.round == 2:
+        sys.exit(0)
+
+
 @pytest.mark.parametrize(
-    ("callback", "name"),
-    [(broken, "broken"), (partial(broken), "broken")],
+    ("callback", "said", "cause"),
+    [
+        (broken, "broken failed after round 2: KeyError", KeyError),
+        (partial(broken), "broken failed after round 2: KeyError", KeyError),
+        (leaving, "leaving failed after round 2: SystemExit: 0", SystemExit),
+    ],
 )
 def test_a_callback_that_fails_stops_a_run_by_name_and_its_round_is_kept(
-    tiny: Tiny, callback: Any, name: str
+    tiny: Tiny, callback: Any, said: str, cause: type[BaseException]
 ) -> None:
     seen: list[int] = []
     plain = finetune(tiny, clients()).finish()
     run = finetune(tiny, clients(), on_round=[callback, lambda each: seen.append(each.round)])
-    with pytest.raises(FedSieveError, match=f"{name} failed after round 2: KeyError") as error:
+    with pytest.raises(FedSieveError, match=said) as error:
         run.finish()
-    assert isinstance(error.value.__cause__, KeyError)
+    assert isinstance(error.value.__cause__, cause)
     assert [each.round for each in run.metrics] == [0, 1, 2]
     run.finish()
     assert seen == [0, 1, 2, 3]

@@ -499,3 +499,31 @@ def test_many_classes_get_more_steps_and_larger_ones(
     assert command("init", path, "--label", "topic", "--out", tmp_path / "r.toml").code == 0
     recipe = recipes.load(str(tmp_path / "r.toml"))
     assert (recipe.training.steps, recipe.rounds, recipe.training.lr) == (steps, rounds, lr)
+
+
+@pytest.mark.parametrize("more", [300, 5000])
+def test_of_a_table_too_wide_to_look_at_the_columns_that_are_named_are_read(
+    tmp_path: Path, command: Command, more: int
+) -> None:
+    rest = [f"f{n}" for n in range(more)]
+    for name in ("wide-train.csv", "wide-test.csv"):
+        rows = [["text", "label", "who", *rest]]
+        rows += [
+            [f"some words {n}", "ab"[n % 2], f"site {n % 5}", *("1" * more)] for n in range(40)
+        ]
+        (tmp_path / name).write_text("\n".join(map(",".join, rows)))
+    words: list[str | Path] = [
+        "init",
+        tmp_path / "wide-train.csv",
+        "--out",
+        tmp_path / "recipe.toml",
+    ]
+    refused = command(*words)
+    assert refused.code == 2
+    assert "--text and --label" in refused.err
+    done = command(*words, "--text", "text", "--label", "label", "--clients", "who")
+    assert done.code == 0, done.err
+    recipe = recipes.load(str(tmp_path / "recipe.toml"))
+    assert (recipe.data.text, recipe.data.label) == ("text", "label")
+    assert recipe.data.test == str(tmp_path / "wide-test.csv")
+    assert recipe.partition.column == "who"

@@ -372,6 +372,17 @@ def test_what_is_not_here_is_told_once_and_before_anything_runs(
     assert not out.exists()
 
 
+def test_what_a_panel_sets_wrongly_is_told_as_its_own(
+    write: Write, tmp_path: Path, command: Command
+) -> None:
+    wrong = {"name": "one", "recipe": "tiny.toml", "set": {"budgets": []}}
+    ran = command("reproduce", write(small=[wrong], seeds=[0]), "--out", tmp_path / "out")
+    said = " ".join(ran.err.split())
+    assert ran.code == 2
+    assert "the recipe of 'one' with what is set: budgets: " in said
+    assert "override" not in said
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_what_parts_say_of_themselves_is_told_once_and_else_with_its_place(
     write: Write, tmp_path: Path, command: Command

@@ -36,7 +36,7 @@ from fedsieve.data.names import kind_of
 from fedsieve.data.paths import EXTENSIONS, extension_of
 from fedsieve.data.templates import used
 from fedsieve.disk import refuse_holes
-from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, words
+from fedsieve.errors import FedSieveError, TooWide, nearest, quoted, raise_of_memory, words
 
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
 _TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
@@ -276,9 +276,9 @@ def _can_be(values: Sequence[Any]) -> bool:
 def _chosen(path: Path, found: Sequence[str], columns: Columns | None) -> list[str]:
     """The columns to read of those that a file has."""
     if columns is None and len(found) > MOST_LOOKED_AT:
-        raise FedSieveError(
+        raise TooWide(
             f"{path} has {len(found):,} columns, too many to take all: a recipe names those that "
-            "are used, and no others are read"
+            "are used, and no others are read (`fedsieve init` is told them by --text and --label)"
         )
     try:
         return chosen(found, columns)

@@ -10,7 +10,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Federation, Round
-from fedsieve.errors import FedSieveError, listed, quoted, with_type
+from fedsieve.errors import THEIRS, FedSieveError, listed, quoted, with_type
 
 OnRound = Callable[[Round], object]  # called once a round, round 0 (before training) first
 
@@ -53,11 +53,11 @@ def tell(callbacks: Sequence[OnRound], summary: Round) -> None:
 
     Raises CallbackFailed, from what the first of those raised, once all were called.
     """
-    first: tuple[OnRound, Exception] | None = None
+    first: tuple[OnRound, BaseException] | None = None
     for callback in callbacks:
         try:
             callback(deepcopy(summary))  # what one does to it is its own affair
-        except Exception as raised:
+        except THEIRS as raised:  # `sys.exit(0)` in one would end a run as if it were done
             first = first or (callback, raised)
     if first is not None:
         callback, error = first

@@ -14,7 +14,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Memory, Method, View
 from fedsieve.algebra.payload import LARGEST, magnitude
-from fedsieve.errors import of_memory
+from fedsieve.errors import WireError, of_memory
 from fedsieve.train.local import Fit
 from fedsieve.wire import decode, encode
 
@@ -144,7 +144,10 @@ def _end(
     if reason is None:
         report, memory = method.report(began.view, fit.tensors, began.memory, began.context)
         reported = time.perf_counter()
-        update = encode(report)
+        try:
+            update = encode(report)
+        except WireError as error:  # a method of the user's own may give anything
+            reason, memory = f"what the method reports cannot be sent: {error}", asked.memory
         wire += time.perf_counter() - reported
     seconds = began.seconds + trained + time.perf_counter() - start
     held = fit.memory + sum(t.nbytes for group in memory.values() for t in group.values())

@@ -34,7 +34,7 @@ from fedsieve.engine import arrivals
 from fedsieve.engine.arrivals import Waiting, waiting_room
 from fedsieve.engine.client import Reply
 from fedsieve.engine.kept import Kept, kept, starves_b
-from fedsieve.errors import NoUsableUpdate, WireError
+from fedsieve.errors import FedSieveError, NoUsableUpdate, WireError
 from fedsieve.settings import Sampling
 from fedsieve.tasks.tally import Score
 from fedsieve.wire import decode, encode
@@ -391,7 +391,11 @@ def _gather(
         for client in federation.exchange.order(chosen):
             payload = method.publish(plan, client, own._replace(client=client.id))
             began = time.perf_counter()
-            message = encode(payload)
+            try:
+                message = encode(payload)
+            except WireError as error:  # a method of the user's own may give anything
+                where = f"round {number}: what the method gives for client {client.id}"
+                raise FedSieveError(f"{where} cannot be sent: {error}") from error
             wire += time.perf_counter() - began
             sent[client.id] = len(message), payload.support
             yield client, message

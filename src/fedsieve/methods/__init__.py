@@ -21,7 +21,7 @@ def load(name: str) -> "Callable[..., Method]":
 
     name: one of `names()`, or the dotted name of your own module that has a function `method`.
     Raises FedSieveError for a name that is neither, with the nearest names. Whatever your own
-    module raises, when it is imported or builds its method, is a FedSieveError too.
+    module raises, when it is imported, builds its method or takes part in a round, is one too.
     """
     if "." in name:
         try:
@@ -42,6 +42,7 @@ def load(name: str) -> "Callable[..., Method]":
 def _told(build: "Callable[..., Method]", name: str) -> "Callable[..., Method]":
     @wraps(build)
     def method(*given: Any, **options: Any) -> "Method":
+        from fedsieve.algebra.blame import blaming
         from fedsieve.algebra.method import Method
 
         try:
@@ -54,6 +55,6 @@ def _told(build: "Callable[..., Method]", name: str) -> "Callable[..., Method]":
         if not isinstance(built, Method):
             made = type(built).__name__
             raise FedSieveError(f"method {name!r} gives a {made}, and no fedsieve Method")
-        return built
+        return blaming(name, built)
 
     return method

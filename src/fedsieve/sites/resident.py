@@ -44,7 +44,7 @@ from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
 from fedsieve.disk import NotAFile, bytes_of, no_room, of_the_disk, refuse_link, remove, write_whole
 from fedsieve.engine.client import facts, take_part
-from fedsieve.errors import FedSieveError, WireError, of_memory, printable
+from fedsieve.errors import FedSieveError, MethodFailed, WireError, of_memory, printable
 from fedsieve.frame import Frame, refusal
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import load_rows
@@ -70,6 +70,8 @@ _UNTOLD = "this recipe was not told here: tell it first"
 RECIPE_BYTES = 1 << 20  # the longest that is taken
 TOLD = "told"  # the digests of the recipes, in the order in which they were told last
 _SAID = 500  # characters of an error
+# What a method raises over a memory that is whole and none of its own, among other things.
+_OVER_A_MEMORY = (AttributeError, IndexError, KeyError, TypeError, RuntimeError, MethodFailed)
 _SHOWN = 20_000  # characters shown to the site's owner at a time, the last ones
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -474,7 +476,7 @@ def _round(
             )
         except WireError as error:
             unfit = unfit or error
-        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError) as error:
+        except _OVER_A_MEMORY as error:
             # Whole, and not what this method keeps: somebody else has written it.
             if not memory or of_memory(error):
                 raise

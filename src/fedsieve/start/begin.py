@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedsieve.data import fetch, sources
+from fedsieve.data.files import Columns
 from fedsieve.data.paths import extension_of
 from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
-from fedsieve.errors import FedSieveError, count, few, nearest, quoted
+from fedsieve.errors import FedSieveError, TooWide, count, few, nearest, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.examples import number_held_back
 from fedsieve.start import written
@@ -42,7 +43,7 @@ def begin(
 
     Raises FedSieveError as `look` and `guess` do.
     """
-    looked = look(source, config)
+    looked = _looked(source, config, said)
     for line in shown(looked):
         show(line)
     found = guess(looked, said)
@@ -60,6 +61,18 @@ def begin(
     write_whole(out, text.encode("utf-8"))
     said_of_tests = () if passed_over is None else (passed_over,)
     return Written(first, (*said_of_tests, *cautions(looked, found)))
+
+
+def _looked(source: str, config: str | None, said: Said) -> Looked:
+    """All columns, or those that were said where there are too many to look at."""
+    try:
+        return look(source, config)
+    except TooWide:
+        if said.text is None:
+            raise
+        owner = [said.clients] if said.clients and not said.clients.isdecimal() else []
+        labels = [each.strip() for each in (said.label or "").split(",") if each.strip()]
+        return look(source, config, Columns((said.text,), (*labels, *owner)))
 
 
 def shown(looked: Looked) -> list[str]:
@@ -167,7 +180,9 @@ def _judged(looked: Looked, found: Guess) -> tuple[Looked, str | None]:
     given = looked.test, looked.test_split
     if looked.test is not None:
         try:
-            sources.load(looked.test, separator=looked.separator, field=looked.field)
+            sources.load(
+                looked.test, separator=looked.separator, field=looked.field, columns=looked.only
+            )
         except FedSieveError as error:
             return looked._replace(test=None), (
                 f"{error}: it is left out, and {written.HELD:.0%} of the rows are held back instead"
@@ -208,6 +223,7 @@ def _labelled(looked: Looked, source: str, split: str | None, label: str) -> boo
         config=looked.config,
         separator=looked.separator,
         field=looked.field,
+        columns=looked.only,
     )
     if label not in rows.column_names:
         return False

@@ -15,7 +15,7 @@ from fedsieve.data import files, pictures, sources
 from fedsieve.data.names import NUMBER, clean
 from fedsieve.data.templates import values_of
 from fedsieve.disk import place
-from fedsieve.errors import FedSieveError, printable
+from fedsieve.errors import TooWide, printable
 
 MOST = 5000  # rows that are looked at, spread over all of them
 SHOWN, LONGEST = 3, 40  # examples of a column, and letters of each
@@ -58,6 +58,7 @@ class Looked(NamedTuple):
     source, config, separator, field, train_split: as `sources.load` takes them
     test, test_split: rows beside them to evaluate on, where there are any
     rows: how many there are; looked: at how many of them
+    only: the columns that were looked at, where there are more
     """
 
     source: str
@@ -70,14 +71,17 @@ class Looked(NamedTuple):
     rows: int
     looked: int
     columns: tuple[Column, ...]
+    only: files.Columns | None = None
 
     def column(self, name: str) -> Column:
         return next(column for column in self.columns if column.name == name)
 
 
-def look(source: str, config: str | None = None) -> Looked:
-    """Read a source, and look at its columns. Raises FedSieveError as `sources.load` does, and for
-    more columns than a table of rows has.
+def look(source: str, config: str | None = None, columns: files.Columns | None = None) -> Looked:
+    """Read a source, and look at its columns. Raises FedSieveError as `sources.load` does, and
+    TooWide for more columns than a table of rows has.
+
+    columns: those that are looked at; by default all
     """
     splits = sources.splits_of(source, config)
     train = next((s for name in TRAIN for s in splits if s.lower() == name), None)
@@ -88,11 +92,13 @@ def look(source: str, config: str | None = None) -> Looked:
     path = place(source)
     separator = files.separator_of(path) if path.is_file() else None
     field = files.field_of(path) if path.is_file() else None
-    rows = sources.load(source, train, config=config, separator=separator, field=field)
+    rows = sources.load(
+        source, train, config=config, separator=separator, field=field, columns=columns
+    )
     if len(rows.column_names) > COLUMNS:
-        raise FedSieveError(
-            f"{source} has {len(rows.column_names):,} columns, too many to guess from: write the "
-            "recipe from one that ships (`fedsieve recipes own-csv`)"
+        raise TooWide(
+            f"{source} has {len(rows.column_names):,} columns, too many to guess from: name those "
+            "that are used, --text and --label (and --clients)"
         )
     # Drawn, and not each of so many: rows may come in turns.
     drawn = random.Random(0).sample(range(len(rows)), min(MOST, len(rows)))
@@ -108,6 +114,7 @@ def look(source: str, config: str | None = None) -> Looked:
         rows=len(rows),
         looked=len(some),
         columns=tuple(_column(some, name) for name in rows.column_names),
+        only=columns,
     )
 
 

@@ -436,7 +436,9 @@ class Needs(NamedTuple):
 def needs(part: Part, source: str) -> Needs:
     """What has to be there before a part runs."""
     table = _whole(part, source)
-    full: Any = recipes.parse({**table, "method": {"name": "fedit"}}, source)
+    # Not the file's own name: the recipe's keys stand on none of its lines.
+    where = f"{source}, the recipe of {part.panel.name!r} with what is set"
+    full: Any = recipes.parse({**table, "method": {"name": "fedit"}}, where)
     model, data = full.model.source, full.data
     named = (model, data.train, data.test)
     names = dict.fromkeys(name for name in named if name and not name.startswith(DATA))
