@@ -112,8 +112,9 @@ def raise_of_memory(error: BaseException) -> None:
 
 def short_of_memory(error: BaseException) -> str:
     """The same for the user to read: whose work it was, where that was noted, and what helps."""
-    notes = getattr(error, "__notes__", ())  # an exception of the user's may have anything there
-    whose = "".join(f"{note}: " for note in notes if isinstance(notes, list))
+    notes = getattr(error, "__notes__", ())
+    # An exception of the user's may have anything there.
+    whose = "".join(f"{note}: " for note in notes) if isinstance(notes, list) else ""
     said = f"{whose}memory does not suffice ({with_type(error)})"
     if whose:
         said += ": a smaller training.batch, training.micro_batch or data.max_length takes less"

@@ -235,6 +235,13 @@ def test_what_takes_less_is_told_where_a_client_trained() -> None:
     assert "training.batch" in short_of_memory(error)
 
 
+@pytest.mark.parametrize("notes", [5, None, "a note", ("a", "b")])
+def test_notes_that_are_no_list_stand_in_no_ones_way(notes: Any) -> None:
+    error = MemoryError()
+    error.__notes__ = notes
+    assert short_of_memory(error) == "memory does not suffice (MemoryError)"
+
+
 @pytest.mark.parametrize("error", ["MemoryError()", "OSError(12, 'Cannot allocate memory')"])
 def test_the_command_line_says_it_in_a_sentence(error: str) -> None:
     code = f"from fedsieve import cli\ndef app(): raise {error}\ncli.app = app\ncli.main()"

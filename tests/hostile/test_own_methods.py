@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedsieve import methods
 from fedsieve.algebra.adapter import Tree
@@ -89,16 +90,75 @@ def test_a_penalty_that_fails_is_told() -> None:
         run(blaming("mine.own", plain._replace(view=view)))
 
 
+# What is done to an adapter's tensors -> what is said of it.
+INSIDE: dict[str, Callable[[Tensor], Any]] = {
+    "'m.head.weight' has the shape (2, 10), and its layout says (3, 10)": lambda t: t[:2],
+    "'m.head.weight' is no dense tensor of real numbers": lambda t: t.to_sparse(),
+    "'m.head.weight' holds torch.int64, and no floats": lambda t: t.long(),
+    "'m.head.weight' still has a gradient": lambda t: t.clone().requires_grad_(True),
+    "there is one list under 'm.head.weight'": lambda t: t.tolist(),
+}
+
+
+def spoiled(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    return {**tree, toy.HEAD: change(tree[toy.HEAD])}
+
+
+@pytest.mark.parametrize("said", INSIDE)
+@pytest.mark.parametrize("part", ["init", "plan", "merge", "export", "view"])
+def test_what_is_wrong_inside_of_what_a_function_gives_is_told(part: str, said: str) -> None:
+    plain = mine()
+
+    def function(*given: Any) -> Any:
+        made = getattr(plain, part)(*given)
+        if part == "view":
+            seen, memory = made
+            tree = spoiled(seen.adapter.tensors, INSIDE[said])
+            return seen._replace(adapter=seen.adapter._replace(tensors=tree)), memory
+        if part == "export":
+            return made._replace(tensors=spoiled(made.tensors, INSIDE[said]))
+        return made._replace(trees={"adapter": spoiled(made.trees["adapter"], INSIDE[said])})
+
+    with pytest.raises(FedSieveError) as caught:
+        run(blaming("mine.own", with_part(part, function)))
+    assert f"method 'mine.own': its {part}" in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_an_adapter_has_the_names_of_its_layout() -> None:
+    plain = mine()
+
+    def export(state: Any) -> Any:
+        made = plain.export(state)
+        return made._replace(tensors={n: t for n, t in made.tensors.items() if n != toy.HEAD})
+
+    with pytest.raises(MethodFailed, match=f"'{toy.HEAD}' of its layout is not there"):
+        run(blaming("mine.own", plain._replace(export=export)))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "said"),
+    [
+        (frozenset({"dawn"}), r"a budget has no 'dawn' \(did you mean 'down'\?\)"),
+        (["down"], "must be a frozenset, not one list"),
+        (frozenset({5}), "a budget has no '5'"),
+    ],
+)
+def test_knobs_are_those_of_a_budget(knobs: Any, said: str) -> None:
+    with pytest.raises(MethodFailed, match=said):
+        blaming("mine.own", mine()._replace(knobs=knobs))
+
+
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
 def test_a_number_that_no_message_holds_is_told_with_round_and_client(number: float) -> None:
     plain = mine()
 
-    def spoiled(part: str, tree: Any) -> Any:
-        return {n: torch.full_like(t, number) for n, t in tree.items()}
+    def change(tensor: Tensor) -> Tensor:
+        return torch.full_like(tensor, number)
 
     def init(adapter: Any) -> Any:
         state = plain.init(adapter)
-        return state._replace(trees={"adapter": spoiled("init", state.trees["adapter"])})
+        return state._replace(trees={"adapter": spoiled(state.trees["adapter"], change)})
 
     with pytest.raises(
         FedSieveError, match=r"round 1: .* for client 0000 cannot be sent: .*finite"
@@ -106,7 +166,7 @@ def test_a_number_that_no_message_holds_is_told_with_round_and_client(number: fl
         run(blaming("mine.own", plain._replace(init=init)))
 
     def report(view: Any, trained: Any, memory: Any, context: Any) -> Any:
-        return plain.report(view, spoiled("report", trained), memory, context)
+        return plain.report(view, spoiled(trained, change), memory, context)
 
     with pytest.raises(FedSieveError, match=r"client 0000: what the method reports cannot be sent"):
         run(blaming("mine.own", plain._replace(report=report)))

@@ -10,12 +10,23 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, NamedTuple
 
-from fedsieve.algebra.adapter import Adapter
-from fedsieve.algebra.budget import Client
+import torch
+from torch import Tensor
+
+from fedsieve.algebra.adapter import Adapter, Layout, Tree
+from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Method, State, View
 from fedsieve.algebra.payload import Payload
-from fedsieve.errors import THEIRS, FedSieveError, MethodFailed, raise_of_memory, with_type
+from fedsieve.errors import (
+    THEIRS,
+    FedSieveError,
+    MethodFailed,
+    nearest,
+    quoted,
+    raise_of_memory,
+    with_type,
+)
 
 
 class _Kind(NamedTuple):
@@ -30,6 +41,7 @@ def blaming(name: str, method: Method) -> Method:
 
     name: what the user calls it
     """
+    _refuse_knobs(name, method.knobs)
     functions: dict[str, Any] = {
         part: _blaming(name, part, kind, getattr(method, part))
         for part, kind in _GIVES.items()
@@ -63,11 +75,21 @@ def _blaming(name: str, part: str, kind: _Kind, function: Any) -> Callable[..., 
         if part == "trained_by":
             return blaming(name, made)
         if part == "view" and made[0].penalty is not None:
-            penalty = _blaming(name, "view's penalty", _ANYTHING, made[0].penalty)
+            penalty = _blaming(name, "view's penalty", _A_PENALTY, made[0].penalty)
             return made[0]._replace(penalty=penalty), made[1]
         return made
 
     return told
+
+
+def _refuse_knobs(name: str, knobs: object) -> None:
+    known = Budget._fields
+    if not isinstance(knobs, frozenset):
+        raise MethodFailed(f"method {name!r}: its knobs must be a frozenset, not {_a(knobs)}")
+    for knob in sorted(map(str, knobs - {*known})):
+        raise MethodFailed(
+            f"method {name!r}: knobs: a budget has no {knob!r}{nearest(knob, known)}"
+        )
 
 
 def _of_round(given: tuple[Any, ...]) -> str:
@@ -97,19 +119,75 @@ def _is(kind: type) -> Callable[[object], str | None]:
 def _state(made: object) -> str | None:
     if not isinstance(made, State):
         return f"it gives {_a(made)}"
-    return None if "adapter" in made.trees else 'its trees have no "adapter"'
+    trees: object = made.trees
+    if not isinstance(trees, dict) or "adapter" not in trees:
+        return 'its trees have no "adapter"'
+    for group, tree in trees.items():
+        if not isinstance(group, str) or not isinstance(tree, dict):
+            return f"its trees have {_a(tree)} under {quoted(group)}"
+        if (wrong := _tensors(tree)) is not None:
+            return f"in its tree {group!r}, {wrong}"
+    return _laid_out(made.layout, trees["adapter"])
 
 
-def _pair(kind: type) -> Callable[[object], str | None]:
+def _adapter(made: object) -> str | None:
+    if not isinstance(made, Adapter):
+        return f"it gives {_a(made)}"
+    tree: object = made.tensors
+    if not isinstance(tree, dict):
+        return f"its tensors are {_a(tree)}"
+    return _tensors(tree) or _laid_out(made.layout, tree)
+
+
+def _tensors(tree: dict[Any, Any]) -> str | None:
+    """What is wrong with one of a tree's tensors, whatever their names and shapes may be."""
+    for name, tensor in tree.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            return f"there is {_a(tensor)} under {quoted(name)}"
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex():
+            return f"{name!r} is no dense tensor of real numbers"
+        if tensor.requires_grad:
+            return f"{name!r} still has a gradient: detach it"
+    return None
+
+
+def _laid_out(layout: object, tree: Tree) -> str | None:
+    """How an adapter's tensors differ from its layout."""
+    if not isinstance(layout, Layout):
+        return f"its layout is {_a(layout)}"
+    for name in sorted({*layout.shapes, *tree}):
+        if name not in tree:
+            return f"{name!r} of its layout is not there"
+        if name not in layout.shapes:
+            return f"{name!r} is none of its layout's"
+        shape, asked = tuple(tree[name].shape), tuple(layout.shapes[name])
+        if shape != asked:
+            return f"{name!r} has the shape {shape}, and its layout says {asked}"
+        if not tree[name].is_floating_point():
+            return f"{name!r} holds {tree[name].dtype}, and no floats"
+    return None
+
+
+def _view(made: object) -> str | None:
+    wrong = _with_memory(View)(made)
+    return wrong if wrong is not None else _adapter(made[0].adapter)  # type: ignore[index]
+
+
+def _with_memory(kind: type) -> Callable[[object], str | None]:
     """A value of this kind, and what the client keeps."""
 
     def wrong(made: object) -> str | None:
         if not isinstance(made, tuple) or isinstance(made, kind) or len(made) != 2:
             return f"it gives {_a(made)}"
         first, memory = made
-        if isinstance(first, kind) and isinstance(memory, dict):
-            return None
-        return f"it gives {_a(first)} and {_a(memory)}"
+        if not isinstance(first, kind) or not isinstance(memory, dict):
+            return f"it gives {_a(first)} and {_a(memory)}"
+        for group, tree in memory.items():
+            if not isinstance(group, str) or not isinstance(tree, dict):
+                return f"what the client keeps has {_a(tree)} under {quoted(group)}"
+            if (said := _tensors(tree)) is not None:
+                return f"of what the client keeps, in {group!r}, {said}"
+        return None
 
     return wrong
 
@@ -119,20 +197,27 @@ def _reason(made: object) -> str | None:
 
 
 def _number(made: object) -> str | None:
-    plain = isinstance(made, int | float) and not isinstance(made, bool)
-    return None if plain and made >= 0 else f"it gives {_a(made)}"  # type: ignore[operator]
+    if isinstance(made, bool) or not isinstance(made, int | float):
+        return f"it gives {_a(made)}"
+    return None if made >= 0 else f"it gives {made}"
 
 
-_ANYTHING = _Kind("anything", lambda made: None)
+def _penalty(made: object) -> str | None:
+    if isinstance(made, Tensor):
+        return None if made.numel() == 1 else f"it gives a tensor of shape {tuple(made.shape)}"
+    return None if isinstance(made, int | float) else f"it gives {_a(made)}"
+
+
+_A_PENALTY = _Kind("a number, as a tensor", _penalty)
 _A_METHOD = _Kind("a Method", _is(Method))
 _A_STATE = _Kind("a State", _state)
-_AN_ADAPTER = _Kind("an Adapter", _is(Adapter))
+_AN_ADAPTER = _Kind("an Adapter", _adapter)
 _GIVES = {
     "init": _A_STATE,
     "plan": _A_STATE,
     "publish": _Kind("a Payload", _is(Payload)),
-    "view": _Kind("a View and a dictionary", _pair(View)),
-    "report": _Kind("a Payload and a dictionary", _pair(Payload)),
+    "view": _Kind("a View and a dictionary of trees", _view),
+    "report": _Kind("a Payload and a dictionary of trees", _with_memory(Payload)),
     "merge": _A_STATE,
     "export": _AN_ADAPTER,
     "personal": _AN_ADAPTER,
