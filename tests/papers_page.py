@@ -16,7 +16,7 @@ from fedsieve.study import figures
 from fedsieve.study.claims import Finding
 from fedsieve.study.compare import markdown
 from fedsieve.study.figures import Figure, Scale
-from fedsieve.study.reproduce import said
+from fedsieve.study.reproduce import said, sizes
 from tests import pages
 from tests.pages import ROOT
 
@@ -86,17 +86,8 @@ def what(name: str, figure: Figure, scale: Scale) -> str:
 def measured(name: str, found: dict[str, Any]) -> list[str]:
     lines = []
     for panel, rows in found["rows"].items():
-        own = found["settings"][panel]
-        dealt = own["partition"]
-        clients = (
-            f"a client a {dealt['column']}" if "column" in dealt else f"{dealt['clients']} clients"
-        )
-        of = f"{own['model']} on {own['data']}"
         lines += [
-            f"Measured ({found['scale']}), {panel}: {of}, "
-            f"{clients}, {own['cohort']} a round, {own['rounds']} rounds"
-            + (f"; costs to a score of {own['target']:g}" if own["target"] else "")
-            + ".\n",
+            f"Measured ({found['scale']}), {panel}: {sizes(found['settings'][panel])}.\n",
             markdown(rows),
         ]
     picture = f"{figures.slug(name)}.png"

@@ -173,6 +173,7 @@ def test_a_figure_from_end_to_end(write: Write, tmp_path: Path, command: Command
     assert sent == pytest.approx(sum(line["up_bytes"] for line in lines) / 1e6)
     assert told["rows"]["tiny"][0]["4"].endswith("(paper 12.5)")
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "](figure.png)\n" in (out / "figure.md").read_text(encoding="utf-8")
     last = " ".join(ran.out.split())
     assert f"{path} (small, 2 seeds): does not hold. The claim: Whatever it is." in last
     assert "Here 2 of 3 claims hold: does not hold, in 0 of 2 seeds: sends more: " in last
@@ -397,6 +398,7 @@ def test_what_parts_say_of_themselves_is_told_once_and_else_with_its_place(
     assert sum(note.startswith("dense: ") for note in of_both) == 1
     lines = (out / "figure.md").read_text().splitlines()
     assert len({*lines} - {""}) == len([line for line in lines if line])
+    assert sum(" a round, " in line and " clients, " in line for line in lines) == 1
 
 
 def test_a_note_names_its_place_unless_all_have_it() -> None:

@@ -285,13 +285,17 @@ def _written(
         write_whole(written[0], image)
     else:
         written = written[1:]
+    settings = {name: _settings(of) for name, of in measured.items()}
     text = [f"# {source}: {figure.title}\n", f"{figure.claim}\n"]
     text += [f"*{remark}*\n" for remark in figure.remarks]
+    if image is not None:
+        text.append(f"![{figure.title}]({RESULT}.png)\n")
     if figure.x == IN_ALL:
         text.append("Bold: no other run has at least its score for at most its bytes.\n")
     for name, table in rows.items():
         text += [
             f"## {name}\n",
+            *([f"{sizes(settings[name])}.\n"] if settings[name] else []),
             markdown(table),
             *(f"- {note}" for note in notes[name]),
             "",
@@ -303,7 +307,7 @@ def _written(
         "figure": source,
         "scale": scale,
         "rows": rows,
-        "settings": {name: _settings(of) for name, of in measured.items()},
+        "settings": settings,
         "notes": notes,
         "values": {
             name: {m: _plain(values) for m, values in of.items()} for name, of in panels.items()
@@ -338,6 +342,19 @@ def _settings(of: Measured) -> dict[str, Any]:
         "cohort": recipe["cohort"],
         "target": of.panel.target,
     }
+
+
+def sizes(own: Mapping[str, Any]) -> str:
+    """These in words: "minilm-l6 on 20newsgroups, 20 clients, 10 a round, 30 rounds"."""
+    dealt = own["partition"]
+    clients = (
+        f"a client a {dealt['column']}" if "column" in dealt else f"{dealt['clients']} clients"
+    )
+    costs = f"; costs to a score of {own['target']:g}" if own["target"] else ""
+    return (
+        f"{own['model']} on {own['data']}, {clients}, {own['cohort']} a round, "
+        f"{count(own['rounds'], 'round')}{costs}"
+    )
 
 
 def _called(source: str) -> str:
