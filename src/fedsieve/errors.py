@@ -140,6 +140,8 @@ def reason(error: BaseException) -> str:
 
 def with_type(error: BaseException, most: int = 300) -> str:
     """The same behind the error's type, which often says more: "KeyError: 'label'"."""
+    if isinstance(error, MethodFailed):  # it says whose it is
+        return words(error, most)
     return f"{type(error).__name__}: {words(error, most)}".removesuffix(": ")
 
 

@@ -2,8 +2,10 @@
 the round, the client and the line.
 """
 
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 
 from fedsieve import methods
-from fedsieve.algebra.adapter import Tree
+from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.blame import blaming
 from fedsieve.algebra.budget import Budget
-from fedsieve.algebra.method import Method, compose
+from fedsieve.algebra.method import Method, State, compose
 from fedsieve.algebra.sieve import dense
+from fedsieve.algebra.support import Support
 from fedsieve.errors import FedSieveError, MethodFailed
 from tests import kinds, toy
 from tests.methods.test_laws import EXACT
@@ -93,47 +96,106 @@ def test_a_penalty_that_fails_is_told() -> None:
 # What is done to an adapter's tensors -> what is said of it.
 INSIDE: dict[str, Callable[[Tensor], Any]] = {
     "'m.head.weight' has the shape (2, 10), and its layout says (3, 10)": lambda t: t[:2],
-    "'m.head.weight' is no dense tensor of real numbers": lambda t: t.to_sparse(),
-    "'m.head.weight' holds torch.int64, and no floats": lambda t: t.long(),
+    "'m.head.weight' is no dense tensor": lambda t: t.to_sparse(),
+    "'m.head.weight' holds torch.int64, and": lambda t: t.long(),
+    "'m.head.weight' holds torch.float16, which no checkpoint does": lambda t: t.half(),
     "'m.head.weight' still has a gradient": lambda t: t.clone().requires_grad_(True),
     "there is one list under 'm.head.weight'": lambda t: t.tolist(),
 }
+GIVES_ADAPTERS = ["init", "plan", "merge", "export", "view"]
 
 
-def spoiled(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    return {**tree, toy.HEAD: change(tree[toy.HEAD])}
-
-
-@pytest.mark.parametrize("said", INSIDE)
-@pytest.mark.parametrize("part", ["init", "plan", "merge", "export", "view"])
-def test_what_is_wrong_inside_of_what_a_function_gives_is_told(part: str, said: str) -> None:
+def changing(part: str, change: Callable[[Adapter], Adapter]) -> Method:
+    """`mine`, with what one of its functions gives changed."""
     plain = mine()
 
     def function(*given: Any) -> Any:
         made = getattr(plain, part)(*given)
         if part == "view":
-            seen, memory = made
-            tree = spoiled(seen.adapter.tensors, INSIDE[said])
-            return seen._replace(adapter=seen.adapter._replace(tensors=tree)), memory
+            return made[0]._replace(adapter=change(made[0].adapter)), made[1]
         if part == "export":
-            return made._replace(tensors=spoiled(made.tensors, INSIDE[said]))
-        return made._replace(trees={"adapter": spoiled(made.trees["adapter"], INSIDE[said])})
+            return change(made)
+        after = change(Adapter(made.layout, made.trees["adapter"]))
+        return State(after.layout, {**made.trees, "adapter": after.tensors})
+
+    return blaming("mine.own", with_part(part, function))
+
+
+@pytest.mark.parametrize("said", INSIDE)
+@pytest.mark.parametrize("part", GIVES_ADAPTERS)
+def test_what_is_wrong_inside_of_what_a_function_gives_is_told(part: str, said: str) -> None:
+    def change(made: Adapter) -> Adapter:
+        head = INSIDE[said](made.tensors[toy.HEAD])
+        return made._replace(tensors={**made.tensors, toy.HEAD: head})
 
     with pytest.raises(FedSieveError) as caught:
-        run(blaming("mine.own", with_part(part, function)))
+        run(changing(part, change))
     assert f"method 'mine.own': its {part}" in str(caught.value)
     assert said in str(caught.value)
 
 
-def test_an_adapter_has_the_names_of_its_layout() -> None:
+def without_head(made: Adapter) -> Adapter:
+    tensors = {n: t for n, t in made.tensors.items() if n != toy.HEAD}
+    return Adapter(layout_of(tensors, made.layout.scale), tensors)
+
+
+def renamed(made: Adapter) -> Adapter:
+    tensors = {n.replace("first", "last"): t for n, t in made.tensors.items()}
+    return Adapter(layout_of(tensors, made.layout.scale), tensors)
+
+
+def wider(made: Adapter) -> Adapter:
+    return Adapter(replace(made.layout, scale=float("nan")), made.tensors)
+
+
+# Adapters that are as their own layout says, and not as the run's.
+@pytest.mark.parametrize("change", [without_head, renamed, wider])
+@pytest.mark.parametrize("part", ["init", "plan", "merge", "export"])
+def test_an_adapter_has_the_layout_that_was_given(
+    part: str, change: Callable[[Adapter], Adapter]
+) -> None:
+    with pytest.raises(FedSieveError, match=f"'mine.own': its {part}.* that it was given"):
+        run(changing(part, change))
+
+
+@pytest.mark.parametrize(
+    ("moves", "said"),
+    [
+        (Support(("zz",), None, {}), "it moves 'zz', which its adapter has not"),
+        (Support("ab", None, {}), "it moves 'a', which"),  # type: ignore[arg-type]
+        (Support((), None, {toy.HEAD: torch.ones(2, dtype=torch.bool)}), "bools, of shape (3, 10)"),
+        (Support((), None, {toy.HEAD: torch.ones(3, 10)}), "bools, of shape (3, 10)"),
+        (Support((), None, None), "no Support of names and masks"),  # type: ignore[arg-type]
+        (5, "what it moves is one int"),
+    ],
+)
+def test_what_a_view_moves_is_of_its_adapter(moves: Any, said: str) -> None:
     plain = mine()
 
-    def export(state: Any) -> Any:
-        made = plain.export(state)
-        return made._replace(tensors={n: t for n, t in made.tensors.items() if n != toy.HEAD})
+    def view(*given: Any) -> Any:
+        made, memory = plain.view(*given)
+        return made._replace(moves=moves), memory
 
-    with pytest.raises(MethodFailed, match=f"'{toy.HEAD}' of its layout is not there"):
-        run(blaming("mine.own", plain._replace(export=export)))
+    with pytest.raises(MethodFailed, match=re.escape(said)):
+        run(blaming("mine.own", plain._replace(view=view)))
+
+
+@pytest.mark.parametrize("base", [5, {"zz": torch.zeros(2)}, {"m.first.base": torch.zeros(2)}])
+def test_a_change_of_the_base_is_of_its_pairs(base: Any) -> None:
+    with pytest.raises(MethodFailed, match=r"its view.* its base "):
+        run(changing("view", lambda made: made._replace(base=base)))
+
+
+@pytest.mark.parametrize("penalty", [torch.ones(1), torch.ones(()) * 1j, torch.ones(2), 5, None])
+def test_a_penalty_is_one_number(penalty: Any) -> None:
+    plain = mine()
+
+    def view(*given: Any) -> Any:
+        made, memory = plain.view(*given)
+        return made._replace(penalty=lambda tree: penalty), memory
+
+    with pytest.raises(MethodFailed, match="its view's penalty must give a tensor of one number"):
+        run(blaming("mine.own", plain._replace(view=view)))
 
 
 @pytest.mark.parametrize(
@@ -153,12 +215,12 @@ def test_knobs_are_those_of_a_budget(knobs: Any, said: str) -> None:
 def test_a_number_that_no_message_holds_is_told_with_round_and_client(number: float) -> None:
     plain = mine()
 
-    def change(tensor: Tensor) -> Tensor:
-        return torch.full_like(tensor, number)
+    def spoiled(tree: Tree) -> Tree:
+        return {name: torch.full_like(tensor, number) for name, tensor in tree.items()}
 
     def init(adapter: Any) -> Any:
         state = plain.init(adapter)
-        return state._replace(trees={"adapter": spoiled(state.trees["adapter"], change)})
+        return state._replace(trees={"adapter": spoiled(state.trees["adapter"])})
 
     with pytest.raises(
         FedSieveError, match=r"round 1: .* for client 0000 cannot be sent: .*finite"
@@ -166,7 +228,7 @@ def test_a_number_that_no_message_holds_is_told_with_round_and_client(number: fl
         run(blaming("mine.own", plain._replace(init=init)))
 
     def report(view: Any, trained: Any, memory: Any, context: Any) -> Any:
-        return plain.report(view, spoiled(trained, change), memory, context)
+        return plain.report(view, spoiled(trained), memory, context)
 
     with pytest.raises(FedSieveError, match=r"client 0000: what the method reports cannot be sent"):
         run(blaming("mine.own", plain._replace(report=report)))

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fedsieve.run import rundir
 from fedsieve.run.runner import Stopped
 from fedsieve.study import plan as study
 from fedsieve.study.jobs import Job, asked_for, diverged, finished, refuse_changed, run_all
-from fedsieve.study.parts import ASKED, DIVERGED
+from fedsieve.study.parts import ASKED, DIVERGED, FAILED
 from tests import runs
 from tests.conftest import Command, Tiny
 
@@ -659,6 +660,22 @@ def test_without_tuning_runs_may_be_evaluated_on_rows_that_are_held_back(
     assert [entry.table["evaluation"]["on"] for entry in plan.entries] == ["validation"]
 
 
+@contextmanager
+def ended_in(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError for what takes longer."""
+
+    def late(*given: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_a_pipe_as_a_studys_recipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
     given = {"recipe": "pipe.toml", "entry": [{"name": "a", "method": "fedit"}]}
@@ -666,6 +683,26 @@ def test_a_pipe_as_a_studys_recipe_is_not_waited_for(tmp_path: Path) -> None:
     for source in ("study.toml", "pipe.toml"):
         with pytest.raises(FedSieveError):
             study.plan(str(tmp_path / source), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder"])
+@pytest.mark.parametrize(
+    "name", [ASKED, DIVERGED, FAILED, rundir.RECIPE, rundir.METRICS, rundir.CLIENTS, rundir.LOCK]
+)
+def test_what_is_no_file_in_a_studys_run_is_not_waited_for(
+    tiny: Tiny, tmp_path: Path, command: Command, name: str, kind: str
+) -> None:
+    tiny.write(tmp_path / "tiny.toml", rounds=1)
+    given = {"recipe": "tiny.toml", "entry": [{"name": "a", "method": "fedit"}], "seeds": [0]}
+    (tmp_path / "study.toml").write_text(tomli_w.dumps(given), encoding="utf-8")
+    folder = tmp_path / "out" / "a" / "seed-0"
+    folder.mkdir(parents=True)
+    make = os.mkfifo if kind == "a pipe" else os.mkdir
+    make(folder / name)
+    with ended_in(60):
+        ran = command("compare", tmp_path / "study.toml", "--out", tmp_path / "out")
+    assert (folder / name).is_file() if ran.code == 0 else name in ran.err
+    assert "Traceback" not in ran.err
 
 
 def test_what_a_job_left_is_read_whatever_is_in_it(tiny: Tiny, tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Tree = dict[str, Tensor]
+# What methods and optimizers keep, and so what a checkpoint holds.
+STORED = {torch.float32, torch.float64, torch.int32, torch.int64, torch.bool, torch.uint8}
 
 
 class Pair(NamedTuple):

@@ -6,18 +6,19 @@ its own calls are seen: what it gives may still fail where it is used.
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedsieve.algebra.adapter import Adapter, Layout, Tree
+from fedsieve.algebra.adapter import STORED, Adapter, Layout, Tree, base_layout
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Method, State, View
 from fedsieve.algebra.payload import Payload
+from fedsieve.algebra.support import Support
 from fedsieve.errors import (
     THEIRS,
     FedSieveError,
@@ -30,10 +31,13 @@ from fedsieve.errors import (
 
 
 class _Kind(NamedTuple):
-    """Of what a function gives: in words, and what is wrong with one value, or None."""
+    """Of what a function gives: in words, and what is wrong with a value, or None.
+
+    wrong: the value, and the first of the function's arguments
+    """
 
     words: str
-    wrong: Callable[[object], str | None]
+    wrong: Callable[[Any, Any], str | None]
 
 
 def blaming(name: str, method: Method) -> Method:
@@ -70,7 +74,7 @@ def _blaming(name: str, part: str, kind: _Kind, function: Any) -> Callable[..., 
             if part == "merge" and isinstance(error, OSError):
                 raise
             raise MethodFailed(f"{where} fails: {with_type(error)}{_line(error)}") from error
-        if (wrong := kind.wrong(made)) is not None:
+        if (wrong := kind.wrong(made, given[0] if given else None)) is not None:
             raise MethodFailed(f"{where} must give {kind.words}: {wrong}")
         if part == "trained_by":
             return blaming(name, made)
@@ -112,48 +116,91 @@ def _a(value: object) -> str:
     return "None" if value is None else f"one {type(value).__name__}"
 
 
-def _is(kind: type) -> Callable[[object], str | None]:
-    return lambda made: None if isinstance(made, kind) else f"it gives {_a(made)}"
+def _is(kind: type) -> Callable[[Any, Any], str | None]:
+    return lambda made, of: None if isinstance(made, kind) else f"it gives {_a(made)}"
 
 
-def _state(made: object) -> str | None:
+def _state(made: Any, of: Any) -> str | None:
     if not isinstance(made, State):
         return f"it gives {_a(made)}"
-    trees: object = made.trees
-    if not isinstance(trees, dict) or "adapter" not in trees:
+    if not isinstance(made.trees, dict) or "adapter" not in made.trees:
         return 'its trees have no "adapter"'
-    for group, tree in trees.items():
-        if not isinstance(group, str) or not isinstance(tree, dict):
-            return f"its trees have {_a(tree)} under {quoted(group)}"
-        if (wrong := _tensors(tree)) is not None:
-            return f"in its tree {group!r}, {wrong}"
-    return _laid_out(made.layout, trees["adapter"])
+    if (wrong := _trees(made.trees)) is not None:
+        return f"its trees have {wrong}"
+    return _laid_out(made.layout, made.trees["adapter"]) or _unlike(of, Adapter(*_whole(made)))
 
 
-def _adapter(made: object) -> str | None:
+def _adapter(made: Any, of: Any) -> str | None:
     if not isinstance(made, Adapter):
         return f"it gives {_a(made)}"
-    tree: object = made.tensors
-    if not isinstance(tree, dict):
-        return f"its tensors are {_a(tree)}"
-    return _tensors(tree) or _laid_out(made.layout, tree)
+    wrong = _tree(made.tensors) or _laid_out(made.layout, made.tensors) or _based(made)
+    return wrong or _unlike(of, made)
 
 
-def _tensors(tree: dict[Any, Any]) -> str | None:
+def _view(made: Any, of: Any) -> str | None:
+    if (wrong := _with_memory(View)(made, of)) is not None:
+        return wrong
+    adapter, moves = made[0].adapter, made[0].moves
+    if (wrong := _adapter(adapter, None)) is not None:
+        return wrong
+    for name, tensor in adapter.tensors.items():
+        if not tensor.is_floating_point():
+            return f"{name!r} holds {tensor.dtype}, and no floats"
+    if not isinstance(moves, Support) or not isinstance(moves.masks, dict):
+        return f"what it moves is {_a(moves)}, and no Support of names and masks"
+    for name in sorted(map(str, {*moves.names, *moves.masks} - adapter.tensors.keys())):
+        return f"it moves {name[:200]!r}, which its adapter has not"
+    for name, mask in moves.masks.items():
+        shape = tuple(adapter.tensors[name].shape)
+        fits = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == shape
+        if not fits:
+            return f"the mask of what moves of {name!r} must be of bools, of shape {shape}"
+    return None
+
+
+def _with_memory(kind: type) -> Callable[[Any, Any], str | None]:
+    """A value of this kind, and what the client keeps."""
+
+    def wrong(made: Any, of: Any) -> str | None:
+        if not isinstance(made, tuple) or isinstance(made, kind) or len(made) != 2:
+            return f"it gives {_a(made)}"
+        first, memory = made
+        if not isinstance(first, kind) or not isinstance(memory, dict):
+            return f"it gives {_a(first)} and {_a(memory)}"
+        said = _trees(memory)
+        return None if said is None else f"what the client keeps has {said}"
+
+    return wrong
+
+
+def _trees(trees: dict[Any, Any]) -> str | None:
+    for group, tree in trees.items():
+        if not isinstance(group, str):
+            return f"a tree under {quoted(group)}"
+        if (wrong := _tree(tree)) is not None:
+            return f"a wrong {group!r}: {wrong}"
+    return None
+
+
+def _tree(tree: Any) -> str | None:
     """What is wrong with one of a tree's tensors, whatever their names and shapes may be."""
+    if not isinstance(tree, dict):
+        return f"it is {_a(tree)}"
     for name, tensor in tree.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             return f"there is {_a(tensor)} under {quoted(name)}"
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_complex():
-            return f"{name!r} is no dense tensor of real numbers"
+        if tensor.layout != torch.strided or tensor.is_meta:
+            return f"{name!r} is no dense tensor"
+        if tensor.dtype not in STORED:
+            return f"{name!r} holds {tensor.dtype}, which no checkpoint does"
         if tensor.requires_grad:
             return f"{name!r} still has a gradient: detach it"
     return None
 
 
-def _laid_out(layout: object, tree: Tree) -> str | None:
+def _laid_out(layout: Any, tree: Tree) -> str | None:
     """How an adapter's tensors differ from its layout."""
-    if not isinstance(layout, Layout):
+    if not isinstance(layout, Layout) or not isinstance(layout.shapes, Mapping):
         return f"its layout is {_a(layout)}"
     for name in sorted({*layout.shapes, *tree}):
         if name not in tree:
@@ -163,52 +210,62 @@ def _laid_out(layout: object, tree: Tree) -> str | None:
         shape, asked = tuple(tree[name].shape), tuple(layout.shapes[name])
         if shape != asked:
             return f"{name!r} has the shape {shape}, and its layout says {asked}"
-        if not tree[name].is_floating_point():
-            return f"{name!r} holds {tree[name].dtype}, and no floats"
     return None
 
 
-def _view(made: object) -> str | None:
-    wrong = _with_memory(View)(made)
-    return wrong if wrong is not None else _adapter(made[0].adapter)  # type: ignore[index]
+def _based(adapter: Adapter) -> str | None:
+    """What is wrong with a change of the base that comes with an adapter."""
+    if not isinstance(adapter.base, dict) or _tree(adapter.base) is not None:
+        return f"its base is {_a(adapter.base)}, and no tree"
+    known = base_layout(adapter.layout, 0).shapes if adapter.base else {}
+    for name, change in adapter.base.items():
+        if known.get(name) != tuple(change.shape):
+            return f"its base has {name[:200]!r}, of shape {tuple(change.shape)}, which no pair has"
+    return None
 
 
-def _with_memory(kind: type) -> Callable[[object], str | None]:
-    """A value of this kind, and what the client keeps."""
-
-    def wrong(made: object) -> str | None:
-        if not isinstance(made, tuple) or isinstance(made, kind) or len(made) != 2:
-            return f"it gives {_a(made)}"
-        first, memory = made
-        if not isinstance(first, kind) or not isinstance(memory, dict):
-            return f"it gives {_a(first)} and {_a(memory)}"
-        for group, tree in memory.items():
-            if not isinstance(group, str) or not isinstance(tree, dict):
-                return f"what the client keeps has {_a(tree)} under {quoted(group)}"
-            if (said := _tensors(tree)) is not None:
-                return f"of what the client keeps, in {group!r}, {said}"
+def _unlike(of: Any, made: Adapter) -> str | None:
+    """How an adapter differs in form from the one that the function was given."""
+    if not isinstance(of, State | Adapter):
         return None
+    layout, tree = _whole(of)
+    if made.layout != layout:
+        for name in sorted({*layout.shapes, *made.layout.shapes}):
+            shape, asked = made.layout.shapes.get(name), layout.shapes.get(name)
+            if shape != asked:
+                said = "not there" if shape is None else f"of shape {tuple(shape)}"
+                was = "not there" if asked is None else f"of shape {tuple(asked)}"
+                return f"{name!r} is {said} in its layout, and {was} in the one that it was given"
+        return "its layout has other pairs, rank or scale than the one that it was given"
+    for name, tensor in made.tensors.items():
+        if tensor.dtype != tree[name].dtype:
+            return f"{name!r} holds {tensor.dtype}, and {tree[name].dtype} was given"
+    return None
 
-    return wrong
+
+def _whole(of: State | Adapter) -> tuple[Layout, Tree]:
+    return of.layout, of.trees["adapter"] if isinstance(of, State) else of.tensors
 
 
-def _reason(made: object) -> str | None:
+def _reason(made: Any, of: Any) -> str | None:
     return None if made is None or isinstance(made, str) else f"it gives {_a(made)}"
 
 
-def _number(made: object) -> str | None:
+def _number(made: Any, of: Any) -> str | None:
     if isinstance(made, bool) or not isinstance(made, int | float):
         return f"it gives {_a(made)}"
     return None if made >= 0 else f"it gives {made}"
 
 
-def _penalty(made: object) -> str | None:
-    if isinstance(made, Tensor):
-        return None if made.numel() == 1 else f"it gives a tensor of shape {tuple(made.shape)}"
-    return None if isinstance(made, int | float) else f"it gives {_a(made)}"
+def _penalty(made: Any, of: Any) -> str | None:
+    if not isinstance(made, Tensor):
+        return f"it gives {_a(made)}"
+    if made.shape or not made.is_floating_point():
+        return f"it gives {made.dtype} of shape {tuple(made.shape)}"
+    return None
 
 
-_A_PENALTY = _Kind("a number, as a tensor", _penalty)
+_A_PENALTY = _Kind("a tensor of one number, without dimensions", _penalty)
 _A_METHOD = _Kind("a Method", _is(Method))
 _A_STATE = _Kind("a State", _state)
 _AN_ADAPTER = _Kind("an Adapter", _adapter)

@@ -25,7 +25,7 @@ import safetensors.numpy
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from fedsieve.algebra.adapter import Layout, Tree
+from fedsieve.algebra.adapter import STORED, Layout, Tree
 from fedsieve.algebra.method import Memory, State
 from fedsieve.disk import (
     LARGEST,
@@ -322,17 +322,13 @@ def _same(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: earlier for name, earlier in names.items() if name != earlier}
 
 
-# What methods and optimizers keep.
-_TYPES = {f"torch.{name}" for name in ("float32", "float64", "int32", "int64", "bool", "uint8")}
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     refuse_holes(path)
     with tensors_read(), safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if odd := {str(t.dtype) for t in tensors.values()} - _TYPES:
-        raise ValueError(f"it holds numbers of type {min(odd)}, and no run keeps such")
+    if odd := {t.dtype for t in tensors.values()} - STORED:
+        raise ValueError(f"it holds numbers of type {min(map(str, odd))}, and no run keeps such")
     if tensors_digest(tensors, metadata["facts"]) != metadata["digest"]:
         raise ValueError("its digest does not match")
     return parsed(metadata["facts"], f"what the checkpoint {path} says"), tensors

@@ -24,13 +24,14 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from fedsieve import report
-from fedsieve.disk import named_by, place, refuse_link, write_whole
+from fedsieve.disk import bytes_of, named_by, place, refuse_link, write_whole
 from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import (
     FedSieveError,
     NoUsableUpdate,
     of_memory,
     quoted,
+    reason,
     short_of_memory,
     traced,
     with_type,
@@ -128,10 +129,13 @@ def _settled(key: str, asked: Mapping[str, Any], own: Mapping[str, Any]) -> bool
 def diverged(job: Job) -> str | None:
     """Why training broke down; running it again would end the same."""
     mark = job.folder / DIVERGED
-    if not mark.exists():
+    try:
+        said = bytes_of(mark, 1 << 20).decode("utf-8", "replace")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    with mark.open(encoding="utf-8", errors="replace") as file:
-        return file.read(_LONGEST).strip() or f"{mark} does not say why"
+    except OSError as error:
+        raise FedSieveError(f"{mark} cannot be read: {reason(error)}: remove it") from error
+    return said[:_LONGEST].strip() or f"{mark} does not say why"
 
 
 def finished(job: Job) -> bool:
