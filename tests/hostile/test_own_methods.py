@@ -18,6 +18,7 @@ from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.blame import blaming
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method, State, compose
+from fedsieve.algebra.payload import Base
 from fedsieve.algebra.sieve import dense
 from fedsieve.algebra.support import Support
 from fedsieve.errors import FedSieveError, MethodFailed
@@ -99,8 +100,10 @@ INSIDE: dict[str, Callable[[Tensor], Any]] = {
     "'m.head.weight' is no dense tensor": lambda t: t.to_sparse(),
     "'m.head.weight' holds torch.int64, and": lambda t: t.long(),
     "'m.head.weight' holds torch.float16, which no checkpoint does": lambda t: t.half(),
-    "'m.head.weight' still has a gradient": lambda t: t.clone().requires_grad_(True),
-    "there is one list under 'm.head.weight'": lambda t: t.tolist(),
+    "'m.head.weight' is a tensor that still has a gradient": lambda t: t.clone().requires_grad_(
+        True
+    ),
+    "'m.head.weight' is one list, and no tensor": lambda t: t.tolist(),
 }
 GIVES_ADAPTERS = ["init", "plan", "merge", "export", "view"]
 
@@ -162,10 +165,10 @@ def test_an_adapter_has_the_layout_that_was_given(
     ("moves", "said"),
     [
         (Support(("zz",), None, {}), "it moves 'zz', which its adapter has not"),
-        (Support("ab", None, {}), "it moves 'a', which"),  # type: ignore[arg-type]
+        (Support("ab", None, {}), "no Support of names"),  # type: ignore[arg-type]
         (Support((), None, {toy.HEAD: torch.ones(2, dtype=torch.bool)}), "bools, of shape (3, 10)"),
         (Support((), None, {toy.HEAD: torch.ones(3, 10)}), "bools, of shape (3, 10)"),
-        (Support((), None, None), "no Support of names and masks"),  # type: ignore[arg-type]
+        (Support((), None, None), "of masks that are None"),  # type: ignore[arg-type]
         (5, "what it moves is one int"),
     ],
 )
@@ -178,6 +181,43 @@ def test_what_a_view_moves_is_of_its_adapter(moves: Any, said: str) -> None:
 
     with pytest.raises(MethodFailed, match=re.escape(said)):
         run(blaming("mine.own", plain._replace(view=view)))
+
+
+GRADIENT = torch.ones(2, requires_grad=True)
+PAYLOADS: dict[str, Callable[[Any], Any]] = {
+    "its layout is None": lambda p: p._replace(layout=None),
+    "its support is None": lambda p: p._replace(support=None),
+    "no Support of names": lambda p: p._replace(support=p.support._replace(names=None)),
+    "of ranks that are one list": lambda p: p._replace(support=p.support._replace(ranks=[0])),
+    "of masks that are None": lambda p: p._replace(support=p.support._replace(masks=None)),
+    "that is None, and no t": lambda p: p._replace(support=p.support._replace(masks={"a": None})),
+    "its values are None": lambda p: p._replace(values=None),
+    "the data of its values are None": lambda p: p._replace(values=p.values._replace(data=None)),
+    "the data of its values are no dense": lambda p: p._replace(
+        values=p.values._replace(data=p.values.data.to_sparse())
+    ),
+    "scales of its values are a tensor that": lambda p: p._replace(
+        values=p.values._replace(scales=GRADIENT)
+    ),
+    "its base is one int, and no Base": lambda p: p._replace(base=5),
+    "of its base, it gives None": lambda p: p._replace(base=Base(1, None)),  # type: ignore[arg-type]
+    "its base is one Base, and no Base since": lambda p: p._replace(base=Base(None, p)),  # type: ignore[arg-type]
+    "of its control variates, it gives one int": lambda p: p._replace(control=5),
+}
+
+
+@pytest.mark.parametrize("said", PAYLOADS)
+@pytest.mark.parametrize("part", ["publish", "report"])
+def test_a_payload_is_one_through_and_through(part: str, said: str) -> None:
+    plain = mine()
+
+    def function(*given: Any) -> Any:
+        made = getattr(plain, part)(*given)
+        change = PAYLOADS[said]
+        return change(made) if part == "publish" else (change(made[0]), made[1])
+
+    with pytest.raises(MethodFailed, match=f"its {part} .*must give .*{re.escape(said)}"):
+        run(blaming("mine.own", with_part(part, function)))
 
 
 @pytest.mark.parametrize("base", [5, {"zz": torch.zeros(2)}, {"m.first.base": torch.zeros(2)}])
