@@ -1,6 +1,6 @@
 """What a client's k of r ranks take in seconds, against FSLoRA's Table A.3.
 
-    python benchmarks/client_seconds.py [--rounds 12] [--json FILE]
+    python benchmarks/client_seconds.py [--rounds 8] [--json FILE]
 
 The paper has O(H k (m + n)) for H local steps of every method's client, so that what the adapter
 adds to a step grows with k in proportion, and for FedStack's clients (sum k + 1) m n more a round,
@@ -39,7 +39,7 @@ SETTINGS = (
     "partition={ kind = 'iid', clients = 4 }",
     f"lora={{ rank = {RANK}, alpha = {RANK}, targets = ['query', 'key', 'value', 'dense'] }}",
     "server={ optimizer = 'sgd', lr = 1.0 }",
-    "training={ optimizer = 'sgd', lr = 1e-3, steps = 4, batch = 16 }",
+    "training={ optimizer = 'sgd', lr = 1e-3, steps = 4, batch = 4 }",
     "evaluation.limit=20",
     "evaluation.every=1000",
 )
@@ -76,7 +76,7 @@ def line(step_ms: dict[int, float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What ranks take in seconds.")
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     transformers.logging.set_verbosity_error()

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import State, step
+from fedsieve.algebra.method import State, compose, step
 from fedsieve.algebra.optim import Optimizer, adam, bounded, fading, fedadam, sgd
+from fedsieve.algebra.sieve import dense
 from fedsieve.clients.noise import private
 from fedsieve.engine.loop import begin, rounds
 from fedsieve.errors import FedSieveError
@@ -136,3 +137,10 @@ def test_the_first_step_of_roloras_a_is_a_whole_one() -> None:
         for name in moving:
             size = (trees[number][name] - trees[number - 1][name]).abs()
             assert torch.allclose(size, torch.full_like(size, 0.1), rtol=1e-2)
+
+
+@pytest.mark.parametrize("expected", [0, -1.0, math.nan, True, "4"])
+def test_what_the_sum_of_updates_is_divided_by_is_above_zero(expected: Any) -> None:
+    server = sgd()._replace(expected=expected)
+    with pytest.raises(FedSieveError, match="server: its `expected` is"):
+        compose(down=dense, up=dense, server=server)

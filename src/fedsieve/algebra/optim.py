@@ -12,7 +12,7 @@ arXiv 2003.00295), and neither decays weights.
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,6 +62,12 @@ class Optimizer(NamedTuple):
 def optimizer_given(name: str, value: object) -> Optimizer:
     """The value. Raises FedSieveError, naming it, for what is none, and says how it becomes one."""
     if isinstance(value, Optimizer):
+        expected: Any = value.expected
+        if expected is not None and not (is_number(expected) and expected > 0):
+            raise FedSieveError(
+                f"{name}: its `expected` is {quoted(expected)}, and the sum of updates is divided "
+                "by it: it must be a number above 0, or None"
+            )
         return value
     own = getattr(value, "__name__", "") if getattr(value, "__module__", "") == __name__ else ""
     if own in ("adam", "fedadam", "sgd"):
