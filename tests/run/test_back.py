@@ -1,5 +1,6 @@
 """`fedsieve resume DIR --at-round N`: an earlier checkpoint, and all that is later put aside."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,26 @@ def test_going_back_twice_keeps_both(mine: Path, command: Command) -> None:
         assert command("resume", mine, "--at-round", "3").code == 0
     kept = sorted(path.name for path in mine.glob("left-*"))
     assert kept == ["left-after-round-3", "left-after-round-3-2"]
+
+
+def test_a_disk_that_is_full_leaves_all_as_it_was_and_says_the_whole_command(
+    mine: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()}
+
+    def full(path: Path, *given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as within:
+        within.setattr("fedsieve.run.back.write_whole", full)
+        ran = command("resume", mine, "--at-round", "3")
+    assert ran.code == 2
+    told = " ".join(ran.err.split())
+    assert "make room, then" in told
+    assert "--at-round 3`" in told
+    assert not list(mine.glob("left-*"))
+    assert {path: path.read_bytes() for path in mine.rglob("*") if path.is_file()} == before
+    assert command("resume", mine, "--at-round", "3").code == 0
 
 
 def test_going_back_to_the_newest_moves_nothing(mine: Path, command: Command) -> None:

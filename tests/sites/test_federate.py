@@ -1,5 +1,6 @@
 """What `fedsieve federate` writes and says, and whom the server lets in; nothing is started."""
 
+import errno
 import json
 import tomllib
 import warnings
@@ -106,6 +107,23 @@ def test_an_app_that_is_not_as_it_was_written_is_not_run(
         file.write_text(text.replace("dependencies = []", 'dependencies = ["x"]'), encoding="utf-8")
     with pytest.raises(FedSieveError, match=why):
         federate.begin_again(run)
+
+
+@pytest.mark.usefixtures("flower")
+@pytest.mark.parametrize(("number", "also"), [(None, ""), (1, " --at-round 1")])
+def test_a_federation_whose_disk_is_full_starts_no_server(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None, also: str
+) -> None:
+    run = tmp_path / "run"
+    federate.prepare(checked(tiny), run, PATIENCE, federate.ServerAddress())
+
+    def full(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(federate, "write_whole", full)
+    with pytest.raises(FedSieveError) as caught:
+        federate.begin_again(run, number)
+    assert f"make room, then `fedsieve federate --resume {run}{also}`" in str(caught.value)
 
 
 @pytest.mark.usefixtures("flower")
