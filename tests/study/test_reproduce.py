@@ -293,7 +293,9 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
     told = json.loads((out / "figure.json").read_text())
     # A claim of both panels is not measured by one of them.
     assert told["checks"][0]["verdict"] == told["verdict"] == "not measured"
-    assert "missing: gone" in told["checks"][0]["measured"]
+    measured = told["checks"][0]["measured"]
+    assert "missing: gone" in measured
+    assert "of the others, there, " in measured
     assert set(told["values"]["there"]["score"]["dense"]["all"]) == {"0"}
     ran = command("reproduce", path, "--out", out, "--data", tmp_path)
     assert "there is no rows.csv in the folder" in " ".join(ran.err.split())

@@ -40,10 +40,14 @@ class _Comparison(NamedTuple):
     left: dict[int, float]
     right: dict[int, float]
 
+    @property
+    def means(self) -> tuple[float, float]:
+        return statistics.fmean(self.left.values()), statistics.fmean(self.right.values())
+
 
 def judged(check: CheckTable, figure: Figure, panels: Mapping[str, Numbers]) -> Finding:
     """panels: name -> what was measured there; only of entries and places that were to be run.
-    A number that is missing makes the claim "not measured".
+    A number that is missing makes the claim "not measured"; the others are told all the same.
     """
     several = len(figure.place) * len(panels) > 1
     found = [
@@ -54,20 +58,25 @@ def judged(check: CheckTable, figure: Figure, panels: Mapping[str, Numbers]) -> 
     ]
     if not found or any(not each.left for each in found):
         gone = "; ".join(each.where for each in found if not each.left and each.where)
-        return Finding(check.says, f"missing: {gone}" if gone else "", (0, 0), "not measured")
+        there = _said(check, [each for each in found if each.left])
+        told = [f"missing: {gone}"] if gone else []
+        told += [f"of the others, {there}"] if there else []
+        return Finding(check.says, "; ".join(told), (0, 0), "not measured")
     seeds = set.intersection(*(set(each.left) for each in found))
     holding = [
         seed for seed in seeds if all(_holds(check, e.left[seed], e.right[seed]) for e in found)
     ]
-    means = [(_mean(each.left), _mean(each.right)) for each in found]
     verdict: Verdict = "does not hold"
-    if all(_holds(check, *pair) for pair in means):
+    if all(_holds(check, *each.means) for each in found):
         verdict = "holds" if len(holding) == len(seeds) else "not clear"
-    said = "; ".join(
-        f"{each.where + ': ' if each.where else ''}{_against(check, *pair)}"
-        for each, pair in zip(found, means, strict=True)
+    return Finding(check.says, _said(check, found), (len(holding), len(seeds)), verdict)
+
+
+def _said(check: CheckTable, found: list[_Comparison]) -> str:
+    """The numbers of each place, in words."""
+    return "; ".join(
+        f"{each.where + ': ' if each.where else ''}{_against(check, *each.means)}" for each in found
     )
-    return Finding(check.says, said, (len(holding), len(seeds)), verdict)
 
 
 def of_all(findings: list[Finding]) -> Verdict:
@@ -107,10 +116,6 @@ def _common(
 ) -> tuple[dict[int, float], dict[int, float]]:
     seeds = sorted(left.keys() & right.keys())
     return {seed: left[seed] for seed in seeds}, {seed: right[seed] for seed in seeds}
-
-
-def _mean(values: Mapping[int, float]) -> float:
-    return statistics.fmean(values.values())
 
 
 def _holds(check: CheckTable, left: float, right: float) -> bool:
