@@ -47,10 +47,9 @@ SETTINGS = (
 
 def measure(method: str, rounds: int) -> dict[str, Any]:
     """Of a client at each rank: milliseconds a step, and seconds a round beside steps and wire."""
-    budgets = "[{}]" if method == "fedit" else str([{"ratio": r} for r in RATIOS])
-    changes = [*SETTINGS, f"rounds={rounds}", f"method={{ name = '{method}' }}"]
-    budgets = budgets.replace("'", "").replace(":", " =")
-    recipe = recipes.load("demo", [*changes, f"budgets={budgets}"])
+    tiers = ", ".join("{}" if method == "fedit" else f"{{ ratio = {r} }}" for r in RATIOS)
+    changes = [f"rounds={rounds}", f"method={{ name = '{method}' }}", f"budgets=[{tiers}]"]
+    recipe = recipes.load("demo", [*SETTINGS, *changes])
     steps: dict[int, list[float]] = defaultdict(list)
     beside: dict[int, list[float]] = defaultdict(list)
 

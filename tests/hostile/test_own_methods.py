@@ -147,12 +147,12 @@ def renamed(made: Adapter) -> Adapter:
     return Adapter(layout_of(tensors, made.layout.scale), tensors)
 
 
-def wider(made: Adapter) -> Adapter:
+def unscaled(made: Adapter) -> Adapter:
     return Adapter(replace(made.layout, scale=float("nan")), made.tensors)
 
 
 # Adapters that are as their own layout says, and not as the run's.
-@pytest.mark.parametrize("change", [without_head, renamed, wider])
+@pytest.mark.parametrize("change", [without_head, renamed, unscaled])
 @pytest.mark.parametrize("part", ["init", "plan", "merge", "export"])
 def test_an_adapter_has_the_layout_that_was_given(
     part: str, change: Callable[[Adapter], Adapter]

@@ -10,15 +10,14 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.budget import Client
 from fedsieve.algebra.forms import A_METHOD, A_PENALTY, GIVES, Kind, a
 from fedsieve.algebra.keys import Key
-from fedsieve.algebra.method import ClientContext, Method
+from fedsieve.algebra.method import ClientContext, Method, refuse_unknown_knobs
 from fedsieve.errors import (
     THEIRS,
     FedSieveError,
     MethodFailed,
-    nearest,
     raise_of_memory,
     with_type,
 )
@@ -29,15 +28,36 @@ def blaming(name: str, method: Method) -> Method:
 
     name: what the user calls it
     """
-    _refuse_knobs(name, method.knobs)
+    knobs: object = method.knobs
+    if not isinstance(knobs, frozenset):
+        raise MethodFailed(f"method {name!r}: its knobs must be a frozenset, not {a(knobs)}")
+    try:
+        refuse_unknown_knobs(knobs)
+    except FedSieveError as error:
+        raise MethodFailed(f"method {name!r}: {error}") from None
     functions: dict[str, Any] = {
         part: _blaming(name, part, kind, getattr(method, part))
         for part, kind in GIVES.items()
         if getattr(method, part) is not None
     }
+    functions["view"] = _with_penalty(name, functions["view"])
     if method.trained_by is not None:
-        functions["trained_by"] = _blaming(name, "trained_by", A_METHOD, method.trained_by)
+        told = _blaming(name, "trained_by", A_METHOD, method.trained_by)
+        functions["trained_by"] = lambda training: blaming(name, told(training))
     return method._replace(**functions)
+
+
+def _with_penalty(name: str, view: Callable[..., Any]) -> Callable[..., Any]:
+    """The penalty is a function of the method's too, which a view brings along."""
+
+    def told(*given: Any) -> Any:
+        made, memory = view(*given)
+        if made.penalty is None:
+            return made, memory
+        penalty = _blaming(name, "view's penalty", A_PENALTY, made.penalty)
+        return made._replace(penalty=penalty), memory
+
+    return told
 
 
 def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., Any]:
@@ -60,24 +80,9 @@ def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., A
             raise MethodFailed(f"{where} fails: {with_type(error)}{_line(error)}") from error
         if (wrong := kind.wrong(made, given[0] if given else None)) is not None:
             raise MethodFailed(f"{where} must give {kind.words}: {wrong}")
-        if part == "trained_by":
-            return blaming(name, made)
-        if part == "view" and made[0].penalty is not None:
-            penalty = _blaming(name, "view's penalty", A_PENALTY, made[0].penalty)
-            return made[0]._replace(penalty=penalty), made[1]
         return made
 
     return told
-
-
-def _refuse_knobs(name: str, knobs: object) -> None:
-    known = Budget._fields
-    if not isinstance(knobs, frozenset):
-        raise MethodFailed(f"method {name!r}: its knobs must be a frozenset, not {a(knobs)}")
-    for knob in sorted(map(str, knobs - {*known})):
-        raise MethodFailed(
-            f"method {name!r}: knobs: a budget has no {knob!r}{nearest(knob, known)}"
-        )
 
 
 def _of_round(given: tuple[Any, ...]) -> str:

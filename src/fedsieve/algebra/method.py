@@ -9,7 +9,7 @@ single functions of the result.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -175,6 +175,13 @@ def _refuse_odd(name: str, function: Callable[..., object], *takes: str) -> None
         raise FedSieveError(f"{name}: a function ({', '.join(takes)}) is needed: {why}")
 
 
+def refuse_unknown_knobs(knobs: frozenset[Any]) -> None:
+    """Raises FedSieveError for one that is no part of a budget."""
+    known = Budget._fields
+    for knob in sorted(map(str, knobs - {*known})):
+        raise FedSieveError(f"knobs: a budget has no {knob!r}{nearest(knob, known)}")
+
+
 def compose(
     *,
     down: Sieve,
@@ -220,8 +227,7 @@ def compose(
         _refuse_odd(name, sieve, "tree", "layout", "client", "key")
     for name, choice in (("trained", trained), ("shared", shared or trained)):
         _refuse_odd(name, choice, "layout", "round")
-    for knob in sorted(knobs - {*Budget._fields}):
-        raise FedSieveError(f"knobs: a budget has no {knob!r}{nearest(knob, Budget._fields)}")
+    refuse_unknown_knobs(knobs)
     down = nonzero(down) if ranked == "change" else down
     optimizer = sgd() if server is None else optimizer_given("server", server)
     shared = shared or trained

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedsieve.data import fetch, sources
-from fedsieve.data.files import Columns
 from fedsieve.data.paths import extension_of
 from fedsieve.data.templates import values_of
 from fedsieve.disk import place, write_whole
@@ -13,7 +12,7 @@ from fedsieve.errors import FedSieveError, TooWide, count, few, nearest, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.examples import number_held_back
 from fedsieve.start import written
-from fedsieve.start.guess import Guess, Said, guess
+from fedsieve.start.guess import Guess, Said, columns_said, guess
 from fedsieve.start.look import MOST, TESTS, Looked, look
 
 Ask = Callable[[str, str], str]  # what is asked, and the guess -> the answer
@@ -68,11 +67,9 @@ def _looked(source: str, config: str | None, said: Said) -> Looked:
     try:
         return look(source, config)
     except TooWide:
-        if said.text is None:
+        if (named := columns_said(said)) is None:
             raise
-        owner = [said.clients] if said.clients and not said.clients.isdecimal() else []
-        labels = [each.strip() for each in (said.label or "").split(",") if each.strip()]
-        return look(source, config, Columns((said.text,), (*labels, *owner)))
+        return look(source, config, named)
 
 
 def shown(looked: Looked) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fedsieve.data import fetch
+from fedsieve.data.files import Columns
 from fedsieve.data.templates import columns_in, is_plain
 from fedsieve.errors import FedSieveError, nearest, quoted
 from fedsieve.start.look import Column, Looked
@@ -130,6 +131,14 @@ def _check(looked: Looked, said: Said) -> None:
         for name in names:
             if name not in known:
                 raise FedSieveError(f"{option}: no column {name!r}{nearest(name, known)}")
+
+
+def columns_said(said: Said) -> Columns | None:
+    """Those to read where only what was said counts; None where no texts are among it."""
+    if said.text is None:
+        return None
+    owner = () if said.clients is None or _number(said.clients) else (said.clients,)
+    return Columns((said.text,), (*_labels(said.label, ()), *owner))
 
 
 def _number(clients: str | None) -> int | None:
