@@ -23,6 +23,7 @@ import pytest
 import tomli_w
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -38,6 +39,10 @@ from transformers import (
 )
 
 from tests import kinds
+
+# How long an input takes to draw says something of what else the machine does, and of no test.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 # Older releases of transformers 5 have none that is Pillow's by its name.
 ViTImageProcessorPil = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)

@@ -176,7 +176,7 @@ SETTINGS = st.builds(
 )
 
 
-@budgeted(max_examples=50, deadline=None)
+@budgeted(max_examples=50)
 @given_that(SETTINGS)
 def test_settings_go_to_peft_and_back(lora: Lora) -> None:
     config = fedsieve.to_peft(lora, "classification")

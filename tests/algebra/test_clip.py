@@ -82,7 +82,7 @@ def test_a_clip_that_nothing_reaches_changes_no_bit(name: str, server: str, clip
     assert all((r.norm is None) == (clip == float("inf")) for r in ours)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(payloads(), st.floats(1e-6, 1e3), st.integers(1, 5))
 def test_one_client_of_n_moves_the_adapter_by_at_most_a_share(
     payload: Payload, clip: float, n: int
@@ -113,7 +113,7 @@ def _scaled(values: Values, factor: float) -> Values:
     return values._replace(data=values.data * factor)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(payloads(), st.floats(1.0, 1e3))
 def test_an_update_below_the_clip_is_untouched_bit_for_bit(payload: Payload, room: float) -> None:
     size = float(flat(payload.tree()).norm())

@@ -66,7 +66,7 @@ patterns = st.lists(st.frozensets(st.sampled_from(NAMES)), min_size=1, max_size=
 
 @pytest.mark.parametrize("case", CASES)
 @given(pattern=patterns)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_for_any_pattern_of_which_tensors_move_it_is_torchs(
     case: str, pattern: list[frozenset[str]]
 ) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsieve.algebra.budget import Link
@@ -40,7 +40,6 @@ def test_a_client_fetches_works_and_sends() -> None:
     assert client_time(Link(math.inf, math.inf), 10**12, 10**12, 3.0) == 3.0
 
 
-@settings(deadline=None)
 @given(rates, rates, st.floats(0, 10), sizes, sizes, seconds)
 def test_more_bytes_or_work_take_longer_and_a_faster_line_never_does(
     down: float, up: float, latency: float, fetched: int, sent: int, work: float
@@ -88,7 +87,6 @@ def test_a_round_of_four(
     assert round_time(FOUR, deadline, needed) == (end, late)
 
 
-@settings(deadline=None)
 @given(replies, st.none() | st.floats(0.1, 20_000), st.none() | st.integers(1, 15))
 def test_the_server_goes_on_when_it_may_and_no_later(
     of: dict[str, float], deadline: float | None, needed: int | None

@@ -103,7 +103,7 @@ def payloads(draw: st.DrawFn) -> Payload:
     return Payload(layout, support, rounded(gather(tree, support), form, seed), "known", "known")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(payloads(), st.floats(1e-6, 1e3), st.booleans())
 def test_no_payload_moves_the_sum_by_more_than_the_clip(
     payload: Payload, clip: float, with_others: bool

@@ -28,7 +28,7 @@ def same(one: Partition, other: Partition) -> bool:
     return list(one) == list(other) and all(np.array_equal(one[i], other[i]) for i in one)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.data())
 def test_every_row_goes_to_exactly_one_client(data: st.DataObject) -> None:
     labels = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=80))

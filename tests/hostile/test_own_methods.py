@@ -19,8 +19,8 @@ from fedsieve.algebra.blame import blaming
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method, State, compose
 from fedsieve.algebra.payload import Base
-from fedsieve.algebra.sieve import dense
-from fedsieve.algebra.support import Support
+from fedsieve.algebra.sieve import Passed, Sieve, dense
+from fedsieve.algebra.support import Support, top_k
 from fedsieve.errors import FedSieveError, MethodFailed
 from tests import kinds, toy
 from tests.methods.test_laws import EXACT
@@ -272,6 +272,37 @@ def test_a_number_that_no_message_holds_is_told_with_round_and_client(number: fl
 
     with pytest.raises(FedSieveError, match=r"client 0000: what the method reports cannot be sent"):
         run(blaming("mine.own", plain._replace(report=report)))
+
+
+def half_known(tree: Tree, layout: Any, client: Any, key: Any) -> Passed:
+    """A sieve of half of the entries, which says that the other end knows which."""
+    names = tuple(sorted(tree))
+    return Passed(Support(names, None, top_k(tree, 0.5, names)), "known", "known")
+
+
+def last_known(tree: Tree, layout: Any, client: Any, key: Any) -> Passed:
+    """A sieve of the last rank, which says that the other end knows which."""
+    ranks = torch.full((len(layout.pairs), 1), layout.rank - 1)
+    return Passed(Support(tuple(sorted(tree)), ranks, {}), "known", "sent")
+
+
+@pytest.mark.parametrize(("sieve", "part"), [(half_known, "masks"), (last_known, "ranks")])
+def test_what_is_said_to_be_known_and_is_not_is_told_before_it_is_sent(
+    sieve: Sieve, part: str
+) -> None:
+    known = f'it says that its {part} are "known", and the receiver knows others: {part}_told'
+    down = compose(down=sieve, up=dense, down_values="float64", up_values="float64")
+    with pytest.raises(
+        FedSieveError, match=f"round 1: .* for client 0000 cannot be sent: {known} must"
+    ):
+        run(blaming("mine.own", down))
+    if part == "ranks":
+        return  # `compose` gives an upload the ranks that came down
+    up = compose(down=dense, up=sieve, down_values="float64", up_values="float64")
+    with pytest.raises(
+        FedSieveError, match=f"client 0000: what the method reports cannot be sent: {known} must"
+    ):
+        run(blaming("mine.own", up))
 
 
 @pytest.mark.parametrize("name", kinds.each_method())

@@ -190,7 +190,7 @@ def test_bad_classification_input(dataset: Dataset, options: dict[str, Any], mes
 # --- take
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.data())
 def test_a_batch_holds_its_rows_and_no_more_columns_than_they_need(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=12))

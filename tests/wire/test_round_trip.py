@@ -105,7 +105,7 @@ def finite_values(draw: st.DrawFn, count: int) -> Values:
     return Values(form, data, torch.empty(0))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(payloads())
 def test_what_is_encoded_is_decoded(payload: Payload) -> None:
     data = encode(payload)

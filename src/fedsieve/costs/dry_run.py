@@ -16,7 +16,7 @@ from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.method import ClientContext, Memory, Method, State, View
 from fedsieve.algebra.payload import Payload
 from fedsieve.errors import FedSieveError, quoted
-from fedsieve.wire import decode, encode
+from fedsieve.wire import decode, encode_for
 
 ROUNDS = 3  # by then masks have begun, and the base has changed
 
@@ -68,11 +68,11 @@ def take_part(
     """One client's part in a round of this plan and key."""
     context = ClientContext(client, start, key._replace(client=client.id))
     payload = method.publish(plan, client, context.key)
-    down = encode(payload)
+    down = encode_for(payload)
     got = decode(down, start.layout)
     view, memory = method.view(got, memory, context)
     report, memory = method.report(view, moved(view, context.key), memory, context)
-    up = encode(report)
+    up = encode_for(report, payload.support)
     update = decode(up, start.layout, payload.support)
     return Part(client, view, memory, down, up, update, start, got)
 

@@ -14,9 +14,10 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Memory, Method, View
 from fedsieve.algebra.payload import LARGEST, magnitude
+from fedsieve.algebra.support import Support
 from fedsieve.errors import WireError, of_memory
 from fedsieve.train.local import Fit
-from fedsieve.wire import decode, encode
+from fedsieve.wire import decode, encode_for
 
 Train = Callable[[View, Client, Key], Fit]
 TrainTogether = Callable[[Sequence[tuple[View, Client, Key]]], list[Fit]]
@@ -117,9 +118,13 @@ def take_part_together(
 
 
 class _Began(NamedTuple):
-    """A client before it trains. seconds: until then, of them `wire` in decode"""
+    """A client before it trains.
+
+    sent: what of the server's layout arrived; seconds: until then, of them `wire` in decode
+    """
 
     context: ClientContext
+    sent: Support
     view: View
     memory: Memory
     seconds: float
@@ -132,7 +137,7 @@ def _begin(method: Method, start: Adapter, asked: Asked) -> _Began:
     payload = decode(asked.message, start.layout)
     wire = time.perf_counter() - began
     view, caught_up = method.view(payload, asked.memory, context)
-    return _Began(context, view, caught_up, time.perf_counter() - began, wire)
+    return _Began(context, payload.support, view, caught_up, time.perf_counter() - began, wire)
 
 
 def _end(
@@ -145,7 +150,7 @@ def _end(
         report, memory = method.report(began.view, fit.tensors, began.memory, began.context)
         reported = time.perf_counter()
         try:
-            update = encode(report)
+            update = encode_for(report, began.sent)
         except WireError as error:  # a method of the user's own may give anything
             reason, memory = f"what the method reports cannot be sent: {error}", asked.memory
         wire += time.perf_counter() - reported

@@ -37,7 +37,7 @@ from fedsieve.engine.kept import Kept, kept, starves_b
 from fedsieve.errors import FedSieveError, NoUsableUpdate, WireError
 from fedsieve.settings import Sampling
 from fedsieve.tasks.tally import Score
-from fedsieve.wire import decode, encode
+from fedsieve.wire import decode, encode, encode_for
 
 SHARES = tuple(f"{way}_{part}" for way in ("down", "up") for part in Kept._fields)
 
@@ -392,7 +392,7 @@ def _gather(
             payload = method.publish(plan, client, own._replace(client=client.id))
             began = time.perf_counter()
             try:
-                message = encode(payload)
+                message = encode_for(payload)
             except WireError as error:  # a method of the user's own may give anything
                 where = f"round {number}: what the method gives for client {client.id}"
                 raise FedSieveError(f"{where} cannot be sent: {error}") from error

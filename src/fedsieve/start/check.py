@@ -32,7 +32,7 @@ from fedsieve.tasks.images import Images
 from fedsieve.tasks.mixture import in_classes
 from fedsieve.tasks.tokens import by_token
 from fedsieve.train.local import Fit, fit, tally
-from fedsieve.wire import encode
+from fedsieve.wire import encode_for
 
 BUDGETS = 12  # of so many, the memory is worked out
 STEPS = 2  # that are timed, after one that is not
@@ -259,7 +259,7 @@ def _speed(experiment: Experiment, own: Sequence[Examples]) -> Speed:
         return fits[-1]
 
     plan = method.plan(method.init(experiment.start), federation.own_key(1))
-    message = encode(method.publish(plan, client, key))
+    message = encode_for(method.publish(plan, client, key))
     reply, _ = take_part(method, train, experiment.start, client, {}, key, message)
     if reply.reason is not None:
         raise FedSieveError(f"client {client.id!r} cannot train: {reply.reason}")

@@ -28,7 +28,11 @@ the rank 65535 and an int8 of zeros, which costs next to nothing, could make a r
 gigabytes.
 """
 
+from collections.abc import Mapping
 from zlib import crc32
+
+import torch
+from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, base_layout
 from fedsieve.algebra.payload import Base, Payload
@@ -43,6 +47,7 @@ HEAD = 18  # bytes before the base message
 BEFORE = 12  # bytes before the control message
 CHECKSUM = 4
 OVERHEAD = 1 << 16
+_SAYS_KNOWN = 'it says that its {} are "known", and the receiver knows others: {} must be "sent"'
 
 
 def encode(payload: Payload) -> bytes:
@@ -71,6 +76,23 @@ def encode(payload: Payload) -> bytes:
         )
     )
     return body + crc32(body).to_bytes(CHECKSUM, "little")
+
+
+def encode_for(payload: Payload, known: Support | None = None) -> bytes:
+    """`encode`, for a receiver that knows this much; see `decode`.
+
+    Raises WireError, too, where the payload says "known" of ranks or masks that are not: what could
+    never be read is not sent, and the sender hears of it.
+    """
+    message = encode(payload)
+    names, ranks, masks = payload.support
+    theirs = known or Support(names, None, {})
+    if payload.ranks_told == "known" and not _same({"": ranks}, {"": theirs.ranks}):
+        raise WireError(_SAYS_KNOWN.format("ranks", "ranks_told"))
+    held = {n: m for n, m in theirs.masks.items() if n in names}
+    if payload.masks_told == "known" and not _same(masks, held):
+        raise WireError(_SAYS_KNOWN.format("masks", "masks_told"))
+    return message
 
 
 def decode(data: bytes, layout: Layout, known: Support | None = None) -> Payload:
@@ -114,6 +136,14 @@ def longest(layout: Layout, *, down: bool = False) -> int:
     if down:
         entries += max(entries, base_layout(layout, 0).size if layout.pairs else 0)
     return 10 * entries + OVERHEAD
+
+
+def _same(ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor | None]) -> bool:
+    """Whether the same names have equal tensors; what none has is equal, too."""
+    return ours.keys() == theirs.keys() and all(
+        tensor is other or (tensor is not None and other is not None and torch.equal(tensor, other))
+        for tensor, other in zip(ours.values(), (theirs[n] for n in ours), strict=True)
+    )
 
 
 def _fill(size: int, theirs: Layout, layout: Layout) -> int:
