@@ -139,6 +139,8 @@ def test_a_card_tells_what_the_run_logged(tiny: Tiny, tmp_path: Path) -> None:
     facts = json.loads((saved / "provenance.json").read_text(encoding="utf-8"))
     assert (facts["rounds"], facts["metrics"]) == (2, rows[-1]["metrics"])
     assert (facts["method"], facts["recipe"]) == ("fedit", "tiny")
+    config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (facts["rank"], facts["written_by"]["torch"]) == (config["r"], torch.__version__)
 
 
 def test_a_card_names_the_adapter_that_training_began_from(tiny: Tiny, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ PEFT writes a card of its own there, whose every section says that more informat
 import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ _PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
 }
 _SHOWN = 50  # names of labels
+_WRITERS = ("fedsieve", "torch", "transformers", "peft")
 
 
 class Told(NamedTuple):
@@ -234,6 +236,8 @@ def _facts(saved: Saved, told: Told) -> dict[str, Any]:
             "held_in": saved.form,
         },
         "start_weights": digest.start if digest else None,
+        "rank": saved.rank,
+        "written_by": {name: metadata.version(name) for name in _WRITERS},
     }
 
 
