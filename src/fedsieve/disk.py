@@ -285,6 +285,8 @@ def place(text: str | Path) -> Path:
     """A path as a person writes it, with `~`. Raises FedSieveError for what can be none."""
     try:
         path = Path(text).expanduser()
+        if isinstance(text, str) and not text.strip():  # of a variable that is not set, mostly
+            raise ValueError("it is empty; the folder here is '.'")
         if "\0" in str(path):
             raise ValueError("it holds a nul")
         str(path).encode()  # what no text can hold, no recipe can name

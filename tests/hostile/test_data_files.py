@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -500,6 +501,23 @@ def test_names_that_no_text_can_hold_are_told(tmp_path: Path, command: Command) 
         ran = command("init", path, "--out", tmp_path / "r.toml", "--yes")
         assert ran.code == 2
         assert "can be no path" in ran.err
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\t"])
+def test_an_empty_name_is_not_the_folder_here(
+    empty: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a variable of a shell leaves it that is not set: here could be anything."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny.bert, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "rows.csv").write_text("text,label\na,b\n")
+    said = "can be no path: it is empty; the folder here is '.'"
+    with pytest.raises(FedSieveError, match=said):
+        sources.load(empty)
+    for key in ("model.source", "data.train", "data.test", "lora.start"):
+        given = tiny.table(**{key.replace(".", "__"): empty})
+        with pytest.raises(FedSieveError, match=said):
+            from_recipe(recipe.check(given))
 
 
 def test_a_name_of_a_column_is_shown_in_part(tmp_path: Path, command: Command) -> None:
