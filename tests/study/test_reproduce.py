@@ -690,6 +690,8 @@ FIGURE: dict[str, Any] = {
         ({"least": 0.9, "most": 1.1}, {0: 1.2}, {0: 1.0}, "does not hold", (0, 1)),
         ({"above": 0.03}, {0: 0.54}, {0: 0.50}, "holds", (1, 1)),
         ({"above": 0.03}, {0: 0.52}, {0: 0.50}, "does not hold", (0, 1)),
+        ({"above": 0.0}, {0: 0.5}, {0: 0.5}, "does not hold", (0, 1)),
+        ({"above": 0.0}, {0: 0.5, 1: 0.6}, {0: 0.5, 1: 0.5}, "not clear", (1, 2)),
         # Of seeds that one side alone has, nothing can be said.
         ({"least": 1.0}, {0: 2.0, 1: 0.1}, {0: 1.0, 2: 9.0}, "holds", (1, 1)),
         ({"least": 1.0}, {0: 2.0}, {1: 1.0}, "not measured", (0, 0)),

@@ -124,7 +124,7 @@ def _holds(check: CheckTable, left: float, right: float) -> bool:
     return (
         (check.least is None or left >= check.least * right)
         and (check.most is None or left <= check.most * right)
-        and (check.above is None or left - right >= check.above)
+        and (check.above is None or left - right > check.above)
     )
 
 
@@ -137,7 +137,7 @@ def _against(check: CheckTable, left: float, right: float) -> str:
         bounds = {"at least": check.least, "at most": check.most}
         claimed = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
         return f"{said} ({' and '.join(claimed)})"
-    return f"{said}, {left - right:+.3g} (at least {check.above:+g})"
+    return f"{said}, {left - right:+.3g} (more than {check.above:+g})"
 
 
 def number(value: float) -> str:

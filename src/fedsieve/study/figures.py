@@ -92,7 +92,8 @@ class CheckTable(Table):
     at: of both; or left_at and right_at. "mean" is the mean over all places
     measure: None is the figure's
     panel: None is all
-    least, most: bounds of left / right; above: how much more left is, at the least
+    least, most: bounds of left / right, and within them; above: what left - right is beyond, so
+                 that of two alike neither is above the other
     """
 
     says: str
