@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fedsieve.errors import FedSieveError
 from fedsieve.frame import Frame, pack, unpack
-from fedsieve.run import rundir
+from fedsieve.run import rundir, runner
 from fedsieve.sites import federate, journal, worker
 from fedsieve.sites.server import Incoming, Node, PendingRequest, Transport
 from tests import runs
@@ -182,6 +182,48 @@ def test_a_site_that_missed_the_end_is_noted_until_it_has_the_adapter(
     serve(given, Wire(given, nothing))
     assert federate.without_adapter(given.run) == []
     assert (given.run / rundir.METRICS).read_bytes() == before
+
+
+def test_a_site_that_had_no_part_before_the_server_started_anew_is_not_forgotten(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """North was met, and dropped; then the server was stopped, and north was away."""
+    given = federation(tiny, tmp_path, "fedit")
+
+    def kill(name: str, request: Frame, answer: Frame) -> Frame:
+        if (name, request.header["do"]) == ("north", "train"):
+            return Frame({**answer.header, "ok": False, "error": "the site's disk: no room"})
+        if third("north" if name == "south" else "", request):
+            raise KeyboardInterrupt
+        return answer
+
+    with pytest.raises(runner.Stopped):
+        serve(given, Wire(given, kill))
+    wire = Wire(given, nothing)
+    transport = Transport(lambda: [Node(1)], wire.send, wire.collect)
+    patience = PATIENCE._replace(sites=1, deadline=5.0, setup=20.0, wait=20.0, poll=0.02)
+    federate.serve(given.run, transport, patience, lambda line: None)
+    assert federate.without_adapter(given.run) == ["north"]
+    (given.run / rundir.REPORT).touch()  # tests write none
+    assert "2 sites got the final adapter: north, south" in serve(given, wire)
+    assert federate.without_adapter(given.run) == []
+
+
+def test_why_a_server_stopped_is_told_by_the_command_that_waited_for_it(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """Flower's own command ends with 0, and has it in a log."""
+    given = federation(tiny, tmp_path, "fedit")
+    nobody = Transport(list, lambda *asked: None, lambda requests: [])
+    patience = PATIENCE._replace(wait=0.1, poll=0.02)
+    with pytest.raises(FedSieveError, match="0 sites are there") as caught:
+        federate.serve(given.run, nobody, patience, lambda line: None)
+    with pytest.raises(FedSieveError, match="stopped after round 0 of 3: ") as told:
+        federate.refuse_unfinished(given.run)
+    assert str(caught.value) in str(told.value)
+    serve(given, Wire(given, nothing))
+    (given.run / rundir.REPORT).touch()
+    federate.refuse_unfinished(given.run)
 
 
 def test_what_a_round_left_that_did_not_count_is_not_used(tiny: Tiny, tmp_path: Path) -> None:

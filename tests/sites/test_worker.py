@@ -892,6 +892,22 @@ def echo(tmp_path: Path) -> Iterator[Path]:
     assert not (folder / SOCKET).exists()
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_worker_that_nobody_can_reach_any_more_ends(tmp_path: Path, other: bool) -> None:
+    """Its socket was swept away, or another worker's lies there, which it leaves alone."""
+
+    def sweep(address: Path) -> None:
+        address.unlink()
+        if other:
+            address.touch()
+
+    folder = tmp_path / "w"
+    folder.mkdir(mode=0o700)
+    with pytest.raises(FedSieveError, match=r"nobody can reach this one any more\. Start it"):
+        worker.serve(folder, lambda request: request, lambda request: None, sweep)
+    assert (folder / SOCKET).exists() == other
+
+
 def near(address: Path) -> str:
     """The shorter way to name a socket: only so many bytes fit."""
     return min(str(address), os.path.relpath(address), key=len)

@@ -7,7 +7,8 @@
                still know when it is started anew: its nodes, their keys, messages on their way
     sites.json the key of each site's node, from when it was first met, where nodes have keys
     told.toml  the recipe as the sites are told it (told.py)
-    kept.json  after which round the sites were last given the adapter to keep: the federation's end
+    kept.json  which sites were ever met; after which round they were last given the adapter to keep
+               (the federation's end), and who was not; why the server stopped
     set-aside/ what else was found in flower/ when a Flower run went on (found.py)
     .federate.lock  keeps a second command out while one goes on with the federation; empty
 
@@ -32,8 +33,8 @@ import secrets
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -112,7 +113,7 @@ ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
 KEYS = "sites.json"  # site -> its node's public key
 _KEYS_BYTES = 1 << 24  # at most
 KEPT = "kept.json"
-_KEPT_BYTES = 1 << 20  # at most
+_KEPT_BYTES = 1 << 24  # at most
 _ROOM = 1 << 18  # bytes: without so many Flower cannot even begin
 SPARE = 2  # rounds in a row without an update, before the third ends the run
 LEFT_OVER = 120.0  # seconds that processes of a federation that was killed may take to end
@@ -131,11 +132,13 @@ class History(NamedTuple):
     merged: site -> the last round in which its update was merged
     given: (site, digest of what an update said) -> its round
     last:   the newest of them
+    met:    the sites that were ever met
     """
 
     merged: dict[str, int]
     given: dict[tuple[str, str], int]
     last: int = 0
+    met: Collection[str] = ()
 
 
 class ServerAddress(NamedTuple):
@@ -317,8 +320,23 @@ def without_adapter(folder: Path) -> list[str]:
     """The sites of a federation that has ended which did not get the final adapter, being away or
     having no room for it.
     """
-    names = _kept(folder).get("without")
+    return _names(_kept(folder), "without")
+
+
+def _names(note: Mapping[str, Any], key: str) -> list[str]:
+    """The sites that a note names under a key."""
+    names = note.get(key)
     return [cleaned(str(name), 64) for name in names] if isinstance(names, list) else []
+
+
+def _note(folder: Path, **said: object) -> None:
+    """Add to what is noted of a federation; None takes it out."""
+    before = _kept(folder)
+    note = {key: value for key, value in {**before, **said}.items() if value is not None}
+    if note == before:
+        return
+    with rundir.disk_errors(folder):
+        write_whole(folder / KEPT, json.dumps(note).encode(), mode=0o600)
 
 
 def _kept(folder: Path) -> dict[str, Any]:
@@ -346,9 +364,11 @@ def refuse_unfinished(folder: Path) -> None:
         where = "before its sites were given the final adapter"
     else:
         return
+    why = _kept(folder).get("why")
+    said = cleaned(why, 2000) if isinstance(why, str) else "what it said last is above"
     raise FedSieveError(
-        f"the federation in {folder} stopped {where}: what it said last is above, and in the "
-        f"log of its Flower run. Go on with `{rundir.again(folder)}`"
+        f"the federation in {folder} stopped {where}: {said} (the log of its Flower run has all). "
+        f"Go on with `{rundir.again(folder)}`"
     )
 
 
@@ -374,8 +394,21 @@ def serve(
 ) -> Adapter:
     """The server's end: run the federation in `folder` to its last round, from where it stands.
 
-    Raises FedSieveError if it cannot go on, runner.Stopped if it was stopped.
+    Raises FedSieveError if it cannot go on, which is noted for `refuse_unfinished` to tell;
+    runner.Stopped if it was stopped.
     """
+    _note(folder, why=None)
+    try:
+        return _served(folder, transport, policy, say)
+    except FedSieveError as error:
+        with suppress(FedSieveError):  # a full disk, which is then the reason
+            _note(folder, why=str(error))
+        raise
+
+
+def _served(
+    folder: Path, transport: Transport, policy: RoundPolicy, say: Callable[[str], None]
+) -> Adapter:
     rounds = runner.rounds_of(folder)
     source = str(folder / rundir.RECIPE)
     asked = recipes.parse(recipes.read(source), source).tracking
@@ -387,8 +420,9 @@ def serve(
 
     def build(recipe: Recipe) -> Experiment:
         text = told.text_for_sites(folder, recipe)
+        history, meet = _history(folder), lambda sites: _note(folder, met=sites)
         experiment, sites = on_network(
-            recipe, text, transport, policy, say, _history(folder), folder / KEYS
+            recipe, text, transport, policy, say, history, folder / KEYS, meet
         )
         board.append(sites)
         return experiment
@@ -403,15 +437,13 @@ def serve(
 
     lacking = set(without_adapter(folder))
     if not has_ended(folder, rounds):
-        (folder / KEPT).unlink(missing_ok=True)
+        _note(folder, round=None, without=None)
         lacking = set()
     adapter = runner.resume(folder, show, build)
     answers = board[0].ask_all("keep", whole_message(adapter), policy.setup)
     say(f"{count(len(answers), 'site')} got the final adapter: {', '.join(answers)}")
     without = sorted((lacking | set(board[0].known())) - answers.keys())
-    with rundir.disk_errors(folder):
-        note = {"round": rounds, "without": without}
-        write_whole(folder / KEPT, json.dumps(note).encode(), mode=0o600)
+    _note(folder, round=rounds, without=without)
     return adapter
 
 
@@ -423,12 +455,14 @@ def on_network(
     say: Callable[[str], None],
     history: History,
     keys: Path,
+    meet: Callable[[list[str]], None],
 ) -> tuple[Experiment, Sites]:
     """A federation whose clients are the sites that the transport reaches, once they are there.
 
     text: the recipe as the sites are told it
     history: what of the rounds before is in the log
     keys: the file with the key of each site's node; new sites are added to it
+    meet: told all sites that were ever met, whenever one is added
     Raises FedSieveError if too few sites come, or for what of the recipe does not fit.
     """
     method = build_method(recipe)
@@ -466,6 +500,8 @@ def on_network(
         keys=known,
         pin=partial(_keep, keys),
         most=longest(resident.layout),
+        met=history.met,
+        meet=meet,
     )
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
@@ -848,7 +884,8 @@ def _history(folder: Path) -> History:
     merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
     said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
     given = {(site, digest): number for site, digest, number in reversed(said)}
-    return History(merged, given, last)
+    met = {*(row["client"] for row in receipts), *_names(_kept(folder), "met")}
+    return History(merged, given, last, met)
 
 
 def _logged(folder: Path) -> list[dict[str, Any]]:

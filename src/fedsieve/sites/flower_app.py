@@ -164,7 +164,12 @@ def main(grid: Grid, context: Context) -> None:
         with suppress(OSError, ValueError):  # a full disk, a log that was closed
             print(text, flush=True)
 
-    federate.serve(Path(str(config["folder"])), reach, policy, say)
+    try:
+        federate.serve(Path(str(config["folder"])), reach, policy, say)
+    except FedSieveError as error:
+        # Flower calls a run failed by what it raises, and logs all of its traceback: ours says
+        # nothing that the sentence does not.
+        raise error.with_traceback(None) from None
 
 
 server = ServerApp()

@@ -171,6 +171,8 @@ class Sites:
         given: Mapping[tuple[str, str], int] = MappingProxyType({}),
         number: int = 0,
         most: int = worker.BODY,
+        met: Collection[str] = (),
+        meet: Callable[[list[str]], None] = lambda sites: None,
     ) -> None:
         """
         recipe, digest: the recipe's text, which every site is told, and what requests call it
@@ -183,6 +185,7 @@ class Sites:
         most: the longest update, in bytes, that the adapter's layout can fill (wire.longest)
         given: (site, digest of what an update said) -> its round, of the updates that came before
         number: the last round before this
+        met: the sites that were met before; meet: told all of them whenever one is added
         """
         self._transport, self._recipe, self._digest = transport, recipe, digest
         self._welcome, self._policy = welcome, policy
@@ -202,6 +205,7 @@ class Sites:
         self._usable = 0
         self._lost: set[str] = set()  # sites without their memory: they go on from what they have
         self._keys, self._pin = dict(keys), pin
+        self._met, self._meet_one = {*met, *merged}, meet
         self._given = dict(given)
         self._most = most + worker.HEADER
 
@@ -305,8 +309,8 @@ class Sites:
         return spent
 
     def known(self) -> list[str]:
-        """The sites that were met, there or not, and those whose updates were merged before."""
-        return sorted({*self._sites, *self._merged})
+        """The sites that were ever met, there or not."""
+        return sorted(self._met)
 
     def ask_all(self, do: str, body: bytes, seconds: float) -> dict[str, Frame]:
         """What the sites that are there answer about an adapter, by id; the others are left out.
@@ -460,6 +464,9 @@ class Sites:
             self._pin(self._keys)
         known = client.id in self._sites
         self._sites[client.id] = _Site(client, node)
+        if client.id not in self._met:
+            self._met.add(client.id)
+            self._meet_one(self.known())
         self._say(f"site {client.id} is {'back' if known else 'there'}: {client.examples} examples")
 
     def _refuse_another(self, name: str, node: Node) -> None:

@@ -153,7 +153,7 @@ def lock(folder: Path) -> AbstractContextManager[object]:
         refuse_link(folder / _LOCK)  # it would be opened to be written
         return filelock.FileLock(folder / _LOCK, mode=0o600).acquire(timeout=0)
     except filelock.Timeout:
-        raise FedSieveError(f"another worker is running on {folder}") from None
+        raise FedSieveError(f"another worker is running on {folder}: stop that one first") from None
     except OSError as error:
         raise FedSieveError(f"{folder} cannot be written: {error.strerror}") from error
 
@@ -173,10 +173,11 @@ def serve(
     ready:  called with the socket's path once it takes requests
     most:   a request's header -> the longest body that it can have, or the answer to a request
         whose body is not wanted; called in other threads
-    Neither function may raise. Raises FedSieveError if the socket cannot be made.
+    Neither function may raise. Raises FedSieveError if the socket cannot be made, or is there no
+    more: a worker that nobody can reach must not go on as if it were one.
     """
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-    with _listening(folder / SOCKET) as listener:
+    with _listening(folder / SOCKET) as (listener, made):
         threading.Thread(target=_accept, args=(listener, about, jobs, most), daemon=True).start()
         ready(folder / SOCKET)
         while True:
@@ -184,12 +185,28 @@ def serve(
                 # Not for ever: a signal that arrives just before the wait does not end it.
                 request, answer = jobs.get(timeout=1.0)
             except queue.Empty:
-                continue
+                if _lies(folder / SOCKET, made):
+                    continue
+                raise FedSieveError(
+                    f"{folder / SOCKET} was removed, or is another worker's now: nobody can reach "
+                    "this one any more. Start it again"
+                ) from None
             answer.put(work(request))
 
 
+def _lies(path: Path, made: os.stat_result) -> bool:
+    """Whether a file is still the one that was made there; where nobody can tell, it is."""
+    try:
+        return os.path.samestat(path.lstat(), made)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
 @contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
+def _listening(path: Path) -> Iterator[tuple[socket.socket, os.stat_result]]:
+    """The socket, and the file that it is."""
     address = _address(path)
     refuse_link(path.parent, folder=True)
     try:
@@ -203,17 +220,19 @@ def _listening(path: Path) -> Iterator[socket.socket]:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(address)
         listener.listen(128)
+        made = path.lstat()
     except OSError as error:
         raise FedSieveError(f"{path} cannot be listened at: {error.strerror or error}") from error
     finally:
         os.umask(before)
     try:
-        yield listener
+        yield listener, made
     finally:
         with suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         listener.close()
-        path.unlink(missing_ok=True)
+        if _lies(path, made):
+            path.unlink(missing_ok=True)
 
 
 def _address(path: Path) -> str:
