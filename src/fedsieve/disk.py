@@ -215,6 +215,14 @@ def _open(path: Path, flags: int) -> int:
     )
 
 
+def has_lost_lines(path: Path) -> FedSieveError:
+    """What is told of a log that is shorter than a checkpoint knows it."""
+    return FedSieveError(
+        f"{path} has lost lines since the checkpoint, so that its run cannot go on: put them back, "
+        "or remove the run's folder and run it again"
+    )
+
+
 def objects(path: Path, until: int | None = None) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """Line numbers and JSON objects of a file of lines; None for a last line that was cut.
 
@@ -228,7 +236,7 @@ def objects(path: Path, until: int | None = None) -> Iterator[tuple[int, dict[st
     broken: FedSieveError | None = None
     with path.open("rb") as file:
         if until is not None and os.fstat(file.fileno()).st_size < until:
-            raise FedSieveError(f"{path} has lost lines since the checkpoint: it cannot be resumed")
+            raise has_lost_lines(path)
         number = 0
         while broken is None and (until is None or file.tell() < until):
             line = file.readline(LONGEST + 1)

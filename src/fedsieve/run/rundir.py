@@ -317,7 +317,7 @@ def cut_back(folder: Path, lengths: Mapping[str, int]) -> None:
     for name in LOGS:
         path = place(folder, name)
         if name in lengths and not disk.cut(path, lengths[name]):
-            raise FedSieveError(f"{path} has lost lines since the checkpoint: it cannot be resumed")
+            raise disk.has_lost_lines(path)
 
 
 @contextmanager
