@@ -612,7 +612,7 @@ def federate(
     if recipe is None:
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
     # No site takes a program from a server.
-    table, planned = _planned(recipe, overrides, allow_code=False)
+    table, planned = _planned(recipe, overrides, allow_code=True)
     refuse_foreign(planned)
     tracking.check(planned.tracking)
     _import()

@@ -32,6 +32,10 @@ class MethodFailed(FedSieveError):
     """A function of a method from outside the package raised, or gave what no round can use."""
 
 
+class OptimizerFailed(FedSieveError):
+    """The server optimizer gave what no round can use, which is no client's doing."""
+
+
 class NoUsableUpdate(FedSieveError):
     """A round in which no client returned an update that can be merged."""
 
@@ -223,6 +227,7 @@ def explain(
         said = "a table is needed here, with keys of its own"
         return f"{place}: {said} (it is {quoted(detail['input'])})"
     message: str = detail["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be a valid tuple", "a list is needed here")
     if isinstance(detail["input"], str | int | float):
         message += f" (it is {quoted(detail['input'])})"
     return f"{place}: {message}" if place else message

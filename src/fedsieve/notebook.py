@@ -203,6 +203,7 @@ class Run:
             start=None if start is None else called(start),
             rounds=last.round,
             clients=len(self._experiment.federation.clients),
+            simulated=True,
             metrics=last.metrics or {},
             loss=last.eval_loss,
             down_bytes=sum(each.down_bytes for each in self._metrics),

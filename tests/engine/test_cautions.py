@@ -36,3 +36,9 @@ def test_a_loss_that_does_not_fall_is_said_once() -> None:
 def test_each_is_said_once() -> None:
     said = told([*STILL], starved=2, down_a=0.9, down_b=0.0)
     assert [number for number, _ in said] == [2, 5]
+
+
+def test_a_round_in_which_nobody_was_drawn_is_said_once() -> None:
+    ((number, said),) = told([None, None, None], clients=0, dropped=0)
+    assert number == 1
+    assert "round 1: nobody was drawn, so that nothing was learned" in said

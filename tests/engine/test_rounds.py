@@ -4,6 +4,7 @@ have no data or whose training breaks down do not stop the others.
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -345,3 +346,20 @@ def test_resuming_needs_the_same_data(tiny: Tiny, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(FedSieveError, match=re.escape("there is no file")):
         runner.resume(tmp_path / "run", runs.quiet)
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_caller_that_turned_gradients_off_trains_all_the_same(
+    tiny: Tiny, tmp_path: Path, together: int
+) -> None:
+    """As a callback that evaluates, or a method of one's own, may leave it."""
+
+    def turn_off(summary: Round, receipts: Sequence[Receipt]) -> None:
+        torch.set_grad_enabled(False)
+
+    given: dict[str, Any] = {"rounds": 1, "engine": {"together": together}}
+    wanted = runs.start(tiny, tmp_path / "with", **given)
+    with torch.enable_grad():  # and as it was, afterwards
+        off = runs.start(tiny, tmp_path / "without", turn_off, **given)
+    assert toy.distance(off.tensors, wanted.tensors) == 0

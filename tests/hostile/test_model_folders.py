@@ -427,6 +427,17 @@ def test_a_tokenizer_that_makes_no_token_of_a_text_is_refused(
         catalogue.load(task).read(rows, reader, Fields(text="text", label="label", max_length=9))
 
 
+@pytest.mark.parametrize("empty", ["", "  "])
+def test_rows_whose_texts_are_all_empty_are_nothing_to_train_on(tiny: Tiny, empty: str) -> None:
+    """As with a tokenizer that makes no token, a run would end, and tell a score."""
+    reader, _ = load_reader(str(tiny.bert), "classification")
+    rows = Dataset.from_dict({"text": [empty, ""], "label": ["cars", "food"]})
+    with pytest.raises(FedSieveError, match="all of the 2 texts are empty"):
+        catalogue.load("classification").read(
+            rows, reader, Fields(text="text", label="label", max_length=9)
+        )
+
+
 @pytest.mark.parametrize("setting", ["num_hidden_layers", "max_position_embeddings", "vocab_size"])
 def test_settings_of_a_recipe_are_compared_too(tiny: Tiny, setting: str) -> None:
     before, began = peak(reset=True), time.monotonic()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from torch import Tensor
 
@@ -18,11 +19,15 @@ from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.blame import blaming
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method, State, compose
+from fedsieve.algebra.optim import Optimizer, sgd
 from fedsieve.algebra.payload import Base
 from fedsieve.algebra.sieve import Passed, Sieve, dense
 from fedsieve.algebra.support import Support, top_k
-from fedsieve.errors import FedSieveError, MethodFailed
-from tests import kinds, toy
+from fedsieve.errors import FedSieveError, MethodFailed, OptimizerFailed
+from fedsieve.recipe import read as recipes
+from fedsieve.run import runner
+from tests import kinds, runs, toy
+from tests.conftest import Command, Tiny
 from tests.methods.test_laws import EXACT
 
 ROUND = {"plan": "(round 1)", "merge": "(round 1)", "init": "", "export": "", "clip": ""}
@@ -51,8 +56,12 @@ def run(method: Method) -> Tree:
     return toy.after(method, toy.clients([Budget(), Budget()]), 2)[0]
 
 
+def mine_with(server: Optimizer) -> Method:
+    return compose(down=dense, up=dense, server=server, down_values="float64", up_values="float64")
+
+
 def mine() -> Method:
-    return compose(down=dense, up=dense, down_values="float64", up_values="float64")
+    return mine_with(sgd())
 
 
 def with_part(part: str, function: Any) -> Method:
@@ -90,14 +99,17 @@ def test_a_penalty_that_fails_is_told() -> None:
         seen, memory = plain.view(*given)
         return seen._replace(penalty=raising(ZeroDivisionError("by rank"))), memory
 
-    with pytest.raises(MethodFailed, match="its view's penalty fails: ZeroDivisionError: by rank"):
+    where = r"its view's penalty \(round 1, client '0000'\) fails: ZeroDivisionError: by rank"
+    with pytest.raises(MethodFailed, match=where):
         run(blaming("mine.own", plain._replace(view=view)))
 
 
+META = torch.ones((), device="meta")
 # What is done to an adapter's tensors -> what is said of it.
 INSIDE: dict[str, Callable[[Tensor], Any]] = {
     "'m.head.weight' has the shape (2, 10), and its layout says (3, 10)": lambda t: t[:2],
     "'m.head.weight' is no dense tensor": lambda t: t.to_sparse(),
+    "'m.head.weight' is a view of other numbers, negated": torch._neg_view,
     "'m.head.weight' holds torch.int64, and": lambda t: t.long(),
     "'m.head.weight' holds torch.float16, which no checkpoint does": lambda t: t.half(),
     "'m.head.weight' is a tensor that still has a gradient": lambda t: t.clone().requires_grad_(
@@ -199,6 +211,8 @@ PAYLOADS: dict[str, Callable[[Any], Any]] = {
     "scales of its values are a tensor that": lambda p: p._replace(
         values=p.values._replace(scales=GRADIENT)
     ),
+    "its masks_told is 'snt', and no": lambda p: p._replace(masks_told="snt"),
+    "its ranks_told is None, and no": lambda p: p._replace(ranks_told=None),
     "its base is one int, and no Base": lambda p: p._replace(base=5),
     "of its base, it gives None": lambda p: p._replace(base=Base(1, None)),  # type: ignore[arg-type]
     "its base is one Base, and no Base since": lambda p: p._replace(base=Base(None, p)),  # type: ignore[arg-type]
@@ -226,7 +240,9 @@ def test_a_change_of_the_base_is_of_its_pairs(base: Any) -> None:
         run(changing("view", lambda made: made._replace(base=base)))
 
 
-@pytest.mark.parametrize("penalty", [torch.ones(1), torch.ones(()) * 1j, torch.ones(2), 5, None])
+@pytest.mark.parametrize(
+    "penalty", [torch.ones(1), torch.ones(()) * 1j, META, torch.ones(2), 5, None]
+)
 def test_a_penalty_is_one_number(penalty: Any) -> None:
     plain = mine()
 
@@ -234,7 +250,8 @@ def test_a_penalty_is_one_number(penalty: Any) -> None:
         made, memory = plain.view(*given)
         return made._replace(penalty=lambda tree: penalty), memory
 
-    with pytest.raises(MethodFailed, match="its view's penalty must give a tensor of one number"):
+    where = r"its view's penalty \(round 1, client '0000'\) must give a tensor of one number"
+    with pytest.raises(MethodFailed, match=where):
         run(blaming("mine.own", plain._replace(view=view)))
 
 
@@ -305,6 +322,90 @@ def test_what_is_said_to_be_known_and_is_not_is_told_before_it_is_sent(
         run(blaming("mine.own", up))
 
 
+def no_mask(tree: Tree, layout: Any, client: Any, key: Any) -> Passed:
+    names = tuple(sorted(tree))
+    return Passed(Support(names, None, {toy.HEAD: torch.ones(3, 10)}), "known", "sent")
+
+
+def odd_mask(tree: Tree, layout: Any, client: Any, key: Any) -> Passed:
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    return Passed(Support(tuple(sorted(tree)), None, {toy.HEAD: mask}), "known", "sent")
+
+
+@pytest.mark.parametrize("way", ["down", "up"])
+@pytest.mark.parametrize(
+    ("sieve", "said"),
+    [
+        (lambda *given: None, "a Passed of a Support, not None"),
+        (no_mask, "a mask of bools of shape (3, 10) for 'm.head.weight', not (torch.float32"),
+        (odd_mask, "a mask of bools of shape (3, 10) for 'm.head.weight', not (torch.bool, (2"),
+    ],
+)
+def test_a_sieve_is_told_by_the_name_that_it_was_given_under(
+    sieve: Any, said: str, way: str
+) -> None:
+    other = {"up": "down", "down": "up"}[way]
+    given: dict[str, Any] = {way: sieve, other: dense}
+    method = compose(**given, down_values="float64", up_values="float64")
+    part = {"down": "publish", "up": "report"}[way]
+    with pytest.raises(MethodFailed) as caught:
+        run(blaming("mine.own", method))
+    told = str(caught.value)
+    assert f"method 'mine.own': its {part} (round 1, client '0000'): {way}: the sieve " in told
+    assert said in told
+
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    '`init` gives a tree "adapter"': {"init": lambda params: {"adapter": params}},
+    "`init` must give a dictionary of trees, not None": {"init": lambda params: None},
+    "`step` must give (params, slots), two dictionaries, not None": {"step": lambda *given: None},
+    "is (), and must be (8, 12)": {
+        "step": lambda params, g, slots: ({n: p.sum() for n, p in params.items()}, slots)
+    },
+    "is ('-',), and must be (8, 12)": {"step": lambda params, gradient, slots: ({}, slots)},
+    "'zz' is (2,), and must be not to be there": {
+        "step": lambda params, g, slots: ({**params, "zz": torch.ones(2)}, slots)
+    },
+    'its slots have a tree "adapter"': {
+        "step": lambda params, g, slots: (params, {"adapter": params})
+    },
+    "`clip` must give a number from 0 up, not -1.0": {"clip": lambda slots: -1.0},
+    "`clip` must give a number from 0 up, not 'x'": {"clip": lambda slots: "x"},
+}
+
+
+@pytest.mark.parametrize("said", OPTIMIZERS)
+def test_an_optimizer_of_ones_own_is_held_to_what_it_must_give(said: str) -> None:
+    """Else the model is replaced, or clients are blamed, or nothing is ever learned."""
+    given = mine_with(sgd()._replace(**OPTIMIZERS[said]))
+    with pytest.raises(OptimizerFailed) as caught:
+        run(given)
+    assert "the server optimizer's" in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["grad", "dtype", "device"])
+@pytest.mark.parametrize("part", PARTS)
+def test_what_torch_keeps_for_a_process_is_what_it_was(part: str, change: str) -> None:
+    plain = mine()
+
+    def function(*given: Any) -> Any:
+        made = getattr(plain, part)(*given)
+        if change == "grad":
+            torch.set_grad_enabled(False)
+        elif change == "dtype":
+            torch.set_default_dtype(torch.float16)
+        else:
+            torch.set_default_device("meta")
+        return made
+
+    wanted = run(plain)
+    assert toy.distance(run(blaming("mine.own", with_part(part, function))), wanted) == 0
+    assert torch.is_grad_enabled()
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.get_default_device() == torch.device("cpu")
+
+
 @pytest.mark.parametrize("name", kinds.each_method())
 def test_a_method_that_does_not_fail_is_the_same(name: str) -> None:
     """Of every method that ships, as of one's own."""
@@ -331,3 +432,37 @@ def test_what_is_loaded_by_a_dotted_name_is_held_to_it(
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     with pytest.raises(MethodFailed, match=r"its plan \(round 1\) fails: IndexError.*lying.py, li"):
         run(methods.load("lies.lying")())
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_run_of_a_method_that_is_still_broken_is_not_told_to_be_anothers(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its owner would throw a good run away."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "later.py").write_text(
+        "from fedsieve.algebra.method import compose\n"
+        "from fedsieve.algebra.sieve import dense\n"
+        "sent = dense\n"
+        "def method(*, server=None):\n"
+        "    return compose(down=lambda *given: sent(*given), up=dense, server=server)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    given: dict[str, Any] = {"method": {"name": "broken.later"}, "budgets": [{}], "rounds": 2}
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(tomli_w.dumps(tiny.table(**given)))
+    folder = tmp_path / "run"
+    with pytest.raises(runner.Stopped):
+        runs.start_from(
+            recipes.check(tiny.table(**given), allow_code=True), folder, runs.stop_at(1)
+        )
+    program = sys.modules["broken.later"]
+    monkeypatch.setattr(program, "sent", raising(KeyError("cut")))
+    ran = command("resume", folder, "--allow-code")
+    assert ran.code == 2
+    told = " ".join(ran.err.split())
+    assert "or the method is at fault: method 'broken.later': its publish" in told
+    assert "KeyError: 'cut'" in told
+    monkeypatch.setattr(program, "sent", dense)
+    assert command("resume", folder, "--allow-code").code == 0

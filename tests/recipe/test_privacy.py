@@ -432,3 +432,11 @@ def test_recipes_that_ship_with_privacy_have_it(name: str) -> None:
     assert recipe.privacy is not None
     assert recipe.privacy.epsilon is not None
     json.dumps(recipe.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("noise", [1e-7, 1e-154, 5e-324])
+def test_noise_of_which_no_account_can_be_kept_is_refused_by_its_key(
+    tiny: Tiny, tmp_path: Path, noise: float
+) -> None:
+    with pytest.raises(FedSieveError, match=r"privacy: noise_multiplier is .* from 1e-06 up"):
+        start(tiny, tmp_path / "run", privacy={**CLIP, "noise_multiplier": noise})

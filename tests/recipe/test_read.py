@@ -1,6 +1,8 @@
 """Recipes: every key has its place, its limits and a message that names it."""
 
 import contextlib
+import datetime
+import math
 import re
 import sys
 import time
@@ -219,6 +221,28 @@ WRONG += [
 @pytest.mark.parametrize("pattern", [r".*\.(q|v)_proj", r"(?!.*head).*(query|value)$", r"(a+)b+"])
 def test_patterns_that_come_to_an_end_are_taken(tiny: Tiny, pattern: str) -> None:
     assert recipes.check(tiny.table(lora__targets=pattern)).lora.targets == pattern
+
+
+# What no configuration holds would be another value, or none, in the recipe that a run keeps.
+WRONG += [
+    (
+        {"model": {"source": "minilm-l6", "settings": settings}},
+        f"model: settings.{key}: {value} is nothing that a model's configuration holds",
+    )
+    for settings, key, value in (
+        ({"layer_norm_eps": math.inf}, "layer_norm_eps", "inf"),
+        ({"layer_norm_eps": math.nan}, "layer_norm_eps", "nan"),
+        ({"id2label": {"0": [1, -math.inf]}}, "id2label.0", "-inf"),
+        ({"born": datetime.date(2026, 1, 2)}, "born", "2026-01-02"),
+    )
+]
+# A key that may have several types is called by its own name.
+WRONG += [
+    ({"server": {"norm_bound": 0.5}}, "server.norm_bound: Input should be greater than or equal"),
+    ({"server": {"norm_bound": 0.5}}, "server.norm_bound: Input should be 'none'"),
+    ({"engine": {"together": 0}}, "engine.together: Input should be greater than or equal to 1"),
+    ({"budgets": {"kind": "ratios", "ratios": 5}}, "budgets.ratios: a list is needed here"),
+]
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG, ids=[str(each[0]) for each in WRONG])

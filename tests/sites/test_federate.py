@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.errors import FedSieveError
@@ -380,3 +381,15 @@ def test_a_federations_own_table_that_was_changed_is_refused(
         config.write_text(text)
     with pytest.raises(FedSieveError, match=r"config\.toml"):
         federate.begin_again(folder)
+
+
+@pytest.mark.usefixtures("flower")
+def test_a_method_of_ones_own_is_for_no_site(tiny: Tiny, tmp_path: Path, command: Command) -> None:
+    """No site takes a program from a server, whatever flag the server was given."""
+    path = tmp_path / "recipe.toml"
+    path.write_text(tomli_w.dumps(tiny.table(method={"name": "mine.own"}, budgets=[{}])))
+    ran = command("federate", path, "--local", "2", "--out", tmp_path / "run")
+    assert ran.code == 2
+    told = " ".join(ran.err.split())
+    assert "method.name 'mine.own' is no method of FedSieve: sites take no program" in told
+    assert "--allow-code" not in told

@@ -6,9 +6,12 @@ its own calls are seen: what it gives may still fail where it is used.
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
+
+import torch
 
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.forms import A_METHOD, A_PENALTY, GIVES, Kind, a
@@ -54,7 +57,8 @@ def _with_penalty(name: str, view: Callable[..., Any]) -> Callable[..., Any]:
         made, memory = view(*given)
         if made.penalty is None:
             return made, memory
-        penalty = _blaming(name, "view's penalty", A_PENALTY, made.penalty)
+        part = f"view's penalty{_of_round(given)}"
+        penalty = _blaming(name, part, A_PENALTY, made.penalty)
         return made._replace(penalty=penalty), memory
 
     return told
@@ -69,7 +73,12 @@ def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., A
     def told(*given: Any) -> Any:
         where = said + _of_round(given)
         try:
-            made: Any = function(*given)
+            with _as_it_was():
+                made: Any = function(*given)
+        except MethodFailed as error:  # of a part of it that knows no method's name
+            if str(error).startswith("method "):
+                raise
+            raise MethodFailed(f"{where}: {error}") from error
         except FedSieveError:
             raise
         except THEIRS as error:
@@ -83,6 +92,20 @@ def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., A
         return made
 
     return told
+
+
+@contextmanager
+def _as_it_was() -> Iterator[None]:
+    """What torch keeps for a whole process is after a call what it was before it."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    grad = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
 
 
 def _of_round(given: tuple[Any, ...]) -> str:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import STORED, Adapter, Layout, Tree, base_layout
 from fedsieve.algebra.method import Method, State, View
-from fedsieve.algebra.payload import Base, Payload, Values
+from fedsieve.algebra.payload import Base, Payload, Seed, Values
 from fedsieve.algebra.support import Support
 from fedsieve.errors import quoted
+
+_TOLD = ("known", "sent")
 
 
 class Kind(NamedTuple):
@@ -57,11 +59,15 @@ def _payload(made: Any, of: Any) -> str | None:
     """What `wire.encode` could not even ask of a payload; what does not fit it says itself."""
     if not isinstance(made, Payload):
         return f"it gives {a(made)}"
-    layout, support, values, _, _, base, control = _parts(made)
+    layout, support, values, ranks_told, masks_told, base, control = _parts(made)
     if not isinstance(layout, Layout):
         return f"its layout is {a(layout)}"
     if (wrong := _support(support)) is not None:
         return f"its support is {wrong}"
+    if not ((isinstance(ranks_told, str) and ranks_told in _TOLD) or isinstance(ranks_told, Seed)):
+        return f'its ranks_told is {quoted(ranks_told)}, and no "known", "sent" or Seed'
+    if not (isinstance(masks_told, str) and masks_told in _TOLD):
+        return f'its masks_told is {quoted(masks_told)}, and no "known" or "sent"'
     if not isinstance(values, Values) or not isinstance(values.form, str):
         return f"its values are {a(values)}"
     for part, tensor in (("data", values.data), ("scales", values.scales)):
@@ -162,8 +168,10 @@ def _dense(tensor: Any) -> str | None:
     """Why something is not numbers that are there, and nothing else."""
     if not isinstance(tensor, Tensor):
         return f"{a(tensor)}, and no tensor"
-    if tensor.layout != torch.strided or tensor.is_meta:
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
         return "no dense tensor"
+    if tensor.is_neg() or tensor.is_conj():
+        return "a view of other numbers, negated when they are read: give a copy, .clone()"
     return "a tensor that still has a gradient: detach it" if tensor.requires_grad else None
 
 
@@ -229,9 +237,10 @@ def _number(made: Any, of: Any) -> str | None:
 def _penalty(made: Any, of: Any) -> str | None:
     if not isinstance(made, Tensor):
         return f"it gives {a(made)}"
-    if made.shape or not made.is_floating_point():
-        return f"it gives {made.dtype} of shape {tuple(made.shape)}"
-    return None
+    if made.is_nested or made.shape or not made.is_floating_point():
+        what = "nested tensors" if made.is_nested else f"shape {tuple(made.shape)}"
+        return f"it gives {made.dtype} of {what}"
+    return "it gives a tensor without a number in it" if made.is_meta else None
 
 
 A_PENALTY = Kind("a tensor of one number, without dimensions", _penalty)

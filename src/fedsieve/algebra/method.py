@@ -18,11 +18,26 @@ from fedsieve.algebra.adapter import Adapter, Layout, Tree
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.algebra.optim import Optimizer, limits, optimizer_given, sgd
+from fedsieve.algebra.optim import (
+    Optimizer,
+    clip_of,
+    limits,
+    optimizer_given,
+    sgd,
+    slots_of,
+    stepped,
+)
 from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
 from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
-from fedsieve.errors import FedSieveError, NoUsableUpdate, cannot_take, nearest
+from fedsieve.errors import (
+    FedSieveError,
+    MethodFailed,
+    NoUsableUpdate,
+    cannot_take,
+    nearest,
+    quoted,
+)
 from fedsieve.settings import Source, Training
 
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
@@ -182,6 +197,29 @@ def refuse_unknown_knobs(knobs: frozenset[Any]) -> None:
         raise FedSieveError(f"knobs: a budget has no {knob!r}{nearest(knob, known)}")
 
 
+def _sieved(
+    name: str, sieve: Sieve, tree: Tree, layout: Layout, client: Client, key: Key
+) -> Passed:
+    """What a sieve lets pass. Raises MethodFailed, naming it, for what is no `Passed` of this tree:
+    it may be the user's own.
+
+    name: what `compose` calls it
+    """
+    made: Any = sieve(tree, layout, client, key)
+    said = f"{name}: the sieve {quoted(getattr(sieve, '__name__', sieve))} must give"
+    if not isinstance(made, Passed) or not isinstance(made.support, Support):
+        raise MethodFailed(f"{said} a Passed of a Support, not {quoted(made)}")
+    if masks := made.support.masks:
+        shapes = narrowed(layout, made.support.ranks).shapes
+        for tensor, mask in masks.items():
+            shape = shapes.get(tensor) if tensor in tree else None
+            found = (getattr(mask, "dtype", None), tuple(getattr(mask, "shape", ())))
+            if found != (torch.bool, shape):
+                asked = "no mask" if shape is None else f"a mask of bools of shape {tuple(shape)}"
+                raise MethodFailed(f"{said} {asked} for {quoted(tensor)}, not {quoted(found)}")
+    return made
+
+
 def compose(
     *,
     down: Sieve,
@@ -236,7 +274,7 @@ def compose(
         raise Unbounded("weighting" if weighting == "examples" else "merge")
 
     def init(adapter: Adapter) -> State:
-        slots = optimizer.init(adapter.tensors)
+        slots = slots_of(optimizer, adapter.tensors)
         return State(adapter.layout, {"adapter": dict(adapter.tensors), **slots})
 
     def plan(state: State, key: Key) -> State:
@@ -244,7 +282,7 @@ def compose(
 
     def publish(plan: State, client: Client, key: Key) -> Payload:
         layout, tree = plan.layout, plan.trees["adapter"]
-        passed = down(tree, layout, client, key)
+        passed = _sieved("down", down, tree, layout, client, key)
         return pack(layout, tree, passed, down_values, key.at("round down values"))
 
     def view(payload: Payload, memory: Memory, context: ClientContext) -> tuple[View, Memory]:
@@ -274,7 +312,8 @@ def compose(
             result = {n: start[n] - trained[n] for n in names}
         if "residual" in memory:
             result = {n: c + memory["residual"][n] for n, c in result.items()}
-        passed = up(result, view.adapter.layout, context.client, context.key)
+        own, key = view.adapter.layout, context.key
+        passed = _sieved("up", up, result, own, context.client, key)
         if moves.masks and not passed.support.masks:
             masks = {n: m for n, m in moves.masks.items() if n in passed.support.names}
             passed = Passed(passed.support._replace(masks=masks), "known", "known")
@@ -304,7 +343,7 @@ def compose(
         return difference(update, asked, up_values, places=exactly)
 
     def clip(state: State) -> float:
-        return optimizer.clip(state.trees)
+        return clip_of(optimizer, state.trees)
 
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
         params = state.trees["adapter"]
@@ -372,10 +411,10 @@ def step(optimizer: Optimizer, state: State, gradient: Tree, names: tuple[str, .
     kept = set(state.layout.names) - set(names)
     slots = {group: tree for group, tree in state.trees.items() if group != "adapter"}
     seen = {g: {n: t for n, t in tree.items() if n not in kept} for g, tree in slots.items()}
-    moved, stepped = optimizer.step(
-        {n: params[n] for n in names}, {n: gradient[n] for n in names}, seen
+    moved, kept_of = stepped(
+        optimizer, {n: params[n] for n in names}, {n: gradient[n] for n in names}, seen
     )
-    after = {group: {**slots.get(group, {}), **tree} for group, tree in stepped.items()}
+    after = {group: {**slots.get(group, {}), **tree} for group, tree in kept_of.items()}
     return State(state.layout, {**slots, **after, "adapter": {**params, **moved}})
 
 

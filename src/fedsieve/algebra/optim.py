@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 
 from fedsieve.algebra.adapter import Tree
-from fedsieve.errors import FedSieveError, quoted
+from fedsieve.errors import FedSieveError, OptimizerFailed, quoted
 from fedsieve.settings import LARGEST, Source, as_float, is_number
 
 Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
 Table = Mapping[str, str | float]  # what a recipe's [server] says
+_SERVERS = "the server optimizer's"
 _MOST = 3e38  # that is a float32, and whose tensors have no infinity of it
 
 
@@ -78,6 +79,49 @@ def optimizer_given(name: str, value: object) -> Optimizer:
     raise FedSieveError(
         f"{name} is {quoted(value)}; it must be an optimizer, such as fedsieve.adam(1e-3)"
     )
+
+
+def slots_of(optimizer: Optimizer, params: Tree) -> Slots:
+    """What an optimizer keeps at the beginning.
+
+    Raises OptimizerFailed, as the two functions below do, for what no round can use: an optimizer
+    may be the user's own.
+    """
+    made: Any = optimizer.init(params)
+    if not isinstance(made, dict):
+        raise OptimizerFailed(
+            f"{_SERVERS} `init` must give a dictionary of trees, not {quoted(made)}"
+        )
+    if "adapter" in made:
+        raise OptimizerFailed(
+            f'{_SERVERS} `init` gives a tree "adapter", and that is the model\'s: call it another'
+        )
+    return made
+
+
+def stepped(optimizer: Optimizer, params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
+    """An optimizer's step, of which every tensor must come, as large as it was."""
+    said = f"{_SERVERS} `step` must give (params, slots)"
+    made: Any = optimizer.step(params, gradient, slots)
+    if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(m, dict) for m in made):
+        raise OptimizerFailed(f"{said}, two dictionaries, not {quoted(made)}")
+    moved, after = made
+    for name in sorted({*map(str, moved), *params}):
+        shape = tuple(getattr(moved.get(name), "shape", "-"))
+        if name not in params or shape != tuple(params[name].shape):
+            asked = tuple(params[name].shape) if name in params else "not to be there"
+            raise OptimizerFailed(f"{said}: {quoted(name)} is {quoted(shape)}, and must be {asked}")
+    if "adapter" in after:
+        raise OptimizerFailed(f'{said}: its slots have a tree "adapter", and that is the model\'s')
+    return moved, after
+
+
+def clip_of(optimizer: Optimizer, slots: Slots) -> float:
+    """An optimizer's limit on the norm of an update, a number from 0 up."""
+    most: Any = optimizer.clip(slots)
+    if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 0:
+        raise OptimizerFailed(f"{_SERVERS} `clip` must give a number from 0 up, not {quoted(most)}")
+    return float(most)
 
 
 def limits(optimizer: Optimizer) -> bool:

@@ -23,6 +23,7 @@ from fedsieve.settings import Kind, Sampling, Source
 
 Spent = Callable[[int], float]  # rounds -> epsilon at the ledger's delta
 
+LEAST = 1e-6  # that a noise multiplier is
 _GRID = 1000  # noise multipliers are searched in steps of 1 / _GRID: short to write down
 _LARGEST = 1e6
 _INSTALL = "privacy needs the package dp-accounting: pip install 'fedsieve[privacy]'"
@@ -110,8 +111,11 @@ def ledger(cohorts: Cohorts, noise_multiplier: float, delta: float) -> Spent:
         raise FedSieveError(
             f"privacy: a cohort of {cohorts.size} of {cohorts.clients} clients makes no sense"
         )
-    if not (noise_multiplier > 0 and math.isfinite(noise_multiplier)):
-        raise FedSieveError(f"privacy: noise_multiplier is {noise_multiplier}; it must be above 0")
+    if not (noise_multiplier >= LEAST and math.isfinite(noise_multiplier)):
+        raise FedSieveError(
+            f"privacy: noise_multiplier is {noise_multiplier}; it must be a number from {LEAST:g} "
+            "up: of less noise the account is infinite"
+        )
     try:
         import dp_accounting
         from dp_accounting import rdp

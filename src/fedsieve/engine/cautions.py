@@ -23,12 +23,25 @@ def cautioning() -> Caution:
     def of(summary: "Round") -> list[str]:
         if summary.round and summary.loss is not None:
             losses.append(summary.loss)
-        found = {"starving": starving(summary), "still": _still(summary, losses)}
+        found = {
+            "starving": starving(summary),
+            "still": _still(summary, losses),
+            "empty": _empty(summary),
+        }
         new = {name: text for name, text in found.items() if text and name not in said}
         said.update(new)
         return list(new.values())
 
     return of
+
+
+def _empty(summary: "Round") -> str | None:
+    if not summary.round or summary.clients or summary.dropped:
+        return None
+    return (
+        f"round {summary.round}: nobody was drawn, so that nothing was learned: if that is so in "
+        "most rounds, raise cohort or what [sampling] draws clients by (docs/recipes.md)"
+    )
 
 
 def _still(summary: "Round", losses: list[float]) -> str | None:

@@ -3,6 +3,8 @@
 recipe.py reads them from a file; docs/recipes.md describes the keys.
 """
 
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
@@ -73,6 +75,14 @@ class Model(Table):
         return given
 
     @model_validator(mode="after")
+    def _settings_that_a_configuration_holds(self) -> "Model":
+        for key, value in _values_anywhere(self.settings, "settings"):
+            odd = isinstance(value, float) and not math.isfinite(value)
+            if odd or not isinstance(value, bool | int | float | str):
+                raise ValueError(_NO_SETTING.format(key, value))
+        return self
+
+    @model_validator(mode="after")
     def _double_of_nf4(self) -> "Model":
         if self.double_quantization and self.quantization != "nf4":
             raise ValueError(
@@ -84,6 +94,24 @@ class Model(Table):
 
 # What would have transformers run what a model's folder or the hub holds as code.
 _CODE = frozenset({"trust_remote_code", "auto_map", "code_revision", "use_kernels", "custom_code"})
+
+
+_NO_SETTING = (
+    "{}: {} is nothing that a model's configuration holds: give a text, a finite number, true or "
+    "false, or lists and tables of them"
+)
+
+
+def _values_anywhere(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """What is in a table, tables and lists aside, and the dotted key that it has."""
+    if isinstance(value, Mapping):
+        for name, each in value.items():
+            yield from _values_anywhere(each, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _values_anywhere(each, key)
+    else:
+        yield key, value
 
 
 def _keys_anywhere(value: Any) -> Iterator[str]:
@@ -608,7 +636,13 @@ def path_of(loc: Sequence[str | int]) -> list[str]:
         del path[1:2]
         if tag == ["list"] and path[1:2] == ["clients"]:
             del path[2:3]
+    elif _TAG.fullmatch("".join(path[2:3])) and (len(path) == 3 or "[" in path[2]):
+        del path[2]
     return path
+
+
+# What pydantic calls one of several types that a key may have: `server.norm_bound.literal['none']`.
+_TAG = re.compile(r"constrained-\w+|(literal|tuple|list|dict)\[.*\]|str|int|float|bool")
 
 
 def keys_of(path: Sequence[str | int]) -> list[str]:

@@ -390,6 +390,7 @@ def _told(folder: Path, recipe: Recipe, number: int) -> Told:
     return told(recipe, last.get("epsilon"))._replace(
         rounds=number,
         clients=clients or recipe.partition.clients,
+        simulated=not rundir.federated(folder),
         metrics=last.get("metrics") or {},
         loss=last.get("eval_loss"),
         down_bytes=sum(row["down_bytes"] for row in rows),

@@ -17,7 +17,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.catchup import SEEN
 from fedsieve.algebra.method import Memory, Method, State
 from fedsieve.costs import dry_run
-from fedsieve.errors import FedSieveError, WireError, raise_of_memory
+from fedsieve.errors import FedSieveError, MethodFailed, WireError, raise_of_memory
 from fedsieve.recipe.experiment import Experiment
 from fedsieve.run.checkpoint import Snapshot
 from fedsieve.train.model import ResidentModel
@@ -51,7 +51,7 @@ def exported(
                 raise ValueError("it has another form")
     except (FedSieveError, *_ODD) as error:
         raise_of_memory(error)
-        raise _other(folder, what) from error
+        raise _other(folder, what, error) from error
     for name, tensor in (*adapter.tensors.items(), *adapter.base.items()):
         if not tensor.isfinite().all():
             raise FedSieveError(
@@ -125,7 +125,7 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
                 raise ValueError("the client's adapter or memory has another form")
     except (FedSieveError, *_ODD) as error:
         raise_of_memory(error)
-        raise _other(folder, what) from error
+        raise _other(folder, what, error) from error
 
 
 def _refuse_other_rounds(folder: Path, snapshot: Snapshot) -> None:
@@ -224,8 +224,9 @@ def _forms(tree: Tree) -> Forms:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tree.items()}
 
 
-def _other(folder: Path, what: str) -> FedSieveError:
+def _other(folder: Path, what: str, error: BaseException | None = None) -> FedSieveError:
+    own = f"; or the method is at fault: {error}" if isinstance(error, MethodFailed) else ""
     return FedSieveError(
         f"{folder}: the newest checkpoint's {what} is not what the recipe's method and "
-        "server keep: it is of another recipe, or was not written by FedSieve"
+        f"server keep: it is of another recipe, or was not written by FedSieve{own}"
     )

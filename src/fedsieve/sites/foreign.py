@@ -4,6 +4,7 @@ Light enough to be told at once by the command that prepares a federation.
 """
 
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe.read import is_ours
 from fedsieve.recipe.schema import Recipe
 
 NO_FUNCTION = "training.function: a site runs no program that a server names: leave it out"
@@ -17,6 +18,11 @@ def refuse_foreign(recipe: Recipe) -> None:
     """
     if recipe.training.function is not None:
         raise FedSieveError(NO_FUNCTION)
+    if not is_ours(recipe):
+        raise FedSieveError(
+            f"method.name {recipe.method.name[:80]!r} is no method of FedSieve: sites take no "
+            "program from a server, and know FedSieve's own methods alone"
+        )
     for key, value in recipe.model.settings.items():
         rate = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
         if not ("drop" in key and rate):

@@ -119,7 +119,11 @@ def tokenise(
         if offsets:
             rows.ends.extend([end for _, end in row] for row in made["offset_mapping"])
     around = tokenizer.num_special_tokens_to_add(pair=second is not None) if special else 0
-    if max(map(len, rows.ids), default=1) <= around and any(text.strip() for text in texts):
+    if max(map(len, rows.ids), default=1) <= around:
+        if not any(text.strip() for text in texts):
+            raise FedSieveError(
+                f"all of the {len(texts):,} texts are empty: there is nothing to read in them"
+            )
         raise FedSieveError(
             "the model's tokenizer makes no token of any of these texts: its files are not those "
             "of a tokenizer for them"

@@ -42,7 +42,8 @@ class Told(NamedTuple):
     method, recipe: their names
     data:     the rows trained on, by the name of their data set, file or folder; on_hub: whether
               the hub has a data set of that name
-    rounds:   that were trained; clients: that took part
+    rounds:   that were trained; clients: that took part; simulated: in one process, which had the
+              rows of all
     tested:   the rows that the scores are of, as `data`
     start:    the adapter that training began from, as `called` has it
     settings: of the base's configuration that the run changed
@@ -61,6 +62,7 @@ class Told(NamedTuple):
     settings: Mapping[str, Any] = {}
     rounds: int | None = None
     clients: int | None = None
+    simulated: bool | None = None
     metrics: Mapping[str, float | None] = {}
     loss: float | None = None
     down_bytes: int | None = None
@@ -161,7 +163,8 @@ def _front(saved: Saved, told: Told) -> str:
 def _trained(told: Told) -> str:
     rounds = "" if told.rounds is None else f"{count(told.rounds, 'round')} "
     over = "clients" if told.clients is None else count(told.clients, "client")
-    return f"{rounds}over {over} that kept their rows"
+    how = {None: "", True: ", simulated in one process", False: " that kept their rows"}
+    return f"{rounds}over {over}{how[told.simulated]}"
 
 
 def _begun(saved: Saved, told: Told) -> list[str]:

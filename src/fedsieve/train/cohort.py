@@ -113,6 +113,7 @@ def _fit(resident: ResidentModel, works: list[Work], training: Training) -> list
     memory: list[int] = []
     done, began = 0, time.perf_counter()
     with (
+        torch.enable_grad(),  # whatever a method or a callback of the user's has left behind
         seeded(word(works[0].key.at("dropout")), resident.device),
         checkpointed(resident.model, training.checkpointing),
     ):

@@ -105,6 +105,7 @@ def fit(
     losses: list[Tensor] = []
     compute, memory = 0.0, 0
     with (
+        torch.enable_grad(),  # whatever a method or a callback of the user's has left behind
         seeded(word(key.at("dropout")), resident.device),
         checkpointed(model, training.checkpointing),
     ):
