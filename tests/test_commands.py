@@ -190,7 +190,7 @@ def test_the_console_tells_what_masks_keep_and_warns_once(
 def test_of_many_runs_each_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(cli, "warn", said.append)
-    nothing = dict.fromkeys(Round._fields, 0) | {"accuracy": None}
+    nothing = dict.fromkeys(Round._fields, 0) | {"accuracy": None, "clients": 3}
     show = cli._show_of_many()
     for name in ("a", "b"):
         for number, starved in ((1, 3), (2, 3), (3, 3), (4, 0), (5, 2)):
