@@ -29,7 +29,17 @@ from fedsieve.algebra.optim import (
 )
 from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
-from fedsieve.algebra.support import Support, add_back, cut, gather, masked, narrowed, norm, top_k
+from fedsieve.algebra.support import (
+    Support,
+    add_back,
+    cut,
+    equal,
+    gather,
+    masked,
+    narrowed,
+    norm,
+    top_k,
+)
 from fedsieve.errors import (
     FedSieveError,
     MethodFailed,
@@ -433,7 +443,7 @@ def difference(update: Payload, asked: Support, form: Form, *, places: bool) -> 
         return f"its numbers are {update.values.form}, and {form} was asked"
     if came.names != asked.names:
         return f"it holds {_these(came.names)}, and {_these(asked.names)} were asked"
-    if not _equal(came.ranks, asked.ranks):
+    if not equal(came.ranks, asked.ranks):
         return "it is on other ranks than were sent"
     if came.masks.keys() != asked.masks.keys():
         masked, wanted = _these(tuple(came.masks)), _these(tuple(asked.masks))
@@ -448,12 +458,6 @@ def difference(update: Payload, asked: Support, form: Form, *, places: bool) -> 
 
 def _these(names: tuple[str, ...]) -> str:
     return "no tensors" if not names else f"{len(names)} tensors ({names[0]}, ...)"
-
-
-def _equal(ranks: Tensor | None, asked: Tensor | None) -> bool:
-    if ranks is None or asked is None:
-        return ranks is asked
-    return torch.equal(ranks, asked)
 
 
 def share_of(client: Client, weighting: Weighting) -> float:

@@ -39,6 +39,13 @@ def everything(layout: Layout) -> Support:
     return Support(layout.names, None, {})
 
 
+def equal(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two sets of ranks, or two masks, are the same; None is equal to None alone."""
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
+
+
 def narrowed(layout: Layout, ranks: Tensor | None, scale: float | None = None) -> Layout:
     """The layout at the rank that `ranks` keeps; `scale` replaces the layout's own."""
     kept = layout.rank if ranks is None else ranks.shape[1]

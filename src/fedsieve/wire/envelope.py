@@ -28,15 +28,11 @@ the rank 65535 and an int8 of zeros, which costs next to nothing, could make a r
 gigabytes.
 """
 
-from collections.abc import Mapping
 from zlib import crc32
-
-import torch
-from torch import Tensor
 
 from fedsieve.algebra.adapter import Layout, base_layout
 from fedsieve.algebra.payload import Base, Payload
-from fedsieve.algebra.support import Support
+from fedsieve.algebra.support import Support, equal
 from fedsieve.errors import WireError
 from fedsieve.wire import format as plain
 
@@ -87,11 +83,12 @@ def encode_for(payload: Payload, known: Support | None = None) -> bytes:
     message = encode(payload)
     names, ranks, masks = payload.support
     theirs = known or Support(names, None, {})
-    if payload.ranks_told == "known" and not _same({"": ranks}, {"": theirs.ranks}):
+    if payload.ranks_told == "known" and not equal(ranks, theirs.ranks):
         raise WireError(_SAYS_KNOWN.format("ranks", "ranks_told"))
-    held = {n: m for n, m in theirs.masks.items() if n in names}
-    if payload.masks_told == "known" and not _same(masks, held):
-        raise WireError(_SAYS_KNOWN.format("masks", "masks_told"))
+    if payload.masks_told == "known":
+        held = {n: m for n, m in theirs.masks.items() if n in names}
+        if masks.keys() != held.keys() or not all(equal(m, held[n]) for n, m in masks.items()):
+            raise WireError(_SAYS_KNOWN.format("masks", "masks_told"))
     return message
 
 
@@ -136,14 +133,6 @@ def longest(layout: Layout, *, down: bool = False) -> int:
     if down:
         entries += max(entries, base_layout(layout, 0).size if layout.pairs else 0)
     return 10 * entries + OVERHEAD
-
-
-def _same(ours: Mapping[str, Tensor | None], theirs: Mapping[str, Tensor | None]) -> bool:
-    """Whether the same names have equal tensors; what none has is equal, too."""
-    return ours.keys() == theirs.keys() and all(
-        tensor is other or (tensor is not None and other is not None and torch.equal(tensor, other))
-        for tensor, other in zip(ours.values(), (theirs[n] for n in ours), strict=True)
-    )
 
 
 def _fill(size: int, theirs: Layout, layout: Layout) -> int:
