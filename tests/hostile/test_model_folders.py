@@ -523,6 +523,8 @@ def test_weights_stored_as_whole_numbers_are_refused(tiny: Tiny, tmp_path: Path)
 def test_a_device_without_numbers_is_none() -> None:
     with pytest.raises(FedSieveError, match="device 'meta' cannot be used here"):
         pick_device("meta")
+    with pytest.raises(FedSieveError, match="device 'cpu:9' cannot be used here: all cores"):
+        pick_device("cpu:9")
 
 
 @pytest.mark.parametrize("end", ["x", 10**30, -5, [1, "x"], [[1]], 1.5, True])

@@ -311,7 +311,9 @@ def test_a_cut_last_line_and_an_unfinished_round_are_left_out(tmp_path: Path) ->
         file.write('{"round": 2, "loss": 2.0, "down_by')
     with (run / "clients.jsonl").open("a") as file:
         file.write('{"round": 2, "client": "9')
-    loaded = load(run)
+    with pytest.warns(UserWarning, match=f"{run}: The last line of ") as told:
+        loaded = load(run)
+    assert [str(each.message).split()[5] for each in told] == ["metrics.jsonl", "clients.jsonl"]
     assert [row.round for row in loaded.rounds] == [1]
     assert loaded.clients is not None
     assert (loaded.clients.distinct, loaded.clients.merged) == (2, 2)  # those of round 1
@@ -337,7 +339,8 @@ def test_a_bare_run_still_has_a_report(tmp_path: Path) -> None:
     run = make(tmp_path / "bare", rounds=rounds)
     (run / "clients.jsonl").unlink()
     (run / "recipe.toml").write_text("")
-    page = report(run)
+    with pytest.warns(UserWarning, match=r"bare: recipe\.toml names no method"):
+        page = report(run)
     assert page.row("Method") == ["unnamed"]
     assert page.row("Sent in all") == ["0 MB"]
     assert "No round was evaluated" in page.text
@@ -386,6 +389,18 @@ def test_damage_is_refused(tmp_path: Path, file: str, text: str, message: str) -
     with pytest.raises(FedSieveError, match=re.escape(message)):
         write([run], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_rounds_that_not_all_sites_evaluated_are_told(tmp_path: Path) -> None:
+    def notes(name: str, rows: list[int]) -> list[str]:
+        rounds = [dict(row, eval_examples=n) for row, n in zip(ROUNDS, rows, strict=True)]
+        told = load(make(tmp_path / name, rounds=rounds)).notes
+        return [note for note in told if "fewer rows" in note]
+
+    (note,) = notes("a", [60, 40, 60])
+    assert note.startswith("In 1 of 2 evaluated rounds (first 1, last 1) fewer rows were evaluated")
+    assert "40 of 60 in round 1" in note
+    assert notes("b", [60, 60, 60]) == []
 
 
 def test_what_is_no_run_directory_is_refused(tmp_path: Path) -> None:

@@ -86,13 +86,39 @@ def test_a_run_that_is_finished_is_said_to_be(
     assert "this run is finished" not in command("resume", tmp_path / "half").out
 
 
-def test_a_finished_run_that_lacks_its_report_gets_it(
-    whole: Path, tmp_path: Path, command: Command
+# Of a run's adapter.
+WEIGHTS, SAID = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        (rundir.REPORT, None),
+        (f"{rundir.ADAPTER}/{WEIGHTS}", None),
+        (f"{rundir.ADAPTER}/{WEIGHTS}", b""),
+        (f"{rundir.ADAPTER}/{WEIGHTS}", slice(None, -1)),
+        (f"{rundir.ADAPTER}/{WEIGHTS}", b"\xff" * 4000),
+        (f"{rundir.ADAPTER}/{SAID}", b""),
+        (f"{rundir.ADAPTER}/{SAID}", slice(None, -9)),
+    ],
+)
+def test_a_finished_run_whose_files_are_gone_or_cut_gets_them_again(
+    whole: Path, tmp_path: Path, command: Command, name: str, left: bytes | slice | None
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    (run / rundir.REPORT).unlink(missing_ok=True)
-    assert "loading" in command("resume", run).out
+    (run / rundir.REPORT).write_text("as it was left")
+    was = (whole / name).read_bytes() if (whole / name).exists() else b""
+    if left is None:
+        (run / name).unlink(missing_ok=True)
+    else:
+        (run / name).write_bytes(was[left] if isinstance(left, slice) else left)
+    out = " ".join(command("resume", run).out.split())
+    assert "missing or damaged, and is written again" in out
+    if name.endswith(WEIGHTS):
+        assert (run / name).read_bytes() == was
+    elif name.endswith(SAID):
+        assert json.loads((run / name).read_text()).keys() == json.loads(was).keys()
 
 
 def test_fewer_rounds_than_are_done_are_refused_before_anything_is_loaded(

@@ -83,6 +83,7 @@ def test_memory_is_that_of_the_table_of_methods(tiny: Tiny) -> None:
     assert (own.base, own.trained) == (needs.base, needs.trained)
 
 
+NOISE = {"clip": 1.0, "delta": 1e-5, "noise_multiplier": 0.5}
 # (what the recipe says, what is told)
 IDLE: list[tuple[dict[str, Any], str]] = [
     ({"data__test": None}, "nothing is evaluated"),
@@ -92,6 +93,8 @@ IDLE: list[tuple[dict[str, Any], str]] = [
     ({"training__steps": 1, "training__epochs": 3}, "training.epochs is not used"),
     ({"training__momentum": 0.5}, "training.momentum is not used"),
     ({"training__micro_batch": 8}, "saves no memory"),
+    ({"privacy": {**NOISE, "clip_rate": 0.1}}, "privacy.clip_rate is not used"),
+    ({"privacy": {**NOISE, "count_noise": 2.0}}, "privacy.count_noise is not used"),
     ({"training__steps": 1, "training__proximal": 0.1}, "training.proximal does nothing"),
     (
         {

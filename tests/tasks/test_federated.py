@@ -8,6 +8,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -304,6 +305,12 @@ def test_what_a_task_has_no_use_for_is_told_by_name(tiny: Tiny, tmp_path: Path, 
     data = given.data.model_copy(update={name: every[name] for name in vain})
     told = unused(given.model_copy(update={"data": data}))
     assert sorted(each.split()[0] for each in told) == [f"data.{name}" for name in vain]
+    other = {"by_length": True} if task.reads == "images" else {"augment": "flip"}
+    training = replace(given.training, **other)
+    told = unused(given.model_copy(update={"training": training}))
+    assert [each.split()[0] for each in told] == [f"training.{name}" for name in other]
+    told = unused(given.model_copy(update={"data": given.data.model_copy(update={"config": "x"})}))
+    assert [each.split()[0] for each in told] == ["data.config"]
 
 
 def test_a_run_notes_what_it_has_no_use_for(tiny: Tiny, tmp_path: Path) -> None:

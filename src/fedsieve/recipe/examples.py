@@ -18,7 +18,7 @@ from fedsieve.data import pictures, sources, templates
 from fedsieve.data.files import Columns
 from fedsieve.data.paths import is_path
 from fedsieve.data.templates import filled
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, quoted
 from fedsieve.recipe.schema import Data, Recipe
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.examples import Examples, take, unasked
@@ -111,11 +111,26 @@ def _of(whose: str) -> Iterator[None]:
 
 
 def unused(recipe: Recipe) -> list[str]:
-    """What of [data] was given in vain, a sentence each."""
-    names = unread(catalogue.load(recipe.model.task), fields_of(recipe.data))
-    return [
-        f"data.{name} is not used: a {recipe.model.task} task has no use for it" for name in names
+    """What was given in vain, by the task and by where the rows are, a sentence each."""
+    task, data = catalogue.load(recipe.model.task), recipe.data
+    found = [
+        f"data.{name} is not used: a {recipe.model.task} task has no use for it"
+        for name in unread(task, fields_of(data))
     ]
+    if task.reads != "images" and recipe.training.augment != "none":
+        found.append(
+            f"training.augment is not used: it moves images, and a {recipe.model.task} task reads "
+            "texts"
+        )
+    if task.reads == "images" and recipe.training.by_length:
+        found.append("training.by_length is not used: all images have one size")
+    places = {data.train, data.test or data.train, *(at for at, _ in more_sources(data).values())}
+    if data.config is not None and all(map(sources.folder_of, places)):
+        found.append(
+            f"data.config is not used: it names a configuration of a data set of the hub, and "
+            f"{quoted(data.train)} is read from this machine"
+        )
+    return found
 
 
 def columns_of(fields: Fields, clients: str | None = None) -> Columns:

@@ -7,6 +7,7 @@ that quietly skips lines would show sums that are wrong.
 
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -148,7 +149,8 @@ def load(path: Path) -> Run:
     """Read one run directory.
 
     Raises FedSieveError where `path` is not a run directory, where no round has finished, or
-    where a file is damaged elsewhere than in its last line.
+    where a file is damaged elsewhere than in its last line. Warns of damage that leaves something
+    to show, which is among the notes too.
     """
     if not path.is_dir():
         raise FedSieveError(f"{path} is not a run directory: there is no such directory.")
@@ -167,7 +169,11 @@ def load(path: Path) -> Run:
     environment = recipe.get("environment")
     said = environment.pop("notes", []) if isinstance(environment, dict) else []
     notes = [str(note) for note in said] if isinstance(said, list) else []
-    rows = _rounds(path / "metrics.jsonl", notes)
+    damage: list[str] = []
+    method = recipe.get("method")
+    if not isinstance(method, dict):
+        damage.append("recipe.toml names no method: it is not as a run leaves it.")
+    rows = _rounds(path / "metrics.jsonl", damage)
     start, rounds = (rows[0], rows[1:]) if rows and rows[0].round == 0 else (None, rows)
     if not rounds:
         raise FedSieveError(
@@ -176,11 +182,13 @@ def load(path: Path) -> Run:
         )
     clients = None
     if (path / "clients.jsonl").is_file():
-        clients = _clients(path / "clients.jsonl", rounds, notes)
+        clients = _clients(path / "clients.jsonl", rounds, notes, damage)
     else:
         notes.append("There is no clients.jsonl: nothing can be said about single clients.")
-    notes += _doubts(recipe, rounds, clients.dropped if clients else {})
-    method = recipe.get("method")
+    damage += _missing(rounds)
+    for what in damage:
+        warnings.warn(f"{path}: {what}", stacklevel=2)
+    notes += [*damage, *_doubts(recipe, rounds, clients.dropped if clients else {})]
     return Run(
         path,
         str(recipe.get("name") or path.resolve().name),
@@ -195,20 +203,32 @@ def load(path: Path) -> Run:
     )
 
 
+def _missing(rounds: list[Round]) -> list[str]:
+    told, last = sum(_both_ways(row) for row in rounds), rounds[-1]
+    if told == last.total_bytes:
+        return []
+    return [
+        f"The rounds add up to {told:,} bytes, but the last total_bytes is "
+        f"{last.total_bytes:,}: metrics.jsonl lacks rounds or counts other bytes."
+    ]
+
+
 def _doubts(recipe: dict[str, Any], rounds: list[Round], reasons: Mapping[str, int]) -> list[str]:
     """What a careful reader would want to know before trusting the numbers."""
     doubts = []
     last, planned = rounds[-1], recipe.get("rounds")
     if isinstance(planned, int) and last.round < planned:
         doubts.append(f"{last.round} of {planned} rounds are done: the run goes on or was stopped.")
-    told = sum(_both_ways(row) for row in rounds)
-    if told != last.total_bytes:
-        doubts.append(
-            f"The rounds add up to {told:,} bytes, but the last total_bytes is "
-            f"{last.total_bytes:,}: metrics.jsonl lacks rounds or counts other bytes."
-        )
     if all(not row.metrics and row.eval_loss is None for row in rounds):
         doubts.append("No round was evaluated: there is neither a score nor an evaluation loss.")
+    counts = {row.round: row.eval_examples for row in rounds if row.eval_examples is not None}
+    most = max(counts.values(), default=0)
+    if fewer := [number for number, found in counts.items() if found < most]:
+        doubts.append(
+            f"In {len(fewer)} of {count(len(counts), 'evaluated round')} (first {fewer[0]}, last "
+            f"{fewer[-1]}) fewer rows were evaluated, {counts[fewer[0]]:,} of {most:,} in round "
+            f"{fewer[0]}: not all sites answered, and these scores are of the others."
+        )
     if starved := [row.round for row in rounds if row.starved and row.round > 1]:
         doubts.append(
             f"In {len(starved)} of {count(len(rounds), 'round')} (first {starved[0]}, last "
@@ -256,14 +276,14 @@ def check_logs(metrics: Path, clients: Path, marks: Mapping[str, int], last: int
             f"{metrics}: its lines end with round {found} where the checkpoint ends with {last}: "
             "it has lost lines, or is of another run"
         )
-    _clients(clients, rows, [], marks.get(clients.name, 0))
+    _clients(clients, rows, [], [], marks.get(clients.name, 0))
 
 
-def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Round]:
+def _rounds(path: Path, damage: list[str], until: int | None = None) -> list[Round]:
     rounds: list[Round] = []
     for number, row in objects(path, until):
         if row is None:
-            notes.append(f"The last line of {path.name} was cut and is left out.")
+            damage.append(f"The last line of {path.name} was cut and is left out.")
             continue
         where = f"{path}, line {number}"
         loss = _real(row, "loss", where)
@@ -299,7 +319,11 @@ def _rounds(path: Path, notes: list[str], until: int | None = None) -> list[Roun
 
 
 def _clients(
-    path: Path, rounds: Sequence[Round], notes: list[str], until: int | None = None
+    path: Path,
+    rounds: Sequence[Round],
+    notes: list[str],
+    damage: list[str],
+    until: int | None = None,
 ) -> Clients:
     latest = 0
     last: dict[str, int] = {}  # its round so far
@@ -312,7 +336,7 @@ def _clients(
     untimed = 0
     for number, row in objects(path, until):
         if row is None:
-            notes.append(f"The last line of {path.name} was cut and is left out.")
+            damage.append(f"The last line of {path.name} was cut and is left out.")
             continue
         where = f"{path}, line {number}"
         at = _integer(row, "round", where)
@@ -371,7 +395,7 @@ def _clients(
         )
     strange = [row.round for row in rounds if _traffic(parts[row.round]) != _both_ways(row)]
     if strange:
-        notes.append(
+        damage.append(
             "clients.jsonl and metrics.jsonl count different bytes in "
             f"{count(len(strange), 'round')}, first in round {strange[0]}: simulated time is that "
             "of the clients in clients.jsonl."

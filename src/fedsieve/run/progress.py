@@ -59,6 +59,13 @@ def in_vain(recipe: "Recipe") -> list[str]:
         found.append("training.proximal does nothing: in its one step a client is where it began")
     if training.micro_batch is not None and training.micro_batch >= training.batch:
         found.append("training.micro_batch is not below training.batch: it saves no memory")
+    if recipe.privacy is not None and recipe.privacy.quantile is None:
+        usual = type(recipe.privacy).model_fields
+        found += [
+            f"privacy.{key} is not used: it is for a clip that follows privacy.quantile"
+            for key in ("clip_rate", "count_noise")
+            if getattr(recipe.privacy, key) != usual[key].default
+        ]
     return found
 
 

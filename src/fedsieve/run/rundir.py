@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import filelock
+from safetensors import safe_open
 
 from fedsieve import disk
 from fedsieve.disk import (
@@ -305,8 +306,28 @@ def has_ended(folder: Path, number: int, rounds: int) -> bool:
     """Whether nothing of a run of so many rounds is left to do after round `number`, its adapter
     (or whole model) and report included.
     """
-    made = any((folder / ADAPTER).glob("*.safetensors")) and (folder / REPORT).is_file()
-    return number >= rounds and made
+    return number >= rounds and (folder / REPORT).is_file() and _is_whole(folder / ADAPTER)
+
+
+_SAID = ("adapter_config.json", "config.json")  # what an adapter's folder, or a model's, says of it
+
+
+def _is_whole(adapter: Path) -> bool:
+    """Whether an adapter's folder has tensors, and none of its files is cut or of something else.
+    The numbers themselves are not looked at.
+    """
+    weights = [*adapter.glob("*.safetensors")]
+    try:
+        with disk.tensors_read():
+            for path in weights:
+                disk.refuse_holes(path)  # nor what is no file, for which one would wait
+                with safe_open(path, framework="np"):
+                    pass
+        for path in (path for name in _SAID for path in adapter.glob(name)):
+            disk.parsed(bytes_of(path, disk.LONGEST), str(path))
+    except (OSError, ValueError, KeyError, FedSieveError):
+        return False
+    return bool(weights)
 
 
 def cut_back(folder: Path, lengths: Mapping[str, int]) -> None:

@@ -323,6 +323,8 @@ def pick_device(name: str = "auto") -> torch.device:
         try:
             device = torch.device(name)
             float(torch.zeros(1, device=device))  # "meta" holds no numbers
+            if device.type == "cpu" and device.index:
+                raise RuntimeError("all cores of a machine are one device, 'cpu'")
         except (RuntimeError, AssertionError) as error:
             why = words(error, 200)
             raise FedSieveError(f"device {quoted(name)} cannot be used here: {why}") from error
