@@ -314,7 +314,7 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
     assert "1 more are of what this form leaves out" in " ".join(ran.out.split())
 
 
-NO_MODEL = {"model.source": "o/m"}
+OWN_ROWS = "{data}/rows.csv"
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -380,6 +380,36 @@ def test_what_is_not_here_is_told_once_and_before_anything_runs(
     assert ran.code == 2
     assert f"nothing of it can be run here: {told}" in " ".join(ran.err.split())
     assert not out.exists()
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(
+    ("changes", "rows", "told"),
+    [
+        ({"data.train": OWN_ROWS}, "words,label\na b,x\n", "no column 'text'"),
+        ({"data.test": OWN_ROWS}, "words,label\na b,x\n", "no column 'text'"),
+        ({"data.train": OWN_ROWS, "partition.by": "s"}, "text,label\na b,x\n", "no column 's'"),
+        ({"data.train": OWN_ROWS}, "", "rows.csv"),
+        ({"data.test": OWN_ROWS}, "\0\0", "rows.csv"),
+    ],
+)
+def test_files_of_other_rows_are_told_once_and_before_anything_runs(
+    write: Write,
+    tmp_path: Path,
+    command: Command,
+    changes: dict[str, Any],
+    rows: str,
+    told: str,
+) -> None:
+    (tmp_path / "rows.csv").write_text(rows, encoding="utf-8")
+    gone = [{"name": n, "recipe": "tiny.toml", "set": changes} for n in ("one", "two")]
+    path = write(small=gone, seeds=[0])
+    ran = command("reproduce", path, "--data", tmp_path, "--out", tmp_path / "out")
+    said = " ".join(ran.err.split())
+    assert ran.code == 2
+    assert "nothing of it can be run here: one; two: " in said
+    assert said.count(told) == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_a_panel_sets_wrongly_is_told_as_its_own(

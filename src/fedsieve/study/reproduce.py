@@ -5,6 +5,7 @@ was stopped. A run that a neighbouring figure has done already, with the very sa
 and not done again. A part that fails is named, and the others go on.
 """
 
+import copy
 import json
 import math
 import statistics
@@ -18,7 +19,9 @@ from fedsieve.data import fetch, hub, sources
 from fedsieve.data.paths import is_path
 from fedsieve.disk import refuse_link, write_whole
 from fedsieve.errors import FedSieveError, count
-from fedsieve.recipe.overrides import flat
+from fedsieve.recipe import examples
+from fedsieve.recipe import read as recipes
+from fedsieve.recipe.overrides import flat, put
 from fedsieve.report.series import gather, spread
 from fedsieve.study import claims, compare, drawn
 from fedsieve.study import figures as figuring
@@ -137,6 +140,7 @@ def _absent(parts: Sequence[Part], source: str, data: Path | None) -> dict[int, 
     """
     found: dict[int, str] = {}
     known: dict[tuple[str, str | None], str | None] = {}
+    read: dict[str, list[str]] = {}
     for nth, part in enumerate(parts):
         said = []
         try:
@@ -145,7 +149,9 @@ def _absent(parts: Sequence[Part], source: str, data: Path | None) -> dict[int, 
             found[nth] = str(error)
             continue
         try:
-            figuring.ready(part, source, data)
+            base, study = figuring.ready(part, source, data)
+            if asked.files:
+                said += _unread(base, study.set, source, read)
         except FedSieveError as error:
             said.append(str(error))
         # Where entries name their own, their runs tell which of them have what is not here.
@@ -154,6 +160,30 @@ def _absent(parts: Sequence[Part], source: str, data: Path | None) -> dict[int, 
         if said:
             found[nth] = "; ".join(said)
     return found
+
+
+def _unread(
+    base: Mapping[str, Any], changes: Mapping[str, Any], source: str, known: dict[str, list[str]]
+) -> list[str]:
+    """Why the rows of files that the user gave cannot be read as a part's recipe has them.
+
+    known: what was found out of each [data] before, and is now
+    """
+    table = copy.deepcopy(dict(base))
+    for key, value in flat(changes):
+        put(table, key, value, f"{source}: set.{key}")
+    recipe: Any = recipes.parse({**table, "method": {"name": "fedit"}}, source)
+    data, said = recipe.data, json.dumps(table["data"], sort_keys=True, default=str)
+    if said not in known:
+        known[said] = []
+        try:
+            examples.load_rows(data, data.train, data.train_split, recipe.partition.reads)
+            if data.test is not None or data.test_split is not None:
+                examples.load_rows(data, data.test or data.train, data.test_split)
+            examples.load_more(data)
+        except FedSieveError as error:
+            known[said] = [str(error)]
+    return known[said]
 
 
 def _names_not_here(
