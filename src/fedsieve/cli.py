@@ -108,7 +108,7 @@ AcceptChanges = Annotated[
 T = TypeVar("T")
 
 
-_SITES_NAMED = 20
+_NAMED = 20
 _MOST_SAID = 10_000  # letters of an error: one may quote what is long after all
 _NOT_OURS = "code that is not FedSieve's ended the program before all was done"
 
@@ -1081,9 +1081,13 @@ class _Live:
             self._begun, self._started = summary.round, now
         done = summary.round - self._begun
         left = (now - self._started) / done * (self._rounds - summary.round) if done else None
+        dropped: dict[str, list[str]] = {}
         for receipt in receipts:
             if receipt.dropped is not None:
-                warn(f"round {summary.round}, client {receipt.client} dropped: {receipt.dropped}")
+                dropped.setdefault(receipt.dropped, []).append(receipt.client)
+        for why, clients in dropped.items():
+            who = "client" if len(clients) == 1 else f"{len(clients)} clients"
+            warn(f"round {summary.round}, {who} {few(clients, _NAMED)} dropped: {why}")
         for caution in self._cautions(summary):
             warn(caution)
         line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
@@ -1102,6 +1106,9 @@ def _planned(
     from fedsieve.recipe import read as recipes
 
     table = recipes.read(source, overrides or [])
+    for key, _, value in (given.partition("=") for given in overrides or []):
+        if not value.strip():  # as of a variable of the shell that is not set
+            say(f"{key}= takes {key} out of the recipe")
     planned = recipes.parse(table, source)
     if not allow_code:
         recipes.refuse_programs(planned, source)
@@ -1210,7 +1217,7 @@ def _go_on_with(folder: Path, at_round: int | None = None) -> None:
                 done = count(recipe.rounds, "round")
                 say(f"this federation is finished: all of its {done} are done")
             if ended and lacking:
-                said = few(lacking, _SITES_NAMED)
+                said = few(lacking, _NAMED)
                 say(f"asking for the sites without the final adapter: {said}")
             idle = ended and not lacking
             if not idle and here.is_here(folder):
@@ -1224,7 +1231,7 @@ def _go_on_with(folder: Path, at_round: int | None = None) -> None:
         raise typer.Exit(130) from None
     if lacking := federating.without_adapter(folder):
         warn(
-            f"{few(lacking, _SITES_NAMED)} did not get the final adapter: start "
+            f"{few(lacking, _NAMED)} did not get the final adapter: start "
             f"`{rundir.again(folder)}` once more when they are there"
         )
     _summary(folder)

@@ -174,6 +174,7 @@ def _finite(state: State) -> State:
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise NoUsableUpdate(
                     f"after the merge, {group} {name} holds numbers that are not finite: "
-                    "server.lr is too large for these updates. server.clip bounds what one can do"
+                    "server.lr is too large for these updates (or the merge of a method of your "
+                    "own gives that). server.clip bounds what one can do"
                 )
     return state
