@@ -440,6 +440,23 @@ def test_what_parts_say_of_themselves_is_told_once_and_else_with_its_place(
     assert sum(" a round, " in line and " clients, " in line for line in lines) == 1
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_the_rows_of_all_places_are_named(
+    tiny: Tiny, write: Write, tmp_path: Path, command: Command
+) -> None:
+    own = Path(tiny.table()["data"]["train"]).read_bytes()
+    for name in ("a.csv", "b.csv"):
+        (tmp_path / name).write_bytes(own)
+    places = [
+        {"name": name, "set": {"data.train": str(tmp_path / f"{name}.csv")}} for name in ("a", "b")
+    ]
+    entry = [{"name": "dense", "method": "fedit"}]
+    path, out = write(place=places, seeds=[0], entry=entry), tmp_path / "out"
+    assert command("reproduce", path, "--out", out).code == 0
+    (settings,) = json.loads((out / "figure.json").read_text())["settings"].values()
+    assert settings["data"] == f"{tmp_path.name}/a.csv, {tmp_path.name}/b.csv"
+
+
 def test_a_note_names_its_place_unless_all_have_it() -> None:
     assert reproduce._noted({}) == []
     assert reproduce._noted({"a": ["2", "4"], "b": ["2"], "c": ["4"]}) == ["a", "2: b", "4: c"]

@@ -359,14 +359,15 @@ def _plain(values: Any) -> Any:
 
 
 def _settings(of: Measured) -> dict[str, Any]:
-    """The sizes of a panel's runs, as the first one had them."""
+    """The sizes of a panel's runs, as the first one had them, and all places' rows."""
     runs = [run for place in of.runs.values() for one in place.values() for run in one.runs]
     if not runs:
         return {}
     recipe = runs[0].recipe
+    rows = dict.fromkeys(_called(run.recipe["data"]["train"]) for run in runs)
     return {
         "model": _called(recipe["model"]["source"]),
-        "data": _called(recipe["data"]["train"]),
+        "data": ", ".join(rows),
         "partition": recipe["partition"],
         "rounds": recipe["rounds"],
         "cohort": recipe["cohort"],
