@@ -58,12 +58,12 @@ each_kind = kinds.quick_of(KINDS, lambda kind: kind in kinds.QUICK or kind not i
 @pytest.mark.parametrize("kind", each_kind)
 def test_a_bill_is_what_a_run_sends(tiny: Tiny, tmp_path: Path, kind: str) -> None:
     """To the byte, but for masks: the cohorts are the run's own."""
-    table = {"rounds": 8, "cohort": 4, "partition": {"kind": "iid", "clients": 12}, **KINDS[kind]}
+    table = {"rounds": 5, "cohort": 4, "partition": {"kind": "iid", "clients": 12}, **KINDS[kind]}
     given = recipe.check(tiny.table(**table))
     bill = of_recipe(given, classes=3, rows=20)
     runs.start_from(given, tmp_path / "run")
     last = runs.lines(tmp_path / "run")[-1]
-    assert bill.rehearsed == bill.rounds == 8
+    assert bill.rehearsed == bill.rounds == 5
     assert bill.dense == pytest.approx(last["dense_bytes"])
     within = 0.05 if kind in MASKED else 1e-9
     if kind == "florist":  # noise needs more ranks than what was learned

@@ -68,10 +68,10 @@ def federation(tiny: Tiny, folder: Path, method: str, **changes: Any) -> World:
     return made
 
 
-def serve(given: World, wire: Wire) -> list[str]:
+def serve(given: World, wire: Wire, wait: float = 20.0) -> list[str]:
     said: list[str] = []
     transport = Transport(lambda: [Node(0), Node(1)], wire.send, wire.collect)
-    patience = PATIENCE._replace(deadline=5.0, setup=20.0, wait=20.0, poll=0.02)
+    patience = PATIENCE._replace(deadline=5.0, setup=20.0, wait=wait, poll=0.02)
     federate.serve(given.run, transport, patience, said.append)
     return said
 
@@ -261,7 +261,7 @@ def test_a_site_with_another_tokenizer_is_refused_by_name(tiny: Tiny, tmp_path: 
     shutil.copytree(tiny.bert, own)
     path.write_text(tomli_w.dumps({**tomllib.loads(path.read_text()), "model": str(own)}))
     swapped(own)
-    said = serve(given, Wire(given, nothing))
+    said = serve(given, Wire(given, nothing), wait=6.0)
     assert any("'north' reads rows otherwise" in line for line in said)
     assert {row["client"] for row in runs.lines(given.run, rundir.CLIENTS)} == {"south"}
 

@@ -122,8 +122,8 @@ def fedit(**more: Any) -> Method:
 @pytest.mark.parametrize("momentum", [0.0, 0.7])
 def test_it_reaches_the_optimum_that_many_local_steps_miss(momentum: float) -> None:
     training = Training(lr=0.1, momentum=momentum, steps=8)
-    plain, _, _ = run(fedit(), 300, training=training)
-    ours, _, _ = run(scaffold(training), 300, training=training)
+    plain, _, _ = run(fedit(), 200, training=training)
+    ours, _, _ = run(scaffold(training), 200, training=training)
     assert away(plain) > 0.1
     assert away(ours) < 1e-8
 
