@@ -296,9 +296,16 @@ def test_saving_where_no_folder_can_be(tiny: Tiny, tmp_path: Path, method: Any) 
         with pytest.raises(FedSieveError, match=r"notes\.txt.* cannot be written: .*"):
             run.save(folder)
     assert file.read_text() == "mine"
-    for odd in (None, 5):
-        with pytest.raises(FedSieveError, match="save: a folder is needed, not"):
-            run.save(odd)  # type: ignore[arg-type]
+    for what in (run.save, run.report, run.keep, run.go_on):
+        name = what.__name__
+        for odd, said in ((None, "a folder is needed"), (5, "a folder is needed")):
+            with pytest.raises(FedSieveError, match=f"{name}: {said}, not"):
+                what(odd)  # type: ignore[arg-type]
+        for long in ("a" * 300, ""):
+            with pytest.raises(FedSieveError, match=f"{name}: .* can be no path"):
+                what(long)
+        with pytest.raises(FedSieveError):
+            what(tmp_path / "c" / ("b" * 300) / "d")
     run.save(str(tmp_path / "a" / "b"))
     assert any((tmp_path / "a" / "b").iterdir())
 

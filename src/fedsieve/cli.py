@@ -131,6 +131,10 @@ def main() -> None:
             sys.exit(1)
         full = no_room(found)
         if found.filename is None and not full:  # a connection, a pipe, a library's own trouble
+            if not _here_is():
+                said = "the folder in which this was started is gone: start it in another one"
+                problems.print(f"[bold red]error:[/] {said}")
+                sys.exit(2)
             raise
         where = str(named_by(found) or "standard output, or a file")[:200]
         said = f"{where}: {found.strerror or error}" + ": make room, then do it again" * full
@@ -155,6 +159,15 @@ def main() -> None:
     except BaseException as error:  # no kind of error that Python or a library of ours raises
         problems.print(f"[bold red]error:[/] {plain(f'{_NOT_OURS} ({with_type(error)})')}")
         sys.exit(2)
+
+
+def _here_is() -> bool:
+    """Whether the current folder is there."""
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
 
 
 def _through_a_command(error: SystemExit) -> bool:
@@ -211,8 +224,7 @@ def run(
     table, planned = _planned(recipe, overrides, allow_code)
     tracking.check(planned.tracking)
     folder = out or _by_name(planned.name)
-    if not overwrite:
-        rundir.refuse(folder)
+    rundir.refuse(folder, overwrite=overwrite)
     for said in in_vain(planned):
         warn(said)
     _announce(planned, folder)

@@ -56,6 +56,21 @@ def test_a_path_that_no_disk_takes_is_told_in_a_sentence(
     assert "error" in told.lower()
 
 
+@pytest.mark.parametrize("words", [["run", "demo"], ["report", "run"]])
+def test_a_current_folder_that_is_gone_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert ended(monkeypatch, *words) == 2
+    assert "Traceback" not in (told := capsys.readouterr().err)
+    assert "error" in told
+
+
 def numbers() -> list[tuple[str, str]]:
     return [
         (name, each.opts[0])

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -508,14 +509,56 @@ def test_layers_that_a_configuration_leaves_out_are_told(tiny: Tiny, tmp_path: P
         load_base(str(tiny.bert), "classification", LABELS, key=Key(0))
 
 
-def test_weights_stored_as_whole_numbers_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_weights_are_stored_as_any_floating_point_numbers(
+    tiny: Tiny, tmp_path: Path, kind: torch.dtype
+) -> None:
+    """Most published models are in bfloat16."""
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    held = safetensors.torch.load_file(folder / "model.safetensors")
+    stored = {name: tensor.to(kind) for name, tensor in held.items()}
+    safetensors.torch.save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    found = load_base(str(folder), "classification", LABELS, key=Key(0)).state_dict()
+    for name, tensor in stored.items():
+        assert torch.equal(found[name], tensor.float())
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (math.nan, r"the weights bert\.\S+ of this bert model hold numbers that are not finite"),
+        (math.inf, r"the weights bert\.\S+ of this bert model hold numbers that are not finite"),
+        (1e38, "the outputs of this bert model are not finite: its weights are too large"),
+    ],
+)
+def test_weights_that_are_no_finite_numbers_are_told(
+    tiny: Tiny, tmp_path: Path, value: float, said: str
+) -> None:
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    held = safetensors.torch.load_file(folder / "model.safetensors")
+    name = next(n for n in held if n.endswith("layer.0.attention.self.query.weight"))
+    seeded = torch.Generator().manual_seed(0)
+    held[name] = torch.where(torch.rand(held[name].shape, generator=seeded) < 0.5, value, -value)
+    safetensors.torch.save_file(held, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FedSieveError, match=said):
+        load_base(str(folder), "classification", LABELS, key=Key(0))
+
+
+def test_weights_stored_as_no_floating_point_numbers_are_refused(
+    tiny: Tiny, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
     held = safetensors.torch.load_file(folder / "model.safetensors")
     name = next(n for n in held if n.endswith("layer.0.intermediate.dense.weight"))
-    for stored, said in ((name, "stored as whole numbers"), ("some.position_ids", None)):
-        whole = {**held, stored: torch.ones(4, 4, dtype=torch.int8) if said is None else
-                 (held[name] * 127).to(torch.int8)}  # fmt: skip
-        safetensors.torch.save_file(whole, folder / "model.safetensors", {"format": "pt"})
+    whole, complex_ = (held[name] * 127).to(torch.int8), held[name].to(torch.complex64)
+    for stored, value, said in (
+        (name, whole, "are stored as I8, which are no floating-point numbers"),
+        (name, whole > 0, "are stored as BOOL, which are no floating-point numbers"),
+        (name, complex_, "are stored as C64, which are no floating-point numbers"),
+        ("some.position_ids", torch.ones(4, 4, dtype=torch.int8), None),
+    ):
+        other = {**held, stored: value}
+        safetensors.torch.save_file(other, folder / "model.safetensors", {"format": "pt"})
         with pytest.raises(FedSieveError, match=said) if said else contextlib.nullcontext():
             load_base(str(folder), "classification", LABELS, key=Key(0))
 

@@ -391,6 +391,30 @@ def test_damage_is_refused(tmp_path: Path, file: str, text: str, message: str) -
     assert not (tmp_path / "r.html").exists()
 
 
+@pytest.mark.parametrize("name", ["rows.csv", "page.html", "clients.jsonl", "recipe.toml"])
+def test_no_other_file_is_replaced_by_a_report(tmp_path: Path, name: str) -> None:
+    run = make(tmp_path / "a")
+    there = run / name if (run / name).exists() else tmp_path / name
+    own = there.read_bytes() if there.exists() else b"<!doctype html><title>mine</title>"
+    there.write_bytes(own)
+    with pytest.raises(FedSieveError, match=f"{there} is there already and no report"):
+        write([run], there)
+    assert there.read_bytes() == own
+    assert not [*tmp_path.rglob("*.png")]
+
+
+def test_a_report_is_written_again_and_its_pictures_too(tmp_path: Path) -> None:
+    run, other = make(tmp_path / "a"), tmp_path / "mine.html"
+    (run / "report.html").write_text("a run's own page may be whatever it was left as")
+    for out in (run / "report.html", other, other):
+        written = write([run], out)
+        assert other not in written or out == other
+    # A picture of somebody's is no part of a page that is not there.
+    other.unlink()
+    with pytest.raises(FedSieveError, match=r"mine-\S+\.png is there already"):
+        write([run], other)
+
+
 def test_rounds_that_not_all_sites_evaluated_are_told(tmp_path: Path) -> None:
     def notes(name: str, rows: list[int]) -> list[str]:
         rounds = [dict(row, eval_examples=n) for row, n in zip(ROUNDS, rows, strict=True)]

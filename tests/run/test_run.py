@@ -106,6 +106,23 @@ def test_the_recipe_of_a_run_runs_it_again(
     assert runs.lines(Path("other"))[-1]["round"] == 2
 
 
+@pytest.mark.parametrize("more", [(), ("--overwrite",)])
+def test_the_recipe_that_is_run_is_not_replaced_by_the_runs_own(
+    tiny: Tiny, tmp_path: Path, command: Command, more: tuple[str, ...]
+) -> None:
+    """Nor any other recipe in a folder without a run: `init` writes one of this name."""
+    path = tiny.write(tmp_path / "recipe.toml")
+    path.write_text(f"# mine\n{path.read_text()}")
+    before = path.read_text()
+    ran = command("run", path, "--out", tmp_path, *more)
+    assert ran.code == 2
+    assert "holds no run, and has recipe.toml, in whose place a run writes its own" in " ".join(
+        ran.err.split()
+    )
+    assert path.read_text() == before
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["recipe.toml"]
+
+
 @pytest.mark.usefixtures("no_report")
 def test_a_directory_with_a_run_is_refused_or_replaced(
     tiny: Tiny, tmp_path: Path, command: Command

@@ -63,11 +63,12 @@ def write(
         raise FedSieveError(f"{out} is a directory: name a file, such as {out / 'report.html'}")
     refuse_link(out)
     plots = draw(series, rows, conditions)
+    _refuse_others(out, [_picture(out, plot.key) for plot in plots], runs)
     written = [out]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for plot in plots:
-            path = out.with_name(f"{out.stem}-{plot.key}.png")
+            path = _picture(out, plot.key)
             refuse_link(path)
             write_whole(path, to_png(plot))
             written.append(path)
@@ -77,3 +78,30 @@ def write(
         todo = ": make room, then do it again" * no_room(error)
         raise FedSieveError(f"The report {out} cannot be written: {reason(error)}{todo}") from error
     return written
+
+
+_PAGE = "report.html"  # of a run, in its folder
+_HEAD = 1 << 16  # bytes of a page: enough for its title
+
+
+def _picture(out: Path, key: str) -> Path:
+    return out.with_name(f"{out.stem}-{key}.png")
+
+
+def _refuse_others(out: Path, pictures: Sequence[Path], runs: Sequence[Path]) -> None:
+    """Raises FedSieveError where something would be replaced that no report is: rows, a log, a
+    person's own page. What is beside a page of ours is ours.
+    """
+    if out.name == _PAGE and out.parent.resolve() in {run.resolve() for run in runs}:
+        return
+    if out.is_file():
+        with out.open("rb") as file:
+            head = file.read(_HEAD)
+        if head.lower().startswith(b"<!doctype html>") and b"FedSieve" in head:
+            return
+    for path in (out, *pictures):
+        if path.exists():
+            raise FedSieveError(
+                f"{path} is there already and no report of FedSieve's: choose another name, or "
+                "move it away"
+            )

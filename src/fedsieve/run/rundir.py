@@ -129,10 +129,19 @@ def _make_secret(folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def refuse(folder: Path) -> None:
+def refuse(folder: Path, *, overwrite: bool = False) -> None:
     """Raises FedSieveError if the folder holds a run already, something that would be taken for a
     part of one, or the secrets of one.
+
+    overwrite: what is of a run may be replaced; not a recipe without one, which is the user's
     """
+    if (folder / RECIPE).is_file() and not os.path.lexists(folder / METRICS):
+        raise FedSieveError(
+            f"{folder} holds no run, and has {RECIPE}, in whose place a run writes its own: choose "
+            "another --out, or give the recipe another name"
+        )
+    if overwrite:
+        return
     refuse_link(folder / RECIPE)
     if (folder / RECIPE).exists():
         raise FedSieveError(
@@ -162,8 +171,7 @@ def create(folder: Path, recipe: str, *, overwrite: bool = False, secret: bool =
     Raises FedSieveError if it holds a run already, unless `overwrite`: the old run's files are
     removed, and nothing else.
     """
-    if not overwrite:
-        refuse(folder)
+    refuse(folder, overwrite=overwrite)
     for plot in plots(folder):
         remove_link(plot)
     for there in (*(folder / name for name in _OURS), own(folder)):

@@ -74,8 +74,7 @@ def start(
     on_client: called with each reply of a round as it comes
     Raises FedSieveError for bad input, Stopped after Ctrl-C or SIGTERM.
     """
-    if not overwrite:
-        rundir.refuse(folder)  # before the model and the data are loaded
+    rundir.refuse(folder, overwrite=overwrite)  # before the model and the data are loaded
     tracking.check(recipe.tracking)
     experiment = build(recipe)
     assert experiment.recipe is not None

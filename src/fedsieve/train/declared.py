@@ -7,7 +7,7 @@ device). Of the hub's models nothing is known before they are there; folders are
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +56,30 @@ def refuse_larger(name: str, maker: Any, config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         held *= _PACKED
     else:
-        _refuse_whole_numbers(name, parameters, [n for n, _, kind in tensors if kind[0] in "IUB"])
+        _refuse_no_floats(name, parameters, {n: kind for n, _, kind in tensors})
     if asked > _TIMES * held + _MORE:
         raise _larger(name, f"{asked} numbers", f"{held}")
 
 
-def _refuse_whole_numbers(name: str, parameters: Collection[str], whole: Sequence[str]) -> None:
-    """Raises FedSieveError where a weight is stored in whole numbers, of which nothing says what
-    they stand for: loaded as they are, they would be taken for the weights themselves.
+# What safetensors calls floating-point types: F32, F16, BF16, F8_E4M3.
+_FLOATS = re.compile(r"B?F\d")
 
-    whole: names of the tensors of such types; some models' indices and masks are
+
+def _refuse_no_floats(name: str, parameters: Collection[str], stored: Mapping[str, str]) -> None:
+    """Raises FedSieveError where a weight is stored in whole numbers, of which nothing says what
+    they stand for: loaded as they are, they would be taken for the weights themselves. Or in
+    complex ones, of which torch would take the real part.
+
+    stored: tensor -> its type, as safetensors calls it; of indices and masks it may be any
     """
-    for held in whole:
+    for held, kind in stored.items():
+        if _FLOATS.match(kind):
+            continue
         if any(f".{p}".endswith(f".{held}") or f".{held}".endswith(f".{p}") for p in parameters):
             raise FedSieveError(
-                f"model {name!r}: the weights of {held} are stored as whole numbers, and its "
-                "configuration has no quantization_config that says of what: take one that has, "
-                "or weights in floating point"
+                f"model {name!r}: the weights of {held} are stored as {kind}, which are no "
+                "floating-point numbers, and its configuration has no quantization_config that "
+                "says what they stand for: take a model that has, or weights in floating point"
             )
 
 

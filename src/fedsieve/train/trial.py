@@ -63,7 +63,9 @@ def _settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
                 f"the loss of a {kind} model is not that of its task "
                 f"({catalogue.load(task).title}): {_another(model)}"
             )
-    except FedSieveError:
+    except FedSieveError as error:
+        if (said := _not_finite(model, task)) is not None:
+            raise FedSieveError(said) from error
         raise
     except Exception as error:  # whatever a model's own code may raise
         raise_of_memory(error)
@@ -73,6 +75,30 @@ def _settle(model: PreTrainedModel, task: Task, pad: int | None) -> None:
             f"a {kind} model cannot be trained on {_GIVEN[catalogue.load(task).reads]}: {first}"
             + (f" (in {half}: model.dtype = 'float32' may do)" if half else "")
         ) from error
+
+
+def _not_finite(model: PreTrainedModel, task: Task) -> str | None:
+    """That a model's weights or outputs are no finite numbers, which are like nothing, themselves
+    included; None where they are.
+    """
+    kind = model.config.model_type
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            return (
+                f"the weights {name} of this {kind} model hold numbers that are not finite: they "
+                "are damaged, or were trained so: take another copy, or another model"
+            )
+    try:
+        finite = bool(_run(model, made_up(model, task)).logits.isfinite().all())
+    except Exception as error:  # what was wrong before is told then
+        raise_of_memory(error)
+        return None
+    if finite:
+        return None
+    return (
+        f"the outputs of this {kind} model are not finite: its weights are too large, or its "
+        "configuration is not theirs"
+    )
 
 
 def run_with_pairs(model: Any, task: Task, pairs: Mapping[str, Any]) -> None:
