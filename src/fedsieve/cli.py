@@ -560,6 +560,7 @@ def _list_figures(data: Path | None) -> None:
 
 @app.command()
 def federate(
+    context: typer.Context,
     recipe: Annotated[
         str | None,
         typer.Argument(
@@ -612,9 +613,15 @@ def federate(
     from fedsieve.run import tracking
     from fedsieve.sites.foreign import refuse_foreign
 
+    options = _given_options(context)
     if again is not None:
         if recipe is not None:
             raise FedSieveError("--resume goes on with the recipe in its directory: give no other")
+        if vain := options - {"--resume", "--at-round"}:
+            raise FedSieveError(
+                f"--resume: the federation was prepared with its own {', '.join(sorted(vain))}: "
+                "leave that out, or begin another federation"
+            )
         _go_on_with(again, at_round)
         return
     if at_round is not None:
@@ -623,6 +630,11 @@ def federate(
         )
     if recipe is None:
         raise FedSieveError("give a recipe, or --resume and a federation's directory")
+    if local is not None and (vain := options & _OF_THE_NETWORK):
+        raise FedSieveError(
+            "--local: all of it runs on this machine, with so many sites and at a port of its own: "
+            f"leave {', '.join(sorted(vain))} out"
+        )
     # No site takes a program from a server.
     table, planned = _planned(recipe, overrides, allow_code=True)
     refuse_foreign(planned)
@@ -651,6 +663,19 @@ def federate(
         say(f"tracked by {tracking.where(given.tracking, folder)}")
     for caution in federating.cautions(listen):
         warn(caution)
+
+
+_OF_THE_NETWORK = {"--sites", "--host", "--port", "--certificates", "--insecure"}
+
+
+def _given_options(context: typer.Context) -> set[str]:
+    """The options that were given to the command that runs, as they are written."""
+    found = set()
+    for each in context.command.params:
+        source = context.get_parameter_source(str(each.name))
+        if source is not None and source.name != "DEFAULT" and each.param_type_name == "option":
+            found.add(each.opts[0])
+    return found
 
 
 @app.command()
@@ -1198,6 +1223,7 @@ def _all_here(recipe: "Recipe", folder: Path, policy: "RoundPolicy") -> None:
 
     federating.check_installed()
     rundir.refuse(folder)
+    here.refuse_path(folder)
     say(f"dividing {recipe.data.train} over {count(policy.sites, 'site')} ...")
     settled = here.settle(recipe, policy.sites, folder)
     listen = federating.ServerAddress(port=here.free_port())

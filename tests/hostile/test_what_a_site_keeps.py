@@ -342,6 +342,42 @@ def test_a_site_that_tells_something_else_after_a_restart_is_met_again(
     assert (last["examples"] < first["examples"]) == (what == "rows")
 
 
+PRIVATE = {"clip": 1.0, "delta": 1e-5, "noise_multiplier": 0.5, "noise_from": "system"}
+
+
+@pytest.mark.parametrize("what", ["budget", "name"])
+def test_it_is_in_a_private_federation_too_and_another_name_takes_no_part(
+    tiny: Tiny, tmp_path: Path, what: str
+) -> None:
+    """The account counts on a draw from the sites of the beginning, as each of them is now."""
+    more = {"privacy": PRIVATE, "server": None, "evaluation__every": 9}
+    given = federation(tiny, tmp_path, "flasc", rounds=9, **more)
+    wire, path = Wire(given, nothing), given.sites["north"]
+
+    def change(name: str, request: Frame, answer: Frame) -> Frame:
+        if name == "south" and (request.header["do"], request.header.get("round")) == ("train", 1):
+            told = tomllib.loads(path.read_text())
+            told |= {"budget": {"down": 0.25}} if what == "budget" else {"name": "nord"}
+            path.write_text(tomli_w.dumps(told))
+            wire.workers["north"] = asking(path)  # started again, behind the same node
+        return answer
+
+    wire.change = change
+    said = serve(given, wire)
+    rows = runs.lines(rundir.own(given.run), rundir.CLIENTS)
+    assert {row["client"] for row in rows} == {"north", "south"}
+    late = [row for row in rows if row["client"] == "north" and row["round"] > 5]
+    assert len(late) == 4
+    if what == "budget":
+        first = next(row for row in rows if row["client"] == "north")
+        assert not any(row.get("dropped") for row in late), said
+        assert late[-1]["down_bytes"] < first["down_bytes"]
+    else:
+        assert all(row["dropped"] for row in late)
+        told = "node 0, as site nord, is not used: [privacy] counts on north, south, and on no"
+        assert any(line.startswith(told) for line in said), said
+
+
 def test_a_folder_where_a_round_is_kept_costs_no_round(tiny: Tiny, tmp_path: Path) -> None:
     given = federation(tiny, tmp_path, "fedsa_lora")
 

@@ -1,6 +1,7 @@
 """Errors about a recipe's file name the line, and only where the file is to blame."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,13 @@ def test_what_an_override_has_changed_is_on_no_line(tmp_path: Path) -> None:
         recipes.load(str(path), ["training.lr=fast"])
     with pytest.raises(FedSieveError, match=r"\n  an override: rouns: unknown key"):
         recipes.load(str(path), ["rouns=1"])
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", '[nan, "x"]'])
+def test_a_number_that_is_none_is_on_its_line(value: str) -> None:
+    """Not a number is no equal of itself, and no override changed it."""
+    text = f"name = 'north'\nseconds = {value}\n"
+    assert lines.placed("seconds: odd", text, tomllib.loads(text)) == "line 2: seconds: odd"
 
 
 def test_a_file_that_is_no_toml_is_shown_with_the_line(tmp_path: Path) -> None:

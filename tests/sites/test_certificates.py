@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 import socket
 import ssl
 import threading
@@ -13,6 +14,8 @@ import pytest
 pytest.importorskip("cryptography", reason="comes with the extra fedsieve[flower]")
 
 from fedsieve.errors import FedSieveError
+from fedsieve.recipe import read as recipes
+from fedsieve.sites import federate
 from fedsieve.sites.certificates import (
     CA,
     CERTIFICATE,
@@ -21,6 +24,7 @@ from fedsieve.sites.certificates import (
     refuse_unfit,
     unreached,
 )
+from fedsieve.sites.server import RoundPolicy, Transport
 from tests.conftest import LABELS, Command, Tiny
 from tests.sites.certificates import NOW, USUAL, make
 from tests.sites.test_federate import flower as flower
@@ -84,6 +88,26 @@ def test_it_is_said_when_a_federation_begins_and_when_it_goes_on(
     ran = command("federate", "--resume", run)
     assert ran.code == 2
     assert f"expired on {expired[1]:%Y-%m-%d}" in " ".join(ran.err.split())
+
+
+@pytest.mark.usefixtures("flower")
+def test_one_that_ended_meanwhile_is_told_with_why_a_server_stopped(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """All that the server sees is that sites are gone."""
+    given = recipes.check(tiny.table(data__classes=list(LABELS)))
+    ended = NOW - DAY
+    make(tmp_path / "safe", server_holds=(NOW - LATER, NOW + LATER))
+    make(tmp_path / "old", server_holds=(NOW - LATER, ended))
+    listen = federate.ServerAddress(certificates=tmp_path / "safe")
+    federate.prepare(given, tmp_path / "run", RoundPolicy(wait=0.1, poll=0.01), listen)
+    shutil.rmtree(tmp_path / "safe")
+    (tmp_path / "old").rename(tmp_path / "safe")
+    nobody = Transport(list, lambda *_: None, lambda requests: [])
+    with pytest.raises(FedSieveError, match="0 sites are there"):
+        federate.serve(tmp_path / "run", nobody, RoundPolicy(wait=0.1, poll=0.01), print)
+    with pytest.raises(FedSieveError, match=f"0 sites are there.* expired on {ended:%Y-%m-%d}"):
+        federate.refuse_unfinished(tmp_path / "run")
 
 
 @pytest.mark.parametrize("content", [b"", b"no certificate", b"\xff" * 99])

@@ -127,6 +127,50 @@ def test_a_federation_whose_disk_is_full_starts_no_server(
     assert f"make room, then `fedsieve federate --resume {run}{also}`" in str(caught.value)
 
 
+IN_VAIN = [
+    (["--resume", "run"], ["--deadline", "5"]),
+    (["--resume", "run", "--at-round", "1"], ["--wait", "1", "--port", "9"]),
+    (["--resume", "run"], ["--sites", "7"]),
+    (["--resume", "run"], ["--extra", "0"]),
+    (["--resume", "run"], ["--host", "0.0.0.0", "--insecure"]),
+    (["--resume", "run"], ["--certificates", "nowhere"]),
+    (["--resume", "run"], ["--out", "elsewhere"]),
+    (["--resume", "run"], ["--local", "2"]),
+    (["demo", "--local", "2"], ["--port", "80"]),
+    (["demo", "--local", "2"], ["--certificates", "nowhere"]),
+    (["demo", "--local", "2"], ["--insecure", "--host", "127.0.0.1"]),
+    (["demo", "--local", "2"], ["--sites", "2"]),
+]
+
+
+@pytest.mark.usefixtures("flower")
+@pytest.mark.parametrize(("asked", "vain"), IN_VAIN)
+def test_options_that_would_do_nothing_are_refused(
+    tmp_path: Path,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[str],
+    vain: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = command("federate", *asked, *vain)
+    said = " ".join(ran.err.split())
+    assert ran.code == 2
+    assert all(each in said for each in vain if each.startswith("--"))
+    assert "out" in said
+    assert not [*tmp_path.iterdir()]
+
+
+def test_no_proxy_stands_between_a_federation_and_its_own_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    found = federate.environment(tmp_path)
+    assert found["no_proxy"] == "example.org,127.0.0.1,localhost,::1"
+    assert found["NO_PROXY"] == "127.0.0.1,localhost,::1"
+
+
 @pytest.mark.usefixtures("flower")
 def test_each_federation_has_a_name_of_its_own(tiny: Tiny, tmp_path: Path) -> None:
     """Sites know a run by its recipe's digest: the same recipe started afresh is another run."""

@@ -6,6 +6,9 @@ is all that lies between the round loop and the bytes: who is met, asked, waited
 
 import json
 import math
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +31,7 @@ from fedsieve.report import read
 from fedsieve.run import rundir
 from fedsieve.settings import Sampling
 from fedsieve.sites import server
+from fedsieve.sites.here import descendants
 from fedsieve.sites.server import (
     Incoming,
     Node,
@@ -451,6 +455,34 @@ def test_an_answer_that_is_carried_twice_counts_once() -> None:
     assert [r.dropped for r in receipts] == [None] * 4
 
 
+ENDS_WITH_PARENT = """
+import sys, time
+from fedsieve.sites.flower_app import end_with_parent
+{handler}
+end_with_parent(pause=0.1, patience=1.0)
+print("at work", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("handler", ["", "import signal; signal.signal(15, signal.SIG_IGN)"])
+def test_the_servers_process_ends_when_flowers_own_is_killed(tmp_path: Path, handler: str) -> None:
+    """It would hold the run's lock for good. Also one that has no ears for SIGTERM."""
+    pytest.importorskip("flwr", reason="needs the extra fedsieve[flower]")
+    program = tmp_path / "server.py"
+    program.write_text(ENDS_WITH_PARENT.format(handler=handler))
+    start = f"import subprocess, sys; subprocess.run([sys.executable, {str(program)!r}])"
+    parent = subprocess.Popen([sys.executable, "-c", start], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent:
+        assert parent.stdout.readline() == "at work\n"
+        assert len(descendants(parent.pid)) == 1
+        parent.kill()
+        killed = time.monotonic()
+        assert parent.stdout.read() == ""  # which ends when the last of both has ended
+        assert time.monotonic() - killed < 60
+
+
 def test_diverged_site_says_why() -> None:
     method = flasc.method(**EXACT)
 
@@ -493,6 +525,10 @@ def test_one_site_alone_in_its_round_stops_nobody() -> None:
         assert toy.distance(after.state.trees["adapter"], before.state.trees["adapter"]) == 0
     with pytest.raises(NoUsableUpdate, match="the loss became inf"):
         next(coming)
+    # Whoever goes on has lost them already: no restart gives rounds away anew.
+    with pytest.raises(NoUsableUpdate, match="the loss became inf"):
+        next(rounds(every, after, 12, lost=2))
+    assert next(rounds(every, after, 12, lost=1))[0].dropped == 1
     assert all(torch.isfinite(t).all() for t in found.values())
 
 

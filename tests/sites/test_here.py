@@ -42,6 +42,16 @@ pytestmark = pytest.mark.usefixtures("no_report")
 BUDGETS = [{"share": 0.5, "ratio": 0.5}, {"share": 0.5}]
 
 
+@pytest.mark.parametrize("name", ['q"x', "b\\n", "two\nlines"])
+def test_a_path_that_a_node_would_read_otherwise_is_refused_before_anything_is_written(
+    tmp_path: Path, command: Command, name: str
+) -> None:
+    ran = command("federate", "demo", "--local", "2", "--out", tmp_path / name)
+    assert ran.code == 2
+    assert "--local: the path" in ran.err
+    assert not (tmp_path / name).exists()
+
+
 @pytest.mark.parametrize(
     "kind",
     [

@@ -1059,6 +1059,9 @@ def test_a_folder_that_others_may_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     with pytest.raises(FedSieveError, match="chmod 700"):
         worker.lock(tmp_path / "open")
+    (tmp_path / "open").chmod(0o1777)  # as /tmp is, and must stay
+    with pytest.raises(FedSieveError, match="than its owner: choose another folder"):
+        worker.lock(tmp_path / "open")
     with worker.lock(tmp_path / "new" / "one"):
         assert stat.S_IMODE((tmp_path / "new" / "one").stat().st_mode) == 0o700
 

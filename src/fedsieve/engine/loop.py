@@ -254,17 +254,18 @@ def rounds(
     *,
     unevaluated: Unevaluated | None = None,
     hold: Callable[[Unevaluated], None] = lambda merged: None,
+    lost: int = 0,
 ) -> Iterator[tuple[Round, list[Receipt], Progress]]:
     """The rounds after `progress`, up to round `last`.
 
     unevaluated: the round of `progress`, where it was stopped between its halves: it is given first
     hold: called between the halves of each round, before anything of it leaves
+    lost: how many rounds up to `progress` ended without an update, one after another
     Raises NoUsableUpdate from a round in which no client returned an update, or fewer than the
     quorum did, if none is to spare; the progress before it is the last one that was given.
     """
     if unevaluated is not None:
         yield evaluated(federation, unevaluated), unevaluated.receipts, progress
-    lost = 0  # rounds, one after another
     while progress.round < last:
         spare = lost < federation.spare
         half = merged(federation, progress, evaluate=progress.round + 1 == last, spare=spare)

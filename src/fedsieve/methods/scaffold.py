@@ -100,7 +100,10 @@ def _method(
         if payload.control is None:
             return seen, memory
         if CONTROL not in memory:
-            raise WireError("the server counts on a control variate that this client has not kept")
+            raise WireError(
+                "the server counts on a control variate that this client has not kept: put back "
+                "what it kept, or go back to a round before its first update (--at-round)"
+            )
         common = payload.control.tree()
         added = _plus(common, memory[CONTROL], -1)
         seen = seen._replace(penalty=_along(added, seen.adapter.tensors))

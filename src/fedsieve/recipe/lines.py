@@ -117,7 +117,8 @@ def as_written(path: Sequence[str], written: Any, checked: Any) -> Sequence[str]
         if one is None or other is None:
             return path[:depth] if one is other else None
         written, checked = one[0], other[0]
-    return path if written == checked else None
+    # NaN is no equal of itself.
+    return path if written == checked or repr(written) == repr(checked) else None
 
 
 def placed(said: str, text: str, table: Mapping[str, Any]) -> str:

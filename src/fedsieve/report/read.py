@@ -265,9 +265,8 @@ def check_logs(metrics: Path, clients: Path, marks: Mapping[str, int], last: int
     for log in (metrics, clients):
         if not log.is_file():
             raise FedSieveError(
-                f"{log} is not there, and the newest checkpoint counts on it: put it back, or run "
-                f"the recipe again in another folder, `fedsieve run {log.parent / 'recipe.toml'} "
-                "--out FOLDER`"
+                f"{log} is not there, and the newest checkpoint counts on it: put it back, or "
+                "begin again with the same recipe in another folder"
             )
     rows = _rounds(metrics, [], marks.get(metrics.name, 0))
     found = rows[-1].round if rows else None

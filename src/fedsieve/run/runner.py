@@ -292,6 +292,7 @@ def _go_on(
                 recipe.rounds,
                 unevaluated=snapshot.half,
                 hold=hold,
+                lost=0 if snapshot.moved is None else snapshot.progress.round - snapshot.moved,
             ):
                 rundir.append(folder, rundir.METRICS, [summary])
                 if summary.metrics is not None:

@@ -28,6 +28,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import re
 import secrets
 import shlex
@@ -51,7 +52,7 @@ from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.disk import bytes_of, objects, parsed, refuse_link, remove_link, write_whole
 from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Federation, Receipt, Round
-from fedsieve.errors import FedSieveError, count
+from fedsieve.errors import FedSieveError, count, few
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import (
@@ -116,6 +117,7 @@ KEPT = "kept.json"
 _KEPT_BYTES = 1 << 24  # at most
 _ROOM = 1 << 18  # bytes: without so many Flower cannot even begin
 SPARE = 2  # rounds in a row without an update, before the third ends the run
+SHOWN = 20  # names of sites in a sentence
 LEFT_OVER = 120.0  # seconds that processes of a federation that was killed may take to end
 LOCK = ".federate.lock"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -386,7 +388,15 @@ def why_not(folder: Path) -> str:
 def environment(folder: Path) -> dict[str, str]:
     """What Flower's command line must find in its environment."""
     quiet = dict(pair.split("=") for pair in QUIET.split())
-    return {**quiet, "FLWR_HOME": str(folder.absolute() / HOME)}
+    return {**quiet, **_without_proxy(), "FLWR_HOME": str(folder.absolute() / HOME)}
+
+
+def _without_proxy() -> dict[str, str]:
+    """That no proxy is asked for what is on this machine, beside what the user excepts."""
+    return {
+        name: ",".join(filter(None, [os.environ.get(name), *LOOPBACK]))
+        for name in ("no_proxy", "NO_PROXY")
+    }
 
 
 def serve(
@@ -402,8 +412,19 @@ def serve(
         return _served(folder, transport, policy, say)
     except FedSieveError as error:
         with suppress(FedSieveError):  # a full disk, which is then the reason
-            _note(folder, why=str(error))
+            _note(folder, why=f"{error}{_ended_meanwhile(folder)}")
         raise
+
+
+def _ended_meanwhile(folder: Path) -> str:
+    """What of a server's certificates does not hold any more, as one more reason."""
+    try:
+        root = found.root_of(folder)
+        if root is not None:
+            _of_certificates(root.parent)
+    except FedSieveError as error:
+        return f". And {error}"
+    return ""
 
 
 def _served(
@@ -513,9 +534,13 @@ def on_network(
                 f"[privacy] counts on {policy.sites} sites, and {len(clients)} are there"
             )
 
+        names = [client.id for client in clients]
+        sites.close(names, f"[privacy] counts on {few(names, SHOWN)}, and on no other site")
+
         def there() -> list[Client]:
+            # As they are now: a site's budget may have been changed, and it was met again.
             sites.there()
-            return clients
+            return [sites.as_now(client) for client in clients]
 
     lead = recipe.evaluation.metric
 

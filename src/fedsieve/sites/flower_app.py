@@ -12,6 +12,7 @@ why it is nowhere else in FedSieve.
 import math
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -145,8 +146,27 @@ def transport(grid: Grid, proved: bool) -> "Transport":
     return Transport(nodes, send, MessagePoller(partial(fetch, grid)).collect)
 
 
+def end_with_parent(pause: float = 1.0, patience: float = 60.0) -> None:
+    """Stop this process as SIGTERM does when the one that started it is gone, and end it after some
+    time whatever it does then: Flower would wait for its SuperLink for good, with the run's lock.
+
+    pause: seconds between two looks; patience: seconds until it is ended
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(pause)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(patience)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(grid: Grid, context: Context) -> None:
     """The server's whole work."""
+    end_with_parent()
     from fedsieve import console
     from fedsieve.sites import federate
     from fedsieve.sites.server import RoundPolicy

@@ -35,7 +35,7 @@ from datasets import Dataset
 from fedsieve.algebra.budget import Budget
 from fedsieve.data.pictures import inlined
 from fedsieve.disk import appending, everything_in, refuse_link, remove, write_whole
-from fedsieve.errors import FedSieveError, count
+from fedsieve.errors import FedSieveError, count, printable
 from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.budgets import hand_out, machines_of
@@ -97,6 +97,16 @@ def _refuse_too_many(sites: int) -> None:
             f"{sites} sites are as many workers on this machine, of half a GB each at least: its "
             f"memory is enough for {most}. Take fewer sites, or one process (`fedsieve run`), "
             "whose result is the same"
+        )
+
+
+def refuse_path(folder: Path) -> None:
+    """Raises FedSieveError for a folder whose path a node of Flower's would read otherwise."""
+    path = str(folder.absolute())
+    if any(each in path for each in '"\\') or not path.isprintable():
+        raise FedSieveError(
+            f"--local: the path {printable(path)} has a quotation mark, a backslash or a letter in "
+            "it that is not printable, and Flower's nodes would read another: choose another --out"
         )
 
 
@@ -292,6 +302,7 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
 
     Raises FedSieveError, with its log's place, for a process that does not start.
     """
+    refuse_path(folder)
     homes = _homes(folder)
     threads = str(max(1, (os.cpu_count() or 1) // len(homes)))
     flower = federate.environment(folder)

@@ -207,6 +207,8 @@ class Sites:
         self._keys, self._pin = dict(keys), pin
         self._met, self._meet_one = {*met, *merged}, meet
         self._given = dict(given)
+        self._only: frozenset[str] | None = None  # names, where no others are taken in any more
+        self._only_why = ""
         self._most = most + worker.HEADER
 
     def there(self) -> list[Client]:
@@ -235,6 +237,15 @@ class Sites:
             self._sleep(policy.poll)
         self._begun = True
         return free
+
+    def as_now(self, client: Client) -> Client:
+        """The site of this name as it was met last."""
+        found = self._sites.get(client.id)
+        return client if found is None else found.client
+
+    def close(self, names: Collection[str], why: str) -> None:
+        """Take in no site of another name from now on. why: what such a one is told"""
+        self._only, self._only_why = frozenset(names), why
 
     @property
     def exchange(self) -> Exchange:
@@ -287,7 +298,8 @@ class Sites:
                 reply = _reply(dispatch, incoming, key.round)
                 said = _header(incoming, dispatch.most)
                 if said.get("unknown_recipe") is True:
-                    del self._sites[dispatch.client.id]  # its worker lost its folder: meet it again
+                    # Its worker lost its folder: it is met again.
+                    self._sites.pop(dispatch.client.id, None)
                 if said.get("lost_memory") is True:
                     self._lost.add(dispatch.client.id)
                 if self._usable >= enough:
@@ -370,7 +382,7 @@ class Sites:
         node = Node(0) if site is None else site.node
         most = max(self._most, SUMS) if kind == "evaluate" else self._most
         dispatch = Dispatch(client, node, kind, pack(frame), transport, worker.digest(frame), most)
-        there = node in self._connected
+        there = site is not None and node in self._connected
         pending = (
             self._transport.send(node.id, kind, dispatch.data, seconds + SKEW) if there else None
         )
@@ -470,6 +482,8 @@ class Sites:
         self._say(f"site {client.id} is {'back' if known else 'there'}: {client.examples} examples")
 
     def _refuse_another(self, name: str, node: Node) -> None:
+        if self._only is not None and name not in self._only:
+            raise FedSieveError(self._only_why)
         others = [site for site, key in self._keys.items() if key == node.key and site != name]
         if node.key and others:
             raise FedSieveError(

@@ -145,10 +145,11 @@ def lock(folder: Path) -> AbstractContextManager[object]:
         if facts.st_uid != os.geteuid():
             raise FedSieveError(f"{folder} belongs to another user: choose another folder")
         if stat.S_IMODE(facts.st_mode) & 0o077:
+            alone = facts.st_mode & stat.S_ISVTX == 0  # a folder of everybody's, as /tmp, is not
             raise FedSieveError(
-                f"{folder} is open to other users than its owner: `chmod 700 "
-                f"{shlex.quote(str(folder))}`, or choose "
-                "another folder"
+                f"{folder} is open to other users than its owner: "
+                + f"`chmod 700 {shlex.quote(str(folder))}`, or " * alone
+                + "choose another folder"
             )
         refuse_link(folder / _LOCK)  # it would be opened to be written
         return filelock.FileLock(folder / _LOCK, mode=0o600).acquire(timeout=0)
