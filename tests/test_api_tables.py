@@ -511,7 +511,7 @@ def test_a_run_is_reported(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monke
     assert len(runs.lines(tmp_path / "page", rundir.CLIENTS)) == 9
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "recipe.toml").write_text("mine", encoding="utf-8")
-    with pytest.raises(FedSieveError, match=r"holds a run already"):
+    with pytest.raises(FedSieveError, match=r"holds no run, and has recipe\.toml"):
         run.report(tmp_path / "mine")
     with pytest.raises(FedSieveError, match=r"cannot be written"):
         run.report(tmp_path / "mine" / "recipe.toml" / "below")

@@ -218,8 +218,17 @@ def _open(path: Path, flags: int) -> int:
 def has_lost_lines(path: Path) -> FedSieveError:
     """What is told of a log that is shorter than a checkpoint knows it."""
     return FedSieveError(
-        f"{path} has lost lines since the checkpoint, so that its run cannot go on: put them back, "
-        "or remove the run's folder and run it again"
+        f"{path} has lost lines that the newest checkpoint counts on: put them back, go back to an "
+        "earlier round (`--at-round N`, which keeps what is later), or begin again with the same "
+        "recipe in another folder"
+    )
+
+
+def is_gone(path: Path) -> FedSieveError:
+    """What is told of a log that is not there, and that checkpoints count on."""
+    return FedSieveError(
+        f"{path} is not there, and the checkpoints count on it: put it back, or begin again with "
+        "the same recipe in another folder"
     )
 
 

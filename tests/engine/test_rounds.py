@@ -283,10 +283,12 @@ def test_dropped_clients_are_counted_on_disk_and_said(
     assert [each["dropped"] for each in runs.lines(folder)] == [0, 0, 1]
     marked = [each for each in runs.lines(folder, rundir.CLIENTS) if "dropped" in each]
     assert [(each["round"], each["client"]) for each in marked] == [(2, "0004")]
+    assert "nothing is evaluated" not in ran.err
     # Of one reason, clients are told together.
     runs.before_fit(monkeypatch, explode({"0003", "0004"}, begin=2))
-    ran = command("run", path, "--out", tmp_path / "two", "training.optimizer=")
+    ran = command("run", path, "--out", tmp_path / "two", "training.optimizer=", "data.test=")
     said = " ".join(ran.err.split())
+    assert "nothing is evaluated: give data.test or data.test_split" in said
     assert said.count("dropped: the training loss became") == 1
     assert re.search(r"round 2, 2 clients (0003, 0004|0004, 0003) dropped: the training", said)
     assert "training.optimizer= takes training.optimizer out of the recipe" in ran.out

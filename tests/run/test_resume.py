@@ -503,6 +503,55 @@ def test_logs_that_lost_lines_are_not_resumed(tiny: Tiny, tmp_path: Path) -> Non
         runner.resume(folder, runs.quiet)
 
 
+@pytest.mark.parametrize("log", rundir.LOGS)
+def test_a_log_that_is_gone_is_told_as_that_wherever_one_goes_on(
+    tiny: Tiny, tmp_path: Path, command: Command, log: str
+) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 2)
+    (folder / log).unlink()
+    for more in ((), ("--at-round", "1")):
+        ran = command("resume", folder, *more)
+        assert ran.code == 2
+        said = " ".join(ran.err.split())
+        assert f"{folder / log} is not there, and the checkpoints count on it" in said
+
+
+def test_a_log_that_lost_lines_has_a_way_out_that_is_told(
+    tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 2)
+    length = (folder / rundir.METRICS).stat().st_size
+    os.truncate(folder / rundir.METRICS, length - 5)
+    ran = command("resume", folder)
+    assert ran.code == 2
+    assert "--at-round" in ran.err
+    assert command("resume", folder, "--at-round", "1").code == 0
+
+
+def test_a_folder_with_a_recipe_alone_is_no_run(
+    tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    """`resume` trained there, failed, and had the user's recipe taken for a run's."""
+    path = tiny.write(tmp_path / rundir.RECIPE)
+    before = path.read_text()
+    for words in (
+        ("resume", tmp_path),
+        ("resume", tmp_path, "--at-round", "1"),
+        ("federate", "--resume", tmp_path),
+        ("export", tmp_path, "--to", tmp_path / "to"),
+        ("report", tmp_path),
+        ("watch", tmp_path, "--once"),
+    ):
+        ran = command(*words)
+        said = " ".join(ran.err.split())
+        assert ran.code == 2, words
+        assert "holds no run: there is a recipe.toml in it, and nothing of a run by it" in said
+        assert [each.name for each in tmp_path.iterdir()] == [rundir.RECIPE]
+    assert path.read_text() == before
+
+
 def test_no_checkpoint_at_all(tiny: Tiny, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     interrupted(tiny, folder, 2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tomli_w
+from safetensors.torch import save_file
 
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.errors import FedSieveError
@@ -316,7 +317,7 @@ def test_a_flower_run_that_ended_early_is_no_success(
         (folder / "metrics.jsonl").open("a").write(line)
     if number == 2 and left != "all rounds, but not the adapter":
         (folder / "adapter").mkdir()
-        (folder / "adapter" / "adapter_model.safetensors").touch()
+        save_file({}, folder / "adapter" / "adapter_model.safetensors")
         if left != "the adapter, but no report":
             (folder / "report.html").touch()
         if left in KEPT:

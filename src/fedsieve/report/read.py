@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedsieve.clients.network import Part
-from fedsieve.disk import objects, refuse_link
+from fedsieve.disk import is_gone, objects, refuse_link
 from fedsieve.engine.shares import Shares
 from fedsieve.errors import FedSieveError, count, quoted, reason
 from fedsieve.recipe import read as recipes
@@ -184,7 +184,11 @@ def load(path: Path) -> Run:
     if (path / "clients.jsonl").is_file():
         clients = _clients(path / "clients.jsonl", rounds, notes, damage)
     else:
-        notes.append("There is no clients.jsonl: nothing can be said about single clients.")
+        without = "There is no clients.jsonl: nothing can be said about single clients."
+        # The server of one that protects real clients keeps it elsewhere.
+        private = recipe.get("privacy")
+        kept = isinstance(private, dict) and private.get("noise_from") == "system"
+        (notes if kept else damage).append(without)
     damage += _missing(rounds)
     for what in damage:
         warnings.warn(f"{path}: {what}", stacklevel=2)
@@ -264,10 +268,7 @@ def check_logs(metrics: Path, clients: Path, marks: Mapping[str, int], last: int
     """
     for log in (metrics, clients):
         if not log.is_file():
-            raise FedSieveError(
-                f"{log} is not there, and the newest checkpoint counts on it: put it back, or "
-                "begin again with the same recipe in another folder"
-            )
+            raise is_gone(log)
     rows = _rounds(metrics, [], marks.get(metrics.name, 0))
     found = rows[-1].round if rows else None
     if found != last:

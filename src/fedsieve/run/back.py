@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsieve.disk import bytes_of, remove, write_whole
+from fedsieve.disk import bytes_of, is_gone, remove, write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.schema import deployed
@@ -39,11 +39,14 @@ def fall_back(folder: Path, number: int) -> Path | None:
                 "counts one version of each"
             )
         if number not in known:
-            there = ", ".join(map(str, sorted(known))) or "none"
+            there = ", ".join(map(str, sorted(known)))
             raise FedSieveError(
-                f"{folder}: --at-round {number}: there is no whole checkpoint of that round; those "
-                f"of rounds {there} are there"
+                f"{folder}: --at-round {number}: there is no whole checkpoint of that round; "
+                + (f"those of rounds {there} are there" if there else "nor of any other")
             )
+        for log in (rundir.place(folder, name) for name in rundir.LOGS):
+            if not log.is_file():
+                raise is_gone(log)
         return _put_aside(folder, known[number], checkpoint.later(checkpoints, number))
 
 

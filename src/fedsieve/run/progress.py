@@ -46,7 +46,12 @@ def in_vain(recipe: "Recipe") -> list[str]:
             for key in ("test", "test_split", "more_tests")
             if getattr(data, key) is not None
         ]
-    elif data.validation is not None:
+    elif data.test is None and data.test_split is None:
+        found.append(
+            "nothing is evaluated: give data.test or data.test_split, or data.validation and "
+            "evaluation.on = 'validation'"
+        )
+    if recipe.evaluation.on == "test" and data.validation is not None:
         found.append(
             f"data.validation holds {data.validation:.0%} of the rows back, and nothing reads "
             "them: evaluation.on is 'test'"

@@ -135,7 +135,9 @@ def refuse(folder: Path, *, overwrite: bool = False) -> None:
 
     overwrite: what is of a run may be replaced; not a recipe without one, which is the user's
     """
-    if (folder / RECIPE).is_file() and not os.path.lexists(folder / METRICS):
+    if (folder / RECIPE).is_file() and not any(
+        os.path.lexists(folder / name) for name in (*LOGS, CHECKPOINTS)
+    ):
         raise FedSieveError(
             f"{folder} holds no run, and has {RECIPE}, in whose place a run writes its own: choose "
             "another --out, or give the recipe another name"
@@ -201,6 +203,11 @@ def check(folder: Path) -> None:
         refuse_link(secret / name, folder=name in _FOLDERS)
     if not (folder / RECIPE).is_file():
         raise FedSieveError(f"{folder} holds no run: there is no {RECIPE} in it")
+    if not any(os.path.lexists(place(folder, name)) for name in (*LOGS, CHECKPOINTS)):
+        raise FedSieveError(
+            f"{folder} holds no run: there is a {RECIPE} in it, and nothing of a run by it. Begin "
+            f"one with `fedsieve run {shlex.quote(str(folder / RECIPE))} --out FOLDER`"
+        )
 
 
 def plots(folder: Path) -> list[Path]:

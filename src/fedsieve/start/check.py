@@ -176,12 +176,7 @@ def idle(recipe: Recipe, experiment: Experiment) -> list[str]:
             f"[budgets] choose nothing: method {name!r} has no budgets, and what clients have is "
             "used for the times in the report alone"
         )
-    if experiment.federation.evaluate is None:
-        found.append(
-            "nothing is evaluated: give data.test or data.test_split, or data.validation and "
-            "evaluation.on = 'validation'"
-        )
-    elif recipe.evaluation.every > recipe.rounds:
+    if experiment.federation.evaluate is not None and recipe.evaluation.every > recipe.rounds:
         found.append(
             f"evaluation.every is {recipe.evaluation.every}, and there are {recipe.rounds} rounds: "
             "the model is evaluated before the first and after the last alone"
