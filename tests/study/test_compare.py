@@ -270,6 +270,8 @@ def test_a_run_of_other_rows_or_another_model_is_not_taken_for_the_asked(
     job = Job("entry", asked, tmp_path / "study" / "entry" / "seed-0")
     job.folder.mkdir(parents=True)
     (job.folder / ASKED).write_text(recipes.dump(asked, {}), encoding="utf-8")
+    for log in rundir.LOGS:
+        (job.folder / log).touch()
     held = with_whole_paths(asked).model_dump(mode="json", exclude_none=True)
     (job.folder / rundir.RECIPE).write_text(tomli_w.dumps(held), encoding="utf-8")
     refuse_changed([job])

@@ -440,6 +440,19 @@ def test_what_parts_say_of_themselves_is_told_once_and_else_with_its_place(
     assert sum(" a round, " in line and " clients, " in line for line in lines) == 1
 
 
+def test_rows_that_an_entry_reads_otherwise_are_not_judged_before_it_does(
+    write: Write, tmp_path: Path, command: Command, tiny: Tiny
+) -> None:
+    text = Path(tiny.table()["data"]["train"]).read_text(encoding="utf-8")
+    (tmp_path / "rows.csv").write_text(text.replace("text", "words", 1), encoding="utf-8")
+    panel = {"name": "p", "recipe": "tiny.toml", "set": {"data.train": OWN_ROWS}}
+    own = {"data.text": "words", "data.test": str(tmp_path / "rows.csv")}
+    entry = [{"name": "dense", "method": "fedit", "set": own}]
+    path = write(small=[panel], seeds=[0], entry=entry)
+    ran = command("reproduce", path, "--data", tmp_path, "--out", tmp_path / "out")
+    assert (ran.code, ran.err) == (0, "")
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_the_rows_of_all_places_are_named(
     tiny: Tiny, write: Write, tmp_path: Path, command: Command

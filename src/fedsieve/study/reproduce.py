@@ -47,6 +47,7 @@ from fedsieve.train.model import pretrained
 
 RESULT = "figure"  # .json, .md and .png
 _OF_ENTRIES = {"model", "model.source", "data", "data.train", "data.test", "data.config"}
+_OF_ROWS = ("data", "partition", "model.task")  # with which the keys of what is read begin
 _TOLD = 3  # claims in the last line, those that fare worst first
 
 
@@ -148,14 +149,15 @@ def _absent(parts: Sequence[Part], source: str, data: Path | None) -> dict[int, 
         except FedSieveError as error:
             found[nth] = str(error)
             continue
+        # Where entries name their own, their runs tell which of them have what is not here.
+        own = {key for entry in part.study.entry for key, _ in flat(entry.set)}
         try:
             base, study = figuring.ready(part, source, data)
-            if asked.files:
+            if asked.files and not any(key.startswith(_OF_ROWS) for key in own):
                 said += _unread(base, study.set, source, read)
         except FedSieveError as error:
             said.append(str(error))
-        # Where entries name their own, their runs tell which of them have what is not here.
-        if not _OF_ENTRIES & {key for entry in part.study.entry for key, _ in flat(entry.set)}:
+        if not _OF_ENTRIES & own:
             said += _names_not_here(asked, known)
         if said:
             found[nth] = "; ".join(said)
