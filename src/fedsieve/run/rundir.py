@@ -135,9 +135,7 @@ def refuse(folder: Path, *, overwrite: bool = False) -> None:
 
     overwrite: what is of a run may be replaced; not a recipe without one, which is the user's
     """
-    if (folder / RECIPE).is_file() and not any(
-        os.path.lexists(folder / name) for name in (*LOGS, CHECKPOINTS)
-    ):
+    if (folder / RECIPE).is_file() and not _any_of_a_run(folder):
         raise FedSieveError(
             f"{folder} holds no run, and has {RECIPE}, in whose place a run writes its own: choose "
             "another --out, or give the recipe another name"
@@ -164,6 +162,11 @@ def refuse(folder: Path, *, overwrite: bool = False) -> None:
                 f"{folder} holds no run, and has {name}, which one would replace: choose another "
                 f"--out, or move it away ({_REPLACES})"
             )
+
+
+def _any_of_a_run(folder: Path) -> bool:
+    """Whether there is what a run writes before its recipe, or by it."""
+    return any(os.path.lexists(folder / name) for name in (*LOGS, CHECKPOINTS))
 
 
 def create(folder: Path, recipe: str, *, overwrite: bool = False, secret: bool = False) -> None:
@@ -203,7 +206,7 @@ def check(folder: Path) -> None:
         refuse_link(secret / name, folder=name in _FOLDERS)
     if not (folder / RECIPE).is_file():
         raise FedSieveError(f"{folder} holds no run: there is no {RECIPE} in it")
-    if not any(os.path.lexists(place(folder, name)) for name in (*LOGS, CHECKPOINTS)):
+    if not (_any_of_a_run(folder) or _any_of_a_run(secret)):
         raise FedSieveError(
             f"{folder} holds no run: there is a {RECIPE} in it, and nothing of a run by it. Begin "
             f"one with `fedsieve run {shlex.quote(str(folder / RECIPE))} --out FOLDER`"
