@@ -617,12 +617,14 @@ def federate(
     if again is not None:
         if recipe is not None:
             raise FedSieveError("--resume goes on with the recipe in its directory: give no other")
-        if vain := options - {"--resume", "--at-round"}:
+        times = {"deadline": deadline, "setup": setup, "wait": wait}
+        given_times = {name: of for name, of in times.items() if f"--{name}" in options}
+        if vain := options - {"--resume", "--at-round", *(f"--{name}" for name in times)}:
             raise FedSieveError(
                 f"--resume: the federation was prepared with its own {', '.join(sorted(vain))}: "
                 "leave that out, or begin another federation"
             )
-        _go_on_with(again, at_round)
+        _go_on_with(again, at_round, given_times)
         return
     if at_round is not None:
         raise FedSieveError(
@@ -1232,11 +1234,13 @@ def _all_here(recipe: "Recipe", folder: Path, policy: "RoundPolicy") -> None:
     _go_on_with(folder)
 
 
-def _go_on_with(folder: Path, at_round: int | None = None) -> None:
+def _go_on_with(
+    folder: Path, at_round: int | None = None, times: Mapping[str, float] | None = None
+) -> None:
     """Start a Flower run that goes on with a federation, and show what it says.
 
     One with sites on this machine has them started first.
-    at_round: see `federate.begin_again`
+    at_round, times: see `federate.begin_again`
     """
     from fedsieve.recipe import read as recipes
     from fedsieve.run import rundir
@@ -1246,7 +1250,7 @@ def _go_on_with(folder: Path, at_round: int | None = None) -> None:
     try:
         with federating.alone(folder, say):  # what somebody else works with is not touched
             # And nothing is started of a folder that is not in order.
-            command = federating.begin_again(folder, at_round, say)
+            command = federating.begin_again(folder, at_round, say, times)
             source = str(folder / rundir.RECIPE)
             recipe = recipes.parse(recipes.read(source), source)
             lacking = federating.without_adapter(folder)

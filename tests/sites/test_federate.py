@@ -13,6 +13,7 @@ import pytest
 import tomli_w
 from safetensors.torch import save_file
 
+from fedsieve import cli
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.errors import FedSieveError
 from fedsieve.methods import fedit, flasc, fslora_flasc
@@ -69,6 +70,27 @@ def test_app_holds_no_program(tiny: Tiny, tmp_path: Path) -> None:
     assert set(table["tool"]["flwr"]["app"]["config"]) == {
         "folder", "tls", "sites", "deadline", "setup", "wait", "extra",
     }  # fmt: skip
+
+
+@pytest.mark.usefixtures("flower")
+def test_times_to_wait_may_be_others_when_it_goes_on(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A deadline that proves too short would else end the federation for good."""
+    run = tmp_path / "run"
+    federate.prepare(checked(tiny), run, PATIENCE, federate.ServerAddress())
+    path = run / "app" / "pyproject.toml"
+    before = tomllib.loads(path.read_text())
+    began: list[Path] = []
+    monkeypatch.setattr(cli, "_run_flower", lambda folder, _: began.append(folder))
+    command("federate", "--resume", str(run), "--deadline", "1234", "--wait", "5")
+    after = tomllib.loads(path.read_text())
+    config = before["tool"]["flwr"]["app"]["config"]
+    config |= {"deadline": 1234.0, "wait": 5.0}
+    assert began == [run]
+    assert after == before
+    federate.begin_again(run)  # and these stay
+    assert tomllib.loads(path.read_text()) == after
 
 
 @pytest.mark.usefixtures("flower")
@@ -129,8 +151,8 @@ def test_a_federation_whose_disk_is_full_starts_no_server(
 
 
 IN_VAIN = [
-    (["--resume", "run"], ["--deadline", "5"]),
-    (["--resume", "run", "--at-round", "1"], ["--wait", "1", "--port", "9"]),
+    (["--resume", "run", "--at-round", "1"], ["--port", "9"]),
+    (["--resume", "run", "--deadline", "5"], ["--sites", "2"]),
     (["--resume", "run"], ["--sites", "7"]),
     (["--resume", "run"], ["--extra", "0"]),
     (["--resume", "run"], ["--host", "0.0.0.0", "--insecure"]),

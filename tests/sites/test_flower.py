@@ -225,7 +225,7 @@ def test_late_is_dropped_counted_and_not_asked_while_it_is_busy() -> None:
     _, receipts, summaries = run(federation(sites_of(net, said, deadline=10.0), method), 3)
     late = [r for r in receipts if r.dropped is not None]
     assert [(r.round, r.client, r.up_bytes) for r in late] == [(1, "0001", 0)]
-    assert late[0].dropped == "late: no answer in the round's 10 s"
+    assert late[0].dropped == "late: no answer in the round's 10 s (--deadline)"
     assert late[0].down_bytes == receipts[0].down_bytes  # it was sent, so it is charged
     assert [s.clients for s in summaries] == [3, 2, 2]
     net.now += 20

@@ -778,6 +778,31 @@ def test_claims_are_judged_by_mean_and_seed(
 
 
 @pytest.mark.parametrize(
+    ("check", "a", "b", "verdict"),
+    [
+        ({"right": "b", "least": 0.9}, 0.1, 0.0, "holds"),  # one side has learned
+        ({"right": "b", "least": 0.9}, 0.0, -0.1, "not clear"),
+        ({"right": "b", "least": 0.9, "at": "mean"}, 0.0, 0.0, "not clear"),
+        ({"left_at": "x", "right_at": "y", "least": 0.9}, 0.0, 0.5, "not clear"),  # of a alone
+        ({"right": "b", "least": 1.1}, 0.0, 0.0, "does not hold"),
+        ({"right": "b", "least": 0.9, "measure": "seconds"}, 0.0, 0.0, "holds"),
+    ],
+)
+def test_two_that_learned_nothing_show_nothing(
+    check: dict[str, Any], a: float, b: float, verdict: str
+) -> None:
+    figure = figures.Figure.model_validate(
+        FIGURE | {"check": [{"says": "s", "left": "a", **check}]}
+    )
+    same = {name: {place: {0: 0.2} for place in "xy"} for name in "ab"}
+    rises = {"p": {name: {p: {0: r} for p in "xy"} for name, r in (("a", a), ("b", b))}}
+    numbers: dict[str, claims.Numbers] = {"p": {"score": same, "seconds": same}}
+    found = claims.judged(figure.check[0], figure, numbers, rises)
+    assert found.verdict == verdict
+    assert ("neither rose" in found.measured) is (verdict == "not clear")
+
+
+@pytest.mark.parametrize(
     ("check", "verdict"),
     [
         ({"right": "b", "least": 1.0}, "does not hold"),  # at y it is not

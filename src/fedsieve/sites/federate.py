@@ -111,6 +111,7 @@ from fedsieve.wire.format import VERSION
 FLOWER = (1, 41)
 # What of a RoundPolicy users choose; the rest follows from the recipe.
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
+TIMES = ("deadline", "setup", "wait")  # of these, what may be others in each start
 KEYS = "sites.json"  # site -> its node's public key
 _KEYS_BYTES = 1 << 24  # at most
 KEPT = "kept.json"
@@ -280,13 +281,17 @@ def _refuse_no_federation(folder: Path) -> None:
 
 
 def begin_again(
-    folder: Path, at_round: int | None = None, say: Callable[[str], None] = lambda text: None
+    folder: Path,
+    at_round: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    times: Mapping[str, float] | None = None,
 ) -> list[str]:
     """The command that goes on with a federation, as a list of its words.
 
     at_round: go back to the checkpoint of this round first (run/back.py). The sites need not be
         told: they go on from what they kept in the round that the server counts on (journal.py)
     say: told where what is later is kept
+    times: of `TIMES`, in seconds, from now on; the others stay
     Warns of certificates that end soon. Raises FedSieveError if the folder holds no federation, or
     if its server's certificates do not hold now; and as `fall_back` does.
     """
@@ -307,6 +312,8 @@ def begin_again(
         trial.unlink()
     if at_round is not None:
         say(back.said(at_round, back.fall_back(folder, at_round)))
+    if times:
+        found.set_times(app, times)
     found.set_aside(folder)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
 

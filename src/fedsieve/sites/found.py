@@ -7,6 +7,7 @@ where it is; all else is set aside.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,17 @@ def check_app(app: Path, asked_for: tuple[str, ...]) -> None:
     if given["components"] != COMPONENTS:
         given["components"] = COMPONENTS
         write_whole(source, tomli_w.dumps(table).encode())
+
+
+def set_times(app: Path, times: Mapping[str, float]) -> None:
+    """Other times to wait, in an app that `check_app` found to be ours.
+
+    times: of `RoundPolicy`, in seconds
+    """
+    source = app / "pyproject.toml"
+    table = _table(source)
+    table["tool"]["flwr"]["app"]["config"] |= times
+    write_whole(source, tomli_w.dumps(table).encode())
 
 
 def _is_ours(table: dict[str, Any], folder: Path, asked_for: tuple[str, ...]) -> bool:

@@ -428,7 +428,7 @@ class Sites:
 
     def _too_late(self, began: float, enough: float) -> str:
         if self._usable < enough:
-            return f"late: no answer in the round's {self._policy.deadline:g} s"
+            return f"late: no answer in the round's {self._policy.deadline:g} s (--deadline)"
         return f"late: the round had its {enough:g} updates after {self._clock() - began:.4g} s"
 
     def _free(self) -> list[Client]:

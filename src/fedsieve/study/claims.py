@@ -3,7 +3,8 @@
 A number is told of each seed. A claim is asked of the mean over the seeds that both of its sides
 have, and of each of them alone: it *holds* where it does in the mean and in every seed, *does not
 hold* where it does not in the mean, and is *not clear* between the two. With the three seeds that
-papers run, that says what there is to say.
+papers run, that says what there is to say. Two scores of which neither rose above where its runs
+began show nothing of each other: such a claim is *not clear* at best.
 """
 
 import math
@@ -45,8 +46,15 @@ class _Comparison(NamedTuple):
         return statistics.fmean(self.left.values()), statistics.fmean(self.right.values())
 
 
-def judged(check: CheckTable, figure: Figure, panels: Mapping[str, Numbers]) -> Finding:
+def judged(
+    check: CheckTable,
+    figure: Figure,
+    panels: Mapping[str, Numbers],
+    rises: Mapping[str, Values] | None = None,
+) -> Finding:
     """panels: name -> what was measured there; only of entries and places that were to be run.
+    rises: name -> how far each score there rose above where its run began, where that is known
+
     A number that is missing makes the claim "not measured"; the others are told all the same.
     """
     several = len(figure.place) * len(panels) > 1
@@ -69,7 +77,27 @@ def judged(check: CheckTable, figure: Figure, panels: Mapping[str, Numbers]) -> 
     verdict: Verdict = "does not hold"
     if all(_holds(check, *each.means) for each in found):
         verdict = "holds" if len(holding) == len(seeds) else "not clear"
-    return Finding(check.says, _said(check, found), (len(holding), len(seeds)), verdict)
+    said = _said(check, found)
+    still = _still(check, figure, rises or {})
+    if still and verdict == "holds":
+        verdict = "not clear"
+        said += f"; neither rose above where it began{', in ' if several else ''}" + (
+            "; ".join(still) if several else ""
+        )
+    return Finding(check.says, said, (len(holding), len(seeds)), verdict)
+
+
+def _still(check: CheckTable, figure: Figure, rises: Mapping[str, Values]) -> list[str]:
+    """The places of a claim of scores where neither side's has risen, in the mean."""
+    if (check.measure or figure.y) != "score":
+        return []
+    return [
+        where
+        for name, of_panel in rises.items()
+        if check.panel in (None, name)
+        for where, left, right in _sides(check, figure, name, {"score": of_panel})
+        if left and right and max(map(statistics.fmean, (left.values(), right.values()))) <= 0
+    ]
 
 
 def _said(check: CheckTable, found: list[_Comparison]) -> str:

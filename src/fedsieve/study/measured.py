@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fedsieve.algebra.budget import Link
 from fedsieve.clients.network import DOWNLINK, Conditions, clock, first_round
-from fedsieve.report.read import Run, evaluations
+from fedsieve.report.read import LOSS, Run, evaluations
 from fedsieve.report.series import Series, shown_measure
 from fedsieve.study import claims
 from fedsieve.study.figures import FRONT, IN_ALL, Figure, Measure, PanelTable, PlaceTable
@@ -62,6 +62,21 @@ def _values(figure: Figure, of: Measured, measure: Measure) -> dict[str, Any]:
     }
 
 
+def rises_of(of: Measured) -> claims.Values:
+    """How far each score of a panel rose above that before the first round, where both are told.
+    Of a loss nothing: it is no score, and does not rise.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for entry, place in itertools.product(of.entries, of.places):
+        one = of.runs.get(place.name, {}).get(entry)
+        there = found.setdefault(entry, {}).setdefault(place.name, {})
+        for run in one.runs if one else ():
+            told = scores(place, of.panel)(run)
+            if 0 in told and LOSS not in _metrics(place, of.panel, run):
+                there[int(run.recipe["seed"])] = told[max(told)] - told[0]
+    return found
+
+
 def untold(figure: Figure, of: Measured, numbers: claims.Numbers) -> list[str]:
     """What runs that are there do not tell, in words: a metric that their task has not, say."""
     asked = [m for m in numbers if m != figure.y or figure.relative_to is None]
@@ -107,10 +122,17 @@ def scores(place: PlaceTable, panel: PanelTable) -> Callable[[Run], dict[int, fl
     """What is told of a run by round: a metric, or the mean of the panel's."""
 
     def told(run: Run) -> dict[int, float]:
-        leading = shown_measure([Series("", (run,))])
-        names = (place.metric,) if place.metric else panel.metrics or (leading,)
-        of = [{e.round: e.value for e in evaluations(run, name)} for name in names if name]
+        names = _metrics(place, panel, run)
+        of = [{e.round: e.value for e in evaluations(run, name)} for name in names]
         rounds = set.intersection(*map(set, of)) if of else set()
         return {number: statistics.fmean(e[number] for e in of) for number in sorted(rounds)}
 
     return told
+
+
+def _metrics(place: PlaceTable, panel: PanelTable, run: Run) -> tuple[str, ...]:
+    """Whose mean a run's score is; by default its leading one, if it has any."""
+    if place.metric:
+        return (place.metric,)
+    leading = shown_measure([Series("", (run,))])
+    return panel.metrics or ((leading,) if leading else ())

@@ -38,7 +38,7 @@ from fedsieve.study.figures import (
 )
 from fedsieve.study.front import Point, front_of
 from fedsieve.study.jobs import ShowRound
-from fedsieve.study.measured import Measured, numbers_of, untold
+from fedsieve.study.measured import Measured, numbers_of, rises_of, untold
 from fedsieve.study.neighbours import bring
 from fedsieve.study.parts import refuse_run
 from fedsieve.study.plan import Plan, final_jobs, trial_jobs, worked_out
@@ -125,7 +125,8 @@ def run(
     for of in measured.values():
         problems += untold(figure, of, panels[of.name])
     asked = [check for check in figure.check if any(_asks(check, of) for of in measured.values())]
-    findings = [claims.judged(check, figure, panels) for check in asked]
+    rises = {name: rises_of(of) for name, of in measured.items()}
+    findings = [claims.judged(check, figure, panels, rises) for check in asked]
     return _written(source, scale, figure, folder, measured, panels, findings, problems)
 
 
