@@ -108,7 +108,6 @@ AcceptChanges = Annotated[
 T = TypeVar("T")
 
 
-_NAMED = 20
 _MOST_SAID = 10_000  # letters of an error: one may quote what is long after all
 _NOT_OURS = "code that is not FedSieve's ended the program before all was done"
 
@@ -1126,7 +1125,7 @@ class _Live:
                 dropped.setdefault(receipt.dropped, []).append(receipt.client)
         for why, clients in dropped.items():
             who = "client" if len(clients) == 1 else f"{len(clients)} clients"
-            warn(f"round {summary.round}, {who} {few(clients, _NAMED)} dropped: {why}")
+            warn(f"round {summary.round}, {who} {few(clients)} dropped: {why}")
         for caution in self._cautions(summary):
             warn(caution)
         line = line_of(summary, self._rounds) + ("" if left is None else f"  left {_clock(left)}")
@@ -1259,7 +1258,7 @@ def _go_on_with(
                 done = count(recipe.rounds, "round")
                 say(f"this federation is finished: all of its {done} are done")
             if ended and lacking:
-                said = few(lacking, _NAMED)
+                said = few(lacking)
                 say(f"asking for the sites without the final adapter: {said}")
             idle = ended and not lacking
             if not idle and here.is_here(folder):
@@ -1273,7 +1272,7 @@ def _go_on_with(
         raise typer.Exit(130) from None
     if lacking := federating.without_adapter(folder):
         warn(
-            f"{few(lacking, _NAMED)} did not get the final adapter: start "
+            f"{few(lacking)} did not get the final adapter: start "
             f"`{rundir.again(folder)}` once more when they are there"
         )
     _summary(folder)

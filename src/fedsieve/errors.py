@@ -63,7 +63,7 @@ def count(n: int, thing: str) -> str:
     return f"{n:,} {thing}{'' if n == 1 else 's'}"
 
 
-def few(names: Sequence[str], most: int) -> str:
+def few(names: Sequence[str], most: int = 20) -> str:
     """ "a, b and 3 more"."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

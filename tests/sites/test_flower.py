@@ -723,11 +723,19 @@ def test_sites_evaluate_and_keep() -> None:
     net = Net({i: site(c, method) for i, c in enumerate(members)})
     sites = sites_of(net)
     run(federation(sites, method, size=2), 2)
+    said: list[str] = []
+    sites._say = said.append
     net.answers[0] = lambda f: Frame({"ok": True, "round": f.header["round"]}, f.body)
     net.answers[1] = lambda f: Frame({"ok": False, "error": "no test rows"})
     answers = sites.ask_all("evaluate", b"the adapter", 5.0)
     assert list(answers) == ["0000"]
     assert (answers["0000"].header["round"], answers["0000"].body) == (2, b"the adapter")
+    assert said == ["0001: evaluate: the site says: no test rows"]
+    sites.ask_all("evaluate", b"the adapter", 5.0)
+    assert len(said) == 1  # a site without test rows is not told in each evaluation anew
+    net.answers[1] = lambda f: Frame({"ok": False, "error": "no room"})
+    sites.ask_all("evaluate", b"the adapter", 5.0)
+    assert said[1:] == ["0001: evaluate: the site says: no room"]
 
 
 def test_whoever_is_late_at_the_end_keeps_the_adapter_as_well() -> None:

@@ -34,7 +34,10 @@ def known(name: str) -> Entry:
     """What the file of a method says. Raises FedSieveError, with the nearest, for no such name."""
     files = _files()
     if name not in files:
-        raise FedSieveError(f"unknown method {quoted(name)}{nearest(name, files)}")
+        raise FedSieveError(
+            f"unknown method {quoted(name)}{nearest(name, files)}. One of your own is a module in "
+            "a package, with a dot in its name (docs/methods.md)"
+        )
     path = files[name]
     head = (ast.get_docstring(_tree(path)) or name).splitlines()[0]
     return Entry(name, head.split(" (")[0], _knobs(path), options(path, "method"))

@@ -118,7 +118,6 @@ KEPT = "kept.json"
 _KEPT_BYTES = 1 << 24  # at most
 _ROOM = 1 << 18  # bytes: without so many Flower cannot even begin
 SPARE = 2  # rounds in a row without an update, before the third ends the run
-SHOWN = 20  # names of sites in a sentence
 LEFT_OVER = 120.0  # seconds that processes of a federation that was killed may take to end
 LOCK = ".federate.lock"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -542,7 +541,7 @@ def on_network(
             )
 
         names = [client.id for client in clients]
-        sites.close(names, f"[privacy] counts on {few(names, SHOWN)}, and on no other site")
+        sites.close(names, f"[privacy] counts on {few(names)}, and on no other site")
 
         def there() -> list[Client]:
             # As they are now: a site's budget may have been changed, and it was met again.

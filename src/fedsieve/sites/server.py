@@ -24,7 +24,7 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.engine.client import Reply
 from fedsieve.engine.loop import Exchange
-from fedsieve.errors import FedSieveError, WireError, count, printable
+from fedsieve.errors import FedSieveError, WireError, count, few, printable
 from fedsieve.frame import Frame, pack, unpack
 from fedsieve.sites import worker
 from fedsieve.sites.worker import check_seal
@@ -196,6 +196,7 @@ class Sites:
         self._refused: dict[Node, tuple[float, str]] = {}  # until when, and why
         self._meeting: dict[str, _Asked] = {}  # by request: who it is, or that it is ready
         self._owed: dict[str, _Asked] = {}  # by request: rounds
+        self._without: dict[tuple[str, str], str] = {}  # (site, what it was to do) -> why not
         self._stray: dict[str, int] = {}  # transport of what came too late, by site
         self._aside = 0  # transport of all that is not a round's
         self._begun = False
@@ -348,8 +349,9 @@ class Sites:
         }
         for why, names in away.items():
             if names:
-                shown = ", ".join(sorted(names)[:20]) + ", ..." * (len(names) > 20)
-                self._say(f"{do}: {count(len(names), 'site')} not asked, {why}: {shown}")
+                self._say(
+                    f"{do}: {count(len(names), 'site')} not asked, {why}: {few(sorted(names))}"
+                )
         for client in asked:
             frame = Frame({**head, "site": client.id, **self._after(client)}, body)
             request, dispatch = self._go(client, kind, frame, seconds, 0)
@@ -360,10 +362,14 @@ class Sites:
         for done in self._come_back(waiting, until):
             for dispatch, incoming in done:
                 self._aside += dispatch.transport
+                site = dispatch.client.id
                 try:
-                    answers[dispatch.client.id] = _answer(incoming, dispatch)
+                    answers[site] = _answer(incoming, dispatch)
+                    self._without.pop((site, do), None)
                 except WireError as error:
-                    self._say(f"{dispatch.client.id}: {do}: {error}")
+                    if self._without.get((site, do)) != str(error):  # not each time anew
+                        self._say(f"{site}: {do}: {error}")
+                    self._without[site, do] = str(error)
         for dispatch in waiting.values():
             self._aside += dispatch.transport
             self._say(f"{dispatch.client.id}: {do}: no answer in {seconds:g} s")
