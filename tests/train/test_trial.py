@@ -228,6 +228,14 @@ def test_a_model_that_sees_later_tokens_is_no_causal_one(tmp_path: Path, kind: s
         check_causal(resident)
 
 
+def test_nor_is_one_that_was_never_trained(tmp_path: Path) -> None:
+    """It attends to all tokens nearly alike, so that one among many moves the outputs little."""
+    folder = small.make("bert", "causal-lm", tmp_path, initializer_range=0.02)
+    with pytest.raises(FedSieveError, match="sees the tokens that it is"):
+        resident_of(folder, "causal-lm", small.PAD)
+    check_causal(resident_of(folder, "causal-lm", small.PAD, settings={"is_decoder": True}))
+
+
 def check_causal(resident: ResidentModel) -> None:
     """Another token changes what is predicted from it on, and nothing before it."""
     ids = torch.tensor([[small.BEGIN, *range(10, 20)]])

@@ -27,6 +27,7 @@ from fedsieve.train.quantise import row_by_row
 from fedsieve.train.seeded import seeded
 
 CPU = torch.device("cpu")
+_MASKED = 1e-5  # of the largest output, by which a token that is masked may move any
 _GIVEN = {"texts": "token numbers alone", "images": "images alone"}
 
 
@@ -190,13 +191,18 @@ def _apart(model: PreTrainedModel, task: Task, *, ended: bool = True) -> bool:
 
 
 def _causal(model: PreTrainedModel, task: Task) -> bool:
-    """Whether another last token leaves what was predicted before it as it was."""
+    """Whether another last token leaves what was predicted before it as it was.
+
+    Both times all has one shape, and what is masked counts for nothing, so less may differ than
+    between batches: a model that was never trained attends to all tokens nearly alike.
+    """
     rows = made_up(model, task)
     assert isinstance(rows, Texts)
     ids = rows.input_ids.clone()
     ids[1, -1] = ids[1][ids[1] != ids[1, -1]][0]
-    before = _run(model, rows).logits[1, :-1]
-    return same(model, before, _run(model, rows._replace(input_ids=ids)).logits[1, :-1])
+    before = _run(model, rows).logits[1, :-1].float()
+    after = _run(model, rows._replace(input_ids=ids)).logits[1, :-1].float()
+    return bool((before - after).abs().max() <= _MASKED * before.abs().max())
 
 
 def _has_the_tasks_loss(model: PreTrainedModel, task: Task) -> bool:
