@@ -638,7 +638,7 @@ def test_the_list_says_what_each_needs(
         assert f"{name}  " in ran.out
     told = ran.out[ran.out.index("flasc/fig2") :].splitlines()
     assert told[1].strip().startswith("small: published (docs/papers.md): ")
-    assert "; needs `fedsieve fetch minilm-l6 20newsgroups`: else ready" in told[1]
+    assert "; needs `fedsieve fetch minilm-l6 20newsgroups`: ready otherwise" in told[1]
     done = tmp_path / "runs" / "papers" / "flasc-fig2-small"
     done.mkdir(parents=True)
     (done / "figure.json").write_text('{"verdict": "not clear"}')

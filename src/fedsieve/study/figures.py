@@ -495,7 +495,7 @@ def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
         need if len(of) == len(panels) else f"{need} (for {', '.join(of)})"
         for need, of in gone.items()
     ]
-    return before + (f"needs {'; '.join(said)}: else ready" if said else "ready")
+    return before + (f"needs {'; '.join(said)}: ready otherwise" if said else "ready")
 
 
 def published() -> dict[str, str]:
