@@ -1218,12 +1218,11 @@ def _say_next(folder: Path, recipe: "Recipe") -> None:
 
 def _all_here(recipe: "Recipe", folder: Path, policy: "RoundPolicy") -> None:
     """A federation with a server and sites on this machine, from its beginning to its end."""
-    from fedsieve.run import rundir
     from fedsieve.sites import federate as federating
     from fedsieve.sites import here
 
     federating.check_installed()
-    rundir.refuse(folder)
+    federating.refuse_used(folder)
     here.refuse_path(folder)
     say(f"dividing {recipe.data.train} over {count(policy.sites, 'site')} ...")
     settled = here.settle(recipe, policy.sites, folder)

@@ -208,6 +208,31 @@ def test_each_federation_has_a_name_of_its_own(tiny: Tiny, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("flower")
+@pytest.mark.parametrize(
+    "name",
+    ["app/pyproject.toml", "flower/config.toml", "flower/rose.txt", "told.toml", "sites.json",
+     "kept.json", "sites/0000/mine", "set-aside/mine", "metrics.jsonl", "adapter/mine"],
+)  # fmt: skip
+@pytest.mark.parametrize("local", [False, True])
+def test_no_file_of_the_users_is_replaced(
+    tiny: Tiny, tmp_path: Path, command: Command, name: str, local: bool
+) -> None:
+    """`--out .` in a project that has an app of its own, say."""
+    folder = tmp_path / "project"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_text("mine")
+    source = tmp_path / "r.toml"
+    source.write_text(recipe.dump(checked(tiny), {}))
+    ran = command(
+        "federate", str(source), "--out", str(folder), *(["--local", "2"] if local else [])
+    )
+    assert ran.code == 2
+    assert f"has {name.partition('/')[0]}, " in " ".join(ran.err.split())
+    assert [path for path in folder.rglob("*") if path.is_file()] == [folder / name]
+    assert (folder / name).read_text() == "mine"
+
+
+@pytest.mark.usefixtures("flower")
 def test_a_run_that_is_there_is_not_replaced(tiny: Tiny, tmp_path: Path) -> None:
     federate.prepare(checked(tiny), tmp_path, PATIENCE, federate.ServerAddress())
     with pytest.raises(FedSieveError, match="holds a run already"):

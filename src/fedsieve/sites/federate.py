@@ -167,13 +167,26 @@ def check_installed() -> None:
         raise FedSieveError(f"Flower {version} is installed, {wanted} is needed: {install}")
 
 
+def refuse_used(folder: Path) -> None:
+    """Raises FedSieveError if the folder holds a run, or what a federation would write over."""
+    rundir.refuse(folder)
+    for name in (APP, HOME, found.HERE, found.ASIDE, TOLD, KEYS, KEPT):
+        if os.path.lexists(folder / name):
+            raise FedSieveError(
+                f"{folder} holds no federation, and has {name}, in whose place one writes its own: "
+                "choose another --out, or move it away"
+            )
+
+
 def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAddress) -> list[str]:
     """Make a run's directory with its Flower app, and say how to start it.
 
     Returns the commands: on the server, at each site, and the one that begins.
-    Raises FedSieveError for a recipe that cannot run on a network, or an open door without TLS.
+    Raises FedSieveError for a recipe that cannot run on a network, an open door without TLS, or a
+    folder with anything in it that would be replaced.
     """
     check_installed()
+    refuse_used(folder)
     _refuse_odd(policy)
     _refuse_open_door(listen)
     recipe, notes = _for_a_network(recipe, policy)

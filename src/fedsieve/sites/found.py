@@ -19,6 +19,7 @@ from fedsieve.recipe import read as recipes
 
 APP = "app"
 HOME = "flower"  # of Flower's command line
+HERE = "sites"  # of a federation on one machine: a folder for each, and the processes' logs
 ASIDE = "set-aside"  # what else was in HOME
 LINK = "link.db"  # in HOME: without it a SuperLink that restarts knows none of its nodes
 CONFIG = "config.toml"  # in HOME

@@ -47,13 +47,13 @@ from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from fedsieve.sites.federate import ServerAddress
 from fedsieve.sites.found import APP, CONFIG, HOME, LINK, server_of
+from fedsieve.sites.found import HERE as HERE
 from fedsieve.sites.site import NAME, Rows
 from fedsieve.sites.worker import SOCKET, ask
 from fedsieve.tasks.images import memory_of_machine
 from fedsieve.train.model import pick_device
 from fedsieve.train.reader import load_reader
 
-HERE = "sites"  # in the run's directory: a folder for each, and the logs of the processes
 ROWS = "rows.parquet"
 HELD = "held-back.parquet"  # beside the sites' folders: what data.validation holds back
 SITE = "site.toml"
