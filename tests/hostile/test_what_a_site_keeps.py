@@ -37,13 +37,13 @@ class Wire:
     """Requests to the sites' workers, and their answers, which may be changed on the way."""
 
     def __init__(self, given: World, change: Change) -> None:
-        self.sites, self.change = given.sites, change
+        self.names, self.change = [*given.sites], change
         self.workers = {name: asking(path) for name, path in given.sites.items()}
         self.came: dict[str, bytes] = {}
         self.asked: list[dict[str, Any]] = []
 
     def send(self, node: int, kind: str, data: bytes, seconds: float) -> PendingRequest:
-        name, request = NAMES[node], unpack(data)
+        name, request = self.names[node], unpack(data)
         self.asked.append(dict(request.header))
         answer = self.change(name, request, self.workers[name](request))
         self.came[str(len(self.asked))] = pack(answer)
@@ -68,9 +68,10 @@ def federation(tiny: Tiny, folder: Path, method: str, **changes: Any) -> World:
     return made
 
 
-def serve(given: World, wire: Wire, wait: float = 20.0) -> list[str]:
-    said: list[str] = []
-    transport = Transport(lambda: [Node(0), Node(1)], wire.send, wire.collect)
+def serve(given: World, wire: Wire, said: list[str] | None = None, wait: float = 20.0) -> list[str]:
+    said = [] if said is None else said
+    nodes = [Node(number) for number in range(len(wire.names))]
+    transport = Transport(lambda: nodes, wire.send, wire.collect)
     patience = PATIENCE._replace(deadline=5.0, setup=20.0, wait=wait, poll=0.02)
     federate.serve(given.run, transport, patience, said.append)
     return said

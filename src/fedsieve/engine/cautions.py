@@ -27,6 +27,7 @@ def cautioning() -> Caution:
             "starving": starving(summary),
             "still": _still(summary, losses),
             "empty": _empty(summary),
+            "noise": _noise(summary),
         }
         new = {name: text for name, text in found.items() if text and name not in said}
         said.update(new)
@@ -41,6 +42,15 @@ def _empty(summary: "Round") -> str | None:
     return (
         f"round {summary.round}: nobody was drawn, so that nothing was learned: if that is so in "
         "most rounds, raise cohort or what [sampling] draws clients by (docs/recipes.md)"
+    )
+
+
+def _noise(summary: "Round") -> str | None:
+    if summary.epsilon is None or not 0 < summary.clients == summary.dropped:
+        return None
+    return (
+        f"round {summary.round}: of those who were drawn nobody gave an update, so that noise "
+        "alone was merged; what the round cost of the privacy is spent all the same"
     )
 
 

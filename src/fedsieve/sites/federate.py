@@ -52,7 +52,7 @@ from fedsieve.clients.privacy import PrivacyPlan
 from fedsieve.disk import bytes_of, objects, parsed, refuse_link, remove_link, write_whole
 from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Federation, Receipt, Round
-from fedsieve.errors import FedSieveError, count, few
+from fedsieve.errors import FedSieveError, NoUsableUpdate, count, few, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import (
@@ -115,11 +115,13 @@ TIMES = ("deadline", "setup", "wait")  # of these, what may be others in each st
 KEYS = "sites.json"  # site -> its node's public key
 _KEYS_BYTES = 1 << 24  # at most
 KEPT = "kept.json"
+DRAWN_FROM = "drawn_from"  # in it: see `History`
 _KEPT_BYTES = 1 << 24  # at most
 _ROOM = 1 << 18  # bytes: without so many Flower cannot even begin
 SPARE = 2  # rounds in a row without an update, before the third ends the run
 LEFT_OVER = 120.0  # seconds that processes of a federation that was killed may take to end
 LOCK = ".federate.lock"
+_SITES = "sites"  # in the recipe's [environment]: of how many a private one's noise is planned
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # No word to anyone about what runs here.
 QUIET = "FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1"
@@ -135,12 +137,14 @@ class History(NamedTuple):
     given: (site, digest of what an update said) -> its round
     last:   the newest of them
     met:    the sites that were ever met
+    drawn_from: the sites from which a private federation's rounds so far were drawn
     """
 
     merged: dict[str, int]
     given: dict[tuple[str, str], int]
     last: int = 0
     met: Collection[str] = ()
+    drawn_from: Collection[str] = ()
 
 
 class ServerAddress(NamedTuple):
@@ -193,6 +197,8 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     folder = folder.absolute()
     name = secrets.token_hex(16)
     facts = {**rundir.environment("none"), told.FEDERATION: name}
+    if recipe.privacy is not None:
+        facts[_SITES] = policy.sites
     with rundir.lock(folder):
         text = recipes.dump(recipe, {**facts, "notes": notes} if notes else facts)
         rundir.create(folder, text, secret=deployed(recipe))
@@ -456,24 +462,34 @@ def _served(
         tracking.check(asked)
         say(f"tracked by {tracking.where(asked, folder)}")
     board: list[Sites] = []
-    new = cautioning()
+    new, note, in_vain = cautioning(), partial(_note, folder), 0
 
     def build(recipe: Recipe) -> Experiment:
         text = told.text_for_sites(folder, recipe)
-        history, meet = _history(folder), lambda sites: _note(folder, met=sites)
+        if recipe.privacy is not None:
+            _refuse_other_number(folder, policy)
         experiment, sites = on_network(
-            recipe, text, transport, policy, say, history, folder / KEYS, meet
+            recipe, text, transport, policy, say, _history(folder), folder / KEYS, note
         )
         board.append(sites)
         return experiment
 
     def show(summary: Round, receipts: Sequence[Receipt]) -> None:
+        nonlocal in_vain
         for receipt in receipts:
             if receipt.dropped is not None:
                 say(f"round {summary.round}, site {receipt.client}: {receipt.dropped}")
         for caution in new(summary):
             say(f"warning: {caution}")
         say(line_of(summary, rounds))
+        if summary.clients:  # else nobody was drawn
+            in_vain = in_vain + 1 if summary.dropped == summary.clients else 0
+        # Only a private round ends without an update here; the others are the round loop's to stop.
+        if in_vain > SPARE and summary.epsilon is not None and summary.round < rounds:
+            raise NoUsableUpdate(
+                f"in {in_vain} rounds one after another no site that was drawn gave an update, and "
+                "each cost the privacy of a round: see what the sites' workers say"
+            )
 
     lacking = set(without_adapter(folder))
     if not has_ended(folder, rounds):
@@ -495,14 +511,15 @@ def on_network(
     say: Callable[[str], None],
     history: History,
     keys: Path,
-    meet: Callable[[list[str]], None],
+    note: Callable[..., None],
 ) -> tuple[Experiment, Sites]:
     """A federation whose clients are the sites that the transport reaches, once they are there.
 
     text: the recipe as the sites are told it
     history: what of the rounds before is in the log
     keys: the file with the key of each site's node; new sites are added to it
-    meet: told all sites that were ever met, whenever one is added
+    note: keeps what it is given by name: `met`, all sites that were ever met, whenever one is
+        added, and `drawn_from`
     Raises FedSieveError if too few sites come, or for what of the recipe does not fit.
     """
     method = build_method(recipe)
@@ -541,20 +558,21 @@ def on_network(
         pin=partial(_keep, keys),
         most=longest(resident.layout),
         met=history.met,
-        meet=meet,
+        meet=lambda names: note(met=names),
     )
+    before = sorted(history.drawn_from)
+    if plan is not None and before:
+        _close(sites, before)
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
     there = sites.there
     if plan is not None:
         # The account counts on a draw from all sites, whether they are there or not.
-        if len(clients) != policy.sites:
-            raise FedSieveError(
-                f"[privacy] counts on {policy.sites} sites, and {len(clients)} are there"
-            )
-
         names = [client.id for client in clients]
-        sites.close(names, f"[privacy] counts on {few(names)}, and on no other site")
+        if len(names) != policy.sites:
+            raise FedSieveError(_other_sites(policy.sites, names, before))
+        _close(sites, names)
+        note(**{DRAWN_FROM: names})
 
         def there() -> list[Client]:
             # As they are now: a site's budget may have been changed, and it was met again.
@@ -603,6 +621,31 @@ def on_network(
     rows = None if test is None else RowsDigest("", rated)
     built = Experiment(recipe, federation, resident, start, {}, notes, ending, details, rows=rows)
     return built, sites
+
+
+def _close(sites: Sites, names: Collection[str]) -> None:
+    """Take in nobody else from now on: a private federation draws from these in every round."""
+    sites.close(names, f"[privacy] counts on {few(sorted(names))}, and on no other site")
+
+
+def _other_sites(number: int, names: Collection[str], before: Collection[str]) -> str:
+    """That others are there than [privacy] counts on, and what to do."""
+    came = f"{count(len(names), 'site')} came ({few(sorted(names))})"
+    said = f"[privacy] counts on {count(number, 'site')}, and {came}: "
+    if len(names) > number:
+        return said + "stop the nodes of those that take no part, or begin anew with more --sites"
+    missing = f": {few(sorted({*before} - {*names}))}" if before else ""
+    return said + f"start the workers and the nodes of the others{missing}, then --resume"
+
+
+def _refuse_other_number(folder: Path, policy: RoundPolicy) -> None:
+    """Raises FedSieveError where the app names other sites than a private run was planned for."""
+    planned = rundir.environment_of(folder).get(_SITES, policy.sites)
+    if planned != policy.sites:
+        raise FedSieveError(
+            f"{folder / APP / 'pyproject.toml'}: sites is {policy.sites:g}, and [privacy] was "
+            f"planned for {quoted(planned)}: put that back"
+        )
 
 
 class Ours(NamedTuple):
@@ -928,8 +971,10 @@ def _history(folder: Path) -> History:
     merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
     said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
     given = {(site, digest): number for site, digest, number in reversed(said)}
-    met = {*(row["client"] for row in receipts), *_names(_kept(folder), "met")}
-    return History(merged, given, last, met)
+    note = _kept(folder)
+    met = {*(row["client"] for row in receipts), *_names(note, "met")}
+    drawn_from = (_names(note, DRAWN_FROM) or met) if last else ()
+    return History(merged, given, last, met, drawn_from)
 
 
 def _logged(folder: Path) -> list[dict[str, Any]]:
