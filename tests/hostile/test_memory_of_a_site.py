@@ -73,6 +73,31 @@ def test_a_clock_that_is_set_back_costs_no_memory(tiny: Tiny, tmp_path: Path) ->
     assert busy.train(3).body == calm.train(3).body
 
 
+def test_a_run_that_is_trained_is_none_of_the_oldest(tiny: Tiny, tmp_path: Path) -> None:
+    """Others that are told meanwhile, one after another, cost it nothing."""
+    busy, calm = Worker(tiny, tmp_path / "a"), Worker(tiny, tmp_path / "b")
+    for number in (1, 2, 3):
+        assert asked(busy, number, number - 1).body == asked(calm, number, number - 1).body
+        for other in range(resident.RUNS - 1):
+            told(busy.ask, busy.text + b"#" * (number * resident.RUNS + other))
+
+
+def test_a_run_that_gave_way_to_others_is_told_as_that(tiny: Tiny, tmp_path: Path) -> None:
+    here = Worker(tiny, tmp_path)
+    said: list[str] = []
+    here.state.say = said.append
+    assert asked(here, 1, 0).header["ok"]
+    for other in range(1, resident.RUNS + 1):
+        told(here.ask, here.text + b"#" * other)
+    assert [line for line in said if "is removed" in line] == [
+        f"{here.rounds.parent} is removed: {resident.RUNS} are kept, and others were used since"
+    ]
+    told(here.ask, here.text)
+    answer = asked(here, 2, 1)
+    assert answer.header["lost_memory"] is True
+    assert f"it keeps {resident.RUNS} runs, and others were used since" in answer.header["error"]
+
+
 def asked(here: Worker, number: int, after: int | None) -> Frame:
     more: dict[str, Any] = {} if after is None else {"after": after}
     return here.ask(train(here.text, number, here.message(number), **more))
@@ -139,9 +164,10 @@ def a_file_for_the_run(worker: Path, run: Path) -> None:
 
 def a_file_for_half_an_adapter(worker: Path, run: Path) -> None:
     (worker / "adapters").mkdir(exist_ok=True)
-    (worker / "adapters" / ".x.part").write_bytes(b"x")
-    (worker / "adapters" / ".y.old").write_bytes(b"x")
-    (worker / "adapters" / "y").mkdir()
+    name = "0123456789abcdef"
+    (worker / "adapters" / f".{name}.part").write_bytes(b"x")
+    (worker / "adapters" / f".{name}.old").write_bytes(b"x")
+    (worker / "adapters" / name).mkdir()
     (run / ".z.part").mkdir()
 
 

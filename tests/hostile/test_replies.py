@@ -31,7 +31,9 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedsieve.algebra.budget import Budget
+from fedsieve.errors import FedSieveError
 from fedsieve.methods import fedit
+from fedsieve.sites import flower_app
 from fedsieve.sites.flower_app import content_of, transport
 from fedsieve.sites.server import Incoming
 from tests import toy
@@ -236,6 +238,34 @@ def test_a_reply_answers_what_it_was_asked_for_whatever_it_says() -> None:
 def test_an_error_of_the_connection_is_raised(error: Exception) -> None:
     with pytest.raises(type(error)):
         collected(grid_of({}, error))
+
+
+def failing(path: str) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", f"http://127.0.0.1:1/v1/runtime/{path}")
+    answer = httpx.Response(500, request=request)
+    return httpx.HTTPStatusError("Server error '500'", request=request, response=answer)
+
+
+def test_an_error_of_the_superlinks_is_no_word_of_the_sites() -> None:
+    """Its database is full or locked, say: the site is asked again."""
+    incoming = collected(grid_of({}, failing("pull-messages")))
+    assert incoming.lost
+    assert incoming.error.startswith("the SuperLink could not give it: ")
+
+
+def test_a_superlink_that_fails_is_told_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_app, "Message", lambda *_, **__: None)  # made in a run alone
+    monkeypatch.setattr(flower_app, "size_of", lambda _: 1)
+    grid = grid_of({})
+
+    def fails(*_: object) -> None:
+        raise failing("push-messages")
+
+    grid.get_nodes = grid.push_messages = fails
+    reach = transport(grid, proved=False)
+    for ask in (reach.nodes, lambda: reach.send(1, "train", b"x", 1.0)):
+        with pytest.raises(FedSieveError, match=r"the SuperLink failed \(500 at /v1/runtime/push-"):
+            ask()
 
 
 def test_a_site_of_no_answers_is_dropped_by_name_and_not_asked_again() -> None:

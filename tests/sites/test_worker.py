@@ -603,10 +603,18 @@ def test_what_a_killed_worker_left_half_written_is_removed(tiny: Tiny, tmp_path:
     site.train(1)
     whole = resident.whole_message(site.assignment.start)
     assert site.ask(rate("keep", site.text, 1, whole)).header["ok"]
-    kept = contents(tmp_path)
     adapters = tmp_path / "north" / "worker" / "adapters"
     (place,) = adapters.iterdir()
+    others = [
+        ".film.mkv.part", "runs/demo/.adapter.part", "runs/demo/rounds/.x.part",
+        "adapters/.mine.part", "adapters/.mine.old", "adapters/.v1.old/x",
+    ]  # fmt: skip
+    for name in others:  # the owner's own, in a folder that has other things in it
+        (site.rounds.parents[2] / name).parent.mkdir(parents=True, exist_ok=True)
+        (site.rounds.parents[2] / name).write_bytes(b"mine")
+    kept = contents(tmp_path)
     (site.rounds / ".round-000000002.part").write_bytes(b"half")
+    (site.rounds.parents[2] / ".told.part").write_bytes(b"half")
     (site.rounds.parent / ".recipe.toml.part").write_bytes(b"half")
     (adapters / f".{place.name}.part").mkdir()
     place.rename(adapters / f".{place.name}.old")  # killed between two renames

@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,18 +132,36 @@ def transport(grid: Grid, proved: bool) -> "Transport":
     from fedsieve.sites.server import Node, PendingRequest, Transport
 
     def nodes() -> "list[Node]":
+        with told_by_name():
+            found = grid.get_nodes()
         return [
             Node(n.node_id, n.last_activated_at, n.public_key.hex() if proved else "")
-            for n in grid.get_nodes()
+            for n in found
         ]
 
     def send(node: int, kind: str, frame: bytes, seconds: float) -> "PendingRequest | None":
         message = Message(content_of(frame), node, kind, ttl=seconds)
         size = size_of(message)
-        (request,) = grid.push_messages([message]) or (None,)
+        with told_by_name():
+            (request,) = grid.push_messages([message]) or (None,)
         return None if request is None else PendingRequest(request, size)
 
     return Transport(nodes, send, MessagePoller(partial(fetch, grid)).collect)
+
+
+@contextmanager
+def told_by_name() -> Iterator[None]:
+    """Raises FedSieveError for an error of the SuperLink itself, in place of Flower's traceback."""
+    import httpx
+
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        raise FedSieveError(
+            f"the SuperLink failed ({error.response.status_code} at {error.request.url.path}): "
+            "what it prints says why (a full disk, say; with --local it is in sites/server.log). "
+            "Mend that, then go on with --resume"
+        ) from error
 
 
 def end_with_parent(pause: float = 1.0, patience: float = 60.0) -> None:

@@ -35,7 +35,7 @@ from datasets import Dataset
 from fedsieve.algebra.budget import Budget
 from fedsieve.data.pictures import inlined
 from fedsieve.disk import appending, everything_in, refuse_link, remove, write_whole
-from fedsieve.errors import FedSieveError, count, printable
+from fedsieve.errors import FedSieveError, count, printable, reason
 from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.budgets import hand_out, machines_of
@@ -57,6 +57,7 @@ from fedsieve.train.reader import load_reader
 ROWS = "rows.parquet"
 HELD = "held-back.parquet"  # beside the sites' folders: what data.validation holds back
 SITE = "site.toml"
+_TRIAL = 1 << 23  # bytes: less is no room for a SuperLink's database
 _LOGS, _SERVER_LOG = ("worker.log", "node.log"), "server.log"
 _TAKEN = frozenset({_SERVER_LOG, HELD})  # names of files beside the sites' folders
 _BIN = Path(sys.executable).parent
@@ -312,6 +313,7 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
     # nothing, each time.
     empty = tempfile.TemporaryDirectory(prefix=_without_remains(folder))
     with runner.sigterm_as_ctrl_c(), empty as nodes, _all_ended() as started:
+        _refuse_full(Path(nodes), folder)
 
         def start(command: Sequence[object], log: Path, more: Mapping[str, str]) -> _Started:
             started.append(_start(command, log, more))
@@ -345,6 +347,20 @@ def at_work(folder: Path, port: int, say: Callable[[str], None]) -> Iterator[Non
         except KeyboardInterrupt:
             say("stopping: the server and the sites are ended, which may take some seconds")
             raise
+
+
+def _refuse_full(place: Path, folder: Path) -> None:
+    """Raises FedSieveError where the server's database has no room: it would stop in mid-run."""
+    trial = place / ".room"
+    try:
+        write_whole(trial, bytes(_TRIAL))
+        trial.unlink()
+    except OSError as error:
+        raise FedSieveError(
+            f"{place.parent} cannot be written ({reason(error)}), where the server of --local "
+            "keeps what passes through it: make room, or set TMPDIR to another folder; then "
+            f"`{rundir.again(folder)}`"
+        ) from error
 
 
 def _without_remains(folder: Path) -> str:

@@ -86,6 +86,9 @@ def fetch(grid: Grid, request: str, most: int) -> list[Incoming]:
         return [Incoming(request, frame_of(message), "", size)]
     except (httpx.TransportError, RunNotRunningException):
         raise
+    except httpx.HTTPStatusError as error:
+        # A full or a locked database, say: no word of the node's, which is asked again.
+        return failed(f"the SuperLink could not give it: {error}", lost=True)
     except ObjectPullError as error:  # its node was too slow for Flower, or ended
         return failed(f"its bytes did not come: {error}", lost=True)
     except WireError as error:

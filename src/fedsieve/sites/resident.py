@@ -24,7 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from itertools import chain
@@ -60,15 +60,16 @@ from fedsieve.train.model import pick_device
 from fedsieve.wire import decode, encode, longest
 from fedsieve.wire.format import VERSION
 
-RUNS = 4  # whose memory stays on the disk; the oldest beyond that is forgotten
+RUNS = 8  # whose memory stays on the disk; which was used longest ago is forgotten beyond that
 RECIPE = "recipe.toml"
 MOST = "most_bytes"  # of a request's body, beside it
 BASE = "base"  # the digests of the base over which it was told, beside it
 SAID = "said"  # the digest of what the server was told of the site then
 _RUN = re.compile(r"[0-9a-f]{64}")  # what a run's folder is called: the digest of its recipe
+_ADAPTER = re.compile(r"\.[0-9a-f]{16}")  # and an adapter's, while it is written
 _UNTOLD = "this recipe was not told here: tell it first"
 RECIPE_BYTES = 1 << 20  # the longest that is taken
-TOLD = "told"  # the digests of the recipes, in the order in which they were told last
+TOLD = "told"  # the digests of the recipes, in the order in which they were used last
 _SAID = 500  # characters of an error
 # What a method raises over a memory that is whole and none of its own, among other things.
 _OVER_A_MEMORY = (AttributeError, IndexError, KeyError, TypeError, RuntimeError, MethodFailed)
@@ -82,6 +83,7 @@ class Resident:
     """The worker's state: the site, its rows, and the recipe that it is ready for.
 
     say: where the site's owner reads what happens; it may hold paths and quote rows
+    forgotten: the runs that gave way to others since the worker began
     """
 
     site: Site
@@ -89,6 +91,7 @@ class Resident:
     test_rows: Dataset | None
     say: Callable[[str], None]
     assignment: Assignment | None = None
+    forgotten: set[str] = field(default_factory=set)
 
 
 def run(path: Path, say: Callable[[str], None]) -> None:
@@ -134,12 +137,9 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     pick_device(site.device)
     for name in ("runs", "adapters"):
         refuse_link(site.folder / name, folder=True)
-    for within in ("", "runs/*/", "runs/*/*/"):
-        for part in site.folder.glob(f"{within}.*.part"):
-            remove(part)
-    for part in site.folder.glob("adapters/.*.part"):
+    for part in _left_behind(site.folder):
         remove(part)
-    for old in site.folder.glob("adapters/.[!.]*.old"):
+    for old in _adapters(site.folder, "old"):
         place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if place.exists():
             remove(old)
@@ -151,6 +151,22 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     if data.test is not None or data.test_split is not None:
         test_rows = load_rows(data, data.test or data.train, data.test_split)
     return Resident(site, rows, test_rows, say)
+
+
+def _left_behind(folder: Path) -> list[Path]:
+    """What a worker writes under another name first. What else is in the folder is its owner's."""
+    runs = [run for run in (folder / "runs").glob("*") if _RUN.fullmatch(run.name)]
+    return [
+        *folder.glob(f".{TOLD}.part"),
+        *_adapters(folder, "part"),
+        *(part for run in runs for part in run.glob(".*.part")),
+        *(part for run in runs for part in run.glob("rounds/.*.part")),
+    ]
+
+
+def _adapters(folder: Path, end: str) -> list[Path]:
+    """Adapters under the names that they have while another takes their place."""
+    return [p for p in (folder / "adapters").glob(f".*.{end}") if _ADAPTER.fullmatch(p.stem)]
 
 
 def about(resident: Resident, request: Frame) -> Frame | None:
@@ -387,7 +403,7 @@ def _tell(resident: Resident, request: Frame) -> Frame:
     write_whole(folder / BASE, _base(resident.assignment).encode("ascii"))
     write_whole(folder / SAID, _said(resident).encode("ascii"))
     write_whole(folder / RECIPE, request.body)
-    _forget_old_runs(resident.site.folder, run)
+    _forget_old_runs(resident, run)
     return Frame(_facts(resident))
 
 
@@ -418,15 +434,19 @@ def _train(resident: Resident, request: Frame) -> Frame:
         if assignment.method.keeps and asked.after is not None:
             try:
                 memories = _from(asked.after, memories)
-            except _Lost:
+            except _Lost as error:
                 # Nothing leads there from what was kept later: the site goes on without it.
                 journal.forget(folder, asked.after)
+                if assignment.run in resident.forgotten:
+                    why = f"it keeps {RUNS} runs, and others were used since"
+                    raise _Lost(f"{error}; {why}") from None
                 raise
         done = _round(assignment, client, memories, key, request.body)
         done = done._replace(asked=digest, whose=whose)
         # As far as the server's checkpoints reach: two of them, `every` rounds apart.
         room = partial(limits.check_room, site)
         journal.write(folder, done, keep=2 * recipe.checkpoint.every, room=room)
+        _forget_old_runs(resident, assignment.run)
     return Frame(done.facts, done.answer)
 
 
@@ -631,11 +651,13 @@ def _clear(place: Path, *, folder: bool) -> None:
         refuse_link(place, folder=True)
 
 
-def _forget_old_runs(folder: Path, run: str) -> None:
-    """Forget all but the newest `RUNS`, of which this one was told last.
+def _forget_old_runs(resident: Resident, run: str) -> None:
+    """Forget all but the `RUNS` that were used last, the newest of which is this one.
 
-    In the order in which they were told, and not by the dates of files: clocks are set back.
+    In the order in which they were told or trained, and not by the dates of files: clocks are set
+    back.
     """
+    folder = resident.site.folder
     place = folder / TOLD
     # No more than an order is lost with it.
     before: list[str] = []
@@ -646,8 +668,11 @@ def _forget_old_runs(folder: Path, run: str) -> None:
     there = {path.name for path in runs.iterdir() if _RUN.fullmatch(path.name)} - {run}
     known = [digest for digest in before if digest in there]
     order = [*sorted(there - {*known}), *known, run]
-    write_whole(place, "\n".join(order[-RUNS:]).encode("ascii"))
+    if order[-RUNS:] != before:
+        write_whole(place, "\n".join(order[-RUNS:]).encode("ascii"))
     for digest in order[:-RUNS]:
+        resident.forgotten.add(digest)
+        resident.say(f"{runs / digest} is removed: {RUNS} are kept, and others were used since")
         remove(runs / digest)
 
 

@@ -230,14 +230,27 @@ class Sites:
                 if len(free) < least:
                     raise FedSieveError(
                         f"after {policy.wait:g} s {len(free)} sites are there, and a round "
-                        f"needs {least}: start the workers and the nodes of the sites, then "
-                        "go on with --resume"
+                        f"needs {least}: {self._what_to_do(len(free), least)}"
                     )
                 self._say(f"{len(free)} of {wanted} sites are there: going on without the others")
                 break
             self._sleep(policy.poll)
         self._begun = True
         return free
+
+    def _what_to_do(self, free: int, least: int) -> str:
+        busy = [site.client.id for site in self._owing()]
+        if free + len(busy) >= least:
+            return (
+                f"{few(sorted(busy))} would be enough, still at an earlier round: go on with "
+                "--resume, and a longer --deadline or --wait"
+            )
+        return "start the workers and the nodes of the sites, then go on with --resume"
+
+    def _owing(self) -> list[_Site]:
+        """The sites that are there and have a round to end first."""
+        busy = {asked.node for asked in self._owed.values()}
+        return [s for s in self._sites.values() if s.node in self._connected and s.node in busy]
 
     def as_now(self, client: Client) -> Client:
         """The site of this name as it was met last."""
