@@ -190,7 +190,6 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     folder with anything in it that would be replaced.
     """
     check_installed()
-    refuse_used(folder)
     _refuse_odd(policy)
     _refuse_open_door(listen)
     recipe, notes = _for_a_network(recipe, policy)
@@ -200,6 +199,7 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     if recipe.privacy is not None:
         facts[_SITES] = policy.sites
     with rundir.lock(folder):
+        refuse_used(folder)
         text = recipes.dump(recipe, {**facts, "notes": notes} if notes else facts)
         rundir.create(folder, text, secret=deployed(recipe))
         told.write(folder, recipe, name)
