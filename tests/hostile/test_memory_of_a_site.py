@@ -30,6 +30,11 @@ DATES: dict[str, Callable[[int], float]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _of_few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resident, "RUNS", 3)  # each more is told, and its model loaded
+
+
 def date(folder: Path, seconds: float) -> None:
     for path in [folder, *folder.rglob("*")]:
         os.utime(path, (seconds, seconds))
