@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
-from fedsieve.errors import FedSieveError, of_memory, reason, with_type, words
+from fedsieve.errors import FedSieveError, of_memory, printable, reason, with_type, words
 
 LARGEST = 2**63 - 1  # a whole number in a file; what is computed from it fits a float
 LONGEST = 1 << 20  # bytes of a line
@@ -40,6 +40,40 @@ def refuse_link(path: Path, *, folder: bool = False) -> None:
             f"{path} is {what}, where a run has a {'folder' if folder else 'file'} of its own: "
             "nothing is read or written there; put what belongs there in its place, or remove it"
         )
+
+
+_CACHES = ("models--", "datasets--")  # folders of the hub's cache, whose snapshots link to blobs
+
+
+def refuse_links_out(folder: Path, what: str, paths: Iterable[Path] | None = None) -> None:
+    """Raises FedSieveError for a link in a folder that leads out of it, there or not: a stranger's
+    folder would so take in files of its reader's, which are copied and uploaded with the rest.
+
+    what:  the folder, in words that begin the message
+    paths: the links that are looked at; None for all in the folder, however deep
+    The folder may be a link itself, and a link may lead to a blob of the hub's cache.
+    """
+    home = folder.resolve()
+    try:
+        for path in sorted(everything_in(folder)) if paths is None else paths:
+            if path.is_symlink() and not _stays(path, home):
+                raise FedSieveError(
+                    f"{what}: {printable(str(path.relative_to(folder))[:200])} is a link that "
+                    "leads out of its folder, to a file that would be taken for a part of it: put "
+                    "the file itself there if it is one (`cp -rL` copies a folder so), or remove "
+                    "the link"
+                )
+    except OSError as error:
+        raise FedSieveError(f"{what} cannot be looked through: {reason(error)}") from error
+
+
+def _stays(path: Path, home: Path) -> bool:
+    try:
+        to = path.resolve()
+    except (OSError, RuntimeError):  # in circles, which whoever opens it says
+        return True
+    blobs = to.parent.name == "blobs" and to.parent.parent.name.startswith(_CACHES)
+    return blobs or to.is_relative_to(home)
 
 
 class NotAFile(OSError):

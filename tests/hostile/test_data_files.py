@@ -606,6 +606,33 @@ def test_folders_of_images_that_lead_out_or_in_circles_are_left_out(tmp_path: Pa
     assert sources.load(folder)["label"] == ["cats"]
 
 
+@pytest.mark.parametrize("stored", ["files", "saved", "saved splits"])
+def test_files_of_rows_that_lead_out_of_their_folder_are_refused(
+    tmp_path: Path, stored: str
+) -> None:
+    """Rows of the reader's own would be learned and quoted. A file that is named may be a link."""
+    rows = Dataset.from_dict({"text": ["a", "b"], "label": ["x", "y"]})
+    folder, elsewhere = tmp_path / "rows", tmp_path / "elsewhere"
+    if stored == "files":
+        folder.mkdir()
+        rows.to_csv(str(folder / "rows.csv"))
+    else:
+        (rows if stored == "saved" else DatasetDict({"train": rows})).save_to_disk(str(folder))
+    assert len(sources.load(folder, None if stored != "saved splits" else "train")) == 2
+    file = next(path for path in folder.rglob("*") if path.suffix in (".csv", ".arrow"))
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+    with pytest.raises(FedSieveError, match=f"{file.name} is a link that leads out of its folder"):
+        sources.load(folder, None if stored != "saved splits" else "train")
+    if stored == "files":
+        assert len(sources.load(file)) == 2
+    file.unlink()
+    blobs = tmp_path / "datasets--some--rows" / "blobs"
+    blobs.mkdir(parents=True)
+    file.symlink_to(elsewhere.rename(blobs / "abc"))
+    assert len(sources.load(folder, None if stored != "saved splits" else "train")) == 2
+
+
 def test_a_parquet_foot_that_ends_processes_does_not_end_this_one(tmp_path: Path) -> None:
     """pyarrow looks into statistics of columns without a net: every byte of the foot is changed."""
     path = tmp_path / "rows.parquet"

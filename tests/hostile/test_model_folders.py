@@ -595,12 +595,77 @@ def test_an_end_that_is_no_token_is_named(tiny: Tiny, tmp_path: Path, end: Any) 
         )
 
 
+def snapshot_of(model: Path, home: Path) -> Path:
+    """A model as the hub's cache has it: links to blobs."""
+    folder, blobs = (home / "models--some--bert" / each for each in ("snapshots/abc", "blobs"))
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    for path in model.iterdir():
+        shutil.copy(path, blobs / path.name)
+        (folder / path.name).symlink_to(Path("../../blobs") / path.name)
+    return folder
+
+
+# What lies in a folder, and whose text or bytes would be taken in with the rest.
+LINKED = [
+    *("config.json", "generation_config.json", "modeling_own.py", "chat_template.jinja"),
+    *("vocab.txt", "merges.txt", "model.safetensors", "model.safetensors.index.json", "README.md"),
+    *("deep/in/it.txt", "additional_chat_templates", "notes"),
+]
+
+
+@pytest.mark.parametrize("to", ["a file", "a folder", "nowhere", "blobs that are a link"])
+@pytest.mark.parametrize("name", LINKED)
+def test_a_link_that_leads_out_of_a_models_folder_is_refused(
+    tiny: Tiny, tmp_path: Path, name: str, to: str
+) -> None:
+    """What it leads to would be saved with the adapter, and uploaded."""
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "id_rsa").write_text("{}")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    blobs = folder / "models--a--b" / "blobs"
+    targets = {
+        "a file": elsewhere / "id_rsa",
+        "a folder": elsewhere,
+        "nowhere": tmp_path / "nowhere",
+        "blobs that are a link": blobs / "id_rsa",
+    }
+    (folder / name).symlink_to(targets[to])
+    if to == "blobs that are a link":
+        blobs.parent.mkdir()
+        blobs.symlink_to(elsewhere)
+    said = rf"model '.*': ({re.escape(name)}|models--a--b/blobs) is a link that leads out"
+    for load in (
+        lambda: load_reader(str(folder), "classification"),
+        lambda: load_base(str(folder), "classification", LABELS, key=Key(0)),
+    ):
+        with pytest.raises(FedSieveError, match=said):
+            load()
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges"])
+def test_a_tokenizers_words_are_in_its_folder(tiny: Tiny, tmp_path: Path, key: str) -> None:
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    (tmp_path / "secret").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\nof mine\n")
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    told |= {key: str(tmp_path / "secret")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    for left_out in ("tokenizer.json", "vocab.txt"):
+        (folder / left_out).unlink(missing_ok=True)
+    with pytest.raises(FedSieveError, match=f"tokenizer_config.json names a file for {key}"):
+        load_reader(str(folder), "classification")
+
+
 def test_what_real_models_do_is_taken(tiny: Tiny, tmp_path: Path) -> None:
     """Parts of a head that are drawn, tied tensors, weights in several files, links to them."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for path in tiny.bert.iterdir():
-        (folder / path.name).symlink_to(path)  # as the hub's cache has them
+    folder = snapshot_of(tiny.bert, tmp_path)
+    used(tiny, folder)
+    (tmp_path / "also").symlink_to(folder)
+    used(tiny, tmp_path / "also")
+    (folder / "README.md").symlink_to("config.json")
     used(tiny, folder)
     tensors_of = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()

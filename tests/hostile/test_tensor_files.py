@@ -52,6 +52,20 @@ def written(folder: Path, said: Mapping[str, str] | None = None) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    "name", ["adapter_config.json", "adapter_model.safetensors", "labels.json"]
+)
+def test_an_adapter_to_begin_from_holds_no_link_that_leads_out(
+    tiny: Tiny, tmp_path: Path, whole: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(whole / rundir.ADAPTER, tmp_path / "adapter"))
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    given = recipe.check(tiny.table(lora__start=str(folder)))
+    with pytest.raises(FedSieveError, match=f"lora.start: .*{name} is a link that leads out"):
+        from_recipe(given)
+
+
 @pytest.mark.parametrize("odd", ODD)
 def test_an_adapter_to_begin_from_is_refused(tiny: Tiny, tmp_path: Path, odd: str) -> None:
     path = written(tmp_path / "adapter")

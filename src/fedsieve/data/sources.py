@@ -20,7 +20,7 @@ from fedsieve.data.files import Columns, array_of
 from fedsieve.data.names import clean, name_among
 from fedsieve.data.paths import EXTENSIONS, extension_of, is_path
 from fedsieve.data.templates import possible, used, values_of
-from fedsieve.disk import bytes_of, parsed, place
+from fedsieve.disk import bytes_of, parsed, place, refuse_links_out
 from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, with_type, words
 
 MOST_ROWS = 10_000_000  # of a stream
@@ -258,6 +258,7 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
             raise FedSieveError(
                 f"no file in {folder} has {split!r} as a word of its name: it holds {listed}"
             )
+    refuse_links_out(folder, str(folder), chosen)
     return _files(chosen, how._replace(split=None))
 
 
@@ -284,6 +285,7 @@ _NOTED = 1 << 26  # bytes of what `datasets` notes of a data set: the names of a
 
 def _saved(folder: Path) -> Dataset | DatasetDict:
     """What `datasets` saved. Raises FedSieveError where it is damaged, or names other files."""
+    refuse_links_out(folder, str(folder))
     for noted in ("dataset_dict.json", "state.json", "dataset_info.json"):
         for path in (folder / noted, *sorted(folder.glob(f"*/{noted}"))):
             if path.exists() and not path.is_file():

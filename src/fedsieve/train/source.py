@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsieve.disk import bytes_of
+from fedsieve.disk import bytes_of, refuse_links_out
 from fedsieve.errors import FedSieveError, quoted
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
@@ -59,16 +59,19 @@ def refuse_pickled(source: str) -> None:
 
 
 def refuse_odd(source: str) -> None:
-    """Raises FedSieveError for a folder with a pipe or an adapter in it, or with a configuration of
-    endless length, or one that asks for a program from the hub.
+    """Raises FedSieveError for a folder with a pipe or an adapter in it, or with what leads out of
+    it, or with a configuration of endless length, or one that asks for a program from the hub.
     """
     folder = Path(source)
+    if folder.is_dir():
+        refuse_links_out(folder, f"model {source!r}")
+        refuse_words_elsewhere(source, folder / "tokenizer_config.json")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise FedSieveError(f"model {source!r}: {path.name[:80]} is no file: a pipe, or such")
-        if path.name == "config.json" and path.is_file() and path.stat().st_size > _LARGEST:
+        if path.name in _READ_FIRST and path.is_file() and path.stat().st_size > _LARGEST:
             raise FedSieveError(
-                f"model {source!r}: its config.json has {path.stat().st_size} bytes: at most "
+                f"model {source!r}: its {path.name} has {path.stat().st_size} bytes: at most "
                 f"{_LARGEST} are read"
             )
     if (folder / "adapter_config.json").exists():
@@ -87,6 +90,19 @@ def refuse_odd(source: str) -> None:
             raise FedSieveError(
                 f"model {source!r}: its config.json asks for {value[:80]!r} ({key}), a program "
                 "from the hub, and none is run: take the line out"
+            )
+
+
+def refuse_words_elsewhere(source: str, settings: Path) -> None:
+    """Raises FedSieveError for a tokenizer's settings that say where its words are: transformers
+    takes a text in the place of a vocabulary for the path of one, wherever it leads.
+    """
+    told = table_of(settings)
+    for key in ("vocab", "merges"):
+        if isinstance(told.get(key), str):
+            raise FedSieveError(
+                f"model {source!r}: its tokenizer_config.json names a file for {key}, and its "
+                "files are those of its folder: take the line out"
             )
 
 

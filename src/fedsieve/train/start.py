@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter, Tree
 from fedsieve.algebra.method import Method
-from fedsieve.disk import bytes_of, place, tensors_read
+from fedsieve.disk import bytes_of, place, refuse_links_out, tensors_read
 from fedsieve.errors import FedSieveError, nearest, printable, quoted, words
 from fedsieve.settings import is_number
 from fedsieve.train.digest import tensors_digest
@@ -71,6 +71,7 @@ def _read(folder: str, where: str, most: int) -> tuple[Mapping[str, Any], Tree]:
     at = place(folder)
     if not at.is_dir():
         raise FedSieveError(f"lora.start: there is no folder {folder}")
+    refuse_links_out(at, where)
     for name in (_CONFIG, _WEIGHTS):
         if not (at / name).is_file():
             raise FedSieveError(
