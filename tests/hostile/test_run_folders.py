@@ -118,6 +118,10 @@ def resume_at(command: Command, folder: Path, tiny: Tiny) -> Ran:
     return command("resume", folder, "--at-round", "1")
 
 
+def resume_to(command: Command, folder: Path, tiny: Tiny) -> Ran:
+    return command("resume", folder, "--rounds", "4")
+
+
 def export(command: Command, folder: Path, tiny: Tiny) -> Ran:
     return command("export", folder, "--to", folder.parent / "exported")
 
@@ -362,7 +366,20 @@ def field(number: int, key: str, value: str) -> Callable[[bytes], bytes]:
     return damage
 
 
+def renamed(number: int, key: str) -> Callable[[bytes], bytes]:
+    """A line's key by another name."""
+
+    def damage(whole: bytes) -> bytes:
+        lines = whole.splitlines(keepends=True)
+        lines[number - 1] = lines[number - 1].replace(f'"{key}"'.encode(), b'"another"')
+        return b"".join(lines)
+
+    return damage
+
+
 LINES: dict[str, Callable[[bytes], bytes]] = {
+    "a round without its number": renamed(2, "round"),
+    "a round that is a list": field(2, "round", "[]"),
     "cut": line(2, b'{"round": 1, "tot\n'),
     "not a text": line(2, b"\xff\xfe\n"),
     "deep": line(2, b'{"round": ' + b"[" * 100_000 + b"\n"),
@@ -389,7 +406,7 @@ LINES: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.usefixtures("no_training")
 @pytest.mark.parametrize("attack", LINES)
 @pytest.mark.parametrize("log", rundir.LOGS)
-@pytest.mark.parametrize("act", [resume, report], ids=lambda act: act.__name__)
+@pytest.mark.parametrize("act", [resume, resume_to, export, report], ids=lambda act: act.__name__)
 def test_a_damaged_log_is_named_with_its_line(
     act: Act,
     log: str,
@@ -410,6 +427,66 @@ def test_a_damaged_log_is_named_with_its_line(
     kept = contents(theirs)
     one_sentence(act(command, theirs, tiny), f"{path}, line 2")
     assert contents(theirs) == kept
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("key", ["down_bytes", "up_bytes"])
+@pytest.mark.parametrize("act", [resume, resume_to, export], ids=lambda act: act.__name__)
+def test_a_round_without_its_bytes_is_told_with_its_line(
+    act: Act, key: str, theirs: Path, tiny: Tiny, command: Command
+) -> None:
+    """The card adds them up; in the line of round 0 a run of old had none."""
+    path = theirs / rundir.METRICS
+    path.write_bytes(renamed(1, key)(path.read_bytes()))
+    before = path.read_bytes()
+    path.write_bytes(renamed(2, key)(before))
+    marks = {path.name: path.stat().st_size}
+    rewritten(theirs / NEWEST, lambda facts, _: facts["marks"].update(marks))
+    one_sentence(act(command, theirs, tiny), f"{path}, line 2: there is no '{key}'")
+    path.write_bytes(before)
+    marks[path.name] = len(before)
+    rewritten(theirs / NEWEST, lambda facts, _: facts["marks"].update(marks))
+    assert export(command, theirs, tiny).code == 0
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("client", ["null", "{}", "[]", "7"])
+@pytest.mark.parametrize("act", [resume_to, export, report], ids=lambda act: act.__name__)
+def test_a_client_without_a_name_is_told_with_its_line(
+    act: Act, client: str, theirs: Path, tiny: Tiny, command: Command
+) -> None:
+    path = theirs / rundir.CLIENTS
+    before = path.read_bytes()
+    path.write_bytes(field(2, "client", client)(before))
+    grown = len(path.read_bytes()) - len(before)
+    rewritten(
+        theirs / NEWEST,
+        lambda facts, _: facts["marks"].update({path.name: facts["marks"][path.name] + grown}),
+    )
+    one_sentence(act(command, theirs, tiny), f"{path}, line 2", "'client' is")
+
+
+# Lines that a run may have left behind its checkpoint, or anybody: of rounds that are done again.
+BEYOND: dict[str, list[str]] = {
+    rundir.METRICS: ['{"round": 2, "down_bytes": 700000, "up_bytes": 0, "metrics": {"x": 9}}', "{"],
+    rundir.CLIENTS: ['{"round": "x"}', '{"round": []}', '{"round": 3, "client": {}}', "[]", "{"],
+}
+
+
+@pytest.mark.usefixtures("no_report")
+@pytest.mark.parametrize(("log", "line"), [(log, each) for log in BEYOND for each in BEYOND[log]])
+def test_lines_behind_the_checkpoint_count_for_nothing(
+    log: str, line: str, theirs: Path, stopped: Path, command: Command, tmp_path: Path
+) -> None:
+    def card(run: Path, to: Path) -> str:
+        assert command("export", run, "--to", to).code == 0
+        return (to / "README.md").read_text()
+
+    with (theirs / log).open("a") as file:
+        file.write(f"{line}\n")
+    assert card(theirs, tmp_path / "one") == card(stopped, tmp_path / "two")
+    assert command("resume", theirs).code == 0
+    assert "3 rounds" in (theirs / rundir.ADAPTER / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("no_training")

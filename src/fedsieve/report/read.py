@@ -286,11 +286,14 @@ def _rounds(path: Path, damage: list[str], until: int | None = None) -> list[Rou
             damage.append(f"The last line of {path.name} was cut and is left out.")
             continue
         where = f"{path}, line {number}"
+        # The card adds up what a checkpoint counts on. Before the first round nothing is sent, and
+        # a run of old does not say so.
+        counted = until is not None and row.get("round") != 0
         loss = _real(row, "loss", where)
         new = Round(
             round=_integer(row, "round", where),
-            down_bytes=_optional_integer(row, "down_bytes", where) or 0,
-            up_bytes=_optional_integer(row, "up_bytes", where) or 0,
+            down_bytes=_sent(row, "down_bytes", where, counted),
+            up_bytes=_sent(row, "up_bytes", where, counted),
             total_bytes=_integer(row, "total_bytes", where),
             dense_bytes=_optional_integer(row, "dense_bytes", where),
             loss=math.nan if loss is None else loss,
@@ -342,7 +345,10 @@ def _clients(
         at = _integer(row, "round", where)
         if at > rounds[-1].round:
             continue
-        reason, client = row.get("dropped"), str(row.get("client"))
+        down = _integer(row, "down_bytes", where)
+        reason, client = row.get("dropped"), row.get("client")
+        if not isinstance(client, str):
+            raise FedSieveError(f"{where}: 'client' is {repr(client)[:80]}, not a client's name.")
         before = each.get(client) or OfClient(client, "", 0, 0, None, 0, 0, 0.0, None)
         client = before.name  # one text of each client, and not of each of its rounds
         if at < latest:
@@ -354,7 +360,6 @@ def _clients(
         if last.get(client) == at:
             raise FedSieveError(f"{where}: client {quoted(client)} is there twice in round {at}")
         last[client] = at
-        down = _integer(row, "down_bytes", where)
         up = _optional_integer(row, "up_bytes", where) or 0
         seconds = _time(row, where)
         steps = _optional_integer(row, "steps", where) or 0
@@ -482,6 +487,11 @@ def _optional_integer(row: dict[str, Any], key: str, where: str) -> int | None:
     if value is None or (type(value) is int and value >= 0):
         return value
     raise FedSieveError(f"{where}: {key!r} is {repr(value)[:80]}, not a whole number from 0 up.")
+
+
+def _sent(row: dict[str, Any], key: str, where: str, counted: bool) -> int:
+    """Bytes of a round; those that it does not tell are none, where they are not counted on."""
+    return _integer(row, key, where) if counted else _optional_integer(row, key, where) or 0
 
 
 def _metrics(row: dict[str, Any], where: str) -> dict[str, float]:

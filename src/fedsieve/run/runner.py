@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
@@ -222,7 +223,7 @@ def export(
     snapshot = checkpoint.load(place, resident.layout, resident.digest)
     method, state = build_method(recipe), snapshot.progress.state
     adapter = exported(folder, method, resident, resident.adapter(), state)
-    known = _told(folder, recipe, snapshot.progress.round)
+    known = _told(folder, recipe, snapshot)
     try:
         if merge:
             resident.merge(adapter, to, known)
@@ -309,7 +310,7 @@ def _go_on(
                 _tell(on_round, summary, folder)
                 show(summary, receipts)
             adapter = experiment.federation.method.export(snapshot.progress.state)
-            known = _told(folder, recipe, snapshot.progress.round)
+            known = _told(folder, recipe, snapshot)
             _save_adapter(experiment, adapter, folder / rundir.ADAPTER, known)
             report.write([folder], folder / rundir.REPORT)
             if experiment.ending:
@@ -379,24 +380,31 @@ def _snapshot(
     return Snapshot(progress, memories, marks, base=base, recipe=recipe, rows=rows, moved=moved)
 
 
-def _told(folder: Path, recipe: Recipe, number: int) -> Told:
-    """What the run's logs say of its first `number` rounds, for the card."""
-    rows = [row for _, row in objects(folder / rundir.METRICS) if row and row["round"] <= number]
+def _told(folder: Path, recipe: Recipe, snapshot: Snapshot) -> Told:
+    """What the run's logs say of a checkpoint's rounds, for the card. What they hold beyond its
+    marks is of rounds that will be done again, or anybody's, and nobody has looked at it.
+    """
+    rows = _logged(folder, rundir.METRICS, snapshot)
     last = rows[-1] if rows else {}
     clients: int | None = None
     if not deployed(recipe):  # where it is nobody's business who took part
-        receipts = (row for _, row in objects(rundir.place(folder, rundir.CLIENTS)) if row)
-        clients = len({row["client"] for row in receipts if row["round"] <= number})
+        clients = len({row["client"] for row in _logged(folder, rundir.CLIENTS, snapshot)})
     return told(recipe, last.get("epsilon"))._replace(
-        rounds=number,
+        rounds=snapshot.progress.round,
         clients=clients or recipe.partition.clients,
         simulated=not rundir.federated(folder),
         metrics=last.get("metrics") or {},
         loss=last.get("eval_loss"),
-        down_bytes=sum(row["down_bytes"] for row in rows),
-        up_bytes=sum(row["up_bytes"] for row in rows),
+        down_bytes=sum(row.get("down_bytes", 0) for row in rows),  # round 0 may have none
+        up_bytes=sum(row.get("up_bytes", 0) for row in rows),
         personal=build_method(recipe).personal is not None,
     )
+
+
+def _logged(folder: Path, log: str, snapshot: Snapshot) -> list[dict[str, Any]]:
+    """A log's lines as far as a checkpoint knows of them; `in_order` has found them whole."""
+    path = rundir.place(folder, log)
+    return [row for _, row in objects(path, snapshot.marks.get(log, 0)) if row]
 
 
 def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path, known: Told) -> None:
