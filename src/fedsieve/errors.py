@@ -32,6 +32,12 @@ class MethodFailed(FedSieveError):
     """A function of a method from outside the package raised, or gave what no round can use."""
 
 
+class ChangedInPlace(MethodFailed):
+    """A function of a method changed in place what it was given: nobody's update is at fault, and
+    what it changed is not to be kept.
+    """
+
+
 class OptimizerFailed(FedSieveError):
     """The server optimizer gave what no round can use, which is no client's doing."""
 

@@ -18,12 +18,13 @@ from fedsieve import methods
 from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.blame import blaming
 from fedsieve.algebra.budget import Budget
+from fedsieve.algebra.intact import changed, versions
 from fedsieve.algebra.method import Method, State, compose
 from fedsieve.algebra.optim import Optimizer, sgd
 from fedsieve.algebra.payload import Base
 from fedsieve.algebra.sieve import Passed, Sieve, dense
 from fedsieve.algebra.support import Support, top_k
-from fedsieve.errors import FedSieveError, MethodFailed, OptimizerFailed
+from fedsieve.errors import ChangedInPlace, FedSieveError, MethodFailed, OptimizerFailed
 from fedsieve.recipe import read as recipes
 from fedsieve.run import runner
 from tests import kinds, runs, toy
@@ -369,6 +370,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     'its slots have a tree "adapter"': {
         "step": lambda params, g, slots: (params, {"adapter": params})
     },
+    "`step` changed 'm.first.lora_A.weight' in place": {
+        "step": lambda params, g, slots: ({n: t.sub_(1) for n, t in params.items()}, slots)
+    },
     "`clip` must give a number from 0 up, not -1.0": {"clip": lambda slots: -1.0},
     "`clip` must give a number from 0 up, not 'x'": {"clip": lambda slots: "x"},
 }
@@ -382,6 +386,115 @@ def test_an_optimizer_of_ones_own_is_held_to_what_it_must_give(said: str) -> Non
         run(given)
     assert "the server optimizer's" in str(caught.value)
     assert said in str(caught.value)
+
+
+def scaled(tree: Tree) -> None:
+    tree[toy.HEAD].detach().mul_(0.5)
+
+
+def scaled_quietly(tree: Tree) -> None:
+    with torch.no_grad():
+        tree[toy.HEAD].clamp_(max=0.0)
+
+
+def scaled_in_inference(tree: Tree) -> None:
+    with torch.inference_mode():
+        tree[toy.HEAD].add_(1.0)
+
+
+def exchanged(tree: Tree) -> None:
+    tree[toy.HEAD] = tree[toy.HEAD] * 0.5
+
+
+IN_PLACE = [scaled, scaled_quietly, scaled_in_inference, exchanged]
+# Where each function of a method has a tree that others hold too.
+TREES: dict[str, Callable[..., Tree]] = {
+    "init": lambda adapter: adapter.tensors,
+    "plan": lambda state, key: state.trees["adapter"],
+    "publish": lambda state, client, key: state.trees["adapter"],
+    "view": lambda payload, memory, context: context.start.tensors,
+    "report": lambda view, trained, memory, context: context.start.tensors,
+    "merge": lambda state, updates, key: state.trees["adapter"],
+    "export": lambda state: state.trees["adapter"],
+    "clip": lambda state: state.trees["adapter"],
+}
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("part", TREES)
+def test_a_function_that_changes_what_it_was_given_is_told(
+    part: str, change: Callable[[Tree], None]
+) -> None:
+    """Else the model depends on how often it is evaluated, or asked for."""
+    plain = mine()
+
+    def function(*given: Any) -> Any:
+        change(TREES[part](*given))
+        return getattr(plain, part)(*given)
+
+    with pytest.raises(ChangedInPlace) as caught:
+        run(blaming("mine.own", with_part(part, function)))
+    said = str(caught.value)
+    assert f"method 'mine.own': its {part}" in said
+    assert ROUND.get(part, CLIENT) in said
+    assert f"changed '{toy.HEAD}' in place, which it was given: work on a copy" in said
+
+
+def test_so_are_functions_that_a_round_of_the_toy_does_not_call() -> None:
+    adapter, plain = toy.start(), mine()
+    memory = {"own": dict(adapter.tensors)}
+    first = next(iter(adapter.tensors))
+
+    def personal(given: Adapter, memory: Any) -> Adapter:
+        memory["own"][first].neg_()
+        return given
+
+    def misfit(update: Any, sent: Any, client: Any, key: Any) -> None:
+        update.values.data.neg_()
+
+    method = blaming("mine.own", plain._replace(personal=personal, misfit=misfit))
+    assert method.personal is not None
+    with pytest.raises(ChangedInPlace, match=f"its personal changed '{re.escape(first)}' in place"):
+        method.personal(adapter, memory)
+    with pytest.raises(ChangedInPlace, match=r"its misfit .*changed 'data' in place"):
+        run(method)
+
+
+def test_what_has_no_count_of_changes_is_let_pass() -> None:
+    with torch.inference_mode():
+        made = {"a": torch.ones(3)}
+        before = list(versions(made))
+        made["a"].add_(1)
+    assert changed(before, made) is None
+    with torch.no_grad():
+        plain = {"a": torch.ones(3)}
+        before = list(versions(plain))
+        assert changed(before, plain) is None
+        plain["a"].add_(1)
+    assert changed(before, plain) == "a"
+    assert changed(list(versions({})), plain) == "a"
+    assert changed(list(versions(plain)), {}) == "a"
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+@pytest.mark.parametrize("way", ["down", "up"])
+def test_a_sieve_that_changes_what_it_was_given_is_told(
+    way: str, change: Callable[[Tree], None]
+) -> None:
+    """Also of a method that has no name, as in a notebook."""
+
+    def mask(tree: Tree, layout: Any, client: Any, key: Any) -> Passed:
+        change(tree)
+        return dense(tree, layout, client, key)
+
+    other = {"up": "down", "down": "up"}[way]
+    given: dict[str, Any] = {way: mask, other: dense}
+    given |= {"down_values": "float64", "up_values": "float64"}
+    said = f"{way}: the sieve 'mask' changed '{re.escape(toy.HEAD)}' in place"
+    with pytest.raises(ChangedInPlace, match=said):
+        run(compose(**given))
+    with pytest.raises(ChangedInPlace, match=rf"method 'mine.own': its \w+ \(round 1.*{said}"):
+        run(blaming("mine.own", compose(**given)))
 
 
 @pytest.mark.parametrize("change", ["grad", "dtype", "device"])

@@ -1,8 +1,9 @@
 """A method from outside the package, whose failures are told with its name.
 
-What a function of such a method raises, and what it gives that is not what a round needs, is a
-`MethodFailed` that names the method, the function, round and client, and the line that raised. Only
-its own calls are seen: what it gives may still fail where it is used.
+What a function of such a method raises, what it gives that is not what a round needs, and what it
+was given and changed in place (intact.py), is a `MethodFailed` that names the method, the function,
+round and client, and the line that raised. Only its own calls are seen: what it gives may still
+fail where it is used.
 """
 
 import traceback
@@ -15,10 +16,12 @@ import torch
 
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.forms import A_METHOD, A_PENALTY, GIVES, Kind, a
+from fedsieve.algebra.intact import A_COPY, changed, versions
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Method, refuse_unknown_knobs
 from fedsieve.errors import (
     THEIRS,
+    ChangedInPlace,
     FedSieveError,
     MethodFailed,
     raise_of_memory,
@@ -72,13 +75,14 @@ def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., A
     @wraps(function)
     def told(*given: Any) -> Any:
         where = said + _of_round(given)
+        before = list(versions(given))
         try:
             with _as_it_was():
                 made: Any = function(*given)
         except MethodFailed as error:  # of a part of it that knows no method's name
             if str(error).startswith("method "):
                 raise
-            raise MethodFailed(f"{where}: {error}") from error
+            raise type(error)(f"{where}: {error}") from error
         except FedSieveError:
             raise
         except THEIRS as error:
@@ -87,6 +91,10 @@ def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., A
             if part == "merge" and isinstance(error, OSError):
                 raise
             raise MethodFailed(f"{where} fails: {with_type(error)}{_line(error)}") from error
+        if (tensor := changed(before, given)) is not None:
+            raise ChangedInPlace(
+                f"{where} changed {tensor!r} in place, which it was given: {A_COPY}"
+            )
         if (wrong := kind.wrong(made, given[0] if given else None)) is not None:
             raise MethodFailed(f"{where} must give {kind.words}: {wrong}")
         return made

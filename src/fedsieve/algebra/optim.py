@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedsieve.algebra.adapter import Tree
+from fedsieve.algebra.intact import A_COPY, changed, versions
 from fedsieve.errors import FedSieveError, OptimizerFailed, quoted
 from fedsieve.settings import LARGEST, Source, as_float, is_number
 
@@ -100,9 +101,16 @@ def slots_of(optimizer: Optimizer, params: Tree) -> Slots:
 
 
 def stepped(optimizer: Optimizer, params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
-    """An optimizer's step, of which every tensor must come, as large as it was."""
+    """An optimizer's step, of which every tensor must come, as large as it was, and which leaves
+    parameters and slots as they are.
+    """
     said = f"{_SERVERS} `step` must give (params, slots)"
+    before = list(versions((params, slots)))  # the gradient is nobody's any more
     made: Any = optimizer.step(params, gradient, slots)
+    if (tensor := changed(before, (params, slots))) is not None:
+        raise OptimizerFailed(
+            f"{_SERVERS} `step` changed {tensor!r} in place, which it was given: {A_COPY}"
+        )
     if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(m, dict) for m in made):
         raise OptimizerFailed(f"{said}, two dictionaries, not {quoted(made)}")
     moved, after = made

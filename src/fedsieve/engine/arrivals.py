@@ -26,7 +26,14 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State
 from fedsieve.algebra.payload import LARGEST, Payload, exact, magnitude
 from fedsieve.algebra.support import Support
-from fedsieve.errors import NoUsableUpdate, OptimizerFailed, WireError, of_memory, with_type
+from fedsieve.errors import (
+    ChangedInPlace,
+    NoUsableUpdate,
+    OptimizerFailed,
+    WireError,
+    of_memory,
+    with_type,
+)
 from fedsieve.wire import decode
 
 # Of the updates that wait, so many bytes are held in memory before they go to the disk.
@@ -164,7 +171,7 @@ def _failure(method: Method, state: State, waiting: Waiting, id: str, key: Key) 
 
 def _not_the_clients(error: Exception) -> bool:
     """What is nobody's update: the machine's, or the user's."""
-    return isinstance(error, OSError | OptimizerFailed) or of_memory(error)
+    return isinstance(error, OSError | OptimizerFailed | ChangedInPlace) or of_memory(error)
 
 
 def _finite(state: State) -> State:

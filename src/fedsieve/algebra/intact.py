@@ -1,0 +1,47 @@
+"""Whether what a function was given is afterwards what it was.
+
+Methods are pure functions over values that others hold too: a state that one of them changes in
+place is another model for all that come after, and by how often it was called. Torch counts the
+changes of each tensor, so nothing is copied or compared.
+"""
+
+from collections.abc import Iterator
+from itertools import repeat
+from typing import Any
+
+from torch import Tensor
+
+# A tensor's name, the tensor, and how often it was changed so far.
+Version = tuple[str, Tensor, int]
+A_COPY = "work on a copy: t * mask, t.clone(), a dictionary of one's own"
+
+
+def ours(function: Any) -> bool:
+    """Whether it is one of FedSieve's own, at which nobody need look."""
+    return str(getattr(function, "__module__", "")).startswith("fedsieve.")
+
+
+def versions(value: Any, name: str = "") -> Iterator[Version]:
+    """The tensors in records, lists and dictionaries, however deep."""
+    if isinstance(value, Tensor):
+        # Of what was made in inference mode torch counts nothing.
+        yield name, value, 0 if value.is_inference() else value._version
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from versions(each, str(key))
+    elif isinstance(value, tuple | list):
+        for field, each in zip(getattr(value, "_fields", repeat(name)), value, strict=False):
+            yield from versions(each, field)
+
+
+def changed(before: list[Version], value: Any) -> str | None:
+    """The name of a tensor that was changed, exchanged, added or taken out since, or None.
+
+    before: what `versions` told of the value
+    """
+    after = list(versions(value))
+    for (name, was, count), (other, now, counted) in zip(before, after, strict=False):
+        if name != other or was is not now or count != counted:
+            return name
+    more = before[len(after) :] or after[len(before) :]
+    return more[0][0] if more else None
