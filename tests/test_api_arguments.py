@@ -2,6 +2,8 @@
 before a row is read or a model loaded.
 """
 
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -329,6 +331,47 @@ def test_saving_follows_no_link_and_leaves_what_else_is_there(
     assert {path.read_text() for path in there.iterdir()} == {"precious"}
     assert (place / "notes.txt").read_text() == "mine"
     assert not any(path.is_symlink() for path in place.iterdir())
+
+
+@pytest.mark.parametrize("method", [fedsieve.fedit(), fedsieve.full(), fedsieve.head()])
+def test_saving_replaces_nothing_but_what_was_saved(
+    tiny: Tiny, tmp_path: Path, method: Any
+) -> None:
+    run = finetune(tiny, [rows(6, 1)], method, rounds=1).finish()
+    run.save(tmp_path / "first")
+    run.save(tmp_path / "first")  # in the place of the first
+    for name in (path.name for path in (tmp_path / "first").iterdir() if path.is_file()):
+        place = tmp_path / f"project-{name}"
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+        (place / name).write_text('{"task": "mine", "base": {}}')
+        with pytest.raises(FedSieveError, match=f"save: .*/{re.escape(name)} is there already"):
+            run.save(place)
+        found = {path.name: path.read_text() for path in place.iterdir()}
+        assert found == {"notes.txt": "mine", name: '{"task": "mine", "base": {}}'}
+        (place / name).unlink()
+        run.save(place)
+        assert (place / "notes.txt").read_text() == "mine"
+    assert not [*tmp_path.glob(".*.part")]
+
+
+@pytest.mark.parametrize("method", [fedsieve.fedit(), fedsieve.full()])
+def test_nothing_is_saved_into_the_bases_own_folder(
+    tiny: Tiny, tmp_path: Path, method: Any
+) -> None:
+    """Also where the base has what an earlier save leaves, and where a link leads to it."""
+    base = Path(shutil.copytree(tiny.bert, tmp_path / "saved" / "base"))
+    given = rows(6, 1)
+    run = fedsieve.finetune(base, [given], method, rounds=1).finish()
+    run.save(tmp_path / "elsewhere")
+    shutil.copy(tmp_path / "elsewhere" / "provenance.json", base)
+    kept = {path: path.read_bytes() for path in base.iterdir()}
+    (tmp_path / "link").symlink_to(base)
+    for place in (base, tmp_path / "link", base.parent):
+        with pytest.raises(FedSieveError, match=r"save: the base .* is in .*: choose another"):
+            run.save(place)
+    assert {path: path.read_bytes() for path in base.iterdir()} == kept
+    assert [*base.parent.iterdir()] == [base]
 
 
 def test_a_link_in_the_place_of_an_adapters_base_is_not_followed(

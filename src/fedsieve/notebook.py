@@ -34,9 +34,10 @@ from fedsieve.run.state import refuse_another
 from fedsieve.settings import Precision
 from fedsieve.tasks.tally import Score
 from fedsieve.tasks.task import Bad, Fields, Reader, Rows, Task, refuse
-from fedsieve.train.card import Told, called
+from fedsieve.train.card import Told, called, is_ours
 from fedsieve.train.local import evaluate, told
 from fedsieve.train.model import make_way
+from fedsieve.train.origin import Origin
 from fedsieve.train.prepared import BASE
 
 _MARK = "# A run in a notebook: Run.report wrote this, and no command goes on with it.\n"
@@ -193,9 +194,11 @@ class Run:
 
         What else is in the folder stays. It is written beside the folder first, so that a disk
         that is full leaves what was there.
-        Raises FedSieveError if there can be no such folder.
+        Raises FedSieveError if there can be no such folder, for that of the base, and where a file
+        would be replaced that no earlier save wrote.
         """
         place = arguments.folder_given("save", folder).resolve()
+        _refuse_the_base(place, self._experiment.resident.origin)
         last = self._metrics[-1]
         privacy = self._experiment.federation.method.private
         start = self._settings.get("lora", {}).get("start")
@@ -216,6 +219,7 @@ class Run:
             if not remove_link(part):
                 shutil.rmtree(part, ignore_errors=True)
             self._experiment.resident.save(self.adapter, part, known, home=place)
+            _refuse_others(place, part)
             if (part / BASE).exists():
                 make_way(place)
             move_into(part, place)
@@ -397,6 +401,32 @@ class Run:
             precision=reading.precision,
             lead=reading.lead,
         )
+
+
+def _refuse_the_base(place: Path, origin: Origin | None) -> None:
+    """Raises FedSieveError for the folder of the base, or one that has it as its `base/`."""
+    if origin is None or not Path(origin.source).is_dir():
+        return
+    if Path(origin.source).resolve() in (place, (place / BASE).resolve()):
+        raise FedSieveError(
+            f"save: the base {origin.name!r} is in {place}, and its files would be "
+            "replaced: choose another folder"
+        )
+
+
+def _refuse_others(place: Path, part: Path) -> None:
+    """Raises FedSieveError where what is written in `part` would replace files that no earlier save
+    wrote. A link is replaced, and nothing behind it; of `base/` see `make_way`.
+    """
+    if is_ours(place):
+        return
+    for path in sorted(part.iterdir()):
+        there = place / path.name
+        if path.name != BASE and there.exists() and not there.is_symlink():
+            raise FedSieveError(
+                f"save: {there} is there already, and no earlier save wrote it: choose another "
+                "folder, or move it away"
+            )
 
 
 def _refuse_another_run(folder: Path, settings: str, number: int) -> None:

@@ -20,6 +20,7 @@ from fedsieve.tasks import catalogue
 from fedsieve.tasks.words import spoken
 from fedsieve.train.digest import BaseDigest
 from fedsieve.train.origin import Origin
+from fedsieve.train.source import table_of
 
 CARD = "README.md"
 FACTS = "provenance.json"
@@ -135,6 +136,14 @@ def write(folder: Path, saved: Saved, told: Told) -> None:
     (folder / CARD).write_text("\n".join(lines), encoding="utf-8")
     text = json.dumps(_facts(saved, told), indent=1, ensure_ascii=False) + "\n"
     (folder / FACTS).write_text(text, encoding="utf-8")
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder holds what was saved before: its facts are there, as `write` has them."""
+    path = folder / FACTS
+    told = {} if path.is_symlink() else table_of(path)
+    base = told.get("base")
+    return "task" in told and isinstance(base, Mapping) and {"name", "weights"} <= base.keys()
 
 
 def _front(saved: Saved, told: Told) -> str:
