@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from fedsieve import disk
 from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
@@ -146,6 +147,49 @@ def test_a_run_with_another_number_of_rounds_ends_as_one_that_had_it(
     runner.resume(folder, runs.quiet)
     runs.assert_same(folder, whole)
     assert rundir.environment("cpu")["torch"] in (folder / rundir.RECIPE).read_text()
+
+
+BROKEN = ["before", "between", "after", "the newest lost"]
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["a full disk", "a kill"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_more_rounds_that_were_broken_off_accuse_nobody(
+    tiny: Tiny,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+    full: bool,
+    command: Command,
+) -> None:
+    """Wherever it ends: resume goes on, or is told to give --rounds again."""
+    folder = tmp_path / "run"
+    runs.start(tiny, folder, rounds=2)
+    write, count = disk.write_whole, iter(range(100))
+
+    def broken_off(path: Path, *given: Any, **more: Any) -> None:
+        if next(count) == min(2, BROKEN.index(broken)):
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            raise KeyboardInterrupt
+        write(path, *given, **more)
+
+    with monkeypatch.context() as patch:
+        for module in (runner, checkpoint, rundir):
+            patch.setattr(module, "write_whole", broken_off)
+        with pytest.raises((FedSieveError, KeyboardInterrupt, Stopped)):
+            runner.resume(folder, runs.quiet, rounds=4)
+    if broken == "the newest lost":
+        checkpoints(folder)[0].write_bytes(b"")
+    ran = command("resume", folder)
+    assert "edited" not in ran.err
+    if ran.code:
+        assert ran.code == 2
+        told = " ".join(ran.err.split())
+        assert f"`fedsieve resume {folder} --rounds N`" in told
+    assert command("resume", folder, "--rounds", "4").code == 0
+    runs.assert_same(folder, whole)
 
 
 def test_what_cannot_have_other_rounds_is_left_as_it_is(

@@ -102,6 +102,13 @@ def _refuse_edited(source: str, then: Recipe, now: Recipe, accept_changes: bool)
             f"{source} was edited since the run's rounds were trained ({said}), and epsilon is of "
             "the recipe as it was: put it back"
         )
+    if changed == {"rounds"} and not accept_changes and _may_have_others(source, now):
+        raise FedSieveError(
+            f"{source}: rounds was {then.rounds} at the newest checkpoint and is {now.rounds} (as "
+            "where a change by --rounds was broken off): say how many by "
+            f"`{rundir.again(Path(source).parent)} --rounds N`, or give --accept-changes to take "
+            "the recipe as it is now"
+        )
     if not accept_changes:
         # The sites of a federation go by the recipe that they were told.
         offered = (
@@ -114,6 +121,11 @@ def _refuse_edited(source: str, then: Recipe, now: Recipe, accept_changes: bool)
             f"{source} was edited since the run's rounds were trained ({said}): {offered}"
         )
     warnings.warn(f"{source} was edited since the run's rounds were trained: {said}", stacklevel=4)
+
+
+def _may_have_others(source: str, recipe: Recipe) -> bool:
+    """Whether `resume --rounds` takes such a run."""
+    return recipe.privacy is None and not rundir.federated(Path(source).parent)
 
 
 def edits(then: Recipe, now: Recipe) -> tuple[set[str], str]:

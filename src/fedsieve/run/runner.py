@@ -143,10 +143,12 @@ def resume(
             if snapshot:
                 checkpoint.forget_after(checkpoints, snapshot.progress.round)
             if rounds is not None:
-                _rewrite(folder, recipe)
+                # What takes most room comes first: without it nothing has changed. After a kill
+                # between the two, `in_order` asks for the rounds again.
                 if snapshot:
                     snapshot = snapshot._replace(recipe=recipes.dump(recipe, {}))
                     checkpoint.save(checkpoints, snapshot)
+                _rewrite(folder, recipe)
             return _go_on(experiment, recipe, snapshot, folder, show, on_round, on_client)
 
 
