@@ -26,7 +26,7 @@ from fedsieve.console import (
     take_any_letter,
     warn,
 )
-from fedsieve.disk import named_by, no_room, of_the_disk, place
+from fedsieve.disk import named_by, no_room, no_temporary, of_the_disk, place
 from fedsieve.engine.cautions import Caution, cautioning
 from fedsieve.errors import (
     FedSieveError,
@@ -128,6 +128,9 @@ def main() -> None:
         if (found := of_the_disk(error)) is None:
             sys.stderr.write(traced(error))
             sys.exit(1)
+        if (without := no_temporary(found)) is not None:
+            problems.print(f"[bold red]error:[/] {plain(without)}")
+            sys.exit(2)
         full = no_room(found)
         if found.filename is None and not full:  # a connection, a pipe, a library's own trouble
             if not _here_is():

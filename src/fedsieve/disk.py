@@ -139,6 +139,19 @@ def no_room(error: OSError) -> bool:
     return error.errno in (errno.ENOSPC, errno.EDQUOT) or too_large
 
 
+def no_temporary(error: OSError) -> str | None:
+    """What is to be told where Python finds no folder for temporary files, as on a disk that is
+    full: libraries look for one as they are imported. None of any other error.
+    """
+    said = str(error.strerror)
+    if error.filename is not None or not said.startswith("No usable temporary directory"):
+        return None
+    tried = said.partition(" found in ")[2]
+    return (
+        f"no temporary folder can be written (tried {tried}): make room, or set TMPDIR to another"
+    )
+
+
 def named_by(error: OSError) -> str | None:
     """The file that an error is of: of a copy, the one that was written and not the one read."""
     found = error.filename if error.filename2 is None else error.filename2

@@ -299,6 +299,39 @@ def test_a_recipe_that_finds_no_room_is_told(
     assert "No space left on device: make room" in " ".join(ran.err.split())
 
 
+@pytest.mark.parametrize("name", ["run", "init", "check", "export", "resume", "costs"])
+def test_where_no_temporary_folder_can_be_written_that_is_told(
+    name: str, tiny: Tiny, stopped: Path, tmp_path: Path
+) -> None:
+    """Libraries look for one as they are imported."""
+    recipe = tiny.write(tmp_path / "r.toml", rounds=1)
+    words: dict[str, list[str | Path]] = {
+        "run": [recipe, "--out", tmp_path / "out"],
+        "init": [tiny.train, "--out", tmp_path / "made.toml", "--yes"],
+        "check": [recipe],
+        "export": [stopped, "--to", tmp_path / "out"],
+        "resume": [stopped],
+        "costs": [recipe, "--classes", "4"],
+    }
+    nothing = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (0, 0)); import fedsieve.cli as c"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{nothing}; c.main()", name, *map(str, words[name])],
+        capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    said = " ".join(done.stderr.split())
+    assert "error: no temporary folder can be written (tried ['/" in said
+    assert said.endswith("make room, or set TMPDIR to another")
+    assert "Traceback" not in said
+    assert done.returncode == 2
+
+
+def test_a_run_without_a_temporary_folder_is_told_how_to_go_on(tmp_path: Path) -> None:
+    error = FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+    said = "no temporary folder can be written .*, or set TMPDIR to another, then `fedsieve resume"
+    with pytest.raises(FedSieveError, match=said), rundir.disk_errors(tmp_path):
+        raise error
+
+
 @pytest.mark.parametrize(
     ("error", "room"),
     [

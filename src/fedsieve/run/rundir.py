@@ -32,6 +32,7 @@ from fedsieve import disk
 from fedsieve.disk import (
     bytes_of,
     no_room,
+    no_temporary,
     of_the_disk,
     refuse_link,
     remove,
@@ -369,6 +370,8 @@ def disk_errors(folder: Path, also: str = "") -> Iterator[None]:
     except Exception as error:
         if (found := of_the_disk(error)) is None:
             raise
+        if (without := no_temporary(found)) is not None:
+            raise FedSieveError(f"{without}, then `{again(folder)}{also}`") from error
         todo = "make room" if no_room(found) else "mend that"
         raise FedSieveError(
             f"{disk.named_by(found) or folder} cannot be written: {found.strerror or error}. The "
