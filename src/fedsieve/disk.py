@@ -59,9 +59,9 @@ def refuse_links_out(folder: Path, what: str, paths: Iterable[Path] | None = Non
             if path.is_symlink() and not _stays(path, home):
                 raise FedSieveError(
                     f"{what}: {printable(str(path.relative_to(folder))[:200])} is a link that "
-                    "leads out of its folder, to a file that would be taken for a part of it: put "
-                    "the file itself there if it is one (`cp -rL` copies a folder so), or remove "
-                    "the link"
+                    "leads out of its folder, and what is there would be taken for a part of it: "
+                    "see where it leads (ls -l); put the file itself in its place if it belongs "
+                    "there, or remove the link"
                 )
     except OSError as error:
         raise FedSieveError(f"{what} cannot be looked through: {reason(error)}") from error

@@ -460,6 +460,25 @@ def test_so_are_functions_that_a_round_of_the_toy_does_not_call() -> None:
         run(method)
 
 
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_a_penalty_that_changes_what_is_trained_is_told(change: Callable[[Tree], None]) -> None:
+    plain = mine()
+
+    def penalty(tree: Tree) -> Tensor:
+        change(tree)
+        return tree[toy.HEAD].square().sum()
+
+    def view(*given: Any) -> Any:
+        seen, memory = plain.view(*given)
+        return seen._replace(penalty=penalty), memory
+
+    where = (
+        rf"its view's penalty \(round 1, client '0000'\) changed '{re.escape(toy.HEAD)}' in place"
+    )
+    with pytest.raises(ChangedInPlace, match=where):
+        run(blaming("mine.own", plain._replace(view=view)))
+
+
 def test_what_has_no_count_of_changes_is_let_pass() -> None:
     with torch.inference_mode():
         made = {"a": torch.ones(3)}
