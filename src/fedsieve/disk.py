@@ -51,7 +51,8 @@ def refuse_links_out(folder: Path, what: str, paths: Iterable[Path] | None = Non
 
     what:  the folder, in words that begin the message
     paths: the links that are looked at; None for all in the folder, however deep
-    The folder may be a link itself, and a link may lead to a blob of the hub's cache.
+    The folder may be a link itself, and a link may lead to a blob of the hub's cache, or to what
+    git-annex keeps of the repository that the folder is in.
     """
     home = folder.resolve()
     try:
@@ -73,7 +74,8 @@ def _stays(path: Path, home: Path) -> bool:
     except (OSError, RuntimeError):  # in circles, which whoever opens it says
         return True
     blobs = to.parent.name == "blobs" and to.parent.parent.name.startswith(_CACHES)
-    return blobs or to.is_relative_to(home)
+    annexes = (above / ".git/annex/objects" for above in home.parents)
+    return blobs or to.is_relative_to(home) or any(map(to.is_relative_to, annexes))
 
 
 class NotAFile(OSError):
