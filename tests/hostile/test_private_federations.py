@@ -2,6 +2,7 @@
 on that: after a restart as well, and whatever its app says by then.
 """
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,49 @@ def test_nor_does_another_in_the_place_of_one_that_was_there(tiny: Tiny, tmp_pat
     wire = Wire(given, nothing)
     wire.workers["south"] = asking(another(given, "east"))
     told = (
-        r"counts on 2 sites, and 1 site came \(north\): start the workers and the nodes of the "
-        "others: south, then --resume"
+        r"counts on 2 sites, and 1 site came \(north\): start the workers and the nodes of south "
+        "as well, then --resume"
     )
     with pytest.raises(FedSieveError, match=told):
         serve(given, wire, wait=5.0)
     assert {row["client"] for row in rows_of(given)} == {"north", "south"}
     serve(given, Wire(given, nothing))  # as they were, it goes on
     assert {row["round"] for row in rows_of(given)} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("note", [None, "[", '{"drawn_from": 5}'])
+def test_a_note_that_is_lost_shuts_out_none_of_its_own(
+    tiny: Tiny, tmp_path: Path, note: str | None
+) -> None:
+    """What the log does not name of them yet is taken in again, as before the first round."""
+    given = private(tiny, tmp_path)
+    stopped(given, 3)
+    log = rundir.own(given.run) / rundir.CLIENTS
+    mine = [json.loads(line) for line in log.read_text().splitlines()]
+    kept = given.run / federate.KEPT
+    kept.unlink()
+    if note is not None:
+        kept.write_text(note)
+    history = federate._history(given.run)
+    assert {*history.drawn_from} == {row["client"] for row in mine}
+    serve(given, Wire(given, nothing))
+    assert {row["round"] for row in rows_of(given)} == {1, 2, 3, 4}
+
+
+def test_of_whom_the_note_is_lost_those_that_the_log_names_must_be_there(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = private(tiny, tmp_path)
+    stopped(given, 3)
+    (given.run / federate.KEPT).unlink()
+    history = federate._history(given.run)._replace(drawn_from={"south"})  # one was never drawn
+    monkeypatch.setattr(federate, "_history", lambda folder: history)
+    wire = Wire(given, nothing)
+    wire.workers["south"] = asking(another(given, "east"))
+    with pytest.raises(FedSieveError, match="of south as well"):
+        serve(given, wire)
+    serve(given, Wire(given, nothing))
+    assert {row["client"] for row in rows_of(given)} == {"north", "south"}
 
 
 def test_before_the_first_round_who_is_too_many_is_told_by_name(tiny: Tiny, tmp_path: Path) -> None:

@@ -413,3 +413,32 @@ def test_a_loss_of_nothing_is_left_out_and_none_is_told(
     assert any("site north: its evaluation" in line for line in said)
     last = runs.lines(given.run)[-1]
     assert last.get("eval_loss") is None or head == {"counted": 0}
+
+
+@pytest.mark.parametrize("method", ["scaffold", "flora", "fedex_lora", "fedsa_lora", "ravan"])
+def test_a_site_that_is_away_at_a_restart_stops_nobody(
+    tiny: Tiny, tmp_path: Path, method: str
+) -> None:
+    """The server's state may keep something of it, by its name."""
+    given = federation(tiny, tmp_path, method, rounds=6, training__steps=2)
+
+    def until(number: int) -> Change:
+        def change(name: str, request: Frame, answer: Frame) -> Frame:
+            if (request.header["do"], request.header.get("round")) == ("train", number):
+                raise KeyboardInterrupt
+            return answer
+
+        return change
+
+    with pytest.raises(runner.Stopped):
+        serve(given, Wire(given, until(3)))
+    alone = Wire(given, until(5))
+    alone.names.remove("north")
+    with pytest.raises(runner.Stopped):
+        serve(given, alone, wait=3.0)
+    serve(given, Wire(given, nothing))
+    rows = runs.lines(given.run, rundir.CLIENTS)
+    took_part = {n: {r["client"] for r in rows if r["round"] == n} for n in range(1, 7)}
+    alike = {"north", "south"}
+    assert took_part == {1: alike, 2: alike, 3: {"south"}, 4: {"south"}, 5: alike, 6: alike}
+    assert not [row["dropped"] for row in rows if row.get("dropped")]

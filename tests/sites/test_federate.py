@@ -92,6 +92,10 @@ def test_times_to_wait_may_be_others_when_it_goes_on(
     assert after == before
     federate.begin_again(run)  # and these stay
     assert tomllib.loads(path.read_text()) == after
+    ran = command("federate", "--resume", str(run), "--wait", "1e9")
+    assert (ran.code, began) == (2, [run])
+    assert "--wait 1e+09: it must be a number below 1e+09" in " ".join(ran.err.split())
+    assert tomllib.loads(path.read_text()) == after
 
 
 @pytest.mark.usefixtures("flower")

@@ -134,7 +134,8 @@ def resume(
             snapshot = checkpoint.load(checkpoints, resident.layout, resident.digest)
             _refuse_one_count(folder, recipe, snapshot)
             _refuse_other_rows(folder, recipe, snapshot, experiment, accept_changes)
-            refuse_another(folder, experiment, snapshot)
+            before = {row["client"] for row in _logged(folder, rundir.CLIENTS, snapshot)}
+            refuse_another(folder, experiment, snapshot, before)
             experiment.memories.update(snapshot.memories)
         if deployed(recipe):
             _refuse_other_noise(folder, snapshot.progress.round if snapshot else 0)

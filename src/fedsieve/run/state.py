@@ -83,9 +83,14 @@ def _alike(one: Adapter, other: Adapter) -> bool:
     )
 
 
-def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> None:
+def refuse_another(
+    folder: Path, experiment: Experiment, snapshot: Snapshot, before: Collection[str] = ()
+) -> None:
     """Raises FedSieveError, naming what of it, for a state or a client's memory that the method
     does not have: the next round would break off.
+
+    before: who took part in the rounds so far. Sites may be away now, and the state keeps of them
+        what it kept
     """
     federation, state, start = experiment.federation, snapshot.progress.state, experiment.start
     method, key = federation.method, federation.own_key(snapshot.progress.round + 1)
@@ -115,7 +120,8 @@ def refuse_another(folder: Path, experiment: Experiment, snapshot: Snapshot) -> 
 
         update = beginning(anyone).update
         rehearsal = dry_run.rounds(method, start.layout, [anyone])
-        made = _refuse_other_names(state, method.init(start).trees, rehearsal, clients)
+        names = {*clients, *before}
+        made = _refuse_other_names(state, method.init(start).trees, rehearsal, names)
         _refuse_unknown_groups(state, method.merge(state, [(anyone, update)], key), made)
         for id, memory in _one_of_each(snapshot, clients):
             what = f"memory of client {id[:80]!r}"

@@ -137,7 +137,8 @@ class History(NamedTuple):
     given: (site, digest of what an update said) -> its round
     last:   the newest of them
     met:    the sites that were ever met
-    drawn_from: the sites from which a private federation's rounds so far were drawn
+    drawn_from: the sites from which a private federation's rounds so far were drawn; where the
+            note of them is lost, those of them that the log names
     """
 
     merged: dict[str, int]
@@ -190,7 +191,7 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     folder with anything in it that would be replaced.
     """
     check_installed()
-    _refuse_odd(policy)
+    _refuse_odd({name: getattr(policy, name) for name in ASKED_FOR})
     _refuse_open_door(listen)
     recipe, notes = _for_a_network(recipe, policy)
     folder = folder.absolute()
@@ -313,6 +314,7 @@ def begin_again(
     Warns of certificates that end soon. Raises FedSieveError if the folder holds no federation, or
     if its server's certificates do not hold now; and as `fall_back` does.
     """
+    _refuse_odd(times or {})
     _refuse_no_federation(folder)
     app = folder.absolute() / APP
     found.check_app(app, ASKED_FOR)
@@ -560,8 +562,8 @@ def on_network(
         met=history.met,
         meet=lambda names: note(met=names),
     )
-    before = sorted(history.drawn_from)
-    if plan is not None and before:
+    before = {*history.drawn_from}
+    if plan is not None and len(before) == policy.sites:
         _close(sites, before)
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
@@ -569,7 +571,7 @@ def on_network(
     if plan is not None:
         # The account counts on a draw from all sites, whether they are there or not.
         names = [client.id for client in clients]
-        if len(names) != policy.sites:
+        if len(names) != policy.sites or before - {*names}:
             raise FedSieveError(_other_sites(policy.sites, names, before))
         _close(sites, names)
         note(**{DRAWN_FROM: names})
@@ -628,14 +630,16 @@ def _close(sites: Sites, names: Collection[str]) -> None:
     sites.close(names, f"[privacy] counts on {few(sorted(names))}, and on no other site")
 
 
-def _other_sites(number: int, names: Collection[str], before: Collection[str]) -> str:
+def _other_sites(number: int, names: Collection[str], before: set[str]) -> str:
     """That others are there than [privacy] counts on, and what to do."""
     came = f"{count(len(names), 'site')} came ({few(sorted(names))})"
     said = f"[privacy] counts on {count(number, 'site')}, and {came}: "
+    if missing := before - {*names}:
+        named = few(sorted(missing))
+        return said + f"start the workers and the nodes of {named} as well, then --resume"
     if len(names) > number:
         return said + "stop the nodes of those that take no part, or begin anew with more --sites"
-    missing = f": {few(sorted({*before} - {*names}))}" if before else ""
-    return said + f"start the workers and the nodes of the others{missing}, then --resume"
+    return said + "start the workers and the nodes of the others, then --resume"
 
 
 def _refuse_other_number(folder: Path, policy: RoundPolicy) -> None:
@@ -880,10 +884,9 @@ def _test_rows(recipe: Recipe, tokenizer: Any) -> tuple[Examples | None, dict[st
     return examples, more_tensors(recipe, load_more(data), tokenizer)
 
 
-def _refuse_odd(policy: RoundPolicy) -> None:
+def _refuse_odd(given: Mapping[str, float]) -> None:
     """Raises FedSieveError for a time or a number that nothing can be waited with."""
-    for name in ASKED_FOR:
-        value = getattr(policy, name)
+    for name, value in given.items():
         if not 0 <= value < found.LONGEST:
             raise FedSieveError(f"--{name} {value:g}: it must be a number below {found.LONGEST:g}")
 
@@ -971,9 +974,9 @@ def _history(folder: Path) -> History:
     merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
     said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
     given = {(site, digest): number for site, digest, number in reversed(said)}
-    note = _kept(folder)
-    met = {*(row["client"] for row in receipts), *_names(note, "met")}
-    drawn_from = (_names(note, DRAWN_FROM) or met) if last else ()
+    note, logged = _kept(folder), {row["client"] for row in receipts}
+    met = {*logged, *_names(note, "met")}
+    drawn_from = (_names(note, DRAWN_FROM) or logged) if last else ()
     return History(merged, given, last, met, drawn_from)
 
 
