@@ -192,11 +192,11 @@ def test_of_many_runs_each_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "warn", said.append)
     nothing = dict.fromkeys(Round._fields, 0) | {"accuracy": None, "clients": 3}
     show = cli._show_of_many()
-    for name in ("a", "b"):
+    for name, folder in (("a", "1"), ("b", "2"), ("a", "3")):  # at two places of a figure, say
         for number, starved in ((1, 3), (2, 3), (3, 3), (4, 0), (5, 2)):
             summary = Round(**{**nothing, "round": number, "starved": starved})  # type: ignore[arg-type]
-            show(SimpleNamespace(name=name), summary)  # type: ignore[arg-type]
-    assert [text[:11] for text in said] == ["a, round 2:", "b, round 2:"]
+            show(SimpleNamespace(name=name, folder=Path(folder)), summary)  # type: ignore[arg-type]
+    assert [text[:11] for text in said] == ["a, round 2:", "b, round 2:", "a, round 2:"]
 
 
 @pytest.mark.parametrize("words", [("resume",), ("export", "--to", "x")])

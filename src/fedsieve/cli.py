@@ -1300,10 +1300,10 @@ def _run_flower(folder: Path, command: Sequence[str]) -> None:
 
 def _show_of_many() -> Callable[["Job", "Round"], None]:
     """A line for every evaluated round of one run among several, and what it warns of, once."""
-    of_each: dict[str, Caution] = {}
+    of_each: dict[Path, Caution] = {}  # by folder: two places of a figure call theirs alike
 
     def show(job: "Job", summary: "Round") -> None:
-        for caution in of_each.setdefault(job.name, cautioning())(summary):
+        for caution in of_each.setdefault(job.folder, cautioning())(summary):
             warn(f"{job.name}, {caution}")
         if summary.metrics:
             say(f"{job.name}  {line_of(summary, job.recipe.rounds)}")

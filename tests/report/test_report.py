@@ -357,6 +357,17 @@ def test_numbers_that_are_not_finite_are_shown_not_hidden(tmp_path: Path) -> Non
     assert page.row("Best evaluation loss") == ["–", "1.5000 (round 1)"]  # noqa: RUF001
 
 
+def test_a_training_loss_that_is_withheld_is_not_drawn(tmp_path: Path) -> None:
+    """Private runs whose noise is fresh tell none: "from nan to nan" reads as one that diverged."""
+    private = make(tmp_path / "p", rounds=[dict(row, loss=None) for row in ROUNDS])
+    page = report(private)
+    assert "Training loss against rounds" not in page.text
+    assert not (private / "report-train-loss.png").exists()
+    both = report(private, make(tmp_path / "b", "fine"))
+    (said,) = re.findall(r"First to last round: [^.]*\.", both.text)
+    assert "nan" not in said
+
+
 def test_sums_that_disagree_are_told(tmp_path: Path) -> None:
     rounds = [ROUNDS[1], dict(ROUNDS[2], total_bytes=2_050_001)]
     assert "add up to 2,050,000 bytes" in report(make(tmp_path / "a", rounds=rounds)).text

@@ -84,7 +84,8 @@ def test_times_to_wait_may_be_others_when_it_goes_on(
     before = tomllib.loads(path.read_text())
     began: list[Path] = []
     monkeypatch.setattr(cli, "_run_flower", lambda folder, _: began.append(folder))
-    command("federate", "--resume", str(run), "--deadline", "1234", "--wait", "5")
+    ran = command("federate", "--resume", str(run), "--deadline", "1234", "--wait", "5")
+    assert "from now on: deadline 1234 s, wait 5 s" in ran.out
     after = tomllib.loads(path.read_text())
     config = before["tool"]["flwr"]["app"]["config"]
     config |= {"deadline": 1234.0, "wait": 5.0}

@@ -183,7 +183,7 @@ def test_a_figure_from_end_to_end(write: Write, tmp_path: Path, command: Command
     assert "](figure.png)\n" in (out / "figure.md").read_text(encoding="utf-8")
     last = " ".join(ran.out.split())
     assert f"{path} (small, 2 seeds): does not hold. The claim: Whatever it is." in last
-    assert "Here 2 of 3 claims hold: does not hold, in 0 of 2 seeds: sends more: " in last
+    assert "Here 2 of 3 claims hold: does not hold (holds in 0 of 2 seeds): sends more: " in last
 
     # What is finished never runs again, in this figure or in one beside it.
     before = logs(out)
@@ -799,7 +799,23 @@ def test_two_that_learned_nothing_show_nothing(
     numbers: dict[str, claims.Numbers] = {"p": {"score": same, "seconds": same}}
     found = claims.judged(figure.check[0], figure, numbers, rises)
     assert found.verdict == verdict
-    assert ("neither rose" in found.measured) is (verdict == "not clear")
+    assert found.measured.startswith("neither rose") is (verdict == "not clear")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "holding", "says"),
+    [
+        ("holds", 3, "holds, in 3 of 3 seeds: it grows"),
+        ("not clear", 2, "not clear (holds in 2 of 3 seeds): it grows"),
+        ("does not hold", 1, "does not hold (holds in 1 of 3 seeds): it grows"),
+        ("does not hold", 0, "does not hold (holds in 0 of 3 seeds): it grows"),
+    ],
+)
+def test_in_how_many_seeds_a_claim_holds_is_said(
+    verdict: claims.Verdict, holding: int, says: str
+) -> None:
+    """ "Does not hold, in 0 of 3 seeds" says of each that it holds."""
+    assert reproduce.said(claims.Finding("it grows", "", (holding, 3), verdict)) == says
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,9 @@ def draw(
             plots += [_score_by_bytes(series, rows, measure), _score_by_rounds(series, measure)]
         if measure and any(run.clients for run in every_run(series)):
             plots.append(_score_by_time(series, rows, conditions, measure))
-        plots += [_train_loss(series), _bytes_by_round(series)]
+        if any(map(_has_losses, series)):
+            plots.append(_train_loss(series))
+        plots.append(_bytes_by_round(series))
         if any(budgets(one) for one in series):
             plots.append(_bytes_by_budget(series))
         for plot in plots:  # laid out once, and not for each picture that is made of it
@@ -283,17 +285,23 @@ def _train_loss(series: Sequence[Series]) -> Plot:
     figure, ax = one_axes("Training loss", "Round")
     ax.xaxis.set_major_locator(_whole_numbers())
     falls = []
-    for i, one in enumerate(series):
+    told = [(i, one) for i, one in enumerate(series) if _has_losses(one)]
+    for i, one in told:
         _trend(ax, one, _losses, look(i))
         loss = curve(one, _losses).mean
         falls.append(f"{_named(one, series)}from {score(loss[0])} to {score(loss[-1])}")
-    legend(figure, [one.label for one in series])
+    legend(figure, [one.label for _, one in told])
     return Plot(
         "train-loss",
         "Training loss against rounds",
         f"First to last round: {_said(falls)}. {_thin(series)} {_bands(series)}".rstrip(),
         figure,
     )
+
+
+def _has_losses(series: Series) -> bool:
+    """Whether any round tells one. Private runs whose noise is fresh withhold theirs."""
+    return any(math.isfinite(row.loss) for run in series.runs for row in run.rounds)
 
 
 def _losses(run: Run) -> dict[int, float]:

@@ -309,7 +309,7 @@ def begin_again(
 
     at_round: go back to the checkpoint of this round first (run/back.py). The sites need not be
         told: they go on from what they kept in the round that the server counts on (journal.py)
-    say: told where what is later is kept
+    say: told where what is later is kept, and of other times
     times: of `TIMES`, in seconds, from now on; the others stay
     Warns of certificates that end soon. Raises FedSieveError if the folder holds no federation, or
     if its server's certificates do not hold now; and as `fall_back` does.
@@ -334,6 +334,7 @@ def begin_again(
         say(back.said(at_round, back.fall_back(folder, at_round)))
     if times:
         found.set_times(app, times)
+        say("from now on: " + ", ".join(f"{name} {of:g} s" for name, of in times.items()))
     found.set_aside(folder)
     return ["flwr", "run", str(app), CONNECTION, "--stream"]
 

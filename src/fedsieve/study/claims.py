@@ -81,9 +81,8 @@ def judged(
     still = _still(check, figure, rises or {})
     if still and verdict == "holds":
         verdict = "not clear"
-        said += f"; neither rose above where it began{', in ' if several else ''}" + (
-            "; ".join(still) if several else ""
-        )
+        where = f", in {'; '.join(still)}" if several else ""
+        said = f"neither rose above where it began{where}; {said}"
     return Finding(check.says, said, (len(holding), len(seeds)), verdict)
 
 

@@ -446,7 +446,11 @@ def _cell(seeds: Mapping[int, float], printed: float | None) -> str:
 def said(finding: Finding) -> str:
     """A claim and what became of it, in one line."""
     holding, of = finding.seeds
-    seeds = f", in {holding} of {count(of, 'seed')}" if of else ""
+    seeds = ""
+    if of and finding.verdict == "holds":
+        seeds = f", in {holding} of {count(of, 'seed')}"
+    elif of:
+        seeds = f" (holds in {holding} of {count(of, 'seed')})"
     measured = f": {finding.measured}" if finding.measured else ""
     return f"{finding.verdict}{seeds}: {finding.says}{measured}"
 
@@ -469,9 +473,10 @@ def _line(
     }
     left_out = len(figure.check) - len(findings)
     worst = sorted(findings, key=lambda each: WORST_FIRST.index(each.verdict))[:_TOLD]
+    verb = "holds" if len(findings) == 1 else "hold"
     more = f" ({left_out} more are of what this form leaves out)" if left_out else ""
     return (
         f"{source} ({scale}, {count(len(seeds), 'seed')}): {claims.of_all(findings)}. "
-        f"The claim: {figure.claim} Here {holding} of {count(len(findings), 'claim')} hold{more}",
+        f"The claim: {figure.claim} Here {holding} of {count(len(findings), 'claim')} {verb}{more}",
         "; ".join(said(each) for each in worst),
     )
