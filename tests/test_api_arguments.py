@@ -2,6 +2,7 @@
 before a row is read or a model loaded.
 """
 
+import itertools
 import re
 import shutil
 import warnings
@@ -16,9 +17,12 @@ import pytest
 import tomli_w
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+from safetensors.torch import load_file, save_file
 
 import fedsieve
 from fedsieve import Budget, FedSieveError, Lora, Sampling, Training, disk, settings
+from fedsieve.algebra.intact import versions
+from fedsieve.errors import ChangedInPlace
 from fedsieve.recipe.arguments import budgets_given
 from tests.conftest import LABELS, Tiny
 from tests.test_api import GOOD, LORA, TRAINING, finetune, rows
@@ -353,6 +357,56 @@ def test_saving_replaces_nothing_but_what_was_saved(
         run.save(place)
         assert (place / "notes.txt").read_text() == "mine"
     assert not [*tmp_path.glob(".*.part")]
+
+
+def test_saves_of_two_kinds_or_over_two_bases_are_not_mixed(tiny: Tiny, tmp_path: Path) -> None:
+    """transformers and PEFT would load the one with the other on top of it."""
+    given = rows(6, 1)
+    lora = finetune(tiny, [given], fedsieve.fedit(), rounds=1).finish()
+    whole = finetune(tiny, [given], fedsieve.full(), rounds=1).finish()
+    base = Path(shutil.copytree(tiny.bert, tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    other = fedsieve.finetune(base, [given], fedsieve.fedit(), rounds=1).finish()
+    for first, second in itertools.permutations([lora, whole, other], 2):
+        place = tmp_path / f"{id(first)}-{id(second)}"
+        first.save(place)
+        kept = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        with pytest.raises(FedSieveError, match="both would lie there mixed"):
+            second.save(place)
+        assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == kept
+        first.save(place)
+    assert not [*tmp_path.glob(".*.part")]
+
+
+@pytest.mark.parametrize("part", ["plan", "publish", "report", "merge", "export"])
+def test_a_method_made_in_python_leaves_what_it_is_given_as_it_was(tiny: Tiny, part: str) -> None:
+    """Else how often one evaluates changes the model. An honest one is not looked at twice."""
+    whole = fedsieve.fedit()
+
+    def tensors_in(value: object) -> Iterator[torch.Tensor]:
+        return (tensor for _, tensor, _ in versions(value))
+
+    def honest(*given: Any) -> Any:
+        made = getattr(whole, part)(*given)
+        for tensor in tensors_in(given):
+            tensor.clone().mul_(0.5)
+        return made
+
+    def changing(*given: Any) -> Any:
+        made = getattr(whole, part)(*given)
+        with torch.no_grad():
+            next(tensors_in(given)).mul_(0.5)
+        return made
+
+    good, bad = ({part: function} for function in (honest, changing))
+    given: Any = [rows(6, 1)]
+    finetune(tiny, given, whole._replace(**good), rounds=1).finish()  # type: ignore[arg-type]
+    run = finetune(tiny, given, whole._replace(**bad), rounds=1)  # type: ignore[arg-type]
+    with pytest.raises(ChangedInPlace, match=f"the method's {part}.* changed .* in place"):
+        _ = run.finish().adapter
 
 
 @pytest.mark.parametrize("method", [fedsieve.fedit(), fedsieve.full()])

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from datasets import Dataset
 from peft import LoraConfig
 
+from fedsieve.algebra.blame import watched
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.mark import made_of
@@ -160,6 +161,7 @@ def finetune(
                 "its steps go: give a fedsieve.Training"
             )
         method = method.trained_by(partial(in_round, training, rounds=rounds))
+    mark, method = made_of(method), watched(method)
     fields = Fields(
         text=text if prompt is None and completion is None else None,
         label=label if isinstance(label, str) else tuple(label),
@@ -276,7 +278,7 @@ def finetune(
             "sampling": asdict(sampling),
             "server": dict(method.server.table),
             "norm_bound": _bound(norm_bound, method),
-            "method": made_of(method),
+            "method": mark,
             **({} if tested is None else {"test": named_digest([("test", tested)])}),
         },
     }

@@ -57,7 +57,8 @@ def refuse_links_out(folder: Path, what: str, paths: Iterable[Path] | None = Non
     home = folder.resolve()
     try:
         for path in sorted(everything_in(folder)) if paths is None else paths:
-            if path.is_symlink() and not _stays(path, home):
+            # What git keeps is none of the folder's parts (git-annex has a link there, too).
+            if path.is_symlink() and path.name != ".git" and not _stays(path, home):
                 raise FedSieveError(
                     f"{what}: {printable(str(path.relative_to(folder))[:200])} is a link that "
                     "leads out of its folder, and what is there would be taken for a part of it: "
@@ -74,7 +75,7 @@ def _stays(path: Path, home: Path) -> bool:
     except (OSError, RuntimeError):  # in circles, which whoever opens it says
         return True
     blobs = to.parent.name == "blobs" and to.parent.parent.name.startswith(_CACHES)
-    annexes = (above / ".git/annex/objects" for above in home.parents)
+    annexes = ((above / ".git/annex/objects").resolve() for above in (home, *home.parents))
     return blobs or to.is_relative_to(home) or any(map(to.is_relative_to, annexes))
 
 

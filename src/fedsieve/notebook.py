@@ -34,7 +34,7 @@ from fedsieve.run.state import refuse_another
 from fedsieve.settings import Precision
 from fedsieve.tasks.tally import Score
 from fedsieve.tasks.task import Bad, Fields, Reader, Rows, Task, refuse
-from fedsieve.train.card import Told, called, is_ours
+from fedsieve.train.card import Told, called, is_ours, kinds_of
 from fedsieve.train.local import evaluate, told
 from fedsieve.train.model import make_way
 from fedsieve.train.origin import Origin
@@ -419,6 +419,12 @@ def _refuse_others(place: Path, part: Path) -> None:
     wrote. A link is replaced, and nothing behind it; of `base/` see `make_way`.
     """
     if is_ours(place):
+        if kinds_of(place) != kinds_of(part):
+            raise FedSieveError(
+                f"save: {place} holds what was saved of another kind (an adapter, or a whole "
+                "model) or over another base, and both would lie there mixed: choose another "
+                "folder, or move it away"
+            )
         return
     for path in sorted(part.iterdir()):
         there = place / path.name

@@ -26,6 +26,7 @@ from fedsieve.recipe.experiment import from_recipe
 from fedsieve.recipe.read import check
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Fields
+from fedsieve.tasks.tokens import refuse_no_room, tokenise
 from fedsieve.train.model import load_base, pick_device
 from fedsieve.train.reader import load_reader
 from tests import runs
@@ -646,7 +647,43 @@ def test_a_link_that_leads_out_of_a_models_folder_is_refused(
             load()
 
 
-@pytest.mark.parametrize("key", ["vocab", "merges"])
+def test_links_into_what_a_repositorys_annex_keeps_are_taken(tiny: Tiny, tmp_path: Path) -> None:
+    """Also where the folder is a submodule, whose `.git` git-annex makes a link."""
+    store = tmp_path / "super" / ".git" / "modules" / "sub"
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "super" / "sub" / "model"))
+    (store / "annex" / "objects" / "K").mkdir(parents=True)
+    for git in (folder.parent / ".git", folder / ".git"):  # above the model, or beside its files
+        git.symlink_to(store)
+        weights, key = folder / "model.safetensors", store / "annex" / "objects" / "K" / "K"
+        if not key.exists():
+            weights.rename(key)
+            weights.symlink_to(key)
+        load_base(str(folder), "classification", LABELS, key=Key(0))
+        load_reader(str(folder), "classification")
+        git.unlink()
+    with pytest.raises(FedSieveError, match=r"model\.safetensors is a link that leads out"):
+        load_base(str(folder), "classification", LABELS, key=Key(0))
+
+
+def test_a_tokenizer_that_cannot_say_what_stands_around_a_text_is_told(
+    tiny: Tiny,
+) -> None:
+    """TAPAS reads tables, and raises where it is asked."""
+    reader, _ = load_reader(str(tiny.bert), "classification")
+
+    def raises(pair: bool = False) -> int:
+        raise ValueError("you must provide both question IDs and table IDs")
+
+    reader.num_special_tokens_to_add = raises
+    for ask in (
+        lambda: refuse_no_room(reader, 16),
+        lambda: tokenise(reader, ["a"], None, 16),
+    ):
+        with pytest.raises(FedSieveError, match=r"tokenizer cannot read texts: .*table IDs"):
+            ask()
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges", "gguf_file"])
 def test_a_tokenizers_words_are_in_its_folder(tiny: Tiny, tmp_path: Path, key: str) -> None:
     folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
     (tmp_path / "secret").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\nof mine\n")

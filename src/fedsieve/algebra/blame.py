@@ -16,7 +16,7 @@ import torch
 
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.forms import A_METHOD, A_PENALTY, GIVES, Kind, a
-from fedsieve.algebra.intact import A_COPY, changed, versions
+from fedsieve.algebra.intact import A_COPY, changed, ours, versions
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Method, refuse_unknown_knobs
 from fedsieve.errors import (
@@ -51,6 +51,34 @@ def blaming(name: str, method: Method) -> Method:
         told = _blaming(name, "trained_by", A_METHOD, method.trained_by)
         functions["trained_by"] = lambda training: blaming(name, told(training))
     return method._replace(**functions)
+
+
+def watched(method: Method) -> Method:
+    """The method, whose functions that are not FedSieve's own leave as it was what they are given.
+
+    Of one that is made in Python what fails is told as it was raised, and this raises nothing.
+    """
+    functions: dict[str, Any] = {
+        part: _watched(part, function)
+        for part in GIVES
+        if (function := getattr(method, part)) is not None and not ours(function)
+    }
+    return method._replace(**functions)
+
+
+def _watched(part: str, function: Any) -> Callable[..., Any]:
+    @wraps(function)
+    def told(*given: Any) -> Any:
+        before = list(versions(given))
+        made: Any = function(*given)
+        if (tensor := changed(before, given)) is not None:
+            raise ChangedInPlace(
+                f"the method's {part}{_of_round(given)} changed {tensor!r} in place, which it was "
+                f"given: {A_COPY}"
+            )
+        return made
+
+    return told
 
 
 def _with_penalty(name: str, view: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,9 @@ place is another model for all that come after, and by how often it was called. 
 changes of each tensor, so nothing is copied or compared.
 """
 
+from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -18,7 +20,8 @@ A_COPY = "work on a copy: t * mask, t.clone(), a dictionary of one's own"
 
 def ours(function: Any) -> bool:
     """Whether it is one of FedSieve's own, at which nobody need look."""
-    return str(getattr(function, "__module__", "")).startswith("fedsieve.")
+    made = function.func if isinstance(function, partial) else function
+    return str(getattr(made, "__module__", "")).startswith("fedsieve.")
 
 
 def versions(value: Any, name: str = "") -> Iterator[Version]:
@@ -40,8 +43,10 @@ def changed(before: list[Version], value: Any) -> str | None:
     before: what `versions` told of the value
     """
     after = list(versions(value))
-    for (name, was, count), (other, now, counted) in zip(before, after, strict=False):
-        if name != other or was is not now or count != counted:
+    there, then = (Counter(name for name, _, _ in each) for each in (after, before))
+    for name in (there - then) | (then - there):
+        return name
+    for (name, was, count), (_, now, counted) in zip(before, after, strict=True):
+        if was is not now or count != counted:
             return name
-    more = before[len(after) :] or after[len(before) :]
-    return more[0][0] if more else None
+    return None

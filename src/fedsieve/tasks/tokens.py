@@ -6,7 +6,8 @@ in the training loop touches text. Padding is always on the right, whatever the 
 would do, because only then can a batch be trimmed to its longest row by dropping columns.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -118,7 +119,7 @@ def tokenise(
             rows.types.extend(made["token_type_ids"])
         if offsets:
             rows.ends.extend([end for _, end in row] for row in made["offset_mapping"])
-    around = tokenizer.num_special_tokens_to_add(pair=second is not None) if special else 0
+    around = _around(tokenizer, second is not None) if special else 0
     if max(map(len, rows.ids), default=1) <= around:
         if not any(text.strip() for text in texts):
             raise FedSieveError(
@@ -156,15 +157,25 @@ def refuse_no_room(
     special: bool = True,
 ) -> None:
     """Raises FedSieveError where what the tokenizer puts around a text leaves nothing for it."""
-    around = tokenizer.num_special_tokens_to_add(pair=pair) if special else 0
+    around = _around(tokenizer, pair) if special else 0
     if max_length <= around:
         raise FedSieveError(f"max_length is {max_length}: no room for a token of the text")
 
 
+def _around(tokenizer: "PreTrainedTokenizerBase", pair: bool) -> int:
+    """How many tokens stand around a text, or two."""
+    return int(_asked(partial(tokenizer.num_special_tokens_to_add, pair=pair)))
+
+
 def read_by(tokenizer: "PreTrainedTokenizerBase", *texts: Any, **how: Any) -> Any:
     """What the tokenizer makes of texts. Raises FedSieveError where that fails."""
+    return _asked(partial(tokenizer, *texts, **how))
+
+
+def _asked(question: Callable[[], Any]) -> Any:
+    """What a tokenizer answers. Raises FedSieveError where that fails."""
     try:
-        return tokenizer(*texts, **how)
+        return question()
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # whatever it may raise over what its own files say, or a panic

@@ -146,6 +146,15 @@ def is_ours(folder: Path) -> bool:
     return "task" in told and isinstance(base, Mapping) and {"name", "weights"} <= base.keys()
 
 
+def kinds_of(folder: Path) -> tuple[bool, object]:
+    """What of two saves must be alike, so that one takes all of the other's files away: whether it
+    is of an adapter, and over which weights.
+    """
+    base = table_of(folder / FACTS).get("base")
+    weights = base.get("weights") if isinstance(base, Mapping) else None
+    return (folder / "adapter_config.json").exists(), weights
+
+
 def _front(saved: Saved, told: Told) -> str:
     """The table at a card's head that the hub reads. A base that is a folder has no name there."""
     pipeline = _PIPELINES[catalogue.load(saved.task).auto]

@@ -98,7 +98,7 @@ def refuse_words_elsewhere(source: str, settings: Path) -> None:
     takes a text in the place of a vocabulary for the path of one, wherever it leads.
     """
     told = table_of(settings)
-    for key in ("vocab", "merges"):
+    for key in ("vocab", "merges", "gguf_file"):
         if isinstance(told.get(key), str):
             raise FedSieveError(
                 f"model {source!r}: its tokenizer_config.json names a file for {key}, and its "
