@@ -40,8 +40,9 @@ def _empty(summary: "Round") -> str | None:
     if not summary.round or summary.clients or summary.dropped:
         return None
     return (
-        f"round {summary.round}: nobody was drawn, so that nothing was learned: if that is so in "
-        "most rounds, raise cohort or what [sampling] draws clients by (docs/recipes.md)"
+        f"round {summary.round}: nobody was drawn, or fewer than sampling.quorum, so that nothing "
+        "was learned: if that is so in most rounds, raise cohort or what [sampling] draws clients "
+        "by, or lower the quorum (docs/recipes.md)"
     )
 
 

@@ -292,16 +292,17 @@ def merged(
         chosen = cohort_of(federation.ordered, federation.sampling, own)
     else:
         chosen = cohort(federation.there(), federation.sampling, own)
+    if len(chosen) < federation.sampling.quorum:
+        chosen = []  # nobody is asked in vain; the round is no other when it is done again
     with waiting_room(state.layout) as waiting:
         came = _gather(federation, state, chosen, number, waiting)
         left_out = arrivals.outliers(waiting.norms, norm_bound(federation))
         came_in = waiting.norms.keys() - left_out.keys()
         usable = [client.id for client in chosen if client.id in came_in]
-        # A Poisson draw may be empty. Only a private server moves then: whether it was is a secret.
-        drawn_empty = federation.sampling.kind == "poisson" and not chosen
         try:
-            _refuse_too_few(len(usable), federation.sampling)
-            if not drawn_empty or method.private is not None:
+            # A draw may be empty. Only a private server moves then: whether it was is a secret.
+            if chosen or method.private is not None:
+                _refuse_too_few(len(usable), federation.sampling)
                 state, failed = arrivals.merge(method, state, waiting, usable, own)
                 left_out |= failed
                 _refuse_too_few(len(usable) - len(failed), federation.sampling)
