@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from fedsieve import disk
+from fedsieve import disk, report
 from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipe
@@ -836,3 +836,23 @@ def test_a_checkpoint_of_old_knows_no_base(tiny: Tiny, tmp_path: Path) -> None:
     assert snapshot.base is not None
     checkpoint.save(folder / rundir.CHECKPOINTS, snapshot._replace(base=None))
     runner.resume(folder, runs.quiet)
+
+
+def test_a_report_that_cannot_be_written_is_told_with_the_way_out(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    written: list[Path] = []
+
+    def full(*given: Any) -> None:
+        raise FedSieveError("The report cannot be written: No space left on device")
+
+    monkeypatch.setattr(report, "write", full)
+    with pytest.raises(FedSieveError) as caught:
+        runner.start(recipe.check(tiny.table(rounds=1)), run, lambda *_: None)
+    told = f"The adapter is written, and `fedsieve resume {run}` writes the report"
+    assert told in str(caught.value)
+    assert (run / "adapter" / "adapter_model.safetensors").is_file()
+    monkeypatch.setattr(report, "write", lambda _, out: written.append(out))
+    assert command("resume", run).code == 0
+    assert written == [run / "report.html"]

@@ -233,6 +233,18 @@ def test_late_is_dropped_counted_and_not_asked_while_it_is_busy() -> None:
     assert len(setup.clients) == 3
 
 
+def test_who_is_there_and_still_at_a_round_is_told_as_that() -> None:
+    """Not as somebody whose worker is to be started."""
+    method = flasc.method(**EXACT)
+    members = toy.clients([Budget()] * 2)
+    net = Net({i: site(c, method) for i, c in enumerate(members)}, {0: 99.0, 1: 99.0})
+    setup = replace(federation(sites_of(net, deadline=10.0, wait=5.0), method), spare=2)
+    with pytest.raises(FedSieveError) as caught:
+        run(setup, 2)
+    told = "0 sites are there, and a round needs 1: 0000, 0001 would be enough, still at an earlier"
+    assert told in str(caught.value)
+
+
 def test_late_answer_comes_in_and_is_thrown_away() -> None:
     method = flasc.method(**EXACT)
     net = Net({i: site(c, method) for i, c in enumerate(toy.clients([Budget()] * 2))}, {1: 10.5})

@@ -315,7 +315,7 @@ def _go_on(
             adapter = experiment.federation.method.export(snapshot.progress.state)
             known = _told(folder, recipe, snapshot)
             _save_adapter(experiment, adapter, folder / rundir.ADAPTER, known)
-            report.write([folder], folder / rundir.REPORT)
+            _report(folder)
             if experiment.ending:
                 warnings.warn(experiment.ending, stacklevel=2)
         except NoUsableUpdate as error:
@@ -381,6 +381,15 @@ def _snapshot(
     if before is not None and progress.state is before.progress.state:
         moved = before.progress.round if before.moved is None else before.moved
     return Snapshot(progress, memories, marks, base=base, recipe=recipe, rows=rows, moved=moved)
+
+
+def _report(folder: Path) -> None:
+    try:
+        report.write([folder], folder / rundir.REPORT)
+    except FedSieveError as error:
+        raise FedSieveError(
+            f"{error}. The adapter is written, and `{rundir.again(folder)}` writes the report"
+        ) from error
 
 
 def _told(folder: Path, recipe: Recipe, snapshot: Snapshot) -> Told:
