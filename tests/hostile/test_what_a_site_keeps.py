@@ -415,7 +415,13 @@ def test_a_loss_of_nothing_is_left_out_and_none_is_told(
     assert last.get("eval_loss") is None or head == {"counted": 0}
 
 
-@pytest.mark.parametrize("method", ["scaffold", "flora", "fedex_lora", "fedsa_lora", "ravan"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("scaffold", "flora", "fedex_lora"),  # the state names the clients
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedsa_lora", "ravan")),
+    ],
+)
 def test_a_site_that_is_away_at_a_restart_stops_nobody(
     tiny: Tiny, tmp_path: Path, method: str
 ) -> None:
