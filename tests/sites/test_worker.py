@@ -1002,8 +1002,9 @@ def test_a_worker_tells_about_itself_while_it_works(echo: Path) -> None:
     waiting.start()
     assert ask(echo, Frame({"do": "describe"}), 5).header["ok"]
     assert not answers
-    with pytest.raises(FedSieveError, match=r"did not answer in 0\.2 s"):
-        ask(echo, Frame({"do": "next"}), 0.2)
+    with pytest.raises(FedSieveError, match=r"did not answer in 0\.2 s"):  # noqa: PT012
+        for _ in range(100):  # on a busy machine the first request may be on its way yet
+            ask(echo, Frame({"do": "next"}), 0.2)
     ask(echo, Frame({"do": "go on"}), 5)
     waiting.join(60)
     assert answers == [Frame({"ok": True, "do": "wait"})]
