@@ -16,7 +16,7 @@ from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from tests import runs
 from tests.conftest import Tiny
-from tests.hostile.test_what_a_site_keeps import PRIVATE, Wire, federation, nothing, serve
+from tests.hostile.test_what_a_site_keeps import PRIVATE, Wire, federation, nothing, serve, stopping
 from tests.sites.sites import asking
 from tests.sites.worlds import World
 
@@ -26,15 +26,6 @@ pytestmark = pytest.mark.usefixtures("no_report")
 def private(tiny: Tiny, folder: Path, rounds: int = 4) -> World:
     more: dict[str, Any] = {"privacy": PRIVATE, "server": None, "evaluation__every": 9}
     return federation(tiny, folder, "flasc", rounds=rounds, **more)
-
-
-def stopping(number: int) -> Any:
-    def change(name: str, request: Frame, answer: Frame) -> Frame:
-        if (request.header["do"], request.header.get("round")) == ("train", number):
-            raise KeyboardInterrupt
-        return answer
-
-    return change
 
 
 def stopped(given: World, number: int) -> None:

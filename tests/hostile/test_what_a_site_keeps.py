@@ -81,6 +81,17 @@ def nothing(name: str, request: Frame, answer: Frame) -> Frame:
     return answer
 
 
+def stopping(number: int) -> Change:
+    """Ctrl-C when the first site is asked to train in this round."""
+
+    def change(name: str, request: Frame, answer: Frame) -> Frame:
+        if (request.header["do"], request.header.get("round")) == ("train", number):
+            raise KeyboardInterrupt
+        return answer
+
+    return change
+
+
 def at_north(given: World) -> float | None:
     """The norm of B in the adapter that the site was told to keep, if it kept one."""
     found = [*(given.sites["north"].parent / "worker" / "adapters").glob("[!.]*")]
@@ -428,17 +439,9 @@ def test_a_site_that_is_away_at_a_restart_stops_nobody(
     """The server's state may keep something of it, by its name."""
     given = federation(tiny, tmp_path, method, rounds=6, training__steps=2)
 
-    def until(number: int) -> Change:
-        def change(name: str, request: Frame, answer: Frame) -> Frame:
-            if (request.header["do"], request.header.get("round")) == ("train", number):
-                raise KeyboardInterrupt
-            return answer
-
-        return change
-
     with pytest.raises(runner.Stopped):
-        serve(given, Wire(given, until(3)))
-    alone = Wire(given, until(5))
+        serve(given, Wire(given, stopping(3)))
+    alone = Wire(given, stopping(5))
     alone.names.remove("north")
     with pytest.raises(runner.Stopped):
         serve(given, alone, wait=3.0)

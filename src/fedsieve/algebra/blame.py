@@ -16,12 +16,11 @@ import torch
 
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.forms import A_METHOD, A_PENALTY, GIVES, Kind, a
-from fedsieve.algebra.intact import A_COPY, changed, ours, versions
+from fedsieve.algebra.intact import left_intact, ours
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import ClientContext, Method, refuse_unknown_knobs
 from fedsieve.errors import (
     THEIRS,
-    ChangedInPlace,
     FedSieveError,
     MethodFailed,
     raise_of_memory,
@@ -69,14 +68,8 @@ def watched(method: Method) -> Method:
 def _watched(part: str, function: Any) -> Callable[..., Any]:
     @wraps(function)
     def told(*given: Any) -> Any:
-        before = list(versions(given))
-        made: Any = function(*given)
-        if (tensor := changed(before, given)) is not None:
-            raise ChangedInPlace(
-                f"the method's {part}{_of_round(given)} changed {tensor!r} in place, which it was "
-                f"given: {A_COPY}"
-            )
-        return made
+        with left_intact(given, f"the method's {part}{_of_round(given)}"):
+            return function(*given)
 
     return told
 
@@ -103,10 +96,16 @@ def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., A
     @wraps(function)
     def told(*given: Any) -> Any:
         where = said + _of_round(given)
-        before = list(versions(given))
+        with left_intact(given, where):
+            made = called(where, given)
+        if (wrong := kind.wrong(made, given[0] if given else None)) is not None:
+            raise MethodFailed(f"{where} must give {kind.words}: {wrong}")
+        return made
+
+    def called(where: str, given: tuple[Any, ...]) -> Any:
         try:
             with _as_it_was():
-                made: Any = function(*given)
+                return function(*given)
         except MethodFailed as error:  # of a part of it that knows no method's name
             if str(error).startswith("method "):
                 raise
@@ -119,13 +118,6 @@ def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., A
             if part == "merge" and isinstance(error, OSError):
                 raise
             raise MethodFailed(f"{where} fails: {with_type(error)}{_line(error)}") from error
-        if (tensor := changed(before, given)) is not None:
-            raise ChangedInPlace(
-                f"{where} changed {tensor!r} in place, which it was given: {A_COPY}"
-            )
-        if (wrong := kind.wrong(made, given[0] if given else None)) is not None:
-            raise MethodFailed(f"{where} must give {kind.words}: {wrong}")
-        return made
 
     return told
 

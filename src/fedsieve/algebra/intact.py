@@ -7,15 +7,18 @@ changes of each tensor, so nothing is copied or compared.
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import repeat
 from typing import Any
 
 from torch import Tensor
 
+from fedsieve.errors import ChangedInPlace, FedSieveError
+
 # A tensor's name, the tensor, and how often it was changed so far.
 Version = tuple[str, Tensor, int]
-A_COPY = "work on a copy: t * mask, t.clone(), a dictionary of one's own"
+_A_COPY = "work on a copy: t * mask, t.clone(), a dictionary of one's own"
 
 
 def ours(function: Any) -> bool:
@@ -35,6 +38,20 @@ def versions(value: Any, name: str = "") -> Iterator[Version]:
     elif isinstance(value, tuple | list):
         for field, each in zip(getattr(value, "_fields", repeat(name)), value, strict=False):
             yield from versions(each, field)
+
+
+@contextmanager
+def left_intact(
+    given: Any, said: str, error: type[FedSieveError] = ChangedInPlace
+) -> Iterator[None]:
+    """Raises `error` where what is done meanwhile changes a tensor of what it was given.
+
+    said: who does it, with which the message begins
+    """
+    before = list(versions(given))
+    yield
+    if (tensor := changed(before, given)) is not None:
+        raise error(f"{said} changed {tensor!r} in place, which it was given: {_A_COPY}")
 
 
 def changed(before: list[Version], value: Any) -> str | None:

@@ -9,6 +9,7 @@ single functions of the result.
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from fedsieve.algebra.adapter import Adapter, Layout, Tree
 from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.cores import Cores
-from fedsieve.algebra.intact import A_COPY, changed, ours, versions
+from fedsieve.algebra.intact import left_intact, ours
 from fedsieve.algebra.keys import Key, generator
 from fedsieve.algebra.optim import (
     Optimizer,
@@ -42,7 +43,6 @@ from fedsieve.algebra.support import (
     top_k,
 )
 from fedsieve.errors import (
-    ChangedInPlace,
     FedSieveError,
     MethodFailed,
     NoUsableUpdate,
@@ -217,11 +217,9 @@ def _sieved(
 
     name: what `compose` calls it
     """
-    before = None if ours(sieve) else list(versions(tree))
-    made: Any = sieve(tree, layout, client, key)
     called = f"{name}: the sieve {quoted(getattr(sieve, '__name__', sieve))}"
-    if before is not None and (tensor := changed(before, tree)) is not None:
-        raise ChangedInPlace(f"{called} changed {tensor!r} in place, which it was given: {A_COPY}")
+    with nullcontext() if ours(sieve) else left_intact(tree, called):
+        made: Any = sieve(tree, layout, client, key)
     said = f"{called} must give"
     if not isinstance(made, Passed) or not isinstance(made.support, Support):
         raise MethodFailed(f"{said} a Passed of a Support, not {quoted(made)}")

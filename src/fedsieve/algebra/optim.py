@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedsieve.algebra.adapter import Tree
-from fedsieve.algebra.intact import A_COPY, changed, versions
+from fedsieve.algebra.intact import left_intact
 from fedsieve.errors import FedSieveError, OptimizerFailed, quoted
 from fedsieve.settings import LARGEST, Source, as_float, is_number
 
@@ -105,12 +105,9 @@ def stepped(optimizer: Optimizer, params: Tree, gradient: Tree, slots: Slots) ->
     parameters and slots as they are.
     """
     said = f"{_SERVERS} `step` must give (params, slots)"
-    before = list(versions((params, slots)))  # the gradient is nobody's any more
-    made: Any = optimizer.step(params, gradient, slots)
-    if (tensor := changed(before, (params, slots))) is not None:
-        raise OptimizerFailed(
-            f"{_SERVERS} `step` changed {tensor!r} in place, which it was given: {A_COPY}"
-        )
+    # The gradient is nobody's any more.
+    with left_intact((params, slots), f"{_SERVERS} `step`", OptimizerFailed):
+        made: Any = optimizer.step(params, gradient, slots)
     if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(m, dict) for m in made):
         raise OptimizerFailed(f"{said}, two dictionaries, not {quoted(made)}")
     moved, after = made

@@ -111,7 +111,6 @@ from fedsieve.wire.format import VERSION
 FLOWER = (1, 41)
 # What of a RoundPolicy users choose; the rest follows from the recipe.
 ASKED_FOR = ("sites", "deadline", "setup", "wait", "extra")
-TIMES = ("deadline", "setup", "wait")  # of these, what may be others in each start
 KEYS = "sites.json"  # site -> its node's public key
 _KEYS_BYTES = 1 << 24  # at most
 KEPT = "kept.json"
@@ -310,7 +309,7 @@ def begin_again(
     at_round: go back to the checkpoint of this round first (run/back.py). The sites need not be
         told: they go on from what they kept in the round that the server counts on (journal.py)
     say: told where what is later is kept, and of other times
-    times: of `TIMES`, in seconds, from now on; the others stay
+    times: deadline, setup and wait, in seconds, those that are others from now on
     Warns of certificates that end soon. Raises FedSieveError if the folder holds no federation, or
     if its server's certificates do not hold now; and as `fall_back` does.
     """

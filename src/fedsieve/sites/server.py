@@ -353,7 +353,7 @@ class Sites:
         asked = self._free()
         free = {client.id for client in asked}
         others = [site for id, site in self._sites.items() if id not in free]
-        busy = [site.client for site in others if site.node in self._connected]
+        busy = [site.client for site in self._owing()]
         if do == "keep":
             asked += busy
         away = {
