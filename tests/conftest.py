@@ -15,8 +15,9 @@ import gc
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import pytest
@@ -38,6 +39,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from fedsieve.costs import memory
+from fedsieve.train.model import ResidentModel
 from tests import kinds
 
 # How long an input takes to draw says something of what else the machine does, and of no test.
@@ -238,6 +241,39 @@ def whole_with_memories(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("memories") / "run"
     runs.start(tiny, folder, **runs.FLASC)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_pulls_the_plug() -> Iterator[None]:
+    """What is written need not reach the disk itself, which is most of the time of a small file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda place: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memory_is_worked_out_once() -> Iterator[None]:
+    """A site works out what memory a recipe takes before it accepts it, which takes longer than the
+    tiny model trains: here once for what has the same shapes.
+    """
+    kept: dict[str, Any] = {}
+
+    def once(work: Callable[..., Any]) -> Callable[..., Any]:
+        def found(resident: ResidentModel, *asked: Any) -> Any:
+            model, pairs = resident.model, resident.pairs
+            inside = [(n, p.shape, p.dtype) for n, p in model.named_parameters()]
+            of = (resident.task, resident.layout, pairs and pairs.layout, model.config, model)
+            key = repr((work.__name__, *of, inside, *asked))
+            if key not in kept:
+                kept[key] = work(resident, *asked)
+            return kept[key]
+
+        return found
+
+    ours = SimpleNamespace(of_step=once(memory.of_step), of_evaluation=once(memory.of_evaluation))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsieve.sites.limits.memory", ours)
+        yield
 
 
 @pytest.fixture

@@ -112,6 +112,18 @@ def test_a_run_that_is_looked_at_in_between_is_the_same(tiny: Tiny) -> None:
     assert not same(finetune(tiny, clients, seed=1).finish().adapter, whole.adapter)
 
 
+def test_threads_that_share_a_run_take_turns(tiny: Tiny) -> None:
+    """They trained over one model: other losses each time, and rounds that were there twice."""
+    clients = [rows(16, seed=number) for number in range(4)]
+    whole, shared = (finetune(tiny, clients, rounds=6) for _ in range(2))
+    whole.finish()
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(shared.finish) for _ in range(3)]:
+            done.result()
+    assert [summary.round for summary in shared.metrics] == [*range(7)]
+    assert same(shared.adapter, whole.adapter)
+
+
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_a_run_is_not_copied(tiny: Tiny, copied: Callable[[Any], Any]) -> None:
     """Its copy had the same model and memories, and moved them under the run's feet."""

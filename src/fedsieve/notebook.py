@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,6 +109,7 @@ class Run:
         self._told = 0  # of the metrics, to the callbacks
         self._cautions = cautioning()
         self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
+        self._alone = threading.RLock()
         first, self._progress = loop.begin(experiment.federation, experiment.start)
         self._metrics: list[Round] = [first]
         self._receipts: list[Receipt] = []
@@ -120,8 +122,15 @@ class Run:
         that failed, when its round is kept: iterated again, the run goes on with the next.
         """
         self._tell()
+        while (summary := self._next()) is not None:
+            yield deepcopy(summary)
+
+    def _next(self) -> Round | None:
+        """The next round, told; none after the last. Threads that share a run take turns."""
         federation, memories = self._experiment.federation, self._experiment.memories
-        while self._half is not None or self._progress.round < self._last:
+        with self._alone:
+            if self._half is None and self._progress.round >= self._last:
+                return None
             if self._half is None:
                 before, final = dict(memories), self._progress.round + 1 == self._last
                 try:
@@ -138,7 +147,7 @@ class Run:
                         warnings.warn(
                             f"round {receipt.round}, client {receipt.client} is left out: "
                             f"{receipt.dropped}",
-                            stacklevel=2,
+                            stacklevel=3,
                         )
             half = self._half
             summary = loop.evaluated(federation, half)
@@ -146,9 +155,9 @@ class Run:
             self._metrics.append(summary)
             self._receipts.extend(half.receipts)
             for caution in self._cautions(summary):  # last, for a warning may be raised
-                warnings.warn(caution, stacklevel=2)
+                warnings.warn(caution, stacklevel=3)
             self._tell()
-            yield deepcopy(summary)
+            return summary
 
     def _tell(self) -> None:
         for summary in self._metrics[self._told :]:

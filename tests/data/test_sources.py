@@ -211,6 +211,35 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
             load(tmp_path / folder, split)
 
 
+@pytest.mark.parametrize("how", ["written over", "cut off"])
+def test_what_becomes_of_a_saved_folder_concerns_nobody_who_read_it(
+    tmp_path: Path, how: str
+) -> None:
+    """`datasets` maps its files into memory: cut off, the process that reads them ends."""
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    read = load(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    with file.open("r+b") as opened:
+        if how == "cut off":
+            opened.truncate(1)
+        else:
+            opened.write(b"?" * file.stat().st_size)
+    assert str(file) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert read.to_list() == ROWS
+
+
+def test_rows_of_a_saved_folder_that_lead_nowhere_are_refused(tmp_path: Path) -> None:
+    """A file of the right length and layout, whose numbers say where each text begins."""
+    Dataset.from_dict({"text": ["first", "second"]}).save_to_disk(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    offsets = b"".join(number.to_bytes(4, "little") for number in (0, 5, 11))
+    whole = file.read_bytes()
+    assert whole.count(offsets) == 1
+    file.write_bytes(whole.replace(offsets, offsets[:4] + b"\xff\xff\xff\x7f" + offsets[8:]))
+    with pytest.raises(FedSieveError, match=r"set is damaged: ArrowInvalid"):
+        load(tmp_path / "set")
+
+
 def test_the_path_to_the_hub_with_a_local_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

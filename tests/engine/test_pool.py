@@ -93,14 +93,8 @@ def test_a_worker_that_dies_is_replaced_and_its_client_runs_again(
     assert "its worker ended 2 times" in dropped[0]["dropped"]
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        signal.SIGKILL,
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_no_process_is_left_behind(tiny: Tiny, tmp_path: Path, how: signal.Signals) -> None:
     path = tiny.write(tmp_path / "tiny.toml", engine=workers(2), rounds=1000)
     process = subprocess.Popen(

@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -508,6 +508,30 @@ def test_layers_that_a_configuration_leaves_out_are_told(tiny: Tiny, tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         load_base(str(tiny.bert), "classification", LABELS, key=Key(0))
+
+
+@pytest.mark.parametrize("how", ["written over", "cut off"])
+@pytest.mark.parametrize(
+    ("kind", "task", "classes"),
+    [("bert", "classification", LABELS), ("gpt2", "causal-lm", ()),
+     ("vit", "image-classification", "abcde")],
+)  # fmt: skip
+def test_what_becomes_of_a_models_file_concerns_no_run_that_read_it(
+    tiny: Tiny, tmp_path: Path, kind: str, task: Any, classes: Sequence[str], how: str
+) -> None:
+    """safetensors maps it into memory: written over, the base was another; cut off, none."""
+    shutil.copytree(getattr(tiny, kind), tmp_path / "model")
+    model = load_base(str(tmp_path / "model"), task, classes, key=Key(0), pad_token_id=0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    file = tmp_path / "model" / "model.safetensors"
+    with file.open("r+b") as opened:
+        if how == "cut off":
+            opened.truncate(1)
+        else:
+            opened.write(b"\x3f" * file.stat().st_size)
+    # Else the process may end here.
+    assert str(file) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

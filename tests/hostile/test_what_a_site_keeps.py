@@ -6,6 +6,7 @@ The real ends of both sides in one process, without a network between them.
 
 import json
 import math
+import re
 import shutil
 import tomllib
 import warnings
@@ -256,6 +257,16 @@ def test_what_a_round_left_that_did_not_count_is_not_used(tiny: Tiny, tmp_path: 
     assert at_north(given) == pytest.approx(norm(own))
 
 
+def test_an_availability_of_a_site_that_has_not_come_is_warned_of(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    named = {"availability": {"nort": 0.5, "south": 1.0}}
+    given = federation(tiny, tmp_path, "fedit", sampling=named, rounds=1)
+    warned = [line for line in serve(given, Wire(given, nothing)) if "availability" in line]
+    assert len(warned) == 1
+    assert re.search(r"names 'nort', and no site of that name has come yet .*'north'", warned[0])
+
+
 def swapped(model: Path) -> None:
     """Two words of the tokenizer in each other's place; the weights are as they were."""
     path = model / "tokenizer.json"
@@ -273,7 +284,7 @@ def test_a_site_with_another_tokenizer_is_refused_by_name(tiny: Tiny, tmp_path: 
     shutil.copytree(tiny.bert, own)
     path.write_text(tomli_w.dumps({**tomllib.loads(path.read_text()), "model": str(own)}))
     swapped(own)
-    said = serve(given, Wire(given, nothing), wait=6.0)
+    said = serve(given, Wire(given, nothing), wait=2.0)
     assert any("'north' reads rows otherwise" in line for line in said)
     assert {row["client"] for row in runs.lines(given.run, rundir.CLIENTS)} == {"south"}
 

@@ -7,7 +7,6 @@ not count.
 """
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -144,7 +143,6 @@ def killed_at(place: Place | None, work: Callable[[], object]) -> list[Place]:
 def test_killed_at_every_line_one_version_of_each_round_leaves(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: int
 ) -> None:
-    monkeypatch.setattr(os, "fsync", lambda place: None)  # slow, and nobody pulls the plug here
     whole: list[str] = []
     folder = begun(tmp_path / "whole", text)
     places = killed_at(None, lambda: runner.resume(folder, runs.quiet, building(whole)))

@@ -1,8 +1,13 @@
 """Trackers really written to and read back by their own readers, where they are installed."""
 
+import contextlib
+import errno
 import json
+import os
 import shutil
 import struct
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -319,6 +324,32 @@ def test_a_resumed_run_says_where_it_is_tracked_and_the_table_may_be_edited(
     assert done.code == 0, done.err
     assert "tracked by TensorBoard" in done.out
     assert [number for number, _ in from_tensorboard(folder)["bytes/down"]] == [3, 4]
+
+
+def test_a_disk_that_is_full_is_told_once_and_in_a_sentence(
+    tiny: Tiny, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not by the traceback of TensorBoard's own thread; others' threads are heard as before."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    heard: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", heard.append)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with (
+        warnings.catch_warnings(record=True) as said,
+        contextlib.suppress(FedSieveError),  # where it cannot even begin
+    ):
+        warnings.simplefilter("always")
+        runs.start(tiny, here / "run", rounds=2, **asked("tensorboard"))
+    assert not heard
+    assert said
+    (other := threading.Thread(target=full)).start()
+    other.join()
+    assert len(heard) == 1
 
 
 @pytest.mark.parametrize("what", ["id", "link", "folder"])

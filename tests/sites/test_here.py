@@ -188,6 +188,13 @@ def test_a_value_that_names_no_site_is_refused_before_anything_is_written(
         here.settle(given, 2, tmp_path / "run")
 
 
+def test_an_availability_of_no_site_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    """It was taken for one of a site that nobody had, and the other was asked in every round."""
+    given = recipe.check(tiny.table(sampling={"availability": {"0000": 0.5, "00001": 0.5}}))
+    with pytest.raises(FedSieveError, match=r"'00001', and no site is called that .*'0001'"):
+        here.settle(given, 2, tmp_path / "run")
+
+
 # What somebody does to the folder -> what is said of it.
 FOREIGN: dict[str, tuple[Callable[[Path], object], str]] = {
     "other rows": (

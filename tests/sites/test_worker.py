@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -22,7 +23,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import tomli_w
 import torch
 
 from fedsieve.algebra.adapter import Adapter
@@ -798,6 +802,22 @@ def test_errors_do_not_tell_the_server_what_the_rows_hold(tiny: Tiny, tmp_path: 
     assert "rows do not fit the recipe" in answer.header["error"]
     assert "illness" not in json.dumps(answer.header)
     assert any("a-rare-illness" in line for line in said)  # the site's owner has to find it
+
+
+def test_nor_how_their_columns_are_called(tiny: Tiny, tmp_path: Path) -> None:
+    """Of dates beyond what Python has, pyarrow tells as it reads them."""
+    path = write_site(tiny, tmp_path)
+    stamps = pa.array([1, 2, 10**13], pa.timestamp("s"))
+    pq.write_table(pa.table({"born": stamps, "label": LABELS}), path.parent / "rows.parquet")
+    table = tomllib.loads(path.read_text())
+    table["data"] = {"train": "rows.parquet", "text": "born", "label": "label"}
+    path.write_text(tomli_w.dumps(table))
+    said: list[str] = []
+    state = resident.start(sites.load(path), said.append)
+    answer = resident.answer(state, Frame({"do": "recipe"}, recipe_text(tiny)))
+    assert "rows do not fit the recipe" in answer.header["error"]
+    assert "born" not in json.dumps(answer.header)
+    assert any("column 'born' holds values that cannot be read" in line for line in said)
 
 
 def test_whatever_breaks_is_an_answer(

@@ -27,6 +27,7 @@ from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.recipe.method import limits_said
 from fedsieve.run import rundir
 from fedsieve.run.runner import Stopped
+from fedsieve.study import jobs
 from fedsieve.study import plan as study
 from fedsieve.study.jobs import Job, asked_for, diverged, finished, refuse_changed, run_all
 from fedsieve.study.parts import ASKED, DIVERGED, FAILED
@@ -342,6 +343,7 @@ def test_what_fails_is_told_at_the_end_and_does_not_stop_the_others(
     assert len(table["problems"]) == 3
 
 
+@pytest.mark.slow
 def test_several_at_once_and_sigterm(
     write: Write, tiny: Tiny, tmp_path: Path, command: Command
 ) -> None:
@@ -384,6 +386,47 @@ def test_several_at_once_and_sigterm(
                 seed=seed,
             )
         assert lines[:4] == runs.untimed(alone, rundir.METRICS)
+
+
+OWN = """
+import os, subprocess
+def train(model, rows, seed):
+    subprocess.run(["sh", "-c", "echo taught; cat"], timeout=20)  # cat ends where stdin does
+    os.write(1, b"taught\\n")
+    return 1.0
+"""
+
+
+def test_what_a_worker_prints_stops_no_study(write: Write, tiny: Tiny, tmp_path: Path) -> None:
+    """Programs that it starts have its own output, among the worker's answers as it was."""
+    (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
+    own = {"training": {"function": "own:train"}, "rounds": 1}
+    path = write(own, seeds=[0, 1], entry=[{"name": "a"}])
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-m", "fedsieve", "compare", path, "--out", out, "--jobs", "2",
+         "--allow-code"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("taught") >= 2
+
+
+def test_an_answer_that_cannot_be_read_fails_its_run_by_name(
+    write: Write, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody heard of the run any more, and the study waited for it without end."""
+
+    def cut(*_: object) -> str | None:
+        raise ValueError("half a line")
+
+    monkeypatch.setattr(jobs, "_told", cut)
+    path = write({"rounds": 1}, seeds=[0, 1], entry=[{"name": "a"}])
+    ran = command("compare", path, "--out", tmp_path / "out", "--jobs", "2")
+    assert ran.code == 1
+    for seed in (0, 1):
+        assert re.search(rf"failed: a/seed-{seed}: .*half a line", ran.err)
 
 
 def children(parent: int) -> list[int]:

@@ -276,6 +276,8 @@ def test_a_base_that_comes_quantised(
         again = base_of(tmp_path, kind, asked)
         assert [n for n, _ in quantise.layers(again)] == [n for n, _ in quantise.layers(base)]
         assert base_digest(again, str(tmp_path)).weights == own
+        # In memory of this process, whatever becomes of the file.
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
     trained = resident_of(tmp_path, kind, "none")
     adapter = moved(trained)
     trained.put(adapter)

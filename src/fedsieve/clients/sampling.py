@@ -5,7 +5,7 @@ depends on the set of clients and on nothing else.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from operator import itemgetter
 
 import torch
@@ -21,13 +21,12 @@ def check(sampling: Sampling, clients: Sequence[Client]) -> None:
 
     Over-selection needs every client's link and seconds a step, an availability a known client.
     """
-    if isinstance(sampling.availability, Mapping):
-        known = {client.id for client in clients}
-        for id in sorted(set(sampling.availability) - known):
-            raise FedSieveError(
-                f"sampling.availability names client {id!r}, which does not exist or has no data"
-                + nearest(id, known)
-            )
+    known = {client.id for client in clients}
+    for id in sorted(unknown_to(sampling, known)):
+        raise FedSieveError(
+            f"sampling.availability names client {id!r}, which does not exist or has no data"
+            + nearest(id, known)
+        )
     if sampling.quorum > len(clients):
         raise FedSieveError(
             f"sampling.quorum is {sampling.quorum}, but there are only {len(clients)} clients"
@@ -39,6 +38,12 @@ def check(sampling: Sampling, clients: Sequence[Client]) -> None:
                 f"and client {client.id!r} has none: use budgets of kind 'resources', or leave "
                 "extra out"
             )
+
+
+def unknown_to(sampling: Sampling, known: Collection[str]) -> set[str]:
+    """Whom an availability names that is none of these clients."""
+    named = sampling.availability
+    return set(named).difference(known) if isinstance(named, Mapping) else set()
 
 
 def cohort(clients: Sequence[Client], sampling: Sampling, key: Key) -> list[Client]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import datasets
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, IterableDataset, Value
+from datasets.table import InMemoryTable
 
 from fedsieve.data import fetch, files, hub, pictures
 from fedsieve.data.files import Columns, array_of
@@ -233,7 +234,11 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
     """A folder that `datasets` saved, or the data files directly in it."""
     split = how.split
     if _is_saved(folder):
-        return _only(_pick(_saved(folder), split, str(folder)), how.columns, str(folder))
+        rows = _only(_pick(_saved(folder), split, str(folder)), how.columns, str(folder))
+        try:
+            return _in_memory(rows)
+        except pa.ArrowInvalid as error:
+            raise FedSieveError(f"{folder} is damaged: {with_type(error)}") from None
     paths = _data_files(folder)
     if not paths:
         images = pictures.by_class(folder, split)
@@ -319,6 +324,21 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
         raise_of_memory(error)
         why = f"is not as `datasets` saved it, or damaged: {with_type(error)}"
         raise FedSieveError(f"{folder} {why}") from None
+
+
+def _in_memory(rows: Dataset) -> Dataset:
+    """A copy of rows that are mapped: they would be what the file is at any time, and where it is
+    cut off, the end of the process. But not of images, of which there may be more than room for.
+    """
+    table = rows.data.table
+    table.validate(full=True)  # numbers of a file that is damaged may lead anywhere
+    if any("binary" in str(kind) for kind in table.schema.types):
+        return rows
+    out = pa.BufferOutputStream()
+    with pa.ipc.new_stream(out, table.schema) as stream:
+        stream.write_table(table)
+    own = InMemoryTable(pa.ipc.open_stream(out.getvalue()).read_all())
+    return Dataset(own, info=rows.info, split=rows.split)
 
 
 def _hub(name: str, config: str | None, split: str | None) -> Dataset:

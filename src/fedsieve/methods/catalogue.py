@@ -57,6 +57,7 @@ def _files() -> dict[str, Path]:
     return {path.stem: path for path in paths if _function(path, "method")}
 
 
+@cache
 def _knobs(path: Path) -> tuple[str, ...]:
     said = [
         constant.value
@@ -68,6 +69,7 @@ def _knobs(path: Path) -> tuple[str, ...]:
     return tuple(sorted(set(said)))
 
 
+@cache
 def _function(path: Path, name: str) -> ast.FunctionDef | None:
     functions = (node for node in _tree(path).body if isinstance(node, ast.FunctionDef))
     return next((each for each in functions if each.name == name), None)

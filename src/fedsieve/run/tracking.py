@@ -21,6 +21,7 @@ import os
 import re
 import secrets
 import shlex
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -254,6 +255,9 @@ def tensorboard(facts: Facts, folder: Path) -> tuple[OnFigures, Finish]:
     from torch.utils.tensorboard import SummaryWriter
 
     purge = facts.done + 1 if facts.done >= 0 else None
+    # Where it cannot write, its thread says so in a traceback, and the writer in an error of ours.
+    before = threading.excepthook
+    threading.excepthook = lambda fault: None if _of_tensorboard(fault.thread) else before(fault)
     writer = SummaryWriter(str(folder / rundir.TRACKING), purge_step=purge)
     if facts.done < 0:
         rows = "".join(f"| {key} | {value} |\n" for key, value in facts.settings.items())
@@ -264,7 +268,17 @@ def tensorboard(facts: Facts, folder: Path) -> tuple[OnFigures, Finish]:
             writer.add_scalar(name, value, number)
         writer.flush()
 
-    return log, lambda ended: writer.close()
+    def finish(ended: bool) -> None:
+        try:
+            writer.close()
+        finally:
+            threading.excepthook = before
+
+    return log, finish
+
+
+def _of_tensorboard(thread: threading.Thread | None) -> bool:
+    return type(thread).__module__.partition(".")[0] == "tensorboard"
 
 
 def wandb(facts: Facts, folder: Path) -> tuple[OnFigures, Finish]:

@@ -9,7 +9,8 @@ server learns that there was one.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,7 @@ from fedsieve import methods
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.method import Method
 from fedsieve.data import fetch
+from fedsieve.data.sources import column
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import examples as rows_to_examples
 from fedsieve.recipe import read as recipes
@@ -86,7 +88,8 @@ def prepare(
     check_packing(recipe.training, recipe.model.task)
     method = build_method(recipe)
     tokenizer = _tokenizer(recipe, say)
-    limits.check_rows(recipe, site, [each for each in (rows, test_rows) if each is not None])
+    parts = [each for each in (rows, test_rows) if each is not None]
+    limits.check_rows(recipe, site, parts, partial(_column, say))
     examples, test = _examples(recipe, rows, test_rows, tokenizer, say)
     _within(recipe, method, site, examples, test, say)
     resident = _resident(recipe, tokenizer, say)
@@ -179,11 +182,21 @@ def _examples(
         if count(prepared.train) == 0:
             raise FedSieveError("no row is left to train on")
     except FedSieveError as error:
-        say(f"error: {error}")
-        raise FedSieveError(
-            "this site's rows do not fit the recipe; its worker's terminal says why"
-        ) from None
+        raise _no_rows(error, say) from None
     return prepared.train, prepared.test
+
+
+def _column(say: Say, rows: Dataset, name: str) -> list[Any]:
+    """As data/sources.py has it; errors as of `_examples`."""
+    try:
+        return column(rows, name)
+    except FedSieveError as error:
+        raise _no_rows(error, say) from None
+
+
+def _no_rows(error: FedSieveError, say: Say) -> FedSieveError:
+    say(f"error: {error}")
+    return FedSieveError("this site's rows do not fit the recipe; its worker's terminal says why")
 
 
 def _within(

@@ -49,10 +49,11 @@ from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method
 from fedsieve.clients.privacy import PrivacyPlan
+from fedsieve.clients.sampling import unknown_to
 from fedsieve.disk import bytes_of, objects, parsed, refuse_link, remove_link, write_whole
 from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Federation, Receipt, Round
-from fedsieve.errors import FedSieveError, NoUsableUpdate, count, few, quoted
+from fedsieve.errors import FedSieveError, NoUsableUpdate, count, few, nearest, quoted
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.recipe.examples import (
@@ -133,7 +134,7 @@ class History(NamedTuple):
     """What the log tells of the rounds up to the newest whole checkpoint.
 
     merged: site -> the last round in which its update was merged
-    given: (site, digest of what an update said) -> its round
+    given: (site, digest of what an update said that was merged) -> its round
     last:   the newest of them
     met:    the sites that were ever met
     drawn_from: the sites from which a private federation's rounds so far were drawn; where the
@@ -567,6 +568,11 @@ def on_network(
         _close(sites, before)
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
+    for id in sorted(unknown_to(sampling, sites.known())):
+        say(
+            f"warning: sampling.availability names {quoted(id)}, and no site of that name has come "
+            f"yet{nearest(id, sites.known())}: it counts for nothing till one does"
+        )
     there = sites.there
     if plan is not None:
         # The account counts on a draw from all sites, whether they are there or not.
@@ -972,8 +978,8 @@ def _history(folder: Path) -> History:
     last, unlogged = checkpoint.newest_round(rundir.place(folder, rundir.CHECKPOINTS))
     receipts = [r for r in _logged(folder) if r["round"] <= last] + unlogged
     merged = {r["client"]: r["round"] for r in receipts if r.get("dropped") is None}
-    said = [(r["client"], r["digest"], r["round"]) for r in receipts if r.get("digest")]
-    given = {(site, digest): number for site, digest, number in reversed(said)}
+    said = [r for r in receipts if r.get("digest") and r.get("dropped") is None]
+    given = {(r["client"], r["digest"]): r["round"] for r in reversed(said)}
     note, logged = _kept(folder), {row["client"] for row in receipts}
     met = {*logged, *_names(note, "met")}
     drawn_from = (_names(note, DRAWN_FROM) or logged) if last else ()

@@ -33,16 +33,17 @@ import torch
 from datasets import Dataset
 
 from fedsieve.algebra.budget import Budget
+from fedsieve.clients.sampling import unknown_to
 from fedsieve.data.pictures import inlined
 from fedsieve.disk import appending, everything_in, refuse_link, remove, write_whole
-from fedsieve.errors import FedSieveError, count, printable, reason
+from fedsieve.errors import FedSieveError, count, nearest, printable, quoted, reason
 from fedsieve.frame import Frame
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.budgets import hand_out, machines_of
 from fedsieve.recipe.examples import as_read, prepare, stored_rows
 from fedsieve.recipe.experiment import locate, parts_of, set_up_resident
 from fedsieve.recipe.method import build_method
-from fedsieve.recipe.schema import Recipe
+from fedsieve.recipe.schema import Recipe, sampling
 from fedsieve.run import rundir, runner
 from fedsieve.sites import federate
 from fedsieve.sites.federate import ServerAddress
@@ -141,6 +142,11 @@ def settle(recipe: Recipe, sites: int, folder: Path) -> Settled:
         raise FedSieveError(
             f"--local {sites}: [partition] leaves site {empty[0]!r} without rows: raise "
             "partition.alpha, or take fewer sites"
+        )
+    for id in sorted(unknown_to(sampling(recipe), parts)):
+        raise FedSieveError(
+            f"--local {sites}: sampling.availability names {quoted(id)}, and no site is called that"
+            + nearest(id, parts)
         )
     _refuse_too_many(sites)
     moved = stored if data.image is None else inlined(rows, data.image)

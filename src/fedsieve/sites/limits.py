@@ -12,7 +12,7 @@ bound in site.toml; a recipe beyond one is refused, with the bound, its value, a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from fedsieve.costs import dry_run, memory
 from fedsieve.costs.dry_run import Part
 from fedsieve.costs.memory import PATCH
 from fedsieve.costs.table import moments
-from fedsieve.data.sources import column
 from fedsieve.disk import everything_in
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe.experiment import locate
@@ -79,17 +78,21 @@ def _check_numbers(value: Any, place: tuple[str, ...]) -> None:
         )
 
 
-def check_rows(recipe: Recipe, site: Site, parts: Sequence[Dataset]) -> None:
+Column = Callable[[Dataset, str], Sequence[object]]  # of rows, by its name
+
+
+def check_rows(recipe: Recipe, site: Site, parts: Sequence[Dataset], column: Column) -> None:
     """Before rows become tensors, which are there at once: those to train and to evaluate on.
 
+    column: reads one, or raises what may be told of why it cannot
     Raises FedSieveError where they would not fit `most_memory`, or are more than `most_tokens`.
     """
-    taken = sum(_taken_by(recipe, site, rows) for rows in parts)
+    taken = sum(_taken_by(recipe, site, rows, column) for rows in parts)
     count = sum(map(len, parts))
     _refuse(taken, site, f"data.max_length {recipe.data.max_length} with {count} rows")
 
 
-def _taken_by(recipe: Recipe, site: Site, rows: Dataset) -> int:
+def _taken_by(recipe: Recipe, site: Site, rows: Dataset, column: Column) -> int:
     """The bytes of the examples of these rows: (rows, tokens of the longest) each, and labels."""
     data, task = recipe.data, catalogue.load(recipe.model.task)
     names = [n for n in (data.text, data.text_b, data.prompt, data.completion) if n is not None]

@@ -183,7 +183,7 @@ class Sites:
             first time is bound to its node's key; with another one it is refused from then on
         pin: told all keys whenever one is added
         most: the longest update, in bytes, that the adapter's layout can fill (wire.longest)
-        given: (site, digest of what an update said) -> its round, of the updates that came before
+        given: (site, digest of what an update said) -> its round, of the updates that were merged
         number: the last round before this
         met: the sites that were met before; meet: told all of them whenever one is added
         """
@@ -208,6 +208,7 @@ class Sites:
         self._keys, self._pin = dict(keys), pin
         self._met, self._meet_one = {*met, *merged}, meet
         self._given = dict(given)
+        self._said: dict[str, tuple[str, int]] = {}  # of this round: digest and round, by site
         self._only: frozenset[str] | None = None  # names, where no others are taken in any more
         self._only_why = ""
         self._most = most + worker.HEADER
@@ -267,15 +268,21 @@ class Sites:
         return Exchange(self.carry, self.settle, usable=self.usable)
 
     def before(self, site: str, said: str, number: int) -> int | None:
-        """The earlier round in which a site's update said the same, if there is one.
+        """The earlier round in which a site's update said the same and was merged, if there is one.
 
-        said: digest of an update's meaning (`payload.digest`), which is noted for this round
+        said: digest of an update's meaning (`payload.digest`), which is noted if it is merged
         """
-        first = self._given.setdefault((site, said), number)
-        return None if first == number else first
+        self._said[site] = said, number
+        return self._given.get((site, said))
 
     def settle(self, merged: Collection[str]) -> None:
-        """Note whose updates of the last round were merged: what a site keeps begins there."""
+        """Note whose updates of the last round were merged: what a site keeps begins there, and
+        none may come again.
+        """
+        for site in merged & self._said.keys():
+            said, number = self._said[site]
+            self._given.setdefault((site, said), number)
+        self._said.clear()
         self._merged |= dict.fromkeys(merged, self._number)
         self._lost -= {*merged}
 

@@ -252,8 +252,10 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
 
 
 def _mark_failed(folder: Path, problem: str) -> None:
-    """Say beside a run why it failed, unless another process works on it: there, it has not."""
-    with contextlib.suppress(FedSieveError), rundir.lock(folder):
+    """Say beside a run why it failed, unless another process works on it: there, it has not. Where
+    it cannot be written, as on a full disk, the study's own end says it.
+    """
+    with contextlib.suppress(FedSieveError, OSError), rundir.lock(folder):
         write_whole(folder / FAILED, problem.encode())
 
 
@@ -273,7 +275,8 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
             runner.start(job.recipe, job.folder, after, _on(rows))
     except FedSieveError as error:
         if isinstance(error.__cause__, NoUsableUpdate):
-            write_whole(job.folder / DIVERGED, str(error).encode())
+            with contextlib.suppress(OSError):  # without the mark it ends so again
+                write_whole(job.folder / DIVERGED, str(error).encode())
         return str(error)
     except (runner.Stopped, KeyboardInterrupt):
         raise
@@ -334,7 +337,12 @@ def _side_by_side(
             if process.poll() is not None:
                 process = start()
             rows = _rows_for(job, known)
-            events.put(Outcome(job, _told(process, job, rows, lambda j, s: events.put((j, s)))))
+            try:
+                problem = _told(process, job, rows, lambda j, s: events.put((j, s)))
+            except Exception as error:  # or nobody would ever hear of this job
+                process.kill()
+                problem = f"its process gave an answer that cannot be read ({with_type(error)})"
+            events.put(Outcome(job, problem))
         if process.stdin is not None:
             with contextlib.suppress(OSError):
                 process.stdin.close()
@@ -413,7 +421,12 @@ if __name__ == "__main__":
 
     console.quiet()
     warnings.showwarning = console.show_warning
-    told = sys.stdout
-    sys.stdout = sys.stderr  # what other libraries print must not get among the answers
+    # What other libraries, and programs that they start, print must not get among the answers, nor
+    # may they read requests.
+    asked = os.fdopen(os.dup(0), encoding="utf-8")
+    told = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
     with contextlib.suppress(runner.Stopped, KeyboardInterrupt, BrokenPipeError):
-        _work(sys.stdin, told)
+        _work(asked, told)

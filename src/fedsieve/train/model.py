@@ -46,7 +46,7 @@ from fedsieve.train.origin import Origin, origin_of
 from fedsieve.train.outputs import head_of
 from fedsieve.train.parts import Place
 from fedsieve.train.seeded import seeded
-from fedsieve.train.source import refuse_odd, refuse_pickled, table_of
+from fedsieve.train.source import own_memory, refuse_odd, refuse_pickled, table_of
 from fedsieve.train.trial import run_with_pairs, settle
 
 _NAME = "default"  # PEFT's name of the adapter inside the model
@@ -393,6 +393,8 @@ def load_base(
             f"model {name!r} has an adapter in its folder already, and a second one would mix with "
             "it: merge the first into its base (PEFT's merge_and_unload), and give that"
         )
+    own_memory(model)
+    quantise.own_memory(model)
     quantise.settle(model, given["dtype"])
     # A head for other labels is drawn anew, nothing else: a base of random weights is no base.
     others = model.config.num_labels != config.num_labels

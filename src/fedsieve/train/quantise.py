@@ -27,6 +27,7 @@ from fedsieve.data import hub
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Quantization
 from fedsieve.train import without_bitsandbytes
+from fedsieve.train.source import in_a_file
 
 EXTRA = "pip install 'fedsieve[quant]'"
 _FLOAT = 4  # bytes
@@ -287,6 +288,18 @@ def move(model: nn.Module, device: torch.device) -> None:
     for layer, own in zip(eight, scales, strict=True):
         layer.state.CB, layer.state.SCB = layer.weight.data, own.to(device)
         layer.weight.CB = layer.weight.SCB = None
+
+
+def own_memory(model: nn.Module) -> None:
+    """Take what layers hold beside their weights, of a base that came quantised, out of the file
+    that it was read from (see source.py).
+    """
+    for _, layer in layers(model):
+        state = layer.state if _bits(layer) == 8 else layer.weight.quant_state
+        for part in (layer.weight, state, getattr(state, "state2", None)):
+            for name, held in vars(part).items() if part is not None else ():
+                if isinstance(held, Tensor) and in_a_file(held):
+                    setattr(part, name, held.clone())
 
 
 def _scales(layer: Any) -> Tensor:

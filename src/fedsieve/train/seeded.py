@@ -19,5 +19,10 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Torch's generators begin at a seed, on the CPU and on `device`, while this is open."""
     devices = [device] if device is not None and device.type == "cuda" else []
     with _ALONE, torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        if device is None or device.type == "cpu":
+            # torch.manual_seed also writes down where it was called, for each kind of accelerator
+            # that has not begun: as long as a small step.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
         yield

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from fedsieve.disk import bytes_of, refuse_links_out
 from fedsieve.errors import FedSieveError, quoted
 
@@ -91,6 +93,22 @@ def refuse_odd(source: str) -> None:
                 f"model {source!r}: its config.json asks for {value[:80]!r} ({key}), a program "
                 "from the hub, and none is run: take the line out"
             )
+
+
+def own_memory(model: nn.Module) -> None:
+    """Take a model's numbers out of the file that they were read from, into memory of this process.
+
+    safetensors maps the file, and what of it is as the model has it stays there: written over, it
+    would be another base in the midst of a run, and cut off, the end of the process.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if in_a_file(tensor):
+            tensor.data = tensor.data.clone()
+
+
+def in_a_file(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie in memory that torch did not ask for: of a file, here."""
+    return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
 def refuse_words_elsewhere(source: str, settings: Path) -> None:
