@@ -14,6 +14,7 @@ import pytest
 import tomli_w
 
 from fedsieve.algebra.method import Method
+from fedsieve.disk import LARGEST
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.method import build_method
@@ -291,6 +292,11 @@ def test_files_that_are_no_recipe(
         path.write_bytes(content)
     with pytest.raises(FedSieveError, match=message):
         recipes.load(str(path))
+
+
+def test_a_number_on_the_command_line_that_is_too_large_is_named() -> None:
+    with pytest.raises(FedSieveError, match=rf"^training.steps is a number beyond {LARGEST}$"):
+        recipes.load("demo", [f"training.steps={10**22}"])
 
 
 def write_own(folder: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:

@@ -221,8 +221,11 @@ def test_a_trial_that_diverges_has_lost(
     assert "rank-1-density-0.5" not in asked[-1]["groups"]
 
 
-@pytest.mark.parametrize("log", [True, False], ids=["as a run leaves it", "without a log"])
-@pytest.mark.parametrize("last", ["pilot", "seed-0"])
+@pytest.mark.parametrize(
+    ("last", "log"),
+    [("pilot", False), ("seed-0", True)],
+    ids=["in its pilot, without a log", "as a run leaves it"],
+)
 def test_a_step_that_is_marked_as_diverged_has_lost(
     tiny: Tiny,
     tmp_path: Path,

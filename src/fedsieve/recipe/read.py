@@ -136,7 +136,8 @@ def _refuse_beyond(value: Any, source: str, place: str = "", depth: int = 0) -> 
     if depth > DEEPEST:
         raise FedSieveError(f"{source}: {place[:80]} is nested more than {DEEPEST} deep")
     if isinstance(value, int) and abs(value) > LARGEST:
-        raise FedSieveError(f"{source}: {place[:80]} is a number beyond {LARGEST}")
+        called = f"{source}: {place[:80]}" if place else source  # alone, as of a key of its own
+        raise FedSieveError(f"{called} is a number beyond {LARGEST}")
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
             if len(place) + len(str(key)) > LONGEST:
