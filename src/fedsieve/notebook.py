@@ -109,7 +109,7 @@ class Run:
         self._told = 0  # of the metrics, to the callbacks
         self._cautions = cautioning()
         self._half: Unevaluated | None = None  # merged, and stopped in its evaluation
-        self._alone = threading.RLock()
+        self._alone = threading.RLock()  # the model is one, whatever threads ask of it
         first, self._progress = loop.begin(experiment.federation, experiment.start)
         self._metrics: list[Round] = [first]
         self._receipts: list[Receipt] = []
@@ -258,8 +258,9 @@ class Run:
         if len(came) < len(table):
             missing = min({*range(len(table))}.difference(came.tolist()))
             raise FedSieveError(f"predict: row {missing} has nothing to tell within max_length")
-        resident = self._experiment.resident
-        return told(resident, self.adapter, examples, precision=reading.precision)
+        with self._alone:
+            resident = self._experiment.resident
+            return told(resident, self.adapter, examples, precision=reading.precision)
 
     def score(self, rows: object) -> Score:
         """How well the adapter does on rows as it stands now: `loss`, `metrics` by name (the
@@ -403,13 +404,9 @@ class Run:
             examples = read(reading, rows_of(reading, rows)).examples
         except FedSieveError as error:
             raise FedSieveError(f"{what}: {error}") from error
-        return evaluate(
-            self._experiment.resident,
-            adapter,
-            examples,
-            precision=reading.precision,
-            lead=reading.lead,
-        )
+        with self._alone:
+            resident, precision = self._experiment.resident, reading.precision
+            return evaluate(resident, adapter, examples, precision=precision, lead=reading.lead)
 
 
 def _refuse_the_base(place: Path, origin: Origin | None) -> None:
