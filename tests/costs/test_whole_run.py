@@ -149,6 +149,7 @@ def test_the_contests_recipes_differ_in_their_rows_alone() -> None:
     assert len(asked) == 4
 
 
+@pytest.mark.slow
 def test_the_contest_fits_its_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Mistral-7B the configuration is enough; transformers' defaults are its sizes."""
     monkeypatch.setattr(whole_run, "_FEWEST", 1)

@@ -87,10 +87,8 @@ def test_masked_downloads(
 METHODS = [name for name in methods.names() if name != "fedsa_lora"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "scaffold" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method(tiny: Tiny, tmp_path: Path, no_report: None, name: str) -> None:
     knobs = methods.load(name)().knobs
     bounds = {"ratio": 0.5, "down": 0.5, "up": 0.25}

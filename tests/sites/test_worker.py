@@ -111,7 +111,11 @@ def told(ask: Ask, text: bytes) -> Frame:
             {"name": "flora"}, {"north": {"ratio": 0.5}, "south": {}}, marks=pytest.mark.slow
         ),
         ({"name": "fed_plora"}, {"north": {"ratio": 0.5}, "south": {"ratio": 0.25}}),
-        ({"name": "fslora_flasc"}, {"north": {"ratio": 0.25, "up": 0.5}, "south": {"ratio": 0.5}}),
+        pytest.param(
+            {"name": "fslora_flasc"},
+            {"north": {"ratio": 0.25, "up": 0.5}, "south": {"ratio": 0.5}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: value.get("name", ""),
 )
