@@ -382,6 +382,79 @@ def test_a_folder_that_is_not_a_models_is_refused_in_a_sentence(
     assert time.monotonic() - began < 20
 
 
+TABLES = [
+    *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    "model.safetensors.index.json",
+]
+UNREAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "too long": (lambda text: text + b" " * (65 << 20), r"has \d+ bytes: at most \d+ are read"),
+    "with a mark": (lambda text: b"\xef\xbb\xbf" + text, r"byte order mark \(of UTF-8\)"),
+    "UTF-16": (lambda text: text.decode().encode("utf-16"), r"mark \(of UTF-16 or UTF-32\)"),
+    "Latin-1": (lambda text: b'{"a": "\xe9"}', "cannot be read as JSON in UTF-8"),
+    "cut": (lambda text: text[: len(text) // 2], "cannot be read as JSON in UTF-8"),
+    "deep": (lambda text: b'{"a": ' + b"[" * 100_000, r"nested too deep"),
+    "a list": (lambda text: b"[]", "holds no table, but a list"),
+}
+
+
+@pytest.mark.parametrize("case", UNREAD)
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_that_is_not_read_here_is_read_by_nobody(
+    tiny: Tiny, tmp_path: Path, name: str, case: str
+) -> None:
+    """It says what else is read: taken for one that says nothing, transformers alone would obey."""
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    change, said = UNREAD[case]
+    own = (folder / name).read_bytes() if (folder / name).exists() else b'{"a": {"b": 1}}'
+    (folder / name).write_bytes(change(own))
+    before = peak(reset=True)
+    for load in (
+        lambda: load_reader(str(folder), "classification"),
+        lambda: load_base(str(folder), "classification", LABELS, key=Key(0)),
+    ):
+        with pytest.raises(FedSieveError, match=rf"its {re.escape(name)} .*{said}"):
+            load()
+    assert peak() - before < 200 * MEGA
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+@pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_told_of_the_file_that_has_it(
+    tiny: Tiny, tmp_path: Path, name: str, mark: str
+) -> None:
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    text = (folder / name).read_text() if (folder / name).exists() else "{}"
+    (folder / name).write_text(text, encoding=mark)
+    with pytest.raises(FedSieveError, match=rf"its {re.escape(name)} begins with a byte order"):
+        load_reader(str(folder), "classification")
+
+
+def test_an_index_of_any_length_names_no_weights_elsewhere(tiny: Tiny, tmp_path: Path) -> None:
+    """With blanks at its end it was passed over here, and read by transformers."""
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    (folder / "model.safetensors").rename(tmp_path / "private.safetensors")
+    safetensors.torch.save_file({"x": torch.zeros(1)}, folder / "own.safetensors")
+    names = safetensors.torch.load_file(tmp_path / "private.safetensors")
+    table = {"metadata": {}, "weight_map": dict.fromkeys(names, "../private.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(table) + " " * (65 << 20))
+    with pytest.raises(FedSieveError, match=r"its model\.safetensors\.index\.json has \d+ bytes"):
+        load_base(str(folder), "classification", LABELS, key=Key(0))
+
+
+def test_a_configuration_names_no_other_configuration(tiny: Tiny, tmp_path: Path) -> None:
+    """transformers would read that, and nobody would have looked at it."""
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    (folder / "config.1.0.json").write_text((folder / "config.json").read_text())
+    with_config(folder, configuration_files=["config.1.0.json"])
+    for load in (
+        lambda: load_reader(str(folder), "classification"),
+        lambda: load_base(str(folder), "classification", LABELS, key=Key(0)),
+    ):
+        with pytest.raises(FedSieveError, match="configuration_files"):
+            load()
+
+
 @pytest.mark.parametrize("case", LIKE)
 def test_a_configuration_that_asks_for_more_under_any_name_is_refused(
     tiny: Tiny, tmp_path: Path, case: str
@@ -717,6 +790,28 @@ def test_a_tokenizers_words_are_in_its_folder(tiny: Tiny, tmp_path: Path, key: s
     for left_out in ("tokenizer.json", "vocab.txt"):
         (folder / left_out).unlink(missing_ok=True)
     with pytest.raises(FedSieveError, match=f"tokenizer_config.json names a file for {key}"):
+        load_reader(str(folder), "classification")
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges", "gguf_file", "vocab_file", "tokenizer_file"])
+def test_no_special_token_is_the_name_of_a_file(tiny: Tiny, tmp_path: Path, key: str) -> None:
+    """transformers takes all that stands there for settings, above those that it found."""
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    (tmp_path / "secret").write_text("[UNK]\n[PAD]\n[CLS]\n[SEP]\n[MASK]\nof mine\n")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    told = {key: str(tmp_path / "secret"), "pad_token": "[PAD]"}
+    (folder / "special_tokens_map.json").write_text(json.dumps(told))
+    with pytest.raises(FedSieveError, match=f"special_tokens_map.json names a file for {key}"):
+        load_reader(str(folder), "classification")
+
+
+def test_a_tokenizer_for_other_versions_is_in_its_folder(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.4.0.0.json")
+    with_tokenizer(folder, fast_tokenizer_files=["../tokenizer.4.0.0.json"])
+    with pytest.raises(FedSieveError, match=r"names '\.\./tokenizer\.4\.0\.0\.json'"):
         load_reader(str(folder), "classification")
 
 

@@ -6,6 +6,7 @@ also bring a model's own code, which transformers runs where it is told to; it i
 unless whoever starts FedSieve says so on the command line.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -15,11 +16,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedsieve.disk import bytes_of, refuse_links_out
-from fedsieve.errors import FedSieveError, quoted
+from fedsieve.errors import FedSieveError, printable, quoted, reason
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 _CLASSES = 1_000_000
 _LARGEST = 1 << 23  # bytes of a configuration: the names of 100,000 classes
+_LARGEST_INDEX = 1 << 26  # a million tensors
 _PROGRAMS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 _INDEX = "model.safetensors.index.json"
 
@@ -35,6 +37,7 @@ def refuse_pickled(source: str) -> None:
         raise FedSieveError(f"model {source!r} is a file: give the folder that it is in")
     if not folder.is_dir():
         return
+    _refuse_unread(source, folder)
     names = {path.name for path in folder.iterdir()}
     index = table_of(folder / _INDEX)
     if index and not isinstance(index.get("metadata"), Mapping):
@@ -62,20 +65,19 @@ def refuse_pickled(source: str) -> None:
 
 def refuse_odd(source: str) -> None:
     """Raises FedSieveError for a folder with a pipe or an adapter in it, or with what leads out of
-    it, or with a configuration of endless length, or one that asks for a program from the hub.
+    it, or with a configuration that cannot be read here, or one that asks for a program from the
+    hub.
     """
     folder = Path(source)
     if folder.is_dir():
         refuse_links_out(folder, f"model {source!r}")
-        refuse_words_elsewhere(source, folder / "tokenizer_config.json")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise FedSieveError(f"model {source!r}: {path.name[:80]} is no file: a pipe, or such")
-        if path.name in _READ_FIRST and path.is_file() and path.stat().st_size > _LARGEST:
-            raise FedSieveError(
-                f"model {source!r}: its {path.name} has {path.stat().st_size} bytes: at most "
-                f"{_LARGEST} are read"
-            )
+    if folder.is_dir():
+        _refuse_unread(source, folder)
+        for name in WORDS:
+            refuse_words_elsewhere(source, folder / name)
     if (folder / "adapter_config.json").exists():
         # transformers would put it into the model, and first match its patterns with every module.
         raise FedSieveError(
@@ -114,19 +116,91 @@ def in_a_file(tensor: Tensor) -> bool:
 def refuse_words_elsewhere(source: str, settings: Path) -> None:
     """Raises FedSieveError for a tokenizer's settings that say where its words are: transformers
     takes a text in the place of a vocabulary for the path of one, wherever it leads.
+
+    settings: one of the files of `WORDS`. In the one of special tokens any file's name is obeyed;
+              in the other names of files are passed over, and many models have some.
     """
     told = table_of(settings)
-    for key in ("vocab", "merges", "gguf_file"):
-        if isinstance(told.get(key), str):
+    for key, value in told.items():
+        plain = key.endswith("_file") and settings.name == _TOKENS
+        if isinstance(value, str) and (key in ("vocab", "merges", "gguf_file") or plain):
             raise FedSieveError(
-                f"model {source!r}: its tokenizer_config.json names a file for {key}, and its "
-                "files are those of its folder: take the line out"
+                f"model {source!r}: its {settings.name} names a file for {printable(key[:80])}, "
+                "and its files are those of its folder: take the line out"
             )
+    others = told.get("fast_tokenizer_files")
+    for name in others if isinstance(others, list) else ():
+        if isinstance(name, str) and Path(name).name != name:
+            raise FedSieveError(
+                f"model {source!r}: its {settings.name} names {name[:80]!r}, and its files are "
+                "those of its folder: the name alone is needed"
+            )
+
+
+def _refuse_unread(source: str, folder: Path) -> None:
+    """Raises FedSieveError for a file that says what else is read, or how, and that is not read
+    here: taken for one that says nothing, it would be looked at by transformers alone.
+    """
+    for name in (*_TABLES, *_VOCABULARIES):
+        path = folder / name
+        if path.is_file() and (mark := _mark(path)):
+            raise FedSieveError(
+                f"model {source!r}: its {name} begins with a byte order mark ({mark}), and is read "
+                "by no library so: save it as UTF-8 without one"
+            )
+    for name in _TABLES:
+        path, most = folder / name, _LARGEST_INDEX if name == _INDEX else _LARGEST
+        if not path.is_file():
+            continue
+        if path.stat().st_size > most:
+            raise FedSieveError(
+                f"model {source!r}: its {name} has {path.stat().st_size} bytes: at most {most} are "
+                "read"
+            )
+        try:
+            value = _json(path, most)
+        except (OSError, ValueError, RecursionError) as error:
+            why = "nested too deep" if isinstance(error, RecursionError) else reason(error)
+            raise FedSieveError(
+                f"model {source!r}: its {name} cannot be read as JSON in UTF-8 ({why}): fetch or "
+                "copy it again"
+            ) from error
+        if not isinstance(value, Mapping):
+            raise FedSieveError(
+                f"model {source!r}: its {name} holds no table, but a {type(value).__name__}: fetch "
+                "or copy it again"
+            )
+    if "configuration_files" in table_of(folder / "config.json"):
+        raise FedSieveError(
+            f"model {source!r}: its config.json names others for other versions of transformers "
+            "(configuration_files), and config.json alone is read: take the line out"
+        )
+
+
+_MARKS = {codecs.BOM_UTF8: "of UTF-8"}
+_MARKS |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "of UTF-16 or UTF-32")
+
+
+def _mark(path: Path) -> str | None:
+    """The byte order mark with which a file begins, in words."""
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(codecs.BOM_UTF8))
+    except OSError:
+        return None  # whoever reads it says it
+    return next((words for mark, words in _MARKS.items() if begin.startswith(mark)), None)
 
 
 # Read before anything can be compared with weights; and what in them counts parts, each of which a
 # library makes, or notes, as it reads the number.
-_READ_FIRST = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
+_READ_FIRST = (
+    *("config.json", "tokenizer_config.json", "preprocessor_config.json"),
+    "processor_config.json",
+)
+_TOKENS = "special_tokens_map.json"
+WORDS = ("tokenizer_config.json", _TOKENS)
+_TABLES = (*_READ_FIRST, _TOKENS, "added_tokens.json", "generation_config.json", _INDEX)
+_VOCABULARIES = ("tokenizer.json", "vocab.json")
 _COUNTS = re.compile(
     "layer|block|depth|head|expert|stage|types|extra|branch|group|level|label|special_tokens",
     re.IGNORECASE,
@@ -180,9 +254,15 @@ def _shards(index: Mapping[str, Any]) -> Iterable[str]:
 
 
 def table_of(path: Path) -> Mapping[str, Any]:
-    """What a file of a model's folder says; nothing where it is none, or holds no table."""
+    """What a file of a model's folder says; nothing where it is none, or holds no table. Of a
+    stranger's folder `_refuse_unread` says that before.
+    """
     try:
-        value = json.loads(bytes_of(path, 1 << 26).decode("utf-8"))
+        value = _json(path, _LARGEST_INDEX)
     except (OSError, ValueError, RecursionError):
-        return {}  # loading the model says what is wrong
+        return {}
     return value if isinstance(value, Mapping) else {}
+
+
+def _json(path: Path, most: int) -> Any:
+    return json.loads(bytes_of(path, most).decode("utf-8"))
