@@ -2,7 +2,9 @@
 before a row is read or a model loaded.
 """
 
+import errno
 import itertools
+import os
 import re
 import shutil
 import warnings
@@ -379,6 +381,143 @@ def test_saves_of_two_kinds_or_over_two_bases_are_not_mixed(tiny: Tiny, tmp_path
         assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == kept
         first.save(place)
     assert not [*tmp_path.glob(".*.part")]
+
+
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_a_folder_that_is_a_disk_of_its_own_is_saved_into(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies beside it is on another one, from where nothing can be renamed."""
+    run = finetune(tiny, [rows(6, 1)], fedsieve.fedit(), rounds=1).finish()
+    place, replace_ = tmp_path / "disk", os.replace
+    place.mkdir()
+
+    def within(old: Any, new: Any) -> None:
+        if {Path(each).is_relative_to(place) for each in (old, new)} == {True, False}:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(old), None, str(new))
+        replace_(old, new)
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, within)
+    run.save(place)
+    first = everything(place)
+    run.save(place)
+    assert everything(place).keys() == first.keys()
+    assert (place / "base" / "config.json") in first
+    assert [*tmp_path.iterdir()] == [place]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 8, 13, 16])
+def test_a_save_that_breaks_off_leaves_what_was_saved_before(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    run = finetune(tiny, [rows(6, 1)], fedsieve.fedit(), rounds=1).finish()
+    place, replace_, number = tmp_path / "saved", os.replace, itertools.count(1)
+    run.save(place)
+    kept = everything(place)
+
+    def broken(old: Any, new: Any) -> None:
+        if next(number) == at:
+            raise OSError(errno.EIO, "Input/output error", str(old), None, str(new))
+        replace_(old, new)
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, broken)
+    with pytest.raises(FedSieveError, match=r"save: .* cannot be written: Input/output error"):
+        run.save(place)
+    assert everything(place) == kept
+    run.save(place)
+    assert [*tmp_path.iterdir()] == [place]
+
+
+def test_a_save_that_was_killed_is_put_back_by_the_next(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finetune(tiny, [rows(6, 1)], fedsieve.fedit(), rounds=1).finish()
+    place = tmp_path / "saved"
+    run.save(place)
+    kept, half = everything(place), place / ".fedsieve.part"
+    (half / ".old").mkdir(parents=True)
+    (place / "base").rename(half / ".old" / "base")
+    (half / "README.md").write_text("half")
+    (place / "labels.json").unlink()
+    (place / "labels.json").mkdir()
+    with pytest.raises(FedSieveError, match=r"labels\.json is a folder"):
+        run.save(place)
+    (place / "labels.json").rmdir()
+    assert everything(place) == {k: v for k, v in kept.items() if k.name != "labels.json"}
+
+
+LIES: dict[str, Callable[[Path], object]] = {  # what lies where, once something was saved
+    "labels.json is a folder": lambda p: (p / "labels.json").mkdir(),
+    "README.md is a folder": lambda p: (p / "README.md").mkdir(),
+    "base/notes.txt is there": lambda p: (p / "base/notes.txt").write_text("mine"),
+    "base/data.json is there": lambda p: (p / "base/data.json").write_text("mine"),
+    "base is there": lambda p: (p / "base").write_text("mine"),
+}
+
+
+@pytest.mark.parametrize("case", LIES)
+def test_what_lies_in_the_way_of_a_save_is_named_and_all_of_it_stays(
+    tiny: Tiny, tmp_path: Path, case: str
+) -> None:
+    run = finetune(tiny, [rows(6, 1)], fedsieve.fedit(), rounds=1).finish()
+    place = tmp_path / "saved"
+    run.save(place)
+    if (there := place / case.split()[0]).is_file():
+        there.unlink()
+    elif there.is_dir():
+        shutil.rmtree(there)
+    LIES[case](place)
+    kept = everything(place)
+    with pytest.raises(FedSieveError, match=f"save: .*{re.escape(case)}"):
+        run.save(place)
+    assert everything(place) == kept
+
+
+def test_a_base_of_the_users_own_is_not_replaced(tiny: Tiny, tmp_path: Path) -> None:
+    run = finetune(tiny, [rows(6, 1)], fedsieve.fedit(), rounds=1).finish()
+    place = tmp_path / "saved"
+    run.save(place)
+    shutil.rmtree(place / "base")
+    (place / "base").mkdir()
+    (place / "base" / "plan.txt").write_text("mine")
+    with pytest.raises(FedSieveError, match=r"base/plan\.txt is there"):
+        run.save(place)
+    assert (place / "base" / "plan.txt").read_text() == "mine"
+
+
+def test_a_folder_beside_that_of_a_save_is_its_owners(tiny: Tiny, tmp_path: Path) -> None:
+    run = finetune(tiny, [rows(6, 1)], fedsieve.fedit(), rounds=1).finish()
+    (tmp_path / ".saved.part").mkdir()
+    (tmp_path / ".saved.part" / "film").write_text("mine")
+    run.save(tmp_path / "saved")
+    assert (tmp_path / ".saved.part" / "film").read_text() == "mine"
+
+
+def test_folders_that_can_be_none_of_a_run_are_told(tiny: Tiny, tmp_path: Path) -> None:
+    """What is added to their names has room, too, and no link leads in circles."""
+    run = finetune(tiny, [rows(6, 1)], fedsieve.fedit(), rounds=1).finish()
+    for n in (249, 255):
+        for keep in (run.keep, run.report):
+            with pytest.raises(FedSieveError, match=r"its name is too long"):
+                keep(tmp_path / ("b" * n))
+    run.save(tmp_path / ("b" * 255))
+    (tmp_path / "loop").symlink_to("loop")
+    for what in (run.save, run.keep, run.report, run.go_on):
+        with pytest.raises(FedSieveError, match=r"loop' can be no path: Symlink loop"):
+            what(tmp_path / "loop")
+    for what in (run.save, run.keep, run.report):
+        with pytest.raises(FedSieveError, match="is the root of the disk"):
+            what("/")
+    run.save(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved" / "base")
+    (tmp_path / "saved" / "base").symlink_to("base")
+    with pytest.raises(FedSieveError, match="base is there already"):
+        run.save(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("part", ["plan", "publish", "report", "merge", "export"])

@@ -358,6 +358,7 @@ def place(text: str | Path) -> Path:
             raise ValueError("it holds a nul")
         str(path).encode()  # what no text can hold, no recipe can name
         path.exists()
+        path.resolve()  # links may lead in circles
     except (OSError, RuntimeError, ValueError) as error:
         raise FedSieveError(f"{str(text)[:80]!r} can be no path: {reason(error)}") from None
     return path
@@ -419,14 +420,46 @@ def remove(path: Path) -> None:
         raise OSError(errno.ELOOP, said, str(path)) from None
 
 
+_OLD = ".old"  # in a folder of new things: what gives way to them
+
+
 def move_into(part: Path, folder: Path) -> None:
-    """Give a folder all that is in another one, which is gone then. What else is there stays; a
-    link of the same name is replaced, not followed.
+    """Give a folder all that is in another one, which is in it and is gone then. What else is there
+    stays; what has the name of something new gives way to it, a link too, and is not followed.
+
+    Raises OSError where one cannot be moved, and all is as it was before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in part.iterdir():
-        path.replace(folder / path.name)
-    part.rmdir()
+    names = sorted(path.name for path in part.iterdir())
+    old, begun = part / _OLD, list[str]()
+    old.mkdir()
+    try:
+        for name in names:
+            begun.append(name)
+            if os.path.lexists(folder / name):
+                (folder / name).replace(old / name)
+            (part / name).replace(folder / name)
+    except BaseException:
+        for name in reversed(begun):
+            if not os.path.lexists(part / name):
+                (folder / name).replace(part / name)
+            if os.path.lexists(old / name):
+                (old / name).replace(folder / name)
+        raise
+    remove(part)
+
+
+def put_back(part: Path, folder: Path) -> None:
+    """Remove what `move_into` was to move, and had not when its process ended; what had given way
+    to nothing yet is put back. part: there or not; a link is removed, and not followed
+    """
+    if not os.path.lexists(part):
+        return
+    old = part / _OLD
+    if not part.is_symlink() and old.is_dir() and not old.is_symlink():
+        for path in sorted(old.iterdir()):
+            if not os.path.lexists(folder / path.name):
+                path.replace(folder / path.name)
+    remove(part)
 
 
 @contextmanager

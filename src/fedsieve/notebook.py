@@ -1,11 +1,12 @@
 """A run in a notebook: rounds to iterate over, and what can be asked of the adapter in between."""
 
 import json
-import shutil
+import re
 import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.data import given, templates
 from fedsieve.data.files import Columns
-from fedsieve.disk import move_into, objects, of_the_disk, refuse_link, remove_link, write_whole
+from fedsieve.disk import move_into, objects, of_the_disk, put_back, refuse_link, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.cautions import cautioning
@@ -37,10 +38,11 @@ from fedsieve.tasks.tally import Score
 from fedsieve.tasks.task import Bad, Fields, Reader, Rows, Task, refuse
 from fedsieve.train.card import Told, called, is_ours, kinds_of
 from fedsieve.train.local import evaluate, told
-from fedsieve.train.model import make_way
+from fedsieve.train.model import refuse_other_base
 from fedsieve.train.origin import Origin
 from fedsieve.train.prepared import BASE
 
+_PART = ".fedsieve.part"  # in a folder that is saved into: what is new, until it is whole
 _MARK = "# A run in a notebook: Run.report wrote this, and no command goes on with it.\n"
 
 
@@ -201,12 +203,14 @@ class Run:
     def save(self, folder: str | Path) -> None:
         """Write the adapter in PEFT's format, with all that loading it takes (docs/finetune.md).
 
-        What else is in the folder stays. It is written beside the folder first, so that a disk
-        that is full leaves what was there.
+        What else is in the folder stays. It is written into a folder in it first, which may be a
+        disk of its own, so that a disk that is full leaves what was there.
         Raises FedSieveError if there can be no such folder, for that of the base, and where a file
         would be replaced that no earlier save wrote.
         """
         place = arguments.folder_given("save", folder).resolve()
+        if not place.name:
+            raise FedSieveError(f"save: {place} is the root of the disk: choose a folder in it")
         _refuse_the_base(place, self._experiment.resident.origin)
         last = self._metrics[-1]
         privacy = self._experiment.federation.method.private
@@ -223,17 +227,18 @@ class Run:
             personal=self._experiment.federation.method.personal is not None,
             privacy=privacy and f"noise from the {privacy}; whoever trained it knows the epsilon",
         )
-        part = place.with_name(f".{place.name}.part")
+        part, new = place / _PART, not place.exists()
         try:
-            if not remove_link(part):
-                shutil.rmtree(part, ignore_errors=True)
+            place.mkdir(parents=True, exist_ok=True)
+            put_back(part, place)
             self._experiment.resident.save(self.adapter, part, known, home=place)
             _refuse_others(place, part)
-            if (part / BASE).exists():
-                make_way(place)
             move_into(part, place)
         except Exception as error:
-            shutil.rmtree(part, ignore_errors=True)
+            with suppress(OSError):
+                put_back(part, place)
+                if new:
+                    place.rmdir()
             if of_the_disk(error) is None:
                 raise
             raise FedSieveError(f"save: {place} cannot be written: {reason(error)}") from error
@@ -413,32 +418,57 @@ def _refuse_the_base(place: Path, origin: Origin | None) -> None:
     """Raises FedSieveError for the folder of the base, or one that has it as its `base/`."""
     if origin is None or not Path(origin.source).is_dir():
         return
-    if Path(origin.source).resolve() in (place, (place / BASE).resolve()):
+    source, base = Path(origin.source).resolve(), place / BASE
+    with suppress(RuntimeError):  # of a link that leads in circles
+        base = base.resolve()
+    if source in (place, base):
         raise FedSieveError(
             f"save: the base {origin.name!r} is in {place}, and its files would be "
             "replaced: choose another folder"
         )
 
 
+# What a save writes into `base/`, though another one, of the same weights, need not.
+_OF_A_BASE = re.compile(r"model.*\.safetensors(\.index\.json)?|generation_config\.json")
+
+
 def _refuse_others(place: Path, part: Path) -> None:
-    """Raises FedSieveError where what is written in `part` would replace files that no earlier save
-    wrote. A link is replaced, and nothing behind it; of `base/` see `make_way`.
+    """Raises FedSieveError where what is written in `part` would replace what no earlier save
+    wrote. A link is replaced, and nothing behind it.
     """
-    if is_ours(place):
-        if kinds_of(place) != kinds_of(part):
-            raise FedSieveError(
-                f"save: {place} holds what was saved of another kind (an adapter, or a whole "
-                "model) or over another base, and both would lie there mixed: choose another "
-                "folder, or move it away"
-            )
-        return
+    ours = is_ours(place)
+    if ours and kinds_of(place) != kinds_of(part):
+        raise FedSieveError(
+            f"save: {place} holds what was saved of another kind (an adapter, or a whole "
+            "model) or over another base, and both would lie there mixed: choose another "
+            "folder, or move it away"
+        )
     for path in sorted(part.iterdir()):
         there = place / path.name
-        if path.name != BASE and there.exists() and not there.is_symlink():
+        if path.name == BASE or there.is_symlink() or not there.exists():
+            continue
+        if not ours:
             raise FedSieveError(
                 f"save: {there} is there already, and no earlier save wrote it: choose another "
                 "folder, or move it away"
             )
+        if there.is_dir():
+            raise FedSieveError(
+                f"save: {there} is a folder, and a file is written there: choose another folder, "
+                "or move it away"
+            )
+    if (part / BASE).exists():
+        try:
+            refuse_other_base(place)
+        except FedSieveError as error:
+            raise FedSieveError(f"save: {error}") from None
+        names = {path.name for path in (part / BASE).iterdir()}
+        for path in sorted((place / BASE).iterdir()) if (place / BASE).is_dir() else ():
+            if path.name not in names and not (path.is_file() and _OF_A_BASE.fullmatch(path.name)):
+                raise FedSieveError(
+                    f"save: {path} is there, and no earlier save wrote it: choose another folder, "
+                    "or move it away"
+                )
 
 
 def _refuse_another_run(folder: Path, settings: str, number: int) -> None:

@@ -13,6 +13,7 @@ part when (clients.jsonl, and the checkpoints, which hold what clients keep). It
 run's directory so that nobody hands it on with the run.
 """
 
+import errno
 import json
 import os
 import platform
@@ -73,10 +74,23 @@ _REPLACES = "`fedsieve run` has --overwrite"
 
 def own(folder: Path) -> Path:
     """The directory of the server's secrets of a run, where it has any."""
-    folder = folder.resolve()
+    try:
+        folder = folder.resolve()
+    except RuntimeError:
+        raise FedSieveError(f"{folder} is a link that leads in circles: remove it") from None
     if not folder.name:
         raise FedSieveError(f"{folder} is the root of the disk, and no folder of a run")
-    return folder.with_name(f"{folder.name}.secret")
+    secret = folder.with_name(f"{folder.name}.secret")
+    try:
+        secret.is_symlink()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise FedSieveError(
+            f"{folder}: its name is too long for a run's folder, beside which another may be made, "
+            "whose name ends in .secret: choose a shorter one"
+        ) from None
+    return secret
 
 
 def place(folder: Path, name: str) -> Path:

@@ -301,15 +301,22 @@ def make_way(folder: Path) -> None:
     """Remove a base that was saved in a folder before. Raises FedSieveError for anything else of
     its name, a link too.
     """
+    refuse_other_base(folder)
+    if (folder / prepared.BASE).exists():
+        remove(folder / prepared.BASE)
+
+
+def refuse_other_base(folder: Path) -> None:
+    """Raises FedSieveError for what has a base's name in a folder, and is none that was saved."""
     place = folder / prepared.BASE
     if not os.path.lexists(place):
         return
     told = table_of(folder / "adapter_config.json").get("base_model_name_or_path")
-    if told != str(folder.resolve() / prepared.BASE) or place.is_symlink():
+    saved = told == str(folder.resolve() / prepared.BASE)
+    if not saved or place.is_symlink() or not place.is_dir():
         raise FedSieveError(
             f"{place} is there already, and the adapter's base would go there: choose another place"
         )
-    remove(place)
 
 
 def _plain(model: Any) -> PreTrainedModel:
