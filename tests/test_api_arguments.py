@@ -520,6 +520,22 @@ def test_folders_that_can_be_none_of_a_run_are_told(tiny: Tiny, tmp_path: Path) 
         run.save(tmp_path / "saved")
 
 
+def test_ways_that_no_text_can_hold_are_told_before_anything_is_written(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finetune(tiny, [rows(6, 1)], fedsieve.fedit(), rounds=1).finish()
+    odd = tmp_path / os.fsdecode(b"\xffb")
+    shutil.copytree(tiny.bert, odd / "model")
+    monkeypatch.chdir(odd)
+    for what in (run.save, run.keep, run.report, run.go_on):
+        for place in (odd / "out", "out"):
+            with pytest.raises(FedSieveError, match=f"{what.__name__}: .* can be no path"):
+                what(place)
+    with pytest.raises(FedSieveError, match="can be no path"):
+        fedsieve.finetune("model", [rows(6, 1)], fedsieve.fedit(), rounds=1)
+    assert [path.name for path in odd.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize("part", ["plan", "publish", "report", "merge", "export"])
 def test_a_method_made_in_python_leaves_what_it_is_given_as_it_was(tiny: Tiny, part: str) -> None:
     """Else how often one evaluates changes the model. An honest one is not looked at twice."""

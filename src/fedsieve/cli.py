@@ -26,7 +26,7 @@ from fedsieve.console import (
     take_any_letter,
     warn,
 )
-from fedsieve.disk import named_by, no_room, no_temporary, of_the_disk, place
+from fedsieve.disk import named_by, no_room, no_temporary, of_the_disk, whole_way
 from fedsieve.engine.cautions import Caution, cautioning
 from fedsieve.errors import (
     FedSieveError,
@@ -88,7 +88,18 @@ Source = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the recipe.")
 ]
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.")]
+
+
+def _way(value: Path | None) -> Path | None:
+    """Of an option that takes a folder: what no disk takes, or no text can hold, is told before
+    anything is loaded. Files of tensors cannot be written there, and an adapter names its base.
+    """
+    if value is not None:
+        whole_way(value)
+    return value
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's directory.", callback=_way)]
 AllowCode = Annotated[
     bool,
     typer.Option("--allow-code", help="Run the method's program, where it is not FedSieve's own."),
@@ -211,7 +222,8 @@ def run(
     recipe: Source,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="The run's directory; default runs/<name of the recipe>.")
+        Path | None,
+        typer.Option(help="The run's directory; default runs/<name of the recipe>.", callback=_way),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is there.")] = False,
     allow_code: AllowCode = False,
@@ -400,7 +412,9 @@ def compare(
         typer.Argument(help="A study (TOML), or a recipe and --methods.", autocompletion=_recipes),
     ],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Default runs/<name of the study>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default runs/<name of the study>.", callback=_way)
+    ] = None,
     methods: Annotated[
         str, typer.Option(help="Methods to compare: a,b,c.", autocompletion=_methods)
     ] = "",
@@ -455,7 +469,9 @@ def search(
         ),
     ],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Default runs/<recipe>-search.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default runs/<recipe>-search.", callback=_way)
+    ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Where to begin.")] = None,
     density: Annotated[
         float | None,
@@ -506,9 +522,12 @@ def reproduce(
     ] = "small",
     seeds: Annotated[str, typer.Option(help="Seeds to run each with; default the figure's.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Default runs/papers/<name>-<scale>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default runs/papers/<name>-<scale>.", callback=_way)
+    ] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The folder of files that figures name.")
+        Path | None,
+        typer.Option(metavar="DIR", help="The folder of files that figures name.", callback=_way),
     ] = None,
     allow_code: AllowCode = False,
 ) -> None:
@@ -571,7 +590,8 @@ def federate(
     ] = None,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="The run's directory; default runs/<name of the recipe>.")
+        Path | None,
+        typer.Option(help="The run's directory; default runs/<name of the recipe>.", callback=_way),
     ] = None,
     sites: Annotated[int, typer.Option(min=1, help="Wait for so many before round 1.")] = 2,
     deadline: Annotated[
@@ -590,13 +610,15 @@ def federate(
     host: Annotated[str, typer.Option(help="Where the server listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where the server listens.")] = 8000,
     certificates: Annotated[
-        Path | None, typer.Option(help="A folder with ca.crt, server.pem and server.key.")
+        Path | None,
+        typer.Option(help="A folder with ca.crt, server.pem and server.key.", callback=_way),
     ] = None,
     insecure: Annotated[
         bool, typer.Option(help="Let other machines in without TLS and without keys.")
     ] = False,
     again: Annotated[
-        Path | None, typer.Option("--resume", metavar="DIR", help="Go on with a federation.")
+        Path | None,
+        typer.Option("--resume", metavar="DIR", help="Go on with a federation.", callback=_way),
     ] = None,
     at_round: Annotated[
         int | None,
@@ -684,7 +706,9 @@ def _given_options(context: typer.Context) -> set[str]:
 
 @app.command()
 def worker(
-    site: Annotated[Path, typer.Argument(metavar="SITE.TOML", help="What this site has.")],
+    site: Annotated[
+        Path, typer.Argument(metavar="SITE.TOML", help="What this site has.", callback=_way)
+    ],
 ) -> None:
     """Hold a site's model, data and memory, and train when the site's node is asked to."""
     from fedsieve.sites.site import load
@@ -704,7 +728,10 @@ def worker(
 @app.command()
 def watch(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Of a run, a federation's server or a study.")
+        Path,
+        typer.Argument(
+            metavar="DIR", help="Of a run, a federation's server or a study.", callback=_way
+        ),
     ],
     once: Annotated[
         bool, typer.Option("--once", help="Show it as it is now, and end; also without a terminal.")
@@ -714,7 +741,6 @@ def watch(
     from rich.live import Live
     from rich.text import Text
 
-    place(folder)
     from fedsieve.run import rundir
     from fedsieve.run.watch import Picture, of_run
     from fedsieve.study import parts
@@ -773,7 +799,8 @@ def report(
 def export(
     folder: Folder,
     to: Annotated[
-        Path | None, typer.Option(help="The folder to write; must be empty or not there.")
+        Path | None,
+        typer.Option(help="The folder to write; must be empty or not there.", callback=_way),
     ] = None,
     merge: Annotated[bool, typer.Option(help="The whole model, adapter merged in.")] = False,
     push: Annotated[
@@ -1067,7 +1094,7 @@ def _by_name(name: str) -> Path:
         raise FedSieveError(
             f"name {name[:80]!r} is no name of a directory: give --out, or change it"
         )
-    return place(Path("runs") / name)
+    return whole_way(Path("runs") / name)
 
 
 def _targets(given: str | None) -> "tuple[str, ...] | str | None":

@@ -364,6 +364,15 @@ def place(text: str | Path) -> Path:
     return path
 
 
+def whole_way(text: str | Path) -> Path:
+    """The same of what is written to, or is named in a file by all of its way: that of a relative
+    one begins in the current folder.
+    """
+    path = place(text)
+    place(path.absolute())
+    return path
+
+
 def copied(source: str, to: str) -> str:
     """Copy a file without its holes, which take no room there and would take it here.
 

@@ -3,6 +3,7 @@
 All commands and options are found in the command line itself, so that a new one is tried too.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,46 @@ def test_a_path_that_no_disk_takes_is_told_in_a_sentence(
     told = capsys.readouterr().err
     assert "Traceback" not in told
     assert "error" in told.lower()
+
+
+NO_TEXT = os.fsdecode(b"out\xffb")
+BEFORE = {"run": ["demo"], "compare": ["demo"], "search": ["demo", "--budget-mb", "1"]}
+BEFORE |= {"federate": ["demo"], "reproduce": ["flasc/figure2"], "export": ["run"]}
+
+
+def ways() -> list[list[str]]:
+    """Each command with each of its paths. A report is a picture of what is read: its own are any
+    folder's; and so is the recipe that `init` writes, which names no way to itself.
+    """
+    found = []
+    for name, command in COMMANDS.items():
+        for each in command.params if name not in ("report", "init") else ():
+            if isinstance(each.type, click.Path) and isinstance(each, click.Argument):
+                found.append([name, NO_TEXT, *(["--to", "out"] if name == "export" else [])])
+            elif isinstance(each.type, click.Path):
+                found.append([name, *BEFORE[name], each.opts[0], NO_TEXT])
+    return found
+
+
+@pytest.mark.parametrize("words", ways(), ids=lambda each: " ".join(each[:1] + each[-2:-1]))
+@pytest.mark.parametrize("way", ["itself", "above it"])
+def test_a_way_that_no_text_can_hold_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    way: str,
+) -> None:
+    """No file of tensors can be written there, nor an adapter that names its base."""
+    if way == "above it":
+        (tmp_path / NO_TEXT).mkdir()
+        words = ["out" if word == NO_TEXT else word for word in words]
+    monkeypatch.chdir(tmp_path / NO_TEXT if way == "above it" else tmp_path)
+    monkeypatch.setattr(cli, "_import", lambda: pytest.fail("something heavy is loaded"))
+    assert ended(monkeypatch, *words) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "can be no path" in told
+    assert not [*Path.cwd().iterdir()]
 
 
 @pytest.mark.parametrize("words", [["run", "demo"], ["report", "run"]])

@@ -21,7 +21,7 @@ from fedsieve import methods
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.method import Method
 from fedsieve.data.names import half_of_a_character, name_of, numbered
-from fedsieve.disk import place
+from fedsieve.disk import whole_way
 from fedsieve.errors import FedSieveError, listed, nearest, quoted
 from fedsieve.recipe.schema import Data, Model, Partition
 from fedsieve.settings import Lora, Sampling, Training, as_float, is_number, whole
@@ -232,7 +232,7 @@ def folder_given(name: str, given: object) -> Path:
     if not isinstance(path, str) or "\0" in path:
         raise FedSieveError(f"{name}: {str(path)[:80]!r} cannot be the name of a folder")
     try:
-        place(path)
+        whole_way(path)
     except FedSieveError as error:
         raise FedSieveError(f"{name}: {error}") from None
     return Path(path)
