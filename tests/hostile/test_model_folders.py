@@ -661,6 +661,13 @@ def test_weights_stored_as_no_floating_point_numbers_are_refused(
             load_base(str(folder), "classification", LABELS, key=Key(0))
 
 
+def test_a_folder_that_is_called_like_weights_is_told_as_that(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    (folder / "zz.safetensors").mkdir()
+    with pytest.raises(FedSieveError, match=r"model .*: zz\.safetensors is a folder, and"):
+        load_base(str(folder), "classification", LABELS, key=Key(0))
+
+
 def test_a_device_without_numbers_is_none() -> None:
     with pytest.raises(FedSieveError, match="device 'meta' cannot be used here"):
         pick_device("meta")

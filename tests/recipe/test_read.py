@@ -44,6 +44,21 @@ def test_every_shipped_recipe_is_sound_and_says_what_it_is() -> None:
         assert text.startswith("# ")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_a_recipe_as_some_editors_save_it_is_read_or_told(
+    tiny: Tiny, tmp_path: Path, encoding: str
+) -> None:
+    path = tiny.write(tmp_path / "r.toml", name="é")
+    given, text = recipes.load(str(path)), path.read_text("utf-8")
+    path.write_text(text, encoding=encoding)
+    if encoding == "utf-8-sig":
+        assert recipes.load(str(path)) == given
+        return
+    said = "not UTF-8" if encoding == "latin-1" else "UTF-16 or UTF-32"
+    with pytest.raises(FedSieveError, match=rf"r\.toml cannot be read: it is {said}: save it as"):
+        recipes.load(str(path))
+
+
 def test_overrides_are_toml_or_plain_text(tiny: Tiny, tmp_path: Path) -> None:
     path = tiny.write(tmp_path / "tiny.toml")
     changed = recipes.load(

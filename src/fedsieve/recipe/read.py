@@ -5,6 +5,8 @@ key is refused and the nearest known one is named, because a misspelt setting th
 ignored costs a day of training. Nothing here needs torch until a recipe has been found in order.
 """
 
+import codecs
+import errno
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -63,17 +65,25 @@ def load(source: str, overrides: Sequence[str] = (), *, allow_code: bool = False
 
 
 def text_of(path: Path) -> str:
-    """What a recipe's file says. Raises OSError or UnicodeDecodeError as reading does, and OSError
-    for a file that is larger than any recipe.
+    """What a recipe's file says, without the mark that some editors begin a text with. Raises
+    OSError as reading does, and for a file that is larger than any recipe or is no UTF-8.
     """
-    return bytes_of(path, MOST).decode("utf-8")
+    data = bytes_of(path, MOST)
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]
+    try:
+        if wide:
+            raise ValueError
+        return data.decode("utf-8-sig")
+    except ValueError:
+        said = f"it is {'UTF-16 or UTF-32' if wide else 'not UTF-8'}: save it as UTF-8"
+        raise OSError(errno.EILSEQ, said, str(path)) from None
 
 
 def table_in(path: Path) -> dict[str, Any]:
     """What a TOML file holds. Raises FedSieveError, naming it, where it cannot be read."""
     try:
         text = text_of(path)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise FedSieveError(f"{path} cannot be read: {reason(error)}") from error
     return toml(text, str(path))
 
@@ -92,7 +102,7 @@ def read(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             raise FedSieveError(
                 f"there is no recipe {source}{nearest(path.name, there)}"
             ) from error
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise FedSieveError(f"the recipe {source} cannot be read: {reason(error)}") from error
     elif path.is_dir() and (path / "recipe.toml").is_file() and source not in shipped():
         raise FedSieveError(f"{source} is a run's directory: its recipe is {path / 'recipe.toml'}")

@@ -13,7 +13,7 @@ import tomli_w
 
 from fedsieve.data.fetch import PACKAGES
 from fedsieve.disk import refuse_link, write_whole
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, reason
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe import schema
 from fedsieve.recipe.schema import Recipe
@@ -44,8 +44,8 @@ def text_for_sites(folder: Path, recipe: Recipe) -> str:
         return write(folder, recipe, name)
     try:
         text = recipes.text_of(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise FedSieveError(f"{path} cannot be read ({error}): {_MEND}") from error
+    except OSError as error:
+        raise FedSieveError(f"{path} cannot be read ({reason(error)}): {_MEND}") from error
     should = _dumped(recipe, name)
     if text == should:
         return text

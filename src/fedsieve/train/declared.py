@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from fedsieve.disk import tensors_read
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, printable
 
 _TIMES = 4  # as many numbers: heads are drawn, and tied tensors are stored once
 _MORE = 1 << 26  # numbers beyond that: a head of many classes over a small body
@@ -104,6 +104,11 @@ def names_held(name: str) -> set[str]:
 def _tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
     """Names, shapes and types (BF16, I8) of all in a folder's safetensors."""
     for path in sorted(folder.glob("*.safetensors")):
+        if path.is_dir():
+            raise FedSieveError(
+                f"model {str(folder)!r}: {printable(path.name)} is a folder, and is called like a "
+                "file of weights: give it another name, or move it away"
+            )
         try:
             with tensors_read(), safe_open(path, "pt") as tensors:
                 for each in list(tensors.keys()):
