@@ -231,7 +231,8 @@ class Run:
         try:
             place.mkdir(parents=True, exist_ok=True)
             put_back(part, place)
-            self._experiment.resident.save(self.adapter, part, known, home=place)
+            with self._alone:
+                self._experiment.resident.save(self.adapter, part, known, home=place)
             _refuse_others(place, part)
             move_into(part, place)
         except Exception as error:
@@ -328,14 +329,15 @@ class Run:
         """
         place = self._keeping(folder, "keep")
         _refuse_another_run(place, self._text(), self._progress.round)
-        snapshot = Snapshot(
-            self._progress,
-            dict(self._experiment.memories),
-            {},
-            self._half,
-            self._experiment.resident.digest,
-            self._text(),
-        )
+        with self._alone:
+            snapshot = Snapshot(
+                self._progress,
+                dict(self._experiment.memories),
+                {},
+                self._half,
+                self._experiment.resident.digest,
+                self._text(),
+            )
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             for log, rows in ((rundir.METRICS, self._metrics), (rundir.CLIENTS, self._receipts)):
