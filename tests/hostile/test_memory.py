@@ -49,6 +49,7 @@ TOLD_AS_IT_IS = {
     ("engine/on_ray.py", "connected"),
     ("notebook.py", "save"),
     ("run/rundir.py", "disk_errors"),
+    ("run/rundir.py", "own"),
     ("run/runner.py", "export"),
     ("run/tracking.py", "tracked"),
     ("run/upload.py", "_upload"),

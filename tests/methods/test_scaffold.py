@@ -123,16 +123,16 @@ def fedit(**more: Any) -> Method:
 def test_it_reaches_the_optimum_that_many_local_steps_miss(momentum: float) -> None:
     training = Training(lr=0.1, momentum=momentum, steps=8)
     plain, _, _ = run(fedit(), 60, training=training)
-    ours, _, _ = run(scaffold(training), 200, training=training)
+    ours, _, _ = run(scaffold(training), 100, training=training)
     assert away(plain) > 0.1
-    assert away(ours) < 1e-8
+    assert away(ours) < 1e-4
 
 
 def test_it_does_where_half_of_the_clients_take_part() -> None:
     plain, _, _ = run(fedit(), 100, cohort=3)
-    ours, _, _ = run(scaffold(server=sgd(0.5)), 600, cohort=3)
+    ours, _, _ = run(scaffold(server=sgd(0.5)), 250, cohort=3)
     assert away(plain) > 0.1
-    assert away(ours) < 1e-6
+    assert away(ours) < 1e-2
 
 
 def test_a_client_that_is_new_is_not_corrected() -> None:

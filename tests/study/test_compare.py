@@ -397,20 +397,21 @@ def train(model, rows, seed):
 """
 
 
-def test_what_a_worker_prints_stops_no_study(write: Write, tiny: Tiny, tmp_path: Path) -> None:
-    """Programs that it starts have its own output, among the worker's answers as it was."""
+def test_what_a_worker_prints_is_none_of_its_answers(tiny: Tiny, tmp_path: Path) -> None:
+    """Programs that it starts had its own output, and its requests: a study waited without end."""
     (tmp_path / "own.py").write_text(OWN, encoding="utf-8")
-    own = {"training": {"function": "own:train"}, "rounds": 1}
-    path = write(own, seeds=[0, 1], entry=[{"name": "a"}])
-    out = tmp_path / "out"
+    table = tiny.table(rounds=1, cohort=1, training={"function": "own:train"})
+    asked = {"name": "a", "recipe": table, "folder": str(tmp_path / "run"), "rows": None}
     done = subprocess.run(
-        [sys.executable, "-m", "fedsieve", "compare", path, "--out", out, "--jobs", "2",
-         "--allow-code"],
+        [sys.executable, "-P", "-m", "fedsieve.study.jobs"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        input=json.dumps(asked) + "\n",
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("taught") >= 2
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["round"]["round"] for answer in answers[:-1]] == [0, 1]
+    assert answers[-1] == {"problem": None}
+    assert done.stderr.count("taught") == 2
 
 
 def test_an_answer_that_cannot_be_read_fails_its_run_by_name(
@@ -422,6 +423,7 @@ def test_an_answer_that_cannot_be_read_fails_its_run_by_name(
         raise ValueError("half a line")
 
     monkeypatch.setattr(jobs, "_told", cut)
+    monkeypatch.setattr(sys, "executable", shutil.which("true"))
     path = write({"rounds": 1}, seeds=[0, 1], entry=[{"name": "a"}])
     ran = command("compare", path, "--out", tmp_path / "out", "--jobs", "2")
     assert ran.code == 1

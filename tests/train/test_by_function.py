@@ -107,9 +107,9 @@ def trainers(tiny: Tiny, folder: Path, orders: list[list[int]]) -> by_function.F
         ("fedit", Budget()),
         ("flasc", Budget(down=0.5, up=0.25)),
         ("fslora", Budget(ratio=0.5)),
-        ("ffa_lora", Budget()),
-        ("hetlora", Budget(ratio=0.5)),
-        ("fed_select", Budget(down=0.5, up=0.5)),
+        pytest.param("ffa_lora", Budget(), marks=pytest.mark.slow),
+        pytest.param("hetlora", Budget(ratio=0.5), marks=pytest.mark.slow),
+        pytest.param("fed_select", Budget(down=0.5, up=0.5), marks=pytest.mark.slow),
     ],
 )
 def test_a_plain_trainer_gives_what_our_own_loop_gives(

@@ -273,7 +273,8 @@ class Sites:
         said: digest of an update's meaning (`payload.digest`), which is noted if it is merged
         """
         self._said[site] = said, number
-        return self._given.get((site, said))
+        first = self._given.get((site, said))
+        return None if first == number else first  # of a round that is done again
 
     def settle(self, merged: Collection[str]) -> None:
         """Note whose updates of the last round were merged: what a site keeps begins there, and

@@ -295,7 +295,7 @@ def own_memory(model: nn.Module) -> None:
     that it was read from (see source.py).
     """
     for _, layer in layers(model):
-        state = layer.state if _bits(layer) == 8 else layer.weight.quant_state
+        state = layer.state if _bits(layer) == 8 else getattr(layer.weight, "quant_state", None)
         for part in (layer.weight, state, getattr(state, "state2", None)):
             for name, held in vars(part).items() if part is not None else ():
                 if isinstance(held, Tensor) and in_a_file(held):
