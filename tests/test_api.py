@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -122,6 +123,35 @@ def test_threads_that_share_a_run_take_turns(tiny: Tiny) -> None:
             done.result()
     assert [summary.round for summary in shared.metrics] == [*range(7)]
     assert same(shared.adapter, whole.adapter)
+
+
+def test_saves_and_what_is_kept_at_once_are_whole(tiny: Tiny, tmp_path: Path) -> None:
+    """One took the other's half-written files for those of a save that was killed."""
+    clients = [rows(16, seed=number) for number in range(4)]
+    shared = finetune(tiny, clients, rounds=1).finish()
+    with ThreadPoolExecutor(4) as pool:
+        acts = [shared.save, lambda folder: shared.keep(folder / "kept")] * 6
+        for done in [pool.submit(act, tmp_path) for act in acts]:
+            done.result()
+    AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+    with (
+        filelock.FileLock(tmp_path / ".fedsieve.lock").acquire(timeout=0),
+        pytest.raises(FedSieveError, match="another save is at work in "),
+    ):
+        shared.save(tmp_path)
+
+
+def test_a_callback_may_wait_for_a_thread_that_asks_the_run(tiny: Tiny) -> None:
+    clients, scores = [rows(16, seed=number) for number in range(4)], []
+    with ThreadPoolExecutor(1) as pool:
+
+        def asking(summary: Any) -> None:
+            scores.append(pool.submit(run.score, clients[0]).result(timeout=60).loss)
+
+        run = finetune(tiny, clients, rounds=2, on_round=asking)
+        run.finish()
+    assert len(scores) == 3
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])

@@ -6,11 +6,12 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import pyarrow as pa
 import tomli_w
 from datasets import Dataset
@@ -43,6 +44,7 @@ from fedsieve.train.origin import Origin
 from fedsieve.train.prepared import BASE
 
 _PART = ".fedsieve.part"  # in a folder that is saved into: what is new, until it is whole
+_LOCK = ".fedsieve.lock"  # in it for as long
 _MARK = "# A run in a notebook: Run.report wrote this, and no command goes on with it.\n"
 
 
@@ -125,6 +127,7 @@ class Run:
         """
         self._tell()
         while (summary := self._next()) is not None:
+            self._tell()
             yield deepcopy(summary)
 
     def _next(self) -> Round | None:
@@ -158,12 +161,16 @@ class Run:
             self._receipts.extend(half.receipts)
             for caution in self._cautions(summary):  # last, for a warning may be raised
                 warnings.warn(caution, stacklevel=3)
-            self._tell()
             return summary
 
     def _tell(self) -> None:
-        for summary in self._metrics[self._told :]:
-            self._told += 1
+        """The callbacks are told without the lock: what they ask of the run, another thread may."""
+        while True:
+            with self._alone:
+                if self._told == len(self._metrics):
+                    return
+                summary = self._metrics[self._told]
+                self._told += 1
             try:
                 tell(self._on_round, summary)
             except CallbackFailed as error:
@@ -230,14 +237,18 @@ class Run:
         part, new = place / _PART, not place.exists()
         try:
             place.mkdir(parents=True, exist_ok=True)
-            put_back(part, place)
-            with self._alone:
-                self._experiment.resident.save(self.adapter, part, known, home=place)
-            _refuse_others(place, part)
-            move_into(part, place)
+            with self._alone, _saving(place):
+                try:
+                    put_back(part, place)
+                    self._experiment.resident.save(self.adapter, part, known, home=place)
+                    _refuse_others(place, part)
+                    move_into(part, place)
+                except Exception:
+                    with suppress(OSError):
+                        put_back(part, place)
+                    raise
         except Exception as error:
             with suppress(OSError):
-                put_back(part, place)
                 if new:
                     place.rmdir()
             if of_the_disk(error) is None:
@@ -328,16 +339,19 @@ class Run:
         the method's noise is fresh (noise_from="system"): a round done again would be spent twice.
         """
         place = self._keeping(folder, "keep")
-        _refuse_another_run(place, self._text(), self._progress.round)
         with self._alone:
-            snapshot = Snapshot(
-                self._progress,
-                dict(self._experiment.memories),
-                {},
-                self._half,
-                self._experiment.resident.digest,
-                self._text(),
-            )
+            self._keep(place)
+
+    def _keep(self, place: Path) -> None:
+        _refuse_another_run(place, self._text(), self._progress.round)
+        snapshot = Snapshot(
+            self._progress,
+            dict(self._experiment.memories),
+            {},
+            self._half,
+            self._experiment.resident.digest,
+            self._text(),
+        )
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
             for log, rows in ((rundir.METRICS, self._metrics), (rundir.CLIENTS, self._receipts)):
@@ -428,6 +442,25 @@ def _refuse_the_base(place: Path, origin: Origin | None) -> None:
             f"save: the base {origin.name!r} is in {place}, and its files would be "
             "replaced: choose another folder"
         )
+
+
+@contextmanager
+def _saving(place: Path) -> Iterator[None]:
+    """Keep other saves out of a folder. Raises FedSieveError where one is at work."""
+    lock = place / _LOCK
+    refuse_link(lock)
+    try:
+        held = filelock.FileLock(lock).acquire(timeout=0)
+    except filelock.Timeout:
+        raise FedSieveError(
+            f"save: another save is at work in {place}: wait until it has ended, or choose another "
+            "folder"
+        ) from None
+    with held:
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 # What a save writes into `base/`, though another one, of the same weights, need not.

@@ -817,8 +817,21 @@ def test_no_special_token_is_the_name_of_a_file(tiny: Tiny, tmp_path: Path, key:
 def test_a_tokenizer_for_other_versions_is_in_its_folder(tiny: Tiny, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
     shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.4.0.0.json")
-    with_tokenizer(folder, fast_tokenizer_files=["../tokenizer.4.0.0.json"])
-    with pytest.raises(FedSieveError, match=r"names '\.\./tokenizer\.4\.0\.0\.json'"):
+    elsewhere = "../tokenizer.4.0.0.json"
+    for others in ([elsewhere], {elsewhere: 1}, [1], elsewhere):
+        with_tokenizer(folder, fast_tokenizer_files=others)
+        with pytest.raises(FedSieveError, match=r"has fast_tokenizer_files .* a list of"):
+            load_reader(str(folder), "classification")
+
+
+def test_what_a_tokenizer_is_made_with_names_no_file(tiny: Tiny, tmp_path: Path) -> None:
+    """Of these the first is BERT's vocabulary, or its path."""
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    (tmp_path / "key.txt").write_text("a secret", encoding="utf-8")
+    with_tokenizer(folder, init_inputs=[])
+    load_reader(str(folder), "classification")
+    with_tokenizer(folder, init_inputs=[str(tmp_path / "key.txt")])
+    with pytest.raises(FedSieveError, match="has init_inputs, which may name any file"):
         load_reader(str(folder), "classification")
 
 

@@ -128,13 +128,19 @@ def refuse_words_elsewhere(source: str, settings: Path) -> None:
                 f"model {source!r}: its {settings.name} names a file for {printable(key[:80])}, "
                 "and its files are those of its folder: take the line out"
             )
-    others = told.get("fast_tokenizer_files")
-    for name in others if isinstance(others, list) else ():
-        if isinstance(name, str) and Path(name).name != name:
-            raise FedSieveError(
-                f"model {source!r}: its {settings.name} names {name[:80]!r}, and its files are "
-                "those of its folder: the name alone is needed"
-            )
+    if told.get("init_inputs"):  # of which the first may be the path of a vocabulary
+        raise FedSieveError(
+            f"model {source!r}: its {settings.name} has init_inputs, which may name any file: take "
+            "the line out"
+        )
+    others = told.get("fast_tokenizer_files") or []
+    plain = isinstance(others, list) and all(isinstance(name, str) for name in others)
+    if not plain or any(Path(name).name != name for name in others):
+        raise FedSieveError(
+            f"model {source!r}: its {settings.name} has fast_tokenizer_files "
+            f"{quoted(others)}, and its files are those of its folder: a list of their names is "
+            "needed"
+        )
 
 
 def _refuse_unread(source: str, folder: Path) -> None:
