@@ -16,6 +16,7 @@ from fedsieve.data import fetch, sources
 from fedsieve.data.files import Columns, field_of
 from fedsieve.data.sources import column, load
 from fedsieve.errors import FedSieveError
+from tests import mapped
 
 ROWS = [
     {"text": 'she said "NA"', "label": 1},
@@ -211,20 +212,16 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
             load(tmp_path / folder, split)
 
 
-@pytest.mark.parametrize("how", ["written over", "cut off"])
+@pytest.mark.parametrize("spoil", [mapped.written_over, mapped.cut_off])
 def test_what_becomes_of_a_saved_folder_concerns_nobody_who_read_it(
-    tmp_path: Path, how: str
+    tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
     """`datasets` maps its files into memory: cut off, the process that reads them ends."""
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
     read = load(tmp_path / "set")
     (file,) = (tmp_path / "set").glob("*.arrow")
-    with file.open("r+b") as opened:
-        if how == "cut off":
-            opened.truncate(1)
-        else:
-            opened.write(b"?" * file.stat().st_size)
-    assert str(file) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    spoil(file)
+    assert not mapped.is_mapped(file)
     assert read.to_list() == ROWS
 
 

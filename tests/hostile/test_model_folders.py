@@ -29,7 +29,7 @@ from fedsieve.tasks.task import Fields
 from fedsieve.tasks.tokens import refuse_no_room, tokenise
 from fedsieve.train.model import load_base, pick_device
 from fedsieve.train.reader import load_reader
-from tests import runs
+from tests import mapped, runs
 from tests.conftest import LABELS, Command, Tiny
 from tests.hostile.test_recipes_to_a_site import MEGA, peak
 
@@ -583,27 +583,27 @@ def test_layers_that_a_configuration_leaves_out_are_told(tiny: Tiny, tmp_path: P
         load_base(str(tiny.bert), "classification", LABELS, key=Key(0))
 
 
-@pytest.mark.parametrize("how", ["written over", "cut off"])
+@pytest.mark.parametrize("spoil", [mapped.written_over, mapped.cut_off])
 @pytest.mark.parametrize(
     ("kind", "task", "classes"),
     [("bert", "classification", LABELS), ("gpt2", "causal-lm", ()),
      ("vit", "image-classification", "abcde")],
 )  # fmt: skip
 def test_what_becomes_of_a_models_file_concerns_no_run_that_read_it(
-    tiny: Tiny, tmp_path: Path, kind: str, task: Any, classes: Sequence[str], how: str
+    tiny: Tiny,
+    tmp_path: Path,
+    kind: str,
+    task: Any,
+    classes: Sequence[str],
+    spoil: Callable[[Path], None],
 ) -> None:
     """safetensors maps it into memory: written over, the base was another; cut off, none."""
     shutil.copytree(getattr(tiny, kind), tmp_path / "model")
     model = load_base(str(tmp_path / "model"), task, classes, key=Key(0), pad_token_id=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     file = tmp_path / "model" / "model.safetensors"
-    with file.open("r+b") as opened:
-        if how == "cut off":
-            opened.truncate(1)
-        else:
-            opened.write(b"\x3f" * file.stat().st_size)
-    # Else the process may end here.
-    assert str(file) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    spoil(file)
+    assert not mapped.is_mapped(file)  # else the process may end below
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 

@@ -35,7 +35,7 @@ from fedsieve.train.changes import refuse_quantised
 from fedsieve.train.digest import base_digest
 from fedsieve.train.local import evaluate
 from fedsieve.train.model import ResidentModel, load_base, set_up
-from tests import runs
+from tests import mapped, runs
 from tests.conftest import LABELS, Tiny
 from tests.train import small
 from tests.train.test_trial import CLASSES, CPU, classified, continued
@@ -277,7 +277,7 @@ def test_a_base_that_comes_quantised(
         assert [n for n, _ in quantise.layers(again)] == [n for n, _ in quantise.layers(base)]
         assert base_digest(again, str(tmp_path)).weights == own
         # In memory of this process, whatever becomes of the file.
-        assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+        assert not mapped.is_mapped(tmp_path)
     trained = resident_of(tmp_path, kind, "none")
     adapter = moved(trained)
     trained.put(adapter)
