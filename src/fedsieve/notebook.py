@@ -131,7 +131,7 @@ class Run:
             yield deepcopy(summary)
 
     def _next(self) -> Round | None:
-        """The next round, told; none after the last. Threads that share a run take turns."""
+        """The next round, and none after the last. Threads that share a run take turns."""
         federation, memories = self._experiment.federation, self._experiment.memories
         with self._alone:
             if self._half is None and self._progress.round >= self._last:

@@ -22,7 +22,7 @@ def check(sampling: Sampling, clients: Sequence[Client]) -> None:
     Over-selection needs every client's link and seconds a step, an availability a known client.
     """
     known = {client.id for client in clients}
-    for id in sorted(unknown_to(sampling, known)):
+    for id in unknown_to(sampling, known):
         raise FedSieveError(
             f"sampling.availability names client {id!r}, which does not exist or has no data"
             + nearest(id, known)
@@ -40,10 +40,10 @@ def check(sampling: Sampling, clients: Sequence[Client]) -> None:
             )
 
 
-def unknown_to(sampling: Sampling, known: Collection[str]) -> set[str]:
-    """Whom an availability names that is none of these clients."""
+def unknown_to(sampling: Sampling, known: Collection[str]) -> list[str]:
+    """Whom an availability names that is none of these clients, in order."""
     named = sampling.availability
-    return set(named).difference(known) if isinstance(named, Mapping) else set()
+    return sorted(set(named).difference(known)) if isinstance(named, Mapping) else []
 
 
 def cohort(clients: Sequence[Client], sampling: Sampling, key: Key) -> list[Client]:

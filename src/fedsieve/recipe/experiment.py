@@ -29,7 +29,7 @@ from fedsieve.clients.resources import Resources
 from fedsieve.clients.sampling import check as check_sampling
 from fedsieve.data import fetch, partition
 from fedsieve.data.partition import Partition, Rows
-from fedsieve.disk import place, whole_way
+from fedsieve.disk import place
 from fedsieve.engine import personal
 from fedsieve.engine.local import in_process, punctual
 from fedsieve.engine.loop import Exchange, Federation
@@ -526,7 +526,7 @@ def with_whole_paths(recipe: Recipe) -> Recipe:
     model = recipe.model.model_copy(update={"source": absolute(recipe.model.source)})
     lora = recipe.lora
     if lora.start is not None:
-        lora = dataclasses.replace(lora, start=str(whole_way(place(lora.start).resolve())))
+        lora = dataclasses.replace(lora, start=str(place(place(lora.start).resolve())))
     data = recipe.data.model_copy(
         update={
             "train": absolute(recipe.data.train),
@@ -549,7 +549,7 @@ def absolute_more(data: schema.Data) -> dict[str, schema.MoreTest] | None:
 def absolute(source: str) -> str:
     path = place(source)
     here = source not in fetch.PACKAGES and path.exists()
-    return str(whole_way(path.resolve())) if here else source
+    return str(place(path.resolve())) if here else source
 
 
 def with_privacy(recipe: Recipe, clients: int) -> tuple[Recipe, PrivacyPlan]:

@@ -568,7 +568,7 @@ def on_network(
         _close(sites, before)
     say(f"waiting for {policy.sites} sites")
     clients = sites.there()
-    for id in sorted(unknown_to(sampling, sites.known())):
+    for id in unknown_to(sampling, sites.known()):
         say(
             f"warning: sampling.availability names {quoted(id)}, and no site of that name has come "
             f"yet{nearest(id, sites.known())}: it counts for nothing till one does"

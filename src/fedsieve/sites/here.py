@@ -143,7 +143,7 @@ def settle(recipe: Recipe, sites: int, folder: Path) -> Settled:
             f"--local {sites}: [partition] leaves site {empty[0]!r} without rows: raise "
             "partition.alpha, or take fewer sites"
         )
-    for id in sorted(unknown_to(sampling(recipe), parts)):
+    for id in unknown_to(sampling(recipe), parts):
         raise FedSieveError(
             f"--local {sites}: sampling.availability names {quoted(id)}, and no site is called that"
             + nearest(id, parts)

@@ -27,7 +27,7 @@ from fedsieve.tasks.tokens import ensure_pad_token
 from fedsieve.train.lengths import USUAL, image_size
 from fedsieve.train.model import pretrained
 from fedsieve.train.origin import file_of
-from fedsieve.train.source import WORDS, refuse_words_elsewhere
+from fedsieve.train.source import WORDS, refuse_words_elsewhere, table_of
 
 _MOST_GROWTH = 1000
 _PLAIN = re.compile(r"[\w-]{1,64}", re.ASCII)  # the name of a chat template
@@ -56,7 +56,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         # Of the hub nothing is known before.
         for file in WORDS:
             if (said := file_of(name, None, file)) is not None:
-                refuse_words_elsewhere(name, said)
+                refuse_words_elsewhere(name, file, table_of(said))
         if not isinstance(tokenizer.model_max_length, int | float):  # of a file that was edited
             tokenizer.model_max_length = VERY_LARGE_INTEGER  # how much is read, a recipe says
         _refuse_odd_templates(name, tokenizer)

@@ -37,16 +37,16 @@ def refuse_pickled(source: str) -> None:
         raise FedSieveError(f"model {source!r} is a file: give the folder that it is in")
     if not folder.is_dir():
         return
-    _refuse_unread(source, folder)
+    tables = _tables(source, folder)
     names = {path.name for path in folder.iterdir()}
-    index = table_of(folder / _INDEX)
+    index = tables.get(_INDEX, {})
     if index and not isinstance(index.get("metadata"), Mapping):
         raise FedSieveError(
             f'model {source!r}: its {_INDEX} has no table "metadata", without which transformers '
             "does not read it: an empty one does"
         )
-    named = {*_said(folder / "config.json", "transformers_weights")} - {_INDEX}
-    read = named | {*_shards(index)}
+    named = tables.get("config.json", {}).get("transformers_weights")
+    read = {*_shards(index)} | ({str(named)} - {_INDEX} if named else set())
     if not any(name.endswith(".safetensors") for name in names):
         read |= {name for name in names if name.endswith(_PICKLED)}
     odd = sorted(name for name in read if not name.endswith(".safetensors"))
@@ -74,10 +74,9 @@ def refuse_odd(source: str) -> None:
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise FedSieveError(f"model {source!r}: {path.name[:80]} is no file: a pipe, or such")
-    if folder.is_dir():
-        _refuse_unread(source, folder)
-        for name in WORDS:
-            refuse_words_elsewhere(source, folder / name)
+    tables = _tables(source, folder)
+    for name in WORDS:
+        refuse_words_elsewhere(source, name, tables.get(name, {}))
     if (folder / "adapter_config.json").exists():
         # transformers would put it into the model, and first match its patterns with every module.
         raise FedSieveError(
@@ -85,10 +84,10 @@ def refuse_odd(source: str) -> None:
             "needed: merge the two (`fedsieve export --merge`, or PEFT's merge_and_unload), or "
             "take the adapter's files out"
         )
-    config = table_of(folder / "config.json")
+    config = tables.get("config.json", {})
     _refuse_odd_classes(source, config)
     for name in _READ_FIRST:
-        _refuse_endless(source, name, table_of(folder / name))
+        _refuse_endless(source, name, tables.get(name, {}))
     for key in _PROGRAMS:
         if "/" in (value := str(config.get(key))):
             raise FedSieveError(
@@ -113,40 +112,42 @@ def in_a_file(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not tensor.untyped_storage().resizable()
 
 
-def refuse_words_elsewhere(source: str, settings: Path) -> None:
+def refuse_words_elsewhere(source: str, file: str, told: Mapping[str, Any]) -> None:
     """Raises FedSieveError for a tokenizer's settings that say where its words are: transformers
     takes a text in the place of a vocabulary for the path of one, wherever it leads.
 
-    settings: one of the files of `WORDS`. In the one of special tokens any file's name is obeyed;
-              in the other names of files are passed over, and many models have some.
+    file: one of `WORDS`, and what it says. In that of special tokens any file's name is obeyed; in
+          the other names of files are passed over, and many models have some.
     """
-    told = table_of(settings)
     for key, value in told.items():
-        plain = key.endswith("_file") and settings.name == _TOKENS
+        plain = key.endswith("_file") and file == _TOKENS
         if isinstance(value, str) and (key in ("vocab", "merges", "gguf_file") or plain):
             raise FedSieveError(
-                f"model {source!r}: its {settings.name} names a file for {printable(key[:80])}, "
+                f"model {source!r}: its {file} names a file for {printable(key[:80])}, "
                 "and its files are those of its folder: take the line out"
             )
     if told.get("init_inputs"):  # of which the first may be the path of a vocabulary
         raise FedSieveError(
-            f"model {source!r}: its {settings.name} has init_inputs, which may name any file: take "
+            f"model {source!r}: its {file} has init_inputs, which may name any file: take "
             "the line out"
         )
     others = told.get("fast_tokenizer_files") or []
     plain = isinstance(others, list) and all(isinstance(name, str) for name in others)
     if not plain or any(Path(name).name != name for name in others):
         raise FedSieveError(
-            f"model {source!r}: its {settings.name} has fast_tokenizer_files "
+            f"model {source!r}: its {file} has fast_tokenizer_files "
             f"{quoted(others)}, and its files are those of its folder: a list of their names is "
             "needed"
         )
 
 
-def _refuse_unread(source: str, folder: Path) -> None:
-    """Raises FedSieveError for a file that says what else is read, or how, and that is not read
-    here: taken for one that says nothing, it would be looked at by transformers alone.
+def _tables(source: str, folder: Path) -> dict[str, Mapping[str, Any]]:
+    """The files of a folder that say what else is read, or how, by name; none where it is none.
+
+    Raises FedSieveError for one that is not read here: taken for one that says nothing, it would be
+    looked at by transformers alone.
     """
+    found: dict[str, Mapping[str, Any]] = {}
     for name in (*_TABLES, *_VOCABULARIES):
         path = folder / name
         if path.is_file() and (mark := _mark(path)):
@@ -176,11 +177,13 @@ def _refuse_unread(source: str, folder: Path) -> None:
                 f"model {source!r}: its {name} holds no table, but a {type(value).__name__}: fetch "
                 "or copy it again"
             )
-    if "configuration_files" in table_of(folder / "config.json"):
+        found[name] = value
+    if "configuration_files" in found.get("config.json", {}):
         raise FedSieveError(
             f"model {source!r}: its config.json names others for other versions of transformers "
             "(configuration_files), and config.json alone is read: take the line out"
         )
+    return found
 
 
 _MARKS = {codecs.BOM_UTF8: "of UTF-8"}
@@ -249,11 +252,6 @@ def _refuse_odd_classes(source: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _said(path: Path, key: str) -> list[str]:
-    value = table_of(path).get(key)
-    return [str(value)] if value else []
-
-
 def _shards(index: Mapping[str, Any]) -> Iterable[str]:
     shards = index.get("weight_map")
     return map(str, shards.values()) if isinstance(shards, Mapping) else ()
@@ -261,7 +259,7 @@ def _shards(index: Mapping[str, Any]) -> Iterable[str]:
 
 def table_of(path: Path) -> Mapping[str, Any]:
     """What a file of a model's folder says; nothing where it is none, or holds no table. Of a
-    stranger's folder `_refuse_unread` says that before.
+    stranger's folder `_tables` says that before.
     """
     try:
         value = _json(path, _LARGEST_INDEX)
