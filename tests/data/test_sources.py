@@ -1,5 +1,6 @@
 """Reading rows: each format with its traps, folders and splits, and errors that help."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
@@ -223,6 +225,48 @@ def test_what_becomes_of_a_saved_folder_concerns_nobody_who_read_it(
     spoil(file)
     assert not mapped.is_mapped(file)
     assert read.to_list() == ROWS
+
+
+def test_a_saved_folder_that_was_cut_off_between_two_parts_is_refused(tmp_path: Path) -> None:
+    """Each part of a file has a thousand rows, and Arrow reads those that are there."""
+    for name, rows in (("long", ROWS * 2000), ("short", ROWS)):
+        Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    assert len(load(tmp_path / "long")) == len(ROWS) * 2000
+    for name in ("long", "short"):
+        (file,) = (tmp_path / name).glob("*.arrow")
+        whole = file.read_bytes()
+        stream = pa.BufferReader(whole)
+        parts = pa.ipc.MessageReader.open_stream(stream)
+        ends = []
+        with contextlib.suppress(StopIteration):
+            while parts.read_next_message():
+                ends.append(stream.tell())
+        assert len(ends) == (2 if name == "short" else 1 + len(ROWS) * 2)
+        for end in ends:
+            file.write_bytes(whole[:end])
+            with pytest.raises(FedSieveError, match=rf"{file.name} is cut off: it has no end"):
+                load(tmp_path / name)
+        file.write_bytes(whole)
+        load(tmp_path / name)
+
+
+@pytest.mark.parametrize("times", [2, 1500])
+def test_a_saved_folder_that_names_a_file_twice_is_refused(tmp_path: Path, times: int) -> None:
+    """Each time, its rows would be there again: a small folder may ask for all of the memory."""
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    state = tmp_path / "set" / "state.json"
+    told = json.loads(state.read_text(encoding="utf-8"))
+    told["_data_files"] *= times
+    state.write_text(json.dumps(told), encoding="utf-8")
+    with pytest.raises(FedSieveError, match=r"state.json: it names 'data-.*arrow' twice"):
+        load(tmp_path / "set")
+
+
+def test_a_saved_folder_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    (tmp_path / "set" / "state.json").write_text('{"_data_files": []}', encoding="utf-8")
+    with pytest.raises(FedSieveError, match=r"state.json: it names 'None', which is no file"):
+        load(tmp_path / "set")
 
 
 def test_rows_of_a_saved_folder_that_lead_nowhere_are_refused(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 ROUNDS = 2
 CARRYING = {loop.__file__, runner.__file__, checkpoint.__file__, rundir.__file__}
+SECRET = rundir.new_secret()
 PRIVACY = {"clip": 0.1, "delta": 1e-3, "noise_multiplier": 1.0, "noise_from": "system"}
 
 
@@ -54,12 +55,12 @@ class Killed(BaseException):
 def text(tiny: Tiny) -> str:
     sampling = {"kind": "poisson"}
     recipe = recipes.check(tiny.table(rounds=ROUNDS, privacy=PRIVACY, sampling=sampling))
-    return recipes.dump(recipe, {})
+    return recipes.dump(recipe, rundir.told_of(SECRET))
 
 
 def begun(folder: Path, text: str) -> Path:
     folder.mkdir()
-    rundir.create(folder, text, secret=True)
+    rundir.create(folder, text, secret=SECRET)
     return folder
 
 
@@ -218,6 +219,39 @@ def test_without_its_secret_a_run_does_not_go_on(text: str, tmp_path: Path) -> N
     (rundir.own(folder) / rundir.SEED).unlink()
     with pytest.raises(FedSieveError, match=r"run\.secret/seed cannot be read .*put .* back"):
         runner.resume(folder, runs.quiet, building([]))
+
+
+OTHER_SEEDS = {
+    "empty": ("", "cannot be read"),
+    "cut to 2 digits": (SECRET[:2], "cannot be read"),
+    "cut to half": (SECRET[:32], "cannot be read"),
+    "a digit short": (SECRET[:-1], "cannot be read"),
+    "a digit more": (SECRET + "0", "cannot be read"),
+    "doubled": (SECRET * 2, "cannot be read"),
+    "with a sign": ("-" + SECRET[1:], "cannot be read"),
+    "another run's": (rundir.new_secret(), "is not the seed that this run began with"),
+    "one digit of it": (f"{SECRET[:-1]}{int(SECRET[-1], 16) ^ 1:x}", "is not the seed"),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_SEEDS)
+@pytest.mark.parametrize("after", [0, 2])
+def test_with_another_secret_a_run_does_not_go_on(
+    text: str, tmp_path: Path, other: str, after: int
+) -> None:
+    """Draws that never were would be worked out of it, and epsilon be told of those."""
+    folder = begun(tmp_path / "run", text)
+    seed, (there, why) = rundir.own(folder) / rundir.SEED, OTHER_SEEDS[other]
+    if after:
+        with pytest.raises(runner.Stopped):
+            runner.resume(folder, runs.stop_at(after), building([]))
+    seed.write_text(there, encoding="ascii")
+    before = {path: path.read_bytes() for path in rundir.own(folder).rglob("*") if path.is_file()}
+    with pytest.raises(FedSieveError, match=rf"run\.secret/seed {why}.*put .* back"):
+        runner.resume(folder, runs.quiet, building([]))
+    assert before == {path: path.read_bytes() for path in before}
+    seed.write_text(SECRET, encoding="ascii")
+    runner.resume(folder, runs.quiet, building([]))
 
 
 def test_a_run_whose_seed_tells_who_takes_part_does_not_go_on(text: str, tmp_path: Path) -> None:

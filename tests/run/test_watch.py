@@ -28,6 +28,7 @@ def half(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_picture_says_what_the_log_says(half: Path) -> None:
+    os.utime(half / rundir.METRICS)  # as if it were at work
     picture = watch.of_run(half)
     assert not picture.ended
     text = "\n".join(picture.lines)
@@ -37,6 +38,14 @@ def test_a_picture_says_what_the_log_says(half: Path) -> None:
     assert f"training loss  {last['loss']:.4f}" in text
     assert f"sent {last['total_bytes'] / 1e6:.4f} MB, dense LoRA" in text
     assert "left out of round 2: none of 3" in text
+
+
+def test_a_run_that_is_late_is_not_about_to_end(half: Path) -> None:
+    a_minute_ago = time.time() - 60
+    os.utime(half / rundir.METRICS, (a_minute_ago, a_minute_ago))
+    (line,) = (line for line in watch.of_run(half).lines if line.startswith("round 2/4"))
+    assert line.endswith("longer than its rounds take")
+    assert "left" not in line
 
 
 def test_a_run_has_ended_when_its_report_is_there(whole: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import threading
 import time
 import tomllib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -343,13 +343,67 @@ def test_a_site_without_the_memory_to_go_back_to_goes_on_without_it(
     else:
         for path in (first, *(later if gone == "all missing" else ())):
             path.unlink()
+    kept = contents(tmp_path)
     answer = site.ask(train(site.text, after + 1, site.message(after + 1, 2.0), after=after))
     assert answer.header["ok"] or answer.header["lost_memory"] is True
     assert answer.header["ok"] == (after == 0 and gone == "all missing")
     if not answer.header["ok"]:
         assert f"has lost what it kept after round {after}" in answer.header["error"]
-        assert site.train(after + 2).body == other.train(after + 2).body
+        assert contents(tmp_path) == kept  # it may be an old request that came again
+        message = site.message(after + 2, 2.0)
+        again = train(site.text, after + 2, message, after=after, lost=True)
+        assert site.ask(again).body == other.train(after + 2, scale=2.0).body
         assert same(site.residual(), other.residual())
+
+
+def test_an_old_request_that_comes_again_takes_no_memory(tiny: Tiny, tmp_path: Path) -> None:
+    """One of a round that is not kept any more: after it, a site had no memory at all."""
+    site = Worker(tiny, tmp_path / "a", rounds=20)
+    other = Worker(tiny, tmp_path / "b", rounds=20)
+    asked = [train(site.text, n, site.message(n), after=n - 1) for n in range(1, 9)]
+    for request in asked[:-1]:
+        assert site.ask(request).header["ok"]
+        assert other.ask(request).header["ok"]
+    kept = contents(tmp_path / "a")
+    for request in asked[:3]:
+        assert site.ask(request).header["lost_memory"] is True
+    assert contents(tmp_path / "a") == kept
+    assert site.ask(asked[-1]).body == other.ask(asked[-1]).body
+    assert same(site.residual(), other.residual())
+
+
+def test_what_was_put_back_is_used_though_the_server_knows_that_it_was_lost(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    site, other = Worker(tiny, tmp_path / "a"), Worker(tiny, tmp_path / "b")
+    for number in (1, 2):
+        site.train(number)
+        other.train(number)
+    newest = sorted(site.rounds.iterdir())[-1]
+    newest.rename(tmp_path / "aside")
+    asked = train(site.text, 3, site.message(3), after=2)
+    assert site.ask(asked).header["lost_memory"] is True
+    (tmp_path / "aside").rename(newest)
+    again = train(site.text, 3, site.message(3), after=2, lost=True)
+    assert site.ask(again).body == other.ask(asked).body
+    assert same(site.residual(), other.residual())
+
+
+def test_what_its_owner_keeps_beside_the_rounds_stays(tiny: Tiny, tmp_path: Path) -> None:
+    site = Worker(tiny, tmp_path, rounds=20)
+    site.train(1)
+    first = next(site.rounds.iterdir())
+    own = [site.rounds / f"{first.name}.bak", site.rounds / "round-3", site.rounds / "round-x"]
+    own.append(site.rounds / "round-000000009-notes")
+    for path in own[:-1]:
+        path.write_bytes(first.read_bytes())
+    own[-1].mkdir()
+    (own[-1] / "note").write_text("mine", encoding="utf-8")
+    for number in range(2, 9):
+        assert site.train(number).header["ok"]
+    assert site.train(6, scale=2.0).header["ok"]
+    assert all(path.exists() for path in own)
+    assert not first.exists()
 
 
 def test_no_round_is_done_after_itself(tiny: Tiny, tmp_path: Path) -> None:
@@ -537,6 +591,37 @@ def test_a_client_that_diverges_keeps_its_memory_and_says_why(tiny: Tiny, tmp_pa
     assert unpack(pack(answer)) == answer
 
 
+UNREADABLE: dict[str, Callable[[Path], object]] = {
+    "too long": lambda path: path.write_bytes(b"x" * 2000),
+    "empty": lambda path: path.write_bytes(b""),
+    "a folder": lambda path: path.mkdir(),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a link in circles": lambda path: path.symlink_to(path.name),
+    "a pipe": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("name", [resident.BASE, resident.SAID])
+@pytest.mark.parametrize("how", UNREADABLE)
+def test_what_a_site_noted_and_cannot_read_lets_no_request_pass(
+    tiny: Tiny, tmp_path: Path, name: str, how: str
+) -> None:
+    """The first was refused, and the next was answered over whatever base and rows were there."""
+    site = Worker(tiny, tmp_path)
+    site.train(1)
+    noted = site.rounds.parent / name
+    noted.unlink()
+    UNREADABLE[how](noted)
+    site.state = settled(site.path)
+    for _ in range(3):
+        answer = site.train(2).header
+        assert answer["ok"] or answer.get("unknown_recipe") is True
+        # A link to nothing says no more than a file of old that was never there.
+        assert answer["ok"] == (name == resident.SAID and how == "a link to nothing")
+    told(site.ask, site.text)
+    assert site.train(2).header["ok"]
+
+
 def test_the_model_loads_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
     pretrained = model.pretrained
@@ -628,6 +713,25 @@ def test_what_a_killed_worker_left_half_written_is_removed(tiny: Tiny, tmp_path:
     place.rename(adapters / f".{place.name}.old")  # killed between two renames
     settled(site.path)
     assert contents(tmp_path) == kept
+
+
+@pytest.mark.parametrize("which", ["run", "rounds"])
+def test_a_starting_worker_removes_nothing_that_a_link_leads_to(
+    tiny: Tiny, tmp_path: Path, which: str
+) -> None:
+    path, mine = write_site(tiny, tmp_path), tmp_path / "mine"
+    (mine / "rounds" / ".film.part").mkdir(parents=True)
+    for name in (".draft.part", "rounds/.x.part", "rounds/.film.part/scene"):
+        (mine / name).write_text("mine", encoding="utf-8")
+    worker = path.parent / "worker"
+    worker.mkdir(mode=0o700)
+    place = worker / "runs" / ("a" * 64)
+    place = place if which == "run" else place / "rounds"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(mine)
+    before = contents(mine)
+    settled(path)
+    assert contents(mine) == before
 
 
 # What a server may not do.

@@ -1,6 +1,7 @@
 """`fedsieve compare`: tuned alike, run side by side, resumed as a whole, told in one table."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -103,6 +104,7 @@ def test_methods_and_seeds_from_one_recipe(
     assert all(tier["ratio"] == tier["down"] == tier["up"] == 1 for tier in own["budgets"])
     assert "fedit: method fedit; no budgets used; makes no use of the budgets' ratio" in ran.out
     assert "fslora_flasc: method fslora_flasc; budgets used: ratio, down, up" in ran.out
+    assert "says nothing of fedit, fslora_flasc: round 0 had it" in ran.out
     assert (out / "table.md").read_text().startswith("| entry | seeds | final accuracy |")
     groups = {
         name: [out / name / f"seed-{s}" for s in (0, 1)] for name in ("fedit", "fslora_flasc")
@@ -250,7 +252,7 @@ def test_two_jobs_of_two_workers_end_with_the_bits_of_one_process(
     engine = {"kind": "processes", "workers": 2, "threads": 1}
     many, one = jobs("many", engine=engine), jobs("one")
     for each, workers in ((many, 2), (one, 1)):
-        ended = run_all(each, workers, lambda *_: None, lambda _: None)
+        ended = run_all(each, workers, lambda *_: None, lambda _: None, print)
         assert [outcome.problem for outcome in ended] == [None, None]
     for side, alone in zip(many, one, strict=True):
         runs.assert_same(side.folder, alone.folder)
@@ -369,6 +371,7 @@ def test_several_at_once_and_sigterm(
     said, problems = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "stopped with 0 of 2 runs done" in problems
+    assert "stopping: 2 runs under way saved first" in said
     assert "Traceback" not in said + problems
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
     for seed, folder in enumerate(folders):
@@ -690,6 +693,29 @@ def test_a_study_that_would_do_another_thing_than_it_says_is_refused(
     (tmp_path / "study.toml").write_text(tomli_w.dumps(given), encoding="utf-8")
     with pytest.raises(FedSieveError, match=re.escape(said)):
         study.plan(str(tmp_path / "study.toml"), tmp_path / "out")
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("what", ["null", "NaN"])
+def test_a_trial_whose_score_is_no_number_has_lost_and_no_other(
+    write: Write, tmp_path: Path, command: Command, lost: int, what: str
+) -> None:
+    """Whichever of them it is: of all comparisons with such a one nothing is true."""
+    tune = {"grid": {"server.lr": [0.02, 0.05]}, "seeds": [100]}
+    path, out = write(seeds=[0], entry=[{"name": "a"}], tune=tune), tmp_path / "out"
+    assert command("compare", path, "--out", out).code == 0
+    log = out / "a" / f"tune-{lost}-seed-100" / rundir.METRICS
+    rows = runs.lines(log.parent)
+    for row in rows:
+        row["metrics"] = dict.fromkeys(row["metrics"], math.nan)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    log.write_text(text.replace("NaN", what), encoding="utf-8")
+    shutil.rmtree(out / "a" / "seed-0")
+    ran = command("compare", path, "--out", out)
+    assert ran.code == 0, ran.err
+    told = json.loads((out / "tuning.json").read_text())["entries"]["a"]
+    assert told["best"] == 1 - lost
+    assert told["trials"][lost]["score"] is None
 
 
 def test_without_tuning_runs_may_be_evaluated_on_rows_that_are_held_back(

@@ -24,7 +24,7 @@ def blank_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_once(jobs: Sequence[Job]) -> list[str | None]:
     """What each run's problem is, of a study that is called once."""
-    return [outcome.problem for outcome in run_all(jobs, 1, lambda *_: None, lambda _: None)]
+    return [outcome.problem for outcome in run_all(jobs, 1, lambda *_: None, lambda _: None, print)]
 
 
 def states(study: Path) -> list[str]:
@@ -43,7 +43,7 @@ def test_a_run_that_failed_says_so_until_it_is_done(tiny: Tiny, tmp_path: Path) 
     def end(outcome: Outcome) -> None:
         seen.append(parts.of_study(tmp_path / "study").lines)
 
-    good, bad = run_all(jobs, 1, lambda job, summary: None, end)
+    good, bad = run_all(jobs, 1, lambda job, summary: None, end, print)
     assert good.problem is None
     assert bad.problem is not None
     assert [line.split()[0] for line in seen[0][1:]] == ["waiting", "done"]

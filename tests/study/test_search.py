@@ -11,7 +11,7 @@ import pytest
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.run import rundir
-from fedsieve.study import search
+from fedsieve.study import compare, search
 from fedsieve.study.jobs import Job
 from fedsieve.study.parts import DIVERGED
 from tests import runs
@@ -53,7 +53,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, scores: Scores) -> None:
         _, rank, _, density = folder.parent.name.split("-")
         return scores[int(rank), float(density)]
 
-    monkeypatch.setattr(search, "score", score)
+    monkeypatch.setattr(compare, "_score", score)
 
 
 def path_of(out: Path) -> list[tuple[int, float, str]]:

@@ -587,3 +587,19 @@ def test_places_that_cannot_be_used(tiny: Tiny) -> None:
         pick_device("nowhere")
     with pytest.raises(FedSieveError, match="model 'no/such-model' was not found"):
         load_base("no/such-model", "classification", LABELS, key=Key(0))
+
+
+# As torch names them where it is asked for one that it does not know.
+DEVICES = (
+    *("cuda", "ipu", "xpu", "mkldnn", "opengl", "opencl", "ideep", "hip", "ve", "fpga", "maia"),
+    *("xla", "lazy", "vulkan", "mps", "meta", "hpu", "mtia", "privateuseone"),
+)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_device_of_any_kind_is_there_or_refused_in_a_sentence(name: str) -> None:
+    """Of some, torch looks for a package that nobody has."""
+    if name in ("cuda", "mps", "xpu") and getattr(torch, name).is_available():
+        pytest.skip("this machine has it")
+    with pytest.raises(FedSieveError, match=f"^device '{name}' cannot be used here: "):
+        pick_device(name)

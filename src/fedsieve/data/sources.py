@@ -310,13 +310,18 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
             continue
         told = parsed(bytes_of(state, _NOTED), str(state)) if state.is_file() else {}
         listed = told.get("_data_files")
-        for each in listed if isinstance(listed, list) else [None]:
+        seen: set[str] = set()
+        for each in listed if isinstance(listed, list) and listed else [None]:
             name = each.get("filename") if isinstance(each, dict) else None
             inside = isinstance(name, str) and Path(name).name == name
             if not inside or not (state.parent / str(name)).is_file():
                 raise FedSieveError(
                     f"{state}: it names {str(name)[:80]!r}, which is no file in its folder"
                 )
+            if name in seen:
+                raise FedSieveError(f"{state}: it names {str(name)[:80]!r} twice: take one out")
+            seen.add(str(name))
+            _refuse_cut(state.parent / str(name))
     try:
         with _no_progress_bars():
             return datasets.load_from_disk(str(folder))
@@ -324,6 +329,20 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
         raise_of_memory(error)
         why = f"is not as `datasets` saved it, or damaged: {with_type(error)}"
         raise FedSieveError(f"{folder} {why}") from None
+
+
+def _refuse_cut(path: Path) -> None:
+    """Raises FedSieveError for a file of rows that was cut off where one of its parts ends: Arrow
+    takes it for a whole one of fewer rows.
+    """
+    part = b"\xff\xff\xff\xff"  # begins each part of a stream, by Arrow's format
+    end = part + bytes(4)  # one of no length
+    with path.open("rb") as file:
+        first = file.read(len(part))
+        file.seek(max(0, path.stat().st_size - len(end)))
+        last = file.read()
+    if first == part and last != end:
+        raise FedSieveError(f"{path} is cut off: it has no end. Save or copy the rows again")
 
 
 def _in_memory(rows: Dataset) -> Dataset:

@@ -14,9 +14,11 @@ run's directory so that nobody hands it on with the run.
 """
 
 import errno
+import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shlex
 import subprocess
@@ -68,6 +70,7 @@ _OURS = (
 )  # in the order of removal
 _FOLDERS = (CHECKPOINTS, ADAPTER, TRACKING)
 SEED = "seed"
+_SEED_DIGEST = "seed_digest"
 _TELLING = (CLIENTS, CHECKPOINTS)  # of who took part
 _REPLACES = "`fedsieve run` has --overwrite"
 
@@ -127,19 +130,40 @@ def secret_seed(folder: Path) -> int:
             "takes part: epsilon would not hold against those who know it: start it again"
         )
     try:
-        return int(bytes_of(path, 1000).decode("ascii"), 16)
+        seed = bytes_of(path, 1000).decode("ascii").strip()
+        if not re.fullmatch("[0-9a-f]{64}", seed):
+            raise ValueError("not 64 hexadecimal digits")
     except (OSError, ValueError) as error:
         raise FedSieveError(
             f"{path} cannot be read ({error}): it holds what only this run's server knows, and "
             f"the run cannot go on without it: put {own(folder)} back"
         ) from error
+    told = environment_of(folder).get(_SEED_DIGEST)  # older runs have none
+    if told is not None and {_SEED_DIGEST: told} != told_of(seed):
+        raise FedSieveError(
+            f"{path} is not the seed that this run began with: who took part in its rounds would "
+            f"be worked out from another, and epsilon be wrong: put this run's {own(folder)} back"
+        )
+    return int(seed, 16)
 
 
-def _make_secret(folder: Path) -> None:
+def new_secret() -> str:
+    """A seed of what only a run's server may know, as it is written."""
+    return secrets.token_hex(32)
+
+
+def told_of(secret: str) -> dict[str, str]:
+    """What a run's recipe says of its seed, in [environment]: enough to know it again, and nothing
+    by which to find it.
+    """
+    return {_SEED_DIGEST: hashlib.sha256(secret.encode()).hexdigest()}
+
+
+def _keep(secret: str, folder: Path) -> None:
     own(folder).mkdir(mode=0o700)
     opened = os.open(own(folder) / SEED, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(opened, "w", encoding="ascii") as file:
-        file.write(secrets.token_hex(32))
+        file.write(secret)
         file.flush()
         os.fsync(file.fileno())
 
@@ -184,10 +208,13 @@ def _any_of_a_run(folder: Path) -> bool:
     return any(os.path.lexists(folder / name) for name in (*LOGS, CHECKPOINTS))
 
 
-def create(folder: Path, recipe: str, *, overwrite: bool = False, secret: bool = False) -> None:
+def create(
+    folder: Path, recipe: str, *, overwrite: bool = False, secret: str | None = None
+) -> None:
     """Begin a new run in a folder that `lock` holds.
 
-    secret: with a directory for what only its server may know
+    secret: the seed of what only its server may know, which then has a directory of its own. The
+            recipe says which it is (`told_of`)
     Raises FedSieveError if it holds a run already, unless `overwrite`: the old run's files are
     removed, and nothing else.
     """
@@ -201,8 +228,8 @@ def create(folder: Path, recipe: str, *, overwrite: bool = False, secret: bool =
             remove(there)
         else:
             there.unlink(missing_ok=True)
-    if secret:
-        _make_secret(folder)
+    if secret is not None:
+        _keep(secret, folder)
     for name in LOGS:
         write_whole(place(folder, name), b"")
     # Last, and by a rename: a folder with a recipe is a run that can be resumed.

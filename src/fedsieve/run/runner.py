@@ -82,10 +82,13 @@ def start(
     facts = rundir.environment(str(experiment.resident.device))
     if experiment.rows is not None and not deployed(experiment.recipe):
         facts |= {"rows": experiment.rows._asdict()}
+    secret = rundir.new_secret() if deployed(experiment.recipe) else None
+    if secret is not None:
+        facts |= rundir.told_of(secret)
     text = recipes.dump(experiment.recipe, {**facts, "notes": list(experiment.notes)})
     with rundir.lock(folder), rundir.disk_errors(folder):
         recipe = experiment.recipe
-        rundir.create(folder, text, overwrite=overwrite, secret=deployed(recipe))
+        rundir.create(folder, text, overwrite=overwrite, secret=secret)
         experiment = _with_secret(experiment, recipe, folder)
         return _go_on(experiment, recipe, None, folder, show, on_round, on_client)
 

@@ -151,7 +151,11 @@ def _when(run: Standing, folder: Path) -> str:
         return quiet
     if run.left is None:
         return "the first is under way"
-    return f"about {duration(run.left)} left" if run.number < run.recipe.rounds else "ending"
+    if run.number >= run.recipe.rounds:
+        return "ending"
+    if not run.left:
+        return f"nothing new for {duration(run.age)}, longer than its rounds take"
+    return f"about {duration(run.left)} left"
 
 
 def _quiet(run: Standing, folder: Path) -> str | None:

@@ -199,10 +199,13 @@ def prepare(recipe: Recipe, folder: Path, policy: RoundPolicy, listen: ServerAdd
     facts = {**rundir.environment("none"), told.FEDERATION: name}
     if recipe.privacy is not None:
         facts[_SITES] = policy.sites
+    secret = rundir.new_secret() if deployed(recipe) else None
+    if secret is not None:
+        facts |= rundir.told_of(secret)
     with rundir.lock(folder):
         refuse_used(folder)
         text = recipes.dump(recipe, {**facts, "notes": notes} if notes else facts)
-        rundir.create(folder, text, secret=deployed(recipe))
+        rundir.create(folder, text, secret=secret)
         told.write(folder, recipe, name)
         _write_app(folder, policy, listen)
     return commands(folder, listen)

@@ -23,6 +23,7 @@ Nothing is kept in this process: what is on the disk is what counts.
 
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ from fedsieve.disk import bytes_of, remove, tensors_read, write_whole
 
 _DIGEST = 16  # bytes
 _ANSWER = "answer"
+_ENTRY = re.compile(r"round-[0-9]{9}")
 
 
 class _Answered(BaseModel):
@@ -151,19 +153,13 @@ def write(
             remove(path)
 
 
-def forget(folder: Path, after: int) -> None:
-    """Remove what was kept of later rounds. Raises OSError if it cannot be removed."""
-    for path in _files(folder):
-        if path.name > _name(after):
-            remove(path)
-
-
 def _name(number: int) -> str:
     return f"round-{number:09d}"
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("round-*"))
+    """The entries. What is called otherwise, a copy of one for example, is the owner's."""
+    return sorted(path for path in folder.glob("round-*") if _ENTRY.fullmatch(path.name))
 
 
 def _to_bytes(entry: Entry) -> bytes:

@@ -154,13 +154,15 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
 
 
 def _left_behind(folder: Path) -> list[Path]:
-    """What a worker writes under another name first. What else is in the folder is its owner's."""
+    """What a worker writes under another name first. What else is in the folder is its owner's, as
+    is what a link in the place of one of its folders leads to.
+    """
     runs = [run for run in (folder / "runs").glob("*") if _RUN.fullmatch(run.name)]
+    ours = [place for run in runs for place in (run, run / "rounds") if not run.is_symlink()]
     return [
         *folder.glob(f".{TOLD}.part"),
         *_adapters(folder, "part"),
-        *(part for run in runs for part in run.glob(".*.part")),
-        *(part for run in runs for part in run.glob("rounds/.*.part")),
+        *(part for place in ours if not place.is_symlink() for part in place.glob(".*.part")),
     ]
 
 
@@ -311,6 +313,7 @@ class Train(_Asked):
     site: whom it is for
     after: the last round of this site that the server merged: what it kept since then is void, and
         a method that keeps a memory needs that round's. None goes on from what is there
+    lost: the site has said that it has lost that: it goes on from what it has of before, if any
     """
 
     do: Literal["train"]
@@ -318,6 +321,7 @@ class Train(_Asked):
     seed: NonNegativeInt
     round: PositiveInt
     after: NonNegativeInt | None = None
+    lost: bool = False
     site: SiteName | None = None
     budget: BudgetOffer | None = None
 
@@ -326,13 +330,14 @@ class EvaluateRequest(_Asked):
     """Evaluate the adapter in the body, which is that after `round`, or write it to the disk.
 
     site: whom it is for: the answers of two sites are never to the same request
-    after: as in `Train`: what the site has of its own in the adapter is that of this round
+    after, lost: as in `Train`: what the site has of its own in the adapter is that of this round
     """
 
     do: Literal["evaluate", "keep"]
     recipe: Digest
     round: NonNegativeInt
     after: NonNegativeInt | None = None
+    lost: bool = False
     site: SiteName | None = None
 
 
@@ -431,12 +436,12 @@ def _train(resident: Resident, request: Frame) -> Frame:
         key = Key(recipe.seed, number, site.name)
         since = number if asked.after is None else asked.after + 1
         memories = journal.memories(folder, since, whose)
-        if assignment.method.keeps and asked.after is not None:
+        if asked.lost:
+            memories = _anyhow(memories)
+        elif assignment.method.keeps and asked.after is not None:
             try:
                 memories = _from(asked.after, memories)
             except _Lost as error:
-                # Nothing leads there from what was kept later: the site goes on without it.
-                journal.forget(folder, asked.after)
                 if assignment.run in resident.forgotten:
                     why = f"it keeps {RUNS} runs, and others were used since"
                     raise _Lost(f"{error}; {why}") from None
@@ -472,6 +477,12 @@ def _from(after: int, memories: Iterator[tuple[int, Memory]]) -> Iterator[tuple[
     newest = next(memories, None)
     if newest is None or newest[0] != after:
         raise _lost(after)
+    return chain([newest], memories)
+
+
+def _anyhow(memories: Iterator[tuple[int, Memory]]) -> Iterator[tuple[int, Memory]]:
+    """The memories again, and that of a site which never took part where there are none."""
+    newest = next(memories, (0, {}))
     return chain([newest], memories)
 
 
@@ -605,7 +616,11 @@ def _own(
         return personal(adapter, memory)
     if asked.after == 0:
         return personal(adapter, {})
-    entry = journal.find(place, asked.after, _whose(resident, assignment))
+    whose = _whose(resident, assignment)
+    if asked.lost:
+        _, memory = next(journal.memories(place, asked.after + 1, whose), (0, {}))
+        return personal(adapter, memory)
+    entry = journal.find(place, asked.after, whose)
     if entry is None:
         raise _lost(asked.after)
     return personal(adapter, entry.memory)
@@ -686,8 +701,12 @@ def _assignment(resident: Resident, run: str) -> Assignment:
         if hashlib.sha256(text).hexdigest() != run:
             raise _Unknown("the recipe that was stored here is damaged: tell it again")
         _change_assignment(resident, run, text)
-        _refuse_another_base(resident, run)
-        _refuse_other_facts(resident, run)
+        try:
+            _refuse_another_base(resident, run)
+            _refuse_other_facts(resident, run)
+        except BaseException:
+            resident.assignment = None  # or the next request would not be held against them
+            raise
     assert resident.assignment is not None
     return resident.assignment
 
@@ -706,10 +725,9 @@ def _refuse_another_base(resident: Resident, run: str) -> None:
     assert resident.assignment is not None
     try:
         before = bytes_of(_folder(resident, run) / BASE, 1000).decode("ascii", errors="replace")
-    except (FileNotFoundError, NotADirectoryError, NotAFile):
+    except OSError:
         before = ""
     if before != _base(resident.assignment):
-        resident.assignment = None
         raise _Unknown(
             "this site's base model is another than when the recipe was told: tell it again"
         )
@@ -728,10 +746,11 @@ def _refuse_other_facts(resident: Resident, run: str) -> None:
     """
     try:
         before = bytes_of(_folder(resident, run) / SAID, 100).decode("ascii", errors="replace")
-    except (FileNotFoundError, NotADirectoryError, NotAFile):
+    except FileNotFoundError:
         return  # of a version that kept none
+    except OSError:
+        before = ""
     if before != _said(resident):
-        resident.assignment = None
         raise _Unknown(
             "this site's budget, rows or name are others than when the recipe was told: tell it "
             "again"

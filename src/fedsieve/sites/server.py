@@ -397,10 +397,9 @@ class Sites:
         return dict(sorted(answers.items()))
 
     def _after(self, client: Client) -> dict[str, Any]:
-        """What a site is told of its own last round; nothing where it has lost what it kept."""
-        if client.id in self._lost:
-            return {}
-        return {"after": self._merged.get(client.id, 0)}
+        """What a site is told of its own last round, and that it has lost what it kept of it."""
+        after = {"after": self._merged.get(client.id, 0)}
+        return {**after, "lost": True} if client.id in self._lost else after
 
     def _go(
         self, client: Client, kind: str, frame: Frame, seconds: float, transport: int

@@ -69,7 +69,7 @@ def run(plan: Plan, workers: int, show: ShowRound, say: Callable[[str], None]) -
     tuned: dict[str, Tuned] = {}
     outcomes: list[Outcome] = []
     if jobs := trial_jobs(plan):
-        outcomes = run_all(jobs, workers, show, counting(jobs, "trial", say))
+        outcomes = run_all(jobs, workers, show, counting(jobs, "trial", say), say)
         tuned = judge(plan)
         _write_tuning(plan, tuned)
         for name, result in tuned.items():
@@ -78,7 +78,7 @@ def run(plan: Plan, workers: int, show: ShowRound, say: Callable[[str], None]) -
     failed = [o for o in outcomes if o.problem is not None and diverged(o.job) is None]
     chosen = {n: t.trials[t.best].settings for n, t in tuned.items() if t.best is not None}
     jobs = final_jobs(plan, chosen)
-    outcomes = run_all(jobs, workers, show, counting(jobs, "run", say))
+    outcomes = run_all(jobs, workers, show, counting(jobs, "run", say), say)
     failed += [o for o in outcomes if o.problem is not None]
     problems = [f"{o.job.name}: {o.problem}" for o in failed]
     problems += [
@@ -97,10 +97,8 @@ def judge(plan: Plan) -> dict[str, Tuned]:
         trials = []
         for number, settings in enumerate(entry.trials):
             runs = [trial_job(plan, plan.tune, entry, number, seed) for seed in plan.tune.seeds]
-            if any(diverged(job) for job in runs):
-                trials.append(Trial(settings, None))
-            elif all(finished(job) for job in runs):
-                trials.append(Trial(settings, statistics.fmean(score(j.folder) for j in runs)))
+            if any(diverged(job) for job in runs) or all(finished(job) for job in runs):
+                trials.append(Trial(settings, score(runs)))
         if trials and len(trials) == len(entry.trials):
             # A correlation may be below zero and still be the best.
             scores = [-math.inf if trial.score is None else trial.score for trial in trials]
@@ -109,12 +107,19 @@ def judge(plan: Plan) -> dict[str, Tuned]:
     return judged
 
 
-def score(folder: Path) -> float:
-    """What a trial reached: the mean of the leading metric in its last three evaluations after
-    training began.
+def score(jobs: Sequence[Job]) -> float | None:
+    """What a trial reached, in the mean over its runs: the mean of the leading metric in the last
+    three evaluations after training began. None where a run diverged, or a score is no number.
 
-    Raises FedSieveError if the run was never evaluated.
+    Raises FedSieveError if a run was never evaluated.
     """
+    if any(diverged(job) is not None for job in jobs):
+        return None
+    mean = statistics.fmean(_score(job.folder) for job in jobs)
+    return mean if math.isfinite(mean) else None
+
+
+def _score(folder: Path) -> float:
     rows = report.rounds(folder / rundir.METRICS)
     values = [next(iter(r.metrics.values())) for r in rows if r.round > 0 and r.metrics]
     if not values:
@@ -183,7 +188,7 @@ def _result(
     if not groups:
         return Result([], [*plan.notes, *_notes(plan, tuned)], problems, [], {})
     found = report.table(groups, plan.target)
-    notes = [_legend(found[0].target), *plan.notes, *_notes(plan, tuned)]
+    notes = [_legend(found), *plan.notes, *_notes(plan, tuned)]
     rows = [_cells(row) for row in found]
     text = markdown(rows) + "\n" + "".join(f"- {note}\n" for note in notes)
     plain = {
@@ -200,16 +205,24 @@ def _result(
     return Result(rows, notes, problems, written, groups)
 
 
-def _legend(target: report.Target | None) -> str:
+def _legend(rows: Sequence[report.Row]) -> str:
+    target = rows[0].target
     text = "Mean ± standard deviation of the sample, over seeds. "
     if target is None:
         return text + "No run was evaluated."
     which = "as was asked for" if target.given else "the best that every run reached"
-    return text + (
+    text += (
         f"The target is {spoken(target.measure)} {target.value:.4g}, {which}; bytes and "
         "time to it are means over the runs that reached it; a cell says how many, where some did "
         f"not. Time is simulated, for downlinks of {REFERENCE[0].link.downlink:g} Mbit/s."
     )
+    at_once = [r.label for r in rows if r.bytes_to_target and r.bytes_to_target.mean == 0]
+    if at_once:
+        text += (
+            f" It says nothing of {', '.join(at_once)}: round 0 had it, before anything was sent; "
+            "a higher one (--target) does."
+        )
+    return text
 
 
 def _notes(plan: Plan, tuned: Mapping[str, Tuned]) -> list[str]:

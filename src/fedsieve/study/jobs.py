@@ -29,6 +29,7 @@ from fedsieve.engine.loop import Receipt, Round
 from fedsieve.errors import (
     FedSieveError,
     NoUsableUpdate,
+    count,
     of_memory,
     quoted,
     reason,
@@ -206,11 +207,14 @@ def _on(rows: RowsDigest | None) -> Callable[[Recipe], Experiment]:
     return build
 
 
-def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) -> list[Outcome]:
+def run_all(
+    jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd, say: Callable[[str], None]
+) -> list[Outcome]:
     """Run or resume what is not finished, and say for every job, in the order given, how it ended.
 
-    workers: how many run at once. Raises FedSieveError if a directory holds another run (nothing
-    is started then), runner.Stopped after Ctrl-C or SIGTERM, with every run's state kept.
+    workers: how many run at once. say: told that a stop takes a while.
+    Raises FedSieveError if a directory holds another run (nothing is started then), runner.Stopped
+    after Ctrl-C or SIGTERM, with every run's state kept.
     """
     refuse_changed(jobs)
     known: _Known = {}
@@ -240,7 +244,7 @@ def run_all(jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd) ->
                     ended(Outcome(job, _problem(job, _rows_for(job, known), show)))
                     _note_rows(job, known)
             else:
-                _side_by_side(left, known, min(workers, len(left)), show, ended)
+                _side_by_side(left, known, min(workers, len(left)), show, ended, say)
                 for job in left:
                     _note_rows(job, known)
         except (KeyboardInterrupt, runner.Stopped):
@@ -300,6 +304,7 @@ def _side_by_side(
     workers: int,
     show: ShowRound,
     end: ShowEnd,
+    say: Callable[[str], None],
 ) -> None:
     """Give the jobs to worker processes, one thread attending each."""
     waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -362,7 +367,9 @@ def _side_by_side(
     except BaseException:
         closing.set()
         for process in list(processes):
-            process.terminate()  # a run that is under way saves its state first
+            process.terminate()
+        at_work = sum(process.poll() is None for process in processes)
+        say(f"stopping: {count(at_work, 'run')} under way saved first, {PATIENCE} s at the most")
         raise
     finally:
         for process in list(processes):

@@ -15,7 +15,6 @@ was stopped makes the same decisions again from what is there, and goes on.
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -155,7 +154,7 @@ def run(search: Search, workers: int, show: ShowRound, say: Callable[[str], None
     search.folder.mkdir(parents=True, exist_ok=True)
 
     def carry_out(jobs: Sequence[Job], workers: int = workers) -> None:
-        for outcome in run_all(jobs, workers, show, counting(jobs, "run", say)):
+        for outcome in run_all(jobs, workers, show, counting(jobs, "run", say), say):
             if outcome.problem is not None and diverged(outcome.job) is None:
                 raise FedSieveError(f"{outcome.job.name}: {outcome.problem}")
 
@@ -163,14 +162,14 @@ def run(search: Search, workers: int, show: ShowRound, say: Callable[[str], None
         if not rounds:
             return Trial(config, 0, 0, None, (), "diverged in its pilot")
         jobs = _jobs(search, config, rounds)
-        broken = any(diverged(job) is not None for job in jobs)
+        reached = score(jobs)
         return Trial(
             config,
             rounds,
             sum(_sent(job) for job in jobs),
-            None if broken else statistics.fmean(score(job.folder) for job in jobs),
+            reached,
             tuple(job.folder for job in jobs),
-            "diverged" if broken else "",
+            "diverged" if reached is None else "",
         )
 
     first_lost = f"{search.folder}: the first trial diverged: lower the learning rates"

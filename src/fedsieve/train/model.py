@@ -332,8 +332,8 @@ def pick_device(name: str = "auto") -> torch.device:
             float(torch.zeros(1, device=device))  # "meta" holds no numbers
             if device.type == "cpu" and device.index:
                 raise RuntimeError("all cores of a machine are one device, 'cpu'")
-        except (RuntimeError, AssertionError) as error:
-            why = words(error, 200)
+        except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
+            why = words(error, 200)  # some devices are of packages of their own
             raise FedSieveError(f"device {quoted(name)} cannot be used here: {why}") from error
         return device
     if torch.cuda.is_available():
