@@ -113,6 +113,22 @@ def test_a_run_that_is_looked_at_in_between_is_the_same(tiny: Tiny) -> None:
     assert not same(finetune(tiny, clients, seed=1).finish().adapter, whole.adapter)
 
 
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_what_is_done_to_the_adapter_of_a_run_is_not_done_to_the_run(
+    tiny: Tiny, rounds: int
+) -> None:
+    clients = [rows(16, seed=number) for number in range(4)]
+    run, plain = finetune(tiny, clients), finetune(tiny, clients).finish()
+    for _ in range(rounds):
+        next(iter(run))
+    given = run.adapter
+    with torch.no_grad():
+        for tensor in given.tensors.values():
+            tensor.mul_(3)
+    given.tensors.clear()
+    assert same(run.finish().adapter, plain.adapter)
+
+
 def test_threads_that_share_a_run_take_turns(tiny: Tiny) -> None:
     """They trained over one model: other losses each time, and rounds that were there twice."""
     clients = [rows(16, seed=number) for number in range(4)]

@@ -205,6 +205,13 @@ class Run:
 
     @property
     def adapter(self) -> Adapter:
+        made = self._adapter()
+        trees = (made.tensors, made.base)
+        tensors, base = ({name: tensor.clone() for name, tensor in tree.items()} for tree in trees)
+        return made._replace(tensors=tensors, base=base)
+
+    def _adapter(self) -> Adapter:
+        """The server's own, not to be changed: the run would go on from what was made of it."""
         return self._experiment.federation.method.export(self._progress.state)
 
     def save(self, folder: str | Path) -> None:
@@ -240,7 +247,7 @@ class Run:
             with self._alone, _saving(place):
                 try:
                     put_back(part, place)
-                    self._experiment.resident.save(self.adapter, part, known, home=place)
+                    self._experiment.resident.save(self._adapter(), part, known, home=place)
                     _refuse_others(place, part)
                     move_into(part, place)
                 except Exception:
@@ -277,7 +284,7 @@ class Run:
             raise FedSieveError(f"predict: row {missing} has nothing to tell within max_length")
         with self._alone:
             resident = self._experiment.resident
-            return told(resident, self.adapter, examples, precision=reading.precision)
+            return told(resident, self._adapter(), examples, precision=reading.precision)
 
     def score(self, rows: object) -> Score:
         """How well the adapter does on rows as it stands now: `loss`, `metrics` by name (the
@@ -286,7 +293,7 @@ class Run:
         rows: in any form that `finetune` takes
         Raises FedSieveError, naming the row, for rows that are no examples.
         """
-        return self._scored(rows, self.adapter, "score")
+        return self._scored(rows, self._adapter(), "score")
 
     def score_by_client(self, clients: Mapping[Any, object]) -> dict[str, Score]:
         """`score` of each client's rows, by id. Where a method leaves a part of the model with its
@@ -296,7 +303,7 @@ class Run:
         own = experiment.federation.method.personal
         for id, rows in arguments.by_id(clients, "score_by_client").items():
             memory = experiment.memories.get(id)
-            adapter = self.adapter if own is None or not memory else own(self.adapter, memory)
+            adapter = self._adapter() if own is None or not memory else own(self._adapter(), memory)
             found[id] = self._scored(rows, adapter, f"score_by_client: client {id!r}")
         return found
 

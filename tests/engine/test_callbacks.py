@@ -1,6 +1,7 @@
 """Callbacks of the user's: told every round once, and a round is never lost over one."""
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,20 @@ def test_what_is_done_to_a_round_that_was_told_changes_nothing_of_the_run(
 def test_what_cannot_be_called_is_refused(tiny: Tiny, given: Any) -> None:
     with pytest.raises(FedSieveError, match=r"on_round: .* cannot be called"):
         finetune(tiny, clients(), on_round=given)
+
+
+def test_what_would_never_run_is_refused(tiny: Tiny) -> None:
+    """Called, it gives a coroutine or a generator, and nothing of it has been done."""
+
+    async def waits(summary: Round) -> None:
+        print(summary)
+
+    def yields(summary: Round) -> Iterator[Round]:
+        yield summary
+
+    for given in (waits, yields):
+        with pytest.raises(FedSieveError, match=rf"on_round: .*{given.__name__} is `async`, or"):
+            finetune(tiny, clients(), on_round=[given])
 
 
 def test_a_run_on_disk_goes_on_after_a_callback_that_failed_as_if_nothing_had_happened(

@@ -239,8 +239,11 @@ def test_the_server_drops_it_by_name_and_begins_with_it_afresh(build: Any) -> No
     net = Net({i: site(c, method) for i, c in enumerate(members)})
     honest = net.answers[1]
 
+    def lost(request: Frame) -> bool:
+        return request.header.get("lost") is True
+
     def forgetful(request: Frame) -> Any:
-        if request.header["do"] == "train" and request.header.get("after", 0) == 1:
+        if request.header["do"] == "train" and request.header["after"] == 1 and not lost(request):
             return Frame({"ok": False, "error": "it has lost what it kept", "lost_memory": True})
         return honest(request)
 
@@ -248,8 +251,9 @@ def test_the_server_drops_it_by_name_and_begins_with_it_afresh(build: Any) -> No
     _, receipts, _ = run(federation(sites_of(net), method, size=2), 4)
     dropped = {(r.round, r.client): r.dropped for r in receipts if r.dropped}
     assert dropped == {(2, "0001"): "the site says: it has lost what it kept"}
-    after = [h.get("after") for node, h in net.asked if node == 1 and h["do"] == "train"]
-    assert after == [0, 1, None, 3]
+    asked = [h for node, h in net.asked if node == 1 and h["do"] == "train"]
+    assert [h["after"] for h in asked] == [0, 1, 1, 3]
+    assert [h.get("lost") for h in asked] == [None, None, True, None]
 
 
 ODD: dict[str, Callable[[Path], None]] = {

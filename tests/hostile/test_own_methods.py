@@ -2,6 +2,7 @@
 the round, the client and the line.
 """
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -57,8 +58,12 @@ def run(method: Method) -> Tree:
     return toy.after(method, toy.clients([Budget(), Budget()]), 2)[0]
 
 
+PLAIN: dict[str, Any] = {"down": dense, "up": dense}
+PLAIN |= {"down_values": "float64", "up_values": "float64"}
+
+
 def mine_with(server: Optimizer) -> Method:
-    return compose(down=dense, up=dense, server=server, down_values="float64", up_values="float64")
+    return compose(**PLAIN, server=server)
 
 
 def mine() -> Method:
@@ -514,6 +519,37 @@ def test_a_sieve_that_changes_what_it_was_given_is_told(
         run(compose(**given))
     with pytest.raises(ChangedInPlace, match=rf"method 'mine.own': its \w+ \(round 1.*{said}"):
         run(blaming("mine.own", compose(**given)))
+
+
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_a_weighting_that_changes_what_it_was_given_is_told(change: Callable[[Tree], None]) -> None:
+    """What it was given is what is merged."""
+
+    def weights(tree: Tree, layout: Any) -> float:
+        change(tree)
+        return 1.0
+
+    said = "weighting: the function 'weights' changed 'm[^']*' in place"
+    given: dict[str, Any] = {**PLAIN, "weighting": weights}
+    with pytest.raises(ChangedInPlace, match=said):
+        run(compose(**given))
+    with pytest.raises(ChangedInPlace, match=rf"method 'mine.own': its merge .*{said}"):
+        run(blaming("mine.own", compose(**given)))
+
+
+@pytest.mark.parametrize("weight", [-1.0, -1e-9, math.nan, math.inf, None, "1", torch.ones(2)])
+def test_a_weight_that_is_no_weight_is_told(weight: Any) -> None:
+    """A negative one took an update away; two that add up to nothing, all of their mean."""
+    said = "client 0001: weighting: the function '<lambda>' must give a number from 0 up, not "
+    with pytest.raises(FedSieveError, match=said):
+        run(compose(**PLAIN, weighting=lambda *given: weight))
+
+
+@pytest.mark.parametrize("weight", [0, 0.5, True, torch.tensor(3.0)])
+def test_a_weight_may_be_any_number_from_0_up(weight: Any) -> None:
+    same, plain = run(compose(**PLAIN, weighting=lambda *given: weight)), run(compose(**PLAIN))
+    for name in plain:
+        torch.testing.assert_close(same[name], plain[name])
 
 
 @pytest.mark.parametrize("change", ["grad", "dtype", "device"])

@@ -1018,11 +1018,17 @@ def test_the_root_of_the_disk_is_no_run(
     assert "/ is the root of the disk, and no folder of a run" in ran.err
 
 
-def test_room_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
-    for number, todo in ((28, "make room"), (13, "mend that")):
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("number", "todo"), [(28, "make room"), (13, "mend that")])
+def test_room_is_asked_for_where_there_is_none(
+    tmp_path: Path, number: int, todo: str, begun: bool
+) -> None:
+    said = f"Nothing is lost: {todo}, then begin again"
+    if begun:
+        (tmp_path / rundir.RECIPE).touch()
         said = f"are whole: {todo}, then `fedsieve resume"
-        with pytest.raises(FedSieveError, match=said), rundir.disk_errors(tmp_path):
-            raise OSError(number, "why", "file")
+    with pytest.raises(FedSieveError, match=said), rundir.disk_errors(tmp_path):
+        raise OSError(number, "why", "file")
 
 
 @pytest.fixture

@@ -234,6 +234,22 @@ def _sieved(
     return made
 
 
+def _weighed(weighting: Callable[[Tree, Layout], float], change: Tree, own: Layout) -> float:
+    """What an update counts by a function. Raises MethodFailed, naming it, for what is no weight:
+    it may be the user's own.
+    """
+    called = f"weighting: the function {quoted(getattr(weighting, '__name__', weighting))}"
+    with nullcontext() if ours(weighting) else left_intact(change, called):
+        made: Any = weighting(change, own)
+    try:
+        weight = math.nan if isinstance(made, str | bytes) else float(made)
+    except (TypeError, ValueError, RuntimeError):  # of no number, or of several
+        weight = math.nan
+    if not 0 <= weight < math.inf:
+        raise MethodFailed(f"{called} must give a number from 0 up, not {quoted(made)}")
+    return weight
+
+
 def compose(
     *,
     down: Sieve,
@@ -369,7 +385,7 @@ def compose(
             part = payload.tree()
             if callable(weighting):
                 own = own_layout(state.layout, payload.support, rescale)
-                share = weighting(part, own)
+                share = _weighed(weighting, part, own)
             else:
                 share = share_of(client, weighting)
             if weight == 0 < share:

@@ -1,5 +1,6 @@
 """What is told of a run while it goes on: each round to callbacks, each reply to whoever counts."""
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
@@ -44,6 +45,11 @@ def as_list(on_round: OnRound | Iterable[OnRound] | None) -> list[OnRound]:
             raise FedSieveError(
                 "on_round: a function of a round, or a list of such, is needed, and "
                 f"{quoted(callback)} cannot be called"
+            )
+        if inspect.iscoroutinefunction(callback) or inspect.isgeneratorfunction(callback):
+            raise FedSieveError(
+                f"on_round: {_name(callback)} is `async`, or has a `yield`: nothing in it would "
+                "ever run: a plain function is needed"
             )
     return each
 

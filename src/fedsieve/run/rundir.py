@@ -413,10 +413,12 @@ def disk_errors(folder: Path, also: str = "") -> Iterator[None]:
             raise
         if (without := no_temporary(found)) is not None:
             raise FedSieveError(f"{without}, then `{again(folder)}{also}`") from error
+        said = f"{disk.named_by(found) or folder} cannot be written: {found.strerror or error}."
         todo = "make room" if no_room(found) else "mend that"
+        if not (folder / RECIPE).is_file():
+            raise FedSieveError(f"{said} Nothing is lost: {todo}, then begin again") from error
         raise FedSieveError(
-            f"{disk.named_by(found) or folder} cannot be written: {found.strerror or error}. The "
-            f"checkpoints are whole: {todo}, then `{again(folder)}{also}`"
+            f"{said} The checkpoints are whole: {todo}, then `{again(folder)}{also}`"
         ) from error
 
 
