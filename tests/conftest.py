@@ -243,6 +243,14 @@ def whole_with_memories(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
+def pytest_collection_finish() -> None:
+    """What is there by now stays: torch and transformers have 700,000 objects, which would be gone
+    through each time that Python looks for what nobody needs.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def nobody_pulls_the_plug() -> Iterator[None]:
     """What is written need not reach the disk itself, which is most of the time of a small file."""
@@ -277,12 +285,10 @@ def memory_is_worked_out_once() -> Iterator[None]:
 
 
 @pytest.fixture
-def new_objects() -> Iterator[None]:
-    """`gc.get_objects` gives those alone that come after this: torch has 700,000 of its own."""
+def new_objects() -> None:
+    """`gc.get_objects` gives those alone that come after this."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

@@ -440,7 +440,8 @@ def test_a_loss_of_nothing_is_left_out_and_none_is_told(
 @pytest.mark.parametrize(
     "method",
     [
-        *("scaffold", "flora", "fedex_lora"),  # the state names the clients
+        "scaffold",  # whose state names the clients, as that of the next two
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("flora", "fedex_lora")),
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedsa_lora", "ravan")),
     ],
 )

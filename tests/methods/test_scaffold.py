@@ -119,7 +119,7 @@ def fedit(**more: Any) -> Method:
     return fedsieve.fedit(down_values="float64", up_values="float64", **more)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.7])
+@pytest.mark.parametrize("momentum", [pytest.param(0.0, marks=pytest.mark.slow), 0.7])
 def test_it_reaches_the_optimum_that_many_local_steps_miss(momentum: float) -> None:
     training = Training(lr=0.1, momentum=momentum, steps=8)
     plain, _, _ = run(fedit(), 60, training=training)

@@ -366,7 +366,9 @@ def test_a_target_that_one_round_passes_is_refused(tiny: Tiny, tmp_path: Path) -
         start(tiny, tmp_path, privacy={**CLIP, "epsilon": 0.01, "noise_multiplier": 0.5})
 
 
-@pytest.mark.parametrize("more", [{}, {"quantile": 0.5, "count_noise": 4.0}])
+@pytest.mark.parametrize(
+    "more", [pytest.param({}, marks=pytest.mark.slow), {"quantile": 0.5, "count_noise": 4.0}]
+)
 def test_a_resumed_run_has_the_same_noise(
     tiny: Tiny, tmp_path: Path, more: dict[str, float]
 ) -> None:

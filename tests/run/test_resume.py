@@ -152,7 +152,9 @@ def test_a_run_with_another_number_of_rounds_ends_as_one_that_had_it(
 BROKEN = ["before", "between", "after", "the newest lost"]
 
 
-@pytest.mark.parametrize("full", [True, False], ids=["a full disk", "a kill"])
+@pytest.mark.parametrize(
+    "full", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["a full disk", "a kill"]
+)
 @pytest.mark.parametrize("broken", BROKEN)
 def test_more_rounds_that_were_broken_off_accuse_nobody(
     tiny: Tiny,
@@ -361,7 +363,7 @@ def rounds_done(folder: Path) -> int:
     return log.read_bytes().count(b"\n") - 1 if log.exists() else -1
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(
     tiny: Tiny, whole_with_memories: Path, tmp_path: Path, seed: int
 ) -> None:
@@ -790,7 +792,7 @@ def lost_pooler(base: Path) -> None:
 @pytest.mark.parametrize(
     "change", [changed_weight, changed_head, changed_configuration, lost_pooler]
 )
-@pytest.mark.parametrize("method", ["fedit", "full"])
+@pytest.mark.parametrize("method", ["fedit", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_base_that_has_changed_is_refused(
     tiny: Tiny, tmp_path: Path, change: Callable[[Path], None], method: str
 ) -> None:

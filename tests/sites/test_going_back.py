@@ -125,7 +125,7 @@ def flower_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[Transport], list[str
     return by
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_federation_goes_back_before_an_update_that_spoilt_it(
     tiny: Tiny,
     tmp_path: Path,

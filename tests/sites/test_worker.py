@@ -1252,6 +1252,7 @@ except KeyboardInterrupt:
     assert done.stdout == "ended\n"
 
 
+@pytest.mark.slow
 def test_a_worker_in_a_process_of_its_own(tiny: Tiny, tmp_path: Path, command: Command) -> None:
     """Its life: alone on its folder, closed to others, killed in training, on a full disk, ended.
 

@@ -223,7 +223,7 @@ def test_a_trial_that_diverges_has_lost(
 
 @pytest.mark.parametrize(
     ("last", "log"),
-    [("pilot", False), ("seed-0", True)],
+    [pytest.param("pilot", False, marks=pytest.mark.slow), ("seed-0", True)],
     ids=["in its pilot, without a log", "as a run leaves it"],
 )
 def test_a_step_that_is_marked_as_diverged_has_lost(

@@ -69,7 +69,7 @@ def test_the_second_step_is_drawn_back_along_the_first(tiny: Tiny) -> None:
     assert held.loss - free.loss == pytest.approx(term / 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "adamw"])
 def test_the_larger_mu_the_nearer_a_client_stays(tiny: Tiny, optimizer: str) -> None:
     resident = resident_of(tiny, settings=CALM)
     given = some(resident)
@@ -97,6 +97,7 @@ def test_what_it_keeps_is_counted(tiny: Tiny) -> None:
     assert held.memory == plain.memory + 4 * numbers
 
 
+@pytest.mark.slow
 def test_workers_and_a_run_that_is_resumed_have_it_too(tiny: Tiny, tmp_path: Path) -> None:
     given: dict[str, Any] = {"training__steps": 3, "training__proximal": 2.0}
     plain = runs.start(tiny, tmp_path / "plain", training__steps=3)

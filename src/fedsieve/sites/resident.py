@@ -609,17 +609,13 @@ def _own(
     personal = assignment.method.personal
     if personal is None:
         return adapter
-    place = _rounds(resident, assignment.run)
-    if asked.after is None:
-        memories = journal.memories(place, asked.round + 1, _whose(resident, assignment))
-        _, memory = next(memories, (0, {}))
+    place, whose = _rounds(resident, assignment.run), _whose(resident, assignment)
+    if asked.after is None or asked.lost:
+        last = asked.round if asked.after is None else asked.after
+        _, memory = next(journal.memories(place, last + 1, whose), (0, {}))
         return personal(adapter, memory)
     if asked.after == 0:
         return personal(adapter, {})
-    whose = _whose(resident, assignment)
-    if asked.lost:
-        _, memory = next(journal.memories(place, asked.after + 1, whose), (0, {}))
-        return personal(adapter, memory)
     entry = journal.find(place, asked.after, whose)
     if entry is None:
         raise _lost(asked.after)
