@@ -205,7 +205,7 @@ class Run:
 
     @property
     def adapter(self) -> Adapter:
-        """What there is to be saved, as it stands now: a copy, with which may be done what one likes."""
+        """What `save` writes, as it stands now: a copy, and no change of it reaches the run."""
         made = self._adapter()
         trees = (made.tensors, made.base)
         tensors, base = ({name: tensor.clone() for name, tensor in tree.items()} for tree in trees)
