@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from fedsieve.algebra.budget import Budget
+from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.keys import Key
 from fedsieve.frame import Frame
 from fedsieve.methods import fedit, fedsa_lora, flasc
 from fedsieve.sites import resident
+from fedsieve.wire import decode, encode
 from tests import toy
 from tests.conftest import Tiny
 from tests.sites.sites import rate, settled, train
@@ -254,6 +256,42 @@ def test_the_server_drops_it_by_name_and_begins_with_it_afresh(build: Any) -> No
     asked = [h for node, h in net.asked if node == 1 and h["do"] == "train"]
     assert [h["after"] for h in asked] == [0, 1, 1, 3]
     assert [h.get("lost") for h in asked] == [None, None, True, None]
+
+
+@pytest.mark.parametrize("gone", ["the newest", "all"])
+@pytest.mark.parametrize("back", [False, True])
+def test_what_the_server_has_added_up_is_not_made_up_by_what_is_older(
+    tiny: Tiny, tmp_path: Path, gone: str, back: bool
+) -> None:
+    """SCAFFOLD's sum holds the control variate after round 2: with that after round 1, the mean
+    over all sites would be wrong from then on, and nobody was told.
+    """
+    changes: dict[str, Any] = {"method": {"name": "scaffold"}, "training__optimizer": "sgd"}
+    here = Worker(tiny, tmp_path, **changes, server={"optimizer": "sgd"}, budgets=None)
+    method, start = here.assignment.method, here.assignment.start
+    state, client = method.init(start), Client("north", 24)
+
+    def message(number: int) -> bytes:
+        key = Key(0, number, "north")
+        return encode(method.publish(method.plan(state, key), client, key))
+
+    for number in (1, 2):
+        sent = message(number)
+        answer = here.ask(train(here.text, number, sent, after=number - 1))
+        update = decode(answer.body, start.layout, decode(sent, start.layout).support)
+        state = method.merge(state, [(client, update)], Key(0, number))
+    kept = sorted(here.rounds.iterdir())[-1 if gone == "the newest" else 0 :]
+    for path in kept:
+        path.rename(tmp_path / path.name)
+    lost = here.ask(train(here.text, 3, message(3), after=2)).header
+    assert lost["lost_memory"] is True
+    if back:
+        for path in kept:
+            (tmp_path / path.name).rename(path)
+    answer = here.ask(train(here.text, 3, message(3), after=2, lost=True))
+    assert answer.header["ok"] is back
+    if not back:
+        assert "control variate that this client has not kept" in answer.header["error"]
 
 
 ODD: dict[str, Callable[[Path], None]] = {

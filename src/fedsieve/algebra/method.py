@@ -147,6 +147,8 @@ class Method(NamedTuple):
     clip:     that limit in a state, on the L2 norm of one client's decoded update
     private:  where the noise comes from that hides single clients; None where nothing does
     keeps:    clients keep something from round to round that came from their rows
+    counts:   the server has added up what they keep: of a client, nothing older than what it kept
+              when its update was last merged will do
     misfit:   an update, the support that its client was sent, the client, the round's key -> how
               the update differs from what was asked, or None: what `merge` may count on
     trained_by: the same method, where it has to know how clients train: (a round's number -> their
@@ -168,6 +170,7 @@ class Method(NamedTuple):
     clip: Callable[[State], float] = unlimited
     private: Source | None = None
     keeps: bool = False
+    counts: bool = False
     misfit: Callable[[Payload, Support, Client, Key], str | None] = anything_fits
     trained_by: "Callable[[Callable[[int], Training]], Method] | None" = None
 

@@ -146,6 +146,7 @@ def _method(
         merge=merge,
         linear=False,
         keeps=True,
+        counts=True,
         trained_by=trained_by,
     )
 

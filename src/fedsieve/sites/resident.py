@@ -437,7 +437,10 @@ def _train(resident: Resident, request: Frame) -> Frame:
         since = number if asked.after is None else asked.after + 1
         memories = journal.memories(folder, since, whose)
         if asked.lost:
-            memories = _anyhow(memories)
+            newest = next(memories, (0, {}))
+            if assignment.method.counts and newest[0] != asked.after:
+                newest, memories = (0, {}), iter(())
+            memories = chain([newest], memories)
         elif assignment.method.keeps and asked.after is not None:
             try:
                 memories = _from(asked.after, memories)
@@ -477,12 +480,6 @@ def _from(after: int, memories: Iterator[tuple[int, Memory]]) -> Iterator[tuple[
     newest = next(memories, None)
     if newest is None or newest[0] != after:
         raise _lost(after)
-    return chain([newest], memories)
-
-
-def _anyhow(memories: Iterator[tuple[int, Memory]]) -> Iterator[tuple[int, Memory]]:
-    """The memories again, and that of a site which never took part where there are none."""
-    newest = next(memories, (0, {}))
     return chain([newest], memories)
 
 
