@@ -265,8 +265,78 @@ def test_a_saved_folder_that_names_a_file_twice_is_refused(tmp_path: Path, times
 def test_a_saved_folder_that_names_no_file_is_refused(tmp_path: Path) -> None:
     Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
     (tmp_path / "set" / "state.json").write_text('{"_data_files": []}', encoding="utf-8")
-    with pytest.raises(FedSieveError, match=r"state.json: it names 'None', which is no file"):
+    with pytest.raises(FedSieveError, match=r"state.json: it names no file of rows"):
         load(tmp_path / "set")
+
+
+def test_a_selection_of_old_is_not_taken_for_all_rows(tmp_path: Path) -> None:
+    """`datasets` 1 noted beside the rows which of them count, and no version since looks there."""
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    state = tmp_path / "set" / "state.json"
+    told = json.loads(state.read_text(encoding="utf-8"))
+    for noted, refused in (([], False), (None, False), ([{"filename": "indices.arrow"}], True)):
+        state.write_text(json.dumps({**told, "_indices_data_files": noted}), encoding="utf-8")
+        if not refused:
+            assert load(tmp_path / "set").to_list() == ROWS
+            continue
+        with pytest.raises(FedSieveError, match=r"which of its rows count.*flatten_indices"):
+            load(tmp_path / "set")
+
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a link to nothing": lambda path: path.symlink_to("../annex/objects/SHA256"),
+    "a link in circles": lambda path: path.symlink_to(path.name),
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": lambda path: os.mkfifo(path),
+}
+
+
+@pytest.mark.parametrize("what", NO_FILES)
+@pytest.mark.parametrize("name", ["b.csv", "b.csv.gz", "b.jsonl", "B.PARQUET"])
+def test_a_folder_with_what_is_called_like_rows_and_is_no_file_is_refused(
+    tmp_path: Path, what: str, name: str
+) -> None:
+    """What is not fetched yet, for example: its rows were missed by nobody."""
+    (tmp_path / "a.csv").write_text(CSV, encoding="utf-8")
+    rows = load(tmp_path).to_list()
+    NO_FILES[what](tmp_path / name)
+    with pytest.raises(FedSieveError, match=rf"{name} is (a link that leads nowhere|no file): "):
+        load(tmp_path)
+    (tmp_path / name).rename(tmp_path / f".{name}")
+    assert load(tmp_path).to_list() == rows
+
+
+def arrow(rows: int, *, legacy: bool = False) -> bytes:
+    """A stream of so many rows, ten a part."""
+    table = pa.table({"text": [f"row {number}" for number in range(rows)]})
+    out = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(use_legacy_format=legacy)
+    with pa.ipc.new_stream(out, table.schema, options=options) as stream:
+        stream.write_table(table, max_chunksize=10)
+    return bytes(out.getvalue())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_saved_file_ends_where_its_rows_do(tmp_path: Path, legacy: bool) -> None:
+    """Also in the form of before Arrow 0.15, whose end is a number of four bytes."""
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "set")
+    (file,) = (tmp_path / "set").glob("*.arrow")
+    whole, mark = arrow(30, legacy=legacy), 4 if legacy else 8
+    file.write_bytes(whole)
+    assert len(load(tmp_path / "set")) == 30
+    for spoilt, said in {
+        whole[:-mark]: "is cut off: it has no end",
+        whole + whole: "goes on behind its end",
+        whole + b"\0": "goes on behind its end",
+        whole + bytes(64) + whole[-mark:]: "goes on behind its end",
+    }.items():
+        file.write_bytes(spoilt)
+        with pytest.raises(FedSieveError, match=f"{file.name} {said}"):
+            load(tmp_path / "set")
+    for count in range(1, len(whole), 13):  # wherever it is cut, somebody says so
+        file.write_bytes(whole[:count])
+        with pytest.raises(FedSieveError, match=r"cut off|damaged"):
+            load(tmp_path / "set")
 
 
 def test_rows_of_a_saved_folder_that_lead_nowhere_are_refused(tmp_path: Path) -> None:

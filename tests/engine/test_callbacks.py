@@ -1,8 +1,8 @@
 """Callbacks of the user's: told every round once, and a round is never lost over one."""
 
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import AsyncIterator, Iterator
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +102,42 @@ def test_what_cannot_be_called_is_refused(tiny: Tiny, given: Any) -> None:
         finetune(tiny, clients(), on_round=given)
 
 
-def test_what_would_never_run_is_refused(tiny: Tiny) -> None:
-    """Called, it gives a coroutine or a generator, and nothing of it has been done."""
+async def waits(summary: Round) -> None:
+    print(summary)
 
-    async def waits(summary: Round) -> None:
+
+def yields(summary: Round) -> Iterator[Round]:
+    yield summary
+
+
+async def does_both(summary: Round) -> AsyncIterator[Round]:
+    yield summary
+
+
+class Waits:
+    async def __call__(self, summary: Round) -> None:
         print(summary)
 
-    def yields(summary: Round) -> Iterator[Round]:
+
+class Yields:
+    def __call__(self, summary: Round) -> Iterator[Round]:
         yield summary
 
-    for given in (waits, yields):
-        with pytest.raises(FedSieveError, match=rf"on_round: .*{given.__name__} is `async`, or"):
-            finetune(tiny, clients(), on_round=[given])
+
+@wraps(waits)
+def wrapped(summary: Round) -> object:
+    return waits(summary)
+
+
+NEVER = [waits, yields, does_both, Waits(), Yields(), wrapped, partial(waits), partial(Waits())]
+
+
+@pytest.mark.parametrize("given", NEVER)
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+def test_what_would_never_run_is_refused(tiny: Tiny, given: Any) -> None:
+    """Called, it gives a coroutine or a generator, and nothing of it has been done."""
+    with pytest.raises(FedSieveError, match=r"\w+ failed after round [01]: .*it is `async`"):
+        finetune(tiny, clients(), on_round=[given]).finish()
 
 
 def test_a_run_on_disk_goes_on_after_a_callback_that_failed_as_if_nothing_had_happened(

@@ -537,16 +537,20 @@ def test_a_weighting_that_changes_what_it_was_given_is_told(change: Callable[[Tr
         run(blaming("mine.own", compose(**given)))
 
 
-@pytest.mark.parametrize("weight", [-1.0, -1e-9, math.nan, math.inf, None, "1", torch.ones(2)])
+NO_WEIGHTS = [-1.0, -1e-9, math.nan, math.inf, None, "1", torch.ones(2), 10**400]
+NO_WEIGHTS += [1e40, 3e38, 2e12, 1e-13, 1e-45, 5e-324]  # in float32 their sums, or shares, are none
+
+
+@pytest.mark.parametrize("weight", NO_WEIGHTS)
 def test_a_weight_that_is_no_weight_is_told(weight: Any) -> None:
     """A negative one took an update away; two that add up to nothing, all of their mean."""
-    said = "client 0001: weighting: the function '<lambda>' must give a number from 0 up, not "
+    said = "client 0001: weighting: the function '<lambda>' must give 0, or a number from 1e-12 to "
     with pytest.raises(FedSieveError, match=said):
         run(compose(**PLAIN, weighting=lambda *given: weight))
 
 
-@pytest.mark.parametrize("weight", [0, 0.5, True, torch.tensor(3.0)])
-def test_a_weight_may_be_any_number_from_0_up(weight: Any) -> None:
+@pytest.mark.parametrize("weight", [0, 0.5, True, torch.tensor(3.0), 1e12, 1e-12])
+def test_of_weights_that_are_alike_the_ratio_alone_counts(weight: Any) -> None:
     same, plain = run(compose(**PLAIN, weighting=lambda *given: weight)), run(compose(**PLAIN))
     for name in plain:
         torch.testing.assert_close(same[name], plain[name])

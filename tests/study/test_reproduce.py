@@ -552,6 +552,33 @@ def test_a_metric_that_nothing_tells_is_named_and_no_verdict(
     assert told["verdict"] == "not measured"
 
 
+SPOILT = [("clients.jsonl", "[1]\n{\n"), ("clients.jsonl", None), ("details.json", "[1")]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_neighbour_that_is_damaged_is_run_anew(
+    write: Write, tmp_path: Path, command: Command
+) -> None:
+    """Copied, it would have failed the figure at every call."""
+    path = write(seeds=[0], entry=[{"name": "a"}])
+    papers = tmp_path / "papers"
+    assert command("reproduce", path, "--out", papers / "one").code == 0
+    whole = json.loads((papers / "one" / "figure.json").read_text())["values"]
+    (run,) = papers.glob("one/*/*/seed-0")
+    for name, text in SPOILT:
+        kept = (run / name).read_bytes()
+        (run / name).unlink()
+        if text is not None:
+            (run / name).write_text(text, encoding="utf-8")
+        ran = command("reproduce", path, "--out", papers / "two")
+        assert ran.code == 0, (name, text, ran.err)
+        assert json.loads((papers / "two" / "figure.json").read_text())["values"] == whole
+        shutil.rmtree(papers / "two")
+        (run / name).write_bytes(kept)
+    ran = command("reproduce", path, "--out", papers / "two")
+    assert "1 of them done already" in ran.out
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_a_neighbour_that_is_too_deep_to_be_copied_is_run_anew(
     write: Write, tmp_path: Path, command: Command

@@ -237,6 +237,10 @@ def _sieved(
     return made
 
 
+# Of a weight: sums of float32 hold such a one times any number that may come, and its inverse.
+_HEAVIEST = 1e12
+
+
 def _weighed(weighting: Callable[[Tree, Layout], float], change: Tree, own: Layout) -> float:
     """What an update counts by a function. Raises MethodFailed, naming it, for what is no weight:
     it may be the user's own.
@@ -246,10 +250,13 @@ def _weighed(weighting: Callable[[Tree, Layout], float], change: Tree, own: Layo
         made: Any = weighting(change, own)
     try:
         weight = math.nan if isinstance(made, str | bytes) else float(made)
-    except (TypeError, ValueError, RuntimeError):  # of no number, or of several
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of none, several, too large
         weight = math.nan
-    if not 0 <= weight < math.inf:
-        raise MethodFailed(f"{called} must give a number from 0 up, not {quoted(made)}")
+    if weight != 0 and not 1 / _HEAVIEST <= weight <= _HEAVIEST:
+        raise MethodFailed(
+            f"{called} must give 0, or a number from {1 / _HEAVIEST:g} to {_HEAVIEST:g} (their "
+            f"ratios alone count), not {quoted(made)}"
+        )
     return weight
 
 

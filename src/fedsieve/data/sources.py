@@ -268,11 +268,22 @@ def _folder(folder: Path, how: _Reading) -> Dataset:
 
 
 def _data_files(folder: Path) -> list[Path]:
-    return [
+    """Raises FedSieveError for one that is called like a file of rows, and is none: what is passed
+    over in silence are rows that are missed by nobody.
+    """
+    found = [
         path
         for path in sorted(folder.iterdir())
-        if path.is_file() and extension_of(path) in EXTENSIONS and not path.name.startswith(".")
+        if extension_of(path) in EXTENSIONS and not path.name.startswith(".")
     ]
+    for path in found:
+        if not path.is_file():
+            gone = path.is_symlink() and not path.exists()
+            what = "a link that leads nowhere" if gone else "no file"
+            raise FedSieveError(
+                f"{path} is {what}: fetch what belongs there, or take it out of the folder"
+            )
+    return found
 
 
 def _is_saved(folder: Path) -> bool:
@@ -309,9 +320,16 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
         if not state.exists():
             continue
         told = parsed(bytes_of(state, _NOTED), str(state)) if state.is_file() else {}
-        listed = told.get("_data_files")
-        seen: set[str] = set()
-        for each in listed if isinstance(listed, list) and listed else [None]:
+        listed, seen = told.get("_data_files"), set[str]()
+        if told.get("_indices_data_files"):
+            raise FedSieveError(
+                f"{state}: another file says which of its rows count, as `datasets` 1 wrote it "
+                "after a selection, and no version since reads that: load it with the version that "
+                "wrote it, and save what `flatten_indices()` gives"
+            )
+        if listed == []:
+            raise FedSieveError(f"{state}: it names no file of rows, so that there are none")
+        for each in listed if isinstance(listed, list) else [None]:
             name = each.get("filename") if isinstance(each, dict) else None
             inside = isinstance(name, str) and Path(name).name == name
             if not inside or not (state.parent / str(name)).is_file():
@@ -332,17 +350,25 @@ def _saved(folder: Path) -> Dataset | DatasetDict:
 
 
 def _refuse_cut(path: Path) -> None:
-    """Raises FedSieveError for a file of rows that was cut off where one of its parts ends: Arrow
-    takes it for a whole one of fewer rows.
+    """Raises FedSieveError for a file of rows that ends elsewhere than its rows: what was cut off
+    between two parts, or joined of several, Arrow takes for a whole one of fewer rows.
     """
-    part = b"\xff\xff\xff\xff"  # begins each part of a stream, by Arrow's format
-    end = part + bytes(4)  # one of no length
-    with path.open("rb") as file:
-        first = file.read(len(part))
-        file.seek(max(0, path.stat().st_size - len(end)))
-        last = file.read()
-    if first == part and last != end:
+    size = path.stat().st_size
+    with pa.memory_map(str(path)) if size else pa.BufferReader(b"") as file:
+        try:
+            parts, at = pa.ipc.MessageReader.open_stream(file), 0
+            for _ in parts:
+                at = file.tell()
+            end = file.tell()
+        except (pa.ArrowException, OSError):
+            return  # who reads the rows says what is wrong
+    if at == end:
         raise FedSieveError(f"{path} is cut off: it has no end. Save or copy the rows again")
+    if end != size:
+        raise FedSieveError(
+            f"{path} goes on behind its end, as files do that were joined: {size - end} bytes "
+            "would be read by nobody. Save or copy the rows again"
+        )
 
 
 def _in_memory(rows: Dataset) -> Dataset:

@@ -1,8 +1,15 @@
 """What is told of a run while it goes on: each round to callbacks, each reply to whoever counts."""
 
-import inspect
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from copy import deepcopy
 from dataclasses import replace
 from typing import NamedTuple
@@ -46,11 +53,6 @@ def as_list(on_round: OnRound | Iterable[OnRound] | None) -> list[OnRound]:
                 "on_round: a function of a round, or a list of such, is needed, and "
                 f"{quoted(callback)} cannot be called"
             )
-        if inspect.iscoroutinefunction(callback) or inspect.isgeneratorfunction(callback):
-            raise FedSieveError(
-                f"on_round: {_name(callback)} is `async`, or has a `yield`: nothing in it would "
-                "ever run: a plain function is needed"
-            )
     return each
 
 
@@ -62,7 +64,9 @@ def tell(callbacks: Sequence[OnRound], summary: Round) -> None:
     first: tuple[OnRound, BaseException] | None = None
     for callback in callbacks:
         try:
-            callback(deepcopy(summary))  # what one does to it is its own affair
+            made = callback(deepcopy(summary))  # what one does to it is its own affair
+            if isinstance(made, Coroutine | Generator | AsyncGenerator):
+                raise TypeError("it is `async`, or has a `yield`, and nothing in it was run")
         except THEIRS as raised:  # `sys.exit(0)` in one would end a run as if it were done
             first = first or (callback, raised)
     if first is not None:

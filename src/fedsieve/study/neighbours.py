@@ -7,9 +7,11 @@ else: a run counts only if it is whole, is of the recipe that is asked for, and 
 import contextlib
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedsieve import report
 from fedsieve.disk import copied, refuse_link
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
@@ -46,8 +48,19 @@ def bring(jobs: Sequence[Job], folder: Path) -> None:
                         rows[asked_rows] = digest_of_rows(job.recipe)
                     if rundir.rows_of(asked.parent) != rows[asked_rows]:
                         continue
+                    _refuse_damaged(asked.parent)
                     _copy_whole(asked.parent, job.folder)
                     break
+
+
+def _refuse_damaged(run: Path) -> None:
+    """Raises FedSieveError for a run of which a figure could not be made, or of a part of it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            report.load(run)
+        except UserWarning as said:
+            raise FedSieveError(str(said)) from None
 
 
 def _only_asked(folder: Path) -> bool:
