@@ -143,6 +143,66 @@ def test_texts_of_a_dictionary_that_lies_deeper_are_counted_as_often_as_they_occ
     assert len(files.read(path, columns=Columns(("text",), ("label",)))) == 40
 
 
+LONG = "w1 " * (3 << 20)  # 9 MiB, which is there once in the file
+WRITTEN_OUT: dict[str, Callable[[int], pa.Array]] = {
+    "texts": lambda rows: pa.array([LONG] * rows),
+    "long texts": lambda rows: pa.array([LONG] * rows, pa.large_string()),
+    "bytes": lambda rows: pa.array([LONG.encode()] * rows),
+    "bytes of one length": lambda rows: pa.array([LONG.encode()] * rows, pa.binary(len(LONG))),
+    "after short ones": lambda rows: pa.array(["a"] * 300 + [LONG] * rows),
+    "after none": lambda rows: pa.array([None] * 300 + [LONG] * rows),
+    "lists": lambda rows: pa.array([[LONG]] * rows),
+    "one list": lambda rows: pa.array([[], [LONG] * rows]),
+    "structs": lambda rows: pa.array([{"a": LONG}] * rows),
+    "maps": lambda rows: pa.array([[("a", LONG)]] * rows, pa.map_(pa.string(), pa.string())),
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN_OUT)
+def test_a_long_text_is_not_written_out_for_each_row_before_it_is_counted(
+    tmp_path: Path, kind: str
+) -> None:
+    """256 rows of it took 256 times its memory before the first of them was counted."""
+    path = tmp_path / "rows.parquet"
+    pq.write_table(
+        pa.table({"text": WRITTEN_OUT[kind](64)}), path, compression="zstd", store_schema=False
+    )
+    assert path.stat().st_size < 40_000
+    before = peak(reset=True)
+    with pytest.raises(FedSieveError, match="unpacks to more than 200 times"):
+        files.read(path)
+    assert peak() - before < 200 * MEGA
+    if kind not in ("bytes of one length", "maps"):  # of which `datasets` knows nothing
+        pq.write_table(pa.table({"text": WRITTEN_OUT[kind](2)}), path, compression="zstd")
+        files.read(path)
+
+
+def test_a_dictionary_counts_as_often_as_its_entries_occur(tmp_path: Path) -> None:
+    """Not once more for each of the parts that are looked at, of which all have it."""
+    path = tmp_path / "rows.parquet"
+    entries = [f"{number} " + "x" * 200_000 for number in range(4)]
+    texts = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2, 3] + [None] * 50_000), entries)
+    pq.write_table(pa.table({"text": texts}), path, compression="zstd")
+    assert len(files.read(path)) == 50_004
+
+
+def test_many_parts_of_short_rows_are_read_256_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, sizes = tmp_path / "rows.parquet", []
+    texts = [f"{number} of many" for number in range(2000)]
+    pq.write_table(pa.table({"text": texts}), path, row_group_size=1000)
+    unpacked = files._unpacked
+
+    def spy(part: pa.RecordBatch) -> int:
+        sizes.append(part.num_rows)
+        return unpacked(part)
+
+    monkeypatch.setattr(files, "_unpacked", spy)
+    assert files.read(path)["text"][:] == texts
+    assert sizes == [1, 256, 256, 256, 232] * 2  # the first of each to see what is in it
+
+
 STRAY = {
     "left open": 'text,label\n"a,b\nc,d\n"e,f\n',
     "to the end": 'text,label\na,b\n"c,d\ne,f\n',

@@ -40,6 +40,7 @@ from fedsieve.errors import FedSieveError, TooWide, nearest, quoted, raise_of_me
 
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
 _TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
+_ROWS = 256  # of a Parquet file, that are looked at together
 _WIDEST = 10_000  # columns of a table of texts
 _ROW = 1 << 24  # bytes of a row of a table of texts
 MOST_LOOKED_AT = 1_000  # where none are named
@@ -440,7 +441,7 @@ def _parquet(path: Path, columns: Columns | None) -> pa.Table:
     chosen = _chosen(path, file.schema_arrow.names, columns)
     _refuse_lies(path, file.metadata)
     # What a file says of its size leaves out how often each entry of a dictionary occurs.
-    parts = file.iter_batches(batch_size=256, columns=chosen or None)
+    parts = _parts(path, file, chosen or None)
     found = 0
 
     def counted(part: pa.RecordBatch) -> int:
@@ -459,6 +460,27 @@ def _parquet(path: Path, columns: Columns | None) -> pa.Table:
             table = table.set_column(place, name, values.cast(values.type.value_type))
         _refuse_other_bytes(path, name, table.column(name))
     return table.select(chosen)  # `read` takes a.b for the column b inside of a, too
+
+
+def _parts(path: Path, file: Any, chosen: list[str] | None) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet file, some at a time.
+
+    In each part of the file the entries of dictionaries are looked at first, and where one is long
+    they are not written out: few bytes say how often it occurs, and 256 times is too often already.
+    """
+    paths = [file.schema.column(number).path for number in range(len(file.schema))]
+    short = pa_parquet.ParquetFile(path, metadata=file.metadata, read_dictionary=paths)
+    for number in range(file.metadata.num_row_groups):
+        told = {"row_groups": [number], "columns": chosen}
+        one = next(short.iter_batches(batch_size=1, **told), None)
+        if one is None:
+            continue
+        rows = max(1, min(_ROWS, _SMALL // max(1, _unpacked(one))))
+        some = next(short.iter_batches(batch_size=rows, **told))  # a first list may be empty
+        entries = [each.dictionary for column in some.columns for each in _dictionaries(column)]
+        longest = max(map(_longest, entries), default=0)
+        source = file if longest * _ROWS <= _SMALL else short
+        yield from source.iter_batches(batch_size=rows, **told)
 
 
 def _refuse_lies(path: Path, told: Any) -> None:
@@ -508,23 +530,44 @@ def _unpacked(part: pa.RecordBatch) -> int:
 
 
 def _of_dictionaries(values: pa.Array) -> int:
-    """Bytes that the entries of dictionaries take where each is written out, at any depth."""
+    """Bytes that the entries of dictionaries take where each is written out, at any depth, beyond
+    those of the dictionaries themselves.
+    """
+    return sum(_written_out(each) - int(each.dictionary.nbytes) for each in _dictionaries(values))
+
+
+def _written_out(values: pa.Array) -> int:
+    entries = values.dictionary
+    if _is_text(entries):
+        lengths = pc.take(pc.binary_length(entries), values.indices)
+        return int(pc.sum(lengths).as_py() or 0)
+    return len(values) * math.ceil(int(entries.nbytes) / max(1, len(entries)))
+
+
+def _longest(entries: pa.Array) -> int:
+    """Bytes of a dictionary's longest entry; 0 for one of no texts."""
+    return int(pc.max(pc.binary_length(entries)).as_py() or 0) if _is_text(entries) else 0
+
+
+def _is_text(values: pa.Array) -> bool:
+    return any(is_a(values.type) for is_a in _TEXTS)
+
+
+def _dictionaries(values: pa.Array) -> Iterator[pa.Array]:
+    """Those in a column, at any depth, with the numbers of their entries."""
     kind = values.type
     if pa.types.is_dictionary(kind):
-        entries, told = values.dictionary, kind.value_type
-        if any(is_a(told) for is_a in _TEXTS):
-            lengths = pc.take(pc.binary_length(entries), values.indices)
-            return int(pc.sum(lengths).as_py() or 0)
-        return len(values) * math.ceil(int(entries.nbytes) / max(1, len(entries)))
-    if isinstance(values, pa.ExtensionArray):
-        return _of_dictionaries(values.storage)
-    if pa.types.is_struct(kind):
-        return sum(map(_of_dictionaries, values.flatten()))
-    if pa.types.is_map(kind):
-        return _of_dictionaries(values.keys) + _of_dictionaries(values.items)
-    if any(is_a(kind) for is_a in _LISTS):
-        return _of_dictionaries(values.flatten())
-    return 0
+        yield values
+    elif isinstance(values, pa.ExtensionArray):
+        yield from _dictionaries(values.storage)
+    elif pa.types.is_struct(kind):
+        for each in values.flatten():
+            yield from _dictionaries(each)
+    elif pa.types.is_map(kind):
+        yield from _dictionaries(values.keys)
+        yield from _dictionaries(values.items)
+    elif any(is_a(kind) for is_a in _LISTS):
+        yield from _dictionaries(values.flatten())
 
 
 def _json(path: Path, columns: Columns | None, field: str | None) -> pa.Table:
