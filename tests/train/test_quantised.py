@@ -3,6 +3,7 @@ trains over it, and that what is saved computes what was trained.
 """
 
 import json
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,13 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 import fedsieve
 from fedsieve import methods
@@ -181,8 +187,6 @@ def test_what_is_trained_whole_stays_in_float(folders: dict[str, Path], form: Qu
 
 def test_what_the_checkpoint_lacks_is_drawn_and_not_quantised(tmp_path: Path) -> None:
     """A masked language model has no pooler: a classifier's is drawn, and so it is trained."""
-    from safetensors.torch import load_file, save_file
-
     folder = small.make("bert", "classification", tmp_path)
     tensors = load_file(folder / "model.safetensors")
     kept = {n: t for n, t in tensors.items() if "pooler" not in n and "classifier" not in n}
@@ -304,6 +308,172 @@ def test_a_base_that_comes_quantised(
     else:
         with pytest.raises(FedSieveError, match=r"pooler.*trained whole.*holds it quantised"):
             resident_of(tmp_path, kind, "none", whole=("pooler",))
+
+
+@pytest.fixture(scope="session")
+def packed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base of each form as others save it: GPT-2 has its weights the other way round."""
+    place = tmp_path_factory.mktemp("packed")
+    gpt2 = small.make("gpt2", "causal-lm", place / "floats")
+    four: dict[str, Any] = {"load_in_4bit": True}
+    forms: dict[str, tuple[Path, dict[str, Any], dict[str, Any]]] = {
+        "nf4": (folders["llama"], {**four, "bnb_4bit_quant_type": "nf4"}, {}),
+        "fp4": (folders["llama"], {**four, "bnb_4bit_quant_type": "fp4"}, {}),
+        "double": (
+            folders["llama"],
+            {**four, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+            {},
+        ),
+        "stored as bfloat16": (
+            folders["llama"],
+            {**four, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"},
+            {},
+        ),
+        "in shards": (
+            folders["llama"],
+            {**four, "bnb_4bit_quant_type": "nf4"},
+            {"max_shard_size": "8KB"},
+        ),
+        "int8": (folders["llama"], {"load_in_8bit": True}, {}),
+        "gpt2 nf4": (gpt2, {**four, "bnb_4bit_quant_type": "nf4"}, {}),
+        "gpt2 int8": (gpt2, {"load_in_8bit": True}, {}),
+    }
+    for name, (folder, how, saving) in forms.items():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=BitsAndBytesConfig(**how), device_map={"": "cpu"}
+        )
+        model.save_pretrained(place / name, **saving)
+    assert len([*(place / "in shards").glob("*.safetensors")]) > 1
+    return {name: place / name for name in forms}
+
+
+PACKED = ("nf4", "fp4", "double", "stored as bfloat16", "in shards", "int8")
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [
+        *((form, dtype) for form in PACKED for dtype in ("float32", "bfloat16")),
+        *((form, "float32") for form in ("gpt2 nf4", "gpt2 int8")),
+    ],
+)
+def test_bases_that_others_packed_load_as_they_are(
+    packed: dict[str, Path], form: str, dtype: Any
+) -> None:
+    base = base_of(packed[form], "llama", "none", dtype=dtype)
+    assert any(True for _ in quantise.layers(base))
+
+
+AT = "model.layers.0.mlp.down_proj"  # (32, 48): 1536 numbers, of which 64 have one scale: 24
+
+
+def says(**changes: Any) -> Any:
+    """What is said beside a packed weight, with changes."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        key = next(name for name in tensors if name.startswith(f"{AT}.weight.quant_state"))
+        told = {**json.loads(bytes(tensors[key].tolist())), **changes}
+        tensors[key] = torch.tensor(list(json.dumps(told).encode()), dtype=torch.uint8)
+
+    return change
+
+
+def has(last: str, change: Any) -> Any:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{AT}.{last}"] = change(tensors[f"{AT}.{last}"]).contiguous()
+
+    return spoil
+
+
+# The form, what is done to it, and the tensor that is named with what is wrong.
+SPOILT: dict[str, tuple[str, Any, str]] = {
+    "no scale": ("nf4", has("weight.absmax", lambda t: t[:0]), r"weight\.absmax.*\(24,\)"),
+    "one scale": ("nf4", has("weight.absmax", lambda t: t[:1]), r"weight\.absmax.*\(24,\)"),
+    "scales of fp4": ("fp4", has("weight.absmax", lambda t: t[:1]), r"weight\.absmax"),
+    "twice the scales": ("nf4", has("weight.absmax", lambda t: t.repeat(2)), r"weight\.absmax"),
+    "scales in a square": ("nf4", has("weight.absmax", lambda t: t[:, None]), r"weight\.absmax"),
+    "whole scales": ("nf4", has("weight.absmax", lambda t: t.to(torch.uint8)), r"weight\.absmax"),
+    "half the block": ("nf4", says(blocksize=32), r"weight\.absmax.*\(48,\)"),
+    "twice the block": ("nf4", says(blocksize=128), r"weight\.absmax.*\(12,\)"),
+    **{
+        f"a block of {size!r}": ("nf4", says(blocksize=size), "down_proj.weight.*blocksize")
+        for size in (0, 1, -64, 65, 2**40, "64", 64.0, None, True)
+    },
+    "turned": ("nf4", says(shape=[48, 32]), r"shape .*its layer has \(32, 48\)"),
+    "turned fp4": ("fp4", says(shape=[48, 32]), r"shape .*its layer has \(32, 48\)"),
+    **{
+        f"a shape of {shape}": ("nf4", says(shape=shape), "down_proj.weight.*shape")
+        for shape in ([1536], [32, 4_800_000], [], None)
+    },
+    "few bits": ("nf4", has("weight", lambda t: t[:16]), "down_proj.weight.*not 16 bytes"),
+    "many bits": ("nf4", has("weight", lambda t: t.repeat(2, 1)), "not 1536 bytes"),
+    "bits in floats": ("nf4", has("weight", lambda t: t.float()), "stored as F32.*uint8"),
+    "bits in other floats": (
+        "stored as bfloat16",
+        has("weight", lambda t: t.float()),
+        "stored as F32.*bfloat16",
+    ),
+    "few values": ("nf4", has("weight.quant_map", lambda t: t[:2]), r"quant_map.*\(16,\)"),
+    "other values": ("nf4", has("weight.quant_map", lambda t: t * 3), "quant_map.*those of nf4"),
+    "another type": ("nf4", says(quant_type="fp4"), "'fp4'.*config.json says 'nf4'"),
+    "a type that is none": ("nf4", says(quant_type="zz"), "'zz'"),
+    "no dtype": ("nf4", says(dtype="__dict__"), "down_proj.weight.*the type"),
+    "a dtype of whole numbers": ("nf4", says(dtype="int8"), "torch.int8"),
+    "double of none": (
+        "nf4",
+        lambda tensors: (
+            says(nested_blocksize=256, nested_offset=1.0, nested_dtype="float32")(tensors),
+            tensors.update({f"{AT}.weight.nested_absmax": torch.ones(1)}),
+            tensors.update({f"{AT}.weight.nested_quant_map": torch.ones(256)}),
+        ),
+        r"weight\.absmax.*uint8",
+    ),
+    "no scale of scales": ("double", has("weight.nested_absmax", lambda t: t[:0]), "nested_absmax"),
+    "few scales of double": ("double", has("weight.absmax", lambda t: t[:3]), r"weight\.absmax"),
+    "few values of scales": ("double", has("weight.nested_quant_map", lambda t: t[:4]), "256"),
+    "no block of scales": ("double", says(nested_blocksize=0), r"weight\.absmax.*blocksize"),
+    "no dtype of scales": ("double", says(nested_dtype="int8"), r"weight\.absmax.*torch\.int8"),
+    "in shards": ("in shards", has("weight.absmax", lambda t: t[:0]), r"weight\.absmax"),
+    "few rows": ("int8", has("SCB", lambda t: t[:1]), r"down_proj\.SCB.*\(32,\)"),
+    "no rows": ("int8", has("SCB", lambda t: t[:0]), r"down_proj\.SCB.*\(32,\)"),
+    "many rows": ("int8", has("SCB", lambda t: t.repeat(2)), r"down_proj\.SCB.*\(32,\)"),
+    "rows of whole numbers": ("int8", has("SCB", lambda t: t.to(torch.int8)), r"down_proj\.SCB"),
+    "no sign": ("int8", has("weight", lambda t: t.view(torch.uint8)), "stored as U8.*int8"),
+    "8 bits in floats": ("int8", has("weight", lambda t: t.float() / 300), "stored as F32.*int8"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_packed_weight_that_does_not_go_with_its_layer_is_named(
+    packed: dict[str, Path], tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes reads as much memory as it is told: it ended processes, or took other numbers
+    in each. So none of it may run before the weight is refused.
+    """
+    form, spoil, said = SPOILT[case]
+    folder = Path(shutil.copytree(packed[form], tmp_path / "base"))
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if f"{AT}.weight" in tensors:
+            spoil(tensors)
+            save_file(tensors, path, {"format": "pt"})
+    monkeypatch.setattr("fedsieve.train.model.settle", None)
+    with pytest.raises(FedSieveError, match=said) as refused:
+        base_of(folder, "llama", "none")
+    assert str(folder) in str(refused.value)
+    assert AT in str(refused.value)
+    assert len(str(refused.value)) < 500 + len(str(folder))
+
+
+def test_a_base_whose_configuration_says_another_form_is_refused(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(packed["nf4"], tmp_path / "base"))
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["bnb_4bit_quant_type"] = "fp4"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FedSieveError, match=r"'nf4', and config\.json says 'fp4'"):
+        base_of(folder, "llama", "none")
 
 
 def test_tokens_are_looked_at_one_by_one(

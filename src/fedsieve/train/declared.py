@@ -97,8 +97,13 @@ def _counted(config: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
 
 def names_held(name: str) -> set[str]:
     """The names of a folder's tensors; none of a model of the hub, or without safetensors."""
+    return {*types_held(name)}
+
+
+def types_held(name: str) -> dict[str, str]:
+    """The types of a folder's tensors, as safetensors calls them (BF16, I8), by name."""
     folder = Path(name)
-    return {held for held, *_ in _tensors(folder)} if folder.is_dir() else set()
+    return {held: kind for held, _, kind in _tensors(folder)} if folder.is_dir() else {}
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, list[int], str]]:
