@@ -371,7 +371,7 @@ def _refuse_four(name: str, at: str, weight: Any, shape: tuple[int, int], form: 
         raise _unfit(name, at, f"it says the type {quoted(state.dtype)}, which no weights have")
     blocks = _blocks(name, at, state, numbers)
     _refuse_other(name, f"{at}.quant_map", state.code, 16, torch.float32)
-    if not torch.allclose(state.code, _values_of(state.quant_type), atol=1e-3):
+    if not torch.allclose(state.code.cpu(), _values_of(state.quant_type), atol=1e-3):
         raise _unfit(name, f"{at}.quant_map", f"its values are not those of {form}")
     scales = torch.uint8 if state.nested else torch.float32
     _refuse_other(name, f"{at}.absmax", state.absmax, blocks, scales)
