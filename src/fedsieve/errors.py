@@ -155,6 +155,14 @@ def with_type(error: BaseException, most: int = 300) -> str:
     return f"{type(error).__name__}: {words(error, most)}".removesuffix(": ")
 
 
+def line_of(error: BaseException) -> str:
+    """Where a function of the user's raised it, for the end of a sentence: the last line of the
+    traceback. To be asked by whoever called that function: a builtin has no line.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+
+
 def traced(error: BaseException) -> str:
     """The traceback of a fault of ours, or of a program of the user's: all of it is needed to mend
     that, but for the middle of words without end.

@@ -17,10 +17,12 @@ from pydantic.fields import FieldInfo
 import fedsieve
 from fedsieve import FedSieveError, methods
 from fedsieve.algebra.budget import Budget
+from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.method import Method, compose
 from fedsieve.algebra.optim import Optimizer, bounded, fading
 from fedsieve.algebra.options import checked
 from fedsieve.algebra.sieve import dense
+from fedsieve.errors import MethodFailed
 from tests import toy
 
 SERVERS: list[Any] = [1e-3, "adam", fedsieve.adam, {"lr": 1}, Optimizer, (1, 2), [], True, object()]
@@ -151,7 +153,7 @@ def test_what_is_built_around_an_optimizer_needs_one(value: Any) -> None:
         with pytest.raises(FedSieveError, match=r"^optimizer is .*; it must be "):
             make(value, 0.5)
     if value is not None:
-        with pytest.raises(FedSieveError, match=r"^server is .*; it must be "):
+        with pytest.raises(FedSieveError, match=r"^compose: server is .*; it must be "):
             compose(down=dense, up=dense, server=value)
 
 
@@ -211,15 +213,93 @@ def one(layout: object) -> tuple[str, ...]:
     [
         ({"up": three}, r"up: a function \(tree, layout, client, key\) is needed: too many"),
         ({"down": three}, r"down: a function \(tree, layout, client, key\) is needed: too many"),
-        ({"up": 7}, "up: a function .* is needed: 7 is not a callable object"),
+        ({"rescale": one}, r"rescale: a function \(rank, kept\) is needed: too many"),
+        ({"weighting": one}, r"weighting: a function \(change, layout\) is needed: too many"),
         ({"trained": one}, r"trained: a function \(layout, round\) is needed: too many"),
         ({"shared": one}, r"shared: a function \(layout, round\) is needed: too many"),
-        ({"knobs": frozenset({"uop"})}, r"knobs: a budget has no 'uop' \(did you mean 'up'"),
     ],
 )
 def test_a_part_that_cannot_be_called_as_one_is_named(given: dict[str, Any], said: str) -> None:
     with pytest.raises(FedSieveError, match=said):
         compose(**{"down": dense, "up": dense, **given})
+
+
+WORD = "'ratio', 'down' or 'up'"
+ODD: dict[str, tuple[list[Any], str]] = {
+    "down": ([7, None, "dense", ()], "a function"),
+    "up": ([7, None, "dense", ()], "a function"),
+    "rescale": ([1.0, None, "r_over_k"], "a function"),
+    "trained": (["m.head.weight", ("m.head.weight",), None, 5], "a function"),
+    "shared": (["m.head.weight", ("m.head.weight",), 5], "a function"),
+    "freeze_absent": (["false", 1, None], "a valid boolean"),
+    "feedback": (["no", 0, None], "a valid boolean"),
+    "returns": (["chnge", 5, None, ["change"]], "'change' or 'values'"),
+    "ranked": (["chang", 5, None], "'values' or 'change'"),
+    "weighting": (["exmples", 5, None, ["examples"]], "'uniform' or 'examples', or a function"),
+    "down_values": (["int9", 8, None], "'float64', 'float32', 'bfloat16' or 'int8'"),
+    "up_values": (["int9", 8, None], "'float64', 'float32', 'bfloat16' or 'int8'"),
+    "trains": (["lor", 5, None], "'lora', 'head' or 'all', or a Cores"),
+    "server": (["sgd", 0.1, fedsieve.sgd], "an optimizer"),
+    "knobs": (["up", ["up"], None], "a valid frozenset"),
+}
+
+
+def test_every_option_of_compose_is_in_the_table() -> None:
+    assert ODD.keys() == inspect.signature(compose).parameters.keys()
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_an_option_of_compose_cannot_be_is_told_by_its_name(name: str) -> None:
+    """Each of these ran as another option does, or ended in a round."""
+    values, needed = ODD[name]
+    for value in values:
+        with pytest.raises(FedSieveError) as caught:
+            compose(**{"down": dense, "up": dense, name: value})
+        assert str(caught.value).startswith(f"compose: {name} is ")
+        assert f"; it must be {needed}" in str(caught.value)
+    for knob in ("uop", 5):
+        with pytest.raises(FedSieveError, match=f"compose: knobs is .*; it must be {WORD}"):
+            compose(down=dense, up=dense, knobs=frozenset({knob}))  # type: ignore[arg-type]
+    with pytest.raises(FedSieveError, match=r"compose: weight: .* \(did you mean 'weighting'\?\)"):
+        compose(down=dense, up=dense, weight="examples")  # type: ignore[call-arg]
+
+
+def test_what_an_option_of_compose_can_be_is_taken() -> None:
+    given: dict[str, Any] = {"trains": Cores(2, gains=True), "knobs": frozenset({"up", "down"})}
+    method = compose(**{"down": dense, "up": dense, "feedback": np.True_, **given})
+    assert (method.trains, method.knobs) == (given["trains"], given["knobs"])
+    assert method.keeps is True
+
+
+@pytest.mark.parametrize(
+    ("gives", "said"),
+    [
+        (("m.haed.weight",), r"not 'm.haed.weight' \(did you mean 'm.head.weight'"),
+        (["m.head.weight", 5], "not 5"),
+        ("m.head.weight", "in a tuple, not 'm.head.weight'"),
+        (None, "in a tuple, not None"),
+    ],
+)
+@pytest.mark.parametrize("part", ["trained", "shared"])
+def test_what_is_no_tensor_of_the_model_is_told(part: str, gives: Any, said: str) -> None:
+    """It was an index that is out of range, in the local training."""
+
+    def heads(layout: object, round: int) -> Any:
+        return gives
+
+    given: dict[str, Any] = {"down_values": "float64", "up_values": "float64", part: heads}
+    method = compose(down=dense, up=dense, **given)
+    named = f"{part}: the function 'heads' must give names of the model's tensors"
+    with pytest.raises(MethodFailed, match=f"{named}.* {said}"):
+        toy.after(method, toy.clients([Budget()] * 2), 1)
+
+
+@pytest.mark.parametrize("gives", [None, "1", math.nan, math.inf, True, 10**400])
+def test_a_factor_that_is_no_number_is_told(gives: Any) -> None:
+    method = compose(down=dense, up=dense, rescale=lambda rank, kept: gives)
+    said = "rescale: the function '<lambda>' must give a finite number, not "
+    with pytest.raises(MethodFailed, match=said):
+        toy.after(method, toy.clients([Budget()] * 2), 1)
 
 
 def test_a_method_that_trains_no_tensor_says_so() -> None:

@@ -9,8 +9,7 @@ single functions of the result.
 
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -24,11 +23,11 @@ from fedsieve.algebra.optim import (
     Optimizer,
     clip_of,
     limits,
-    optimizer_given,
     sgd,
     slots_of,
     stepped,
 )
+from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload, rounded
 from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
 from fedsieve.algebra.support import (
@@ -43,14 +42,18 @@ from fedsieve.algebra.support import (
     top_k,
 )
 from fedsieve.errors import (
+    THEIRS,
     FedSieveError,
     MethodFailed,
     NoUsableUpdate,
     cannot_take,
+    line_of,
     nearest,
     quoted,
+    raise_of_memory,
+    with_type,
 )
-from fedsieve.settings import Source, Training
+from fedsieve.settings import Source, Training, as_float, is_number
 
 Memory = dict[str, Tree]  # what a client keeps between its rounds; {} for most methods
 Weighting = Literal["uniform", "examples"]
@@ -212,6 +215,29 @@ def refuse_unknown_knobs(knobs: frozenset[Any]) -> None:
         raise FedSieveError(f"knobs: a budget has no {knob!r}{nearest(knob, known)}")
 
 
+def _called(name: str, kind: str, function: Callable[..., object]) -> str:
+    """A part of a method in words: what `compose` calls it, what it is, and its own name."""
+    return f"{name}: the {kind} {quoted(getattr(function, '__name__', function))}"
+
+
+def _asked(called: str, function: Callable[..., Any], *given: Any) -> Any:
+    """What a part of a method gives. Raises MethodFailed, with the line, where one of the user's
+    own fails: whoever goes through a method's functions sees this part alone, if at all.
+
+    called: who it is, with which the message begins
+    """
+    if ours(function):
+        return function(*given)
+    with left_intact(given, called):
+        try:
+            return function(*given)
+        except FedSieveError:
+            raise
+        except THEIRS as error:
+            raise_of_memory(error)
+            raise MethodFailed(f"{called} fails: {with_type(error)}{line_of(error)}") from error
+
+
 def _sieved(
     name: str, sieve: Sieve, tree: Tree, layout: Layout, client: Client, key: Key
 ) -> Passed:
@@ -220,9 +246,8 @@ def _sieved(
 
     name: what `compose` calls it
     """
-    called = f"{name}: the sieve {quoted(getattr(sieve, '__name__', sieve))}"
-    with nullcontext() if ours(sieve) else left_intact(tree, called):
-        made: Any = sieve(tree, layout, client, key)
+    called = _called(name, "sieve", sieve)
+    made = _asked(called, sieve, tree, layout, client, key)
     said = f"{called} must give"
     if not isinstance(made, Passed) or not isinstance(made.support, Support):
         raise MethodFailed(f"{said} a Passed of a Support, not {quoted(made)}")
@@ -245,9 +270,8 @@ def _weighed(weighting: Callable[[Tree, Layout], float], change: Tree, own: Layo
     """What an update counts by a function. Raises MethodFailed, naming it, for what is no weight:
     it may be the user's own.
     """
-    called = f"weighting: the function {quoted(getattr(weighting, '__name__', weighting))}"
-    with nullcontext() if ours(weighting) else left_intact(change, called):
-        made: Any = weighting(change, own)
+    called = _called("weighting", "function", weighting)
+    made = _asked(called, weighting, change, own)
     try:
         weight = math.nan if isinstance(made, str | bytes) else float(made)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # of none, several, too large
@@ -260,6 +284,34 @@ def _weighed(weighting: Callable[[Tree, Layout], float], change: Tree, own: Layo
     return weight
 
 
+def _chosen(name: str, choice: Choice, layout: Layout, number: int) -> tuple[str, ...]:
+    """The tensors that a choice names in a round. Raises MethodFailed, naming it, for what are
+    none of this model's: it may be the user's own.
+    """
+    called = _called(name, "function", choice)
+    made = _asked(called, choice, layout, number)
+    if ours(choice):
+        return cast(tuple[str, ...], made)
+    said = f"{called} must give names of the model's tensors"
+    if not isinstance(made, tuple | list | set | frozenset):
+        raise MethodFailed(f"{said} in a tuple, not {quoted(made)}")
+    for each in made:
+        if not isinstance(each, str) or each not in layout.shapes:
+            near = nearest(each, layout.names) if isinstance(each, str) else ""
+            raise MethodFailed(f"{said}, not {quoted(each)}{near}")
+    return tuple(made)
+
+
+def _rescaled(rescale: Callable[[int, int], float], rank: int, kept: int) -> float:
+    """The factor on a scale. Raises MethodFailed, naming the function, for what is no factor."""
+    called = _called("rescale", "function", rescale)
+    made = _asked(called, rescale, rank, kept)
+    if not is_number(made) or not math.isfinite(as_float(made)):
+        raise MethodFailed(f"{called} must give a finite number, not {quoted(made)}")
+    return cast(float, made)
+
+
+@checked
 def compose(
     *,
     down: Sieve,
@@ -297,17 +349,20 @@ def compose(
     ranked:    what `down` sees and what travels down: the values, or their change since the start
                (`since_start`)
 
-    Raises FedSieveError for a part that cannot be called as one is, and for an unknown knob;
-    Unbounded for a server that clips updates where that bounds nothing: one client moves the
-    mean by at most clip / n if the mean is of changes, all counting alike, and else by anything.
+    Raises FedSieveError, by its name, for a part that is not what its annotation says, and for one
+    that cannot be called as one is; Unbounded for a server that clips updates where that bounds
+    nothing: one client moves the mean by at most clip / n if the mean is of changes, all counting
+    alike, and else by anything.
     """
     for name, sieve in (("down", down), ("up", up)):
         _refuse_odd(name, sieve, "tree", "layout", "client", "key")
     for name, choice in (("trained", trained), ("shared", shared or trained)):
         _refuse_odd(name, choice, "layout", "round")
-    refuse_unknown_knobs(knobs)
+    _refuse_odd("rescale", rescale, "rank", "kept")
+    if callable(weighting):
+        _refuse_odd("weighting", weighting, "change", "layout")
     down = nonzero(down) if ranked == "change" else down
-    optimizer = sgd() if server is None else optimizer_given("server", server)
+    optimizer = sgd() if server is None else server
     shared = shared or trained
     linear = returns == "change" and weighting == "uniform"
     if limits(optimizer) and not linear:
@@ -329,7 +384,7 @@ def compose(
         layout, support = payload.layout, payload.support
         own = own_layout(layout, support, rescale)
         tensors = {**held(context.start, support), **payload.tree()}
-        moves = Support(trained(layout, context.key.round), None, {})
+        moves = Support(_chosen("trained", trained, layout, context.key.round), None, {})
         if not moves.names:
             raise FedSieveError(
                 "method: what it trains (`trained`) names no tensor of this model in round "
@@ -345,7 +400,8 @@ def compose(
         view: View, trained: Tree, memory: Memory, context: ClientContext
     ) -> tuple[Payload, Memory]:
         start, moves = view.adapter.tensors, view.moves
-        names = [n for n in shared(view.layout, context.key.round) if n in moves.names]
+        among = _chosen("shared", shared, view.layout, context.key.round)
+        names = [n for n in among if n in moves.names]
         if returns == "values":
             result = {n: trained[n] for n in names}
         else:
@@ -371,9 +427,8 @@ def compose(
         # Of a change whose entries are all alike `up` lets pass as many as it ever does: a sieve of
         # the largest its share of them, one with a threshold all.
         own = own_layout(update.layout, sent, rescale)
-        names = [
-            n for n in shared(update.layout, key.round) if not freeze_absent or n in sent.names
-        ]
+        among = _chosen("shared", shared, update.layout, key.round)
+        names = [n for n in among if not freeze_absent or n in sent.names]
         change = {n: torch.ones(()).expand(own.shapes[n]) for n in names}
         asked = up(change, own, client, key).support._replace(ranks=sent.ranks)
         exactly = freeze_absent and not asked.masks
@@ -387,7 +442,7 @@ def compose(
 
     def merge(state: State, updates: Iterable[tuple[Client, Payload]], key: Key) -> State:
         params = state.trees["adapter"]
-        names = shared(state.layout, key.round)
+        names = _chosen("shared", shared, state.layout, key.round)
         total = {n: torch.zeros_like(p) for n, p in params.items()}
         most = clip(state)
         weight, merged, inside = 0.0, 0, 0
@@ -562,7 +617,7 @@ def evaluated_at(method: Method, density: float, head: Literal["sieved", "whole"
 def own_layout(layout: Layout, support: Support, rescale: Callable[[int, int], float]) -> Layout:
     """The layout of a client that holds these ranks, with its own scale."""
     kept = layout.rank if support.ranks is None else support.ranks.shape[1]
-    scale = layout.scale * (rescale(layout.rank, kept) if kept else 1.0)
+    scale = layout.scale * (_rescaled(rescale, layout.rank, kept) if kept else 1.0)
     return narrowed(layout, support.ranks, scale)
 
 

@@ -25,11 +25,12 @@ Built = TypeVar("Built")
 def checked(build: Callable[P, Built]) -> Callable[P, Built]:
     """The same function of options, each of which is checked before it is called.
 
-    build: takes its options by name; its file's name is the method's
+    build: takes its options by name. One that is called `method` has its file's name
     The one that is given back raises FedSieveError, naming method and option, for a name that
     `build` has not, and for a value that the option's annotation does not allow.
     """
-    place = f"method {build.__module__.rpartition('.')[2]}"
+    called, file = build.__name__, build.__module__.rpartition(".")[2]
+    place = f"method {file}" if called == "method" else called
 
     @cache
     def known() -> dict[str, Any]:  # not yet when the file is read: it may name what comes later
@@ -75,12 +76,25 @@ def value_of(kind: Any, value: Any, *, strict: bool) -> Any:
     try:
         found = TypeAdapter(kind).validate_python(value, strict=strict)
     except ValidationError as error:
-        raise ValueError(error.errors()[0]["msg"]) from None
+        raise ValueError(_needed(error)) from None
     if isinstance(found, float) and not isfinite(found):
         raise ValueError("Input should be a finite number")
     if isinstance(found, int) and found > LARGEST:
         raise ValueError(f"Input should be at most {LARGEST}")
     return found
+
+
+def _needed(error: ValidationError) -> str:
+    """What a value should be; where words are known, also what else than a word."""
+    first, *others = error.errors()
+    if first["type"] == "callable_type":
+        return "Input should be a function"
+    more = [
+        "a function" if each["type"] == "callable_type" else f"a {each['ctx']['class_name']}"
+        for each in others
+        if each["type"] in ("callable_type", "named_tuple_type")
+    ]
+    return ", or ".join([first["msg"], *more])
 
 
 def _taken(name: str, value: Any, known: Mapping[str, Any]) -> Any:
