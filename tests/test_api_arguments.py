@@ -24,6 +24,8 @@ from safetensors.torch import load_file, save_file
 import fedsieve
 from fedsieve import Budget, FedSieveError, Lora, Sampling, Training, disk, settings
 from fedsieve.algebra.intact import versions
+from fedsieve.algebra.method import compose
+from fedsieve.algebra.sieve import dense
 from fedsieve.errors import ChangedInPlace
 from fedsieve.recipe.arguments import budgets_given
 from tests.conftest import LABELS, Tiny
@@ -560,8 +562,22 @@ def test_a_method_made_in_python_leaves_what_it_is_given_as_it_was(tiny: Tiny, p
     given: Any = [rows(6, 1)]
     finetune(tiny, given, whole._replace(**good), rounds=1).finish()  # type: ignore[arg-type]
     run = finetune(tiny, given, whole._replace(**bad), rounds=1)  # type: ignore[arg-type]
-    with pytest.raises(ChangedInPlace, match=f"the method's {part}.* changed .* in place"):
+    with pytest.raises(
+        ChangedInPlace, match=f"method of your own: its {part}.* changed .* in place"
+    ):
         _ = run.finish().adapter
+
+
+@pytest.mark.parametrize("part", ["down", "up", "trained", "rescale", "weighting"])
+def test_a_method_made_in_python_that_fails_is_told_with_its_line(tiny: Tiny, part: str) -> None:
+    def mine(*given: Any) -> Any:
+        raise KeyError("nothing")
+
+    given: dict[str, Any] = {"down": dense, "up": dense, part: mine}
+    method = compose(**given)
+    told = rf"method of your own: its .*{part}: the .* 'mine' fails: KeyError: 'nothing' \(.*, line"
+    with pytest.raises(FedSieveError, match=told):
+        finetune(tiny, [rows(6, 1)], method, rounds=1).finish()
 
 
 @pytest.mark.parametrize("method", [fedsieve.fedit(), fedsieve.full()])

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from datasets import Dataset
 from peft import LoraConfig
 
-from fedsieve.algebra.blame import watched
+from fedsieve.algebra.blame import guarded, trained
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.mark import made_of
@@ -160,8 +160,8 @@ def finetune(
                 "training: a function trains in its own way, and this method has to know how far "
                 "its steps go: give a fedsieve.Training"
             )
-        method = method.trained_by(partial(in_round, training, rounds=rounds))
-    mark, method = made_of(method), watched(method)
+        method = trained(method, partial(in_round, training, rounds=rounds))
+    mark, method = made_of(method), guarded(method)
     fields = Fields(
         text=text if prompt is None and completion is None else None,
         label=label if isinstance(label, str) else tuple(label),

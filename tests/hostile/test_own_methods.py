@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from fedsieve import methods
 from fedsieve.algebra.adapter import Adapter, Tree, layout_of
-from fedsieve.algebra.blame import blaming
+from fedsieve.algebra.blame import blaming, guarded, trained
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.intact import changed, versions
 from fedsieve.algebra.method import Method, State, compose
 from fedsieve.algebra.optim import Optimizer, sgd
 from fedsieve.algebra.payload import Base
-from fedsieve.algebra.sieve import Passed, Sieve, dense
+from fedsieve.algebra.sieve import Passed, Sieve, dense, within
 from fedsieve.algebra.support import Support, top_k
 from fedsieve.errors import ChangedInPlace, FedSieveError, MethodFailed, OptimizerFailed
 from fedsieve.recipe import read as recipes
@@ -535,6 +536,87 @@ def test_a_weighting_that_changes_what_it_was_given_is_told(change: Callable[[Tr
         run(compose(**given))
     with pytest.raises(ChangedInPlace, match=rf"method 'mine.own': its merge .*{said}"):
         run(blaming("mine.own", compose(**given)))
+
+
+HERE = rf"{re.escape(__file__)}, line \d+"
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), ZeroDivisionError("by zero"), SystemExit(3)])
+@pytest.mark.parametrize("part", ["down", "up", "rescale", "trained", "shared", "weighting"])
+def test_a_part_of_compose_that_fails_is_told_with_its_line(
+    part: str, error: BaseException
+) -> None:
+    """Also of a method that has no name; a weighting's is told of every client."""
+
+    def mine(*given: Any) -> Any:
+        raise error
+
+    given: dict[str, Any] = {**PLAIN, part: mine}
+    kind = "sieve" if part in ("down", "up") else "function"
+    said = rf"{part}: the {kind} 'mine' fails: {type(error).__name__}: .* \({HERE}\)"
+    with pytest.raises(FedSieveError, match=said):
+        run(compose(**given))
+    with pytest.raises(FedSieveError, match=rf"method of your own: its \w+ \(round 1.*{said}"):
+        run(guarded(compose(**given)))
+
+
+class Called:
+    """A sieve that is no function."""
+
+    def __call__(self, *given: Any) -> Passed:
+        return dense(*given)
+
+
+OWN: dict[str, Callable[[], Method]] = {
+    "a sieve": lambda: composed(down=lambda *given: dense(*given)),
+    "a sieve in one of ours": lambda: composed(up=within(lambda *given: dense(*given), dense)),
+    "an object": lambda: composed(up=Called()),
+    "partial": lambda: composed(up=partial(dense_of, 1)),
+    "a weighting": lambda: composed(weighting=lambda *given: 1.0),
+    "a rescale": lambda: composed(rescale=lambda rank, kept: 1.0),
+    "a choice": lambda: composed(trained=lambda layout, number: layout.names),
+    "since the start": lambda: composed(
+        shared=lambda layout, number: layout.names, ranked="change"
+    ),
+    "a part": lambda: with_part("plan", lambda state, key: state),
+    "what knows how clients train": lambda: mine()._replace(trained_by=lambda training: mine()),
+}
+
+
+def composed(**given: Any) -> Method:
+    return compose(**{**PLAIN, **given})
+
+
+def dense_of(one: int, *given: Any) -> Passed:
+    return dense(*given)
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_method_with_a_part_of_ones_own_is_guarded_and_gives_the_same(kind: str) -> None:
+    plain = OWN[kind]()
+    assert guarded(plain).merge is not plain.merge
+    assert toy.distance(run(guarded(plain)), run(plain)) == 0
+
+
+@pytest.mark.parametrize("name", kinds.each_method())
+def test_a_method_of_fedsieves_own_is_not_looked_at(name: str) -> None:
+    """Also with an optimizer of the user's, whose faults are told as its own."""
+    own = sgd()._replace(step=lambda *given: sgd().step(*given))
+    for server in ({}, {"server": own}):
+        plain = methods.load(name)(**{**EXACT, **server})
+        assert guarded(plain) is plain
+        if plain.trained_by is not None:
+            assert guarded(trained(plain, toy.trained)).merge.__module__.startswith("fedsieve.")
+
+
+def test_what_fails_as_it_is_told_how_clients_train_is_told() -> None:
+    plain = mine()._replace(trained_by=raising(KeyError("lr")))
+    with pytest.raises(MethodFailed, match="of your own: its trained_by fails: KeyError: 'lr'"):
+        trained(plain, toy.trained)
+    odd = mine()._replace(trained_by=lambda training: 5)  # type: ignore[arg-type,return-value]
+    with pytest.raises(MethodFailed, match="its trained_by must give a Method: it gives one int"):
+        trained(odd, toy.trained)
+    assert trained(mine()._replace(trained_by=None), toy.trained).trained_by is None
 
 
 NO_WEIGHTS = [-1.0, -1e-9, math.nan, math.inf, None, "1", torch.ones(2), 10**400]

@@ -3,10 +3,9 @@
 What a function of such a method raises, what it gives that is not what a round needs, and what it
 was given and changed in place (intact.py), is a `MethodFailed` that names the method, the function,
 round and client, and the line that raised. Only its own calls are seen: what it gives may still
-fail where it is used.
+fail where it is used. One that is made in Python has no name, and is "method of your own".
 """
 
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -18,14 +17,19 @@ from fedsieve.algebra.budget import Client
 from fedsieve.algebra.forms import A_METHOD, A_PENALTY, GIVES, Kind, a
 from fedsieve.algebra.intact import left_intact, ours
 from fedsieve.algebra.keys import Key
+from fedsieve.algebra.mark import functions_of
 from fedsieve.algebra.method import ClientContext, Method, refuse_unknown_knobs
 from fedsieve.errors import (
     THEIRS,
     FedSieveError,
     MethodFailed,
+    line_of,
     raise_of_memory,
     with_type,
 )
+from fedsieve.settings import Training
+
+_OWN = "method of your own"
 
 
 def blaming(name: str, method: Method) -> Method:
@@ -33,48 +37,51 @@ def blaming(name: str, method: Method) -> Method:
 
     name: what the user calls it
     """
+    return _blamed(f"method {name!r}", method)
+
+
+def guarded(method: Method) -> Method:
+    """A method that is made in Python, whose failures are told so where a part of it is not
+    FedSieve's own; any other as it is, at which nobody need look.
+    """
+    return method if _ours_alone(method) else _blamed(_OWN, method)
+
+
+def trained(method: Method, training: Callable[[int], Training]) -> Method:
+    """A method that is made in Python, as it is where clients train so (`Method.trained_by`)."""
+    if method.trained_by is None:
+        return method
+    if _ours_alone(method):
+        return method.trained_by(training)
+    made: Method = _blaming(_OWN, "trained_by", A_METHOD, method.trained_by)(training)
+    return made
+
+
+def _ours_alone(method: Method) -> bool:
+    return all(map(ours, functions_of(method)))
+
+
+def _blamed(whose: str, method: Method) -> Method:
     knobs: object = method.knobs
     if not isinstance(knobs, frozenset):
-        raise MethodFailed(f"method {name!r}: its knobs must be a frozenset, not {a(knobs)}")
+        raise MethodFailed(f"{whose}: its knobs must be a frozenset, not {a(knobs)}")
     try:
         refuse_unknown_knobs(knobs)
     except FedSieveError as error:
-        raise MethodFailed(f"method {name!r}: {error}") from None
+        raise MethodFailed(f"{whose}: {error}") from None
     functions: dict[str, Any] = {
-        part: _blaming(name, part, kind, getattr(method, part))
+        part: _blaming(whose, part, kind, getattr(method, part))
         for part, kind in GIVES.items()
         if getattr(method, part) is not None
     }
-    functions["view"] = _with_penalty(name, functions["view"])
+    functions["view"] = _with_penalty(whose, functions["view"])
     if method.trained_by is not None:
-        told = _blaming(name, "trained_by", A_METHOD, method.trained_by)
-        functions["trained_by"] = lambda training: blaming(name, told(training))
+        told = _blaming(whose, "trained_by", A_METHOD, method.trained_by)
+        functions["trained_by"] = lambda training: _blamed(whose, told(training))
     return method._replace(**functions)
 
 
-def watched(method: Method) -> Method:
-    """The method, whose functions that are not FedSieve's own leave as it was what they are given.
-
-    Of one that is made in Python what fails is told as it was raised, and this raises nothing.
-    """
-    functions: dict[str, Any] = {
-        part: _watched(part, function)
-        for part in GIVES
-        if (function := getattr(method, part)) is not None and not ours(function)
-    }
-    return method._replace(**functions)
-
-
-def _watched(part: str, function: Any) -> Callable[..., Any]:
-    @wraps(function)
-    def told(*given: Any) -> Any:
-        with left_intact(given, f"the method's {part}{_of_round(given)}"):
-            return function(*given)
-
-    return told
-
-
-def _with_penalty(name: str, view: Callable[..., Any]) -> Callable[..., Any]:
+def _with_penalty(whose: str, view: Callable[..., Any]) -> Callable[..., Any]:
     """The penalty is a function of the method's too, which a view brings along."""
 
     def told(*given: Any) -> Any:
@@ -82,14 +89,14 @@ def _with_penalty(name: str, view: Callable[..., Any]) -> Callable[..., Any]:
         if made.penalty is None:
             return made, memory
         part = f"view's penalty{_of_round(given)}"
-        penalty = _blaming(name, part, A_PENALTY, made.penalty)
+        penalty = _blaming(whose, part, A_PENALTY, made.penalty)
         return made._replace(penalty=penalty), memory
 
     return told
 
 
-def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., Any]:
-    said = f"method {name!r}: its {part}"
+def _blaming(whose: str, part: str, kind: Kind, function: Any) -> Callable[..., Any]:
+    said = f"{whose}: its {part}"
     if not callable(function):
         raise MethodFailed(f"{said} must be a function, not {a(function)}")
 
@@ -117,7 +124,7 @@ def _blaming(name: str, part: str, kind: Kind, function: Any) -> Callable[..., A
             # `merge` goes through updates that wait on our disk, whose faults are not the method's.
             if part == "merge" and isinstance(error, OSError):
                 raise
-            raise MethodFailed(f"{where} fails: {with_type(error)}{_line(error)}") from error
+            raise MethodFailed(f"{where} fails: {with_type(error)}{line_of(error)}") from error
 
     return told
 
@@ -144,9 +151,3 @@ def _of_round(given: tuple[Any, ...]) -> str:
         return ""
     ids = [key.client] if key.client else [each.id for each in given if isinstance(each, Client)]
     return f" (round {key.round}{''.join(f', client {id!r}' for id in ids)})"
-
-
-def _line(error: BaseException) -> str:
-    """Where it was raised: the last line of the traceback."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
