@@ -1,5 +1,6 @@
 """One table for all clients, adapters that are there already, and what a run can be asked."""
 
+import errno
 import json
 from collections.abc import Callable
 from importlib import import_module
@@ -22,13 +23,14 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import fedsieve
-from fedsieve import Budget, FedSieveError, Lora, methods
+from fedsieve import Budget, FedSieveError, Lora, methods, notebook
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.mark import made_of
 from fedsieve.data import sources
+from fedsieve.disk import write_whole
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import from_recipe
-from fedsieve.run import rundir, runner
+from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.train.card import called
 from tests import runs
 from tests.conftest import LABELS, Tiny
@@ -675,6 +677,75 @@ def test_what_is_kept_is_never_replaced_by_another_run(tiny: Tiny, tmp_path: Pat
         with pytest.raises(FedSieveError, match=said):
             other.keep(tmp_path / folder)
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SystemExit()])
+@pytest.mark.parametrize("written", range(4))
+@pytest.mark.parametrize("before", [None, 1])
+def test_a_keep_that_broke_off_is_kept_over(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: int | None,
+    written: int,
+    error: BaseException,
+) -> None:
+    """At each of its files, on a full disk or killed; by the same run, or made again. What was kept
+    before is whole.
+    """
+    clients = [rows(16, n) for n in range(2)]
+    folder, files = tmp_path / "kept", []
+    run = finetune(tiny, clients, rounds=2)
+    if before is not None:
+        for _, _ in zip(range(before), run, strict=False):
+            pass
+        run.keep(folder)
+    next(iter(run))
+
+    def full(path: Path, *given: Any, **how: Any) -> None:
+        files.append(path.name)
+        if len(files) > written:
+            raise error
+        write_whole(path, *given, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(notebook, "write_whole", full)
+        patched.setattr(checkpoint, "write_whole", full)
+        if before is not None and written == 3:
+            run.keep(folder)  # only a first keep has a file more
+        else:
+            with pytest.raises((FedSieveError, SystemExit)) as caught:
+                run.keep(folder)
+            assert not isinstance(error, OSError) or "keep: " in str(caught.value)
+            assert "fedsieve resume" not in str(caught.value)
+    if before is not None:
+        finetune(tiny, clients, rounds=2).go_on(folder)
+    elif written > 1:
+        with pytest.raises(
+            FedSieveError, match=r"keep: .* choose another folder, or move it away$"
+        ):
+            finetune(tiny, clients, rounds=2, seed=1).keep(folder)
+    again = finetune(tiny, clients, rounds=2)
+    while repr(again) != repr(run):
+        next(iter(again))
+    for each in (again, run):
+        each.keep(folder)
+        assert not (folder / ".fedsieve.keep").exists()
+    gone_on = finetune(tiny, clients, rounds=2).go_on(folder)
+    assert same(gone_on.finish().adapter, run.finish().adapter)
+
+
+@pytest.mark.parametrize("log", rundir.LOGS)
+def test_what_no_keep_left_is_never_kept_over(tiny: Tiny, tmp_path: Path, log: str) -> None:
+    """Also where the words are Python's: there is no --out."""
+    run = finetune(tiny, [rows(16, 0)], rounds=1).finish()
+    (tmp_path / log).write_text("mine\n")
+    for what in ("keep", "report"):
+        with pytest.raises(FedSieveError) as caught:
+            getattr(run, what)(tmp_path)
+        assert str(caught.value).startswith(f"{what}: {tmp_path} holds no run, and has {log}")
+        assert "--" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == [log]
 
 
 def test_the_public_names_are_listed() -> None:

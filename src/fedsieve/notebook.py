@@ -20,7 +20,16 @@ from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
 from fedsieve.data import given, templates
 from fedsieve.data.files import Columns
-from fedsieve.disk import move_into, objects, of_the_disk, put_back, refuse_link, write_whole
+from fedsieve.disk import (
+    LONGEST,
+    bytes_of,
+    move_into,
+    objects,
+    of_the_disk,
+    put_back,
+    refuse_link,
+    write_whole,
+)
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.cautions import cautioning
@@ -45,6 +54,7 @@ from fedsieve.train.prepared import BASE
 
 _PART = ".fedsieve.part"  # in a folder that is saved into: what is new, until it is whole
 _LOCK = ".fedsieve.lock"  # in it for as long
+_KEEP = ".fedsieve.keep"  # in one that is kept into first: whose run, until a checkpoint says it
 _MARK = "# A run in a notebook: Run.report wrote this, and no command goes on with it.\n"
 
 
@@ -321,7 +331,7 @@ class Run:
             raise FedSieveError("report: no round has ended yet: iterate over the run first")
         written = place / rundir.RECIPE
         if not (written.is_file() and written.read_bytes().startswith(_MARK.encode())):
-            rundir.refuse(place)
+            rundir.refuse(place, function="report")
         method = self._settings.get("method") or "a notebook's"
         table = {**self._settings, "name": name, "method": {"name": method}}
         notes = {"environment": {"notes": list(self._experiment.notes)}}
@@ -341,7 +351,8 @@ class Run:
 
     def keep(self, folder: str | Path) -> None:
         """Write where the run stands into a folder, for `go_on`; what was kept before stays as it
-        was until the new is whole. It holds what clients keep: the folder is its owner's alone.
+        was until the new is whole. What a keep of this run left that broke off is written over. It
+        holds what clients keep: the folder is its owner's alone.
 
         Raises FedSieveError if it cannot be written, for a folder that holds another run, and where
         the method's noise is fresh (noise_from="system"): a round done again would be spent twice.
@@ -351,7 +362,7 @@ class Run:
             self._keep(place)
 
     def _keep(self, place: Path) -> None:
-        _refuse_another_run(place, self._text(), self._progress.round)
+        first = _refuse_another_run(place, self._text(), self._progress.round)
         snapshot = Snapshot(
             self._progress,
             dict(self._experiment.memories),
@@ -362,12 +373,21 @@ class Run:
         )
         try:
             place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if first:
+                write_whole(place / _KEEP, self._text().encode())
             for log, rows in ((rundir.METRICS, self._metrics), (rundir.CLIENTS, self._receipts)):
                 text = "".join(json.dumps(row._asdict(), allow_nan=False) + "\n" for row in rows)
                 write_whole(place / log, text.encode())
         except OSError as error:
-            raise FedSieveError(f"keep: {place} cannot be written: {error.strerror}") from error
-        checkpoint.save(place / rundir.CHECKPOINTS, snapshot)
+            raise _unkept(place, error) from error
+        try:
+            checkpoint.save(place / rundir.CHECKPOINTS, snapshot)
+        except FedSieveError as error:
+            if isinstance(error.__cause__, OSError):
+                raise _unkept(place, error.__cause__) from error
+            raise
+        with suppress(OSError):  # the checkpoint says it now
+            (place / _KEEP).unlink()
 
     def go_on(self, folder: str | Path) -> "Run":
         """Go on where `keep` was called: this run, made with the same arguments in another process
@@ -514,15 +534,27 @@ def _refuse_others(place: Path, part: Path) -> None:
                 )
 
 
-def _refuse_another_run(folder: Path, settings: str, number: int) -> None:
-    """Raises FedSieveError where a folder holds another run than of these settings, as TOML, or a
-    later round of it: neither could be gone on with afterwards.
+def _unkept(place: Path, error: OSError) -> FedSieveError:
+    return FedSieveError(
+        f"keep: {place} cannot be written ({reason(error)}); what was kept there before is whole: "
+        "make room, or choose another folder, and keep again"
+    )
+
+
+def _refuse_another_run(folder: Path, settings: str, number: int) -> bool:
+    """Whether a folder holds no checkpoint yet. What a first keep of these settings, as TOML, may
+    have left there that broke off is no other run's.
+
+    Raises FedSieveError where it holds another run, or a later round of this one: neither could be
+    gone on with afterwards.
     """
-    for name in (*rundir.LOGS, rundir.CHECKPOINTS):
+    for name in (_KEEP, *rundir.LOGS, rundir.CHECKPOINTS):
         refuse_link(folder / name, folder=name == rundir.CHECKPOINTS)
     found = checkpoint.notes(folder / rundir.CHECKPOINTS)
     if not found:
-        rundir.refuse(folder)
+        broke_off = _kept_first(folder) == settings.encode()
+        left = (*rundir.LOGS, rundir.CHECKPOINTS) if broke_off else ()
+        rundir.refuse(folder, function="keep", besides=left)
     for note in found[:1]:
         if note.recipe != settings:
             raise FedSieveError(f"keep: {folder} holds another run: choose another folder")
@@ -531,6 +563,15 @@ def _refuse_another_run(folder: Path, settings: str, number: int) -> None:
                 f"keep: {folder} holds round {note.round} of this run, and it stands at {number}: "
                 "`go_on` from there, or choose another folder"
             )
+    return not found
+
+
+def _kept_first(folder: Path) -> bytes | None:
+    """The settings of the run whose first keep into a folder broke off."""
+    try:
+        return bytes_of(folder / _KEEP, LONGEST)
+    except OSError:
+        return None
 
 
 def _refuse_damaged(folder: Path) -> None:

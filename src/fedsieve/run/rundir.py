@@ -22,7 +22,7 @@ import re
 import secrets
 import shlex
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -168,38 +168,51 @@ def _keep(secret: str, folder: Path) -> None:
         os.fsync(file.fileno())
 
 
-def refuse(folder: Path, *, overwrite: bool = False) -> None:
+def refuse(
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    function: str | None = None,
+    besides: Sequence[str] = (),
+) -> None:
     """Raises FedSieveError if the folder holds a run already, something that would be taken for a
     part of one, or the secrets of one.
 
     overwrite: what is of a run may be replaced; not a recipe without one, which is the user's
+    function:  of a notebook's run, which would write there; None is a command
+    besides:   parts of a run that are known to be the writer's own, and may be there
     """
+    says = "" if function is None else f"{function}: "
+    another = "another --out" if function is None else "another folder"
+    replaces = f" ({_REPLACES})" if function is None else ""
     if (folder / RECIPE).is_file() and not _any_of_a_run(folder):
         raise FedSieveError(
-            f"{folder} holds no run, and has {RECIPE}, in whose place a run writes its own: choose "
-            "another --out, or give the recipe another name"
+            f"{says}{folder} holds no run, and has {RECIPE}, in whose place a run writes its own: "
+            f"choose {another}, or give the recipe another name"
         )
     if overwrite:
         return
     refuse_link(folder / RECIPE)
     if (folder / RECIPE).exists():
         raise FedSieveError(
-            f"{folder} holds a run already: go on with `{again(folder)}`, choose another "
-            f"--out, or move it away ({_REPLACES})"
+            f"{says}{folder} holds a run already: go on with `{again(folder)}`, choose {another}, "
+            f"or move it away{replaces}"
         )
     if own(folder).exists():
         raise FedSieveError(
-            f"{own(folder)} holds the secrets of a run that is not in {folder} any more: remove "
-            f"it, or choose another --out ({_REPLACES})"
+            f"{says}{own(folder)} holds the secrets of a run that is not in {folder} any more: "
+            f"remove it, or choose {another}{replaces}"
         )
     for name in _OURS:
+        if name in besides:
+            continue
         there = folder / name
         if there.is_symlink():
             continue  # it is removed, and nothing behind it
         if there.is_dir() or (there.is_file() and there.stat().st_size):
             raise FedSieveError(
-                f"{folder} holds no run, and has {name}, which one would replace: choose another "
-                f"--out, or move it away ({_REPLACES})"
+                f"{says}{folder} holds no run, and has {name}, which one would replace: choose "
+                f"{another}, or move it away{replaces}"
             )
 
 
