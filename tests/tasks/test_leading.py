@@ -152,7 +152,8 @@ def test_a_trial_whose_scores_are_below_zero_may_win(
     made = plan.Plan(Path("x"), None, (entry,), tables.TuneTable(grid=settings), ())
     jobs = [SimpleNamespace(folder=n) for n in range(len(given))]
     monkeypatch.setattr(compare, "trial_job", lambda plan, tune, entry, number, seed: jobs[number])
-    monkeypatch.setattr(compare, "diverged", lambda job: given[job.folder] is None)
+    lost = {number: "it diverged" for number, score in enumerate(given) if score is None}
+    monkeypatch.setattr(compare, "diverged", lambda job: lost.get(job.folder))
     monkeypatch.setattr(compare, "finished", lambda _: True)
-    monkeypatch.setattr(compare, "score", lambda folder: given[folder])
+    monkeypatch.setattr(compare, "_score", lambda folder: given[folder])
     assert compare.judge(made)["one"].best == best

@@ -272,6 +272,8 @@ def _weighed(weighting: Callable[[Tree, Layout], float], change: Tree, own: Layo
     """
     called = _called("weighting", "function", weighting)
     made = _asked(called, weighting, change, own)
+    if ours(weighting):  # of numbers that no float32 has, its merge says so
+        return cast(float, made)
     try:
         weight = math.nan if isinstance(made, str | bytes) else float(made)
     except (TypeError, ValueError, RuntimeError, OverflowError):  # of none, several, too large
