@@ -311,10 +311,10 @@ class Run:
         client (FedSA-LoRA), a client that took part is scored with its own.
         """
         experiment, found = self._experiment, {}
-        own = experiment.federation.method.personal
+        whole, own = self._adapter(), experiment.federation.method.personal
         for id, rows in arguments.by_id(clients, "score_by_client").items():
             memory = experiment.memories.get(id)
-            adapter = self._adapter() if own is None or not memory else own(self._adapter(), memory)
+            adapter = whole if own is None or not memory else own(whole, memory)
             found[id] = self._scored(rows, adapter, f"score_by_client: client {id!r}")
         return found
 

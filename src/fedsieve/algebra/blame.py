@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 
-from fedsieve.algebra.budget import Client
+from fedsieve.algebra.budget import Budget, Client
 from fedsieve.algebra.forms import A_METHOD, A_PENALTY, GIVES, Kind, a
 from fedsieve.algebra.intact import left_intact, ours
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.mark import functions_of
-from fedsieve.algebra.method import ClientContext, Method, refuse_unknown_knobs
+from fedsieve.algebra.method import ClientContext, Method
 from fedsieve.errors import (
     THEIRS,
     FedSieveError,
     MethodFailed,
     line_of,
+    nearest,
     raise_of_memory,
     with_type,
 )
@@ -66,7 +67,7 @@ def _blamed(whose: str, method: Method) -> Method:
     if not isinstance(knobs, frozenset):
         raise MethodFailed(f"{whose}: its knobs must be a frozenset, not {a(knobs)}")
     try:
-        refuse_unknown_knobs(knobs)
+        _refuse_unknown(knobs)
     except FedSieveError as error:
         raise MethodFailed(f"{whose}: {error}") from None
     functions: dict[str, Any] = {
@@ -79,6 +80,13 @@ def _blamed(whose: str, method: Method) -> Method:
         told = _blaming(whose, "trained_by", A_METHOD, method.trained_by)
         functions["trained_by"] = lambda training: _blamed(whose, told(training))
     return method._replace(**functions)
+
+
+def _refuse_unknown(knobs: frozenset[Any]) -> None:
+    """Raises FedSieveError for one that is no part of a budget."""
+    known = Budget._fields
+    for knob in sorted(map(str, knobs - {*known})):
+        raise FedSieveError(f"knobs: a budget has no {knob!r}{nearest(knob, known)}")
 
 
 def _with_penalty(whose: str, view: Callable[..., Any]) -> Callable[..., Any]:

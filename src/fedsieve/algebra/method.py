@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedsieve.algebra.adapter import Adapter, Layout, Tree
-from fedsieve.algebra.budget import Budget, Client
+from fedsieve.algebra.budget import Client
 from fedsieve.algebra.cores import Cores
 from fedsieve.algebra.intact import left_intact, ours
 from fedsieve.algebra.keys import Key, generator
@@ -206,13 +206,6 @@ def _refuse_odd(name: str, function: Callable[..., object], *takes: str) -> None
     """Raises FedSieveError, naming it, for a part of a method that cannot be called as one is."""
     if why := cannot_take(function, *takes):
         raise FedSieveError(f"{name}: a function ({', '.join(takes)}) is needed: {why}")
-
-
-def refuse_unknown_knobs(knobs: frozenset[Any]) -> None:
-    """Raises FedSieveError for one that is no part of a budget."""
-    known = Budget._fields
-    for knob in sorted(map(str, knobs - {*known})):
-        raise FedSieveError(f"knobs: a budget has no {knob!r}{nearest(knob, known)}")
 
 
 def _called(name: str, kind: str, function: Callable[..., object]) -> str:

@@ -35,7 +35,7 @@ from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, wit
 from fedsieve.settings import Dtype, Lora, Quantization, Task
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.task import Reader
-from fedsieve.train import card, parts, prepared, quantise, targets
+from fedsieve.train import card, packed, parts, prepared, quantise, targets
 from fedsieve.train.card import Saved, Told
 from fedsieve.train.cores import as_pairs, with_cores
 from fedsieve.train.declared import names_held, refuse_larger, types_held
@@ -391,7 +391,7 @@ def load_base(
     given |= {"ignore_mismatched_sizes": True, "use_safetensors": True}
     given |= {"trust_remote_code": trust_remote_code}
     if form is not None:
-        quantise.refuse_other_types(name, config, types_held(name))
+        packed.refuse_other_types(name, config, types_held(name))
         told, more = _in_form(form, double_quantization, kind, name, told, given, whole, task)
         given |= more
     with seeded(word(key.at("head"))):
@@ -425,7 +425,7 @@ def load_base(
     drawn = {*info["missing_keys"], *(n for n, *_ in info["mismatched_keys"])}
     parts.freeze_loaded(model, drawn)
     parts.refuse_random_body(model, name, task)
-    quantise.refuse_unfit(model, name, form)
+    packed.refuse_unfit(model, name, form)
     if classes and asked.named and model.config.num_labels != len(classes):
         raise FedSieveError(
             f"model {name!r}: a {model.config.model_type} model has {model.config.num_labels} "

@@ -13,7 +13,6 @@ would have to be rounded to 16 or 256 values again, and the small changes of a r
 
 import importlib.util
 import logging
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,7 +24,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedsieve.data import hub
-from fedsieve.errors import FedSieveError, printable, quoted
+from fedsieve.errors import FedSieveError
 from fedsieve.settings import Quantization
 from fedsieve.train import without_bitsandbytes
 from fedsieve.train.source import in_a_file
@@ -209,7 +208,7 @@ def settle(model: nn.Module, dtype: torch.dtype) -> None:
     bfloat16: another base from then on.
     """
     for _, layer in layers(model):
-        if _bits(layer) == 4:
+        if bits_of(layer) == 4:
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
             layer.support_avx512bf16_for_cpu = False
 
@@ -217,7 +216,7 @@ def settle(model: nn.Module, dtype: torch.dtype) -> None:
 def layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """bitsandbytes' layers, by name."""
     for name, module in model.named_modules():
-        if _bits(module):
+        if bits_of(module):
             yield name, module
 
 
@@ -233,7 +232,7 @@ def row_by_row(model: nn.Module) -> Iterator[None]:
     They leave the features as they are in which any token of a batch is large, so that one token
     decides how the others are rounded.
     """
-    eight = [layer for _, layer in layers(model) if _bits(layer) == 8]
+    eight = [layer for _, layer in layers(model) if bits_of(layer) == 8]
     before = [layer.state.threshold for layer in eight]
     for layer in eight:
         layer.state.threshold = 0.0
@@ -244,7 +243,7 @@ def row_by_row(model: nn.Module) -> Iterator[None]:
             layer.state.threshold = own
 
 
-def _bits(module: nn.Module) -> int:
+def bits_of(module: nn.Module) -> int:
     # By name: nothing here imports bitsandbytes where no base is quantised.
     kind = type(module)
     if not kind.__module__.startswith("bitsandbytes."):
@@ -257,8 +256,8 @@ def hidden(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     and the values that 4 bits stand for.
     """
     for name, layer in layers(model):
-        if _bits(layer) == 8:
-            yield f"{name}.SCB", _scales(layer)
+        if bits_of(layer) == 8:
+            yield f"{name}.SCB", scales_of(layer)
             continue
         for key, value in sorted(layer.weight.quant_state.as_dict(packed=True).items()):
             yield f"{name}.weight.{key}", value
@@ -276,15 +275,15 @@ def shared(model: nn.Module) -> dict[int, Any]:
     """
     found: dict[int, Any] = {}
     for _, layer in layers(model):
-        own = layer.state if _bits(layer) == 8 else layer.weight.quant_state
+        own = layer.state if bits_of(layer) == 8 else layer.weight.quant_state
         found[id(own)] = own
     return found
 
 
 def move(model: nn.Module, device: torch.device) -> None:
     """To a device, with the scales of 8-bit layers, which torch knows nothing of. In place."""
-    eight = [layer for _, layer in layers(model) if _bits(layer) == 8]
-    scales = [_scales(layer) for layer in eight]
+    eight = [layer for _, layer in layers(model) if bits_of(layer) == 8]
+    scales = [scales_of(layer) for layer in eight]
     model.to(device)
     for layer, own in zip(eight, scales, strict=True):
         layer.state.CB, layer.state.SCB = layer.weight.data, own.to(device)
@@ -296,133 +295,17 @@ def own_memory(model: nn.Module) -> None:
     that it was read from (see source.py).
     """
     for _, layer in layers(model):
-        state = layer.state if _bits(layer) == 8 else getattr(layer.weight, "quant_state", None)
+        state = layer.state if bits_of(layer) == 8 else getattr(layer.weight, "quant_state", None)
         for part in (layer.weight, state, getattr(state, "state2", None)):
             for name, held in vars(part).items() if part is not None else ():
                 if isinstance(held, Tensor) and in_a_file(held):
                     setattr(part, name, held.clone())
 
 
-def _scales(layer: Any) -> Tensor:
+def scales_of(layer: Any) -> Tensor:
     """(rows,) of an 8-bit layer, which has them in another place after its first pass."""
     scales: Tensor = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB
     return scales
-
-
-def refuse_other_types(name: str, config: Any, stored: Mapping[str, str]) -> None:
-    """Raises FedSieveError for packed weights that are stored in another type than they are loaded
-    in: transformers would convert their numbers, which are none by themselves.
-
-    stored: tensor -> its type, as safetensors calls it; nothing of a model of the hub
-    """
-    own = getattr(config, "quantization_config", None)
-    if not isinstance(own, Mapping):
-        return
-    packed = str(own.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
-    for held in stored:
-        module, _, last = held.rpartition(".")
-        expected = {"SCB": "int8", "absmax": packed}.get(last)
-        weight = f"{module}.weight" if last == "SCB" else module
-        kind = stored.get(weight)
-        if expected and kind and _TYPES.get(kind) != expected:
-            raise _unfit(name, weight, f"it is stored as {kind}, and packed weights as {expected}")
-
-
-# What safetensors calls the types that bitsandbytes packs weights in.
-_TYPES = {"U8": "uint8", "I8": "int8", "F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-
-
-def refuse_unfit(model: nn.Module, name: str, form: str | None) -> None:
-    """Raises FedSieveError for a quantised weight that does not go with its layer, or with what is
-    beside it: bitsandbytes reads as much memory as the layer's shape asks for, whosever that is.
-
-    form: which the model's configuration says
-    """
-    for module, layer in layers(model):
-        shape = (layer.out_features, layer.in_features)
-        if _bits(layer) == 8:
-            _refuse_eight(name, module, layer, shape)
-        else:
-            _refuse_four(name, f"{module}.weight", layer.weight, shape, form)
-
-
-def _refuse_eight(name: str, module: str, layer: Any, shape: tuple[int, int]) -> None:
-    weight, scales = layer.weight, _scales(layer)
-    if weight.dtype != torch.int8 or tuple(weight.shape) != shape:
-        raise _unfit(name, f"{module}.weight", f"it is {_said(weight)}, and {shape} int8 is needed")
-    _refuse_other(name, f"{module}.SCB", scales, shape[0], torch.float32)
-
-
-def _refuse_four(name: str, at: str, weight: Any, shape: tuple[int, int], form: str | None) -> None:
-    state, numbers = getattr(weight, "quant_state", None), math.prod(shape)
-    if state is None:
-        raise _unfit(name, at, "nothing beside it says what its bits stand for")
-    if state.shape is None or tuple(state.shape) != shape:
-        raise _unfit(
-            name, at, f"it says the shape {quoted(state.shape)}, and its layer has {shape}"
-        )
-    if weight.nbytes != math.ceil(numbers / 2):
-        raise _unfit(name, at, f"{numbers} weights of 4 bits are not {weight.nbytes} bytes")
-    if state.quant_type != form:
-        raise _unfit(
-            name, at, f"it is in {quoted(state.quant_type)}, and config.json says {form!r}"
-        )
-    if state.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise _unfit(name, at, f"it says the type {quoted(state.dtype)}, which no weights have")
-    blocks = _blocks(name, at, state, numbers)
-    _refuse_other(name, f"{at}.quant_map", state.code, 16, torch.float32)
-    if not torch.allclose(state.code.cpu(), _values_of(state.quant_type), atol=1e-3):
-        raise _unfit(name, f"{at}.quant_map", f"its values are not those of {form}")
-    scales = torch.uint8 if state.nested else torch.float32
-    _refuse_other(name, f"{at}.absmax", state.absmax, blocks, scales)
-    if not state.nested:
-        return
-    blocks = _blocks(name, f"{at}.absmax", state.state2, blocks)
-    _refuse_other(name, f"{at}.nested_absmax", state.state2.absmax, blocks, torch.float32)
-    _refuse_other(name, f"{at}.nested_quant_map", state.state2.code, 256, torch.float32)
-    if state.state2.dtype != torch.float32:
-        raise _unfit(
-            name, f"{at}.absmax", f"it says the type {quoted(state.state2.dtype)}, and is float32"
-        )
-
-
-_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # numbers that bitsandbytes gives one scale
-
-
-def _blocks(name: str, at: str, state: Any, numbers: int) -> int:
-    """How many scales a state has for so many numbers. Raises FedSieveError for no such state."""
-    if type(state.blocksize) is not int or state.blocksize not in _BLOCKS:
-        raise _unfit(
-            name, at, f"it says the blocksize {quoted(state.blocksize)}: it is one of {_BLOCKS}"
-        )
-    return math.ceil(numbers / state.blocksize)
-
-
-def _refuse_other(name: str, at: str, held: Any, length: int, dtype: torch.dtype) -> None:
-    """Raises FedSieveError for anything but so many numbers of this type."""
-    if not isinstance(held, Tensor) or held.dtype != dtype or tuple(held.shape) != (length,):
-        needed = f"({length},) {str(dtype).removeprefix('torch.')}"
-        raise _unfit(name, at, f"it is {_said(held)}, and {needed} is needed")
-
-
-def _said(held: Any) -> str:
-    if not isinstance(held, Tensor):
-        return "not there"
-    return f"{tuple(held.shape)} {str(held.dtype).removeprefix('torch.')}"
-
-
-def _values_of(form: str) -> Tensor:
-    import bitsandbytes
-
-    values: Tensor = bitsandbytes.functional.get_4bit_type(form, device="cpu")
-    return values
-
-
-def _unfit(name: str, at: str, why: str) -> FedSieveError:
-    return FedSieveError(
-        f"model {name!r}: its quantised {printable(at[:200])} is damaged or not of this model "
-        f"({why}): fetch or copy it again, or quantise the base anew"
-    )
 
 
 def refuse_trained(base: nn.Module, names: Iterable[str]) -> None:
@@ -458,7 +341,7 @@ def dequantise(model: Any, adapter: str) -> None:
     for name, module in [*model.named_modules()]:
         pair = isinstance(module, LoraLayer)
         layer = module.get_base_layer() if pair else module
-        if not _bits(layer) or any(name.startswith(f"{each}.") for each in done):
+        if not bits_of(layer) or any(name.startswith(f"{each}.") for each in done):
             continue
         weight = _values(layer)
         if pair:
@@ -477,9 +360,9 @@ def _values(layer: Any) -> Tensor:
     """(out, in): the numbers that a quantised weight stands for."""
     import bitsandbytes
 
-    if _bits(layer) == 8:
+    if bits_of(layer) == 8:
         values: Tensor = bitsandbytes.functional.int8_vectorwise_dequant(
-            layer.weight.data, _scales(layer)
+            layer.weight.data, scales_of(layer)
         )
     else:
         values = bitsandbytes.functional.dequantize_4bit(
@@ -490,7 +373,7 @@ def _values(layer: Any) -> Tensor:
 
 def _plain(layer: Any, weight: Tensor) -> nn.Module:
     """The layer that a quantised one was made from, with these numbers, in the model's type."""
-    kind = layer.compute_dtype if _bits(layer) == 4 else None
+    kind = layer.compute_dtype if bits_of(layer) == 4 else None
     dtype = kind or (torch.float32 if layer.bias is None else layer.bias.dtype)
     turned = issubclass(getattr(layer, "source_cls", nn.Linear), Conv1D)
     with torch.device("meta"):
