@@ -623,9 +623,10 @@ def test_a_count_that_spends_everything_is_refused() -> None:
             noise_multiplier=1.0,
             quantile=0.5,
         )
-    plan = settle(
-        Cohorts("poisson", 40, 400), rounds=5, clip=1.0, delta=1e-3, epsilon=8, quantile=0.5
-    )
+    large = Cohorts("poisson", 40, 400)
+    with pytest.raises(FedSieveError, match="count_noise: 41 is more than the 40 clients"):
+        settle(large, rounds=5, clip=1.0, delta=1e-3, epsilon=8, quantile=0.5, count_noise=41.0)
+    plan = settle(large, rounds=5, clip=1.0, delta=1e-3, epsilon=8, quantile=0.5)
     assert plan.adaptive == Adaptive(0.5, 0.2, 2.0)
     assert "0.5 quantile" in plan.guarantee
 

@@ -33,6 +33,13 @@ def test_a_loss_that_does_not_fall_is_said_once() -> None:
     assert "has not fallen in 5 rounds (3.000 in the first, 2.980 now)" in said
 
 
+def test_a_run_that_is_resumed_was_told() -> None:
+    of = cautioning()
+    blank = {**dict.fromkeys(Round._fields), "clients": 3, "starved": 0}
+    for number, loss in enumerate(STILL, start=30):
+        assert of(Round(**{**blank, "round": number, "loss": loss})) == []
+
+
 def test_each_is_said_once() -> None:
     said = told([*STILL], starved=2, down_a=0.9, down_b=0.0)
     assert [number for number, _ in said] == [2, 5]

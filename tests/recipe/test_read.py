@@ -114,7 +114,7 @@ def test_an_override_without_a_value_takes_the_key_out() -> None:
         ("rounds.x=3", "'rounds.x=3': 'x' is not a key of a table"),
         ("rounds.x.y=3", "'rounds.x.y=3': 'x' is not a table of the recipe"),
         ("budgets.7.ratio=0.5", "'7' is not a table of the recipe"),
-        ("budgets.ratio=0.5", "'ratio' is not a key of a table"),
+        ("budgets.ratio=0.5", "budgets is a list: budgets.0 to 2 are its parts (budgets.0.ratio)"),
         ("rouns=3", "rouns: unknown key (did you mean 'rounds'"),
         ("trainning.lr=3", "trainning: unknown key (did you mean 'training'"),
         (r'data.train="C:\data"', "a backslash is a backslash"),

@@ -575,6 +575,13 @@ def test_a_neighbour_that_is_damaged_is_run_anew(
         assert json.loads((papers / "two" / "figure.json").read_text())["values"] == whole
         shutil.rmtree(papers / "two")
         (run / name).write_bytes(kept)
+    link = run / "adapter" / "more"
+    for target in ("../metrics.jsonl", "/", "nowhere"):
+        link.symlink_to(target)
+        assert command("reproduce", path, "--out", papers / "two").code == 0
+        assert not any(path.is_symlink() for path in (papers / "two").rglob("*")), target
+        shutil.rmtree(papers / "two")
+        link.unlink()
     ran = command("reproduce", path, "--out", papers / "two")
     assert "1 of them done already" in ran.out
 

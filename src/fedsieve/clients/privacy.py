@@ -241,6 +241,12 @@ def settle(
     adaptive = None
     if quantile is not None:
         adaptive = Adaptive(quantile, clip_rate, count_noise or counted.size / 20)
+        if adaptive.count_noise > counted.size:
+            raise FedSieveError(
+                f"privacy.count_noise: {adaptive.count_noise:g} is more than the {counted.size} "
+                "clients that are counted, so that the clip would follow noise alone: leave it "
+                "out, for a 20th of them"
+            )
     if noise_multiplier is None:
         if epsilon is None:
             raise FedSieveError("privacy: give epsilon, noise_multiplier, or both")

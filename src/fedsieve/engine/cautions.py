@@ -21,7 +21,8 @@ def cautioning() -> Caution:
     losses: list[float] = []
 
     def of(summary: "Round") -> list[str]:
-        if summary.round and summary.loss is not None:
+        # Whoever resumes a run that went on longer has been told.
+        if summary.loss is not None and (losses or 0 < summary.round <= STILL):
             losses.append(summary.loss)
         found = {
             "starving": starving(summary),

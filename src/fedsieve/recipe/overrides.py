@@ -32,6 +32,13 @@ def put(table: dict[str, Any], key: str, value: Any, said: str) -> None:
             place = place.setdefault(step, {})
         else:
             raise FedSieveError(f"{said}: {step!r} is not a table of the recipe")
+    if isinstance(place, list) and place and path:
+        within = ".".join(path)
+        which = "" if len(place) == 1 else f" to {len(place) - 1}"
+        raise FedSieveError(
+            f"{said}: {within} is a list: {within}.0{which} are its parts ({within}.0.{last}), and "
+            f"'{within}=[...]' is all of it"
+        )
     if not isinstance(place, dict):
         raise FedSieveError(f"{said}: {last!r} is not a key of a table")
     if value is not None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedsieve import report
-from fedsieve.disk import copied, refuse_link
+from fedsieve.disk import copied, everything_in, refuse_link
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import digest_of_rows
@@ -54,7 +54,11 @@ def bring(jobs: Sequence[Job], folder: Path) -> None:
 
 
 def _refuse_damaged(run: Path) -> None:
-    """Raises FedSieveError for a run of which a figure could not be made, or of a part of it."""
+    """Raises FedSieveError for a run of which a figure could not be made, or of a part of it; or
+    that lies in part elsewhere, where a link leads.
+    """
+    for path in everything_in(run):
+        refuse_link(path, folder=path.is_dir())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         try:
