@@ -47,6 +47,18 @@ def quick_of(
     ]
 
 
+def some_of(rows: Iterable[Any], each: int = 3) -> list[Any]:
+    """Rows that walk one path of the code, as parameters: the first and each third after it are
+    quick. For long tables of one kind, as of damages that one place refuses.
+    """
+    numbered = list(enumerate(rows))
+    quick = quick_of(numbered, lambda row: row[0] % each == 0)
+    return [
+        pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=param.marks)
+        for (_, row), param in zip(numbered, quick, strict=True)
+    ]
+
+
 def each_method(*among: str) -> list[Any]:
     """These methods' names as parameters, or all; those that are not in QUICK are marked slow."""
     return quick_of(among or methods.names(), QUICK.__contains__)

@@ -28,7 +28,7 @@ TRAININGS = ({"optimizer": "adamw", "lr": 0.01}, {"optimizer": "sgd", "momentum"
 @pytest.mark.parametrize(
     ("name", "options"), kinds.quick_of(METHODS, lambda row: row[0] in kinds.QUICK)
 )
-@pytest.mark.parametrize("training", TRAININGS, ids=lambda t: str(t["optimizer"]))
+@pytest.mark.parametrize("training", kinds.some_of(TRAININGS))
 def test_a_rehearsal_costs_what_a_real_round_does(
     tiny: Tiny, name: str, options: dict[str, Any], training: dict[str, Any]
 ) -> None:

@@ -28,6 +28,7 @@ from fedsieve.recipe import schema
 from fedsieve.settings import Lora, Table, Training
 from fedsieve.sites import resident
 from fedsieve.train.model import load_base, set_up, shape_of
+from tests import kinds
 from tests.conftest import LABELS, Tiny
 from tests.sites.sites import rate, recipe_text, settled, write_site
 from tests.sites.test_worker import Worker, told
@@ -129,7 +130,7 @@ def test_the_table_has_the_keys_that_anybody_would_try() -> None:
 
 
 @pytest.mark.parametrize("large", [10**9, pytest.param(10**15, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(("key", "changes"), CASES, ids=[key for key, _ in CASES])
+@pytest.mark.parametrize(("key", "changes"), kinds.some_of(CASES))
 def test_no_number_of_a_recipe_exhausts_a_site(
     tiny: Tiny, here: Worker, key: str, changes: dict[str, Any], large: int
 ) -> None:

@@ -28,7 +28,7 @@ from fedsieve.run import checkpoint, rundir
 from fedsieve.sites import here, limits
 from fedsieve.study.parts import ASKED, DIVERGED
 from fedsieve.train.digest import tensors_digest
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import Command, Ran, Tiny
 from tests.runs import FLASC
 
@@ -157,11 +157,13 @@ REFUSED: dict[Act, set[str]] = {
 
 @pytest.mark.parametrize(
     ("act", "name"),
-    [
-        *((act, name) for act in (resume, export, replaced, begun) for name in LINKED),
-        *((report, name) for name in LINKED if name in REFUSED[report] or "report" in name),
-        *((resume_at, name) for name in (rundir.CHECKPOINTS, rundir.METRICS, "../run.secret")),
-    ],
+    kinds.some_of(
+        [
+            *((act, name) for act in (resume, export, replaced, begun) for name in LINKED),
+            *((report, name) for name in LINKED if name in REFUSED[report] or "report" in name),
+            *((resume_at, name) for name in (rundir.CHECKPOINTS, rundir.METRICS, "../run.secret")),
+        ]
+    ),
 )
 def test_nothing_is_written_cut_or_removed_through_a_link(
     act: Act,
@@ -474,7 +476,9 @@ BEYOND: dict[str, list[str]] = {
 
 
 @pytest.mark.usefixtures("no_report")
-@pytest.mark.parametrize(("log", "line"), [(log, each) for log in BEYOND for each in BEYOND[log]])
+@pytest.mark.parametrize(
+    ("log", "line"), kinds.some_of((log, each) for log in BEYOND for each in BEYOND[log])
+)
 def test_lines_behind_the_checkpoint_count_for_nothing(
     log: str, line: str, theirs: Path, stopped: Path, command: Command, tmp_path: Path
 ) -> None:
@@ -868,7 +872,7 @@ IN_A_STUDY = {
 FINE = {"table.md", "table.json", ".table.md.part", f"fedit/seed-1/.{ASKED}.part"}
 
 
-@pytest.mark.parametrize("name", IN_A_STUDY)
+@pytest.mark.parametrize("name", kinds.some_of(IN_A_STUDY))
 def test_a_comparison_follows_no_link(
     name: str,
     compared: Path,

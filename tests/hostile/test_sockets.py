@@ -26,7 +26,7 @@ from fedsieve.methods import fedit
 from fedsieve.sites import intake, worker
 from fedsieve.sites.worker import SOCKET, ask
 from fedsieve.wire import encode, longest
-from tests import toy
+from tests import kinds, toy
 from tests.sites.test_flower import EXACT, Net, federation, run, site, sites_of
 
 MOST, LONG = 1 << 20, 8 << 20
@@ -86,7 +86,7 @@ BEGINNINGS: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("count", [16, 32, 100])
+@pytest.mark.parametrize("count", kinds.some_of([100, 32, 16]))
 @pytest.mark.parametrize("beginning", BEGINNINGS)
 def test_silent_connections_keep_nobody_waiting(address: Path, beginning: str, count: int) -> None:
     with ExitStack() as open_ones:

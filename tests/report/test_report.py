@@ -17,6 +17,7 @@ from fedsieve.clients.network import Conditions
 from fedsieve.errors import FedSieveError
 from fedsieve.report import load, load_all, sheet, table, write
 from fedsieve.report.words import duration, fewer, megabytes, significant
+from tests import kinds
 
 VOID = {"meta", "br", "link", "img", "hr"}
 RECIPE = """name = {name}
@@ -268,7 +269,9 @@ def test_the_same_runs_give_the_same_page(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["<script>alert(1)</script>", "--><script>", "$5 or $6", "_x", '" onload="x', "$title ${x}"],
+    kinds.some_of(
+        ["<script>alert(1)</script>", "--><script>", "_x", "$5 or $6", '" onload="x', "$title ${x}"]
+    ),
 )
 @pytest.mark.filterwarnings("error")
 def test_any_name_is_taken_as_it_stands(tmp_path: Path, name: str) -> None:

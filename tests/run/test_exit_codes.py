@@ -23,7 +23,7 @@ from fedsieve import cli
 from fedsieve.disk import no_room, of_the_disk
 from fedsieve.errors import FedSieveError
 from fedsieve.run import rundir
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import Command, Ran, Tiny
 
 # Where a run can be stopped, by the name that its caller has for it.
@@ -75,7 +75,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "place", "reason"), CASES)
+@pytest.mark.parametrize(("name", "place", "reason"), kinds.some_of(CASES))
 def test_a_run_that_stops_short_does_not_end_with_0(
     name: str,
     place: str,
@@ -299,7 +299,9 @@ def test_a_recipe_that_finds_no_room_is_told(
     assert "No space left on device: make room" in " ".join(ran.err.split())
 
 
-@pytest.mark.parametrize("name", ["run", "init", "check", "export", "resume", "costs"])
+@pytest.mark.parametrize(
+    "name", kinds.some_of(["run", "init", "check", "export", "resume", "costs"])
+)
 def test_where_no_temporary_folder_can_be_written_that_is_told(
     name: str, tiny: Tiny, stopped: Path, tmp_path: Path
 ) -> None:

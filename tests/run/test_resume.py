@@ -30,7 +30,7 @@ from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import checkpoint, rundir, runner
 from fedsieve.run.runner import Stopped
 from fedsieve.train.digest import tensors_digest
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import Command, Tiny
 from tests.runs import FLASC
 
@@ -481,7 +481,9 @@ def another_file(path: Path) -> None:
     safetensors.torch.save_file({"x": torch.zeros(3)}, path)
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, flip_in_the_tensors, garbage, another_file])
+@pytest.mark.parametrize(
+    "damage", kinds.some_of([truncate, empty, garbage, flip_in_the_tensors, another_file])
+)
 def test_a_damaged_checkpoint_is_passed_over(
     tiny: Tiny, whole: Path, tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:

@@ -33,7 +33,7 @@ from fedsieve.sites.told import for_sites
 from fedsieve.tasks.digest import rows_digest
 from fedsieve.tasks.examples import count, take, unasked
 from fedsieve.train.reader import load_reader
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import Command, Tiny, texts
 from tests.sites.sites import quiet
 from tests.tasks.test_federated import Kind, changes, each, quietly
@@ -377,7 +377,7 @@ DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); prin
 
 
 @pytest.mark.parametrize("how", ["deaf", "stopped", "a child of a shell"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", kinds.some_of([signal.SIGINT, signal.SIGTERM]))
 def test_who_presses_ctrl_c_again_leaves_no_process_behind(
     how: str, number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -51,7 +51,7 @@ from fedsieve.tasks.tokens import Texts
 from fedsieve.train import model, reader
 from fedsieve.train.local import Fit, fit
 from fedsieve.wire import decode, encode
-from tests import toy
+from tests import kinds, toy
 from tests.conftest import LABELS, Command, Tiny
 from tests.sites.sites import (
     NAMES,
@@ -329,7 +329,7 @@ def test_a_site_says_so_when_the_server_goes_back_too_far(tiny: Tiny, tmp_path: 
 
 @pytest.mark.filterwarnings("ignore:.*is damaged")
 @pytest.mark.parametrize("gone", ["missing", "damaged", "all missing"])
-@pytest.mark.parametrize("after", [0, 1])
+@pytest.mark.parametrize("after", kinds.some_of([0, 1]))
 def test_a_site_without_the_memory_to_go_back_to_goes_on_without_it(
     tiny: Tiny, tmp_path: Path, gone: str, after: int
 ) -> None:
@@ -522,7 +522,7 @@ def test_too_little_memory_loses_nothing_that_a_site_keeps(
 
 
 @pytest.mark.parametrize("place", ["rounds", "run", "runs"])
-@pytest.mark.parametrize("odd", ["a link", "a file", "a pipe"])
+@pytest.mark.parametrize("odd", kinds.some_of(["a link", "a file", "a pipe"]))
 def test_a_site_writes_no_round_through_a_link(
     tiny: Tiny, tmp_path: Path, place: str, odd: str
 ) -> None:

@@ -17,7 +17,7 @@ from fedsieve.recipe.experiment import from_recipe
 from fedsieve.start import check as checking
 from fedsieve.start import told
 from fedsieve.start.check import Checked, check
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import Command, Tiny, write_rows
 
 
@@ -175,7 +175,7 @@ def test_a_language_model_without_labels(tiny: Tiny) -> None:
     assert found.texts.empty == 0
 
 
-@pytest.mark.parametrize("longest", ["x", "512", [1], {"a": 1}, None, True])
+@pytest.mark.parametrize("longest", kinds.some_of(["x", "512", [1], {"a": 1}, None, True]))
 def test_a_tokenizer_that_does_not_say_how_much_it_reads(
     tiny: Tiny, tmp_path: Path, longest: object
 ) -> None:

@@ -17,6 +17,7 @@ from fedsieve.settings import Training
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tokens import IGNORED, Texts
 from fedsieve.train.outputs import outputs
+from tests import kinds
 from tests.conftest import Tiny
 from tests.tasks.test_federated import KINDS, quietly
 from tests.train import families
@@ -93,7 +94,7 @@ TRAININGS = [
 ]
 
 
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", kinds.some_of(TRAININGS))
 @pytest.mark.parametrize("kind", KINDS, ids=[kind.task for kind in KINDS])
 @quietly
 def test_no_step_waits_for_what_the_device_has_computed(
