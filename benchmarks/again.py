@@ -12,9 +12,10 @@ compared.
 
 import argparse
 import json
+import math
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,12 +40,22 @@ def pairs(published: dict[str, Any], again: dict[str, Any]) -> Iterator[Pair]:
         for measure, entries in measures.items():
             for entry, places in entries.items():
                 for place, seeds in places.items():
-                    spread = statistics.stdev(seeds.values()) if len(seeds) > 1 else float("nan")
+                    spread = _spread(seeds.values())
                     of = again["values"].get(panel, {}).get(measure, {}).get(entry, {})
                     for seed, value in of.get(place, {}).items():
                         if seed in seeds:
                             where = f"{panel}, {entry}, {place}, seed {seed}: {measure}"
-                            yield Pair(where, seeds[seed], value, spread)
+                            yield Pair(where, _number(seeds[seed]), _number(value), spread)
+
+
+def _number(value: float | str) -> float:
+    """A target that is never reached has words in the place of a number."""
+    return math.inf if isinstance(value, str) else value
+
+
+def _spread(values: Collection[float | str]) -> float:
+    reached = [value for value in values if not isinstance(value, str)]
+    return statistics.stdev(reached) if len(reached) > 1 else math.nan
 
 
 def main() -> int:
