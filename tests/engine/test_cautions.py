@@ -40,6 +40,17 @@ def test_a_run_that_is_resumed_was_told() -> None:
         assert of(Round(**{**blank, "round": number, "loss": loss})) == []
 
 
+def test_a_clip_that_has_grown_far_is_said_once() -> None:
+    of = cautioning()
+    blank = {**dict.fromkeys(Round._fields), "clients": 3, "dropped": 0, "starved": 0}
+    said = []
+    for number, clip in enumerate([None, 0.2, 0.1, 1.9, 2.1, 4.0, 0.001]):
+        said += of(Round(**{**blank, "round": number, "clip": clip}))
+    (one,) = said
+    assert "round 4: the clip" in one
+    assert "is at 2.1 and was at 0.2 in round 1, and the noise has grown with it" in one
+
+
 def test_each_is_said_once() -> None:
     said = told([*STILL], starved=2, down_a=0.9, down_b=0.0)
     assert [number for number, _ in said] == [2, 5]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from fedsieve.frame import Frame
+from fedsieve.report import shown
+from fedsieve.run import rundir
+from fedsieve.sites import server
 from fedsieve.sites.server import joint_score
 from fedsieve.tasks import catalogue
 from fedsieve.tasks.tally import Tally
@@ -74,6 +78,23 @@ def test_one_odd_sum_is_left_out_by_name_and_the_others_count(task: str) -> None
             found = joint_score({"bad": bad, "good": good}, task, classes, said.append)
             assert found == alone
             assert [line.split(":")[0] for line in said] == ["site bad"]
+
+
+def test_what_sites_count_together_can_be_read_back(tmp_path: Path) -> None:
+    """The server's own report would refuse its file, and no site would get the last adapter."""
+    most = int(server.MOST_COUNTED)
+    many = {f"s{n}": frame(most, {"0 as 0": most}) for n in range(200)}
+    assert 10_000 * most <= shown.MOST
+    odd = {f"odd{n}": frame(10**15, {"0 as 0": 10**15}) for n in range(10)}
+    said: list[str] = []
+    found = joint_score({**odd, **many}, "classification", ("x", "y"), said.append)
+    assert found == joint_score(many, "classification", ("x", "y"), print)
+    assert {line.split(":")[0] for line in said} == {f"site {name}" for name in odd}
+    assert found is not None
+    rundir.keep_details(tmp_path, 1, [found.details])
+    kept = shown.load(tmp_path)
+    assert kept is not None
+    assert kept.classes[0].rows == 200 * most
 
 
 def regression(n: int, loss: float, **sums: float) -> Frame:

@@ -139,6 +139,7 @@ class Round(NamedTuple):
         simulated_cohort, it is that of the simulated federation (see privacy.py)
     epsilon_unamplified: the same against those who know who took part when, for the client that was
         drawn most often; None where that changes nothing
+    clip: where it is by now, if it follows the updates' norms (privacy.quantile)
     transport_bytes: of the messages that carried the payloads, where a network did
     aside_bytes: of the other messages since the last round: sites met, recipes told, evaluation
     down_a, ..., up_head: means over the receipts that have them
@@ -166,6 +167,7 @@ class Round(NamedTuple):
     transport_bytes: int | None = None
     aside_bytes: int | None = None
     epsilon_unamplified: float | None = None
+    clip: float | None = None
     down_a: float | None = None
     down_b: float | None = None
     down_head: float | None = None
@@ -347,6 +349,7 @@ def merged(
         **_spent(federation.privacy, number)._asdict(),
         transport_bytes=_transport(receipts),
         epsilon_unamplified=None if known is None else known.most,
+        clip=_moving_clip(federation, state),
         starved=came.starved if any(r.down_b is not None for r in receipts) else None,
         **_mean_shares(receipts),
     )
@@ -509,6 +512,12 @@ def _spent(plan: PrivacyPlan | None, rounds: int) -> _Spent:
     if plan is None:
         return _Spent(None, None)
     return _Spent(plan.spent(rounds) if plan.spent else None, plan.simulated_cohort)
+
+
+def _moving_clip(federation: Federation, state: State) -> float | None:
+    """Noise of its own covers it, and is paid for."""
+    plan = federation.privacy
+    return None if plan is None or plan.adaptive is None else federation.method.clip(state)
 
 
 class _Known(NamedTuple):

@@ -40,6 +40,9 @@ RETRY = 10.0
 # Of any figure that a site tells, and of any time, in seconds: four months. The sum over a round of
 # ten thousand sites is then still a time that a log may hold (report/read.py).
 LARGEST, LONGEST = 1e15, 1e7
+# Rows, or tokens, that a site counts in an evaluation: of ten thousand sites together a float still
+# counts each (report/shown.py reads them back).
+MOST_COUNTED = 1e11
 # Between two looks at who is connected, while a round is under way.
 LOOK = 2.0
 # How often a request is sent that gets lost on its way.
@@ -580,7 +583,7 @@ def joint_score(
 def _tally(frame: Frame, task: str, classes: tuple[str, ...]) -> Tally:
     """What a site counted. Raises WireError for what cannot have been counted."""
     head = frame.header
-    counted = number_of(head, "counted")
+    counted = number_of(head, "counted", MOST_COUNTED)
     loss = math.nan if head.get("loss_sum") is None else number_of(head, "loss_sum")
     try:
         sums = json.loads(frame.body)
