@@ -83,7 +83,9 @@ def catch_up(base: Base | None, memory: Memory, layout: Layout, number: int) -> 
     if base.change.layout.pairs:
         if base.since != at:
             raise WireError(
-                f"a change of the base since round {base.since}; this client is at round {at}"
+                f"a change of the base since round {base.since} came, and this client is at round "
+                f"{at}: what it kept of the base is lost, and it takes part again when the whole "
+                "base travels"
             )
         tree = _added(memory.get("base", {}), layout, tree)
     return {**memory, "base": tree, SEEN: {"round": torch.tensor(number - 1)}}
