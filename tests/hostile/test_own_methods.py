@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tomli_w
@@ -21,11 +21,13 @@ from fedsieve.algebra.adapter import Adapter, Tree, layout_of
 from fedsieve.algebra.blame import blaming, guarded, trained
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.intact import changed, versions
+from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State, compose
-from fedsieve.algebra.optim import Optimizer, sgd
+from fedsieve.algebra.optim import Optimizer, adam, fading, sgd
 from fedsieve.algebra.payload import Base
 from fedsieve.algebra.sieve import Passed, Sieve, dense, within
 from fedsieve.algebra.support import Support, top_k
+from fedsieve.clients.noise import private
 from fedsieve.errors import ChangedInPlace, FedSieveError, MethodFailed, OptimizerFailed
 from fedsieve.recipe import read as recipes
 from fedsieve.run import runner
@@ -366,14 +368,16 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     '`init` gives a tree "adapter"': {"init": lambda params: {"adapter": params}},
     "`init` must give a dictionary of trees, not None": {"init": lambda params: None},
     "`step` must give (params, slots), two dictionaries, not None": {"step": lambda *given: None},
-    "is (), and must be (8, 12)": {
+    "is torch.float64 of shape (), and must be torch.float64 of shape (8, 12)": {
         "step": lambda params, g, slots: ({n: p.sum() for n, p in params.items()}, slots)
     },
-    "is ('-',), and must be (8, 12)": {"step": lambda params, gradient, slots: ({}, slots)},
-    "'zz' is (2,), and must be not to be there": {
+    "(params, slots): 'm.first.lora_A.weight' is not among its params": {
+        "step": lambda params, gradient, slots: ({}, slots)
+    },
+    "of its params, 'zz' was not given": {
         "step": lambda params, g, slots: ({**params, "zz": torch.ones(2)}, slots)
     },
-    'its slots have a tree "adapter"': {
+    "its slots have a tree 'adapter', which `init` did not give": {
         "step": lambda params, g, slots: (params, {"adapter": params})
     },
     "`step` changed 'm.first.lora_A.weight' in place": {
@@ -381,6 +385,25 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     },
     "`clip` must give a number from 0 up, not -1.0": {"clip": lambda slots: -1.0},
     "`clip` must give a number from 0 up, not 'x'": {"clip": lambda slots: "x"},
+    "`settle` must give the slots that it was given, not None": {"settle": lambda *given: None},
+    "`settle` must give the slots that it was given: 'adapter' is not": {
+        "settle": lambda *given: {}
+    },
+    "`settle` must give the slots that it was given: 'm.first.lora_A.weight' is not in": {
+        "settle": lambda slots, inside, merged: {**slots, "adapter": {}}
+    },
+    "`settle` must give the slots that it was given: its slots have a tree 'zz'": {
+        "settle": lambda slots, inside, merged: {**slots, "zz": {}}
+    },
+    "its slots have a wrong 'adapter': it is None": {
+        "settle": lambda slots, inside, merged: {**slots, "adapter": None}
+    },
+    "`settle` must give the slots that it was given: its slots have a wrong 'adapter'": {
+        "settle": lambda slots, inside, merged: {
+            **slots,
+            "adapter": {n: t.float() for n, t in slots["adapter"].items()},
+        }
+    },
 }
 
 
@@ -391,6 +414,218 @@ def test_an_optimizer_of_ones_own_is_held_to_what_it_must_give(said: str) -> Non
     with pytest.raises(OptimizerFailed) as caught:
         run(given)
     assert "the server optimizer's" in str(caught.value)
+    assert said in str(caught.value)
+
+
+# What is made of a tensor of an optimizer -> what is said of it, of type and shape of any.
+TURNED: dict[str, Callable[[Tensor], Any]] = {
+    "torch.float16 of shape": lambda t: t.half(),
+    "torch.float32 of shape": lambda t: t.float(),
+    "torch.int64 of shape": lambda t: t.long(),
+    "torch.complex64 of shape": lambda t: t.to(torch.complex64),
+    "torch.float64 of shape (1,": lambda t: t[None],
+    "a tensor that still has a gradient": lambda t: t.clone().requires_grad_(True),
+    "no dense tensor": lambda t: t[None].to_sparse(),
+    "one list, and no tensor": lambda t: t.tolist(),
+    "one ndarray, and no tensor": lambda t: t.numpy(),
+}
+
+
+@pytest.mark.parametrize("said", TURNED)
+@pytest.mark.parametrize("what", ["params", "slots", "settled"])
+def test_what_an_optimizer_gives_has_the_form_of_what_it_was_given(what: str, said: str) -> None:
+    """A checkpoint of another form is taken for another recipe's, and the run is lost."""
+    plain = sgd(1.0, momentum=0.5)
+
+    def turned(tree: Tree) -> Tree:
+        return {name: TURNED[said](tensor) for name, tensor in tree.items()}
+
+    def step(*given: Any) -> Any:
+        moved, slots = plain.step(*given)
+        if what == "params":
+            return turned(moved), slots
+        return moved, {"velocity": turned(slots["velocity"])} if what == "slots" else slots
+
+    def settle(slots: Any, inside: int, merged: int) -> Any:
+        return {**slots, "velocity": turned(slots["velocity"])} if what == "settled" else slots
+
+    part = "settle" if what == "settled" else "step"
+    where = "of its params" if what == "params" else "its slots have a wrong 'velocity'"
+    told = rf"optimizer's `{part}` must give .*: {where}: .*is {re.escape(said)}"
+    with pytest.raises(OptimizerFailed, match=told.replace("params:", "params,")):
+        run(mine_with(plain._replace(step=step, settle=settle)))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"a/b": {}}, "a tree under 'a/b': the name of a group has no \"/\""),
+        ({5: {}}, "a tree under 5"),
+        ({"m": 0}, "a wrong 'm': it is one int"),
+        ({"m": {"t": 0}}, "a wrong 'm': 't' is one int, and no tensor"),
+        ({"m": {5: torch.ones(1)}}, "a wrong 'm': there is one Tensor under 5"),
+        ({"m": {"t": {"t": torch.ones(1)}}}, "a wrong 'm': 't' is one dict, and no tensor"),
+        ({"m": {"t": torch.ones(1).half()}}, "a wrong 'm': 't' holds torch.float16, which"),
+        ({"m": {"t": torch.ones(1) * 1j}}, "a wrong 'm': 't' holds torch.complex64, which"),
+        (
+            {"m": {"t": torch.ones(1, requires_grad=True)}},
+            "a wrong 'm': 't' is a tensor that still has a",
+        ),
+    ],
+)
+def test_what_an_optimizer_begins_with_is_what_a_checkpoint_can_hold(made: Any, said: str) -> None:
+    with pytest.raises(OptimizerFailed) as caught:
+        run(mine_with(sgd()._replace(init=lambda params: made)))
+    assert f"`init` must give a dictionary of trees: it has {said}" in str(caught.value)
+
+
+FUNCTIONS = ("init", "step", "clip", "settle")
+
+
+def private_of(server: Optimizer) -> Optimizer:
+    return private(server, clip=9.0, noise_multiplier=0.0, expected=2, key=Key(0))
+
+
+# An optimizer as it is, and within FedSieve's own.
+AROUND: dict[str, Callable[[Optimizer], Optimizer]] = {
+    "alone": lambda server: server,
+    "fading": lambda server: fading(server, 0.5),
+    "private": private_of,
+    "both": lambda server: private_of(fading(server, 0.5)),
+}
+
+
+@pytest.mark.parametrize("place", AROUND)
+@pytest.mark.parametrize("error", [KeyError("x"), SystemExit(0), FedSieveError("odd"), None])
+@pytest.mark.parametrize("part", FUNCTIONS)
+def test_an_optimizer_that_fails_is_told_with_its_line(
+    part: str, error: BaseException | None, place: str
+) -> None:
+    """None calls it with what it does not take."""
+    if place in ("private", "both") and part in ("clip", "settle"):
+        pytest.skip("those of `private` take their place")
+    wrong: Any = (lambda: None) if error is None else raising(error)
+    changed: dict[str, Any] = {part: wrong}
+    said = "TypeError" if error is None else type(error).__name__
+    at = r"" if error is None else rf" .*\(.*{Path(__file__).name}, line \d+\)"
+    with pytest.raises(OptimizerFailed, match=rf"optimizer's `{part}` fails: {said}:{at}"):
+        run(mine_with(AROUND[place](sgd()._replace(**changed))))
+
+
+def test_too_little_memory_is_no_fault_of_an_optimizers() -> None:
+    with pytest.raises(MemoryError):
+        run(mine_with(sgd()._replace(step=raising(MemoryError()))))
+
+
+@pytest.mark.parametrize("part", FUNCTIONS)
+def test_an_optimizer_that_changes_what_it_was_given_is_told(part: str) -> None:
+    plain = sgd(1.0, momentum=0.5)
+
+    def function(*given: Any) -> Any:
+        tree = next((g["adapter"] for g in given if isinstance(g, dict) and "adapter" in g), None)
+        (given[0] if tree is None else tree)[toy.HEAD].mul_(0.5)
+        return getattr(plain, part)(*given)
+
+    changed: dict[str, Any] = {part: function}
+    with pytest.raises(OptimizerFailed, match=f"`{part}` changed '{toy.HEAD}' in place"):
+        run(mine_with(plain._replace(**changed)))
+
+
+@pytest.mark.parametrize("place", AROUND)
+def test_an_optimizer_that_does_as_it_must_gives_the_same(place: str) -> None:
+    plain = adam(0.1)
+    own = plain._replace(
+        init=lambda params: plain.init(params),
+        step=lambda *given: plain.step(*given),
+        settle=lambda slots, inside, merged: slots,
+    )
+    one, other = (run(mine_with(AROUND[place](each))) for each in (own, plain))
+    assert toy.distance(one, other) == 0
+
+
+ODD_OPTIMIZERS: dict[str, Any] = {
+    "its `init` is None; it must be a function": sgd()._replace(init=cast(Any, None)),
+    "its `step` is None; it must be a function": sgd()._replace(step=cast(Any, None)),
+    "its `clip` is 1.0; it must be a function": sgd()._replace(clip=cast(Any, 1.0)),
+    "its `settle` is 'x'; it must be a function": sgd()._replace(settle=cast(Any, "x")),
+    "its `table` is None; it must be a dictionary": sgd()._replace(table=cast(Any, None)),
+    "is the function sgd; it must be an optimizer: call it": sgd,
+    "is 5; it must be an optimizer": 5,
+}
+TAKING: dict[str, Callable[[Any], object]] = {
+    "server": mine_with,
+    "method of your own: its server": lambda given: guarded(mine()._replace(server=given)),
+    "method 'mine.own': its server": lambda given: blaming(
+        "mine.own", mine()._replace(server=given)
+    ),
+    "optimizer": lambda given: private(
+        given, clip=1.0, noise_multiplier=0.0, expected=1, key=Key(0)
+    ),
+}
+
+
+@pytest.mark.parametrize("said", ODD_OPTIMIZERS)
+@pytest.mark.parametrize("where", TAKING)
+def test_what_is_no_optimizer_is_told_where_it_is_taken(where: str, said: str) -> None:
+    with pytest.raises(FedSieveError) as caught:
+        TAKING[where](ODD_OPTIMIZERS[said])
+    assert re.search(rf"{where}:? {re.escape(said)}", str(caught.value))
+
+
+@pytest.mark.parametrize("value", ["x", 5, None])
+@pytest.mark.parametrize("part", [*PARTS, "personal", "trained_by"])
+def test_a_part_of_a_method_that_is_no_function_is_told_by_its_name(part: str, value: Any) -> None:
+    if value is None and part in ("personal", "trained_by"):
+        pytest.skip("most methods have none")
+    given = with_part(part, value)
+    for taken in (guarded, lambda method: guarded(trained(method, toy.trained))):
+        with pytest.raises(MethodFailed, match=f"^method of your own: its {part} must be a func"):
+            taken(given)
+
+
+# What a merge does with its state's trees, of which "kept" was there before -> what is said of it.
+MERGED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "a wrong 'kept': 't' is torch.float64 of shape (2,), and must be torch.float32 of": (
+        lambda trees: {**trees, "kept": {"t": torch.ones(2, dtype=torch.float64)}}
+    ),
+    "a wrong 'kept': 't' is torch.float32 of shape (3,), and must be torch.float32 of": (
+        lambda trees: {**trees, "kept": {"t": torch.ones(3)}}
+    ),
+    "a wrong 'kept 1': 't' is torch.float32 of shape (3,), and": (
+        lambda trees: {**trees, "kept 1": {"t": torch.ones(3)}}
+    ),
+    "trees have no 'kept', which was given": (
+        lambda trees: {group: tree for group, tree in trees.items() if group != "kept"}
+    ),
+    "a tree under 'a/b': the name of a group has no": lambda trees: {**trees, "a/b": {}},
+    "": lambda trees: {
+        **{group: tree for group, tree in trees.items() if group != "kept 1"},
+        "kept": {"of a client": torch.ones(7)},
+        "kept 2": {"t": torch.ones(5)},
+    },
+}
+
+
+@pytest.mark.parametrize("said", MERGED)
+def test_what_a_merge_keeps_has_the_form_that_it_had(said: str) -> None:
+    """ "" is what it may do."""
+    plain, two = mine(), {"t": torch.ones(2)}
+
+    def init(adapter: Adapter) -> State:
+        state = plain.init(adapter)
+        return state._replace(trees={**state.trees, "kept": two, "kept 1": two})
+
+    def merge(*given: Any) -> State:
+        state = plain.merge(*given)
+        return state._replace(trees=MERGED[said](state.trees))
+
+    own = guarded(plain._replace(init=init, merge=merge))
+    if not said:
+        run(own)
+        return
+    with pytest.raises(FedSieveError) as caught:
+        run(own)
+    assert "its merge (round 1) must give a State: its trees have " in str(caught.value)
     assert said in str(caught.value)
 
 

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from fedsieve.algebra.budget import Budget, Client
-from fedsieve.algebra.forms import A_METHOD, A_PENALTY, GIVES, Kind, a
+from fedsieve.algebra.forms import A_METHOD, A_PENALTY, GIVES, Kind
 from fedsieve.algebra.intact import left_intact, ours
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.mark import functions_of
 from fedsieve.algebra.method import ClientContext, Method
+from fedsieve.algebra.optim import optimizer_given
+from fedsieve.algebra.trees import a
 from fedsieve.errors import (
     THEIRS,
     FedSieveError,
@@ -31,6 +33,7 @@ from fedsieve.errors import (
 from fedsieve.settings import Training
 
 _OWN = "method of your own"
+_MAY_LACK = ("personal", "trained_by")
 
 
 def blaming(name: str, method: Method) -> Method:
@@ -44,7 +47,10 @@ def blaming(name: str, method: Method) -> Method:
 def guarded(method: Method) -> Method:
     """A method that is made in Python, whose failures are told so where a part of it is not
     FedSieve's own; any other as it is, at which nobody need look.
+
+    Raises MethodFailed for a part that is not of its kind.
     """
+    _refuse_unfit(_OWN, method)
     return method if _ours_alone(method) else _blamed(_OWN, method)
 
 
@@ -52,6 +58,7 @@ def trained(method: Method, training: Callable[[int], Training]) -> Method:
     """A method that is made in Python, as it is where clients train so (`Method.trained_by`)."""
     if method.trained_by is None:
         return method
+    _refuse_unfit(_OWN, method)
     if _ours_alone(method):
         return method.trained_by(training)
     made: Method = _blaming(_OWN, "trained_by", A_METHOD, method.trained_by)(training)
@@ -62,14 +69,29 @@ def _ours_alone(method: Method) -> bool:
     return all(map(ours, functions_of(method)))
 
 
-def _blamed(whose: str, method: Method) -> Method:
+def _refuse_unfit(whose: str, method: Method) -> None:
+    """Raises MethodFailed, naming it, for a part that is not of the kind that it must be."""
+    for part in (*GIVES, "trained_by"):
+        function = getattr(method, part)
+        if function is not None or part not in _MAY_LACK:
+            _refuse_no_function(f"{whose}: its {part}", function)
     knobs: object = method.knobs
     if not isinstance(knobs, frozenset):
         raise MethodFailed(f"{whose}: its knobs must be a frozenset, not {a(knobs)}")
     try:
         _refuse_unknown(knobs)
+        optimizer_given("its server", method.server)
     except FedSieveError as error:
         raise MethodFailed(f"{whose}: {error}") from None
+
+
+def _refuse_no_function(said: str, function: object) -> None:
+    if not callable(function):
+        raise MethodFailed(f"{said} must be a function, not {a(function)}")
+
+
+def _blamed(whose: str, method: Method) -> Method:
+    _refuse_unfit(whose, method)
     functions: dict[str, Any] = {
         part: _blaming(whose, part, kind, getattr(method, part))
         for part, kind in GIVES.items()
@@ -105,8 +127,7 @@ def _with_penalty(whose: str, view: Callable[..., Any]) -> Callable[..., Any]:
 
 def _blaming(whose: str, part: str, kind: Kind, function: Any) -> Callable[..., Any]:
     said = f"{whose}: its {part}"
-    if not callable(function):
-        raise MethodFailed(f"{said} must be a function, not {a(function)}")
+    _refuse_no_function(said, function)
 
     @wraps(function)
     def told(*given: Any) -> Any:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedsieve.algebra.adapter import STORED, Adapter, Layout, Tree, base_layout
+from fedsieve.algebra.adapter import Adapter, Layout, Tree, base_layout
 from fedsieve.algebra.method import Method, State, View
 from fedsieve.algebra.payload import Base, Payload, Seed, Values
 from fedsieve.algebra.support import Support
+from fedsieve.algebra.trees import a, dense_wrong, lacking, tree_unlike, tree_wrong, trees_wrong
 from fedsieve.errors import quoted
 
 _TOLD = ("known", "sent")
@@ -29,11 +30,6 @@ class Kind(NamedTuple):
     wrong: Callable[[Any, Any], str | None]
 
 
-def a(value: object) -> str:
-    """What type a value is of, for "it gives ...": "one int", or "None"."""
-    return "None" if value is None else f"one {type(value).__name__}"
-
-
 def _is(kind: type) -> Callable[[Any, Any], str | None]:
     return lambda made, of: None if isinstance(made, kind) else f"it gives {a(made)}"
 
@@ -43,15 +39,33 @@ def _state(made: Any, of: Any) -> str | None:
         return f"it gives {a(made)}"
     if not isinstance(made.trees, dict) or "adapter" not in made.trees:
         return 'its trees have no "adapter"'
-    if (wrong := _trees(made.trees)) is not None:
+    if (wrong := trees_wrong(made.trees)) is not None:
         return f"its trees have {wrong}"
     return _laid_out(made.layout, made.trees["adapter"]) or _unlike(of, Adapter(*_whole(made)))
+
+
+def _merged(made: Any, of: Any) -> str | None:
+    """A state whose groups have the form in which a checkpoint's are looked for (`run/state.py`).
+
+    A group may come, and one that is numbered may go, as what is kept of single rounds does; of the
+    names in a group, clients' say, some may come and go.
+    """
+    if (wrong := _state(made, of)) is not None or not isinstance(of, State):
+        return wrong
+    stay = {group: tree for group, tree in of.trees.items() if tree and not group[-1:].isdigit()}
+    if (lost := lacking(made.trees, stay)) is not None:
+        return f"its trees have no {lost!r}, which was given"
+    for group, tree in of.trees.items():
+        both = {n: t for n, t in made.trees.get(group, {}).items() if n in tree}
+        if (wrong := tree_unlike(both, tree)) is not None:
+            return f"its trees have a wrong {group!r}: {wrong}"
+    return None
 
 
 def _adapter(made: Any, of: Any) -> str | None:
     if not isinstance(made, Adapter):
         return f"it gives {a(made)}"
-    wrong = _tree(made.tensors) or _laid_out(made.layout, made.tensors) or _based(made)
+    wrong = tree_wrong(made.tensors) or _laid_out(made.layout, made.tensors) or _based(made)
     return wrong or _unlike(of, made)
 
 
@@ -71,7 +85,7 @@ def _payload(made: Any, of: Any) -> str | None:
     if not isinstance(values, Values) or not isinstance(values.form, str):
         return f"its values are {a(values)}"
     for part, tensor in (("data", values.data), ("scales", values.scales)):
-        if (wrong := _dense(tensor)) is not None:
+        if (wrong := dense_wrong(tensor)) is not None:
             return f"the {part} of its values are {wrong}"
     if base is not None:
         if not isinstance(base, Base) or not isinstance(base.since, int):
@@ -94,12 +108,12 @@ def _support(of: Any) -> str | None:
         return f"{a(of)}, and no Support of names, ranks and masks"
     if not all(isinstance(name, str) for name in names):
         return "of names that are no texts"
-    if ranks is not None and (wrong := _dense(ranks)) is not None:
+    if ranks is not None and (wrong := dense_wrong(ranks)) is not None:
         return f"of ranks that are {wrong}"
     if not isinstance(masks, dict):
         return f"of masks that are {a(masks)}"
     for name, mask in masks.items():
-        if not isinstance(name, str) or (wrong := _dense(mask)) is not None:
+        if not isinstance(name, str) or (wrong := dense_wrong(mask)) is not None:
             return f"of a mask {quoted(name)} that is {wrong}"
     return None
 
@@ -134,45 +148,11 @@ def _with_memory(kind: type) -> Callable[[Any, Any], str | None]:
         first, memory = made
         if not isinstance(first, kind) or not isinstance(memory, dict):
             return f"it gives {a(first)} and {a(memory)}"
-        if (said := _trees(memory)) is not None:
+        if (said := trees_wrong(memory)) is not None:
             return f"what the client keeps has {said}"
         return _payload(first, of) if kind is Payload else None
 
     return wrong
-
-
-def _trees(trees: dict[Any, Any]) -> str | None:
-    for group, tree in trees.items():
-        if not isinstance(group, str):
-            return f"a tree under {quoted(group)}"
-        if (wrong := _tree(tree)) is not None:
-            return f"a wrong {group!r}: {wrong}"
-    return None
-
-
-def _tree(tree: Any) -> str | None:
-    """What is wrong with one of a tree's tensors, whatever their names and shapes may be."""
-    if not isinstance(tree, dict):
-        return f"it is {a(tree)}"
-    for name, tensor in tree.items():
-        if not isinstance(name, str):
-            return f"there is {a(tensor)} under {quoted(name)}"
-        if (wrong := _dense(tensor)) is not None:
-            return f"{name!r} is {wrong}"
-        if tensor.dtype not in STORED:
-            return f"{name!r} holds {tensor.dtype}, which no checkpoint does"
-    return None
-
-
-def _dense(tensor: Any) -> str | None:
-    """Why something is not numbers that are there, and nothing else."""
-    if not isinstance(tensor, Tensor):
-        return f"{a(tensor)}, and no tensor"
-    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
-        return "no dense tensor"
-    if tensor.is_neg() or tensor.is_conj():
-        return "a view of other numbers, negated when they are read: give a copy, .clone()"
-    return "a tensor that still has a gradient: detach it" if tensor.requires_grad else None
 
 
 def _laid_out(layout: Any, tree: Tree) -> str | None:
@@ -192,7 +172,7 @@ def _laid_out(layout: Any, tree: Tree) -> str | None:
 
 def _based(adapter: Adapter) -> str | None:
     """What is wrong with a change of the base that comes with an adapter."""
-    if not isinstance(adapter.base, dict) or _tree(adapter.base) is not None:
+    if not isinstance(adapter.base, dict) or tree_wrong(adapter.base) is not None:
         return f"its base is {a(adapter.base)}, and no tree"
     known = base_layout(adapter.layout, 0).shapes if adapter.base else {}
     for name, change in adapter.base.items():
@@ -253,7 +233,7 @@ GIVES = {
     "publish": Kind("a Payload", _payload),
     "view": Kind("a View and a dictionary of trees", _view),
     "report": Kind("a Payload and a dictionary of trees", _with_memory(Payload)),
-    "merge": _A_STATE,
+    "merge": Kind("a State", _merged),
     "export": _AN_ADAPTER,
     "personal": _AN_ADAPTER,
     "clip": Kind("a number from 0 up", _number),

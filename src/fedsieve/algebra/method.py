@@ -23,6 +23,7 @@ from fedsieve.algebra.optim import (
     Optimizer,
     clip_of,
     limits,
+    settled,
     sgd,
     slots_of,
     stepped,
@@ -467,7 +468,7 @@ def compose(
             if returns == "values":
                 tensor.neg_().add_(params[name])
         after = step(optimizer, state, total, names)
-        return State(after.layout, optimizer.settle(after.trees, inside, merged))
+        return State(after.layout, settled(optimizer, after.trees, inside, merged))
 
     def export(state: State) -> Adapter:
         return Adapter(state.layout, state.trees["adapter"])

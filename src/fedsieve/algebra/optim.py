@@ -12,13 +12,22 @@ arXiv 2003.00295), and neither decays weights.
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from fedsieve.algebra.adapter import Tree
-from fedsieve.algebra.intact import left_intact
-from fedsieve.errors import FedSieveError, OptimizerFailed, quoted
+from fedsieve.algebra.intact import left_intact, ours
+from fedsieve.algebra.trees import lacking, tree_unlike, trees_wrong
+from fedsieve.errors import (
+    THEIRS,
+    FedSieveError,
+    OptimizerFailed,
+    line_of,
+    quoted,
+    raise_of_memory,
+    with_type,
+)
 from fedsieve.settings import LARGEST, Source, as_float, is_number
 
 Slots = dict[str, Tree]  # the optimizer's own state: a tree for each moment
@@ -64,6 +73,17 @@ class Optimizer(NamedTuple):
 def optimizer_given(name: str, value: object) -> Optimizer:
     """The value. Raises FedSieveError, naming it, for what is none, and says how it becomes one."""
     if isinstance(value, Optimizer):
+        for part in ("init", "step", "clip", "settle"):
+            if not callable(function := getattr(value, part)):
+                raise FedSieveError(
+                    f"{name}: its `{part}` is {quoted(function)}; it must be a function"
+                )
+        table: Any = value.table
+        if not isinstance(table, Mapping):
+            raise FedSieveError(
+                f"{name}: its `table` is {quoted(table)}; it must be a dictionary, empty where no "
+                "recipe can name the optimizer"
+            )
         expected: Any = value.expected
         if expected is not None and not (is_number(expected) and expected > 0):
             raise FedSieveError(
@@ -85,48 +105,99 @@ def optimizer_given(name: str, value: object) -> Optimizer:
 def slots_of(optimizer: Optimizer, params: Tree) -> Slots:
     """What an optimizer keeps at the beginning.
 
-    Raises OptimizerFailed, as the two functions below do, for what no round can use: an optimizer
-    may be the user's own.
+    Raises OptimizerFailed, as the three functions below do, for what no round can use, or what no
+    checkpoint could give back: an optimizer may be the user's own. FedSieve's own are not looked
+    at; those that hold another (`fading`, `noise.private`) ask for what it gives by these.
     """
-    made: Any = optimizer.init(params)
+    made = _asked(optimizer, "init", (params,), lent=params)
+    if ours(optimizer.init):
+        return cast(Slots, made)
+    said = f"{_SERVERS} `init`"
     if not isinstance(made, dict):
-        raise OptimizerFailed(
-            f"{_SERVERS} `init` must give a dictionary of trees, not {quoted(made)}"
-        )
+        raise OptimizerFailed(f"{said} must give a dictionary of trees, not {quoted(made)}")
     if "adapter" in made:
         raise OptimizerFailed(
-            f'{_SERVERS} `init` gives a tree "adapter", and that is the model\'s: call it another'
+            f'{said} gives a tree "adapter", and that is the model\'s: call it another'
         )
+    if (wrong := trees_wrong(made)) is not None:
+        raise OptimizerFailed(f"{said} must give a dictionary of trees: it has {wrong}")
     return made
 
 
 def stepped(optimizer: Optimizer, params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
-    """An optimizer's step, of which every tensor must come, as large as it was, and which leaves
-    parameters and slots as they are.
+    """An optimizer's step, of which every parameter must come, and all in the form that it had; it
+    leaves parameters and slots as they are. Slots that do not come stay as they were.
     """
-    said = f"{_SERVERS} `step` must give (params, slots)"
     # The gradient is nobody's any more.
-    with left_intact((params, slots), f"{_SERVERS} `step`", OptimizerFailed):
-        made: Any = optimizer.step(params, gradient, slots)
+    made = _asked(optimizer, "step", (params, gradient, slots), lent=(params, slots))
+    if ours(optimizer.step):
+        return cast(tuple[Tree, Slots], made)
+    said = f"{_SERVERS} `step` must give (params, slots)"
     if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(m, dict) for m in made):
         raise OptimizerFailed(f"{said}, two dictionaries, not {quoted(made)}")
     moved, after = made
-    for name in sorted({*map(str, moved), *params}):
-        shape = tuple(getattr(moved.get(name), "shape", "-"))
-        if name not in params or shape != tuple(params[name].shape):
-            asked = tuple(params[name].shape) if name in params else "not to be there"
-            raise OptimizerFailed(f"{said}: {quoted(name)} is {quoted(shape)}, and must be {asked}")
-    if "adapter" in after:
-        raise OptimizerFailed(f'{said}: its slots have a tree "adapter", and that is the model\'s')
+    if (name := lacking(moved, params)) is not None:
+        raise OptimizerFailed(f"{said}: {name!r} is not among its params")
+    if (wrong := tree_unlike(moved, params)) is not None:
+        raise OptimizerFailed(f"{said}: of its params, {wrong}")
+    _refuse_unlike(said, after, slots)
     return moved, after
+
+
+def settled(optimizer: Optimizer, slots: Slots, within: int, merged: int) -> Slots:
+    """What an optimizer makes of its slots after a round, all of which must come as they were."""
+    made = _asked(optimizer, "settle", (slots, within, merged), lent=slots)
+    if ours(optimizer.settle):
+        return cast(Slots, made)
+    said = f"{_SERVERS} `settle` must give the slots that it was given"
+    if not isinstance(made, dict):
+        raise OptimizerFailed(f"{said}, not {quoted(made)}")
+    if (group := lacking(made, slots)) is not None:
+        raise OptimizerFailed(f"{said}: {group!r} is not among them")
+    _refuse_unlike(said, made, slots)
+    for group, tree in slots.items():
+        if (name := lacking(made[group], tree)) is not None:
+            raise OptimizerFailed(f"{said}: {name!r} is not in its {group!r}")
+    return made
+
+
+def _refuse_unlike(said: str, made: dict[Any, Any], slots: Slots) -> None:
+    """Raises OptimizerFailed for slots beyond those that `init` gave, or of another form."""
+    for group, tree in made.items():
+        if group not in slots:
+            raise OptimizerFailed(
+                f"{said}: its slots have a tree {quoted(group)}, which `init` did not give"
+            )
+        if (wrong := tree_unlike(tree, slots[group])) is not None:
+            raise OptimizerFailed(f"{said}: its slots have a wrong {group!r}: {wrong}")
+
+
+def _asked(optimizer: Optimizer, part: str, given: tuple[Any, ...], lent: object) -> Any:
+    """What a function of an optimizer gives. Raises OptimizerFailed, with the line, where one of
+    the user's own fails: no client's update is at fault.
+
+    lent: what of the given must be afterwards what it was
+    """
+    function = getattr(optimizer, part)
+    if ours(function):
+        return function(*given)
+    called = f"{_SERVERS} `{part}`"
+    with left_intact(lent, called, OptimizerFailed):
+        try:
+            return function(*given)
+        except OptimizerFailed:  # of one inside of it
+            raise
+        except THEIRS as error:
+            raise_of_memory(error)
+            raise OptimizerFailed(f"{called} fails: {with_type(error)}{line_of(error)}") from error
 
 
 def clip_of(optimizer: Optimizer, slots: Slots) -> float:
     """An optimizer's limit on the norm of an update, a number from 0 up."""
-    most: Any = optimizer.clip(slots)
+    most = _asked(optimizer, "clip", (slots,), lent=slots)
     if isinstance(most, bool) or not isinstance(most, int | float) or not most >= 0:
         raise OptimizerFailed(f"{_SERVERS} `clip` must give a number from 0 up, not {quoted(most)}")
-    return float(most)
+    return as_float(most)
 
 
 def limits(optimizer: Optimizer) -> bool:
@@ -234,12 +305,12 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
     decay = _of_python(decay)
 
     def init(params: Tree) -> Slots:
-        return {**optimizer.init(params), "fading": {"rounds": torch.zeros(())}}
+        return {**slots_of(optimizer, params), "fading": {"rounds": torch.zeros(())}}
 
     def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
         rounds = slots["fading"]["rounds"]
         inner = {name: tree for name, tree in slots.items() if name != "fading"}
-        moved, inner = optimizer.step(params, gradient, inner)
+        moved, inner = stepped(optimizer, params, gradient, inner)
         share = decay ** float(rounds)
         faded = {n: p + share * (moved[n] - p) for n, p in params.items()}
         return faded, {**inner, "fading": {"rounds": rounds + 1}}

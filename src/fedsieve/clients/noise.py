@@ -28,7 +28,14 @@ from torch import Tensor
 
 from fedsieve.algebra.adapter import Tree
 from fedsieve.algebra.keys import Key, generator
-from fedsieve.algebra.optim import Optimizer, Slots, limits
+from fedsieve.algebra.optim import (
+    Optimizer,
+    Slots,
+    limits,
+    optimizer_given,
+    slots_of,
+    stepped,
+)
 from fedsieve.errors import FedSieveError
 from fedsieve.settings import Source
 
@@ -81,6 +88,7 @@ def private(
     already. A method whose server moves by more than a mean of clipped changes refuses the result
     (`method.Unbounded`).
     """
+    optimizer_given("optimizer", optimizer)
     if limits(optimizer) and optimizer.private is None:
         raise FedSieveError("privacy: the server optimizer has a clip of its own: leave it out")
     if not clip > 0:
@@ -102,7 +110,7 @@ def private(
         return clip if adaptive is None else float(slots[_SLOT]["clip"])
 
     def init(params: Tree) -> Slots:
-        slots = optimizer.init(params)
+        slots = slots_of(optimizer, params)
         if _SLOT in slots:
             raise FedSieveError("privacy: the server optimizer adds noise already")
         own = {"rounds": torch.zeros(())}
@@ -118,7 +126,7 @@ def private(
                 n: g + _noise(g, deviation, here, n, noise_from) for n, g in gradient.items()
             }
         inner = {name: tree for name, tree in slots.items() if name != _SLOT}
-        moved, inner = optimizer.step(params, gradient, inner)
+        moved, inner = stepped(optimizer, params, gradient, inner)
         return moved, {**inner, _SLOT: {**slots[_SLOT], "rounds": rounds}}
 
     def settle(slots: Slots, within: int, merged: int) -> Slots:
