@@ -25,7 +25,7 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State, compose
 from fedsieve.algebra.optim import Optimizer, adam, fading, sgd
 from fedsieve.algebra.payload import Base
-from fedsieve.algebra.sieve import Passed, Sieve, dense, within
+from fedsieve.algebra.sieve import Passed, Sieve, dense, leading, sketch, top_ranks, within
 from fedsieve.algebra.support import Support, top_k
 from fedsieve.clients.noise import private
 from fedsieve.errors import ChangedInPlace, FedSieveError, MethodFailed, OptimizerFailed
@@ -362,6 +362,89 @@ def test_a_sieve_is_told_by_the_name_that_it_was_given_under(
     told = str(caught.value)
     assert f"method 'mine.own': its {part} (round 1, client '0000'): {way}: the sieve " in told
     assert said in told
+
+
+EMPTY: dict[str, Tensor] = {}
+
+
+def supporting(
+    names: Callable[[list[str]], Any] = tuple, ranks: Any = None, masks: Any = EMPTY
+) -> Callable[..., Passed]:
+    def mine(tree: Tree, layout: Any, client: Any, key: Any) -> Passed:
+        told: Any = "known" if ranks is None else "sent"
+        return Passed(Support(names(sorted(tree)), ranks, masks), told, "sent")
+
+    return mine
+
+
+PAIRS = "ranks as an int64 tensor of shape (2, k), not "
+RISING = "ranks that rise within 0..7 for each pair, not "
+SUPPORTS: dict[str, dict[str, Any]] = {
+    "the tensors that pass as a tuple of names, not None": {"names": lambda names: None},
+    "the tensors that pass as a tuple of names, not {": {"names": set},
+    "the tensors that pass as a tuple of names, not 'm.first": {"names": lambda names: names[0]},
+    "the tensors that pass as a tuple of names, not (5,)": {"names": lambda names: (5,)},
+    "names of the tree that it sees, not 'zz'": {"names": lambda names: (*names, "zz")},
+    "a tuple of names that are sorted, each once, not [": {"names": list},
+    "a tuple of names that are sorted, each once, not (": {
+        "names": lambda names: tuple(reversed(names))
+    },
+    "a tuple of names that are sorted, each once, not ('m.first": {
+        "names": lambda names: (names[0], *names)
+    },
+    f"{PAIRS}[[0]": {"ranks": [[0], [1]]},
+    f"{PAIRS}torch.float32 of shape (2, 1)": {"ranks": torch.zeros(2, 1)},
+    f"{PAIRS}torch.bool of shape (2, 8)": {"ranks": torch.ones(2, 8, dtype=torch.bool)},
+    f"{PAIRS}torch.int32 of shape (2, 1)": {"ranks": torch.zeros(2, 1, dtype=torch.int32)},
+    f"{PAIRS}torch.int64 of shape (2,)": {"ranks": torch.tensor([0, 1])},
+    f"{PAIRS}torch.int64 of shape (1, 2)": {"ranks": torch.tensor([[0, 1]])},
+    f"{PAIRS}torch.int64 of shape (3, 1)": {"ranks": torch.tensor([[0]] * 3)},
+    f"{RISING}tensor([[ 0, 99": {"ranks": torch.tensor([[0, 99]] * 2)},
+    f"{RISING}tensor([[-1": {"ranks": torch.tensor([[-1, 0]] * 2)},
+    f"{RISING}tensor([[1, 1": {"ranks": torch.tensor([[1, 1]] * 2)},
+    f"{RISING}tensor([[1, 0": {"ranks": torch.tensor([[1, 0]] * 2)},
+    f"{RISING}tensor([]": {"ranks": torch.zeros(2, 0, dtype=torch.int64)},
+    "masks as a dictionary, {} for none, not None": {"masks": None},
+    "masks as a dictionary, {} for none, not [": {"masks": [torch.ones(3, 10)]},
+    "no mask for 'zz', not (torch.bool, (1,))": {"masks": {"zz": torch.ones(1, dtype=torch.bool)}},
+    "no mask for 'm.head.weight', not (torch.bool": {
+        "names": lambda names: tuple(names[:1]),
+        "masks": {toy.HEAD: torch.ones(3, 10, dtype=torch.bool)},
+    },
+}
+
+
+@pytest.mark.parametrize("said", SUPPORTS)
+@pytest.mark.parametrize("way", ["down", "up", "change"])
+def test_a_support_that_is_none_of_the_tree_is_told_of_its_sieve(way: str, said: str) -> None:
+    """ "change": what passes down of the change since the start is sieved once more, for zeros."""
+    mine = supporting(**SUPPORTS[said])
+    given: dict[str, Any] = {"up" if way == "up" else "down": mine}
+    ranked: Any = "change" if way == "change" else "values"
+    with pytest.raises(MethodFailed) as caught:
+        run(guarded(compose(**{**PLAIN, **given}, ranked=ranked)))
+    part, name = ("report", "up") if way == "up" else ("publish", "down")
+    told = str(caught.value)
+    assert f"its {part} (round 1, client '0000'): {name}: the sieve 'mine' must give {said}" in told
+
+
+RANKED: dict[str, Callable[[], Any]] = {
+    "leading": lambda: leading,
+    "top_ranks": lambda: top_ranks,
+    "sketch": sketch,
+    "in another": lambda: within(leading, dense),
+    "mine": lambda: supporting(ranks=torch.tensor([[0, 1]] * 2)),
+}
+
+
+@pytest.mark.parametrize("kind", RANKED)
+@pytest.mark.parametrize("down", [dense, leading])
+def test_ranks_that_an_upload_would_not_follow_are_refused(down: Any, kind: str) -> None:
+    """Its bytes would be measured of an upload that the user believes to be smaller."""
+    said = "up: the sieve '.*' lets ranks pass, and an upload has those that came down"
+    given = {**PLAIN, "down": down, "up": RANKED[kind](), "knobs": frozenset({"ratio"})}
+    with pytest.raises(FedSieveError, match=said):
+        toy.after(compose(**given), toy.clients([Budget(ratio=0.5)] * 2), 1)
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -30,7 +30,16 @@ from fedsieve.algebra.optim import (
 )
 from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload, rounded
-from fedsieve.algebra.sieve import Choice, Passed, Sieve, competing, every_name, nonzero
+from fedsieve.algebra.sieve import (
+    Choice,
+    Passed,
+    Sieve,
+    competing,
+    every_name,
+    leading,
+    nonzero,
+    top_ranks,
+)
 from fedsieve.algebra.support import (
     Support,
     add_back,
@@ -245,15 +254,57 @@ def _sieved(
     said = f"{called} must give"
     if not isinstance(made, Passed) or not isinstance(made.support, Support):
         raise MethodFailed(f"{said} a Passed of a Support, not {quoted(made)}")
-    if masks := made.support.masks:
-        shapes = narrowed(layout, made.support.ranks).shapes
-        for tensor, mask in masks.items():
-            shape = shapes.get(tensor) if tensor in tree else None
-            found = (getattr(mask, "dtype", None), tuple(getattr(mask, "shape", ())))
-            if found != (torch.bool, shape):
-                asked = "no mask" if shape is None else f"a mask of bools of shape {tuple(shape)}"
-                raise MethodFailed(f"{said} {asked} for {quoted(tensor)}, not {quoted(found)}")
+    if (wrong := _unfit(made.support, tree, layout)) is not None:
+        raise MethodFailed(f"{said} {wrong}")
     return made
+
+
+def _unfit(support: Support, tree: Tree, layout: Layout) -> str | None:
+    """What a support of this tree must have, and has not: "..., not ..."; None if it has all."""
+    names, ranks, masks = cast(tuple[Any, Any, Any], support)
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        return f"the tensors that pass as a tuple of names, not {quoted(names)}"
+    for name in names:
+        if name not in tree:
+            return f"names of the tree that it sees, not {quoted(name)}{nearest(name, tree)}"
+    held = {*names}
+    if names != tuple(sorted(held)):
+        return f"a tuple of names that are sorted, each once, not {quoted(names)}"
+    if ranks is not None:
+        asked = f"ranks as an int64 tensor of shape ({len(layout.pairs)}, k)"
+        if not isinstance(ranks, Tensor):
+            return f"{asked}, not {quoted(ranks)}"
+        if ranks.dtype != torch.int64 or ranks.ndim != 2 or len(ranks) != len(layout.pairs):
+            return f"{asked}, not {ranks.dtype} of shape {tuple(ranks.shape)}"
+        inside = bool(((ranks >= 0) & (ranks < layout.rank)).all())
+        if not inside or not bool((ranks.diff(dim=1) > 0).all()) or not ranks.shape[1]:
+            return f"ranks that rise within 0..{layout.rank - 1} for each pair, not {quoted(ranks)}"
+    if not isinstance(masks, dict):
+        return f"masks as a dictionary, {{}} for none, not {quoted(masks)}"
+    shapes = narrowed(layout, ranks).shapes if masks else {}
+    for tensor, mask in masks.items():
+        shape = shapes.get(tensor) if tensor in held else None
+        found = (getattr(mask, "dtype", None), tuple(getattr(mask, "shape", ())))
+        if found != (torch.bool, shape):
+            asked = "no mask" if shape is None else f"a mask of bools of shape {tuple(shape)}"
+            return f"{asked} for {quoted(tensor)}, not {quoted(found)}"
+    return None
+
+
+def _uploaded(up: Sieve, change: Tree, own: Layout, client: Client, key: Key) -> Passed:
+    """What a sieve lets go up. Raises MethodFailed, naming it, where it chooses ranks."""
+    passed = _sieved("up", up, change, own, client, key)
+    if passed.support.ranks is not None:
+        raise _no_ranks(up)
+    return passed
+
+
+def _no_ranks(up: Sieve) -> MethodFailed:
+    """Clients would send all the ranks that came down, whatever such a sieve says."""
+    return MethodFailed(
+        f"{_called('up', 'sieve', up)} lets ranks pass, and an upload has those that came down: "
+        "choose ranks by `down`, and by `up` tensors or entries"
+    )
 
 
 # Of a weight: sums of float32 hold such a one times any number that may come, and its inverse.
@@ -328,7 +379,8 @@ def compose(
 ) -> Method:
     """A method from what passes down, what is trained, what passes up, and how the server moves.
 
-    down, up:  sieves; `up` sees what the client returns, at the client's own rank
+    down, up:  sieves; `up` sees what the client returns, at the client's own rank, and chooses
+               tensors or entries of it: its ranks are those that came down
     rescale:   (r, k) -> factor on the scale of a client that holds k of r ranks
     trained:   the tensors that a round trains; the others stay as they are, at client and server
     shared:    the tensors of which the server keeps a mean; default those that are trained
@@ -357,7 +409,11 @@ def compose(
     _refuse_odd("rescale", rescale, "rank", "kept")
     if callable(weighting):
         _refuse_odd("weighting", weighting, "change", "layout")
-    down = nonzero(down) if ranked == "change" else down
+    if up is leading or up is top_ranks:  # others are known by what they give
+        raise _no_ranks(up)
+    if ranked == "change":
+        chosen = down
+        down = nonzero(down if ours(down) else lambda *given: _sieved("down", chosen, *given))
     optimizer = sgd() if server is None else server
     shared = shared or trained
     linear = returns == "change" and weighting == "uniform"
@@ -405,7 +461,7 @@ def compose(
         if "residual" in memory:
             result = {n: c + memory["residual"][n] for n, c in result.items()}
         own, key = view.adapter.layout, context.key
-        passed = _sieved("up", up, result, own, context.client, key)
+        passed = _uploaded(up, result, own, context.client, key)
         if moves.masks and not passed.support.masks:
             masks = {n: m for n, m in moves.masks.items() if n in passed.support.names}
             passed = Passed(passed.support._replace(masks=masks), "known", "known")
@@ -426,7 +482,7 @@ def compose(
         among = _chosen("shared", shared, update.layout, key.round)
         names = [n for n in among if not freeze_absent or n in sent.names]
         change = {n: torch.ones(()).expand(own.shapes[n]) for n in names}
-        asked = up(change, own, client, key).support._replace(ranks=sent.ranks)
+        asked = _uploaded(up, change, own, client, key).support._replace(ranks=sent.ranks)
         exactly = freeze_absent and not asked.masks
         if exactly:
             masks = {n: m for n, m in sent.masks.items() if n in asked.names}
