@@ -441,7 +441,8 @@ RANKED: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("down", [dense, leading])
 def test_ranks_that_an_upload_would_not_follow_are_refused(down: Any, kind: str) -> None:
     """Its bytes would be measured of an upload that the user believes to be smaller."""
-    said = "up: the sieve '.*' lets ranks pass, and an upload has those that came down"
+    name = "within" if kind == "in another" else kind
+    said = f"up: the sieve '{name}' lets ranks pass, and an upload has those that came down"
     given = {**PLAIN, "down": down, "up": RANKED[kind](), "knobs": frozenset({"ratio"})}
     with pytest.raises(FedSieveError, match=said):
         toy.after(compose(**given), toy.clients([Budget(ratio=0.5)] * 2), 1)

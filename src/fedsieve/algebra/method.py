@@ -219,8 +219,13 @@ def _refuse_odd(name: str, function: Callable[..., object], *takes: str) -> None
 
 
 def _called(name: str, kind: str, function: Callable[..., object]) -> str:
-    """A part of a method in words: what `compose` calls it, what it is, and its own name."""
-    return f"{name}: the {kind} {quoted(getattr(function, '__name__', function))}"
+    """A part of a method in words: what `compose` calls it, what it is, and its own name. One of
+    FedSieve's own that another made is told by that one's, as in `sketch()`.
+    """
+    own = getattr(function, "__name__", function)
+    if ours(function):
+        own = str(getattr(function, "__qualname__", own)).partition(".")[0]
+    return f"{name}: the {kind} {quoted(own)}"
 
 
 def _asked(called: str, function: Callable[..., Any], *given: Any) -> Any:
