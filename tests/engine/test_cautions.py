@@ -35,14 +35,19 @@ def test_a_loss_that_does_not_fall_is_said_once() -> None:
 
 def test_a_run_that_is_resumed_was_told() -> None:
     of = cautioning()
-    blank = {**dict.fromkeys(Round._fields), "clients": 3, "starved": 0}
+    blank: dict[str, Any] = {**dict.fromkeys(Round._fields), "clients": 3, "starved": 0}
     for number, loss in enumerate(STILL, start=30):
         assert of(Round(**{**blank, "round": number, "loss": loss})) == []
 
 
 def test_a_clip_that_has_grown_far_is_said_once() -> None:
     of = cautioning()
-    blank = {**dict.fromkeys(Round._fields), "clients": 3, "dropped": 0, "starved": 0}
+    blank: dict[str, Any] = {
+        **dict.fromkeys(Round._fields),
+        "clients": 3,
+        "dropped": 0,
+        "starved": 0,
+    }
     said = []
     for number, clip in enumerate([None, 0.2, 0.1, 1.9, 2.1, 4.0, 0.001]):
         said += of(Round(**{**blank, "round": number, "clip": clip}))

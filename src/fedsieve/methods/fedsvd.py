@@ -26,7 +26,7 @@ from fedsieve.algebra import lowrank
 from fedsieve.algebra.budget import Client
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Method, State, Weighting, compose
-from fedsieve.algebra.optim import Optimizer
+from fedsieve.algebra.optim import Optimizer, slots_of
 from fedsieve.algebra.options import checked
 from fedsieve.algebra.payload import Form, Payload
 from fedsieve.algebra.sieve import all_but_a, dense
@@ -57,7 +57,7 @@ def method(
         for pair in state.layout.pairs:
             tree[pair.b], tree[pair.a] = lowrank.turned(tree[pair.b], tree[pair.a])
         columns = {pair.b: tree[pair.b] for pair in state.layout.pairs}
-        fresh = inner.server.init(columns)
+        fresh = slots_of(inner.server, columns)
         slots = {
             group: {**kept, **{n: t for n, t in fresh.get(group, {}).items() if n in columns}}
             for group, kept in merged.trees.items()
