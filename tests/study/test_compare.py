@@ -461,7 +461,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"entry": [ENTRY], "seeds": []}, "seeds: Tuple should have at least 1 item"),
     ({"entry": [ENTRY], "seeds": [-1]}, "seeds.0: Input should be greater than or equal to 0"),
     ({"entry": [ENTRY], "target": 2.0}, "target: Input should be less than or equal to 1"),
-    ({"entry": [ENTRY, {"name": "A"}]}, "two entries are called 'A'"),
+    *(
+        ({"entry": [ENTRY, {"name": name}]}, f"two entries are called '{name}'")
+        for name in ("A", "a ")
+    ),
+    ({"entry": [ENTRY], "tune": {"grid": {}, "seeds": []}}, "tune.seeds: Tuple should have at"),
+    *(
+        (
+            {"entry": [{**ENTRY, **own}], **more},
+            f"{where}.grid: 'server.lr' has no values to try",
+        )
+        for where, own, more in (
+            ("tune", {}, {"tune": {"grid": {"server.lr": []}}}),
+            ("entry.0", {"grid": {"server.lr": []}}, {"tune": {"grid": {}}}),
+        )
+    ),
     ({"entry": [{"name": "../a"}]}, "entry '../a': a name is letters"),
     *(
         ({"entry": [{"name": name}]}, f"entry '{name}': its runs go into a folder of that name")

@@ -872,6 +872,10 @@ def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
     assert found.verdict == verdict
 
 
+PANEL = {"name": "p", "recipe": "demo"}
+NO_VALUES = {"server.lr": [1], "training.lr": []}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -925,6 +929,38 @@ def test_where_a_claim_is_asked(check: dict[str, Any], verdict: str) -> None:
         ({"paper": [{"name": "/" * 101, "recipe": "demo"}]}, "paper.0.name: .* at most 100 char"),
         ({"place": [{"name": "x" * 200_000}]}, "place.0.name: .* at most 100 characters"),
         ({"paper": [{"name": "p", "recipe": "demo", "entries": ["z" * 200_000]}]}, "p: 'zz"),
+        *(
+            ({"place": [{"name": "x"}, {"name": name}]}, rf"line \d+: place.1.name: '{name}' is")
+            for name in ("mean", "Mean", " mean ")
+        ),
+        *(
+            (
+                {"entry": [{"name": "a"}, {"name": name}]},
+                rf"line \d+: entry.1.name: two .* '{name}'",
+            )
+            for name in ("a", "A", "a ")
+        ),
+        *(
+            (
+                {scale: [{"name": "p", "recipe": "demo", key: []}]},
+                rf"line \d+: {scale}.0.{key}: .* at least 1 item",
+            )
+            for scale in figures.SCALES
+            for key in ("entries", "places", "metrics", "seeds")
+        ),
+        *(
+            ({key: []}, rf"line \d+: {key}: .* at least 1 item")
+            for key in ("seeds", "place", "entry")
+        ),
+        ({"entry": [{"name": "a", "seeds": []}]}, r"line \d+: entry.0.seeds: .* at least 1 item"),
+        *(
+            (table, rf"line \d+: {key}.grid: 'training.lr' has no values to try")
+            for key, table in (
+                ("tune", {"tune": {"grid": NO_VALUES}}),
+                ("entry.0", {"entry": [{"name": "a", "grid": NO_VALUES}]}),
+                ("small.0.tune", {"small": [PANEL | {"tune": {"grid": NO_VALUES}}]}),
+            )
+        ),
     ],
 )
 def test_a_figure_that_is_not_right(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ class PanelTable(Table):
         leaves all entries untuned
     target: the score to which costs are counted; without one they are those of the whole run
     metrics: whose mean is told at places that name none; by default the leading one
-    entries, places: only these
+    entries, places: only these, of which there are some
     needs: what it takes beyond what its recipe names, in words
     """
 
@@ -80,8 +80,8 @@ class PanelTable(Table):
     target: Share | None = None
     tune: TuneTable | None = None
     metrics: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
-    entries: tuple[str, ...] | None = None
-    places: tuple[str, ...] | None = None
+    entries: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    places: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     needs: str = ""
 
 
@@ -164,6 +164,18 @@ class Figure(Table):
             raise ValueError("give [[small]] or [[paper]]: the panels, each with a recipe")
         if len({*places}) < len(places):
             raise ValueError("place: two have one name")
+        for number, name in enumerate(places):
+            if name.strip().lower() == MEAN:
+                raise ValueError(
+                    f"place.{number}.name: {quoted(name)} is the mean over all places, in tables "
+                    "and claims: give it another name"
+                )
+        folders = [entry.name.strip().lower() for entry in self.entry]
+        for number, name in enumerate(folders):
+            if name in folders[:number]:
+                raise ValueError(
+                    f"entry.{number}.name: two entries are called {quoted(entries[number])}"
+                )
         for name in (*places, *panels):
             if not slug(name):
                 raise ValueError(

@@ -390,6 +390,7 @@ def _refuse_many(entries: Sequence[Entry], tune: TuneTable | None, source: str) 
 def _refuse_twice(entries: Sequence[Entry], source: str) -> None:
     seen: set[str] = set()
     for entry in entries:
-        if entry.name.lower() in seen:  # some file systems take both for one
+        name = entry.name.strip().lower()  # some file systems take both for one, and tables do
+        if name in seen:
             raise FedSieveError(f"{source}: two entries are called {entry.name!r}")
-        seen.add(entry.name.lower())
+        seen.add(name)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import Field, NonNegativeInt
+from pydantic import AfterValidator, Field, NonNegativeInt
 
+from fedsieve.errors import quoted
 from fedsieve.settings import Share, Table
 
 MOST = 1000  # seeds, entries or places
@@ -14,7 +15,22 @@ TAKEN = ("report.html", "table.", "tuning.json", "search.", "figure.")
 Name = Annotated[str, Field(max_length=LONGEST)]
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1, max_length=MOST)]
 Settings = dict[str, Any]
-Grid = dict[str, list[Any]] | list[Settings]
+
+
+def _with_values(grid: dict[str, list[Any]] | list[Settings]) -> Any:
+    """Raises ValueError for a key without values: of none there is no combination, and what was to
+    be tuned would run untuned.
+    """
+    for key, values in grid.items() if isinstance(grid, dict) else ():
+        if not values:
+            raise ValueError(
+                f"{quoted(key)} has no values to try: give some, or take it out (a grid that is [] "
+                "leaves entries untuned)"
+            )
+    return grid
+
+
+Grid = Annotated[dict[str, list[Any]] | list[Settings], AfterValidator(_with_values)]
 
 
 class EntryTable(Table):
