@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 
 from fedsieve import disk, report
@@ -814,6 +815,91 @@ def test_a_base_that_has_changed_is_refused(
     shutil.copytree(tiny.bert, base)
     runner.resume(folder, runs.quiet)
     runner.export(folder, tmp_path / "out")
+
+
+def edited(name: str, change: Callable[[Any], None]) -> Callable[[Path], None]:
+    """A change of one of a base's files of JSON."""
+
+    def edit(base: Path) -> None:
+        told = json.loads((base / name).read_text(encoding="utf-8"))
+        change(told)
+        (base / name).write_text(json.dumps(told), encoding="utf-8")
+
+    return edit
+
+
+def swapped_words(told: Any) -> None:
+    words = told["model"]["vocab"]
+    one, other = [word for word in words if word[0] != "["][:2]
+    words[one], words[other] = words[other], words[one]
+
+
+def another_normalizer(told: Any) -> None:
+    told["normalizer"] = {"type": "Prepend", "prepend": "x"}
+
+
+def another_template(base: Path) -> None:
+    (base / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+
+
+def pictures(folder: Path, base: Path) -> dict[str, Any]:
+    """What of a recipe is of images: a folder of grey ones, of two classes."""
+    for number in range(12):
+        path = folder / ("dark", "bright")[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (10 * number,) * 3).save(path)
+    return {
+        "model": {"source": str(base), "task": "image-classification"},
+        "data": {"train": str(folder), "image": "image", "label": "label"},
+        "method": {"name": "fedit"},
+        "lora__targets": None,
+        "budgets": [{}],
+        "cohort": 2,
+        "partition": {"kind": "iid", "clients": 2},
+        "training": {"batch": 4, "lr": 0.05},
+    }
+
+
+READERS = {
+    "words": ("bert", edited("tokenizer.json", swapped_words), "tokenizer .*its vocabulary"),
+    "steps": ("bert", edited("tokenizer.json", another_normalizer), "tokenizer .*its steps"),
+    "special": (
+        "bert",
+        edited("tokenizer_config.json", lambda told: told.update(sep_token="[CLS]")),
+        "tokenizer .*its special tokens",
+    ),
+    "template": ("bert", another_template, "tokenizer .*its chat template"),
+    "pixels": (
+        "vit",
+        edited("preprocessor_config.json", lambda told: told.update(image_mean=[0.1, 0.1, 0.1])),
+        "image processor .*its pixels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_that_has_changed_is_not_written_beside_the_adapter(
+    tiny: Tiny, tmp_path: Path, name: str
+) -> None:
+    kind, change, said = READERS[name]
+    base, folder = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(getattr(tiny, kind), base)
+    own = pictures(tmp_path / "rows", base) if kind == "vit" else {"model__source": str(base)}
+    runs.start(tiny, folder, rounds=1, **own)
+    runner.export(folder, tmp_path / "as it was")
+    change(base)
+    for merge in (False, True):
+        with pytest.raises(FedSieveError, match=rf"{said}\).*--accept-changes"):
+            runner.export(folder, tmp_path / "refused", merge=merge)
+    assert [*(tmp_path / "refused").iterdir()] == []
+    with pytest.warns(UserWarning, match=said):
+        runner.export(folder, tmp_path / "refused", accept_changes=True)
+    # A run of an older FedSieve does not know, and its base is taken for the one that it had.
+    told = rundir.environment_of(folder)
+    del told["reader"]
+    text = recipe.dump(recipe.load(str(folder / rundir.RECIPE)), told)
+    (folder / rundir.RECIPE).write_text(text, encoding="utf-8")
+    runner.export(folder, tmp_path / "older")
 
 
 def untouched(folder: Path) -> dict[str, bytes]:

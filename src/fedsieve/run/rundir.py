@@ -291,6 +291,20 @@ def rows_of(folder: Path) -> "RowsDigest | None":
     return RowsDigest(train, test) if isinstance(train, str) and isinstance(test, str) else None
 
 
+def base_of(folder: Path) -> str | None:
+    """What a run says of the base that it began over, in one word; None as of `rows_of`."""
+    told = environment_of(folder).get("base") if (folder / RECIPE).is_file() else None
+    return told if isinstance(told, str) else None
+
+
+def reader_of(folder: Path) -> dict[str, str]:
+    """What a run says of each part of its tokenizer or image processor; nothing of an older one."""
+    told = environment_of(folder).get("reader")
+    if not isinstance(told, dict):
+        return {}
+    return {part: digest for part, digest in told.items() if isinstance(digest, str)}
+
+
 def untouched(folder: Path) -> bool:
     """Whether a run was stopped before its first checkpoint, and so before its first round."""
     clients = place(folder, CLIENTS)

@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ from fedsieve.run.found import in_order
 from fedsieve.run.state import exported, refuse_another
 from fedsieve.train.card import Told
 from fedsieve.train.model import pick_device
-from fedsieve.train.reader import load_reader
+from fedsieve.train.reader import load_reader, reader_parts
 
 Show = Callable[[Round, Sequence[Receipt]], None]  # called after every round
 Build = Callable[[Recipe], Experiment]  # who sets the federation up: here, or on a network
@@ -82,6 +82,11 @@ def start(
     facts = rundir.environment(str(experiment.resident.device))
     if experiment.rows is not None and not deployed(experiment.recipe):
         facts |= {"rows": experiment.rows._asdict()}
+    resident = experiment.resident
+    if resident.digest is not None:
+        facts |= {"base": resident.digest.whole}
+    if resident.tokenizer is not None:
+        facts |= {"reader": reader_parts(resident.tokenizer)}
     secret = rundir.new_secret() if deployed(experiment.recipe) else None
     if secret is not None:
         facts |= rundir.told_of(secret)
@@ -177,6 +182,28 @@ def _refuse_other_rows(
     )
 
 
+def _refuse_another_reader(folder: Path, now: Mapping[str, str], accept: bool) -> None:
+    """Raises FedSieveError where what would be written beside the adapter reads otherwise than what
+    it was trained with. accept: warn of it
+    """
+    then = rundir.reader_of(folder)
+    changed = [part for part in {**then, **now} if then.get(part) != now.get(part)]
+    if not then or not changed:  # a run of an older FedSieve has none
+        return
+    what = "image processor" if "pixels" in now else "tokenizer"
+    said = (
+        f"{folder}: the base model's {what} has changed since the run began (its "
+        f"{' and '.join(changed).replace('_', ' ')})"
+    )
+    if accept:
+        warnings.warn(said, stacklevel=3)
+        return
+    raise FedSieveError(
+        f"{said}, and the adapter learned with the old one: put its files back, or give "
+        "--accept-changes to write it as it is now"
+    )
+
+
 def _rewrite(folder: Path, recipe: Recipe) -> None:
     """Let a run's folder hold this recipe, and what it says of its environment."""
     text = recipes.dump(recipe, rundir.environment_of(folder))
@@ -223,6 +250,7 @@ def export(
     source = locate(recipe.model.source)
     task = recipe.model.task
     tokenizer, _ = load_reader(source, task, trust_remote_code=trust_remote_code)
+    _refuse_another_reader(folder, reader_parts(tokenizer), accept_changes)
     device = pick_device("cpu")
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     place = rundir.place(folder, rundir.CHECKPOINTS)

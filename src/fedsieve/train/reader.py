@@ -154,6 +154,27 @@ _PIXELS = (
 )  # fmt: skip
 
 
+_OF_A_CALL = ("truncation", "padding")  # which the last call of a tokenizer left in it
+
+
+def reader_parts(reader: Reader) -> dict[str, str]:
+    """A digest of each part of a tokenizer, or of all of an image processor."""
+    if not isinstance(reader, PreTrainedTokenizerBase):
+        return {"pixels": reader_digest(reader)}
+    words = sorted(reader.get_vocab().items(), key=lambda each: (each[1], each[0]))
+    parts: dict[str, object] = {
+        "vocabulary": words,
+        "special_tokens": reader.special_tokens_map,
+        "chat_template": getattr(reader, "chat_template", None),
+    }
+    if (backend := getattr(reader, "backend_tokenizer", None)) is not None:
+        steps = json.loads(backend.to_str())
+        if isinstance(steps.get("model", {}).get("vocab"), dict):  # it is told of already
+            del steps["model"]["vocab"]
+        parts["steps"] = {key: value for key, value in steps.items() if key not in _OF_A_CALL}
+    return {part: _digest(said) for part, said in parts.items()}
+
+
 def reader_digest(reader: Reader) -> str:
     """Of what makes of a row what a model sees: a tokenizer's vocabulary, special tokens and chat
     template, or the steps of an image processor. Two ends that differ in it learn different things.
@@ -164,5 +185,9 @@ def reader_digest(reader: Reader) -> str:
     else:
         told = reader.to_dict()
         said = {name: told.get(name) for name in _PIXELS}
+    return _digest(said)
+
+
+def _digest(said: object) -> str:
     text = json.dumps(said, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
