@@ -214,7 +214,7 @@ def test_a_run_of_a_study_that_fails_is_one_of_its_problems(
     """Whatever ends it, the others go on."""
     monkeypatch.setattr(runner, "start", _raising(error))
     job: Any = SimpleNamespace(folder=tmp_path, recipe=None)
-    assert said in (jobs._problem(job, None, lambda *told: None) or "")
+    assert said in (jobs._problem(job, jobs.Ground(None, None, None), lambda *told: None) or "")
 
 
 def test_a_worker_that_cannot_load_its_model_says_so_in_a_sentence(

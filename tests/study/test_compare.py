@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import tomli_w
 
 from fedsieve import methods
@@ -284,8 +285,83 @@ def test_a_run_of_other_rows_or_another_model_is_not_taken_for_the_asked(
         refuse_changed([job])
 
 
+def moved(base: Path) -> None:
+    """The same base with other weights."""
+    file = base / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({n: 1.5 * t for n, t in tensors.items()}, file, {"format": "pt"})
+
+
+def reworded(file: Path) -> None:
+    """Other texts under the same labels."""
+    text = file.read_text(encoding="utf-8")
+    file.write_text(re.sub(r"cars(\d)", r"wine\1", text), encoding="utf-8")
+
+
+# What may be changed between two calls of a study, how, and what is told then.
+CHANGES: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "base": ("bert", moved, "its base model is not that of"),
+    "rows": ("train.csv", reworded, "its training rows are not those of"),
+}
+
+
+def own_copies(tiny: Tiny, folder: Path) -> dict[str, Any]:
+    """What of a recipe names copies that a test may change."""
+    shutil.copytree(tiny.bert, folder / "bert")
+    shutil.copy(tiny.train, folder / "train.csv")
+    return {"model__source": str(folder / "bert"), "data__train": str(folder / "train.csv")}
+
+
+def change(folder: Path, what: str) -> str:
+    """Change one of `own_copies`; what a study is to say of it."""
+    name, how, said = CHANGES[what]
+    how(folder / name)
+    return said
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize(
+    ("table", "gone"),
+    [
+        ({"seeds": [0, 1]}, "seed-1"),
+        ({"tune": {"grid": {"server.lr": [0.05]}}}, "seed-0"),
+        ({"tune": {"grid": {"server.lr": [0.05]}}}, "tune-0-seed-100"),
+    ],
+    ids=["a seed", "a run after trials", "a trial before runs"],
+)
+def test_what_is_run_after_a_change_is_not_put_beside_what_was_before(
+    tiny: Tiny, tmp_path: Path, write: Write, command: Command, table: Any, gone: str, what: str
+) -> None:
+    """Neither in a call of its own, nor where both kinds are there already."""
+    given = {"rounds": 1, **own_copies(tiny, tmp_path)}
+    path, out = write(given, entry=[{"name": "one", "method": "fedit"}], **table), tmp_path / "out"
+    assert command("compare", path, "--out", out).code == 0
+    shutil.rmtree(out / "one" / gone)
+    said = change(tmp_path, what)
+    ran = command("compare", path, "--out", out)
+    assert ran.code != 0
+    assert said in " ".join((ran.out + ran.err).split())
+    shutil.rmtree(out / "one")  # as it is now, all of them can be run
+    assert command("compare", path, "--out", out).code == 0
+
+
+def test_an_older_run_says_nothing_of_its_base_and_is_passed_by(
+    tiny: Tiny, tmp_path: Path, write: Write, command: Command
+) -> None:
+    path = write({"rounds": 1}, entry=[{"name": "one", "method": "fedit"}])
+    assert command("compare", path, "--out", tmp_path / "out").code == 0
+    recipe = tmp_path / "out" / "one" / "seed-0" / rundir.RECIPE
+    lines = recipe.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith("base = ")]
+    assert len(kept) == len(lines) - 1
+    recipe.write_text("".join(kept), encoding="utf-8")
+    assert command("compare", path, "--out", tmp_path / "out", "--seeds", "0,1").code == 0
+
+
 def test_runs_that_ask_for_the_same_rows_have_the_same(tiny: Tiny, tmp_path: Path) -> None:
-    """And where their rows differ, by whatever a recipe may say, they ask for others."""
+    """And where their rows differ, by whatever a recipe may say, they ask for others. What is
+    trained on is asked for by itself: of it there is one in all stages of a study.
+    """
     drawn = {"kind": "dirichlet", "clients": 4, "alpha": 1.0}
     asked, digests = [], []
     for seed in (0, 1):
@@ -306,8 +382,13 @@ def test_runs_that_ask_for_the_same_rows_have_the_same(tiny: Tiny, tmp_path: Pat
             digests.append(digest_of_rows(recipe))
     for one in range(len(asked)):
         for other in range(len(asked)):
-            assert asked[one] != asked[other] or digests[one] == digests[other]
-    assert asked[0] == asked[1] == asked[10]
+            for part in ("train", "test"):
+                same = getattr(asked[one], part) == getattr(asked[other], part)
+                assert not same or getattr(digests[one], part) == getattr(digests[other], part)
+    assert asked[0] == asked[1] == asked[9] == asked[10] == asked[19]
+    assert asked[6].train == asked[7].train == asked[17].train
+    assert asked[0].train == asked[8].train
+    assert len({each.base for each in asked}) == 1
     assert len({*digests}) > 7
 
 

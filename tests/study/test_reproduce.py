@@ -25,6 +25,7 @@ from fedsieve.study.plan import worked_out
 from fedsieve.study.tables import Grid, Study
 from tests import runs
 from tests.conftest import Command, Tiny
+from tests.study.test_compare import change, own_copies
 
 EVERY = sorted(figures.shipped())
 Write = Callable[..., Path]
@@ -490,6 +491,48 @@ def test_a_run_on_other_rows_is_not_copied(write: Write, tmp_path: Path, command
         assert ran.code == 0, ran.err
         done[name] = "1 of them done already" in ran.out
     assert done == {"one": False, "two": True, "three": False}
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_run_over_another_base_is_not_copied(
+    write: Write, tiny: Tiny, tmp_path: Path, command: Command, noted: bool
+) -> None:
+    own = own_copies(tiny, tmp_path)
+    panel = {"name": "p", "recipe": "tiny.toml", "set": {"model.source": own["model__source"]}}
+    path = write(small=[panel], seeds=[0], entry=[{"name": "dense", "method": "fedit"}])
+    done = {}
+    for name in ("one", "two", "three"):
+        if name == "three":
+            change(tmp_path, "base")
+        ran = command("reproduce", path, "--out", tmp_path / "papers" / name)
+        assert ran.code == 0, ran.err
+        done[name] = "1 of them done already" in ran.out
+        recipe = next((tmp_path / "papers" / name).rglob(rundir.RECIPE))
+        if not noted:  # as in a run of an older FedSieve
+            said = recipe.read_text(encoding="utf-8")
+            recipe.write_text(said.replace('\nbase = "', '\nbeneath = "'), encoding="utf-8")
+    assert done == {"one": False, "two": noted, "three": False}
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_places_over_two_bases_are_not_compared(
+    write: Write, tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    """The parts of a figure are studies of their own, and its claims are of all of them."""
+    own = own_copies(tiny, tmp_path)
+    path = write(
+        set={"model.source": own["model__source"], "rounds": 1},
+        place=[{"name": str(rank), "set": {"lora.rank": rank}} for rank in (2, 4)],
+        seeds=[0],
+        entry=[{"name": "dense", "method": "fedit"}],
+    )
+    assert command("reproduce", path, "--out", tmp_path / "out").code == 0
+    shutil.rmtree(tmp_path / "out" / "tiny" / "4")
+    said = change(tmp_path, "base")
+    ran = command("reproduce", path, "--out", tmp_path / "out")
+    assert ran.code == 1
+    assert said in " ".join((ran.out + ran.err).split())
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -1,6 +1,7 @@
 """`fedsieve search`: rank against density at equal bytes, on validation rows, resumable."""
 
 import json
+import shutil
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedsieve.study.jobs import Job
 from fedsieve.study.parts import DIVERGED
 from tests import runs
 from tests.conftest import Command, Tiny
-from tests.study.test_compare import logs
+from tests.study.test_compare import CHANGES, change, logs, own_copies
 
 FLASC: dict[str, Any] = {
     "rounds": 8,
@@ -195,6 +196,27 @@ def test_a_real_search_keeps_what_validation_says(
     assert [trial["score"] for trial in told["trials"]] == pytest.approx(scores)
     best = max(range(len(scores)), key=scores.__getitem__)
     assert told["best"] == {key: told["trials"][best][key] for key in ("rank", "density")}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("gone", ["pilot", "seed-0"])
+def test_a_trial_after_a_change_is_not_put_beside_those_before(
+    tiny: Tiny,
+    tmp_path: Path,
+    command: Command,
+    asked: list[dict[str, Any]],
+    gone: str,
+    what: str,
+) -> None:
+    given = {**FLASC, "rounds": 2, **own_copies(tiny, tmp_path)}
+    path, out = tiny.write(tmp_path / "tiny.toml", **given), tmp_path / "out"
+    arguments: list[str | Path] = ["search", path, "--budget-mb", "0.01", "--out", out]
+    assert command(*arguments).code == 0
+    shutil.rmtree(out / "rank-1-density-0.25" / gone)
+    said = change(tmp_path, what)
+    ran = command(*arguments)
+    assert ran.code != 0
+    assert said in " ".join(ran.err.split())
 
 
 def test_a_trial_that_diverges_has_lost(

@@ -22,7 +22,7 @@ from fedsieve.recipe.overrides import flat
 from fedsieve.report import words
 from fedsieve.report.words import duration
 from fedsieve.run import rundir, tracking
-from fedsieve.study.jobs import Job, Outcome, ShowRound, diverged, finished, run_all
+from fedsieve.study.jobs import Job, Known, Outcome, ShowRound, diverged, finished, run_all
 from fedsieve.study.plan import LAST, Plan, final_jobs, trial_job, trial_jobs
 from fedsieve.study.tables import Settings
 from fedsieve.tasks.words import spoken
@@ -59,17 +59,24 @@ class Result(NamedTuple):
     groups: dict[str, list[Path]]
 
 
-def run(plan: Plan, workers: int, show: ShowRound, say: Callable[[str], None]) -> Result:
+def run(
+    plan: Plan,
+    workers: int,
+    show: ShowRound,
+    say: Callable[[str], None],
+    known: Known | None = None,
+) -> Result:
     """Tune, then run every entry and seed, then write tables and report.
 
-    What is done already is not done again. say: takes lines of progress.
+    What is done already is not done again. say: takes lines of progress. known: see `run_all`
     Raises FedSieveError if a directory holds another run, runner.Stopped if the user stops it.
     """
     plan.folder.mkdir(parents=True, exist_ok=True)
+    known = {} if known is None else known
     tuned: dict[str, Tuned] = {}
     outcomes: list[Outcome] = []
     if jobs := trial_jobs(plan):
-        outcomes = run_all(jobs, workers, show, counting(jobs, "trial", say), say)
+        outcomes = run_all(jobs, workers, show, counting(jobs, "trial", say), say, known)
         tuned = judge(plan)
         _write_tuning(plan, tuned)
         for name, result in tuned.items():
@@ -78,7 +85,7 @@ def run(plan: Plan, workers: int, show: ShowRound, say: Callable[[str], None]) -
     failed = [o for o in outcomes if o.problem is not None and diverged(o.job) is None]
     chosen = {n: t.trials[t.best].settings for n, t in tuned.items() if t.best is not None}
     jobs = final_jobs(plan, chosen)
-    outcomes = run_all(jobs, workers, show, counting(jobs, "run", say), say)
+    outcomes = run_all(jobs, workers, show, counting(jobs, "run", say), say, known)
     failed += [o for o in outcomes if o.problem is not None]
     problems = [f"{o.job.name}: {o.problem}" for o in failed]
     problems += [

@@ -43,7 +43,6 @@ from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir, runner
 from fedsieve.run.found import PLACES, settings_of
 from fedsieve.study.parts import ASKED, DIVERGED, FAILED
-from fedsieve.tasks.digest import RowsDigest
 
 _LONGEST = 2000  # letters of a reason
 PATIENCE = 60  # seconds that a worker has to save its run before it is killed
@@ -155,71 +154,110 @@ def finished(job: Job) -> bool:
     return number == asked and rundir.has_ended(job.folder, number, asked)
 
 
-# What runs were trained and evaluated on, and the first directory of such, by what they ask for.
-_Known = dict[str, tuple[Path, RowsDigest]]
-
-
-def _note_rows(job: Job, known: _Known) -> None:
-    """Take in what a run's directory says of its rows, if it is there.
-
-    Raises FedSieveError, naming two directories, where runs that ask for the same rows had others:
-    a file was changed in between, and a mean over both would be of neither.
+class Ground(NamedTuple):
+    """What a run stands on, a digest of each: what it trains on, what it is evaluated on, and the
+    base under its adapter. None where that is not known, as of older runs.
     """
-    rows = rundir.rows_of(job.folder)
-    if rows is None:
-        return
-    first, others = known.setdefault(asked_for(job), (job.folder, rows))
-    if others != rows:
-        raise FedSieveError(
-            f"the rows of {job.folder} are not those of {first}, though both ask for the same: a "
-            "file was changed in between. Remove the directories of one kind to run them again, or "
-            "choose another --out"
-        )
+
+    train: str | None
+    test: str | None
+    base: str | None
 
 
-def _rows_for(job: Job, known: _Known) -> RowsDigest | None:
-    """What a run must be on, where others are there that ask for the same."""
-    found = known.get(asked_for(job))
-    return None if found is None else found[1]
+_SAID = Ground("training rows are not those", "test rows are not those", "base model is not that")
+
+# What runs stand on, and the first directory of such, by what they ask for of which part.
+Known = dict[tuple[str, str | None], tuple[Path, str]]
 
 
-def asked_for(job: Job) -> str:
-    """All that a recipe says of its rows and of how they are read; whose they are, if they say."""
-    column = job.recipe.partition.reads
-    rated = job.recipe.evaluation
-    drawn = job.recipe.seed if rated.limit is not None or rated.on == "validation" else None
-    parts = (job.recipe.data, job.recipe.model, rated)
-    return "\n".join([*(part.model_dump_json() for part in parts), str(column), str(drawn)])
+def ground_of(folder: Path) -> Ground:
+    """What a run's directory says of it, if it is there."""
+    train, test = rundir.rows_of(folder) or (None, None)
+    return Ground(train, test, rundir.base_of(folder))
 
 
-def _on(rows: RowsDigest | None) -> Callable[[Recipe], Experiment]:
-    """Who sets a run up. It raises FedSieveError for other rows than those, where some are named"""
+def _note_ground(job: Job, known: Known) -> None:
+    """Take in what a run stands on.
+
+    Raises FedSieveError, naming two directories, where runs that ask for the same had others: a
+    file was changed in between, and a mean over both would be of neither.
+    """
+    asked, own = asked_for(job), ground_of(job.folder)
+    for part, key, digest, are_not in zip(Ground._fields, asked, own, _SAID, strict=True):
+        if digest is None:
+            continue
+        first, other = known.setdefault((part, key), (job.folder, digest))
+        if other != digest:
+            raise FedSieveError(
+                f"{job.folder}: its {are_not} of {first}, though both ask for the same: a file was "
+                "changed in between. Remove the directories of one kind to run them again, or "
+                "choose another --out"
+            )
+
+
+def _ground_for(job: Job, known: Known) -> Ground:
+    """What a run must stand on, where others are there that ask for the same."""
+    found = (known.get(each) for each in zip(Ground._fields, asked_for(job), strict=True))
+    return Ground(*(None if each is None else each[1] for each in found))
+
+
+def asked_for(job: Job) -> Ground:
+    """All that a recipe says of each part. Of training rows that is the same in every stage of a
+    study: what is held back for validation is no draw of the run's seed.
+    """
+    recipe, rated = job.recipe, job.recipe.evaluation
+    model, data = recipe.model, recipe.data
+    read = (model.source, model.task, data.model_dump_json(), recipe.partition.reads)
+    drawn = recipe.seed if rated.limit is not None or rated.on == "validation" else None
+    told = (rated.on, rated.limit, rated.by_client, drawn)
+    # A head of other classes may be drawn, where this one was loaded.
+    classes = data.model_dump_json(exclude={*_NO_CLASSES})
+    base = (model.model_dump_json(), recipe.lora.whole, recipe.lora.start, classes)
+    return Ground(repr(read), repr((*read, *told)), repr(base))
+
+
+_NO_CLASSES = ("test", "test_split", "more_tests", "max_length", "validation")  # tell of none
+
+
+def _on(ground: Ground) -> Callable[[Recipe], Experiment]:
+    """Who sets a run up. It raises FedSieveError where it would stand on anything else than that,
+    as far as something is named.
+    """
 
     def build(recipe: Recipe) -> Experiment:
         experiment = from_recipe(recipe)
-        if rows is not None and experiment.rows is not None and experiment.rows != rows:
-            raise FedSieveError(
-                "its rows are not those of the runs that are there already, which ask for the "
-                "same: a file was changed in between. Put it back, or choose another --out"
-            )
+        (train, test), base = experiment.rows or (None, None), experiment.resident.digest
+        own = Ground(train, test, None if base is None else base.whole)
+        for asked, found, are_not in zip(ground, own, _SAID, strict=True):
+            if asked is not None and found is not None and asked != found:
+                raise FedSieveError(
+                    f"its {are_not} of the runs that are there already, which ask for the same: a "
+                    "file was changed in between. Put it back, or choose another --out"
+                )
         return experiment
 
     return build
 
 
 def run_all(
-    jobs: Sequence[Job], workers: int, show: ShowRound, end: ShowEnd, say: Callable[[str], None]
+    jobs: Sequence[Job],
+    workers: int,
+    show: ShowRound,
+    end: ShowEnd,
+    say: Callable[[str], None],
+    known: Known | None = None,
 ) -> list[Outcome]:
     """Run or resume what is not finished, and say for every job, in the order given, how it ended.
 
     workers: how many run at once. say: told that a stop takes a while.
+    known: what the runs before these stand on, of one study; those of these are taken in
     Raises FedSieveError if a directory holds another run (nothing is started then), runner.Stopped
     after Ctrl-C or SIGTERM, with every run's state kept.
     """
     refuse_changed(jobs)
-    known: _Known = {}
+    known = {} if known is None else known
     for job in jobs:
-        _note_rows(job, known)
+        _note_ground(job, known)
     outcomes = {
         job.folder: Outcome(job, diverged(job)) for job in jobs if diverged(job) or finished(job)
     }
@@ -241,12 +279,12 @@ def run_all(
         try:
             if min(workers, len(left)) <= 1:
                 for job in left:
-                    ended(Outcome(job, _problem(job, _rows_for(job, known), show)))
-                    _note_rows(job, known)
+                    ended(Outcome(job, _problem(job, _ground_for(job, known), show)))
+                    _note_ground(job, known)
             else:
                 _side_by_side(left, known, min(workers, len(left)), show, ended, say)
                 for job in left:
-                    _note_rows(job, known)
+                    _note_ground(job, known)
         except (KeyboardInterrupt, runner.Stopped):
             done = sum(outcome.problem is None for outcome in outcomes.values())
             raise runner.Stopped(
@@ -263,8 +301,8 @@ def _mark_failed(folder: Path, problem: str) -> None:
         write_whole(folder / FAILED, problem.encode())
 
 
-def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
-    """Run or resume a job in this process; what went wrong, if anything did. rows: see `_on`"""
+def _problem(job: Job, ground: Ground, show: ShowRound) -> str | None:
+    """Run or resume a job in this process; what went wrong, if anything did. ground: see `_on`"""
 
     def after(summary: Round, receipts: Sequence[Receipt]) -> None:
         show(job, summary)
@@ -274,9 +312,9 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
             # Of the method of this job, which the directory holds (`refuse_changed`), it was asked
             # whether it may be a program of somebody's own.
             asked = job.recipe.engine
-            runner.resume(job.folder, after, _on(rows), allow_code=True, engine=asked)
+            runner.resume(job.folder, after, _on(ground), allow_code=True, engine=asked)
         else:
-            runner.start(job.recipe, job.folder, after, _on(rows))
+            runner.start(job.recipe, job.folder, after, _on(ground))
     except FedSieveError as error:
         if isinstance(error.__cause__, NoUsableUpdate):
             with contextlib.suppress(OSError):  # without the mark it ends so again
@@ -300,7 +338,7 @@ def _problem(job: Job, rows: RowsDigest | None, show: ShowRound) -> str | None:
 
 def _side_by_side(
     jobs: Sequence[Job],
-    known: _Known,
+    known: Known,
     workers: int,
     show: ShowRound,
     end: ShowEnd,
@@ -341,9 +379,9 @@ def _side_by_side(
                 break
             if process.poll() is not None:
                 process = start()
-            rows = _rows_for(job, known)
+            ground = _ground_for(job, known)
             try:
-                problem = _told(process, job, rows, lambda j, s: events.put((j, s)))
+                problem = _told(process, job, ground, lambda j, s: events.put((j, s)))
             except Exception as error:  # or nobody would ever hear of this job
                 process.kill()
                 problem = f"its process gave an answer that cannot be read ({with_type(error)})"
@@ -379,9 +417,7 @@ def _side_by_side(
                 process.kill()
 
 
-def _told(
-    process: subprocess.Popen[str], job: Job, rows: RowsDigest | None, show: ShowRound
-) -> str | None:
+def _told(process: subprocess.Popen[str], job: Job, ground: Ground, show: ShowRound) -> str | None:
     """Have a worker do a job; what went wrong, if anything did."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -389,7 +425,7 @@ def _told(
         "name": job.name,
         "recipe": job.recipe.model_dump(mode="json"),
         "folder": str(job.folder),
-        "rows": rows,
+        "ground": ground,
     }
     with contextlib.suppress(OSError):  # a worker that is gone shows below
         process.stdin.write(json.dumps(request) + "\n")
@@ -415,12 +451,12 @@ def _work(requests: IO[str], answers: IO[str]) -> None:
         request = json.loads(line)
         recipe = recipes.check(request["recipe"], allow_code=True)  # it was asked where we started
         job = Job(request["name"], recipe, Path(request["folder"]))
-        rows = None if request["rows"] is None else RowsDigest(*request["rows"])
+        ground = Ground(*request["ground"])
 
         def show(job: Job, summary: Round) -> None:
             answer({"round": summary._asdict()})
 
-        answer({"problem": _problem(job, rows, show)})
+        answer({"problem": _problem(job, ground, show)})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Runs that a neighbouring figure has done: copied, where this one asks for the very same.
 
 A neighbour is a figure's folder beside this one's. Whatever is found there may come from somebody
-else: a run counts only if it is whole, is of the recipe that is asked for, and on the same rows.
+else: a run counts only if it is whole, is of the recipe that is asked for, on the same rows, and
+over the same base model.
 """
 
 import contextlib
@@ -15,20 +16,24 @@ from fedsieve import report
 from fedsieve.disk import copied, everything_in, refuse_link
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
-from fedsieve.recipe.experiment import digest_of_rows
+from fedsieve.recipe.experiment import digest_of_rows, locate, set_up_resident
+from fedsieve.recipe.schema import Recipe
 from fedsieve.run import rundir
 from fedsieve.run.found import settings_of
-from fedsieve.study.jobs import Job, asked_for, finished
+from fedsieve.study.jobs import Ground, Job, asked_for, finished, ground_of
 from fedsieve.study.parts import ASKED
 from fedsieve.tasks.digest import RowsDigest
+from fedsieve.train.model import pick_device
+from fedsieve.train.reader import load_reader
 
 
 def bring(jobs: Sequence[Job], folder: Path) -> None:
     """Copy what was run beside `folder` already, where a job has not begun.
 
-    A run is copied only where its rows are those that are there now.
+    A run is copied only where its rows and its base model are those that are there now.
     """
-    rows: dict[str, RowsDigest] = {}
+    rows: dict[tuple[str | None, ...], RowsDigest] = {}
+    bases: dict[str | None, str | None] = {}
     for job in jobs:
         if os.path.lexists(job.folder) and not _only_asked(job.folder):
             continue
@@ -43,14 +48,41 @@ def bring(jobs: Sequence[Job], folder: Path) -> None:
                 if settings_of(own) == settings_of(job.recipe) and finished(
                     job._replace(folder=asked.parent)
                 ):
-                    asked_rows = asked_for(job)
-                    if asked_rows not in rows:
-                        rows[asked_rows] = digest_of_rows(job.recipe)
-                    if rundir.rows_of(asked.parent) != rows[asked_rows]:
+                    if ground_of(asked.parent) != _ground_now(job, asked.parent, rows, bases):
                         continue
                     _refuse_damaged(asked.parent)
                     _copy_whole(asked.parent, job.folder)
                     break
+
+
+def _ground_now(
+    job: Job,
+    run: Path,
+    rows: dict[tuple[str | None, ...], RowsDigest],
+    bases: dict[str | None, str | None],
+) -> Ground:
+    """What a job would stand on if it began now.
+
+    run: of its very recipe, which says what classes its rows have
+    rows, bases: what was found of others that ask for the same, and is now
+    """
+    asked, recipe = asked_for(job), job.recipe
+    if asked[:2] not in rows:
+        rows[asked[:2]] = digest_of_rows(recipe)
+    if asked.base not in bases:
+        held = recipes.parse(recipes.read(str(run / rundir.RECIPE)), str(run)).data
+        told = recipe.data.model_copy(update={"classes": held.classes})
+        bases[asked.base] = _base_now(recipe.model_copy(update={"data": told}))
+    return Ground(*rows[asked[:2]], bases[asked.base])
+
+
+def _base_now(recipe: Recipe) -> str | None:
+    """`BaseDigest.whole` of what a recipe asks for, whose classes are filled in."""
+    reader, _ = load_reader(locate(recipe.model.source), recipe.model.task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run has said it, or will
+        digest = set_up_resident(recipe, reader, pick_device("cpu")).digest
+    return None if digest is None else digest.whole
 
 
 def _refuse_damaged(run: Path) -> None:

@@ -37,7 +37,7 @@ from fedsieve.study.figures import (
     Scale,
 )
 from fedsieve.study.front import Point, front_of
-from fedsieve.study.jobs import ShowRound
+from fedsieve.study.jobs import Known, ShowRound
 from fedsieve.study.measured import Measured, numbers_of, rises_of, untold
 from fedsieve.study.neighbours import bring
 from fedsieve.study.parts import refuse_run
@@ -84,6 +84,7 @@ def run(
     problems: list[str] = []
     measured: dict[str, Measured] = {}
     chosen: dict[Path, dict[str, Settings]] = {}  # a part's folder -> entry -> what tuning found
+    known: Known = {}  # of all parts: what is compared stands on the same
     absent = _absent(parts, source, data)
     left_out = _by_cause(parts, absent)
     if len(absent) == len(parts):
@@ -108,7 +109,7 @@ def run(
             _bring(plan, folder)
             of_all = f"[part {nth + 1}/{len(parts)}] " if len(parts) > 1 else ""
             say(f"{of_all}{where}: {len(plan.entries)} entries, into {part.folder}")
-            result = compare.run(plan, workers, show, say)
+            result = compare.run(plan, workers, show, say, known)
             chosen[part.folder] = _chosen(plan)
         except FedSieveError as error:
             problems.append(f"{where}: {error}")

@@ -30,7 +30,7 @@ from fedsieve.recipe.method import knobs as knobs_of
 from fedsieve.report import words
 from fedsieve.run import rundir
 from fedsieve.study.compare import counting, markdown, score
-from fedsieve.study.jobs import Job, ShowRound, diverged, run_all
+from fedsieve.study.jobs import Job, Known, ShowRound, diverged, run_all
 from fedsieve.study.parts import refuse_run
 from fedsieve.study.plan import LAST, VALIDATION
 
@@ -152,9 +152,10 @@ def run(search: Search, workers: int, show: ShowRound, say: Callable[[str], None
     runner.Stopped if the user stops it. The same call then goes on from where it was.
     """
     search.folder.mkdir(parents=True, exist_ok=True)
+    known: Known = {}  # of pilots and trials alike
 
     def carry_out(jobs: Sequence[Job], workers: int = workers) -> None:
-        for outcome in run_all(jobs, workers, show, counting(jobs, "run", say), say):
+        for outcome in run_all(jobs, workers, show, counting(jobs, "run", say), say, known):
             if outcome.problem is not None and diverged(outcome.job) is None:
                 raise FedSieveError(f"{outcome.job.name}: {outcome.problem}")
 
