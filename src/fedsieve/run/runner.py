@@ -187,7 +187,7 @@ def _refuse_another_reader(folder: Path, now: Mapping[str, str], accept: bool) -
     it was trained with. accept: warn of it
     """
     then = rundir.reader_of(folder)
-    changed = [part for part in {**then, **now} if then.get(part) != now.get(part)]
+    changed = [part for part in now if then.get(part) != now[part]]
     if not then or not changed:  # a run of an older FedSieve has none
         return
     what = "image processor" if "pixels" in now else "tokenizer"
