@@ -113,7 +113,8 @@ TrustRemoteCode = Annotated[
 AcceptChanges = Annotated[
     bool,
     typer.Option(
-        "--accept-changes", help="Take recipe and rows as they are, though they were changed."
+        "--accept-changes",
+        help="Take what was changed (recipe, rows, tokenizer) as it is.",
     ),
 ]
 T = TypeVar("T")
