@@ -33,30 +33,23 @@ QUICK = {
 PLAIN_SGD = {"scaffold"}
 
 
+def _param(row: Any, quick: bool, id: str | None = None) -> Any:
+    values = row if isinstance(row, tuple) else (row,)
+    return pytest.param(*values, marks=() if quick else pytest.mark.slow, id=id)
+
+
 def quick_of(
     rows: Iterable[Any], stays: Callable[[Any], bool], id: Callable[[Any], str] | None = None
 ) -> list[Any]:
     """Rows as parameters of a test: those that do not stay quick are marked slow."""
-    return [
-        pytest.param(
-            *(row if isinstance(row, tuple) else (row,)),
-            marks=() if stays(row) else pytest.mark.slow,
-            id=None if id is None else id(row),
-        )
-        for row in rows
-    ]
+    return [_param(row, stays(row), None if id is None else id(row)) for row in rows]
 
 
 def some_of(rows: Iterable[Any], each: int = 3) -> list[Any]:
     """Rows that walk one path of the code, as parameters: the first and each third after it are
     quick. For long tables of one kind, as of damages that one place refuses.
     """
-    numbered = list(enumerate(rows))
-    quick = quick_of(numbered, lambda row: row[0] % each == 0)
-    return [
-        pytest.param(*(row if isinstance(row, tuple) else (row,)), marks=param.marks)
-        for (_, row), param in zip(numbered, quick, strict=True)
-    ]
+    return [_param(row, number % each == 0) for number, row in enumerate(rows)]
 
 
 def each_method(*among: str) -> list[Any]:
