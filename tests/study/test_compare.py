@@ -349,6 +349,28 @@ def test_what_is_run_after_a_change_is_not_put_beside_what_was_before(
     assert said in " ".join((ran.out + ran.err).split())
 
 
+def test_what_is_drawn_from_a_seed_is_no_other_base(
+    tiny: Tiny, tmp_path: Path, write: Write, command: Command
+) -> None:
+    """A head for other classes, and the further ranks of an adapter that is begun from."""
+    own = own_copies(tiny, tmp_path)
+    config = json.loads((tmp_path / "bert" / "config.json").read_text())
+    names = ("good", "bad", "meh")
+    config |= {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    runs.start(tiny, tmp_path / "first", rounds=1, **own)
+    given = {"rounds": 1, "lora__start": str(tmp_path / "first" / rundir.ADAPTER), **own}
+    more = {"lora.rank": 6, "lora.alpha": 4.0}
+    entries = [
+        {"name": "one", "method": "fedit"},
+        {"name": "two", "method": "fedit", "set": {"lora.alpha": 16.0}},
+        {"name": "three", "method": "fedit", "set": more},
+    ]
+    path = write(given, entry=entries, seeds=[0, 1], **TUNED)
+    ran = command("compare", path, "--out", tmp_path / "out")
+    assert ran.code == 0, ran.out + ran.err
+
+
 def test_an_older_run_says_nothing_of_its_base_and_is_passed_by(
     tiny: Tiny, tmp_path: Path, write: Write, command: Command
 ) -> None:

@@ -83,8 +83,8 @@ def start(
     if experiment.rows is not None and not deployed(experiment.recipe):
         facts |= {"rows": experiment.rows._asdict()}
     resident = experiment.resident
-    if resident.digest is not None:
-        facts |= {"base": resident.digest.whole}
+    if resident.body is not None:
+        facts |= {"base": resident.body}
     if resident.tokenizer is not None:
         facts |= {"reader": reader_parts(resident.tokenizer)}
     secret = rundir.new_secret() if deployed(experiment.recipe) else None

@@ -210,13 +210,11 @@ def asked_for(job: Job) -> Ground:
     read = (model.source, model.task, data.model_dump_json(), recipe.partition.reads)
     drawn = recipe.seed if rated.limit is not None or rated.on == "validation" else None
     told = (rated.on, rated.limit, rated.by_client, drawn)
-    # A head of other classes may be drawn, where this one was loaded.
-    classes = data.model_dump_json(exclude={*_NO_CLASSES})
-    base = (model.model_dump_json(), recipe.lora.whole, recipe.lora.start, classes)
+    # An adapter to begin from is fitted to the run's own, whose further ranks are drawn.
+    lora = recipe.lora
+    fitted = (lora, recipe.seed) if lora.start else ()
+    base = (model.model_dump_json(), lora.whole, *fitted)
     return Ground(repr(read), repr((*read, *told)), repr(base))
-
-
-_NO_CLASSES = ("test", "test_split", "more_tests", "max_length", "validation")  # tell of none
 
 
 def _on(ground: Ground) -> Callable[[Recipe], Experiment]:
@@ -226,8 +224,8 @@ def _on(ground: Ground) -> Callable[[Recipe], Experiment]:
 
     def build(recipe: Recipe) -> Experiment:
         experiment = from_recipe(recipe)
-        (train, test), base = experiment.rows or (None, None), experiment.resident.digest
-        own = Ground(train, test, None if base is None else base.whole)
+        train, test = experiment.rows or (None, None)
+        own = Ground(train, test, experiment.resident.body)
         for asked, found, are_not in zip(ground, own, _SAID, strict=True):
             if asked is not None and found is not None and asked != found:
                 raise FedSieveError(

@@ -77,12 +77,11 @@ def _ground_now(
 
 
 def _base_now(recipe: Recipe) -> str | None:
-    """`BaseDigest.whole` of what a recipe asks for, whose classes are filled in."""
+    """`ResidentModel.body` of what a recipe asks for, whose classes are filled in."""
     reader, _ = load_reader(locate(recipe.model.source), recipe.model.task)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run has said it, or will
-        digest = set_up_resident(recipe, reader, pick_device("cpu")).digest
-    return None if digest is None else digest.whole
+        return set_up_resident(recipe, reader, pick_device("cpu")).body
 
 
 def _refuse_damaged(run: Path) -> None:

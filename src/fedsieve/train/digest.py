@@ -51,18 +51,28 @@ def base_digest(base: "PreTrainedModel", source: str) -> BaseDigest:
     """
     from transformers import PreTrainedConfig  # takes seconds: not for who reads a digest only
 
+    config, _ = PreTrainedConfig.get_config_dict(source)
+    plain = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
+    text = json.dumps(plain, sort_keys=True, default=str)
+    return BaseDigest(_weights(base), hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+
+
+def body_digest(base: "PreTrainedModel") -> str:
+    """Of the weights below a classifier's head, which is drawn from the seed where it is for other
+    classes (head.py), so that runs of several seeds have the same.
+    """
+    return _weights(base, f"{base.base_model_prefix}.")
+
+
+def _weights(base: "PreTrainedModel", within: str = "") -> str:
+    """Of all that was loaded under names that begin so."""
     from fedsieve.train.quantise import hidden
 
     digest = hashlib.blake2b(digest_size=16)
     kept = base.state_dict(keep_vars=True)
     for name, tensor in sorted([*base.named_parameters(), *base.named_buffers(), *hidden(base)]):
-        if name in kept and not tensor.requires_grad:
+        if name in kept and name.startswith(within) and not tensor.requires_grad:
             flat = tensor.detach().cpu().contiguous().flatten()
             digest.update(name.encode())
             digest.update(flat.view(torch.uint8).numpy())
-    config, _ = PreTrainedConfig.get_config_dict(source)
-    plain = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
-    text = json.dumps(plain, sort_keys=True, default=str)
-    return BaseDigest(
-        digest.hexdigest(), hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    )
+    return digest.hexdigest()
