@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fedsieve
 from fedsieve import methods
+from fedsieve.algebra import optim
 from fedsieve.algebra.method import Method
 from fedsieve.recipe import read as recipe
 from fedsieve.recipe import sets
@@ -188,7 +190,7 @@ def test_adding_a_method_is_one_file_one_row_and_one_line(
 ) -> None:
     """What docs/methods.md says is done here: the file is written, its row obeys every law."""
     page = ROOT / "docs" / "methods.md"
-    (code,) = fenced(page, "python")
+    code, _ = fenced(page, "python")
     (tmp_path / "random_entries.py").write_text(code, encoding="utf-8")
     monkeypatch.setattr(methods, "__path__", [*methods.__path__, str(tmp_path)])
     monkeypatch.delitem(sys.modules, "fedsieve.methods.random_entries", raising=False)
@@ -199,6 +201,16 @@ def test_adding_a_method_is_one_file_one_row_and_one_line(
     new = eval(row, {"Row": laws.Row, "Optimum": Optimum})
     for law in laws.LAWS:
         law(new)
+
+
+def test_the_server_optimizer_of_ones_own_descends() -> None:
+    _, code = fenced(ROOT / "docs" / "methods.md", "python")
+    made: dict[str, Any] = {}
+    exec(code, made)
+    own, params = made["method"].server, {"x": torch.zeros(3)}
+    gradient = {"x": torch.tensor([3.0, -1.0, 0.5])}
+    moved, _ = optim.stepped(own, params, gradient, optim.slots_of(own, params))
+    assert torch.equal(moved["x"], -1e-3 * gradient["x"].sign())
 
 
 @pytest.mark.parametrize("name", recipe.shipped())

@@ -330,8 +330,9 @@ def check(
         say(line)
     for each in found.idle:
         warn(each)
-    words = " ".join(shlex.quote(each) for each in (recipe, *(overrides or [])))
-    say(f"next       fedsieve run {words}")
+    said = [*(["--allow-code"] if allow_code else []), recipe, *(overrides or [])]
+    said += ["--trust-remote-code"] if trust_remote_code else []
+    say(f"next       fedsieve run {shlex.join(said)}")
 
 
 @app.command()

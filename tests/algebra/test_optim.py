@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from fedsieve.algebra.budget import Budget
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import State, compose, step
-from fedsieve.algebra.optim import Optimizer, adam, bounded, fading, fedadam, sgd
+from fedsieve.algebra.optim import Optimizer, adam, bounded, fading, fedadam, sgd, slots_of
 from fedsieve.algebra.sieve import dense
 from fedsieve.clients.noise import private
 from fedsieve.engine.loop import begin, rounds
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, OptimizerFailed
 from fedsieve.methods import rolora
 from tests import toy
 
@@ -144,3 +144,10 @@ def test_what_the_sum_of_updates_is_divided_by_is_above_zero(expected: Any) -> N
     server = sgd()._replace(expected=expected)
     with pytest.raises(FedSieveError, match="server: its `expected` is"):
         compose(down=dense, up=dense, server=server)
+
+
+def test_what_fades_already_is_told() -> None:
+    own = sgd()._replace(init=lambda params: {"fading": dict(params)})
+    for inner in (fading(sgd(), 0.9), own):
+        with pytest.raises(OptimizerFailed, match="fading: the optimizer in it has slots called"):
+            slots_of(fading(inner, 0.9), {"x": torch.zeros(2)})

@@ -682,9 +682,15 @@ MERGED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         lambda trees: {group: tree for group, tree in trees.items() if group != "kept"}
     ),
     "a tree under 'a/b': the name of a group has no": lambda trees: {**trees, "a/b": {}},
+    "a wrong 'kept': 't' is gone, which was given": (
+        lambda trees: {**trees, "kept": {"of a client": torch.ones(7)}}
+    ),
+    "a wrong 'none': it was given empty: leave it out until": (
+        lambda trees: {**trees, "none": {"of a client": torch.ones(7)}}
+    ),
     "": lambda trees: {
         **{group: tree for group, tree in trees.items() if group != "kept 1"},
-        "kept": {"of a client": torch.ones(7)},
+        "kept": {**trees["kept"], "of a client": torch.ones(7)},
         "kept 2": {"t": torch.ones(5)},
     },
 }
@@ -697,7 +703,7 @@ def test_what_a_merge_keeps_has_the_form_that_it_had(said: str) -> None:
 
     def init(adapter: Adapter) -> State:
         state = plain.init(adapter)
-        return state._replace(trees={**state.trees, "kept": two, "kept 1": two})
+        return state._replace(trees={**state.trees, "kept": two, "kept 1": two, "none": {}})
 
     def merge(*given: Any) -> State:
         state = plain.merge(*given)

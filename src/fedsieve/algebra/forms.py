@@ -47,8 +47,8 @@ def _state(made: Any, of: Any) -> str | None:
 def _merged(made: Any, of: Any) -> str | None:
     """A state whose groups have the form in which a checkpoint's are looked for (`run/state.py`).
 
-    A group may come, and one that is numbered may go, as what is kept of single rounds does; of the
-    names in a group, clients' say, some may come and go.
+    A group may come, and one that is numbered may go, as what is kept of single rounds does; into a
+    group names may come, as those of clients who take part for the first time.
     """
     if (wrong := _state(made, of)) is not None or not isinstance(of, State):
         return wrong
@@ -56,7 +56,13 @@ def _merged(made: Any, of: Any) -> str | None:
     if (lost := lacking(made.trees, stay)) is not None:
         return f"its trees have no {lost!r}, which was given"
     for group, tree in of.trees.items():
-        both = {n: t for n, t in made.trees.get(group, {}).items() if n in tree}
+        came = made.trees.get(group, {})
+        if group in stay and (lost := lacking(came, tree)) is not None:
+            return f"its trees have a wrong {group!r}: {lost!r} is gone, which was given"
+        if came and not tree:
+            empty = "it was given empty: leave it out until there is something in it"
+            return f"its trees have a wrong {group!r}: {empty}"
+        both = {n: t for n, t in came.items() if n in tree}
         if (wrong := tree_unlike(both, tree)) is not None:
             return f"its trees have a wrong {group!r}: {wrong}"
     return None

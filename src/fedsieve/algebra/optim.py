@@ -305,7 +305,13 @@ def fading(optimizer: Optimizer, decay: float) -> Optimizer:
     decay = _of_python(decay)
 
     def init(params: Tree) -> Slots:
-        return {**slots_of(optimizer, params), "fading": {"rounds": torch.zeros(())}}
+        slots = slots_of(optimizer, params)
+        if "fading" in slots:
+            raise OptimizerFailed(
+                'fading: the optimizer in it has slots called "fading" already: fade once, or call '
+                "those of your own otherwise"
+            )
+        return {**slots, "fading": {"rounds": torch.zeros(())}}
 
     def step(params: Tree, gradient: Tree, slots: Slots) -> tuple[Tree, Slots]:
         rounds = slots["fading"]["rounds"]

@@ -152,8 +152,9 @@ def beside_the_count(noise_multiplier: float, count_noise: float) -> float:
     left = noise_multiplier**-2 - (2 * count_noise) ** -2
     if left <= 0:
         raise FedSieveError(
-            f"privacy.count_noise: {count_noise:g} is too little: with a noise multiplier of "
-            f"{noise_multiplier:g} it must be above {noise_multiplier / 2:g}"
+            f"privacy.count_noise: {count_noise:g} is too little (where none is given it is a 20th "
+            f"of the cohort): with a noise multiplier of {noise_multiplier:g} it must be above "
+            f"{noise_multiplier / 2:g}"
         )
     return float(left**-0.5)
 
