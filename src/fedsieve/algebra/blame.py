@@ -50,8 +50,10 @@ def guarded(method: Method) -> Method:
 
     Raises MethodFailed for a part that is not of its kind.
     """
+    if not _ours_alone(method):
+        return _blamed(_OWN, method)
     _refuse_unfit(_OWN, method)
-    return method if _ours_alone(method) else _blamed(_OWN, method)
+    return method
 
 
 def trained(method: Method, training: Callable[[int], Training]) -> Method:

@@ -485,7 +485,7 @@ def set_up_resident(
         trust_remote_code=trust_remote_code,
     )
     digest = base_digest(base, source)
-    weights = body_digest(base) if recipe.data.classes else digest.weights
+    weights = body_digest(base, digest) if recipe.data.classes else digest.weights
     resident = set_up(
         base,
         recipe.model.task,
@@ -496,14 +496,11 @@ def set_up_resident(
         tokenizer=tokenizer,
     )
     check_changes(resident, method)
-    body = f"{weights}-{digest.config}"
-    resident = dataclasses.replace(resident, digest=digest, body=body)
+    resident = dataclasses.replace(resident, digest=digest)
     start = recipe.lora.start
-    if start is None:
-        return resident
-    resident = begun(resident, start, method)
-    of_start = resident.digest and resident.digest.start
-    return dataclasses.replace(resident, body=f"{body}-{of_start}")
+    resident = resident if start is None else begun(resident, start, method)
+    known = resident.digest or digest
+    return dataclasses.replace(resident, body=known._replace(weights=weights).whole)
 
 
 def locate(source: str) -> str:

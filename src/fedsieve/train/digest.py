@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -54,25 +54,34 @@ def base_digest(base: "PreTrainedModel", source: str) -> BaseDigest:
     config, _ = PreTrainedConfig.get_config_dict(source)
     plain = {key: value for key, value in config.items() if key not in _BOOKKEEPING}
     text = json.dumps(plain, sort_keys=True, default=str)
-    return BaseDigest(_weights(base), hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+    of_config = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    return BaseDigest(_hashed(_loaded(base)), of_config)
 
 
-def body_digest(base: "PreTrainedModel") -> str:
+def body_digest(base: "PreTrainedModel", digest: BaseDigest) -> str:
     """Of the weights below a classifier's head, which is drawn from the seed where it is for other
     classes (head.py), so that runs of several seeds have the same.
+
+    digest: of the base, whose weights are read once more only where a head was loaded with them
     """
-    return _weights(base, f"{base.base_model_prefix}.")
+    loaded = _loaded(base)
+    body = [each for each in loaded if each[0].startswith(f"{base.base_model_prefix}.")]
+    return digest.weights if len(body) == len(loaded) else _hashed(body)
 
 
-def _weights(base: "PreTrainedModel", within: str = "") -> str:
-    """Of all that was loaded under names that begin so."""
+def _loaded(base: "PreTrainedModel") -> list[tuple[str, torch.Tensor]]:
+    """By name, and in this order; what was drawn still has a gradient."""
     from fedsieve.train.quantise import hidden
 
-    digest = hashlib.blake2b(digest_size=16)
     kept = base.state_dict(keep_vars=True)
-    for name, tensor in sorted([*base.named_parameters(), *base.named_buffers(), *hidden(base)]):
-        if name in kept and name.startswith(within) and not tensor.requires_grad:
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(name.encode())
-            digest.update(flat.view(torch.uint8).numpy())
+    every = sorted([*base.named_parameters(), *base.named_buffers(), *hidden(base)])
+    return [(name, tensor) for name, tensor in every if name in kept and not tensor.requires_grad]
+
+
+def _hashed(tensors: Sequence[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(name.encode())
+        digest.update(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()
