@@ -575,6 +575,29 @@ def test_a_run_that_was_kept_goes_on_as_if_it_had_never_stopped(
             other.go_on(tmp_path / "kept")
 
 
+def test_a_run_that_was_kept_goes_on_to_more_rounds(tiny: Tiny, tmp_path: Path) -> None:
+    clients, folder = [rows(16, n) for n in range(3)], tmp_path / "kept"
+    whole = finetune(tiny, clients, rounds=4).finish()
+    finetune(tiny, clients, rounds=2).finish().keep(folder)
+    again = finetune(tiny, clients, rounds=4).go_on(folder).finish()
+    assert same(again.adapter, whole.adapter)
+    again.keep(folder)
+    with pytest.raises(FedSieveError, match=r"holds round 4, and this run is to have 2: make it"):
+        finetune(tiny, clients, rounds=2).go_on(folder)
+    assert finetune(tiny, clients, rounds=4).go_on(folder).finish().metrics[-1].round == 4
+
+
+def test_a_setting_that_was_not_there_is_said_to_have_been_none(tiny: Tiny, tmp_path: Path) -> None:
+    clients = [rows(16, n) for n in range(2)]
+    own = fedsieve.sgd(0.5)._replace(table={})
+    finetune(tiny, clients, built("fedit", server=own), rounds=1).keep(tmp_path / "kept")
+    other = finetune(tiny, clients, built("fedit", server=fedsieve.sgd(0.5)), rounds=1)
+    with pytest.raises(
+        FedSieveError, match=r"federation\.server\.lr was not set in .* and is 0\.5"
+    ):
+        other.go_on(tmp_path / "kept")
+
+
 # What somebody does to a kept run's log -> what is said of it.
 LOGS: dict[str, tuple[str, Any, str]] = {
     "a text for bytes": ("metrics.jsonl", lambda row: {**row, "down_bytes": "x"}, "line 2"),

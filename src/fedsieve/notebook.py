@@ -34,7 +34,7 @@ from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnRound, tell
 from fedsieve.engine.cautions import cautioning
 from fedsieve.engine.loop import Receipt, Round, Unevaluated
-from fedsieve.errors import FedSieveError, count, reason
+from fedsieve.errors import FedSieveError, count, quoted, reason
 from fedsieve.recipe import arguments
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.examples import columns_of
@@ -391,11 +391,13 @@ class Run:
 
     def go_on(self, folder: str | Path) -> "Run":
         """Go on where `keep` was called: this run, made with the same arguments in another process
-        and not trained yet, then ends as if it had never stopped.
+        and not trained yet, then ends as if it had never stopped. It may have more rounds, or
+        fewer; a learning rate that falls over the rounds then falls over these from here on.
 
-        Raises FedSieveError, naming what, where model, rows, settings or the server's optimizer are
-        others than then, and for a folder that holds nothing that can be gone on with. Other
-        options of the method are compared as far as they change what it keeps.
+        Raises FedSieveError, naming what, for fewer rounds than were kept, where model, rows,
+        settings or the server's optimizer are others than then, and for a folder that holds nothing
+        that can be gone on with. Other options of the method are compared as far as they change
+        what it keeps.
         """
         place = self._keeping(folder, "go_on")
         if self._progress.round or self._half is not None:
@@ -405,6 +407,11 @@ class Run:
             place / rundir.CHECKPOINTS, experiment.resident.layout, experiment.resident.digest
         )
         _refuse_other_settings(place, snapshot.recipe or "", self._text())
+        if self._last < snapshot.progress.round:
+            raise FedSieveError(
+                f"go_on: {place} holds round {snapshot.progress.round}, and this run is to have "
+                f"{self._last}: make it with rounds={snapshot.progress.round}, or more"
+            )
         refuse_another(place, experiment, snapshot)
         known = snapshot.progress.round - (snapshot.half is not None)
         _refuse_damaged(place)
@@ -556,7 +563,7 @@ def _refuse_another_run(folder: Path, settings: str, number: int) -> bool:
         left = (*rundir.LOGS, rundir.CHECKPOINTS) if broke_off else ()
         rundir.refuse(folder, function="keep", besides=left)
     for note in found[:1]:
-        if note.recipe != settings:
+        if _compared(note.recipe or "", folder) != _compared(settings, folder):
             raise FedSieveError(f"keep: {folder} holds another run: choose another folder")
         if note.round > number:
             raise FedSieveError(
@@ -587,13 +594,21 @@ def _refuse_damaged(folder: Path) -> None:
 
 def _refuse_other_settings(folder: Path, then: str, now: str) -> None:
     """Raises FedSieveError, naming the first, for settings that differ. then, now: as TOML"""
-    before, after = (dict(flat(recipes.toml(text, str(folder)))) for text in (then, now))
+    before, after = (_compared(text, folder) for text in (then, now))
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
+            was, now = (quoted(of[key]) if key in of else "not set" for of in (before, after))
             raise FedSieveError(
-                f"go_on: {key} was {before.get(key)!r} in {folder} and is {after.get(key)!r}: make "
-                "the run with the same arguments"
+                f"go_on: {key} was {was} in {folder} and is {now}: make the run with the same "
+                "arguments"
             )
+
+
+def _compared(text: str, folder: Path) -> dict[str, Any]:
+    """The settings, as TOML, that make a run the same one. It may have more rounds, or fewer."""
+    settings = dict(flat(recipes.toml(text, str(folder))))
+    settings.pop("rounds", None)
+    return settings
 
 
 def _unlabelled(reading: Reading, rows: object) -> tuple[Reading, Dataset]:

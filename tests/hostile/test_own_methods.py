@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -596,6 +596,29 @@ def test_an_optimizer_that_fails_is_told_with_its_line(
         run(mine_with(AROUND[place](sgd()._replace(**changed))))
 
 
+@pytest.mark.parametrize("place", AROUND)
+@pytest.mark.parametrize("plain", [adam(0.1), sgd(1.0, momentum=0.5)])
+def test_a_step_that_meets_slots_of_anothers_is_told(plain: Optimizer, place: str) -> None:
+    """The step is FedSieve's own, and what it is given is not what its `init` makes."""
+    mixed = plain._replace(init=lambda params: {})
+    with pytest.raises(
+        OptimizerFailed, match=r"optimizer's `step` fails: KeyError: '(velocity|m)'"
+    ):
+        run(mine_with(AROUND[place](mixed)))
+
+
+def test_a_function_that_is_wrapped_as_one_of_fedsieves_is_ones_own() -> None:
+    plain = sgd(1.0, momentum=0.5)
+
+    @wraps(plain.step)
+    def step(*given: Any) -> Any:
+        return None
+
+    assert step.__module__.startswith("fedsieve.")
+    with pytest.raises(OptimizerFailed, match=r"`step` must give .*, two dictionaries, not None"):
+        run(mine_with(plain._replace(step=step)))
+
+
 def test_too_little_memory_is_no_fault_of_an_optimizers() -> None:
     with pytest.raises(MemoryError):
         run(mine_with(sgd()._replace(step=raising(MemoryError()))))
@@ -633,6 +656,11 @@ ODD_OPTIMIZERS: dict[str, Any] = {
     "its `clip` is 1.0; it must be a function": sgd()._replace(clip=cast(Any, 1.0)),
     "its `settle` is 'x'; it must be a function": sgd()._replace(settle=cast(Any, "x")),
     "its `table` is None; it must be a dictionary": sgd()._replace(table=cast(Any, None)),
+    "its `table` has 'lr' = [1]; a recipe's": sgd()._replace(table=cast(Any, {"lr": [1]})),
+    "its `table` has 5 = 'x'; a recipe's": sgd()._replace(table=cast(Any, {5: "x"})),
+    "its `expected` is inf, and the sum of updates": sgd()._replace(expected=math.inf),
+    "its `expected` is nan, and the sum of updates": sgd()._replace(expected=math.nan),
+    "its `expected` is 0, and the sum of updates": sgd()._replace(expected=0),
     "is the function sgd; it must be an optimizer: call it": sgd,
     "is 5; it must be an optimizer": 5,
 }
@@ -1011,6 +1039,38 @@ def test_what_is_loaded_by_a_dotted_name_is_held_to_it(
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     with pytest.raises(MethodFailed, match=r"its plan \(round 1\) fails: IndexError.*lying.py, li"):
         run(methods.load("lies.lying")())
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_run_whose_merge_adds_names_to_what_was_there_is_resumed(
+    tiny: Tiny, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for another recipe's, and could not go on."""
+    (tmp_path / "growing").mkdir()
+    (tmp_path / "growing" / "one.py").write_text(
+        "import torch\n"
+        "from fedsieve.algebra.method import compose\n"
+        "from fedsieve.algebra.sieve import dense\n"
+        "def method(*, server=None):\n"
+        "    plain = compose(down=dense, up=dense, server=server)\n"
+        "    def with_kept(state, kept):\n"
+        "        return state._replace(trees={**state.trees, 'kept': kept})\n"
+        "    def init(adapter):\n"
+        "        return with_kept(plain.init(adapter), {'first': torch.ones(2)})\n"
+        "    def merge(state, updates, key):\n"
+        "        kept = {**state.trees['kept'], 'then': torch.ones(3)}\n"
+        "        return with_kept(plain.merge(state, updates, key), kept)\n"
+        "    return plain._replace(init=init, merge=merge)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    given: dict[str, Any] = {"method": {"name": "growing.one"}, "budgets": [{}], "rounds": 2}
+    folder = tmp_path / "run"
+    with pytest.raises(runner.Stopped):
+        runs.start_from(
+            recipes.check(tiny.table(**given), allow_code=True), folder, runs.stop_at(1)
+        )
+    assert command("resume", folder, "--allow-code").code == 0
 
 
 @pytest.mark.usefixtures("no_report")

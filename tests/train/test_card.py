@@ -117,7 +117,7 @@ def test_a_runs_card_names_its_method_and_its_export_has_the_same(
 
 def test_a_card_tells_what_the_run_logged(tiny: Tiny, tmp_path: Path) -> None:
     """Scores, bytes and epsilon of the very round, for people, for the hub and for programs."""
-    privacy = {"clip": 1.0, "delta": 1e-3, "noise_multiplier": 1.0}
+    privacy = {"clip": 1.0, "delta": 1e-3, "noise_multiplier": 1.0, "quantile": 0.5}
     folder = tmp_path / "run"
     given: dict[str, Any] = {"method": {"name": "fedit"}, "budgets": [{}], "privacy": privacy}
     with warnings.catch_warnings():
@@ -128,6 +128,7 @@ def test_a_card_tells_what_the_run_logged(tiny: Tiny, tmp_path: Path) -> None:
     down, up = (sum(row[f"{way}_bytes"] for row in rows) for way in ("down", "up"))
     assert f"{down:,} payload bytes down, {up:,} up" in text
     assert f"epsilon {rows[-1]['epsilon']:.4g} at delta 0.001" in text
+    assert "(clip 1 at first, then the 0.5 quantile of the updates' norms, noise multi" in text
     assert "in simulation" in text
     assert f"`{tiny.train.name}`" in text
     assert str(tiny.train.parent) not in text

@@ -22,9 +22,14 @@ _A_COPY = "work on a copy: t * mask, t.clone(), a dictionary of one's own"
 
 
 def ours(function: Any) -> bool:
-    """Whether it is one of FedSieve's own, at which nobody need look."""
+    """Whether it is one of FedSieve's own, at which nobody need look.
+
+    One that is wrapped (`functools.wraps`) takes over the module's name and has globals of its own.
+    """
     made = function.func if isinstance(function, partial) else function
-    return str(getattr(made, "__module__", "")).startswith("fedsieve.")
+    module = getattr(made, "__module__", "")
+    written = getattr(made, "__globals__", {}).get("__name__", module)
+    return all(str(name).startswith("fedsieve.") for name in (module, written))
 
 
 def versions(value: Any, name: str = "") -> Iterator[Version]:

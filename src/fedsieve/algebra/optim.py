@@ -84,11 +84,17 @@ def optimizer_given(name: str, value: object) -> Optimizer:
                 f"{name}: its `table` is {quoted(table)}; it must be a dictionary, empty where no "
                 "recipe can name the optimizer"
             )
+        for key, said in table.items():
+            if not isinstance(key, str) or not (isinstance(said, str) or is_number(said)):
+                raise FedSieveError(
+                    f"{name}: its `table` has {quoted(key)} = {quoted(said)}; a recipe's [server] "
+                    "has names, and under them texts and numbers"
+                )
         expected: Any = value.expected
-        if expected is not None and not (is_number(expected) and expected > 0):
+        if expected is not None and not (is_number(expected) and 0 < as_float(expected) <= _MOST):
             raise FedSieveError(
                 f"{name}: its `expected` is {quoted(expected)}, and the sum of updates is divided "
-                "by it: it must be a number above 0, or None"
+                f"by it: it must be a number above 0, at most {_MOST:.1e}, or None"
             )
         return value
     own = getattr(value, "__name__", "") if getattr(value, "__module__", "") == __name__ else ""
@@ -110,7 +116,7 @@ def slots_of(optimizer: Optimizer, params: Tree) -> Slots:
     at; those that hold another (`fading`, `noise.private`) ask for what it gives by these.
     """
     made = _asked(optimizer, "init", (params,), lent=params)
-    if ours(optimizer.init):
+    if _trusted(optimizer, "init"):
         return cast(Slots, made)
     said = f"{_SERVERS} `init`"
     if not isinstance(made, dict):
@@ -130,7 +136,7 @@ def stepped(optimizer: Optimizer, params: Tree, gradient: Tree, slots: Slots) ->
     """
     # The gradient is nobody's any more.
     made = _asked(optimizer, "step", (params, gradient, slots), lent=(params, slots))
-    if ours(optimizer.step):
+    if _trusted(optimizer, "step"):
         return cast(tuple[Tree, Slots], made)
     said = f"{_SERVERS} `step` must give (params, slots)"
     if not isinstance(made, tuple) or len(made) != 2 or not all(isinstance(m, dict) for m in made):
@@ -147,7 +153,7 @@ def stepped(optimizer: Optimizer, params: Tree, gradient: Tree, slots: Slots) ->
 def settled(optimizer: Optimizer, slots: Slots, within: int, merged: int) -> Slots:
     """What an optimizer makes of its slots after a round, all of which must come as they were."""
     made = _asked(optimizer, "settle", (slots, within, merged), lent=slots)
-    if ours(optimizer.settle):
+    if _trusted(optimizer, "settle"):
         return cast(Slots, made)
     said = f"{_SERVERS} `settle` must give the slots that it was given"
     if not isinstance(made, dict):
@@ -172,6 +178,13 @@ def _refuse_unlike(said: str, made: dict[Any, Any], slots: Slots) -> None:
             raise OptimizerFailed(f"{said}: its slots have a wrong {group!r}: {wrong}")
 
 
+def _trusted(optimizer: Optimizer, part: str) -> bool:
+    """Whether a function of an optimizer need not be looked at: it is FedSieve's own, and so is
+    what made the slots that it is given.
+    """
+    return ours(getattr(optimizer, part)) and ours(optimizer.init)
+
+
 def _asked(optimizer: Optimizer, part: str, given: tuple[Any, ...], lent: object) -> Any:
     """What a function of an optimizer gives. Raises OptimizerFailed, with the line, where one of
     the user's own fails: no client's update is at fault.
@@ -179,7 +192,7 @@ def _asked(optimizer: Optimizer, part: str, given: tuple[Any, ...], lent: object
     lent: what of the given must be afterwards what it was
     """
     function = getattr(optimizer, part)
-    if ours(function):
+    if _trusted(optimizer, part):
         return function(*given)
     called = f"{_SERVERS} `{part}`"
     with left_intact(lent, called, OptimizerFailed):

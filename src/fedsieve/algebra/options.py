@@ -89,6 +89,8 @@ def _needed(error: ValidationError) -> str:
     first, *others = error.errors()
     if first["type"] == "callable_type":
         return "Input should be a function"
+    if first["type"] == "frozen_set_type":
+        return "Input should be a frozenset, as frozenset({'ratio'}) is one"
     more = [
         "a function" if each["type"] == "callable_type" else f"a {each['ctx']['class_name']}"
         for each in others

@@ -40,6 +40,8 @@ def _privacy(recipe: Recipe, epsilon: float | None) -> str | None:
     if asked is None:
         return None
     how = f"clip {asked.clip:g}"
+    if asked.quantile is not None:
+        how += f" at first, then the {asked.quantile:g} quantile of the updates' norms"
     if asked.noise_multiplier is not None:
         how += f", noise multiplier {asked.noise_multiplier:g}"
     if epsilon is None:

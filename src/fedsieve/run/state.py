@@ -94,8 +94,10 @@ def refuse_another(
     """
     federation, state, start = experiment.federation, snapshot.progress.state, experiment.start
     method, key = federation.method, federation.own_key(snapshot.progress.round + 1)
-    for group in _odd(method, start, state):
-        raise _other(folder, repr(group))
+    for group, tree in _odd(method, start, state).items():
+        # Names may have come into it since, at which the rehearsal looks.
+        if not _forms(tree).items() <= _forms(state.trees.get(group, {})).items():
+            raise _other(folder, repr(group))
     clients = {client.id: client for client in federation.clients}
     _refuse_other_rounds(folder, snapshot)
     if not clients:
@@ -121,7 +123,7 @@ def refuse_another(
         update = beginning(anyone).update
         rehearsal = dry_run.rounds(method, start.layout, [anyone])
         names = {*clients, *before}
-        made = _refuse_other_names(state, method.init(start).trees, rehearsal, names)
+        made = _refuse_other_names(state, rehearsal, names)
         _refuse_unknown_groups(state, method.merge(state, [(anyone, update)], key), made)
         for id, memory in _one_of_each(snapshot, clients):
             what = f"memory of client {id[:80]!r}"
@@ -183,30 +185,31 @@ def _refuse_unknown_groups(state: State, after: State, made: Collection[str]) ->
 
 
 def _refuse_other_names(
-    state: State,
-    begun: Collection[str],
-    rehearsal: Iterator[dry_run.Rehearsed],
-    clients: Collection[str],
+    state: State, rehearsal: Iterator[dry_run.Rehearsed], clients: Collection[str]
 ) -> set[str]:
     """The groups that the rehearsal made, without numbers. Raises ValueError for a group of the
     state with other tensors than it has over random numbers, but for what it keeps by client.
-
-    begun: the groups that are there from the beginning, which are known to be right
     """
-    made = set()
+    made: set[str] = set()
+    from_the_first: dict[str, Forms] = {}
+    in_the_end: dict[str, Forms] = {}
     for each in rehearsal:
         for group, tree in each.state.trees.items():
             made.add(_unnumbered(group))
-            if group in begun:
-                continue
             if group != _unnumbered(group):
                 _refuse_another_round(state, group, tree)
                 continue
-            kept, wanted = _forms(state.trees.get(group, tree)), _forms(tree)
             # Who has not taken part yet is not in a group by client.
-            wanted = {name: form for name, form in wanted.items() if name not in clients}
-            if kept | wanted != kept or set(kept) - set(wanted) - set(clients):
-                raise ValueError(f"the state's {group!r} has other tensors")
+            forms = {name: form for name, form in _forms(tree).items() if name not in clients}
+            from_the_first.setdefault(group, forms)
+            in_the_end[group] = forms
+    for group, wanted in in_the_end.items():
+        if group not in state.trees:
+            continue
+        kept = _forms(state.trees[group])
+        known = {name: form for name, form in kept.items() if name not in clients}
+        if not from_the_first[group].items() <= kept.items() or not known.items() <= wanted.items():
+            raise ValueError(f"the state's {group!r} has other tensors")
     return made
 
 
