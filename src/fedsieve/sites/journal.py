@@ -130,15 +130,16 @@ def write(
 
     keep: so many entries and one stay of those that this one goes on from, one from the other; and
           of the others, which came to nothing, those of the last half as many rounds
-    room: told how many bytes the entry has, before anything is changed; raises to refuse them
+    room: told how many bytes more there will be for a while, before anything is changed; raises to
+          refuse them
     Raises OSError if it cannot be written; the entries of earlier rounds are as they were then.
     """
     data = _to_bytes(entry)
-    room(len(data))
+    void = [path for path in _files(folder) if path.name >= _name(entry.round)]
+    room(len(data) - sum(path.lstat().st_size for path in void if path.is_file()))
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for path in _files(folder):
-        if path.name >= _name(entry.round):
-            remove(path)  # a folder of that name, too
+    for path in void:
+        remove(path)  # a folder of that name, too
     write_whole(folder / _name(entry.round), data)
     wanted, count = _name(entry.before), 0
     for path in reversed(_files(folder)):

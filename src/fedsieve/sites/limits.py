@@ -39,6 +39,7 @@ from fedsieve.tasks.examples import Examples, count
 from fedsieve.tasks.images import Images
 from fedsieve.tasks.tokens import Texts
 from fedsieve.train.model import ResidentModel, set_up, shape_of
+from fedsieve.train.prepared import BASE
 from fedsieve.train.quantise import beside
 
 LARGEST = 10**15  # of any number in a recipe but its seed
@@ -49,6 +50,7 @@ _META = torch.device("meta")
 _TENSORS = 3  # of examples: numbers, mask, labels or types
 _FLOAT, _INT = 4, 8  # bytes
 _HELD = 4  # times: the change, that before it, the weights as they were, and as they become
+_TOLD, _NAMED = 2000, 200  # bytes beside a round's numbers, of all and of each tensor
 _LISTED = 1000  # bytes of an option's text and arrays, beside their numbers
 _BETWEEN = 16  # of the characters with which multiple_choice.py lists an option
 
@@ -176,7 +178,7 @@ def check(
     if seen is not None:
         largest = memory.of_evaluation(shape, *seen)
         _refuse(state + largest, site, f"evaluation.batch {recipe.evaluation.batch}")
-    _check_disk(recipe, site, trained + kept)
+    _check_disk(recipe, site, shape.layout, trained * (1 + _remembered(parts)) + kept)
 
 
 def _rehearsed(method: Method) -> list[Part]:
@@ -195,6 +197,16 @@ def _changed_base(parts: Sequence[Part], layout: Layout) -> tuple[int, int]:
     under = sum(map(math.prod, base_layout(layout, 0).shapes.values()))
     changed = any(part.view.adapter.base for part in parts)
     return under * changed, under * any("base" in part.memory for part in parts)
+
+
+def _remembered(parts: Sequence[Part]) -> int:
+    """How many trees as large as what is trained a client keeps, beside a change of the base."""
+
+    def trees(part: Part) -> int:
+        kept = [tree for group, tree in part.memory.items() if group != "base"]
+        return sum(any(tensor.numel() > 1 for tensor in tree.values()) for tree in kept)
+
+    return max(map(trees, parts))
 
 
 def _asked(recipe: Recipe, site: Site, asked: Sequence[Asked]) -> tuple[int, int]:
@@ -222,17 +234,20 @@ def _tokens(examples: Examples) -> int:
     return examples.input_ids.shape[1]
 
 
-def _check_disk(recipe: Recipe, site: Site, trained: int) -> None:
-    """Raises FedSieveError where the rounds that must be kept do not fit `most_disk`."""
-    # Two checkpoints back, rounds that came to nothing (journal.py), and the adapter at the end; a
-    # memory is at most as large again.
+def _check_disk(recipe: Recipe, site: Site, layout: Layout, numbers: int) -> None:
+    """Raises FedSieveError where the rounds that must be kept do not fit `most_disk`.
+
+    numbers: of a round's answer, and of what the client keeps after it
+    """
+    # Two checkpoints back and rounds that came to nothing (journal.py); the next one is written
+    # before the oldest goes, and in its place comes the adapter at the end.
     rounds = min(recipe.rounds, 3 * recipe.checkpoint.every + 2)
-    asked = _FLOAT * trained * (rounds + 1)
-    if asked > site.most_disk * MEGA:
+    each = _FLOAT * numbers + _TOLD + sum(_NAMED + len(name) for name in layout.names)
+    if each * (rounds + 1) > site.most_disk * MEGA:
         raise FedSieveError(
             f"checkpoint.every {recipe.checkpoint.every} keeps {rounds} rounds of "
-            f"{_FLOAT * trained / MEGA:.3g} MB: this site's folder may hold {site.most_disk:g} MB "
-            "(most_disk)"
+            f"{each / MEGA:.3g} MB, and writes the next before the oldest goes: this site's "
+            f"folder may hold {site.most_disk:g} MB (most_disk)"
         )
 
 
@@ -248,15 +263,17 @@ def check_room(site: Site, more: int) -> None:
 
 
 def used_bytes(folder: Path) -> int:
-    """Of all files in a folder; those that go away meanwhile count nothing, nor do hard links.
+    """Of all files in a folder; those that go away meanwhile count nothing.
 
-    A base beside an adapter is made of these (train/prepared.py), and takes no room of its own.
+    A base beside an adapter is made of hard links to the base's own files (train/prepared.py), and
+    takes no room of its own. Others are the owner's, as of a backup, and do.
     """
     found = 0
     for path in everything_in(folder):
         try:
             told = path.lstat()
-            found += told.st_size if path.is_file() and told.st_nlink == 1 else 0
+            of_a_base = told.st_nlink > 1 and BASE in path.relative_to(folder).parts
+            found += told.st_size if path.is_file() and not of_a_base else 0
         except OSError:
             continue
     return found
