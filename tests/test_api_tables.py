@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import given as given_that
 from hypothesis import settings as budgeted
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import fedsieve
@@ -585,6 +587,35 @@ def test_a_run_that_was_kept_goes_on_to_more_rounds(tiny: Tiny, tmp_path: Path) 
     with pytest.raises(FedSieveError, match=r"holds round 4, and this run is to have 2: make it"):
         finetune(tiny, clients, rounds=2).go_on(folder)
     assert finetune(tiny, clients, rounds=4).go_on(folder).finish().metrics[-1].round == 4
+
+
+def test_a_method_that_knows_how_clients_train_may_have_more_rounds(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    clients = [rows(16, n) for n in range(2)]
+    given: dict[str, Any] = {"training": fedsieve.Training(optimizer="sgd", lr=0.1, batch=8)}
+    for name in methods.names():
+        if built(name).trained_by is None:
+            continue
+        whole = finetune(tiny, clients, built(name), rounds=2, **given).finish()
+        folder = tmp_path / name
+        finetune(tiny, clients, built(name), rounds=1, **given).finish().keep(folder)
+        again = finetune(tiny, clients, built(name), rounds=2, **given).go_on(folder)
+        assert same(again.finish().adapter, whole.adapter)
+
+
+def test_a_kept_runs_base_may_lie_elsewhere(tiny: Tiny, tmp_path: Path) -> None:
+    clients, moved = [rows(16, n) for n in range(2)], tmp_path / "moved"
+    run = finetune(tiny, clients, rounds=2)
+    next(iter(run))
+    run.keep(tmp_path / "kept")
+    shutil.copytree(tiny.bert, moved)
+    again = finetune(tiny._replace(bert=moved), clients, rounds=2).go_on(tmp_path / "kept")
+    assert same(again.finish().adapter, run.finish().adapter)
+    weights = load_file(moved / "model.safetensors")
+    save_file({n: 2 * t for n, t in weights.items()}, moved / "model.safetensors", {"format": "pt"})
+    with pytest.raises(FedSieveError, match="base"):
+        finetune(tiny._replace(bert=moved), clients, rounds=2).go_on(tmp_path / "kept")
 
 
 def test_a_setting_that_was_not_there_is_said_to_have_been_none(tiny: Tiny, tmp_path: Path) -> None:

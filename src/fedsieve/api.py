@@ -154,6 +154,7 @@ def finetune(
     method = arguments.method_given(method)
     lora = arguments.lora_given(lora, start)
     training, function = arguments.training_given(training)
+    mark = made_of(method)  # before it knows of rounds, of which a run may have more later
     if method.trained_by is not None:
         if function is not None:
             raise FedSieveError(
@@ -161,7 +162,7 @@ def finetune(
                 "its steps go: give a fedsieve.Training"
             )
         method = trained(method, partial(in_round, training, rounds=rounds))
-    mark, method = made_of(method), guarded(method)
+    method = guarded(method)
     fields = Fields(
         text=text if prompt is None and completion is None else None,
         label=label if isinstance(label, str) else tuple(label),

@@ -605,9 +605,12 @@ def _refuse_other_settings(folder: Path, then: str, now: str) -> None:
 
 
 def _compared(text: str, folder: Path) -> dict[str, Any]:
-    """The settings, as TOML, that make a run the same one. It may have more rounds, or fewer."""
+    """The settings, as TOML, that make a run the same one. It may have more rounds, or fewer, and
+    its base may lie elsewhere: that it is the same, its digest says.
+    """
     settings = dict(flat(recipes.toml(text, str(folder))))
-    settings.pop("rounds", None)
+    for free in ("rounds", "model.source"):
+        settings.pop(free, None)
     return settings
 
 

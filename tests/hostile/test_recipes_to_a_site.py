@@ -26,8 +26,9 @@ from fedsieve.costs import memory
 from fedsieve.frame import Frame
 from fedsieve.recipe import schema
 from fedsieve.settings import Lora, Table, Training
-from fedsieve.sites import resident
+from fedsieve.sites import limits, resident
 from fedsieve.train.model import load_base, set_up, shape_of
+from fedsieve.train.prepared import BASE
 from tests import kinds
 from tests.conftest import LABELS, Tiny
 from tests.sites.sites import rate, recipe_text, settled, write_site
@@ -326,6 +327,47 @@ def test_a_full_quota_is_said_and_loses_nothing(tiny: Tiny, tmp_path: Path) -> N
     assert sorted(path for path in site.folder.rglob("*")) == there
     here.state.site = site
     assert here.train(2).body == calm.train(2).body
+
+
+REMEMBERING: list[dict[str, Any]] = [
+    {"name": "fedit"},
+    {"name": "flasc", "feedback": True, "head": "whole"},
+    {"name": "fedsa_lora"},
+]
+
+
+@pytest.mark.parametrize("method", REMEMBERING, ids=[each["name"] for each in REMEMBERING])
+def test_a_recipe_that_is_taken_has_room_for_all_its_rounds(
+    tiny: Tiny, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """Also with what a client remembers: the site was taken, and shut out for good at round 5."""
+    given = {"method": method, "rounds": 9, "checkpoint__every": 1, "budgets": None}
+    small = settled(write_site(tiny, tmp_path / "small", most_disk=1e-4))
+    refused = resident.answer(small, Frame({"do": "recipe"}, recipe_text(tiny, **given)))
+    found = re.search(r"keeps (\d+) rounds of (\S+) MB", refused.header["error"])
+    assert found is not None
+    enough = (int(found[1]) + 1) * float(found[2]) * 1.01  # it is told in three digits
+    here = Worker(tiny, tmp_path / "enough", **given)
+    site = here.state.site
+    before = limits.used_bytes(site.folder) / 1e6  # the recipe, and what marks the folder
+    here.state.site = site.model_copy(update={"most_disk": before + enough})
+    for number in range(1, 10):
+        answer = here.train(number)
+        assert answer.header["ok"], answer.header
+
+
+def test_links_that_the_owner_made_do_not_hide_what_is_kept(tiny: Tiny, tmp_path: Path) -> None:
+    here = Worker(tiny, tmp_path)
+    assert here.train(1).header["ok"]
+    folder = here.state.site.folder
+    used = limits.used_bytes(folder)
+    for number, path in enumerate(sorted(here.rounds.iterdir())):
+        (tmp_path / f"backup-{number}").hardlink_to(path)
+    assert limits.used_bytes(folder) == used
+    base = folder / "adapters" / "x" / BASE
+    base.mkdir(parents=True)
+    (base / "model.safetensors").hardlink_to(tiny.bert / "model.safetensors")
+    assert limits.used_bytes(folder) == used
 
 
 def test_what_does_not_fit_the_quota_is_not_written(

@@ -19,8 +19,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import tomli_w
+import torch
+import transformers
 
 from fedsieve import methods
+from fedsieve.algebra.keys import Key
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import overrides, schema
 from fedsieve.recipe import read as recipes
@@ -33,6 +36,8 @@ from fedsieve.study import jobs
 from fedsieve.study import plan as study
 from fedsieve.study.jobs import Job, asked_for, diverged, finished, refuse_changed, run_all
 from fedsieve.study.parts import ASKED, DIVERGED, FAILED
+from fedsieve.train.digest import base_digest
+from fedsieve.train.model import load_base
 from tests import kinds, runs
 from tests.conftest import Command, Tiny
 
@@ -369,6 +374,23 @@ def test_what_is_drawn_from_a_seed_is_no_other_base(
     path = write(given, entry=entries, seeds=[0, 1], **TUNED)
     ran = command("compare", path, "--out", tmp_path / "out")
     assert ran.code == 0, ran.out + ran.err
+
+
+def test_all_that_was_loaded_is_in_a_bases_digest(tiny: Tiny, tmp_path: Path) -> None:
+    """Also what lies outside of what transformers calls the body: all of CLIP's does."""
+    found = {}
+    for number in range(2):
+        torch.manual_seed(number)
+        size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        vision = {**size, "intermediate_size": 32, "image_size": 16, "patch_size": 8}
+        text = {**size, "intermediate_size": 32, "vocab_size": 99, "max_position_embeddings": 8}
+        config = transformers.CLIPConfig(vision_config=vision, text_config=text, projection_dim=8)
+        folder = str(tmp_path / str(number))
+        transformers.CLIPModel(config).save_pretrained(folder)
+        for seed in range(2):
+            base = load_base(folder, "image-classification", ("a", "b"), key=Key(seed))
+            found[number, seed] = base_digest(base, folder).whole
+    assert found[0, 0] == found[0, 1] != found[1, 0]
 
 
 def test_an_older_run_says_nothing_of_its_base_and_is_passed_by(

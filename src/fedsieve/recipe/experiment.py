@@ -61,7 +61,7 @@ from fedsieve.tasks.task import Reader
 from fedsieve.train import by_function
 from fedsieve.train.changes import check_changes, refuse_quantised
 from fedsieve.train.cohort import Work, check_together, fit_together
-from fedsieve.train.digest import base_digest, body_digest
+from fedsieve.train.digest import base_digest
 from fedsieve.train.lengths import check_rows
 from fedsieve.train.local import Fit, check_packing, fit, runs_in_bf16, tally
 from fedsieve.train.model import ResidentModel, load_base, pick_device, set_up
@@ -485,7 +485,6 @@ def set_up_resident(
         trust_remote_code=trust_remote_code,
     )
     digest = base_digest(base, source)
-    weights = body_digest(base, digest) if recipe.data.classes else digest.weights
     resident = set_up(
         base,
         recipe.model.task,
@@ -498,9 +497,7 @@ def set_up_resident(
     check_changes(resident, method)
     resident = dataclasses.replace(resident, digest=digest)
     start = recipe.lora.start
-    resident = resident if start is None else begun(resident, start, method)
-    known = resident.digest or digest
-    return dataclasses.replace(resident, body=known._replace(weights=weights).whole)
+    return resident if start is None else begun(resident, start, method)
 
 
 def locate(source: str) -> str:

@@ -7,7 +7,7 @@ they make must have the form of what they make without a memory. Nothing of it i
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -123,7 +123,7 @@ def refuse_another(
         update = beginning(anyone).update
         rehearsal = dry_run.rounds(method, start.layout, [anyone])
         names = {*clients, *before}
-        made = _refuse_other_names(state, rehearsal, names)
+        made = _refuse_other_names(state, method.init(start).trees, rehearsal, names)
         _refuse_unknown_groups(state, method.merge(state, [(anyone, update)], key), made)
         for id, memory in _one_of_each(snapshot, clients):
             what = f"memory of client {id[:80]!r}"
@@ -185,10 +185,15 @@ def _refuse_unknown_groups(state: State, after: State, made: Collection[str]) ->
 
 
 def _refuse_other_names(
-    state: State, rehearsal: Iterator[dry_run.Rehearsed], clients: Collection[str]
+    state: State,
+    begun: Mapping[str, Tree],
+    rehearsal: Iterator[dry_run.Rehearsed],
+    clients: Collection[str],
 ) -> set[str]:
     """The groups that the rehearsal made, without numbers. Raises ValueError for a group of the
     state with other tensors than it has over random numbers, but for what it keeps by client.
+
+    begun: what is there from the beginning, which is known to be right
     """
     made: set[str] = set()
     from_the_first: dict[str, Forms] = {}
@@ -197,18 +202,21 @@ def _refuse_other_names(
         for group, tree in each.state.trees.items():
             made.add(_unnumbered(group))
             if group != _unnumbered(group):
-                _refuse_another_round(state, group, tree)
+                if group not in begun:
+                    _refuse_another_round(state, group, tree)
                 continue
             # Who has not taken part yet is not in a group by client.
-            forms = {name: form for name, form in _forms(tree).items() if name not in clients}
+            right = {*clients, *begun.get(group, {})}
+            forms = {name: form for name, form in _forms(tree).items() if name not in right}
             from_the_first.setdefault(group, forms)
             in_the_end[group] = forms
     for group, wanted in in_the_end.items():
         if group not in state.trees:
             continue
         kept = _forms(state.trees[group])
-        known = {name: form for name, form in kept.items() if name not in clients}
-        if not from_the_first[group].items() <= kept.items() or not known.items() <= wanted.items():
+        right = {*clients, *begun.get(group, {})}
+        more = {name: form for name, form in kept.items() if name not in right}
+        if not from_the_first[group].items() <= kept.items() or not more.items() <= wanted.items():
             raise ValueError(f"the state's {group!r} has other tensors")
     return made
 

@@ -58,17 +58,6 @@ def base_digest(base: "PreTrainedModel", source: str) -> BaseDigest:
     return BaseDigest(_hashed(_loaded(base)), of_config)
 
 
-def body_digest(base: "PreTrainedModel", digest: BaseDigest) -> str:
-    """Of the weights below a classifier's head, which is drawn from the seed where it is for other
-    classes (head.py), so that runs of several seeds have the same.
-
-    digest: of the base, whose weights are read once more only where a head was loaded with them
-    """
-    loaded = _loaded(base)
-    body = [each for each in loaded if each[0].startswith(f"{base.base_model_prefix}.")]
-    return digest.weights if len(body) == len(loaded) else _hashed(body)
-
-
 def _loaded(base: "PreTrainedModel") -> list[tuple[str, torch.Tensor]]:
     """By name, and in this order; what was drawn still has a gradient."""
     from fedsieve.train.quantise import hidden

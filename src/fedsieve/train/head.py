@@ -33,7 +33,7 @@ def match_rows(
 
     Classes called 0, 1, 2, ... are the rows' numbers, and a head without names has its rows in the
     order of the classes. Where the head has as many rows but for other classes, those are drawn
-    anew from the key, with a warning.
+    anew from the key, with a warning, and have a gradient as what was drawn has.
     """
     if known is None:
         return
@@ -48,6 +48,7 @@ def match_rows(
             weight.data = weight.data.index_select(axis, index)
         else:
             weight.data.copy_(_fresh(weight, model.config, key.at(f"head/{name}")))
+            weight.requires_grad_(True)
     if order is None and sized:
         warnings.warn(
             f"the model's head is for {_listing(known.values())}, the data has "

@@ -70,8 +70,6 @@ class ResidentModel:
     tokenizer: or image processor; saved beside the model, if it is known
     head: what is given the places with labels alone (outputs.py), of a language model
     digest: of the base as it was loaded, where a run keeps it
-    body: of the base and what was begun from, as far as no seed is in it: what runs of one study
-        must have in common
     origin: where the base came from, noted as it was loaded
     pairs: the model as one of LoRA pairs, where cores between frozen factors are trained (cores.py)
     """
@@ -88,9 +86,15 @@ class ResidentModel:
     tokenizer: Reader | None = None
     head: nn.Module | None = None
     digest: BaseDigest | None = None
-    body: str | None = None
     origin: Origin | None = None
     pairs: "ResidentModel | None" = None
+
+    @property
+    def body(self) -> str | None:
+        """A digest of all that was loaded, in which no seed is: what runs of one study must have in
+        common. None where nobody keeps it.
+        """
+        return None if self.digest is None else self.digest.whole
 
     @property
     def classes(self) -> tuple[str, ...]:

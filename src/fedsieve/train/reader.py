@@ -148,12 +148,13 @@ def _image_processor(name: str, trust_remote_code: bool) -> tuple[Reader, str | 
     )
 
 
-_PIXELS = (
-    "do_resize", "size", "do_center_crop", "crop_size", "do_rescale", "rescale_factor",
-    "do_normalize", "image_mean", "image_std", "resample",
+# Of an image processor's settings, what no pixel depends on; and what its name may end in.
+_NO_PIXELS = (
+    "processor_class", "image_processor_type", "feature_extractor_type", "auto_map",
+    "transformers_version", "return_tensors", "data_format", "input_data_format", "device",
+    "disable_grouping",
 )  # fmt: skip
-
-
+_COMPUTING = ("Fast", "Pil")  # with torchvision, with Pillow
 _OF_A_CALL = ("truncation", "padding")  # which the last call of a tokenizer left in it
 
 
@@ -172,7 +173,19 @@ def reader_parts(reader: Reader) -> dict[str, str]:
         if isinstance(steps.get("model", {}).get("vocab"), dict):  # it is told of already
             del steps["model"]["vocab"]
         parts["steps"] = {key: value for key, value in steps.items() if key not in _OF_A_CALL}
+    else:
+        parts["steps"] = _of_python(reader)
     return {part: _digest(said) for part, said in parts.items()}
+
+
+def _of_python(tokenizer: PreTrainedTokenizerBase) -> object:
+    """The steps of a tokenizer that is written in Python: its files, flags and numbers."""
+    given = tokenizer.init_kwargs.items()
+    flags = {key: value for key, value in given if isinstance(value, bool | int | float)}
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer.save_vocabulary(scratch)
+        files = {path.name: path.read_bytes().hex() for path in Path(scratch).iterdir()}
+    return [type(tokenizer).__name__, flags, files]
 
 
 def reader_digest(reader: Reader) -> str:
@@ -183,8 +196,11 @@ def reader_digest(reader: Reader) -> str:
         words = sorted(reader.get_vocab().items(), key=lambda each: (each[1], each[0]))
         said: object = [words, reader.special_tokens_map, getattr(reader, "chat_template", None)]
     else:
-        told = reader.to_dict()
-        said = {name: told.get(name) for name in _PIXELS}
+        told = reader.to_dict().items()
+        kind = type(reader).__name__
+        for suffix in _COMPUTING:
+            kind = kind.removesuffix(suffix)
+        said = [kind, {key: v for key, v in told if v is not None and key not in _NO_PIXELS}]
     return _digest(said)
 
 
