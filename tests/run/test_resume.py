@@ -150,6 +150,67 @@ def test_a_run_with_another_number_of_rounds_ends_as_one_that_had_it(
     assert rundir.environment("cpu")["torch"] in (folder / rundir.RECIPE).read_text()
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["at once", "killed in its evaluation"])
+@pytest.mark.parametrize("by", ["--rounds", "an edit"])
+def test_a_round_that_has_become_the_last_is_evaluated(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str, killed: bool
+) -> None:
+    """It had no evaluation as one of many: the untrained model's score was shown as the run's."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    runs.start(tiny, other, rounds=2, evaluation__every=5)
+    interrupted(tiny, folder, 2, rounds=6, evaluation__every=5)
+    assert "eval_examples" not in runs.lines(folder)[-1]
+    given: dict[str, Any] = {"rounds": 2}
+    if by == "an edit":
+        path = folder / rundir.RECIPE
+        path.write_text(path.read_text().replace("rounds = 6", "rounds = 2"))
+        given = {"accept_changes": True}
+
+    def stop(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if killed:
+            with monkeypatch.context() as patch:
+                runs.before_evaluation(patch, stop)
+                with pytest.raises(Stopped, match="stopped after round 2 of 2"):
+                    runner.resume(folder, runs.quiet, **given)
+        runner.resume(folder, runs.quiet, **given)
+    runs.assert_same(folder, other)
+    card = (folder / rundir.ADAPTER / "README.md").read_text(encoding="utf-8")
+    assert "accuracy" in card.lower()
+
+
+def test_a_last_round_that_is_the_last_no_more_is_not_evaluated(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped before its evaluation, and given more rounds."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    runs.start(tiny, other, rounds=3, evaluation__every=5)
+    interrupted(tiny, folder, 2, rounds=6, evaluation__every=5)
+
+    def stop(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        runs.before_evaluation(patch, stop)
+        with pytest.raises(Stopped):
+            runner.resume(folder, runs.quiet, rounds=2)
+    runner.resume(folder, runs.quiet, rounds=3)
+    runs.assert_same(folder, other)
+
+
+@pytest.mark.parametrize(("name", "value"), [("wire_seconds", "1"), ("clip", []), ("seconds", {})])
+def test_a_line_that_no_run_writes_is_named_before_it_is_evaluated_anew(
+    tiny: Tiny, tmp_path: Path, name: str, value: Any
+) -> None:
+    interrupted(tiny, tmp_path, 2, rounds=6, evaluation__every=5)
+    line = {**runs.lines(tmp_path)[-1], name: value}
+    with pytest.raises(FedSieveError, match=f"metrics.jsonl: {name} of its round 2 is"):
+        checkpoint.round_of(tmp_path / rundir.METRICS, line)
+
+
 BROKEN = ["before", "between", "after", "the newest lost"]
 
 
@@ -900,6 +961,59 @@ def test_a_reader_that_has_changed_is_not_written_beside_the_adapter(
     text = recipe.dump(recipe.load(str(folder / rundir.RECIPE)), told)
     (folder / rundir.RECIPE).write_text(text, encoding="utf-8")
     runner.export(folder, tmp_path / "older")
+
+
+QUIET = {
+    "normalizer": edited("tokenizer.json", lambda told: told.update(normalizer={"type": "NFC"})),
+    "decoder": edited("tokenizer.json", lambda told: told.update(decoder={"type": "Fuse"})),
+    "template": another_template,
+}
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_a_reader_that_has_changed_is_not_gone_on_with(
+    tiny: Tiny, tmp_path: Path, name: str
+) -> None:
+    """Though it reads the rows as before: what `export` refuses, no round is trained for."""
+    base, folder = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny.bert, base)
+    interrupted(tiny, folder, 1, model__source=str(base), rounds=2)
+    QUIET[name](base)
+    before = untouched(folder)
+    said = r"the base model's tokenizer has changed since the run began \(its"
+    with pytest.raises(FedSieveError, match=rf"{said}.*--accept-changes to go on with it"):
+        runner.resume(folder, runs.quiet)
+    assert untouched(folder) == before
+    with pytest.warns(UserWarning, match=said):
+        runner.resume(folder, runs.quiet, accept_changes=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        runner.export(folder, tmp_path / "to")  # it was accepted once
+
+
+def test_a_run_that_had_not_begun_is_of_the_base_that_it_begins_with(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the evaluation of round 0, its folder told of the base as it had been."""
+    base, folder = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(tiny.bert, base)
+
+    def stop(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        runs.before_evaluation(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            runs.start(tiny, folder, model__source=str(base), rounds=1)
+    assert rundir.untouched(folder)
+    then = rundir.environment_of(folder)
+    changed_weight(base)
+    QUIET["normalizer"](base)
+    runner.resume(folder, runs.quiet)
+    now = rundir.environment_of(folder)
+    assert {name for name in now if now[name] != then[name]} == {"base", "reader"}
+    assert now.keys() == then.keys()
+    runner.export(folder, tmp_path / "to")
 
 
 def untouched(folder: Path) -> dict[str, bytes]:

@@ -37,7 +37,7 @@ from fedsieve.disk import (
     write_whole,
 )
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
-from fedsieve.errors import FedSieveError
+from fedsieve.errors import FedSieveError, quoted
 from fedsieve.tasks.digest import RowsDigest
 from fedsieve.train.digest import BaseDigest, tensors_digest
 
@@ -223,6 +223,25 @@ def load(folder: Path, layout: Layout, base: BaseDigest | None = None) -> Snapsh
 def names_later(folder: Path, number: int) -> bool:
     """Whether there is a checkpoint of a later round, whole or not."""
     return bool(later(folder, number))
+
+
+def round_of(log: Path, line: Mapping[str, Any]) -> Round:
+    """A round as its line of a log tells of it, which leaves out what the round does not know.
+
+    Raises FedSieveError for one that a half round could not be kept as.
+    """
+    row: dict[str, Any] = {name: line.get(name) for name in Round._fields}
+    hints = get_type_hints(Round)
+    for name, value in row.items():
+        try:
+            TypeAdapter(hints[name]).validate_python(value, strict=True)
+        except ValidationError:
+            raise FedSieveError(
+                f"{log}: {name} of its round {row['round']} is {quoted(value)}, and no run writes "
+                "that: put the file back, or go back to an earlier round, by `fedsieve resume "
+                "--at-round`"
+            ) from None
+    return Round(**row)
 
 
 class Note(NamedTuple):

@@ -27,7 +27,7 @@ from typing import Any
 
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
-from fedsieve.disk import objects, of_the_disk, remove, remove_link, write_whole
+from fedsieve.disk import bytes_of, objects, of_the_disk, remove, remove_link, write_whole
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnClient, OnRound, counted, tell
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
@@ -79,18 +79,11 @@ def start(
     tracking.check(recipe.tracking)
     experiment = build(recipe)
     assert experiment.recipe is not None
-    facts = rundir.environment(str(experiment.resident.device))
-    if experiment.rows is not None and not deployed(experiment.recipe):
-        facts |= {"rows": experiment.rows._asdict()}
-    resident = experiment.resident
-    if resident.body is not None:
-        facts |= {"base": resident.body}
-    if resident.tokenizer is not None:
-        facts |= {"reader": reader_parts(resident.tokenizer)}
+    facts = _facts(experiment, experiment.recipe)
     secret = rundir.new_secret() if deployed(experiment.recipe) else None
     if secret is not None:
         facts |= rundir.told_of(secret)
-    text = recipes.dump(experiment.recipe, {**facts, "notes": list(experiment.notes)})
+    text = recipes.dump(experiment.recipe, facts)
     with rundir.lock(folder), rundir.disk_errors(folder):
         recipe = experiment.recipe
         rundir.create(folder, text, overwrite=overwrite, secret=secret)
@@ -115,7 +108,8 @@ def resume(
     rounds: as many as the run is to have, in place of its recipe's; it then ends as one that was
         started with so many, but where a learning rate falls over the rounds
     allow_code: see `recipes.check`
-    accept_changes: go on though recipe or rows were changed since the rounds so far were trained
+    accept_changes: go on though recipe, rows or tokenizer were changed since the rounds so far were
+        trained
     engine: where the clients run from here on; None as the folder's recipe says, but for a cluster
         that the environment does not name
     on_round, on_client: as in `start`, of the rounds that are left
@@ -136,12 +130,18 @@ def resume(
         tracking.check(recipe.tracking)
         experiment = _with_secret(build(recipe), recipe, folder)
         checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
-        snapshot = None
-        if not rundir.untouched(folder):
+        snapshot, known = None, rundir.environment_of(folder)
+        facts = known
+        if rundir.untouched(folder):
+            facts = _anew(folder, known, experiment, recipe)
+        else:
             resident = experiment.resident
             snapshot = checkpoint.load(checkpoints, resident.layout, resident.digest)
             _refuse_one_count(folder, recipe, snapshot)
             _refuse_other_rows(folder, recipe, snapshot, experiment, accept_changes)
+            if resident.tokenizer is not None:
+                now = reader_parts(resident.tokenizer)
+                facts = known | _refuse_another_reader(folder, now, accept_changes, "go on with")
             before = {row["client"] for row in _logged(folder, rundir.CLIENTS, snapshot)}
             refuse_another(folder, experiment, snapshot, before)
             experiment.memories.update(snapshot.memories)
@@ -151,14 +151,70 @@ def resume(
             rundir.cut_back(folder, snapshot.marks if snapshot else {rundir.METRICS: 0})
             if snapshot:
                 checkpoint.forget_after(checkpoints, snapshot.progress.round)
-            if rounds is not None:
-                # What takes most room comes first: without it nothing has changed. After a kill
-                # between the two, `in_order` asks for the rounds again.
-                if snapshot:
+                kept = snapshot
+                snapshot = _still_due(folder, recipe, snapshot, experiment)
+                if rounds is not None:
                     snapshot = snapshot._replace(recipe=recipes.dump(recipe, {}))
+                # What takes most room comes first: without it nothing has changed. After a kill
+                # before the recipe is written, `in_order` asks for the rounds again.
+                if snapshot is not kept:
                     checkpoint.save(checkpoints, snapshot)
-                _rewrite(folder, recipe)
+                    rundir.cut_back(folder, snapshot.marks)
+            if rounds is not None or facts != known:
+                _rewrite(folder, recipe, facts)
             return _go_on(experiment, recipe, snapshot, folder, show, on_round, on_client)
+
+
+def _facts(experiment: Experiment, recipe: Recipe) -> dict[str, Any]:
+    """What a run's recipe says of where and over what it begins, in [environment]."""
+    resident = experiment.resident
+    facts = rundir.environment(str(resident.device))
+    if experiment.rows is not None and not deployed(recipe):
+        facts |= {"rows": experiment.rows._asdict()}
+    if resident.body is not None:
+        facts |= {"base": resident.body}
+    if resident.tokenizer is not None:
+        facts |= {"reader": reader_parts(resident.tokenizer)}
+    return {**facts, "notes": list(experiment.notes)}
+
+
+def _anew(
+    folder: Path, known: Mapping[str, Any], experiment: Experiment, recipe: Recipe
+) -> Mapping[str, Any]:
+    """The [environment] of a run that begins only now: base, rows and tokenizer may be others than
+    when its folder was made. A federation's is of its sites, and says nothing of these.
+    """
+    if rundir.federated(folder):
+        return known
+    begun = ("rows", "base", "reader")
+    kept = {name: fact for name, fact in known.items() if name not in begun}
+    return {**kept, **_facts(experiment, recipe)}
+
+
+def _still_due(
+    folder: Path, recipe: Recipe, snapshot: Snapshot, experiment: Experiment
+) -> Snapshot:
+    """The snapshot, with what is left of its round by the rounds that the run has now.
+
+    A last round is evaluated. One that has become the last is halved again: its line of the log is
+    left out of the marks, and comes back with its scores.
+    """
+    number, federation = snapshot.progress.round, experiment.federation
+    if snapshot.half is not None:
+        due = number == recipe.rounds or number % federation.evaluate_every == 0
+        if due == snapshot.half.due:
+            return snapshot
+        return snapshot._replace(half=snapshot.half._replace(due=due))
+    # Of a federation's last round nobody may have been there to ask; its rounds stay as they are.
+    if number != recipe.rounds or federation.evaluate is None or rundir.federated(folder):
+        return snapshot
+    path, end = rundir.place(folder, rundir.METRICS), snapshot.marks[rundir.METRICS]
+    line = _logged(folder, rundir.METRICS, snapshot)[-1]
+    if "eval_examples" in line:
+        return snapshot
+    before = bytes_of(path, None)[:end].rstrip().rfind(b"\n") + 1
+    half = Unevaluated(checkpoint.round_of(path, line), [], snapshot.progress, due=True)
+    return snapshot._replace(half=half, marks={**snapshot.marks, rundir.METRICS: before})
 
 
 def _refuse_other_rows(
@@ -182,14 +238,19 @@ def _refuse_other_rows(
     )
 
 
-def _refuse_another_reader(folder: Path, now: Mapping[str, str], accept: bool) -> None:
-    """Raises FedSieveError where what would be written beside the adapter reads otherwise than what
-    it was trained with. accept: warn of it
+def _refuse_another_reader(
+    folder: Path, now: Mapping[str, str], accept: bool, to: str
+) -> dict[str, Mapping[str, str]]:
+    """What [environment] is to say of the reader, where it has changed and that is accepted.
+
+    accept: warn of it; to: what it is accepted for, in words
+    Raises FedSieveError where what would be written beside the adapter reads otherwise than what it
+    was trained with.
     """
     then = rundir.reader_of(folder)
     changed = [part for part in now if then.get(part) != now[part]]
     if not then or not changed:  # a run of an older FedSieve has none
-        return
+        return {}
     what = "image processor" if "pixels" in now else "tokenizer"
     said = (
         f"{folder}: the base model's {what} has changed since the run began (its "
@@ -197,16 +258,16 @@ def _refuse_another_reader(folder: Path, now: Mapping[str, str], accept: bool) -
     )
     if accept:
         warnings.warn(said, stacklevel=3)
-        return
+        return {"reader": now}
     raise FedSieveError(
         f"{said}, and the adapter learned with the old one: put its files back, or give "
-        "--accept-changes to write it as it is now"
+        f"--accept-changes to {to} it as it is now"
     )
 
 
-def _rewrite(folder: Path, recipe: Recipe) -> None:
-    """Let a run's folder hold this recipe, and what it says of its environment."""
-    text = recipes.dump(recipe, rundir.environment_of(folder))
+def _rewrite(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Let a run's folder hold this recipe. facts: of its [environment]"""
+    text = recipes.dump(recipe, facts)
     write_whole(folder / rundir.RECIPE, text.encode())
 
 
@@ -250,7 +311,7 @@ def export(
     source = locate(recipe.model.source)
     task = recipe.model.task
     tokenizer, _ = load_reader(source, task, trust_remote_code=trust_remote_code)
-    _refuse_another_reader(folder, reader_parts(tokenizer), accept_changes)
+    _refuse_another_reader(folder, reader_parts(tokenizer), accept_changes, "write")
     device = pick_device("cpu")
     resident = set_up_resident(recipe, tokenizer, device, trust_remote_code=trust_remote_code)
     place = rundir.place(folder, rundir.CHECKPOINTS)
