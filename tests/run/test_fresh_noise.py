@@ -90,7 +90,13 @@ def building(out: list[str], before: Callable[[str], None] = lambda what: None) 
         )
         method = fedit.method(server=server, down_values="float64", up_values="float64")
         resident: Any = SimpleNamespace(
-            layout=toy.start().layout, digest=None, save=save, put=lambda _: None
+            layout=toy.start().layout,
+            digest=None,
+            save=save,
+            put=lambda _: None,
+            device="cpu",
+            body=None,
+            tokenizer=None,
         )
         federation = Federation(
             method,

@@ -131,7 +131,7 @@ def resume(
         experiment = _with_secret(build(recipe), recipe, folder)
         checkpoints = rundir.place(folder, rundir.CHECKPOINTS)
         snapshot, known = None, rundir.environment_of(folder)
-        facts = known
+        facts: Mapping[str, Any] = known
         if rundir.untouched(folder):
             facts = _anew(folder, known, experiment, recipe)
         else:
