@@ -389,7 +389,8 @@ def resume(
     if at_round is not None:
         say(back.said(at_round, back.fall_back(folder, at_round)))
     if rundir.last_round(folder) == planned.rounds:
-        say(f"{finished}. Its adapter or its report is missing or damaged, and is written again")
+        what = "its last scores, its adapter or its report"
+        say(f"{finished}. What is missing or damaged of {what} is made again")
     build = partial(from_recipe, trust_remote_code=trust_remote_code)
     with _Live(planned.rounds) as live:
         _guarded(

@@ -116,7 +116,7 @@ def test_a_finished_run_whose_files_are_gone_or_cut_gets_them_again(
     else:
         (run / name).write_bytes(was[left] if isinstance(left, slice) else left)
     out = " ".join(command("resume", run).out.split())
-    assert "missing or damaged, and is written again" in out
+    assert "is missing or damaged of its last scores, its adapter or its report is made" in out
     if name.endswith(WEIGHTS):
         assert (run / name).read_bytes() == was
     elif name.endswith(SAID):
@@ -180,6 +180,19 @@ def test_a_round_that_has_become_the_last_is_evaluated(
     runs.assert_same(folder, other)
     card = (folder / rundir.ADAPTER / "README.md").read_text(encoding="utf-8")
     assert "accuracy" in card.lower()
+
+
+def test_an_adapter_of_fewer_rounds_does_not_end_a_run(tiny: Tiny, tmp_path: Path) -> None:
+    """It had ended, was given more rounds, stopped, and ends where it stopped."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    runs.start(tiny, other, rounds=3)
+    runs.start(tiny, folder, rounds=2)
+    with pytest.raises(Stopped):
+        runner.resume(folder, runs.stop_at(3), rounds=6)
+    assert not rundir.has_ended(folder, 3, 3)
+    runner.resume(folder, runs.quiet, rounds=3)
+    assert rundir.has_ended(folder, 3, 3)
+    runs.assert_same(folder, other)
 
 
 def test_a_last_round_that_is_the_last_no_more_is_not_evaluated(

@@ -393,7 +393,24 @@ def has_ended(folder: Path, number: int, rounds: int) -> bool:
     """Whether nothing of a run of so many rounds is left to do after round `number`, its adapter
     (or whole model) and report included.
     """
-    return number >= rounds and (folder / REPORT).is_file() and _is_whole(folder / ADAPTER)
+    adapter = folder / ADAPTER
+    there = number >= rounds and (folder / REPORT).is_file()
+    return there and _is_whole(adapter) and _is_of(adapter, number)
+
+
+def _is_of(adapter: Path, number: int) -> bool:
+    """Whether an adapter is of this round: a run that had ended may have been given more. One of an
+    older FedSieve does not say.
+    """
+    from fedsieve.train.card import FACTS  # takes a second: not for who only reads a run
+
+    try:
+        said = disk.parsed(bytes_of(adapter / FACTS, disk.LONGEST), str(adapter / FACTS))
+    except FileNotFoundError:
+        return True
+    except (OSError, FedSieveError):
+        return False
+    return isinstance(said, dict) and said.get("rounds", number) in (None, number)
 
 
 _SAID = ("adapter_config.json", "config.json")  # what an adapter's folder, or a model's, says of it
