@@ -31,7 +31,7 @@ demo: install
 # A process a core, of one thread each: more threads than cores crawl. Each takes some 1.5 GB.
 JOBS := $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 8 ? 8 : n)))
 test: lint types contracts
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 # What is slow measures time as well, and has the machine for itself.
 test-all: test

@@ -26,6 +26,7 @@ from fedsieve import Budget, FedSieveError, Lora, Training
 from fedsieve.algebra.keys import Key
 from fedsieve.algebra.optim import sgd
 from fedsieve.clients.noise import private
+from tests import kinds
 from tests.conftest import LABELS, Tiny, texts
 
 pytestmark = pytest.mark.usefixtures("no_report")  # it has tests of its own
@@ -376,7 +377,7 @@ def written(data: Dataset, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("number", range(len(STREAMS)))
+@pytest.mark.parametrize("number", kinds.some_of(range(len(STREAMS))))
 def test_streams_and_other_forms_of_the_same_rows(tiny: Tiny, number: int) -> None:
     plain = [rows(12, 1), rows(9, 2)]
     expected = finetune(tiny, plain, rounds=1, test=rows(6, 3)).finish()
@@ -449,7 +450,7 @@ BAD: list[tuple[Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize("number", range(len(BAD)))
+@pytest.mark.parametrize("number", kinds.some_of(range(len(BAD))))
 def test_a_client_with_bad_rows_is_named_and_left_out(tiny: Tiny, number: int) -> None:
     bad, said = BAD[number]
     named = Dataset.from_list(GOOD).cast_column("label", ClassLabel(names=list(LABELS)))

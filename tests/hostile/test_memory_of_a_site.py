@@ -18,7 +18,7 @@ from fedsieve.frame import Frame
 from fedsieve.methods import fedit, fedsa_lora, flasc
 from fedsieve.sites import resident
 from fedsieve.wire import decode, encode
-from tests import toy
+from tests import kinds, toy
 from tests.conftest import Tiny
 from tests.sites.sites import rate, settled, train
 from tests.sites.test_flower import EXACT, Net, federation, run, site, sites_of
@@ -188,7 +188,7 @@ DAMAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", kinds.some_of(DAMAGES))
 @pytest.mark.parametrize("restarted", [False, True])
 def test_a_damaged_folder_shuts_no_site_out(
     tiny: Tiny, tmp_path: Path, damage: Callable[[Path, Path], None], restarted: bool
@@ -301,7 +301,7 @@ ODD: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("odd", ODD)
+@pytest.mark.parametrize("odd", kinds.some_of(ODD))
 @pytest.mark.parametrize("name", ["runs", "adapters", "runs/*", "runs/*/rounds", "adapters/*"])
 def test_what_is_in_a_folders_place_keeps_no_site_out(
     tiny: Tiny, tmp_path: Path, name: str, odd: str

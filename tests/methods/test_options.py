@@ -240,7 +240,7 @@ ODD: dict[str, tuple[list[Any], str]] = {
     "up_values": (["int9", 8, None], "'float64', 'float32', 'bfloat16' or 'int8'"),
     "trains": (["lor", 5, None], "'lora', 'head' or 'all', or a Cores"),
     "server": (["sgd", 0.1, fedsieve.sgd], "an optimizer"),
-    "knobs": (["up", ["up"], None], "a valid frozenset"),
+    "knobs": (["up", ["up"], None], "a frozenset, as"),
 }
 
 

@@ -602,7 +602,7 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", [resident.BASE, resident.SAID])
-@pytest.mark.parametrize("how", UNREADABLE)
+@pytest.mark.parametrize("how", kinds.some_of(UNREADABLE))
 def test_what_a_site_noted_and_cannot_read_lets_no_request_pass(
     tiny: Tiny, tmp_path: Path, name: str, how: str
 ) -> None:

@@ -117,7 +117,8 @@ def test_a_runs_card_names_its_method_and_its_export_has_the_same(
 
 def test_a_card_tells_what_the_run_logged(tiny: Tiny, tmp_path: Path) -> None:
     """Scores, bytes and epsilon of the very round, for people, for the hub and for programs."""
-    privacy = {"clip": 1.0, "delta": 1e-3, "noise_multiplier": 1.0, "quantile": 0.5}
+    privacy = {"clip": 1.0, "delta": 1e-3, "noise_multiplier": 1.0}
+    privacy |= {"quantile": 0.5, "count_noise": 1.0}
     folder = tmp_path / "run"
     given: dict[str, Any] = {"method": {"name": "fedit"}, "budgets": [{}], "privacy": privacy}
     with warnings.catch_warnings():

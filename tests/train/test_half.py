@@ -14,6 +14,7 @@ from fedsieve.settings import Lora, Task, Training
 from fedsieve.train import local
 from fedsieve.train.local import evaluate
 from fedsieve.train.model import ResidentModel, load_base, set_up
+from tests import kinds
 from tests.train import small
 from tests.train.test_trial import CLASSES, CPU, classified, continued
 
@@ -29,7 +30,7 @@ BASES: list[tuple[str, Task, tuple[str, ...], str]] = [
 ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", kinds.some_of(["bfloat16", "float16"]))
 @pytest.mark.parametrize(("kind", "task", "targets", "inside"), BASES)
 def test_a_base_in_half_precision(
     tmp_path: Path, kind: str, task: Task, targets: tuple[str, ...], inside: str, dtype: Any
