@@ -182,6 +182,25 @@ def test_a_round_that_has_become_the_last_is_evaluated(
     assert "accuracy" in card.lower()
 
 
+def test_a_round_that_waits_for_its_evaluation_counts_as_done(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its line is not in the log yet."""
+    folder = tmp_path / "run"
+    interrupted(tiny, folder, 2, rounds=6, evaluation__every=5)
+
+    def stop(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        runs.before_evaluation(patch, stop)
+        with pytest.raises(Stopped):
+            runner.resume(folder, runs.quiet, rounds=2)
+    with pytest.raises(FedSieveError, match="2 rounds are done already, and it is to have 1"):
+        runner.resume(folder, runs.quiet, rounds=1)
+    runner.resume(folder, runs.quiet, rounds=2)
+
+
 def test_an_adapter_of_fewer_rounds_does_not_end_a_run(tiny: Tiny, tmp_path: Path) -> None:
     """It had ended, was given more rounds, stopped, and ends where it stopped."""
     folder, other = tmp_path / "run", tmp_path / "other"

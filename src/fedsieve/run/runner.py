@@ -31,7 +31,7 @@ from fedsieve.disk import bytes_of, objects, of_the_disk, remove, remove_link, w
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnClient, OnRound, counted, tell
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
-from fedsieve.errors import FedSieveError, NoUsableUpdate, reason
+from fedsieve.errors import FedSieveError, NoUsableUpdate, count, reason
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import (
     Experiment,
@@ -137,6 +137,11 @@ def resume(
         else:
             resident = experiment.resident
             snapshot = checkpoint.load(checkpoints, resident.layout, resident.digest)
+            if recipe.rounds < (done := snapshot.progress.round):
+                raise FedSieveError(
+                    f"{folder}: {count(done, 'round')} are done already, and it is to have "
+                    f"{recipe.rounds}: give it as many, or go back by `--at-round`"
+                )
             _refuse_one_count(folder, recipe, snapshot)
             _refuse_other_rows(folder, recipe, snapshot, experiment, accept_changes)
             if resident.tokenizer is not None:
