@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from fedsieve.algebra.adapter import Adapter
 from fedsieve.algebra.mark import made_of
 from fedsieve.data import sources
 from fedsieve.disk import write_whole
+from fedsieve.engine import loop
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.experiment import from_recipe
 from fedsieve.run import checkpoint, rundir, runner
@@ -602,6 +604,33 @@ def test_a_method_that_knows_how_clients_train_may_have_more_rounds(
         finetune(tiny, clients, built(name), rounds=1, **given).finish().keep(folder)
         again = finetune(tiny, clients, built(name), rounds=2, **given).go_on(folder)
         assert same(again.finish().adapter, whole.adapter)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_kept_round_that_has_become_the_last_is_evaluated(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    clients = [rows(16, n) for n in range(2)]
+    given: dict[str, Any] = {"test": rows(20, 9), "evaluate_every": 5}
+    whole = finetune(tiny, clients, rounds=2, **given).finish()
+    run = finetune(tiny, clients, rounds=5, **given)
+    with monkeypatch.context() as patch:
+        evaluated = loop.evaluated
+
+        def stopping(federation: Any, waits: Any) -> Any:
+            if half and waits.summary.round == 2:
+                raise KeyboardInterrupt
+            return evaluated(federation, waits)
+
+        patch.setattr(loop, "evaluated", stopping)
+        with suppress(KeyboardInterrupt):
+            while run._next() is not None and run._progress.round < 2:
+                pass
+    run.keep(tmp_path / "kept")
+    again = finetune(tiny, clients, rounds=2, **given).go_on(tmp_path / "kept")
+    assert [each.round for each in again] == [2]
+    assert again.metrics[-1].metrics == whole.metrics[-1].metrics
+    assert [r.client for r in again.receipts] == [r.client for r in whole.receipts]
 
 
 def test_a_kept_runs_base_may_lie_elsewhere(tiny: Tiny, tmp_path: Path) -> None:

@@ -435,7 +435,23 @@ class Run:
         experiment.memories.update(snapshot.memories)
         self._progress, self._half = snapshot.progress, snapshot.half
         self._metrics, self._receipts, self._told = metrics, receipts, len(metrics)
+        self._evaluate_the_last()
         return self
+
+    def _evaluate_the_last(self) -> None:
+        """Let the round that is reached wait for its evaluation where it has become the last."""
+        number, federation = self._progress.round, self._experiment.federation
+        if self._half is not None:
+            due = number == self._last or number % federation.evaluate_every == 0
+            self._half = self._half._replace(due=due)
+        elif number == self._last and federation.evaluate is not None:
+            last = self._metrics[-1]
+            if number and last.eval_examples is None:
+                own = [receipt for receipt in self._receipts if receipt.round == number]
+                self._half = Unevaluated(last, own, self._progress, due=True)
+                self._receipts = self._receipts[: len(self._receipts) - len(own)]
+                self._metrics = self._metrics[:-1]
+                self._told = len(self._metrics)
 
     def _keeping(self, folder: str | Path, what: str) -> Path:
         place = arguments.folder_given(what, folder)

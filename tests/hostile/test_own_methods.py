@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, wraps
+from functools import partial, update_wrapper, wraps
 from pathlib import Path
 from typing import Any, cast
 
@@ -596,11 +596,18 @@ def test_an_optimizer_that_fails_is_told_with_its_line(
         run(mine_with(AROUND[place](sgd()._replace(**changed))))
 
 
+NOT_ALIKE: list[Optimizer] = [
+    adam(0.1)._replace(init=lambda params: {}),
+    sgd(1.0, momentum=0.5)._replace(init=lambda params: {}),
+    sgd(0.5)._replace(step=adam(0.1).step),
+    adam(0.1)._replace(step=sgd(1.0, momentum=0.5).step),
+]
+
+
 @pytest.mark.parametrize("place", AROUND)
-@pytest.mark.parametrize("plain", [adam(0.1), sgd(1.0, momentum=0.5)])
-def test_a_step_that_meets_slots_of_anothers_is_told(plain: Optimizer, place: str) -> None:
+@pytest.mark.parametrize("mixed", NOT_ALIKE)
+def test_a_step_that_meets_slots_of_anothers_is_told(mixed: Optimizer, place: str) -> None:
     """The step is FedSieve's own, and what it is given is not what its `init` makes."""
-    mixed = plain._replace(init=lambda params: {})
     with pytest.raises(
         OptimizerFailed, match=r"optimizer's `step` fails: KeyError: '(velocity|m)'"
     ):
@@ -614,7 +621,16 @@ def test_a_function_that_is_wrapped_as_one_of_fedsieves_is_ones_own() -> None:
     def step(*given: Any) -> Any:
         return None
 
-    assert step.__module__.startswith("fedsieve.")
+    class Wrapped:
+        def __init__(self) -> None:
+            update_wrapper(cast(Any, self), plain.step)
+
+        def __call__(self, *given: Any) -> Any:
+            return None
+
+    assert step.__module__ == Wrapped().__module__ == "fedsieve.algebra.optim"
+    with pytest.raises(OptimizerFailed, match=r"`step` must give .*, two dictionaries, not None"):
+        run(mine_with(plain._replace(step=cast(Any, Wrapped()))))
     with pytest.raises(OptimizerFailed, match=r"`step` must give .*, two dictionaries, not None"):
         run(mine_with(plain._replace(step=step)))
 

@@ -24,12 +24,13 @@ _A_COPY = "work on a copy: t * mask, t.clone(), a dictionary of one's own"
 def ours(function: Any) -> bool:
     """Whether it is one of FedSieve's own, at which nobody need look.
 
-    One that is wrapped (`functools.wraps`) takes over the module's name and has globals of its own.
+    What is wrapped (`functools.wraps`) takes over the module's name: a function has globals of its
+    own then, and an object none.
     """
     made = function.func if isinstance(function, partial) else function
-    module = getattr(made, "__module__", "")
-    written = getattr(made, "__globals__", {}).get("__name__", module)
-    return all(str(name).startswith("fedsieve.") for name in (module, written))
+    written = getattr(made, "__globals__", {}).get("__name__")
+    names = (getattr(made, "__module__", None), written)
+    return all(str(name).startswith("fedsieve.") for name in names)
 
 
 def versions(value: Any, name: str = "") -> Iterator[Version]:

@@ -180,9 +180,17 @@ def _refuse_unlike(said: str, made: dict[Any, Any], slots: Slots) -> None:
 
 def _trusted(optimizer: Optimizer, part: str) -> bool:
     """Whether a function of an optimizer need not be looked at: it is FedSieve's own, and so is
-    what made the slots that it is given.
+    what made the slots that it is given, of the same optimizer where it steps.
     """
-    return ours(getattr(optimizer, part)) and ours(optimizer.init)
+    function, first = getattr(optimizer, part), optimizer.init
+    alike = part != "step" or _maker(function) == _maker(first)
+    return ours(function) and ours(first) and alike
+
+
+def _maker(function: Callable[..., object]) -> str | None:
+    """`adam` of what stands within it."""
+    name = getattr(function, "__qualname__", None)
+    return None if name is None else str(name).partition(".")[0]
 
 
 def _asked(optimizer: Optimizer, part: str, given: tuple[Any, ...], lent: object) -> Any:

@@ -402,10 +402,9 @@ def _is_of(adapter: Path, number: int) -> bool:
     """Whether an adapter is of this round: a run that had ended may have been given more. One of an
     older FedSieve does not say.
     """
-    from fedsieve.train.card import FACTS  # takes a second: not for who only reads a run
-
+    facts = adapter / "provenance.json"  # of train/card.py, on a floor of heavy imports
     try:
-        said = disk.parsed(bytes_of(adapter / FACTS, disk.LONGEST), str(adapter / FACTS))
+        said = disk.parsed(bytes_of(facts, disk.LONGEST), str(facts))
     except FileNotFoundError:
         return True
     except (OSError, FedSieveError):

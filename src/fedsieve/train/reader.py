@@ -183,7 +183,7 @@ def _of_python(tokenizer: PreTrainedTokenizerBase) -> object:
     given = tokenizer.init_kwargs.items()
     flags = {key: value for key, value in given if isinstance(value, bool | int | float)}
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer.save_vocabulary(scratch)
+        tokenizer.save_vocabulary(scratch, filename_prefix=None)  # some have no default
         files = {path.name: path.read_bytes().hex() for path in Path(scratch).iterdir()}
     return [type(tokenizer).__name__, flags, files]
 
