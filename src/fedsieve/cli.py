@@ -368,7 +368,12 @@ def resume(
     source = str(folder / rundir.RECIPE)
     _, planned = _planned(source, (), allow_code)
     if rounds is not None:
-        rundir.refuse_fewer(folder, rounds)
+        if at_round is None:
+            rundir.refuse_fewer(folder, rounds)
+        elif rounds < at_round:
+            raise FedSieveError(
+                f"{folder}: --rounds {rounds}: after --at-round {at_round} so many are done already"
+            )
         planned = planned.model_copy(update={"rounds": rounds})
     tracking.check(planned.tracking)
     finished = (

@@ -201,6 +201,21 @@ def test_a_round_that_waits_for_its_evaluation_counts_as_done(
     runner.resume(folder, runs.quiet, rounds=2)
 
 
+def test_a_run_can_end_at_an_earlier_checkpoint(
+    tiny: Tiny, tmp_path: Path, command: Command
+) -> None:
+    folder, other = tmp_path / "run", tmp_path / "other"
+    given: dict[str, Any] = {"evaluation__every": 5, "checkpoint__every": 1}
+    runs.start(tiny, other, rounds=2, **given)
+    runs.start(tiny, folder, rounds=3, **given)
+    ran = command("resume", folder, "--at-round", "2", "--rounds", "1")
+    assert ran.code == 2
+    assert "--rounds 1: after --at-round 2 so many are done already" in " ".join(ran.err.split())
+    ran = command("resume", folder, "--at-round", "2", "--rounds", "2")
+    assert ran.code == 0, ran.err
+    runs.assert_same(folder, other)
+
+
 def test_an_adapter_of_fewer_rounds_does_not_end_a_run(tiny: Tiny, tmp_path: Path) -> None:
     """It had ended, was given more rounds, stopped, and ends where it stopped."""
     folder, other = tmp_path / "run", tmp_path / "other"

@@ -178,7 +178,11 @@ def check(
     if seen is not None:
         largest = memory.of_evaluation(shape, *seen)
         _refuse(state + largest, site, f"evaluation.batch {recipe.evaluation.batch}")
-    _check_disk(recipe, site, shape.layout, trained * (1 + _remembered(parts)) + kept)
+    saved = _FLOAT * trained
+    if kept:  # then the whole model is what comes out
+        weights = sum(each.numel() for each in shape.model.parameters())
+        saved = getattr(torch, recipe.model.dtype).itemsize * weights
+    _check_disk(recipe, site, shape.layout, trained * (1 + _remembered(parts)) + kept, saved)
 
 
 def _rehearsed(method: Method) -> list[Part]:
@@ -234,20 +238,23 @@ def _tokens(examples: Examples) -> int:
     return examples.input_ids.shape[1]
 
 
-def _check_disk(recipe: Recipe, site: Site, layout: Layout, numbers: int) -> None:
-    """Raises FedSieveError where the rounds that must be kept do not fit `most_disk`.
+def _check_disk(recipe: Recipe, site: Site, layout: Layout, numbers: int, saved: int) -> None:
+    """Raises FedSieveError where the rounds that must be kept do not fit `most_disk`, or not beside
+    what comes out.
 
-    numbers: of a round's answer, and of what the client keeps after it
+    numbers: at most, of a round's answer, and of what the client keeps after it
+    saved:   bytes of what comes out at the end
     """
     # Two checkpoints back and rounds that came to nothing (journal.py); the next one is written
-    # before the oldest goes, and in its place comes the adapter at the end.
+    # before the oldest goes, and the adapter while all are there.
     rounds = min(recipe.rounds, 3 * recipe.checkpoint.every + 2)
     each = _FLOAT * numbers + _TOLD + sum(_NAMED + len(name) for name in layout.names)
-    if each * (rounds + 1) > site.most_disk * MEGA:
+    more = max(each, saved)
+    if each * rounds + more > site.most_disk * MEGA:
         raise FedSieveError(
-            f"checkpoint.every {recipe.checkpoint.every} keeps {rounds} rounds of "
-            f"{each / MEGA:.3g} MB, and writes the next before the oldest goes: this site's "
-            f"folder may hold {site.most_disk:g} MB (most_disk)"
+            f"checkpoint.every {recipe.checkpoint.every} keeps {rounds} rounds of up to "
+            f"{each / MEGA:.3g} MB, and beside them the next one, or what comes out at the end, of "
+            f"{more / MEGA:.3g} MB: this site's folder may hold {site.most_disk:g} MB (most_disk)"
         )
 
 
