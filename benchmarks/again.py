@@ -6,8 +6,8 @@
 compares `runs/papers/flasc-fig2-small/figure.json` with `docs/papers/flasc-fig2.json`, seed by
 seed: how many numbers are the same to the last digit, and how far the others are off, beside the
 standard deviation over the published seeds where there are several. Seeds that are in one of them
-alone are left out. Exit code 1 where a number is further off than that spread, or nothing could be
-compared.
+alone are left out. Exit code 1 where a number is further off than that spread or missing, or where
+nothing could be compared.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,18 +59,46 @@ def _spread(values: Collection[float | str]) -> float:
     return statistics.stdev(reached) if len(reached) > 1 else math.nan
 
 
+def _read(path: Path, otherwise: str) -> dict[str, Any]:
+    if not path.is_file():
+        sys.exit(f"{path} is not there: {otherwise}")
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def _seeds(figure: dict[str, Any]) -> Counter[str]:
+    """How many numbers there are of each seed."""
+    return Counter(
+        seed
+        for measures in figure["values"].values()
+        for entries in measures.values()
+        for places in entries.values()
+        for seeds in places.values()
+        for seed in seeds
+    )
+
+
 def main() -> int:
     asked = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     asked.add_argument("figures", nargs="+", metavar="FIGURE", help="flasc/fig2, for one")
-    asked.add_argument("--out", type=Path, default=Path("runs/papers"), help="of `reproduce`")
+    asked.add_argument(
+        "--out", type=Path, default=Path("runs/papers"), help="where the figures' folders are"
+    )
     given = asked.parse_args()
     beyond = False
     for figure in given.figures:
-        slug = figure.replace("/", "-")
-        read = (PUBLISHED / f"{slug}.json", given.out / f"{slug}-small" / "figure.json")
-        found = list(pairs(*(json.loads(path.read_text(encoding="utf-8")) for path in read)))
+        slug = figure.lower().replace("/", "-")
+        published = _read(PUBLISHED / f"{slug}.json", "no numbers of such a figure are published")
+        folder = given.out / f"{slug}-small"
+        again = _read(folder / "figure.json", f"draw it first, by `fedsieve reproduce {figure}`")
+        there, drawn = _seeds(published), _seeds(again)
+        most = sum(count for seed, count in there.items() if seed in drawn)
+        found = list(pairs(published, again))
         same = [pair for pair in found if pair.again == pair.published]
-        print(f"{figure}: {len(found)} numbers compared, {len(same)} the same to the last digit")
+        print(
+            f"{figure}: {len(found)} of the {most} numbers that are published of these seeds "
+            f"({', '.join(sorted(drawn))}) compared, {len(same)} the same to the last digit"
+        )
         off = [pair for pair in found if pair.again != pair.published]
         for pair in off:
             print(
@@ -77,7 +106,7 @@ def main() -> int:
                 f" (spread over seeds {pair.spread:.2g})"
             )
         far = [pair for pair in off if not abs(pair.again - pair.published) <= pair.spread]
-        beyond |= bool(far) or not found
+        beyond |= bool(far) or not found or len(found) < most
     return int(beyond)
 
 

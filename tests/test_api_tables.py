@@ -633,6 +633,14 @@ def test_a_kept_round_that_has_become_the_last_is_evaluated(
     assert [r.client for r in again.receipts] == [r.client for r in whole.receipts]
 
 
+def test_a_rate_that_falls_over_other_rounds_is_warned_of(tiny: Tiny, tmp_path: Path) -> None:
+    clients, folder = [rows(16, n) for n in range(2)], tmp_path / "kept"
+    given: dict[str, Any] = {"training": fedsieve.Training(lr=0.1, last_lr=0.01, batch=8)}
+    finetune(tiny, clients, rounds=1, **given).finish().keep(folder)
+    with pytest.warns(UserWarning, match="falls over 2 rounds from here on; so far it fell over 1"):
+        finetune(tiny, clients, rounds=2, **given).go_on(folder)
+
+
 def test_a_kept_runs_base_may_lie_elsewhere(tiny: Tiny, tmp_path: Path) -> None:
     clients, moved = [rows(16, n) for n in range(2)], tmp_path / "moved"
     run = finetune(tiny, clients, rounds=2)

@@ -406,7 +406,15 @@ class Run:
         snapshot = checkpoint.load(
             place / rundir.CHECKPOINTS, experiment.resident.layout, experiment.resident.digest
         )
-        _refuse_other_settings(place, snapshot.recipe or "", self._text())
+        text = snapshot.recipe or ""
+        _refuse_other_settings(place, text, self._text())
+        then = recipes.toml(text, str(place)).get("rounds")
+        if "last_lr" in self._settings.get("training", {}) and then != self._last:
+            warnings.warn(
+                f"training.last_lr: the learning rate falls over {self._last} rounds from here on; "
+                f"so far it fell over {then}",
+                stacklevel=2,
+            )
         if self._last < snapshot.progress.round:
             raise FedSieveError(
                 f"go_on: {place} holds round {snapshot.progress.round}, and this run is to have "
