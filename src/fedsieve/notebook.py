@@ -42,6 +42,7 @@ from fedsieve.recipe.experiment import Experiment
 from fedsieve.recipe.overrides import flat
 from fedsieve.run import checkpoint, rundir
 from fedsieve.run.checkpoint import Snapshot
+from fedsieve.run.found import falls_over
 from fedsieve.run.state import refuse_another
 from fedsieve.settings import Precision
 from fedsieve.tasks.tally import Score
@@ -408,13 +409,9 @@ class Run:
         )
         text = snapshot.recipe or ""
         _refuse_other_settings(place, text, self._text())
-        then = recipes.toml(text, str(place)).get("rounds")
+        then: Any = recipes.toml(text, str(place)).get("rounds")
         if "last_lr" in self._settings.get("training", {}) and then != self._last:
-            warnings.warn(
-                f"training.last_lr: the learning rate falls over {self._last} rounds from here on; "
-                f"so far it fell over {then}",
-                stacklevel=2,
-            )
+            warnings.warn(falls_over(self._last, then), stacklevel=2)
         if self._last < snapshot.progress.round:
             raise FedSieveError(
                 f"go_on: {place} holds round {snapshot.progress.round}, and this run is to have "

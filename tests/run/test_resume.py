@@ -48,6 +48,18 @@ def interrupted(tiny: Tiny, folder: Path, number: int, **changes: Any) -> None:
         runs.start(tiny, folder, runs.stop_at(number), **changes)
 
 
+def stopped_in_its_evaluation(monkeypatch: pytest.MonkeyPatch, folder: Path, **given: Any) -> None:
+    """A run of two rounds by now that is resumed, and is stopped before its last is evaluated."""
+
+    def stop(number: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        runs.before_evaluation(patch, stop)
+        with pytest.raises(Stopped, match="stopped after round 2 of 2"):
+            runner.resume(folder, runs.quiet, **given)
+
+
 # --- runs of an older FedSieve
 
 
@@ -165,17 +177,10 @@ def test_a_round_that_has_become_the_last_is_evaluated(
         path = folder / rundir.RECIPE
         path.write_text(path.read_text().replace("rounds = 6", "rounds = 2"))
         given = {"accept_changes": True}
-
-    def stop(number: int) -> None:
-        raise KeyboardInterrupt
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if killed:
-            with monkeypatch.context() as patch:
-                runs.before_evaluation(patch, stop)
-                with pytest.raises(Stopped, match="stopped after round 2 of 2"):
-                    runner.resume(folder, runs.quiet, **given)
+            stopped_in_its_evaluation(monkeypatch, folder, **given)
         runner.resume(folder, runs.quiet, **given)
     runs.assert_same(folder, other)
     card = (folder / rundir.ADAPTER / "README.md").read_text(encoding="utf-8")
@@ -188,14 +193,7 @@ def test_a_round_that_waits_for_its_evaluation_counts_as_done(
     """Its line is not in the log yet."""
     folder = tmp_path / "run"
     interrupted(tiny, folder, 2, rounds=6, evaluation__every=5)
-
-    def stop(number: int) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        runs.before_evaluation(patch, stop)
-        with pytest.raises(Stopped):
-            runner.resume(folder, runs.quiet, rounds=2)
+    stopped_in_its_evaluation(monkeypatch, folder, rounds=2)
     with pytest.raises(FedSieveError, match="2 rounds are done already, and it is to have 1"):
         runner.resume(folder, runs.quiet, rounds=1)
     runner.resume(folder, runs.quiet, rounds=2)
@@ -239,14 +237,7 @@ def test_a_last_round_that_is_the_last_no_more_is_not_evaluated(
     folder, other = tmp_path / "run", tmp_path / "other"
     runs.start(tiny, other, rounds=3, evaluation__every=5)
     interrupted(tiny, folder, 2, rounds=6, evaluation__every=5)
-
-    def stop(number: int) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        runs.before_evaluation(patch, stop)
-        with pytest.raises(Stopped):
-            runner.resume(folder, runs.quiet, rounds=2)
+    stopped_in_its_evaluation(monkeypatch, folder, rounds=2)
     runner.resume(folder, runs.quiet, rounds=3)
     runs.assert_same(folder, other)
 

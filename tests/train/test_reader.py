@@ -58,14 +58,14 @@ def of_python(folder: Path, merges: str) -> Any:
     return transformers.CTRLTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))
 
 
-def test_so_has_one_whose_vocabulary_is_saved_by_a_name_alone(tmp_path: Path) -> None:
-    (tmp_path / "vocab.txt").write_text("<cls>\n<pad>\n<eos>\n<unk>\nL\nA\n<mask>\n")
-    assert "steps" in reader_parts(transformers.EsmTokenizer(str(tmp_path / "vocab.txt")))
-
-
 def test_a_tokenizer_of_python_has_steps_too(tmp_path: Path) -> None:
     first = of_python(tmp_path / "first", "a b</w>\nb a</w>")
     other = of_python(tmp_path / "other", "b a</w>\na b</w>")
     assert not hasattr(first, "backend_tokenizer")
     assert reader_parts(first) == reader_parts(of_python(tmp_path / "same", "a b</w>\nb a</w>"))
     assert reader_parts(first)["steps"] != reader_parts(other)["steps"]
+
+
+def test_so_has_one_whose_vocabulary_is_saved_by_a_name_alone(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("<cls>\n<pad>\n<eos>\n<unk>\nL\nA\n<mask>\n")
+    assert "steps" in reader_parts(transformers.EsmTokenizer(str(tmp_path / "vocab.txt")))

@@ -81,12 +81,16 @@ def _of_rounds(folder: Path, recipe: Recipe, rounds: int) -> Recipe:
         )
     rundir.refuse_fewer(folder, rounds)
     if recipe.training.last_lr is not None and rounds != recipe.rounds:
-        warnings.warn(
-            f"training.last_lr: the learning rate falls over {rounds} rounds from here on; so far "
-            f"it fell over {recipe.rounds}",
-            stacklevel=4,
-        )
+        warnings.warn(falls_over(rounds, recipe.rounds), stacklevel=4)
     return recipe.model_copy(update={"rounds": rounds})
+
+
+def falls_over(rounds: int, then: int) -> str:
+    """What is said where a learning rate falls over another number of rounds than so far."""
+    return (
+        f"training.last_lr: the learning rate falls over {rounds} rounds from here on; so far it "
+        f"fell over {then}"
+    )
 
 
 def _refuse_edited(source: str, then: Recipe, now: Recipe, accept_changes: bool) -> None:

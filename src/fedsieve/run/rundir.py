@@ -409,7 +409,7 @@ def _is_of(adapter: Path, number: int) -> bool:
         return True
     except (OSError, FedSieveError):
         return False
-    return isinstance(said, dict) and said.get("rounds", number) in (None, number)
+    return said.get("rounds") in (None, number)
 
 
 _SAID = ("adapter_config.json", "config.json")  # what an adapter's folder, or a model's, says of it
