@@ -189,7 +189,7 @@ def one_round(
     setup: Federation, progress: Progress, *, evaluate: bool = False
 ) -> tuple[Round, list[Receipt], Progress]:
     """One round, evaluated when it is due or when `evaluate` says so."""
-    half = merged(setup, progress, evaluate=evaluate)
+    half = merged(setup, progress, last=progress.round + 1 if evaluate else None)
     return evaluated(setup, half), half.receipts, half.progress
 
 

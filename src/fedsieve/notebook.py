@@ -148,9 +148,9 @@ class Run:
             if self._half is None and self._progress.round >= self._last:
                 return None
             if self._half is None:
-                before, final = dict(memories), self._progress.round + 1 == self._last
+                before = dict(memories)
                 try:
-                    self._half = loop.merged(federation, self._progress, evaluate=final)
+                    self._half = loop.merged(federation, self._progress, last=self._last)
                 except BaseException:
                     # The round did not happen: it can be tried again by iterating again.
                     memories.clear()
@@ -447,8 +447,7 @@ class Run:
         """Let the round that is reached wait for its evaluation where it has become the last."""
         number, federation = self._progress.round, self._experiment.federation
         if self._half is not None:
-            due = number == self._last or number % federation.evaluate_every == 0
-            self._half = self._half._replace(due=due)
+            self._half = self._half._replace(due=federation.evaluates(number, self._last))
         elif number == self._last and federation.evaluate is not None:
             last = self._metrics[-1]
             if number and last.eval_examples is None:

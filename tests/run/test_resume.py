@@ -199,11 +199,12 @@ def test_a_round_that_waits_for_its_evaluation_counts_as_done(
     runner.resume(folder, runs.quiet, rounds=2)
 
 
+@pytest.mark.parametrize("every", [1, 5])
 def test_a_run_can_end_at_an_earlier_checkpoint(
-    tiny: Tiny, tmp_path: Path, command: Command
+    tiny: Tiny, tmp_path: Path, command: Command, every: int
 ) -> None:
     folder, other = tmp_path / "run", tmp_path / "other"
-    given: dict[str, Any] = {"evaluation__every": 5, "checkpoint__every": 1}
+    given: dict[str, Any] = {"evaluation__every": every, "checkpoint__every": 1}
     runs.start(tiny, other, rounds=2, **given)
     runs.start(tiny, folder, rounds=3, **given)
     ran = command("resume", folder, "--at-round", "2", "--rounds", "1")
@@ -212,6 +213,7 @@ def test_a_run_can_end_at_an_earlier_checkpoint(
     ran = command("resume", folder, "--at-round", "2", "--rounds", "2")
     assert ran.code == 0, ran.err
     runs.assert_same(folder, other)
+    assert (folder / rundir.EVALUATION).read_text() == (other / rundir.EVALUATION).read_text()
 
 
 def test_an_adapter_of_fewer_rounds_does_not_end_a_run(tiny: Tiny, tmp_path: Path) -> None:

@@ -230,6 +230,10 @@ class Federation:
         """The server's own key of a round."""
         return Key(self.seed if self.secret is None else self.secret, number)
 
+    def evaluates(self, number: int, last: int | None) -> bool:
+        """Whether a round ends with an evaluation: each so many, and the `last`."""
+        return number == last or number % self.evaluate_every == 0
+
     @cached_property
     def ordered(self) -> Sequence[Client]:
         """The clients in order of id."""
@@ -270,7 +274,7 @@ def rounds(
         yield evaluated(federation, unevaluated), unevaluated.receipts, progress
     while progress.round < last:
         spare = lost < federation.spare
-        half = merged(federation, progress, evaluate=progress.round + 1 == last, spare=spare)
+        half = merged(federation, progress, last=last, spare=spare)
         hold(half)
         progress = half.progress
         lost = lost + 1 if 0 < half.summary.clients == half.summary.dropped else 0
@@ -278,11 +282,11 @@ def rounds(
 
 
 def merged(
-    federation: Federation, progress: Progress, *, evaluate: bool = False, spare: bool = False
+    federation: Federation, progress: Progress, *, last: int | None = None, spare: bool = False
 ) -> Unevaluated:
-    """One round up to the server's new state; its evaluation is due when `evaluate` says so, too.
+    """One round up to the server's new state.
 
-    spare: whether it may end without an update
+    last: the round that is evaluated in any case; spare: whether it may end without an update
     Raises NoUsableUpdate as `rounds` does.
     """
     start = time.perf_counter()
@@ -353,8 +357,7 @@ def merged(
         starved=came.starved if any(r.down_b is not None for r in receipts) else None,
         **_mean_shares(receipts),
     )
-    due = evaluate or number % federation.evaluate_every == 0
-    return Unevaluated(summary, receipts, progress, due)
+    return Unevaluated(summary, receipts, progress, federation.evaluates(number, last))
 
 
 def evaluated(federation: Federation, half: Unevaluated) -> Round:

@@ -206,7 +206,7 @@ def _still_due(
     """
     number, federation = snapshot.progress.round, experiment.federation
     if snapshot.half is not None:
-        due = number == recipe.rounds or number % federation.evaluate_every == 0
+        due = federation.evaluates(number, recipe.rounds)
         if due == snapshot.half.due:
             return snapshot
         return snapshot._replace(half=snapshot.half._replace(due=due))
@@ -215,7 +215,7 @@ def _still_due(
         return snapshot
     path, end = rundir.place(folder, rundir.METRICS), snapshot.marks[rundir.METRICS]
     line = _logged(folder, rundir.METRICS, snapshot)[-1]
-    if "eval_examples" in line:
+    if "eval_examples" in line and (folder / rundir.EVALUATION).exists():
         return snapshot
     before = bytes_of(path, None)[:end].rstrip().rfind(b"\n") + 1
     half = Unevaluated(checkpoint.round_of(path, line), [], snapshot.progress, due=True)
