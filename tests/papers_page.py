@@ -12,6 +12,7 @@ from typing import Any
 
 import tomli_w
 
+from fedsieve.errors import count
 from fedsieve.study import figures
 from fedsieve.study.claims import Finding
 from fedsieve.study.compare import markdown
@@ -41,11 +42,16 @@ def table() -> str:
         figure, found = figures.load(name), result_of(name)
         small = "none" if not figure.small else "ready, not run"
         if found is not None:
-            small = f"**{found['verdict']}**"
+            small = f"**{found['verdict']}** ({over(found)})"
         anchor = re.sub(r"[^\w-]", "", name)
         lines.append(f"| [`{name}`](#{anchor}) | {figure.title} | {small} | ready, not run |")
         sections.append(section(name, figure, found))
     return "\n".join([*lines, "", *sections])
+
+
+def over(found: dict[str, Any]) -> str:
+    """How many seeds a figure was measured with, in words."""
+    return count(max(check["seeds"][1] for check in found["checks"]), "seed")
 
 
 def section(name: str, figure: Figure, found: dict[str, Any] | None) -> str:
@@ -106,9 +112,13 @@ def page(text: str) -> str:
 
 
 def verdicts() -> str:
-    """What is shipped of the results: each figure's verdict."""
+    """What is shipped of the results: each figure's verdict, and over how many seeds."""
     found = {name: result_of(name) for name in figures.shipped()}
-    told = {name: each["verdict"] for name, each in found.items() if each is not None}
+    told = {
+        name: f"{each['verdict']} ({over(each)})"
+        for name, each in found.items()
+        if each is not None
+    }
     return tomli_w.dumps(told)
 
 

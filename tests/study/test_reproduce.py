@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Callable
@@ -714,7 +715,12 @@ def test_the_list_says_what_each_needs(
     for name in EVERY:
         assert f"{name}  " in ran.out
     told = ran.out[ran.out.index("flasc/fig2") :].splitlines()
-    assert told[1].strip().startswith("small: published (docs/papers.md): ")
+    said = re.fullmatch(
+        r"small: measured here \(docs/papers\.md\): (.*?) \((\d) seeds?\); .*", told[1].strip()
+    )
+    assert said is not None
+    assert said[1] in claims.WORST_FIRST
+    assert int(said[2]) == 3
     assert "; needs `fedsieve fetch minilm-l6 20newsgroups`: ready otherwise" in told[1]
     done = tmp_path / "runs" / "papers" / "flasc-fig2-small"
     done.mkdir(parents=True)

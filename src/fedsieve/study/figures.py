@@ -496,7 +496,7 @@ def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
     if not (figure.small if scale == "small" else figure.paper):
         return "none"
     verdict = published().get(source) if scale == "small" else None
-    before = f"published (docs/papers.md): {verdict}; " if verdict else ""
+    before = f"measured here (docs/papers.md): {verdict}; " if verdict else ""
     gone: dict[str, dict[str, None]] = {}
     panels: set[str] = set()
     for part in parts(figure, scale, Path()):
@@ -511,7 +511,7 @@ def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
 
 
 def published() -> dict[str, str]:
-    """The verdicts of the figures that docs/papers.md has results of, in small: name -> verdict."""
+    """The figures that docs/papers.md has results of, in small: name -> verdict and seeds."""
     told = (_papers() / PUBLISHED).read_text(encoding="utf-8")
     return {name: str(verdict) for name, verdict in recipes.toml(told, PUBLISHED).items()}
 
