@@ -220,6 +220,27 @@ def test_a_stray_quotation_mark_swallows_no_rows(tmp_path: Path, kind: str) -> N
         files.read(path, columns=Columns(("text",), ("label",)))
 
 
+@pytest.mark.parametrize("rows", [6, 1000])
+def test_two_quotation_marks_astray_are_said(tmp_path: Path, rows: int) -> None:
+    """A text begins with one and another, rows later, ends with one: the file is in order."""
+    between = "".join(f"text {number},b\n" for number in range(rows))
+    path = tmp_path / "rows.csv"
+    path.write_text(f'text,label\nfirst,a\n"so it begins,a\n{between}and ends",b\nlast,a\n')
+    with pytest.warns(UserWarning, match=rf"line {rows + 4}: .* has {rows:,} lines inside"):
+        found = files.read(path, columns=Columns(("text",), ("label",)))
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    "lines", ["a, b\n" * 4, "a\n" * 100, "a, b\n" * 100 + "c\n" * 2, "a, b, c\n" * 100]
+)
+@pytest.mark.filterwarnings("error")
+def test_long_texts_are_said_to_be_nothing_else(tmp_path: Path, lines: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f'text,label\n"{lines}",a\nlast,b\n')
+    assert len(files.read(path, columns=Columns(("text",), ("label",)))) == 2
+
+
 def test_quotation_marks_in_their_place_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     long = "x" * 200_000

@@ -234,6 +234,23 @@ def test_what_flower_would_run_is_set_aside(tiny: Tiny, tmp_path: Path, kind: st
     assert elsewhere.is_dir()
 
 
+def test_what_passed_through_a_private_federation_stays_among_its_servers_secrets(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """The SuperLink's database keeps requests, answers and log: who took part, and what of it."""
+    privacy = {"clip": 0.2, "noise_multiplier": 1.0, "delta": 1e-2, "noise_from": "system"}
+    run = prepared(tiny, tmp_path / "run", privacy=privacy, sampling={"kind": "poisson"})
+    words = shlex.split(federate.commands(run, federate.ServerAddress())[0])
+    database = Path(words[words.index("--database") + 1])
+    assert database == tmp_path / "run.secret" / "link.db"
+    assert database.stat().st_mode & 0o777 == 0o600
+    assert not [*run.rglob("link.db*")]
+    # One of before goes on where it was.
+    database.rename(run / federate.HOME / "link.db")
+    words = shlex.split(federate.commands(run, federate.ServerAddress())[0])
+    assert str(run / federate.HOME / "link.db") in words
+
+
 @pytest.mark.parametrize("name", ["link.db", "link.db-wal", "config.toml"])
 def test_no_link_stands_in_the_place_of_flowers_files(
     tiny: Tiny, tmp_path: Path, name: str

@@ -18,7 +18,8 @@ import io
 import json
 import math
 import re
-from collections import Counter, deque
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from itertools import islice
@@ -41,6 +42,7 @@ from fedsieve.errors import FedSieveError, TooWide, nearest, quoted, raise_of_me
 # A file may unpack to so many times its size: real rows do to 20 times, one letter to 1,000.
 _TIMES, _SMALL = 200, 1 << 25  # and to so many bytes in any case
 _ROWS = 256  # of a Parquet file, that are looked at together
+_FEW = 5  # lines of a cell of which nothing is said
 _WIDEST = 10_000  # columns of a table of texts
 _ROW = 1 << 24  # bytes of a row of a table of texts
 MOST_LOOKED_AT = 1_000  # where none are named
@@ -391,6 +393,8 @@ def _refuse_wide(path: Path, separator: str, *, quoted: bool) -> None:
 def _refuse_stray_marks(path: Path, separator: str) -> None:
     """Raises FedSieveError where something follows the mark that ends a cell in quotation marks,
     or where none ends it: pyarrow goes on to some later mark, and makes one cell of many rows.
+
+    Warns of a cell whose lines all look like rows: of two marks astray, each can end the other's.
     """
     with _opened(path) as file:
         if not any(b'"' in part for part in iter(lambda: file.read(1 << 24), b"")):
@@ -399,7 +403,7 @@ def _refuse_stray_marks(path: Path, separator: str) -> None:
         before = csv.field_size_limit(1 << 62)
         cells = csv.reader(text, delimiter=separator, strict=True)
         try:
-            deque(cells, maxlen=0)
+            _warn_of_swallowed(path, cells, separator)
         except csv.Error as error:
             if (other := separator_of(path)) not in (None, separator):
                 raise FedSieveError(
@@ -412,6 +416,25 @@ def _refuse_stray_marks(path: Path, separator: str) -> None:
             ) from None
         finally:
             csv.field_size_limit(before)
+
+
+def _warn_of_swallowed(path: Path, cells: Any, separator: str) -> None:
+    """Read all rows; warn of the first cell that seems to hold rows itself."""
+    width, found = len(next(cells, ())), None
+    for row in cells:
+        for cell in row if found is None else ():
+            if cell.count("\n") > _FEW:
+                inside = cell.splitlines()[1:-1]
+                if inside and all(line.count(separator) == width - 1 for line in inside):
+                    found = (cells.line_num, len(inside))
+    if found is not None and width > 1:
+        line, swallowed = found
+        warnings.warn(
+            f"{path}, line {line}: the cell that ends here has {swallowed:,} lines inside, each "
+            "with as many columns as the table: where two quotation marks are astray, those are "
+            'rows that are read as one text. A mark that belongs to a text is doubled ("")',
+            stacklevel=2,
+        )
 
 
 def _refuse_endless(path: Path, sizes: Iterator[int]) -> None:

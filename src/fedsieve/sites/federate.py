@@ -83,7 +83,7 @@ from fedsieve.sites import certificates, found, told
 from fedsieve.sites.certificates import CA, CERTIFICATE, PRIVATE
 from fedsieve.sites.foreign import refuse_foreign
 from fedsieve.sites.found import APP as APP
-from fedsieve.sites.found import COMPONENTS, CONFIG, LINK
+from fedsieve.sites.found import COMPONENTS, CONFIG, link_of
 from fedsieve.sites.found import CONNECTION as CONNECTION
 from fedsieve.sites.found import HOME as HOME
 from fedsieve.sites.resident import whole_message
@@ -226,7 +226,7 @@ def commands(folder: Path, listen: ServerAddress) -> list[str]:
         )
         trust = f"--root-certificates {CA} --auth-supernode-private-key <key of the site>"
     return [
-        f"{home} flower-superlink {server} --database {_word(folder / HOME / LINK)} {tls} "
+        f"{home} flower-superlink {server} --database {_word(link_of(folder))} {tls} "
         "--disable-runtime-dependency-installation",
         f"{QUIET} {OBJECTS} flower-supernode --superlink {name}:{listen.port} {trust} "
         f"--node-config 'socket=\"<folder of the site>/{SOCKET}\"'",
@@ -949,8 +949,9 @@ def _write_app(folder: Path, policy: RoundPolicy, listen: ServerAddress) -> None
     }
     _put(folder / APP / "pyproject.toml", app)
     write_connection(folder, listen)
-    refuse_link(folder / HOME / LINK)
-    (folder / HOME / LINK).touch(mode=0o600)  # updates of the sites pass through it
+    database = link_of(folder)
+    refuse_link(database)
+    database.touch(mode=0o600)  # updates of the sites pass through it
 
 
 def _own_host(listen: ServerAddress) -> str:

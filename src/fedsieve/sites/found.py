@@ -6,6 +6,7 @@ its own copies of apps in FLWR_HOME, before all other modules. So the app is one
 where it is; all else is set aside.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +17,13 @@ import tomli_w
 from fedsieve.disk import place, refuse_link, remove, write_whole
 from fedsieve.errors import FedSieveError, printable
 from fedsieve.recipe import read as recipes
+from fedsieve.run import rundir
 
 APP = "app"
 HOME = "flower"  # of Flower's command line
 HERE = "sites"  # of a federation on one machine: a folder for each, and the processes' logs
 ASIDE = "set-aside"  # what else was in HOME
-LINK = "link.db"  # in HOME: without it a SuperLink that restarts knows none of its nodes
+LINK = "link.db"  # of the SuperLink: without it one that restarts knows none of its nodes
 CONFIG = "config.toml"  # in HOME
 CONNECTION = "fedsieve"  # what that calls this server
 COMPONENTS = {
@@ -30,9 +32,18 @@ COMPONENTS = {
 }
 LONGEST = 1e9  # seconds, or sites; NaN is not below it
 NAME, PUBLISHER = "fedsieve-federation", "fedsieve"
-_OURS = (CONFIG, LINK, *(f"{LINK}-{end}" for end in ("wal", "shm", "journal")))
+_LINKS = (LINK, *(f"{LINK}-{end}" for end in ("wal", "shm", "journal")))
+_OURS = (CONFIG, *_LINKS)
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+-]{0,63}")
 _PROJECT = {"name", "version", "description", "license", "dependencies"}
+
+
+def link_of(folder: Path) -> Path:
+    """Where the SuperLink's database of a federation lies. What is sent, and the server's own log,
+    stay in it: it tells who took part, and is among the server's secrets where there are any.
+    """
+    before, secret = folder / HOME / LINK, rundir.own(folder)
+    return secret / LINK if secret.is_dir() and not os.path.lexists(before) else before
 
 
 def check_app(app: Path, asked_for: tuple[str, ...]) -> None:
@@ -148,6 +159,8 @@ def set_aside(folder: Path) -> None:
     """
     home, aside = folder / HOME, folder / ASIDE
     refuse_link(aside, folder=True)
+    for name in _LINKS:
+        refuse_link(link_of(folder).with_name(name))
     for path in sorted(home.iterdir()):
         if path.name in _OURS:
             refuse_link(path)
