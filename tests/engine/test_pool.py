@@ -42,6 +42,7 @@ def workers(count: int) -> dict[str, Any]:
     return {"kind": "processes", "workers": count, "threads": 1}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_engine_and_ends_the_same(
     tiny: Tiny, tmp_path: Path, whole_with_memories: Path
 ) -> None:

@@ -131,7 +131,7 @@ def test_the_table_has_the_keys_that_anybody_would_try() -> None:
 
 
 @pytest.mark.parametrize("large", [10**9, pytest.param(10**15, marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize(("key", "changes"), kinds.some_of(CASES))
+@pytest.mark.parametrize(("key", "changes"), kinds.some_of(CASES, 6))
 def test_no_number_of_a_recipe_exhausts_a_site(
     tiny: Tiny, here: Worker, key: str, changes: dict[str, Any], large: int
 ) -> None:

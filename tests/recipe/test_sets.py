@@ -17,7 +17,7 @@ from fedsieve.run import rundir
 from fedsieve.sites import federate
 from fedsieve.sites.server import RoundPolicy
 from fedsieve.study import plan
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import LABELS, Command, Tiny, texts
 
 HUB = "nyu-mll/glue"
@@ -257,7 +257,7 @@ def forms(folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     yield {"test": str(folder), "test_split": "other"}, {"test": str(folder), "test_split": "other"}
 
 
-@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("number", kinds.some_of(range(3)))
 @pytest.mark.parametrize("method", ["fedit", "fedsa_lora"])
 def test_other_rows_are_evaluated_on_beside_the_test_rows(
     tiny: Tiny, tmp_path: Path, number: int, method: str, no_report: None

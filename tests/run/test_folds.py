@@ -32,7 +32,7 @@ def asked(method: str, cohort: int, ratio: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("cohort", "ratio"), kinds.quick_of(CASES, QUICK.__contains__))
-@pytest.mark.parametrize("method", ["flora", "florist", "fedex_lora"])
+@pytest.mark.parametrize("method", kinds.some_of(["flora", "florist", "fedex_lora"]))
 def test_a_run_goes_on_also_where_a_round_is_dropped_again(
     tiny: Tiny, tmp_path: Path, method: str, cohort: int, ratio: float
 ) -> None:

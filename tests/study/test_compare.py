@@ -529,6 +529,7 @@ def train(model, rows, seed):
 """
 
 
+@pytest.mark.slow
 def test_what_a_worker_prints_is_none_of_its_answers(tiny: Tiny, tmp_path: Path) -> None:
     """Programs that it starts had its own output, and its requests: a study waited without end."""
     (tmp_path / "own.py").write_text(OWN, encoding="utf-8")

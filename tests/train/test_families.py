@@ -5,7 +5,7 @@ The oracles are transformers and PEFT alone, in plain code, under random seeds o
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,19 +41,27 @@ MAKERS: dict[Task, Any] = {
     "image-classification": AutoModelForImageClassification,
     "causal-lm": AutoModelForCausalLM,
 }
-every_case = pytest.mark.parametrize(
-    ("family", "task"),
-    [
-        pytest.param(
-            family,
-            TASKS[letter],
-            id=f"{family.name}-{TASKS[letter]}",
-            marks=[] if letter in EVERY_RUN.get(family.name, "") else [pytest.mark.slow],
-        )
-        for family in FAMILIES
-        for letter in family.tasks
-    ],
-)
+CASES = [(family, letter) for family in FAMILIES for letter in family.tasks]
+QUICK = [case for case in CASES if case[1] in EVERY_RUN.get(case[0].name, "")]
+
+
+def cases(quick: Sequence[tuple[Family, str]]) -> pytest.MarkDecorator:
+    """Over all families and tasks; of which those that are not named are slow."""
+    return pytest.mark.parametrize(
+        ("family", "task"),
+        [
+            pytest.param(
+                family,
+                TASKS[letter],
+                id=f"{family.name}-{TASKS[letter]}",
+                marks=[] if (family, letter) in quick else [pytest.mark.slow],
+            )
+            for family, letter in CASES
+        ],
+    )
+
+
+every_case, some_cases = cases(QUICK), cases(QUICK[::3])
 
 Bases = Callable[[Family], Path]
 
@@ -191,7 +199,7 @@ def test_whoever_loads_what_was_trained_gets_our_logits(
         assert merged.config.id2label == dict(enumerate(LABELS))
 
 
-@every_case
+@some_cases
 def test_what_is_drawn_is_trained_and_what_is_trained_moves(
     family: Family, task: Task, base_of: Bases
 ) -> None:
@@ -219,7 +227,7 @@ def test_what_is_drawn_is_trained_and_what_is_trained_moves(
             assert sleeping & {module, f"{module}.weight"}, name
 
 
-@every_case
+@some_cases
 def test_a_loss_is_that_of_each_row_alone(family: Family, task: Task, base_of: Bases) -> None:
     """In batches of any size, evaluated and while training, where nothing is dropped."""
     resident = resident_of(base_of(family), task, family.targets)
@@ -253,7 +261,7 @@ def stored_in_bfloat16(source: Path, folder: Path) -> Path:
     return folder
 
 
-@every_case
+@some_cases
 def test_a_base_in_bfloat16(family: Family, task: Task, base_of: Bases, tmp_path: Path) -> None:
     """Its loss is float32's but for rounding, what it trains is float32, and PEFT gives it back."""
     source = stored_in_bfloat16(base_of(family), tmp_path / "base")
@@ -282,7 +290,7 @@ def test_a_base_in_bfloat16(family: Family, task: Task, base_of: Bases, tmp_path
     torch.testing.assert_close(theirs, ours, atol=0.02, rtol=0.02)
 
 
-@every_case
+@some_cases
 @pytest.mark.parametrize("trains", ["all", "head"])
 def test_weights_trained_without_lora(
     family: Family, task: Task, trains: Trained, base_of: Bases, tmp_path: Path

@@ -31,7 +31,7 @@ BASES: list[tuple[str, Task, tuple[str, ...], str]] = [
 
 
 @pytest.mark.parametrize("dtype", kinds.some_of(["bfloat16", "float16"]))
-@pytest.mark.parametrize(("kind", "task", "targets", "inside"), BASES)
+@pytest.mark.parametrize(("kind", "task", "targets", "inside"), kinds.some_of(BASES, 2))
 def test_a_base_in_half_precision(
     tmp_path: Path, kind: str, task: Task, targets: tuple[str, ...], inside: str, dtype: Any
 ) -> None:

@@ -29,7 +29,7 @@ from fedsieve.settings import Lora, Task, Training
 from fedsieve.tasks.tokens import Texts
 from fedsieve.train.local import fit
 from fedsieve.train.model import ResidentModel, load_base, set_up
-from tests import runs
+from tests import kinds, runs
 from tests.conftest import LABELS, Tiny
 from tests.train.families import ties
 from tests.train.test_peft import check_against, logits_of
@@ -73,7 +73,10 @@ def plain(source: Path) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("lacks", [POOLER, HEAD, POOLER + HEAD, POOLER[:1], HEAD[1:]])
+@pytest.mark.parametrize(
+    "lacks",
+    kinds.some_of(((names,) for names in (POOLER, HEAD, POOLER + HEAD, POOLER[:1], HEAD[1:])), 2),
+)
 @pytest.mark.parametrize("method", ["fedit", "ffa_lora", "head"])
 def test_a_runs_accuracy_is_had_from_what_it_saved(
     tiny: Tiny, tmp_path: Path, lacks: tuple[str, ...], method: str

@@ -41,7 +41,7 @@ from fedsieve.train.changes import refuse_quantised
 from fedsieve.train.digest import base_digest
 from fedsieve.train.local import evaluate
 from fedsieve.train.model import ResidentModel, load_base, set_up
-from tests import mapped, runs
+from tests import kinds, mapped, runs
 from tests.conftest import LABELS, Tiny
 from tests.train import small
 from tests.train.test_trial import CLASSES, CPU, classified, continued
@@ -92,7 +92,7 @@ def moved(resident: ResidentModel) -> Any:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", kinds.some_of(KINDS))
 def test_every_method_that_leaves_the_base_alone_trains_over_it(
     folders: dict[str, Path], kind: str, form: Quantization
 ) -> None:

@@ -22,6 +22,7 @@ from fedsieve.tasks.tokens import Texts, ensure_pad_token
 from fedsieve.train import local
 from fedsieve.train.local import evaluate
 from fedsieve.train.model import ResidentModel, load_base, whole
+from tests import kinds
 from tests.train import small
 
 CLASSES = ("a", "b", "c")
@@ -123,7 +124,7 @@ PADS: dict[str, tuple[int | None, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", [*ENCODERS, *SEQ2SEQ, *DECODERS])
+@pytest.mark.parametrize("kind", kinds.some_of([*ENCODERS, *SEQ2SEQ, *DECODERS]))
 def test_a_classifiers_loss_is_that_of_each_row_alone(tmp_path: Path, kind: str) -> None:
     tokenizer = small.tokenizer()
     folder = small.make(kind, "classification", tmp_path)

@@ -18,6 +18,7 @@ from fedsieve.algebra.payload import Base, Payload, Seed, Values
 from fedsieve.algebra.support import Support, draw_ranks
 from fedsieve.errors import WireError
 from fedsieve.wire import decode, encode
+from tests import kinds
 from tests.wire.cases import (
     counted,
     golden_payloads,
@@ -81,7 +82,7 @@ def refused_or_whole(data: bytes, layout: Layout) -> bool:
     return True
 
 
-@pytest.mark.parametrize("name", small_messages())
+@pytest.mark.parametrize("name", kinds.some_of(small_messages()))
 def test_every_flipped_bit(name: str) -> None:
     data = small_messages()[name]
     assert refused_or_whole(data, SMALL)
@@ -219,7 +220,7 @@ def small_envelopes() -> dict[str, Payload]:
     }
 
 
-@pytest.mark.parametrize("name", small_envelopes())
+@pytest.mark.parametrize("name", kinds.some_of(small_envelopes()))
 def test_every_flipped_bit_of_an_envelope(name: str) -> None:
     payload = small_envelopes()[name]
     beside = payload.control if payload.base is None else payload.base.change
