@@ -220,13 +220,20 @@ def test_a_stray_quotation_mark_swallows_no_rows(tmp_path: Path, kind: str) -> N
         files.read(path, columns=Columns(("text",), ("label",)))
 
 
+@pytest.mark.parametrize("text", ["text", "хорошо Å ą", "a\x0b\x0c\x1c\u2028b"])
+@pytest.mark.parametrize("head", ["", "\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize("rows", [6, 1000])
-def test_two_quotation_marks_astray_are_said(tmp_path: Path, rows: int) -> None:
+def test_two_quotation_marks_astray_are_said(
+    tmp_path: Path, rows: int, end: str, head: str, text: str
+) -> None:
     """A text begins with one and another, rows later, ends with one: the file is in order."""
-    between = "".join(f"text {number},b\n" for number in range(rows))
+    between = "".join(f"{text} {number},b\n" for number in range(rows))
     path = tmp_path / "rows.csv"
-    path.write_text(f'text,label\nfirst,a\n"so it begins,a\n{between}and ends",b\nlast,a\n')
-    with pytest.warns(UserWarning, match=rf"line {rows + 4}: .* has {rows:,} lines inside"):
+    whole = f'{head}text,label\nfirst,a\n"so it begins,a\n{between}and ends",b\nlast,a\n'
+    path.write_text(whole, encoding="utf-8", newline=end)
+    line = rows + 4 + len(head)
+    with pytest.warns(UserWarning, match=rf"line {line}: .* has {rows:,} lines inside"):
         found = files.read(path, columns=Columns(("text",), ("label",)))
     assert len(found) == 3
 

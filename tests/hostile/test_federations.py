@@ -245,7 +245,10 @@ def test_what_passed_through_a_private_federation_stays_among_its_servers_secret
     assert database == tmp_path / "run.secret" / "link.db"
     assert database.stat().st_mode & 0o777 == 0o600
     assert not [*run.rglob("link.db*")]
-    # One of before goes on where it was.
+    # What somebody else began in the other place takes no precedence; one of before goes on there.
+    (run / federate.HOME / "link.db").touch()
+    assert str(database) in shlex.split(federate.commands(run, federate.ServerAddress())[0])
+    (run / federate.HOME / "link.db").unlink()
     database.rename(run / federate.HOME / "link.db")
     words = shlex.split(federate.commands(run, federate.ServerAddress())[0])
     assert str(run / federate.HOME / "link.db") in words

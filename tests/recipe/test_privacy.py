@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 import tomllib
 import warnings
@@ -169,6 +170,21 @@ def test_what_those_know_who_know_who_took_part_is_logged_beside_it(
 
 
 SYSTEM = {**CLIP, "noise_multiplier": 1.0, "noise_from": "system"}
+
+
+def test_what_was_evaluated_for_real_clients_is_not_evaluated_again(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """It keeps no details of an evaluation, whose absence therefore says nothing."""
+    run = tmp_path / "run"
+    start(tiny, run, privacy=SYSTEM, rounds=2, partition={"kind": "column", "column": "author"})
+    before = (run / rundir.METRICS).read_bytes()
+    shutil.rmtree(run / rundir.ADAPTER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsieve.report.write", lambda *_: [])
+        runner.resume(run, quiet)
+    assert (run / rundir.ADAPTER).is_dir()
+    assert (run / rundir.METRICS).read_bytes() == before
 
 
 def test_a_run_for_real_clients_keeps_its_server_s_secrets(tiny: Tiny, tmp_path: Path) -> None:

@@ -420,14 +420,12 @@ def _refuse_stray_marks(path: Path, separator: str) -> None:
 
 def _warn_of_swallowed(path: Path, cells: Any, separator: str) -> None:
     """Read all rows; warn of the first cell that seems to hold rows itself."""
-    width, found = len(next(cells, ())), None
+    width, found = len(next(filter(None, cells), ())), None
     for row in cells:
-        for cell in row if found is None else ():
-            if cell.count("\n") > _FEW:
-                inside = cell.splitlines()[1:-1]
-                if inside and all(line.count(separator) == width - 1 for line in inside):
-                    found = (cells.line_num, len(inside))
-    if found is not None and width > 1:
+        for cell in row if found is None and width > 1 else ():
+            if inside := _rows_inside(cell, separator, width):
+                found = (cells.line_num, inside)
+    if found is not None:
         line, swallowed = found
         warnings.warn(
             f"{path}, line {line}: the cell that ends here has {swallowed:,} lines inside, each "
@@ -435,6 +433,22 @@ def _warn_of_swallowed(path: Path, cells: Any, separator: str) -> None:
             'rows that are read as one text. A mark that belongs to a text is doubled ("")',
             stacklevel=2,
         )
+
+
+def _rows_inside(cell: str, separator: str, width: int) -> int:
+    """How many lines a cell has between its first and its last; 0 where one has another number of
+    columns, or they are few. Line by line, since a cell may be as long as the file.
+    """
+    ends = cell.count("\n")
+    if ends <= _FEW:
+        return 0
+    start = cell.index("\n") + 1
+    for _ in range(ends - 1):
+        end = cell.index("\n", start)
+        if cell.count(separator, start, end) != width - 1:
+            return 0
+        start = end + 1
+    return ends - 1
 
 
 def _refuse_endless(path: Path, sizes: Iterator[int]) -> None:

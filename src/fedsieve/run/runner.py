@@ -202,7 +202,9 @@ def _still_due(
     """The snapshot, with what is left of its round by the rounds that the run has now.
 
     A last round is evaluated. One that has become the last is halved again: its line of the log is
-    left out of the marks, and comes back with its scores.
+    left out of the marks, and comes back with its scores. So is one whose details are not there,
+    as they are of the last evaluation alone, and that was a later round's; a run for real clients
+    keeps none.
     """
     number, federation = snapshot.progress.round, experiment.federation
     if snapshot.half is not None:
@@ -215,7 +217,7 @@ def _still_due(
         return snapshot
     path, end = rundir.place(folder, rundir.METRICS), snapshot.marks[rundir.METRICS]
     line = _logged(folder, rundir.METRICS, snapshot)[-1]
-    if "eval_examples" in line and (folder / rundir.EVALUATION).exists():
+    if "eval_examples" in line and (deployed(recipe) or (folder / rundir.EVALUATION).exists()):
         return snapshot
     before = bytes_of(path, None)[:end].rstrip().rfind(b"\n") + 1
     half = Unevaluated(checkpoint.round_of(path, line), [], snapshot.progress, due=True)

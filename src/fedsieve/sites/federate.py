@@ -5,6 +5,7 @@
     app/       a Flower app of one file: it names this package's two ends and this directory
     flower/    what Flower's command line needs to know of the server, and what the server must
                still know when it is started anew: its nodes, their keys, messages on their way
+               (of a private federation these are among the server's secrets: found.link_of)
     sites.json the key of each site's node, from when it was first met, where nodes have keys
     told.toml  the recipe as the sites are told it (told.py)
     kept.json  which sites were ever met; after which round they were last given the adapter to keep

@@ -43,7 +43,9 @@ def link_of(folder: Path) -> Path:
     stay in it: it tells who took part, and is among the server's secrets where there are any.
     """
     before, secret = folder / HOME / LINK, rundir.own(folder)
-    return secret / LINK if secret.is_dir() and not os.path.lexists(before) else before
+    if os.path.lexists(before) and not os.path.lexists(secret / LINK):
+        return before  # as it was prepared before
+    return secret / LINK if secret.is_dir() else before
 
 
 def check_app(app: Path, asked_for: tuple[str, ...]) -> None:
