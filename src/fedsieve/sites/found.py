@@ -161,8 +161,9 @@ def set_aside(folder: Path) -> None:
     """
     home, aside = folder / HOME, folder / ASIDE
     refuse_link(aside, folder=True)
+    database = link_of(folder)
     for name in _LINKS:
-        refuse_link(link_of(folder).with_name(name))
+        refuse_link(database.with_name(name))
     for path in sorted(home.iterdir()):
         if path.name in _OURS:
             refuse_link(path)
