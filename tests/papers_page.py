@@ -7,7 +7,6 @@ python -m tests.papers_page
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import tomli_w
@@ -70,7 +69,8 @@ def section(name: str, figure: Figure, found: dict[str, Any] | None) -> str:
 
 
 def printed(figure: Figure, numbers: dict[str, dict[str, float]]) -> list[dict[str, str]]:
-    places = [place.name for place in figure.place]
+    told = {name for of in numbers.values() for name in of}
+    places = [place.name for place in figure.place if place.name in told]
     return [
         {"": entry, **{place: f"{of[place]:g}" if place in of else "-" for place in places}}
         for entry, of in numbers.items()
@@ -79,13 +79,12 @@ def printed(figure: Figure, numbers: dict[str, dict[str, float]]) -> list[dict[s
 
 def what(name: str, figure: Figure, scale: Scale) -> str:
     """What runs, and what that needs, wherever it is run."""
-    said: dict[str, None] = {}
-    for part in figures.parts(figure, scale, Path()):
-        need = figures.needs(part, name)
+    said = []
+    for panel, need in figures.needs_of(figure, scale, name).items():
         needed = [f"`{each}`" for each in (*need.fetched, *need.hub)]
         needed += [f"{each} in `--data`" for each in figures.by_folder(need.files)]
         needed += [need.words] if need.words else []
-        said[f"{part.panel.name} ({', '.join(needed)})"] = None
+        said.append(f"{panel} ({', '.join(needed)})")
     return "; ".join(said)
 
 

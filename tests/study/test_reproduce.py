@@ -722,6 +722,9 @@ def test_the_list_says_what_each_needs(
     assert said[1] in claims.WORST_FIRST
     assert int(said[2]) == 3
     assert "; needs `fedsieve fetch minilm-l6 20newsgroups`: ready otherwise" in told[1]
+    # Files of all its places, and not of the first alone.
+    assert "paper: needs mmlu/ (4 files) in --data" in ran.out
+    assert "; glue/ (9 files) in --data" in ran.out
     done = tmp_path / "runs" / "papers" / "flasc-fig2-small"
     done.mkdir(parents=True)
     (done / "figure.json").write_text('{"verdict": "not clear"}')

@@ -467,6 +467,25 @@ def needs(part: Part, source: str) -> Needs:
     )
 
 
+def needs_of(figure: Figure, scale: Scale, source: str) -> dict[str, Needs]:
+    """What has to be there before each panel runs, that of all its parts together."""
+    found: dict[str, Needs] = {}
+    for part in parts(figure, scale, Path()):
+        here, name = needs(part, source), part.panel.name
+        found[name] = _joined(found[name], here) if name in found else here
+    return found
+
+
+def _joined(left: Needs, right: Needs) -> Needs:
+    return Needs(
+        tuple(dict.fromkeys((*left.fetched, *right.fetched))),
+        tuple(dict.fromkeys((*left.files, *right.files))),
+        tuple(dict.fromkeys((*left.models, *right.models))),
+        tuple(dict.fromkeys((*left.sets, *right.sets))),
+        "; ".join(dict.fromkeys(words for words in (left.words, right.words) if words)),
+    )
+
+
 def missing(found: Needs, data: Path | None) -> list[str]:
     """What of it is not on this machine, in words. The hub is not asked."""
     said = []
@@ -498,11 +517,10 @@ def state(source: str, figure: Figure, scale: Scale, data: Path | None) -> str:
     verdict = published().get(source) if scale == "small" else None
     before = f"measured here (docs/papers.md): {verdict}; " if verdict else ""
     gone: dict[str, dict[str, None]] = {}
-    panels: set[str] = set()
-    for part in parts(figure, scale, Path()):
-        panels.add(part.panel.name)
-        for each in missing(needs(part, source), data):
-            gone.setdefault(each, {})[part.panel.name] = None
+    panels = needs_of(figure, scale, source)
+    for panel, needed in panels.items():
+        for each in missing(needed, data):
+            gone.setdefault(each, {})[panel] = None
     said = [
         need if len(of) == len(panels) else f"{need} (for {', '.join(of)})"
         for need, of in gone.items()
