@@ -242,7 +242,7 @@ def test_columns_that_are_not_used_do_not_matter(tiny: Tiny, tmp_path: Path) -> 
         ("label", pa.array([["a"]] * 6), "row 0 of column 'label' holds a list"),
         ("label", pa.array([b"a"] * 6), "row 0 of column 'label' holds bytes"),
         ("label", pa.array([0.5] * 6), "row 0 of column 'label' holds 0.5"),
-        ("text", pa.array([b"a"] * 6), "row 0 of column 'text' holds a value of type bytes"),
+        ("text", pa.array([b"a"] * 6), "row 0 of column 'text' holds bytes"),
         ("label", pa.array([b"ab"] * 6, pa.binary(2)), "a column of a type that cannot be used"),
         ("site", pa.array([{"a": 1}] * 6), "row 0 of column 'site' holds an object"),
         ("site", pa.array([1.5] * 6), "row 0 of column 'site' holds 1.5"),
@@ -310,6 +310,37 @@ def test_a_client_with_a_bad_row_is_named_and_left_out(
     assert classes(made) == classes(other)
     for one, two in zip(made.start.tensors.values(), other.start.tensors.values(), strict=True):
         assert torch.equal(one, two)
+
+
+BEYOND = {  # Arrow has them, and Python does not
+    "a second": pa.timestamp("s"),
+    "a second of a zone": pa.timestamp("s", "Europe/Paris"),
+    "a day": pa.date32(),
+    "a duration": pa.duration("s"),
+}
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+@pytest.mark.parametrize("column", ["label", "text", "{text} {when}", "site"])
+def test_a_cell_beyond_python_is_a_bad_row_of_its_client(
+    tiny: Tiny, tmp_path: Path, column: str, kind: str
+) -> None:
+    rows = rows_of(["a", "b", "c"], clients=["north", "south", "east"])
+    table = {key: pa.array([row[key] for row in rows]) for key in rows[0]}
+    cells = [0 if n % 2 else 1 for n in range(len(rows))]
+    cells[4] = 2**31 - 1 if pa.types.is_date(BEYOND[kind]) else 2**53
+    told = "when" if "when" in column else column
+    table[told] = pa.array(cells, BEYOND[kind])
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    changes: dict[str, Any] = {} if column in ("label", "site") else {"data__text": column}
+    said = f"row 4 of column '{told}' holds a .* that cannot be read: "
+    if column in ("label", "{text} {when}") and kind != "a duration":
+        with pytest.warns(UserWarning, match=f"1 of 3 clients .*client 'south': {said}"):
+            made = experiment(tiny, tmp_path / "a.parquet", **changes)
+        assert {client.id for client in made.federation.clients} == {"north", "east"}
+    else:  # whose row it is, it does not say; or no other row is what the column is for
+        with pytest.raises(FedSieveError, match=f"row [04] of column '{told}' holds"):
+            experiment(tiny, tmp_path / "a.parquet", **changes)
 
 
 @pytest.mark.parametrize("column", ["label", "text"])

@@ -162,7 +162,7 @@ NAMED = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes
         (rows(text=["a", "b"], label=[0.5, 1.5]), {}, "row 0 of column 'label' holds 0.5"),
         (rows(text=["a", "b"], label=[["x"], ["y"]]), {}, "row 0 of column 'label' holds a list"),
         (rows(text=["a", None], label=[0, 1]), {}, "row 1 of column 'text' holds nothing"),
-        (rows(text=[1, 2], label=[0, 1]), {}, "a value of type int"),
+        (rows(text=[1, 2], label=[0, 1]), {}, "a number"),
         (rows(text=["a", "b"], label=["x", "z"]), {"classes": ("x", "y")}, "label 'z' in row 1"),
         (
             Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=NAMED),

@@ -15,6 +15,7 @@ import datetime
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
@@ -27,6 +28,16 @@ MOST = 1000  # letters of a name: it stands in every line of a run's logs
 _TRUTHS = ("True", "False")
 
 
+@dataclass(frozen=True)
+class Unread:
+    """What stands for a value of a file that Python cannot have: a date in the year 30,000,000.
+
+    why: the end of a sentence that begins with "holds"
+    """
+
+    why: str
+
+
 def name_of(value: Any) -> str | None:
     """The name that a value is, or None where there is none.
 
@@ -36,6 +47,8 @@ def name_of(value: Any) -> str | None:
     value = _python(value)
     if absent(value):
         return None
+    if isinstance(value, Unread):
+        raise FedSieveError(f"holds {value.why}")
     if isinstance(value, str):
         text = unicodedata.normalize("NFC", value).strip()
         if len(text.splitlines()) > 1:
@@ -118,6 +131,8 @@ def each_among(
 def kind_of(value: Any) -> str:
     """What a value is, in the words of an error."""
     value = _python(value)
+    if isinstance(value, Unread):
+        return value.why
     for kind, name in (
         (bool, "true or false"),
         (int | float, "a number"),

@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import ClassLabel, Dataset
 
-from fedsieve.data.names import clean, name_among
-from fedsieve.errors import FedSieveError, nearest, quoted, raise_of_memory, with_type
+from fedsieve.data.names import Unread, clean, name_among
+from fedsieve.errors import FedSieveError, nearest, printable, quoted, raise_of_memory, with_type
 
 _PIECES = re.compile(r"(\{\{|\}\})|\{([^{}]*)\}|([{}])|[^{}]+")
 # Of a row: letters that are read, of which a tokenizer takes hundreds of bytes each. Two books.
@@ -136,8 +136,8 @@ def _texts(rows: Dataset, template: str) -> Iterator[tuple[str, FedSieveError | 
 
 
 def values_of(rows: Dataset, name: str) -> list[Any]:
-    """A column's values as they are stored. Raises FedSieveError where Python cannot have them:
-    dates beyond its own, zones that it does not know.
+    """A column's values as they are stored, and `Unread` for what Python cannot have: dates beyond
+    its own, zones that it does not know. Raises FedSieveError where the column is damaged.
 
     What a file's own note takes for an image, a sound, a film or a page is not decoded: that would
     run decoders over it, open files of this machine, and ask other machines.
@@ -145,12 +145,24 @@ def values_of(rows: Dataset, name: str) -> list[Any]:
     try:
         stored = rows.with_format("arrow")[name][:]
         stored.validate(full=True)  # what leads out of its own bytes would end the process
-        values: list[Any] = stored.to_pylist()
+        try:
+            values: list[Any] = stored.to_pylist()
+        except (pa.ArrowException, ArithmeticError, LookupError, ValueError):
+            values = [_one(value) for value in stored]  # so that one cell is not all of them
     except Exception as error:  # whatever pyarrow, `datasets` and its decoders may raise
         raise_of_memory(error)
         why = f"holds values that cannot be read: {with_type(error)}"
         raise FedSieveError(f"column {name!r} {why}") from error
     return values
+
+
+def _one(stored: Any) -> Any:
+    try:
+        return stored.as_py()
+    except (pa.ArrowException, ArithmeticError, LookupError, ValueError) as error:
+        return Unread(
+            f"a {printable(str(stored.type))[:60]} that cannot be read: {with_type(error)}"
+        )
 
 
 def _values(rows: Dataset, name: str) -> list[str | FedSieveError]:

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from fedsieve.data.names import kind_of
 from fedsieve.data.sources import column
 from fedsieve.data.templates import LETTERS
 from fedsieve.errors import FedSieveError, raise_of_memory, words
@@ -232,7 +233,7 @@ def bad_texts(values: Sequence[Any], name: str) -> dict[int, FedSieveError]:
     bad: dict[int, FedSieveError] = {}
     for row, value in enumerate(values):
         if not isinstance(value, str):
-            what = "nothing" if value is None else f"a value of type {type(value).__name__}"
+            what = "nothing" if value is None else kind_of(value)
             bad[row] = FedSieveError(f"row {row} of column {name!r} holds {what} instead of a text")
         elif len(value) > LETTERS:
             bad[row] = FedSieveError(f"row {row} of column {name!r} {too_long(len(value))}")
