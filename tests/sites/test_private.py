@@ -218,6 +218,23 @@ def test_a_federation_without_its_secret_does_not_go_on(tiny: Tiny, tmp_path: Pa
         federate.serve(given.run, network(given, []), POLICY, lambda text: None)
 
 
+def test_a_database_that_lies_beside_what_may_be_handed_on_is_named(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    """A service file that names the other place makes it there."""
+    given = private(tiny, tmp_path / "a", rounds=1)
+    federate.prepare(given.recipe, given.run, POLICY, LISTEN)
+    said: list[str] = []
+    federate.serve(given.run, network(given, []), POLICY, said.append)
+    assert not any("link.db" in line for line in said)
+    open_to_all = given.run / federate.HOME / "link.db"
+    open_to_all.touch()
+    federate.serve(given.run, network(given, []), POLICY, said.append)
+    (line,) = [line for line in said if "link.db" in line]
+    assert line.startswith(f"warning: {open_to_all} holds what single clients sent")
+    assert str(rundir.own(given.run) / "link.db") in line
+
+
 def test_what_holds_against_whom_is_written_down(tiny: Tiny, tmp_path: Path) -> None:
     given = private(tiny, tmp_path / "a")
     with warnings.catch_warnings(record=True) as heard:

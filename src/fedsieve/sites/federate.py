@@ -468,6 +468,9 @@ def _served(
     if asked is not None:
         tracking.check(asked)
         say(f"tracked by {tracking.where(asked, folder)}")
+    caution = found.left_open(folder)
+    if caution is not None:
+        say(f"warning: {caution}")
     board: list[Sites] = []
     new, note, in_vain = cautioning(), partial(_note, folder), 0
 

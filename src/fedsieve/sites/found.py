@@ -48,6 +48,20 @@ def link_of(folder: Path) -> Path:
     return secret / LINK if secret.is_dir() else before
 
 
+def left_open(folder: Path) -> str | None:
+    """That a private federation's database lies where all may look that are handed its directory,
+    in words.
+    """
+    beside, secret = folder / HOME / LINK, rundir.own(folder)
+    if not secret.is_dir() or not os.path.lexists(beside):
+        return None
+    return (
+        f"{beside} holds what single clients sent, which the noise is to hide: hand it on to "
+        f"nobody, or stop the SuperLink, move it to {secret / LINK} and start it with that as "
+        "--database"
+    )
+
+
 def check_app(app: Path, asked_for: tuple[str, ...]) -> None:
     """Raises FedSieveError for an app that is not what `prepare` has written for its directory.
 
