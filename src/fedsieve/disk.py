@@ -429,6 +429,30 @@ def remove(path: Path) -> None:
         raise OSError(errno.ELOOP, said, str(path)) from None
 
 
+def take_place(part: Path, folder: Path) -> None:
+    """Give a folder that is whole the place of an older one, if one is there, of which stays what
+    the new one has nothing of the same name for: notes of a user's.
+
+    Ended in between, no file of either is lost, and the next one does what was left to do.
+    """
+    old = folder.with_name(f".{folder.name}.old")
+    if os.path.lexists(folder):
+        _bring_over(old, folder)
+        folder.rename(old)
+    part.rename(folder)
+    _bring_over(old, folder)
+
+
+def _bring_over(old: Path, folder: Path) -> None:
+    if not os.path.lexists(old):
+        return
+    if old.is_dir() and not old.is_symlink():
+        for path in sorted(old.iterdir()):
+            if not os.path.lexists(folder / path.name):
+                path.rename(folder / path.name)
+    remove(old)
+
+
 _OLD = ".old"  # in a folder of new things: what gives way to them
 
 

@@ -361,6 +361,36 @@ def test_a_text_is_not_made_long_without_end(tiny: Tiny, tmp_path: Path, case: s
     assert peak() - before < 100 * MEGA
 
 
+WORDS = {"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3, "good": 4, "far": 100_000_000}
+VOCABULARIES: dict[str, dict[str, Any]] = {
+    "word piece": {
+        "type": "WordPiece",
+        "unk_token": "[UNK]",
+        "continuing_subword_prefix": "##",
+        "vocab": WORDS,
+    },
+    "words": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": WORDS},
+    "pairs": {"type": "BPE", "unk_token": "[UNK]", "vocab": WORDS, "merges": []},
+}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_numbers_of_tokens_that_no_model_has_are_refused_before_they_are_written_out(
+    tiny: Tiny, tmp_path: Path, kind: str
+) -> None:
+    """tokenizers makes a note of each number below the highest that is no word's."""
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    place = folder / "tokenizer.json"
+    told = json.loads(place.read_text())
+    told["model"] = {**told["model"], "max_input_chars_per_word": 100, **VOCABULARIES[kind]}
+    place.write_text(json.dumps(told))
+    before, began = peak(reset=True), time.monotonic()
+    with pytest.raises(FedSieveError, match="gives 'far' the number 100000000: numbers up to 10,"):
+        load_reader(str(folder), "classification")
+    assert time.monotonic() - began < 3
+    assert peak() - before < 100 * MEGA
+
+
 @pytest.mark.parametrize("case", [*CONFIG, *FILES])
 def test_a_folder_that_is_not_a_models_is_refused_in_a_sentence(
     tiny: Tiny, tmp_path: Path, case: str

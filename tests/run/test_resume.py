@@ -232,6 +232,41 @@ def test_an_adapter_of_fewer_rounds_does_not_end_a_run(tiny: Tiny, tmp_path: Pat
     runs.assert_same(folder, other)
 
 
+@pytest.mark.parametrize("killed", [None, 1, 2])
+def test_what_a_user_put_beside_an_adapter_stays_there(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: int | None
+) -> None:
+    """Also if the process ends between the renames of the old folder and of the new one."""
+    folder, other = tmp_path / "run", tmp_path / "other"
+    runs.start(tiny, other, rounds=3)
+    runs.start(tiny, folder, rounds=2)
+    adapter = folder / rundir.ADAPTER
+    (adapter / "notes.txt").write_text("mine")
+    (adapter / "plots").mkdir()
+    (adapter / "plots" / "a.png").write_bytes(b"png")
+    if killed is not None:
+        with monkeypatch.context() as patch:
+            rename, done = Path.rename, list[Path]()
+
+            def last(self: Path, to: Path) -> Path:
+                if adapter in (self, to):
+                    if len(done) == killed - 1:
+                        raise KeyboardInterrupt
+                    done.append(self)
+                return rename(self, to)
+
+            patch.setattr(Path, "rename", last)
+            with pytest.raises((KeyboardInterrupt, Stopped)):
+                runner.resume(folder, runs.quiet, rounds=3)
+    runner.resume(folder, runs.quiet, rounds=3)
+    assert (adapter / "notes.txt").read_text() == "mine"
+    assert (adapter / "plots" / "a.png").read_bytes() == b"png"
+    assert {path.name for path in folder.glob(".adapter*")} == set()
+    shutil.rmtree(adapter / "plots")
+    (adapter / "notes.txt").unlink()
+    runs.assert_same(folder, other)
+
+
 def test_a_last_round_that_is_the_last_no_more_is_not_evaluated(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,15 @@ from typing import Any
 
 from fedsieve import report
 from fedsieve.algebra.adapter import Adapter
-from fedsieve.disk import bytes_of, objects, of_the_disk, remove, remove_link, write_whole
+from fedsieve.disk import (
+    bytes_of,
+    objects,
+    of_the_disk,
+    remove,
+    remove_link,
+    take_place,
+    write_whole,
+)
 from fedsieve.engine import loop
 from fedsieve.engine.callbacks import CallbackFailed, OnClient, OnRound, counted, tell
 from fedsieve.engine.loop import Progress, Receipt, Round, Unevaluated
@@ -524,8 +532,7 @@ def _save_adapter(experiment: Experiment, adapter: Adapter, folder: Path, known:
     if not remove_link(part):
         shutil.rmtree(part, ignore_errors=True)
     experiment.resident.save(adapter, part, known, home=folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.replace(folder)
+    take_place(part, folder)
 
 
 @contextmanager

@@ -42,7 +42,16 @@ from fedsieve.algebra.keys import Key
 from fedsieve.algebra.method import Memory, View
 from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
-from fedsieve.disk import NotAFile, bytes_of, no_room, of_the_disk, refuse_link, remove, write_whole
+from fedsieve.disk import (
+    NotAFile,
+    bytes_of,
+    no_room,
+    of_the_disk,
+    refuse_link,
+    remove,
+    take_place,
+    write_whole,
+)
 from fedsieve.engine.client import facts, take_part
 from fedsieve.errors import FedSieveError, MethodFailed, WireError, of_memory, printable
 from fedsieve.frame import Frame, refusal
@@ -550,7 +559,7 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     place = resident.site.folder / "adapters" / assignment.run[:16]
     for there in (place.parent, place):
         _clear(there, folder=True)
-    part, old = (place.with_name(f".{place.name}.{end}") for end in ("part", "old"))
+    part = place.with_name(f".{place.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     _refuse_another_adapter(resident.site, place)
     try:
@@ -563,10 +572,7 @@ def _keep(resident: Resident, request: Frame) -> Frame:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    if place.exists():
-        place.rename(old)
-    part.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    take_place(part, place)
     resident.say(f"the adapter after round {asked.round} is in {place}")
     return Frame({"ok": True, "round": asked.round})
 

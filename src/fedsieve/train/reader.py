@@ -30,6 +30,7 @@ from fedsieve.train.origin import file_of
 from fedsieve.train.source import WORDS, refuse_words_elsewhere, table_of
 
 _MOST_GROWTH = 1000
+_TOKENS = 10_000_000  # the largest vocabularies have a tenth of it
 _PLAIN = re.compile(r"[\w-]{1,64}", re.ASCII)  # the name of a chat template
 
 
@@ -59,6 +60,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
                 refuse_words_elsewhere(name, file, table_of(said))
         if not isinstance(tokenizer.model_max_length, int | float):  # of a file that was edited
             tokenizer.model_max_length = VERY_LARGE_INTEGER  # how much is read, a recipe says
+        _refuse_far_tokens(name, tokenizer)
         _refuse_odd_templates(name, tokenizer)
         _refuse_growth(name, tokenizer)
         _rehearse(name, tokenizer)
@@ -70,6 +72,18 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
                 "another model.task"
             ) from error
         raise
+
+
+def _refuse_far_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises FedSieveError for a number of a token that none has: as it is saved, a note is made of
+    each number up to the highest that no word has.
+    """
+    word, number = max(tokenizer.get_vocab().items(), key=lambda each: each[1], default=("", 0))
+    if number > _TOKENS:
+        raise FedSieveError(
+            f"model {name!r}: its tokenizer gives {quoted(word)} the number {number}: numbers up "
+            f"to {_TOKENS:,} are read"
+        )
 
 
 def _refuse_odd_templates(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
