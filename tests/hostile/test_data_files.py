@@ -205,18 +205,21 @@ def test_many_parts_of_short_rows_are_read_256_rows_at_a_time(
 
 
 STRAY = {
-    "left open": 'text,label\n"a,b\nc,d\n"e,f\n',
-    "to the end": 'text,label\na,b\n"c,d\ne,f\n',
-    "followed": 'text,label\na,b\n"c"d,e\n',
-    "escaped": 'text,label\na,b\n"c\\"d",e\n',
+    "left open": ('text,label\n"a,b\nc,d\n"e,f\n', "lines 2 to 4, read as one row"),
+    "to the end": ('text,label\na,b\n"c,d\ne,f\n', "lines 3 to 4, read as one row"),
+    "far from the end": ('text,label\na,b\nc,"d\n' + "e,f\n" * 99, "lines 3 to 102, read"),
+    "in the head": ('text,"label\na,b\n', "lines 1 to 2, read as one row"),
+    "followed": ('text,label\na,b\n"c"d,e\n', "line 3"),
+    "escaped": ('text,label\na,b\n"c\\"d",e\n', "line 3"),
 }
 
 
 @pytest.mark.parametrize("kind", STRAY)
 def test_a_stray_quotation_mark_swallows_no_rows(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "rows.csv"
-    path.write_text(STRAY[kind], encoding="utf-8")
-    with pytest.raises(FedSieveError, match=r"rows.csv, line \d+: a quotation mark is astray"):
+    text, where = STRAY[kind]
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(FedSieveError, match=rf"rows.csv, {where}.*: a quotation mark is astray"):
         files.read(path, columns=Columns(("text",), ("label",)))
 
 

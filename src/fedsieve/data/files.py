@@ -403,28 +403,38 @@ def _refuse_stray_marks(path: Path, separator: str) -> None:
         before = csv.field_size_limit(1 << 62)
         cells = csv.reader(text, delimiter=separator, strict=True)
         try:
-            _warn_of_swallowed(path, cells, separator)
-        except csv.Error as error:
-            if (other := separator_of(path)) not in (None, separator):
-                raise FedSieveError(
-                    f"{path}: {other!r} seems to stand between its columns: say so, "
-                    f"data.separator = {other!r}"
-                ) from None
-            raise FedSieveError(
-                f"{path}, line {cells.line_num}: a quotation mark is astray ({error}): a cell that "
-                'begins with one ends with one, and each inside of it is doubled ("")'
-            ) from None
+            stray = _read_all(path, cells, separator)
         finally:
             csv.field_size_limit(before)
+    if stray is None:
+        return
+    if (other := separator_of(path)) not in (None, separator):
+        raise FedSieveError(
+            f"{path}: {other!r} seems to stand between its columns: say so, data.separator = "
+            f"{other!r}"
+        )
+    first, last, why = stray
+    where = f"line {first}" if first == last else f"lines {first} to {last}, read as one row"
+    raise FedSieveError(
+        f"{path}, {where}: a quotation mark is astray ({why}): a cell that begins with one ends "
+        'with one, and each inside of it is doubled ("")'
+    )
 
 
-def _warn_of_swallowed(path: Path, cells: Any, separator: str) -> None:
-    """Read all rows; warn of the first cell that seems to hold rows itself."""
-    width, found = len(next(filter(None, cells), ())), None
-    for row in cells:
-        for cell in row if found is None and width > 1 else ():
-            if inside := _rows_inside(cell, separator, width):
-                found = (cells.line_num, inside)
+def _read_all(path: Path, cells: Any, separator: str) -> tuple[int, int, csv.Error] | None:
+    """The first and the last line of the row that cannot be read, and why, if there is one.
+
+    Warns of the first cell that seems to hold rows itself.
+    """
+    width, found, before = 0, None, 0
+    try:
+        for row in cells:
+            for cell in row if found is None and width > 1 else ():
+                if inside := _rows_inside(cell, separator, width):
+                    found = (cells.line_num, inside)
+            width, before = width or len(row), cells.line_num
+    except csv.Error as error:
+        return before + 1, max(before + 1, cells.line_num), error
     if found is not None:
         line, swallowed = found
         warnings.warn(
@@ -433,6 +443,7 @@ def _warn_of_swallowed(path: Path, cells: Any, separator: str) -> None:
             'rows that are read as one text. A mark that belongs to a text is doubled ("")',
             stacklevel=2,
         )
+    return None
 
 
 def _rows_inside(cell: str, separator: str, width: int) -> int:
