@@ -412,6 +412,28 @@ def test_a_folder_that_is_not_a_models_is_refused_in_a_sentence(
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", lambda told: '{"cut": '),
+        ("tokenizer.json", lambda told: json.dumps({**told, "model": 7})),
+        ("config.json", lambda told: json.dumps({**told, "auto_map": None})),
+        ("config.json", lambda told: json.dumps({**told, "id2label": ["a"]})),
+        ("config.json", lambda told: json.dumps({**told, "quantization_config": "x"})),
+        ("config.json", lambda told: json.dumps({**told, "num_attention_heads": 0})),
+        ("config.json", lambda told: json.dumps({**told, "hidden_act": "os.system"})),
+        ("config.json", lambda told: json.dumps({**told, "layer_norm_eps": "x"})),
+    ],
+)
+def test_what_a_library_says_of_a_folder_comes_with_the_names_of_files(
+    tiny: Tiny, tmp_path: Path, name: str, change: Callable[[dict[str, Any]], str]
+) -> None:
+    folder = Path(shutil.copytree(tiny.bert, tmp_path / "model"))
+    (folder / name).write_text(change(json.loads((folder / name).read_text())))
+    with pytest.raises(FedSieveError, match=rf"model '{folder}'.*{re.escape(name)}"):
+        used(tiny, folder)
+
+
 TABLES = [
     *("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("generation_config.json", "preprocessor_config.json", "processor_config.json"),

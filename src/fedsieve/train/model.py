@@ -683,10 +683,19 @@ def _made(name: str, kind: Any, make: Callable[[], Any]) -> Any:
                 f"fetch` knows{nearest(name, fetch.MODELS)}, and was looked up "
                 f"{hub.places()}{why}" + (f": {remedy}" if remedy else "")
             ) from error
-        raise FedSieveError(
-            f"model {name!r} cannot be loaded: {first} (give a folder that exists, a name on the "
-            "hub, or a name that `fedsieve fetch` knows)"
-        ) from error
+        files = _READ_BY.get(kind.__name__, "config.json or its weights")
+        remedy = f"look at its {files}, or fetch or copy the folder again"
+        if not Path(name).exists():
+            remedy = "give a folder that exists, or another name on the hub"
+        raise FedSieveError(f"model {name!r} cannot be loaded: {first} ({remedy})") from error
+
+
+# The files that transformers' classes make something of, by class; all others make a model.
+_READ_BY = {
+    "AutoConfig": "config.json",
+    "AutoTokenizer": "tokenizer.json, tokenizer_config.json or config.json",
+    "AutoImageProcessor": "preprocessor_config.json or config.json",
+}
 
 
 def _refuse_no_setting(name: str, settings: Mapping[str, Any], trust_remote_code: bool) -> None:
