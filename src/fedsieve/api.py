@@ -107,7 +107,7 @@ def finetune(
              file, or a stream (IterableDataset) that ends. Or one of these with `partition`; or a
              partitioner of flwr-datasets with its data set, each of whose partitions is a client.
              A client whose rows cannot be used is left out, with a warning that names it, the row
-             and the column
+             (of its own, the first is 0) and the column
     partition: how one table is divided: the column whose values are the clients, so many equal
              parts, a table as a recipe's [partition], or a partitioner of flwr-datasets
     method:  e.g. `fedsieve.flasc(server=fedsieve.adam(1e-3))`, or a name for its defaults
