@@ -1326,6 +1326,7 @@ def _run_flower(folder: Path, command: Sequence[str]) -> None:
         command, env={**os.environ, **federating.environment(folder)}, check=False
     )
     if done.returncode:
+        federating.refuse_at_work(folder)
         raise FedSieveError(
             f"`flwr run` could not go on with {folder}: {federating.why_not(folder)} (see "
             "docs/deploy.md)"

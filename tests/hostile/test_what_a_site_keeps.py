@@ -234,6 +234,12 @@ def test_why_a_server_stopped_is_told_by_the_command_that_waited_for_it(
     with pytest.raises(FedSieveError, match="stopped after round 0 of 3: ") as told:
         federate.refuse_unfinished(given.run)
     assert str(caught.value) in str(told.value)
+    # Where Flower's log could not be followed any longer, it may not have stopped at all.
+    with (
+        rundir.lock(given.run),
+        pytest.raises(FedSieveError, match="broke off, and its server is still at work"),
+    ):
+        federate.refuse_unfinished(given.run)
     serve(given, Wire(given, nothing))
     (given.run / rundir.REPORT).touch()
     federate.refuse_unfinished(given.run)
@@ -434,7 +440,7 @@ def test_a_loss_of_nothing_is_left_out_and_none_is_told(
     said = serve(given, Wire(given, change))
     assert any("site north: its evaluation" in line for line in said)
     last = runs.lines(given.run)[-1]
-    assert last.get("eval_loss") is None or head == {"counted": 0}
+    assert last["eval_loss"] > 0  # of the others
 
 
 @pytest.mark.parametrize(

@@ -398,12 +398,28 @@ def refuse_unfinished(folder: Path) -> None:
         where = "before its sites were given the final adapter"
     else:
         return
+    refuse_at_work(folder)
     why = _kept(folder).get("why")
     said = cleaned(why, 2000) if isinstance(why, str) else "what it said last is above"
     raise FedSieveError(
         f"the federation in {folder} stopped {where}: {said} (the log of its Flower run has all). "
         f"Go on with `{rundir.again(folder)}`"
     )
+
+
+def refuse_at_work(folder: Path) -> None:
+    """Raises FedSieveError if a federation's server still works on it, whose Flower run could only
+    not be followed any longer: where the SuperLink's database is held up, say.
+    """
+    try:
+        with rundir.lock(folder):
+            return
+    except rundir.AtWork:
+        raise FedSieveError(
+            f"the log of the Flower run of {folder} broke off, and its server is still at work: "
+            f"follow it with `fedsieve watch {folder}`. Where its SuperLink is gone, it ends "
+            f"within a minute: go on then with `{rundir.again(folder)}`"
+        ) from None
 
 
 def why_not(folder: Path) -> str:

@@ -561,17 +561,23 @@ def joint_score(
     """The scores over all that the sites counted, exact since they send sums, and their spread over
     the sites; None if none counted. lead: as in `tally.score`
 
-    A site whose answer holds no such sums is left out, and that is said.
+    A site whose answer holds no such sums is left out, and that is said; so is one whose loss is no
+    number, where another's is one: a model that diverged has none anywhere.
     """
     counts: dict[str, Tally] = {}
     for site, frame in answers.items():
         try:
-            own = _tally(frame, task, classes)
-            if own.counted and math.isnan(own.loss):
-                say(f"site {site}: its evaluation has no loss that is a number, so neither has all")
-            counts[site] = own
+            counts[site] = _tally(frame, task, classes)
         except WireError as error:
             say(f"site {site}: its evaluation is left out: {error}")
+    own = [site for site in counts if counts[site].counted]
+    odd = [site for site in own if math.isnan(counts[site].loss)]
+    for site in odd:
+        if len(odd) == len(own):
+            say(f"site {site}: its evaluation has no loss that is a number, nor has any other's")
+        else:
+            del counts[site]
+            say(f"site {site}: its evaluation is left out: its loss is no number, as others' is")
     try:
         joint = scores(catalogue.load(task), [*counts.values()], classes, lead, [*counts])
     except Exception as error:  # a library's, of numbers that no rows would have given it
