@@ -435,15 +435,23 @@ def take_place(part: Path, folder: Path) -> None:
 
     Ended in between, no file of either is lost, and the next one does what was left to do.
     """
-    old = folder.with_name(f".{folder.name}.old")
     if os.path.lexists(folder):
-        _bring_over(old, folder)
-        folder.rename(old)
+        bring_over(folder)
+        folder.rename(before(folder))
     part.rename(folder)
-    _bring_over(old, folder)
+    bring_over(folder)
 
 
-def _bring_over(old: Path, folder: Path) -> None:
+def before(folder: Path) -> Path:
+    """Where `take_place` leaves what is not brought over yet."""
+    return folder.with_name(f".{folder.name}.old")
+
+
+def bring_over(folder: Path) -> None:
+    """Do what `take_place` had not done when its process ended, if that is so: bring the rest of
+    the older folder to the one that is there.
+    """
+    old = before(folder)
     if not os.path.lexists(old):
         return
     if old.is_dir() and not old.is_symlink():

@@ -732,11 +732,12 @@ def test_scores_over_sites_are_those_of_all_rows() -> None:
 def test_one_site_takes_the_loss_from_no_other() -> None:
     """Where a model diverged, no site has one, and that is told with what else was counted."""
     sound = {"a": counted(3, {"0 as 0": 3}, 6.0), "d": counted(0, {}, 0.0)}
+    nothing = {"e": counted(0, {}, None)}  # of no rows, and no loss either
     odd = {name: counted(7, {"1 as 1": 7}, None) for name in ("b", "c")}
     said: list[str] = []
-    score = joint_score({**sound, **odd}, "classification", ("x", "y"), said.append)
+    score = joint_score({**sound, **odd, **nothing}, "classification", ("x", "y"), said.append)
     assert score == joint_score(sound, "classification", ("x", "y"), print)
-    assert [line.split(":")[0] for line in said] == ["site b", "site c"]
+    assert sorted(line.split(":")[0] for line in said) == ["site b", "site c", "site e"]
     score = joint_score({**odd, "d": sound["d"]}, "classification", ("x", "y"), said.append)
     assert score is not None
     assert score.counted == 14

@@ -715,6 +715,26 @@ def test_what_a_killed_worker_left_half_written_is_removed(tiny: Tiny, tmp_path:
     assert contents(tmp_path) == kept
 
 
+def test_what_an_owner_put_beside_a_kept_adapter_stays_there(tiny: Tiny, tmp_path: Path) -> None:
+    site = Worker(tiny, tmp_path)
+    site.train(1)
+    whole = resident.whole_message(site.assignment.start)
+    assert site.ask(rate("keep", site.text, 1, whole)).header["ok"]
+    (place,) = (tmp_path / "north" / "worker" / "adapters").iterdir()
+    (place / "notes.txt").write_text("mine")
+    assert site.ask(rate("keep", site.text, 1, whole)).header["ok"]
+    assert (place / "notes.txt").read_text() == "mine"
+    # Killed before they were brought over.
+    old = place.with_name(f".{place.name}.old")
+    old.mkdir()
+    (place / "notes.txt").rename(old / "notes.txt")
+    (old / "adapter_config.json").write_text("older")
+    settled(site.path)
+    assert (place / "notes.txt").read_text() == "mine"
+    assert (place / "adapter_config.json").read_text() != "older"
+    assert not old.exists()
+
+
 @pytest.mark.parametrize("which", ["run", "rounds"])
 def test_a_starting_worker_removes_nothing_that_a_link_leads_to(
     tiny: Tiny, tmp_path: Path, which: str

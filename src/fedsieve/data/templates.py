@@ -147,7 +147,8 @@ def values_of(rows: Dataset, name: str) -> list[Any]:
         stored.validate(full=True)  # what leads out of its own bytes would end the process
         try:
             values: list[Any] = stored.to_pylist()
-        except (pa.ArrowException, ArithmeticError, LookupError, ValueError):
+        except (pa.ArrowException, ArithmeticError, LookupError, ValueError) as error:
+            raise_of_memory(error)
             values = [_one(value) for value in stored]  # so that one cell is not all of them
     except Exception as error:  # whatever pyarrow, `datasets` and its decoders may raise
         raise_of_memory(error)
@@ -160,6 +161,7 @@ def _one(stored: Any) -> Any:
     try:
         return stored.as_py()
     except (pa.ArrowException, ArithmeticError, LookupError, ValueError) as error:
+        raise_of_memory(error)
         return Unread(
             f"a {printable(str(stored.type))[:60]} that cannot be read: {with_type(error)}"
         )

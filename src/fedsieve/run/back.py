@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedsieve.disk import bytes_of, is_gone, remove, write_whole
+from fedsieve.disk import bring_over, bytes_of, is_gone, remove, write_whole
 from fedsieve.errors import FedSieveError
 from fedsieve.recipe import read as recipes
 from fedsieve.recipe.schema import deployed
@@ -69,6 +69,8 @@ def _put_aside(folder: Path, note: checkpoint.Note, later: Sequence[Path]) -> Pa
     except OSError:  # nothing was moved yet
         remove(left)
         raise
+    if (folder / rundir.ADAPTER).exists():
+        bring_over(folder / rundir.ADAPTER)
     made = [folder / name for name in (rundir.ADAPTER, rundir.EVALUATION, rundir.REPORT)]
     for path in [path for path in made if path.exists()] + rundir.plots(folder):
         path.rename(left / path.name)

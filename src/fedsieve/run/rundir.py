@@ -234,7 +234,8 @@ def create(
     refuse(folder, overwrite=overwrite)
     for plot in plots(folder):
         remove_link(plot)
-    for there in (*(folder / name for name in _OURS), own(folder)):
+    left = disk.before(folder / ADAPTER)  # by a run that ended as it wrote its adapter
+    for there in (*(folder / name for name in _OURS), left, own(folder)):
         if remove_link(there):
             continue
         if there.is_dir():

@@ -44,6 +44,7 @@ from fedsieve.algebra.payload import Base, Payload, rounded
 from fedsieve.algebra.support import everything, gather
 from fedsieve.disk import (
     NotAFile,
+    bring_over,
     bytes_of,
     no_room,
     of_the_disk,
@@ -151,7 +152,7 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     for old in _adapters(site.folder, "old"):
         place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
         if place.exists():
-            remove(old)
+            bring_over(place)
         else:
             old.rename(place)
     data = schema.Data(**site.data.model_dump())

@@ -601,7 +601,7 @@ def _tally(frame: Frame, task: str, classes: tuple[str, ...]) -> Tally:
     found = Tally(loss, int(counted), sums)
     # The squares of those of all sites together are still numbers.
     real = all(abs(value) <= LARGEST**2 for value in sums.values())
-    real = real and (counted > 0 or found.loss == 0 or math.isnan(found.loss))
+    real = real and (counted > 0 or found.loss == 0)
     if not (real and counted == found.counted >= 0 and catalogue.load(task).fits(found, classes)):
         raise WireError(f"such sums over {counted:g} cannot be")
     return found
