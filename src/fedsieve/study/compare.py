@@ -227,7 +227,7 @@ def _legend(rows: Sequence[report.Row]) -> str:
     if at_once:
         text += (
             f" It says nothing of {', '.join(at_once)}: round 0 had it, before anything was sent; "
-            "a higher one (--target) does."
+            "a higher target does."
         )
     return text
 
