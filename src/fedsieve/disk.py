@@ -435,8 +435,8 @@ def take_place(part: Path, folder: Path) -> None:
 
     Ended in between, no file of either is lost, and the next one does what was left to do.
     """
+    bring_over(folder)
     if os.path.lexists(folder):
-        bring_over(folder)
         folder.rename(before(folder))
     part.rename(folder)
     bring_over(folder)
@@ -449,12 +449,15 @@ def before(folder: Path) -> Path:
 
 def bring_over(folder: Path) -> None:
     """Do what `take_place` had not done when its process ended, if that is so: bring the rest of
-    the older folder to the one that is there.
+    the older folder to the one that took its place, or put it back where none has.
     """
     old = before(folder)
     if not os.path.lexists(old):
         return
     if old.is_dir() and not old.is_symlink():
+        if not os.path.lexists(folder):
+            old.rename(folder)
+            return
         for path in sorted(old.iterdir()):
             if not os.path.lexists(folder / path.name):
                 path.rename(folder / path.name)

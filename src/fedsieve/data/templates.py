@@ -23,6 +23,8 @@ _PIECES = re.compile(r"(\{\{|\}\})|\{([^{}]*)\}|([{}])|[^{}]+")
 # Of a row: letters that are read, of which a tokenizer takes hundreds of bytes each. Two books.
 LETTERS = 4_000_000
 _PIECES_MOST = 1000
+# What pyarrow, and Python's own dates and zones, raise for a value that Python cannot have.
+_BEYOND = (pa.ArrowException, ArithmeticError, LookupError, ValueError)
 _MORE = re.compile(r"[.\[\]!:]")  # what Python's own templates would take for more than a name
 
 
@@ -147,7 +149,7 @@ def values_of(rows: Dataset, name: str) -> list[Any]:
         stored.validate(full=True)  # what leads out of its own bytes would end the process
         try:
             values: list[Any] = stored.to_pylist()
-        except (pa.ArrowException, ArithmeticError, LookupError, ValueError) as error:
+        except _BEYOND as error:
             raise_of_memory(error)
             values = [_one(value) for value in stored]  # so that one cell is not all of them
     except Exception as error:  # whatever pyarrow, `datasets` and its decoders may raise
@@ -160,7 +162,7 @@ def values_of(rows: Dataset, name: str) -> list[Any]:
 def _one(stored: Any) -> Any:
     try:
         return stored.as_py()
-    except (pa.ArrowException, ArithmeticError, LookupError, ValueError) as error:
+    except _BEYOND as error:
         raise_of_memory(error)
         return Unread(
             f"a {printable(str(stored.type))[:60]} that cannot be read: {with_type(error)}"

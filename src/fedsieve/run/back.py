@@ -69,8 +69,7 @@ def _put_aside(folder: Path, note: checkpoint.Note, later: Sequence[Path]) -> Pa
     except OSError:  # nothing was moved yet
         remove(left)
         raise
-    if (folder / rundir.ADAPTER).exists():
-        bring_over(folder / rundir.ADAPTER)
+    bring_over(folder / rundir.ADAPTER)
     made = [folder / name for name in (rundir.ADAPTER, rundir.EVALUATION, rundir.REPORT)]
     for path in [path for path in made if path.exists()] + rundir.plots(folder):
         path.rename(left / path.name)

@@ -150,11 +150,7 @@ def start(site: Site, say: Callable[[str], None]) -> Resident:
     for part in _left_behind(site.folder):
         remove(part)
     for old in _adapters(site.folder, "old"):
-        place = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
-        if place.exists():
-            bring_over(place)
-        else:
-            old.rename(place)
+        bring_over(old.with_name(old.name.removeprefix(".").removesuffix(".old")))
     data = schema.Data(**site.data.model_dump())
     rows = load_rows(data, data.train, data.train_split)
     test_rows = None

@@ -30,7 +30,7 @@ from fedsieve.train.origin import file_of
 from fedsieve.train.source import WORDS, refuse_words_elsewhere, table_of
 
 _MOST_GROWTH = 1000
-_TOKENS = 10_000_000  # the largest vocabularies have a tenth of it
+_MOST_TOKENS = 10_000_000  # the largest vocabularies have a tenth of it
 _PLAIN = re.compile(r"[\w-]{1,64}", re.ASCII)  # the name of a chat template
 
 
@@ -79,10 +79,10 @@ def _refuse_far_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     each number up to the highest that no word has.
     """
     word, number = max(tokenizer.get_vocab().items(), key=lambda each: each[1], default=("", 0))
-    if number > _TOKENS:
+    if number > _MOST_TOKENS:
         raise FedSieveError(
             f"model {name!r}: its tokenizer gives {quoted(word)} the number {number}: numbers up "
-            f"to {_TOKENS:,} are read"
+            f"to {_MOST_TOKENS:,} are read"
         )
 
 
