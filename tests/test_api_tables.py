@@ -94,6 +94,22 @@ def test_a_partition_is_that_of_a_recipe(tiny: Tiny, table: dict[str, Any]) -> N
     assert len(there) > 3
 
 
+@pytest.mark.parametrize(
+    "partition", ["ward", 4, {"kind": "dirichlet", "clients": 4, "alpha": 9, "by": "ward"}]
+)
+def test_a_bad_row_of_a_divided_table_is_named_as_the_table_has_it(
+    tiny: Tiny, partition: Any
+) -> None:
+    table = owned().to_list()
+    table[17]["text"] = None
+    why = "^1 of . clients .* left out: client '[a-z0-9]+': row 17 of column 'text' holds nothing"
+    with pytest.warns(UserWarning, match=why):
+        left = clients_of(finetune(tiny, table, partition=partition, rounds=1))
+    assert 0 < sum(left.values()) < 24
+    with pytest.raises(FedSieveError, match=r"strict: .*: row 17 of column 'text' holds nothing"):
+        finetune(tiny, table, partition=partition, rounds=1, strict=True)
+
+
 def partitioned(partitioner: Any, table: Dataset) -> Any:
     partitioner.dataset = table
     return partitioner

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -21,6 +21,7 @@ from fedsieve.algebra.method import Method
 from fedsieve.algebra.optim import limits
 from fedsieve.data import given as given_rows
 from fedsieve.data import sources
+from fedsieve.data.partition import Partition
 from fedsieve.engine.callbacks import OnRound, as_list
 from fedsieve.errors import FedSieveError, quoted
 from fedsieve.notebook import Reading, Run, bad, read, rows_of
@@ -67,6 +68,13 @@ T = TypeVar("T")
 Made = TypeVar("Made")
 
 
+class Divided(NamedTuple):
+    """One table, and the numbers of each client's rows in it."""
+
+    table: Dataset
+    split: Partition
+
+
 def finetune(
     model: str | Path,
     clients: Any,
@@ -107,7 +115,7 @@ def finetune(
              file, or a stream (IterableDataset) that ends. Or one of these with `partition`; or a
              partitioner of flwr-datasets with its data set, each of whose partitions is a client.
              A client whose rows cannot be used is left out, with a warning that names it, the row
-             (of its own, the first is 0) and the column
+             (of the data set or the table as it was given; the first is 0) and the column
     partition: how one table is divided: the column whose values are the clients, so many equal
              parts, a table as a recipe's [partition], or a partitioner of flwr-datasets
     method:  e.g. `fedsieve.flasc(server=fedsieve.adam(1e-3))`, or a name for its defaults
@@ -179,7 +187,7 @@ def finetune(
     asked.columns(fields)  # or it raises: a column that the task needs is not said
     _check_lead(asked, metric, fields)
     left_out: dict[str, str] = {}
-    given = _by_client(clients, partition, reading, Key(seed))
+    given, divided_table = _by_client(clients, partition, reading, Key(seed))
     allowed = arguments.budgets_given(budgets, given, method)
     rows = _each(lambda own: rows_of(reading, own), given, left_out)
     rows = {id: own for id, own in rows.items() if len(own)}
@@ -192,7 +200,8 @@ def finetune(
     if note:
         warnings.warn(note, stacklevel=2)
     reading = reading._replace(tokenizer=tokenizer)
-    sound = _each(lambda own: _sound(own, bad(reading, own)), rows, left_out)
+    found = _bad_by_client(reading, rows, divided_table, left_out)
+    sound = _each(lambda own: _sound(*own), {id: (rows[id], found[id]) for id in found}, left_out)
     if sound:
         # The labels of a client whose rows cannot be used make no classes.
         fields = fields._replace(classes=asked.classes(list(sound.values()), fields) or None)
@@ -318,6 +327,25 @@ def _each(
     return made
 
 
+def _bad_by_client(
+    reading: Reading,
+    rows: Mapping[str, Dataset],
+    divided_table: Divided | None,
+    left_out: dict[str, str],
+) -> dict[str, Bad]:
+    """Which rows of each client are no examples: told as rows of the table that was divided, where
+    one was. Why it cannot be told of some is noted in `left_out`.
+    """
+    if divided_table is None:
+        return _each(lambda own: bad(reading, own), rows, left_out)
+    table, split = divided_table
+    try:
+        found = bad(reading, rows_of(reading, table))
+    except FedSieveError as error:
+        raise FedSieveError(f"clients: {error}") from error
+    return {id: {row: found[row] for row in split[id] if row in found} for id in rows}
+
+
 def _sound(rows: Dataset, bad: Bad) -> Dataset:
     """The rows themselves. Raises FedSieveError for the first that is no example."""
     for row in sorted(bad):
@@ -333,13 +361,17 @@ def _plain(settings: Lora | Training) -> dict[str, Any]:
     return {key: value for key, value in asdict(settings).items() if value is not None}
 
 
-def _by_client(clients: Any, partition: Any, reading: Reading, key: Key) -> dict[str, Any]:
-    """What was given of each client, by id."""
+def _by_client(
+    clients: Any, partition: Any, reading: Reading, key: Key
+) -> tuple[dict[str, Any], Divided | None]:
+    """What was given of each client, by id; and the table that it was divided from, by a column or
+    a number of parts.
+    """
     parts = given_rows.of_partitioner(clients)
     if parts is not None:
         if partition is not None:
             raise FedSieveError("partition: the partitioner in `clients` says it: leave it out")
-        return parts
+        return parts, None
     if partition is None:
         if given_rows.is_one_table(clients):
             raise FedSieveError(
@@ -347,7 +379,7 @@ def _by_client(clients: Any, partition: Any, reading: Reading, key: Key) -> dict
                 "which rows are whose (a column's name, or how many equal parts), or give a list, "
                 "or a dict by client"
             )
-        return arguments.by_id(clients, "clients")
+        return arguments.by_id(clients, "clients"), None
     if isinstance(clients, Mapping | list | tuple) and not given_rows.is_one_table(clients):
         raise FedSieveError(
             "partition: it divides one table, and `clients` has the rows of each: leave it out"
@@ -362,13 +394,13 @@ def _by_client(clients: Any, partition: Any, reading: Reading, key: Key) -> dict
     if not len(table):
         raise FedSieveError("clients: at least one row is needed")
     if said is None:
-        return _by_partitioner(partition, table)
+        return _by_partitioner(partition, table), None
     values, classes = partial(owners_of, table), partial(_classes_of, table, reading)
     try:
         split = divided(said, len(table), values, classes, key)
     except FedSieveError as error:
         raise FedSieveError(f"partition: {error}") from error
-    return {id: table.select(rows) for id, rows in split.items()}
+    return {id: table.select(rows) for id, rows in split.items()}, Divided(table, split)
 
 
 def _by_partitioner(partition: Any, table: Dataset) -> dict[str, Any]:
