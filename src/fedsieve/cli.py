@@ -460,7 +460,7 @@ def compare(
     say(f"{len(plan.entries)} entries, into {folder}")
     result = _guarded(lambda: comparing.run(plan, jobs, _show_of_many(), say))
     _table(result.rows)
-    for note in result.notes:
+    for note in filter(None, (result.legend, *result.notes)):
         say(note)
     for path in result.written:
         say(str(path))

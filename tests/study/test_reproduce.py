@@ -426,17 +426,30 @@ def test_what_a_panel_sets_wrongly_is_told_as_its_own(
 
 
 @pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(
+    ("y", "legend"),
+    [
+        ("score", ""),
+        ("megabytes", " What it takes to a score of 0.01."),
+        (
+            "seconds",
+            " What it takes to a score of 0.01. Seconds are simulated, for downlinks of 10 Mbit/s.",
+        ),
+    ],
+)
 def test_what_parts_say_of_themselves_is_told_once_and_else_with_its_place(
-    write: Write, tmp_path: Path, command: Command
+    write: Write, tmp_path: Path, command: Command, y: str, legend: str
 ) -> None:
+    """And how to read a table is said of what this figure tells, and of no other column."""
     places = [{"name": f"rank {r}", "x": r, "set": {"lora.rank": r}} for r in (2, 4)]
+    panel = {"name": "tiny", "recipe": "tiny.toml", "target": 0.01}
     out = tmp_path / "out"
-    assert command("reproduce", write(place=places, seeds=[0]), "--out", out).code == 0
+    path = write(y=y, place=places, small=[panel], seeds=[0])
+    assert command("reproduce", path, "--out", out).code == 0
     notes = json.loads((out / "figure.json").read_text())["notes"]["tiny"]
-    of_place = [note for note in notes if note.startswith("rank ")]
-    of_both = [note for note in notes if not note.startswith("rank ")]
-    assert len(of_place) in (0, 2), "a target that both places share, or one each"
-    assert sum(note.startswith("dense: ") for note in of_both) == 1
+    assert notes[0] == f"Mean ± standard deviation of the sample, over seeds.{legend}"
+    assert not [note for note in notes if note.startswith("rank ")]
+    assert sum(note.startswith("dense: ") for note in notes) == 1
     lines = (out / "figure.md").read_text().splitlines()
     assert len({*lines} - {""}) == len([line for line in lines if line])
     assert sum(" a round, " in line and " clients, " in line for line in lines) == 1

@@ -48,11 +48,13 @@ class Tuned(NamedTuple):
 class Result(NamedTuple):
     """What a comparison found. rows: of the table, a cell by its head; written: report and tables.
 
+    legend: how to read the table; notes: of the entries
     problems: a line for every run that failed, and every entry that could not be run
     groups: entry -> the directories of its runs that are done
     """
 
     rows: list[dict[str, str]]
+    legend: str
     notes: list[str]
     problems: list[str]
     written: list[Path]
@@ -192,16 +194,17 @@ def _result(
     groups: dict[str, list[Path]] = {}
     for job in done:
         groups.setdefault(job.folder.parent.name, []).append(job.folder)
+    notes = [*plan.notes, *_notes(plan, tuned)]
     if not groups:
-        return Result([], [*plan.notes, *_notes(plan, tuned)], problems, [], {})
+        return Result([], "", notes, problems, [], {})
     found = report.table(groups, plan.target)
-    notes = [_legend(found), *plan.notes, *_notes(plan, tuned)]
+    legend = _legend(found)
     rows = [_cells(row) for row in found]
-    text = markdown(rows) + "\n" + "".join(f"- {note}\n" for note in notes)
+    text = markdown(rows) + "\n" + "".join(f"- {note}\n" for note in (legend, *notes))
     plain = {
         "rows": [_plain(row) for row in found],
         "uplinks": [world.link.uplink for world in REFERENCE],
-        "notes": notes,
+        "notes": [legend, *notes],
         "problems": problems,
     }
     page = plan.folder / rundir.REPORT
@@ -209,7 +212,7 @@ def _result(
     write_whole(written[1], text.encode())
     write_whole(written[2], (json.dumps(plain, indent=2) + "\n").encode())
     report.write([], page, target=plan.target, groups=groups)
-    return Result(rows, notes, problems, written, groups)
+    return Result(rows, legend, notes, problems, written, groups)
 
 
 def _legend(rows: Sequence[report.Row]) -> str:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from transformers import AutoConfig
 
+from fedsieve.clients.network import DOWNLINK
 from fedsieve.data import fetch, hub, sources
 from fedsieve.data.paths import is_path
 from fedsieve.disk import refuse_link, write_whole
@@ -33,6 +34,7 @@ from fedsieve.study.figures import (
     MEAN,
     CheckTable,
     Figure,
+    PanelTable,
     Part,
     Scale,
 )
@@ -247,6 +249,16 @@ def _by_cause(parts: Sequence[Part], absent: Mapping[int, str]) -> list[str]:
     return lines
 
 
+def _legend(figure: Figure, panel: PanelTable) -> str:
+    """How to read a panel's table."""
+    text = "Mean ± standard deviation of the sample, over seeds."
+    if panel.target is not None and figure.y not in ("score", "memory megabytes"):
+        text += f" What it takes to a score of {panel.target:g}."
+    if figure.y == "seconds":
+        text += f" Seconds are simulated, for downlinks of {DOWNLINK:g} Mbit/s."
+    return text
+
+
 def _noted(notes: Mapping[str, Sequence[str]]) -> list[str]:
     """What parts said of themselves: what all of them said once, and else of which place it is."""
     every = {place for places in notes.values() for place in places}
@@ -307,7 +319,7 @@ def _written(
         else _table(figure, name, of, panels[name][figure.y])
         for name, of in measured.items()
     }
-    notes = {name: _noted(of.notes) for name, of in measured.items()}
+    notes = {n: [_legend(figure, of.panel), *_noted(of.notes)] for n, of in measured.items()}
     head, worst = _line(source, scale, figure, findings, panels)
     line = f"{head}: {worst}" if worst else head
     folder.mkdir(parents=True, exist_ok=True)
